@@ -1,0 +1,1 @@
+"""A device: fetch, verify, store and serve released models. Nothing here imports torch."""

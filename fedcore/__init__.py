@@ -1,0 +1,58 @@
+"""fedcore: one model over devices' data and the cloud's.
+
+Names that need torch are imported on first use, so that a device that only infers never loads it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fedcore.config import RunConfig
+from fedcore.errors import FedcoreError
+from fedcore.settings import load_run
+
+if TYPE_CHECKING:
+    from fedcore.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
+    from fedcore.partition import by_column, dirichlet, iid, shards
+    from fedcore.task import Task, load_task
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ACCURACY": "metrics",
+    "MAE": "metrics",
+    "Metric": "metrics",
+    "PERPLEXITY": "metrics",
+    "RMSE": "metrics",
+    "Task": "task",
+    "by_column": "partition",
+    "dirichlet": "partition",
+    "iid": "partition",
+    "load_task": "task",
+    "shards": "partition",
+}
+
+__all__ = [
+    "ACCURACY",
+    "MAE",
+    "PERPLEXITY",
+    "RMSE",
+    "FedcoreError",
+    "Metric",
+    "RunConfig",
+    "Task",
+    "__version__",
+    "by_column",
+    "dirichlet",
+    "iid",
+    "load_run",
+    "load_task",
+    "shards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fedcore' has no attribute {name!r}")
+    return getattr(import_module(f"fedcore.{_LAZY[name]}"), name)

@@ -1,0 +1,1 @@
+"""What a released model contains, and how it is checked. Nothing here imports torch."""

@@ -1,0 +1,114 @@
+"""``fedcore VERB``: verbs come from the entry-point group ``fedcore.commands``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from fedcore import __version__
+from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError
+
+_EXTRA_OF = {
+    "torch": "train",
+    "opacus": "train",
+    "flwr": "train",
+    "onnx": "server",
+    "onnxscript": "server",
+    "matplotlib": "server",
+    "tensorboard": "server",
+    "torch_pruning": "server",
+    "sklearn": "sim",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb of the command line."""
+
+    help: str
+    """One line, shown in the list of verbs."""
+    arguments: Callable[[argparse.ArgumentParser], None]
+    """Adds the verb's arguments; must not import torch."""
+    run: Callable[[argparse.Namespace], int]
+    """Does the work and returns the exit code."""
+    example: str = ""
+    """A command line to copy, shown below the options."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{self.prog}: {message}. See `{self.prog} --help`.")
+
+
+def group(verbs: dict[str, Command], help: str) -> Command:
+    """A verb with verbs below it, as in ``fedcore release init``."""
+
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        below = parser.add_subparsers(
+            dest="subverb", required=True, metavar="VERB", parser_class=_Parser
+        )
+        for name, command in verbs.items():
+            _add(below, name, command)
+
+    return Command(help, arguments, lambda options: int(options.run_subverb(options)))
+
+
+def _add(
+    below: argparse._SubParsersAction[_Parser],
+    name: str,
+    command: Command,
+    destination: str = "run_subverb",
+) -> None:
+    parser = below.add_parser(
+        name,
+        help=command.help,
+        description=command.help,
+        epilog=f"example: {command.example}" if command.example else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(**{destination: command.run})
+    command.arguments(parser)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every installed verb."""
+    parser = _Parser(prog="fedcore", description="One model over devices' data and the cloud's.")
+    parser.add_argument("--version", action="version", version=f"fedcore {__version__}")
+    below = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for entry in sorted(entry_points(group="fedcore.commands"), key=lambda entry: entry.name):
+        _add(below, entry.name, entry.load(), "run_verb")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code (see `fedcore.errors`)."""
+    try:
+        options = build_parser().parse_args(arguments)
+        return int(options.run_verb(options))
+    except FedcoreError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(
+            f"ResourceError: this verb needs {error.name}, which is not installed here. "
+            f"Nothing was run; `pip install 'fedcore[{extra}]'` brings it.",
+            file=sys.stderr,
+        )
+        return 7
+    except KeyboardInterrupt:
+        print("Interrupted: stopped where it was; nothing half-written was left.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `fedcore ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""The run: one TOML file for the whole loop, as frozen models.
+
+The same file drives a simulation and a deployment. What belongs to the owner of a device is in a
+file of its own on the device (`fedcore.owner`) and only ever tightens what stands here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
+CANDIDATES: tuple[CandidateName, ...] = (
+    "fp32",
+    "int8_static",
+    "int8_dynamic",
+    "pruned",
+    "pruned_int8",
+)
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Federation(Section):
+    """``[federation]``: who takes part in a round and how updates become a model."""
+
+    rounds: Count = 10
+    """How many rounds to run at most."""
+    cohort: Count | None = None
+    """Clients a round; every client when unset."""
+    strategy: str = "FedAvg"
+    """The name of a strategy in ``flwr.serverapp.strategy``."""
+    strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Keyword arguments of that strategy."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Whether an update weighs as many examples as its client has, or as much as any other."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """The share of a cohort whose updates a round needs."""
+    evaluate_cohort: Annotated[int, Field(ge=0)] = 0
+    """Clients that report metrics on data they hold back, each round; 0 for none."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of a client's data held back from training for that."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many rounds without a better validation metric; 0 to run every round."""
+    normalisation: Literal["task", "cloud", "federated"] = "task"
+    """Where the mean and deviation of the inputs come from: the task's own preprocessing, the
+    cloud's data, or sums over all clients."""
+    initial: str | None = None
+    """A safetensors checkpoint to start from, relative to this file."""
+
+
+class Client(Section):
+    """``[client]``: local training."""
+
+    epochs: Count = 1
+    batch_size: Count = 32
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    device: DeviceChoice = "auto"
+    """Where to train: CUDA, else MPS, else CPU when ``auto``."""
+
+
+class Privacy(Section):
+    """``[privacy]``: example-level differential privacy on each client, by DP-SGD."""
+
+    unit: Literal["none", "example"] = "none"
+    """What is protected: nothing, or each example of each client (add or remove one)."""
+    max_epsilon: Positive = 8.0
+    """Budget of each client over the whole run."""
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clip_norm: Positive = 1.0
+    """L2 bound of one example's gradient."""
+    noise_multiplier: Positive | Literal["auto"] = "auto"
+    """Noise over ``clip_norm``; ``auto`` takes, for each client, the least that keeps
+    ``participations`` rounds within ``max_epsilon``."""
+    participations: Count | None = None
+    """Rounds one client is expected in; ``federation.rounds`` when unset. A client whose budget
+    is spent earlier takes no further part."""
+    accountant: Literal["rdp", "prv"] = "rdp"
+    """Renyi accounting is quick and an upper bound; PRV is tighter and slower. Both hold."""
+
+
+class Finetune(Section):
+    """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    """0 to leave fine-tuning out."""
+    processes: Count = 1
+    """Processes on this machine; one a GPU where there are GPUs."""
+    batch_size: Count = 32
+    """Examples a step, over all processes."""
+    learning_rate: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    holdout: Fraction = 0.3
+    """The share of the cloud's data kept for the gate and for choosing a candidate."""
+    max_metric_drop: Annotated[float, Field(ge=0)] = 0.0
+    """The gate: how much worse the held-out metric may be after fine-tuning."""
+    timeout_s: Positive = 3600.0
+
+
+class Compression(Section):
+    """``[compression]``: which candidates are built, and what the released one must keep to."""
+
+    candidates: tuple[CandidateName, ...] = CANDIDATES
+    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.01
+    """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
+    such as RMSE, a fraction of it)."""
+    max_bytes: Count | None = None
+    max_p50_us: Positive | None = None
+    prune_fraction: Fraction = 0.5
+    """The share of each hidden layer's channels that structured pruning removes."""
+    prune_epochs: Annotated[int, Field(ge=0)] = 10
+    """Epochs on the cloud's data after pruning."""
+    calibration_examples: Count = 256
+    timing_runs: Annotated[int, Field(ge=100)] = 2000
+    """Timed inferences of each candidate, in turn."""
+
+
+class Release(Section):
+    """``[release]``: where signed models are published."""
+
+    model: Name | None = None
+    """The name devices ask for; the run's name when unset."""
+    repository: str | None = None
+    """Folder of the signed repository, relative to this file; nothing is published when unset."""
+    keys: str | None = None
+    """Folder of the keys that ``fedcore release init`` made."""
+
+
+class Serving(Section):
+    """``[serving]``: how devices run the model, and how candidates are timed."""
+
+    threads: Count = 1
+    """Threads of one inference."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Name
+    """Results go to ``runs/<name>``."""
+    task: str
+    """The task file, relative to this file."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Fixes everything in a simulation. Real devices never draw noise from it."""
+    federation: Federation = Field(default_factory=Federation)
+    client: Client = Field(default_factory=Client)
+    privacy: Privacy = Field(default_factory=Privacy)
+    finetune: Finetune = Field(default_factory=Finetune)
+    compression: Compression = Field(default_factory=Compression)
+    release: Release = Field(default_factory=Release)
+    serving: Serving = Field(default_factory=Serving)
+    base: Path = Field(default=Path(), exclude=True, repr=False)
+    """The folder that relative paths start from; set by the loader."""
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is released."""
+        return self.release.model or self.name
+
+    @property
+    def private(self) -> bool:
+        """Whether clients train with differential privacy."""
+        return self.privacy.unit != "none"
+
+    def path(self, relative: str) -> Path:
+        """A path of the file, resolved against the file's folder."""
+        return (self.base / relative).resolve()
+
+    @model_validator(mode="after")
+    def _nothing_contradicts(self) -> Self:
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
+
+def _contradictions(run: RunConfig) -> list[str]:
+    """What cannot stand together, each with the reason and the way out (unsound before useless)."""
+    federation, privacy, compression = run.federation, run.privacy, run.compression
+    found = []
+    if run.private and federation.evaluate_cohort:
+        found.append(
+            f"federation.evaluate_cohort = {federation.evaluate_cohort} contradicts privacy.unit = "
+            "'example': metrics would leave each device without noise. Set evaluate_cohort to 0 "
+            "(rounds are then judged on the cloud's held-out data), or privacy.unit to 'none'."
+        )
+    if run.private and federation.normalisation == "federated":
+        found.append(
+            "federation.normalisation = 'federated' contradicts privacy.unit = 'example': exact "
+            "sums of examples would leave each device without noise. Use 'cloud' or 'task', or set "
+            "privacy.unit to 'none'."
+        )
+    if run.private and federation.strategy == "QFedAvg":
+        found.append(
+            "federation.strategy = 'QFedAvg' contradicts privacy.unit = 'example': it weighs "
+            "clients by their training loss, which would leave each device without noise. Choose "
+            "another strategy, or set privacy.unit to 'none'."
+        )
+    if federation.evaluate_cohort and not federation.holdout:
+        found.append(
+            "federation.evaluate_cohort needs federation.holdout above 0: without it clients would "
+            "report metrics on the data they trained on."
+        )
+    if federation.holdout and not federation.evaluate_cohort:
+        found.append(
+            f"federation.holdout = {federation.holdout} keeps data from training that nothing "
+            "would read: set federation.evaluate_cohort, or holdout to 0."
+        )
+    if privacy.participations and privacy.participations > federation.rounds:
+        found.append(
+            f"privacy.participations = {privacy.participations} is more than federation.rounds = "
+            f"{federation.rounds}: no client can take part so often."
+        )
+    if "fp32" not in compression.candidates:
+        found.append("compression.candidates must hold 'fp32': the others are weighed against it.")
+    if (run.release.repository is None) != (run.release.keys is None):
+        found.append(
+            "release.repository and release.keys belong together: set both to publish, or neither."
+        )
+    return found

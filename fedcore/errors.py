@@ -1,0 +1,153 @@
+"""Every error that fedcore raises on purpose, and the exit code that the CLI leaves with.
+
+::
+
+    FedcoreError                     1   anything below; never raised itself
+    |-- ConfigError                  2   a configuration file, an override or a command line
+    |-- TaskError                    3   the user's task file
+    |-- DataError                    4   data that is missing, corrupt or empty
+    |-- PrivacyError                 5   a guarantee that cannot be given
+    |   |-- UnsupportedLayer             a layer that example-level DP cannot take
+    |   `-- BudgetExhausted              the next release would pass the epsilon budget
+    |-- TrainingError                6   training that cannot go on
+    |   |-- TrainingDiverged             a loss or an update is not finite
+    |   |-- InvalidUpdate                an update that the server refuses
+    |   `-- RoundFailed                  too few updates for a round
+    |-- ResourceError                7   the machine lacks something
+    |   |-- InsufficientMemory
+    |   `-- DiskFull
+    |-- CompressionError             8   no candidate can be released
+    |   `-- ParityError                  an exported model answers differently from its source
+    |-- ReleaseError                 9   publishing failed; what was published before stands
+    |-- TrustError                  10   something delivered cannot be trusted
+    |   |-- SignatureInvalid
+    |   |-- DigestMismatch
+    |   `-- RollbackRefused
+    `-- DeviceError                 11   a device cannot serve what it was asked to
+        `-- SelfTestFailed
+
+130 is left for an interrupt (Ctrl-C), as shells expect. A message is one short paragraph:
+what happened, where, what was got against what was expected, the consequence, the next step.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FedcoreError(Exception):
+    """The root: catch it to catch whatever fedcore refuses on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(FedcoreError):
+    """A configuration file, an override or a command line is wrong."""
+
+    exit_code = 2
+
+
+class TaskError(FedcoreError):
+    """The user's task file cannot be loaded, or what it brings does not fit together."""
+
+    exit_code = 3
+
+
+class DataError(FedcoreError):
+    """Data is missing, corrupt or empty."""
+
+    exit_code = 4
+
+
+class PrivacyError(FedcoreError):
+    """A privacy guarantee that was asked for cannot be given."""
+
+    exit_code = 5
+
+
+class UnsupportedLayer(PrivacyError):
+    """The model holds a layer for which per-example gradients do not exist."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The next release would take a client past its epsilon budget."""
+
+
+class TrainingError(FedcoreError):
+    """Training cannot go on."""
+
+    exit_code = 6
+
+
+class TrainingDiverged(TrainingError):
+    """A loss or an update is not finite."""
+
+
+class InvalidUpdate(TrainingError):
+    """A client's update is refused before aggregation."""
+
+
+class RoundFailed(TrainingError):
+    """A round got fewer updates than its quorum."""
+
+
+class ResourceError(FedcoreError):
+    """The machine lacks something that the work needs."""
+
+    exit_code = 7
+
+
+class InsufficientMemory(ResourceError):
+    """The work needs more memory than there is, or than the owner allows."""
+
+
+class DiskFull(ResourceError):
+    """A file could not be written whole; nothing half-written is left."""
+
+
+class CompressionError(FedcoreError):
+    """No candidate model can be released."""
+
+    exit_code = 8
+
+
+class ParityError(CompressionError):
+    """An exported model answers differently from the model it was made from."""
+
+
+class ReleaseError(FedcoreError):
+    """Publishing failed; what was published before stands unchanged."""
+
+    exit_code = 9
+
+
+class TrustError(FedcoreError):
+    """Something that was delivered cannot be trusted, and is not used."""
+
+    exit_code = 10
+
+
+class SignatureInvalid(TrustError):
+    """Metadata is not signed by the keys that the device trusts, or has expired."""
+
+
+class DigestMismatch(TrustError):
+    """Bytes differ from those that were signed."""
+
+
+class RollbackRefused(TrustError):
+    """A version older than one already seen was offered."""
+
+
+class DeviceError(FedcoreError):
+    """A device cannot serve what it was asked to."""
+
+    exit_code = 11
+
+
+class SelfTestFailed(DeviceError):
+    """A delivered model does not reproduce its golden outputs on this device."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""

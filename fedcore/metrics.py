@@ -1,0 +1,65 @@
+"""Metrics: how good a model's outputs are, as one number over a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named number over all outputs and targets of a data set.
+
+    The first metric of a task is its primary one: gates, the choice of the best round and of the
+    released candidate follow it.
+    """
+
+    name: str
+    compute: Callable[[Tensor, Tensor], float]
+    """Takes outputs ``(N, ...)`` and targets ``(N, ...)``, both on the CPU."""
+    higher_is_better: bool
+
+    def worsening(self, before: float, after: float) -> float:
+        """How much worse ``after`` is than ``before``; negative when it is better.
+
+        Where higher is better it is the absolute drop (an accuracy from 0.90 to 0.88 gives 0.02);
+        for an error it is the rise as a fraction of ``before``.
+        """
+        if self.higher_is_better:
+            return before - after
+        return (after - before) / abs(before) if before else after
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether ``one`` is strictly better than ``other``."""
+        return one > other if self.higher_is_better else one < other
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return (outputs.argmax(dim=-1) == targets).double().mean().item()
+
+
+def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.reshape(len(outputs), -1) - targets.reshape(len(targets), -1)).double().square()
+
+
+def _rmse(outputs: Tensor, targets: Tensor) -> float:
+    return _squared_error(outputs, targets).mean().sqrt().item()
+
+
+def _mae(outputs: Tensor, targets: Tensor) -> float:
+    return _squared_error(outputs, targets).sqrt().mean().item()
+
+
+def _perplexity(outputs: Tensor, targets: Tensor) -> float:
+    loss = torch.nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+    return loss.double().exp().item()
+
+
+ACCURACY = Metric("accuracy", _accuracy, higher_is_better=True)
+"""The share of rows (or tokens) whose largest output is the target."""
+RMSE = Metric("rmse", _rmse, higher_is_better=False)
+MAE = Metric("mae", _mae, higher_is_better=False)
+PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)

@@ -1,0 +1,93 @@
+"""Splitting data without natural clients into clients: each function returns index arrays.
+
+Every partitioner gives one array of row numbers a client, disjoint, together all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedcore.errors import DataError
+from fedcore.seeds import numpy_rng
+
+Rows = NDArray[np.int64]
+
+
+def iid(count: int, clients: int, *, seed: int = 0) -> list[Rows]:
+    """Deals ``count`` rows out at random, evenly.
+
+    Raises:
+        DataError: there are fewer rows than clients.
+    """
+    _check(count, clients)
+    order = numpy_rng(seed, "iid").permutation(count)
+    return [np.sort(part) for part in np.array_split(order, clients)]
+
+
+def dirichlet(
+    labels: ArrayLike, clients: int, *, alpha: float, seed: int = 0, min_examples: int = 1
+) -> list[Rows]:
+    """Draws, for each label, the clients' shares from a symmetric Dirichlet distribution.
+
+    Args:
+        labels: One label a row, shape ``(N,)``.
+        clients: Number of clients.
+        alpha: Concentration; small values give each client few labels, large ones approach IID.
+        seed: Fixes the split.
+        min_examples: Rows that each client has at least; the largest clients give up rows for it.
+
+    Raises:
+        DataError: there are too few rows for that.
+
+    Source:
+        Hsu, Qi, Brown 2019, arXiv:1909.06335, section 3.
+    """
+    values = np.asarray(labels)
+    _check(len(values), clients * min_examples)
+    if alpha <= 0:
+        raise DataError(f"dirichlet: alpha = {alpha}; it must be above 0.")
+    rng = numpy_rng(seed, "dirichlet")
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for label in np.unique(values):
+        rows = rng.permutation(np.flatnonzero(values == label))
+        cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(rows)
+        for part, chunk in zip(parts, np.split(rows, np.round(cuts).astype(int)), strict=True):
+            part.extend(chunk.tolist())
+    for part in parts:
+        while len(part) < min_examples:
+            part.append(max(parts, key=len).pop())
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int = 0) -> list[Rows]:
+    """Sorts rows by label, cuts them into equal shards and deals each client some of them.
+
+    Raises:
+        DataError: there are fewer rows than shards.
+
+    Source:
+        McMahan et al. 2017, arXiv:1602.05629, section 3 (two shards a client).
+    """
+    values = np.asarray(labels)
+    _check(len(values), clients * shards_a_client)
+    pieces = np.array_split(np.argsort(values, kind="stable"), clients * shards_a_client)
+    order = numpy_rng(seed, "shards").permutation(len(pieces)).reshape(clients, shards_a_client)
+    return [np.sort(np.concatenate([pieces[i] for i in row])) for row in order]
+
+
+def by_column(values: Sequence[Hashable] | NDArray[np.generic]) -> dict[str, Rows]:
+    """One client for each distinct value of a column (a patient, a machine, a writer).
+
+    Returns:
+        Row numbers by the value's text, in the order of the sorted values.
+    """
+    column = np.asarray(values)
+    return {str(value): np.flatnonzero(column == value) for value in np.unique(column)}
+
+
+def _check(count: int, needed: int) -> None:
+    if needed < 1 or count < needed:
+        raise DataError(f"partition: {count} rows cannot be split: {needed} at least are needed.")

@@ -1,0 +1,58 @@
+"""Randomness as an argument: every stream is derived from one seed and the words that name it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derive(seed: int, *words: str | int) -> int:
+    """A 63-bit seed for the stream that ``words`` name, independent of all other streams.
+
+    >>> derive(1, "cohort", 3) == derive(1, "cohort", 3) != derive(1, "cohort", 4)
+    True
+    """
+    digest = hashlib.sha256(repr((seed, *words)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def numpy_rng(seed: int, *words: str | int) -> np.random.Generator:
+    """A NumPy generator for the stream that ``words`` name."""
+    return np.random.default_rng(derive(seed, *words))
+
+
+def torch_rng(seed: int, *words: str | int, device: str = "cpu") -> torch.Generator:
+    """A torch generator for the stream that ``words`` name."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(derive(seed, *words))
+
+
+@contextmanager
+def global_streams(seed: int, *words: str | int) -> Iterator[None]:
+    """Pins the process-wide streams for library code that takes no generator, then restores them.
+
+    Flower's strategies draw from ``random`` and ``numpy.random``, torch's initialisers and dropout
+    from torch's default generator. Nothing of ours draws from these.
+    """
+    import torch
+
+    derived = derive(seed, *words)
+    kept_python, kept_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(derived)
+        np.random.seed(derived % 2**32)
+        torch.manual_seed(derived)
+        try:
+            yield
+        finally:
+            random.setstate(kept_python)
+            np.random.set_state(kept_numpy)

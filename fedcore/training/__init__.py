@@ -1,0 +1,1 @@
+"""Local optimisation, shared by devices, the simulation and the cloud."""

@@ -1,0 +1,34 @@
+"""How good a model is on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.metrics import Metric
+from fedcore.task import Examples
+from fedcore.training.batches import in_order
+
+BATCH_SIZE = 512
+
+
+def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+    """The model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    was_training = module.training
+    module.eval()
+    outputs, targets = [], []
+    with torch.inference_mode():
+        for inputs, target in in_order(examples, BATCH_SIZE):
+            outputs.append(module(inputs.to(device)).cpu())
+            targets.append(target)
+    module.train(was_training)
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def evaluate(module: nn.Module, examples: Examples, metrics: Iterable[Metric]) -> dict[str, float]:
+    """Each metric over all examples, by name."""
+    outputs, targets = outputs_of(module, examples)
+    return {metric.name: metric.compute(outputs, targets) for metric in metrics}

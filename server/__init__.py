@@ -1,0 +1,1 @@
+"""The cloud: rounds, fine-tuning, compression, release, simulation."""

@@ -1,0 +1,29 @@
+"""The cloud's own data, split once: what trains, and what judges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedcore.seeds import derive
+from fedcore.task import Examples, Folder, Task, read_examples
+from fedcore.training.batches import split
+
+
+@dataclass(frozen=True)
+class CloudData:
+    """Disjoint parts of the cloud's data. The final test split is in neither."""
+
+    train: Examples
+    """Fine-tuning, pruning and calibration."""
+    heldout: Examples
+    """The best round, the gate and the choice among candidates."""
+
+
+def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) -> CloudData | None:
+    """The cloud's data, or None when the task has none."""
+    loader = task.cloud_data
+    if loader is None:
+        return None
+    examples = read_examples(lambda: loader(folder), what=f"task {task.name!r}: cloud data")
+    train, heldout = split(examples, holdout, derive(seed, "cloud"))
+    return CloudData(train, heldout)

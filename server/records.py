@@ -1,0 +1,102 @@
+"""What a run leaves behind, step by step: the frozen types that the report is drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedcore.artifacts.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of federated training."""
+
+    round: int
+    """From 1."""
+    rounds: int
+    """How many were planned."""
+    seconds: float
+    cohort: int
+    """Clients that were asked."""
+    updates: int
+    """Updates that were aggregated."""
+    declined: int
+    """Clients whose budget is spent."""
+    failed: int
+    """Clients that failed, or whose update was refused."""
+    train_loss: float | None
+    """Mean over clients; None where privacy keeps losses on the devices."""
+    metrics: dict[str, float]
+    """Of the new global model, on held-out data (see ``judged_on``)."""
+    judged_on: str
+    """``cloud`` (its held-out part), ``clients`` (theirs), or ``nothing``."""
+    epsilon_max: float | None
+    """The most that any client has spent so far."""
+    bytes_up: int
+    """Payload from clients to server, in this round."""
+    bytes_down: int
+    """Payload from server to clients, in this round."""
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client at the end of a simulation; on real devices this stays there."""
+
+    client: str
+    examples: int
+    metric: float
+    """The primary metric of the federated model on all of the client's own data."""
+    epsilon: float | None
+    rounds: int
+    """Rounds that it took part in."""
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """One compression candidate, measured."""
+
+    name: str
+    metric: float
+    """The primary metric on the cloud's held-out data."""
+    drop: float
+    """How much worse than fp32 that is (`fedcore.metrics.Metric.worsening`)."""
+    agreement: float
+    """With the fp32 file, on the cloud's held-out data."""
+    max_abs_error: float
+    """Against the torch model that it was exported from."""
+    bytes: int
+    sha256: str
+    p50_us: float
+    p50_min_us: float
+    p50_max_us: float
+    """Median, and the least and largest of the medians of repeated blocks."""
+    admitted: bool
+    reason: str
+    """Why it was admitted, chosen or refused, in a few words."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that the report shows."""
+
+    name: str
+    task: str
+    kind: str
+    primary: str
+    """Name of the primary metric."""
+    higher_is_better: bool
+    device: str
+    noise: str
+    """How noise was drawn: ``none``, ``simulated`` or ``system``."""
+    rounds: tuple[RoundRecord, ...]
+    best_round: int
+    clients: tuple[ClientRecord, ...] = ()
+    candidates: tuple[CandidateRecord, ...] = ()
+    chosen: str | None = None
+    manifest: Manifest | None = None
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Final test split: by metric, then ``federated``, ``cloud_alone``, ``finetuned``,
+    ``released``."""
+    stages: dict[str, float] = field(default_factory=dict)
+    """Seconds of each stage, in order."""
+    notes: tuple[str, ...] = ()
