@@ -48,6 +48,8 @@ class Federation(Section):
     """Whether an update weighs as many examples as its client has, or as much as any other."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The share of a cohort whose updates a round needs."""
+    deadline_s: Positive = 3600.0
+    """A round goes on with the updates that have come in by then."""
     evaluate_cohort: Annotated[int, Field(ge=0)] = 0
     """Clients that report metrics on data they hold back, each round; 0 for none."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -227,6 +229,8 @@ def _contradictions(run: RunConfig) -> list[str]:
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
             f"{federation.rounds}: no client can take part so often."
         )
+    if len(set(compression.candidates)) < len(compression.candidates):
+        found.append("compression.candidates names one candidate twice: name each once.")
     if "fp32" not in compression.candidates:
         found.append("compression.candidates must hold 'fp32': the others are weighed against it.")
     if (run.release.repository is None) != (run.release.keys is None):

@@ -12,14 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import DataError, DiskFull
+from fedcore.errors import DataError, DiskFull, ResourceError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk into `DiskFull`, whatever library was writing to ``path``."""
+    """Turns a full disk into `DiskFull`, whatever library was writing to ``path``.
+
+    Raises:
+        DiskFull: there was no room.
+        ResourceError: this user may not write there, or a folder or file is in the way.
+    """
     try:
         yield
     except OSError as error:
@@ -28,6 +34,11 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk has no room for this file ({error.strerror}). "
                 "Nothing half-written was left; free space there, or choose another folder, "
                 "and run again."
+            ) from error
+        if error.errno in _REFUSED:
+            raise ResourceError(
+                f"{path}: this file cannot be written ({error.strerror}). Nothing was; choose "
+                "another place, or make this one writable, and run again."
             ) from error
         raise
 
@@ -40,9 +51,10 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
     Raises:
         DiskFull: there was no room; ``path`` is as it was.
+        ResourceError: it may not be written there; ``path`` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as stream:
@@ -75,22 +87,30 @@ def read_bytes(path: Path, *, max_bytes: int, what: str) -> bytes:
     """Reads a file that must exist and hold at most ``max_bytes``.
 
     Raises:
-        DataError: it does not exist, is no regular file, or is larger.
+        DataError: it does not exist, is no regular file, is larger, or changes meanwhile.
     """
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise DataError(f"{path}: expected {what}, found something that is no file.")
-        if size > max_bytes:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise DataError(
-                f"{path}: {what} has {size} bytes, more than the {max_bytes} allowed. "
-                "It was not read."
+                f"{path}: {what} cannot be read: a folder or something else has its name."
             )
-        return path.read_bytes()
-    except FileNotFoundError:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > max_bytes:
+                raise DataError(
+                    f"{path}: {what} has {size} bytes, more than the {max_bytes} allowed. "
+                    "It was not read."
+                )
+            raw = stream.read(size + 1)
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: {what} does not exist.") from None
     except PermissionError:
         raise DataError(f"{path}: {what} may not be read by this user.") from None
+    except OSError as error:
+        raise DataError(f"{path}: {what} cannot be read ({error.strerror}).") from error
+    if len(raw) != size:
+        raise DataError(f"{path}: {what} changed while it was read. It was not used; try again.")
+    return raw
 
 
 def sha256_hex(data: bytes) -> str:

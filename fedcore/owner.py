@@ -26,6 +26,11 @@ class OwnerPolicy(Section):
     device: DeviceChoice | None = None
     """Pins where this device trains."""
 
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder of the local data."""
+        return Path(self.data) if self.data else None
+
 
 OPEN_POLICY = OwnerPolicy()
 """An owner who asks for nothing beyond what the server's file says."""

@@ -22,7 +22,7 @@ def iid(count: int, clients: int, *, seed: int = 0) -> list[Rows]:
     Raises:
         DataError: there are fewer rows than clients.
     """
-    _check(count, clients)
+    _check(count, clients, each=1)
     order = numpy_rng(seed, "iid").permutation(count)
     return [np.sort(part) for part in np.array_split(order, clients)]
 
@@ -40,19 +40,21 @@ def dirichlet(
         min_examples: Rows that each client has at least; the largest clients give up rows for it.
 
     Raises:
-        DataError: there are too few rows for that.
+        DataError: there are too few rows for that, or ``alpha`` is not positive and finite.
 
     Source:
         Hsu, Qi, Brown 2019, arXiv:1909.06335, section 3.
     """
-    values = np.asarray(labels)
-    _check(len(values), clients * min_examples)
-    if alpha <= 0:
-        raise DataError(f"dirichlet: alpha = {alpha}; it must be above 0.")
+    distinct, numbers = _column(labels)
+    _check(len(numbers), clients, each=min_examples)
+    if not 0 < alpha < np.inf:
+        raise DataError(
+            f"dirichlet: alpha = {alpha}; it must be above 0 and finite. Nothing was split."
+        )
     rng = numpy_rng(seed, "dirichlet")
     parts: list[list[int]] = [[] for _ in range(clients)]
-    for label in np.unique(values):
-        rows = rng.permutation(np.flatnonzero(values == label))
+    for label in range(len(distinct)):
+        rows = rng.permutation(np.flatnonzero(numbers == label))
         cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(rows)
         for part, chunk in zip(parts, np.split(rows, np.round(cuts).astype(int)), strict=True):
             part.extend(chunk.tolist())
@@ -71,9 +73,9 @@ def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int =
     Source:
         McMahan et al. 2017, arXiv:1602.05629, section 3 (two shards a client).
     """
-    values = np.asarray(labels)
-    _check(len(values), clients * shards_a_client)
-    pieces = np.array_split(np.argsort(values, kind="stable"), clients * shards_a_client)
+    _, numbers = _column(labels)
+    _check(len(numbers), clients, each=shards_a_client)
+    pieces = np.array_split(np.argsort(numbers, kind="stable"), clients * shards_a_client)
     order = numpy_rng(seed, "shards").permutation(len(pieces)).reshape(clients, shards_a_client)
     return [np.sort(np.concatenate([pieces[i] for i in row])) for row in order]
 
@@ -83,11 +85,29 @@ def by_column(values: Sequence[Hashable] | NDArray[np.generic]) -> dict[str, Row
 
     Returns:
         Row numbers by the value's text, in the order of the sorted values.
+
+    Raises:
+        DataError: the values are no column: one a row is needed.
     """
-    column = np.asarray(values)
-    return {str(value): np.flatnonzero(column == value) for value in np.unique(column)}
+    distinct, numbers = _column(values)
+    return {str(value): np.flatnonzero(numbers == i) for i, value in enumerate(distinct)}
 
 
-def _check(count: int, needed: int) -> None:
-    if needed < 1 or count < needed:
-        raise DataError(f"partition: {count} rows cannot be split: {needed} at least are needed.")
+def _column(values: object) -> tuple[NDArray[np.generic], Rows]:
+    """The distinct values in order, and for each row the number of its own (one for all NaN)."""
+    column: NDArray[np.generic] = np.asarray(values)
+    if column.ndim != 1:
+        raise DataError(
+            f"partition: expected one value a row, got an array of shape {column.shape}. "
+            "Nothing was split."
+        )
+    distinct, numbers = np.unique(column, return_inverse=True)
+    return distinct, numbers.astype(np.int64)
+
+
+def _check(count: int, clients: int, *, each: int) -> None:
+    if clients < 1 or each < 1 or count < clients * each:
+        raise DataError(
+            f"partition: {count} rows cannot be split among {clients} clients with at least {each} "
+            "each. Nothing was split; take fewer clients, or ask for fewer rows each."
+        )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -56,3 +58,50 @@ def global_streams(seed: int, *words: str | int) -> Iterator[None]:
         finally:
             random.setstate(kept_python)
             np.random.set_state(kept_numpy)
+
+
+class Randomness(Protocol):
+    """Where the random numbers of training come from."""
+
+    @property
+    def origin(self) -> Literal["simulated", "system"]:
+        """Named in the manifest of whatever is trained with it."""
+
+    def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
+        """A generator on ``device`` for the stream that ``words`` name."""
+
+    def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
+        """Stands around library code that draws from process-wide streams."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Everything from one seed, reproducible, and so no protection to anyone."""
+
+    seed: int
+    origin: Literal["simulated"] = "simulated"
+
+    def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
+        """The same generator for the same words."""
+        return torch_rng(self.seed, *words, device=str(device))
+
+    def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
+        """Pins the process-wide streams."""
+        return global_streams(self.seed, *words)
+
+
+@dataclass(frozen=True)
+class SystemEntropy:
+    """Fresh entropy from the operating system for every stream: what real devices use."""
+
+    origin: Literal["system"] = "system"
+
+    def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
+        """A generator that nobody can repeat."""
+        import torch
+
+        return torch.Generator(device=device).manual_seed(secrets.randbits(63))
+
+    def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
+        """Leaves the process-wide streams alone."""
+        return nullcontext()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
 
 _MAX_FILE_BYTES = 1 << 20
+_SHOWN = 60  # characters of a value in a message
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -30,45 +33,72 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra: Any) -> Model:
     """Reads ``path`` as an instance of ``model``; ``extra`` is set beside what the file holds."""
-    if not path.exists():
-        raise ConfigError(
-            f"{path}: this file does not exist. Nothing was run. "
-            "`fedcore new NAME` writes one to start from."
-        )
-    raw = read_bytes(path, max_bytes=_MAX_FILE_BYTES, what="a TOML file")
     try:
+        raw = read_bytes(path, max_bytes=_MAX_FILE_BYTES, what="this file")
         values = tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except DataError as error:
+        hint = " `fedcore new NAME` writes one to start from." if model is RunConfig else ""
+        raise ConfigError(f"{error} Nothing was run.{hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}. Nothing was run.") from None
-    for override in overrides:
+    source = _Source(str(path), tuple(_parse(override) for override in overrides))
+    for override in source.overrides:
         _apply(values, override, model)
     reserved = sorted(set(extra) & set(values))
     if reserved:
-        raise ConfigError(_unknown(str(path), (reserved[0],), model))
+        raise ConfigError(_unknown(source, (reserved[0],), values[reserved[0]], model))
     try:
         return model.model_validate({**_tuples(values), **extra})
     except ValidationError as error:
-        raise ConfigError(_explain(str(path), error, model)) from None
+        raise ConfigError(_explain(source, error, model)) from None
 
 
-def _apply(values: dict[str, Any], override: str, model: type[BaseModel]) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+@dataclass(frozen=True)
+class _Override:
+    text: str
+    key: tuple[str, ...]
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where values come from: a file, and what the command line put over it."""
+
+    path: str
+    overrides: tuple[_Override, ...]
+
+    def of(self, key: tuple[str, ...]) -> str:
+        """The place that set ``key``."""
+        for override in reversed(self.overrides):
+            if override.key[: len(key)] == key[: len(override.key)]:
+                return f"--set {override.text}"
+        return self.path
+
+
+def _parse(text: str) -> _Override:
+    name, separator, value = text.partition("=")
+    key = tuple(name.strip().split("."))
+    if not separator or not all(key):
         raise ConfigError(
-            f"--set {override}: expected section.key=value, for example "
-            "--set federation.rounds=5. Nothing was run."
+            f"--set {text}: expected section.key=value, for example --set federation.rounds=5. "
+            "Nothing was run."
         )
-    parts = tuple(key.strip().split("."))
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return _Override(text, key, value)  # a bare word is a string: --set privacy.unit=example
+    return _Override(text, key, parsed["value"] if len(parsed) == 1 else value)
+
+
+def _apply(values: dict[str, Any], override: _Override, model: type[BaseModel]) -> None:
     table = values
-    for part in parts[:-1]:
+    for part in override.key[:-1]:
         below = table.setdefault(part, {})
         if not isinstance(below, dict):
-            raise ConfigError(_unknown(f"--set {override}", parts, model))
+            source = _Source("", (override,))
+            raise ConfigError(_unknown(source, override.key, override.value, model))
         table = below
-    try:
-        table[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[parts[-1]] = text  # a bare word is a string: --set privacy.unit=example
+    table[override.key[-1]] = override.value
 
 
 def _tuples(value: Any) -> Any:
@@ -78,47 +108,73 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _explain(where: str, error: ValidationError, model: type[BaseModel]) -> str:
-    problem = error.errors()[0]
-    location = tuple(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return _unknown(where, location, model)
+def _explain(source: _Source, error: ValidationError, model: type[BaseModel]) -> str:
+    problems = error.errors()
+    for problem in problems:  # first of all: a misspelt key looks like a missing one, too
+        if problem["type"] == "extra_forbidden":
+            location = tuple(str(part) for part in problem["loc"])
+            return _unknown(source, location, problem["input"], model)
+    problem = problems[0]
+    key = _key(problem["loc"], model)
     if problem["type"] == "missing":
-        return f"{where}: {'.'.join(location)} is required and not set. Nothing was run."
-    message = problem["msg"].removeprefix("Value error, ")
+        return f"{source.path}: {'.'.join(key)} is required and not set. Nothing was run."
     if problem["type"] == "value_error":
-        return f"{where}: {message} Nothing was run."
-    key = _key(location, model)
+        changed = "".join(f" --set {override.text}" for override in source.overrides)
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{source.path}{changed}: {message} Nothing was run."
+    allowed = [_allowed(other) for other in problems if _key(other["loc"], model) == key]
     return (
-        f"{where}: {'.'.join(key)} = {problem['input']!r}: {message[0].lower()}{message[1:]}. "
-        "Nothing was run."
+        f"{source.of(key)}: {'.'.join(key)} = {_shown(problem['input'])}: it should be "
+        f"{' or '.join(dict.fromkeys(allowed))}. Nothing was run."
     )
 
 
-def _key(location: tuple[str, ...], model: type[BaseModel]) -> tuple[str, ...]:
+def _allowed(problem: ErrorDetails) -> str:
+    """What pydantic expects, in the words of TOML."""
+    kind = problem["type"]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "a table"
+    if kind == "tuple_type":
+        return "an array"
+    if kind == "string_pattern_mismatch":
+        return f"text that matches {problem['ctx']['pattern']}"
+    return problem["msg"].partition(" should be ")[2] or problem["msg"]
+
+
+def _shown(value: Any) -> str:
+    """A value about as TOML writes it, cut short where it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f"[{', '.join(map(_shown, value))}]" if isinstance(value, tuple) else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _key(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[str, ...]:
     """The part of a location that names keys, without pydantic's names for branches of a union."""
     key: list[str] = []
-    current: type[BaseModel] | None = model
-    for part in location:
-        if current is None:
+    current = model
+    for place, part in enumerate(location):
+        key.append(str(part))
+        below = _section(current, str(part))
+        if below is None:
+            field = current.model_fields.get(str(part))
+            if field and get_origin(field.annotation) is dict:
+                key.extend(map(str, location[place + 1 : place + 2]))
             break
-        key.append(part)
-        current = _section(current, part)
+        current = below
     return tuple(key)
 
 
-def _unknown(where: str, location: tuple[str, ...], model: type[BaseModel]) -> str:
+def _unknown(source: _Source, location: tuple[str, ...], value: Any, model: type[BaseModel]) -> str:
     current: type[BaseModel] = model
     for part in location[:-1]:
         current = _section(current, part) or current
     near = difflib.get_close_matches(location[-1], _keys(current), n=1, cutoff=0.5)
-    elsewhere = [] if near else _elsewhere(location[-1], model)
-    hint = f" Did you mean {'.'.join((*location[:-1], near[0]))!r}?" if near else ""
-    hint = f" Did you mean {elsewhere[0]!r}?" if elsewhere else hint
-    allowed = ", ".join(_keys(current))
+    found = [".".join((*location[:-1], name)) for name in near] or _elsewhere(location[-1], model)
+    hint = f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
     return (
-        f"{where}: unknown key {'.'.join(location)!r}.{hint} Allowed here: {allowed}. "
-        "Nothing was run."
+        f"{source.of(location)}: unknown key {'.'.join(location)!r} (set to {_shown(value)})."
+        f"{hint} Allowed here: {', '.join(_keys(current))}. Nothing was run."
     )
 
 
@@ -127,14 +183,12 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 
 def _elsewhere(key: str, model: type[BaseModel]) -> list[str]:
-    """Keys of other sections that look like ``key``."""
-    places: Mapping[str, str] = {
-        name: f"{section}.{name}"
-        for section in _keys(model)
-        if (inner := _section(model, section)) is not None
-        for name in _keys(inner)
-    }
-    return [places[name] for name in difflib.get_close_matches(key, places, n=1, cutoff=0.6)]
+    """The key of other sections that looks most like ``key``, in each section that has it."""
+    inner = {section: _section(model, section) for section in _keys(model)}
+    known = {section: _keys(below) for section, below in inner.items() if below is not None}
+    names = dict.fromkeys(name for keys in known.values() for name in keys)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return [f"{section}.{name}" for name in near for section in known if name in known[section]]
 
 
 def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:

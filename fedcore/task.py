@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -191,24 +190,3 @@ def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
 def size_of(examples: Examples) -> int:
     """How many examples there are."""
     return len(cast(Sized, examples))
-
-
-def full_model(task: Task, state: dict[str, Any] | None = None) -> nn.Sequential:
-    """The model behind its preprocessing, as it is trained, exported and served."""
-    preprocess = task.preprocess() if task.preprocess else nn.Identity()
-    if any(True for _ in preprocess.parameters()):
-        raise TaskError(
-            f"task {task.name!r}: preprocess has parameters; use buffers, so that it is not "
-            "trained. Nothing was run."
-        )
-    model = nn.Sequential()
-    model.add_module("preprocess", preprocess)
-    model.add_module("model", task.model())
-    if state is not None:
-        model.load_state_dict(state)
-    return model
-
-
-def first_input(task: Task) -> Tensor:
-    """The example input as a batch of two, on which exports and checks run."""
-    return torch.stack([task.example_input, task.example_input])

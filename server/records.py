@@ -100,3 +100,12 @@ class RunRecord:
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage, in order."""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that reached its end."""
+
+    record: RunRecord
+    torch_p50_us: float
+    """Median time of one inference of the uncompressed model in torch."""

@@ -19,8 +19,8 @@ def digits() -> dict[str, TensorDataset]:
     images = torch.tensor(bunch.data, dtype=torch.float32)
     targets = torch.tensor(bunch.target)
     tenths = iid(len(images), 10, seed=0)
-    test, cloud = torch.tensor([*tenths[0], *tenths[1]]), torch.tensor(tenths[2])
-    rest = torch.tensor([row for part in tenths[3:] for row in part])
+    test, cloud = torch.tensor([*tenths[0], *tenths[1]]), torch.tensor(tenths[9])
+    rest = torch.tensor([row for part in tenths[2:9] for row in part])
     parts = {"test": test, "cloud": cloud}
     shares = dirichlet(targets[rest], CLIENTS, alpha=0.5, seed=0, min_examples=10)
     for number, rows in enumerate(shares):

@@ -1,1 +1,1 @@
-"""."""
+"""Differential privacy: what is spent, what may be spent, and what cannot be protected."""

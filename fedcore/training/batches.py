@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from fedcore.errors import DataError
+from fedcore.errors import DataError, FedcoreError
 from fedcore.task import Examples, size_of
+
+_NO_BATCH = (
+    "data: the examples cannot be put into one batch; each must be a pair (input, target) of "
+    "tensors of one shape"
+)
 
 
 def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
     """The examples of some rows as one batch.
 
     Raises:
-        DataError: an example is no pair of tensors, or their shapes differ.
+        DataError: an example cannot be read or is no pair of tensors, or their shapes differ.
     """
     if isinstance(examples, TensorDataset):
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -25,14 +30,26 @@ def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Te
     if isinstance(examples, Subset):
         indices = torch.as_tensor(examples.indices, dtype=torch.long)
         return gather(examples.dataset, indices[torch.as_tensor(rows, dtype=torch.long)])
+    found = [_example(examples, int(row)) for row in rows]
     try:
-        inputs, targets = default_collate([examples[int(row)] for row in rows])
+        inputs, targets = default_collate(found)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise DataError(
-            "data: the examples cannot be put into one batch; each must be a pair (input, target) "
-            f"of tensors of one shape: {error}"
-        ) from error
+        raise DataError(f"{_NO_BATCH}: {error}") from error
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        raise DataError(f"{_NO_BATCH}: got {type(found[0]).__name__}.")
     return inputs, targets
+
+
+def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor]:
+    try:
+        return examples[row]
+    except FedcoreError:
+        raise
+    except Exception as error:  # the data set is the user's code, and may read files only now
+        raise DataError(
+            f"data: reading example {row} failed: {type(error).__name__}: {error}. Nothing was "
+            "made of this data; mend the file or the task's data set."
+        ) from error
 
 
 def shuffled(

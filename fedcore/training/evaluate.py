@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fedcore.errors import DataError
 from fedcore.metrics import Metric
 from fedcore.task import Examples
 from fedcore.training.batches import in_order
@@ -15,7 +16,11 @@ BATCH_SIZE = 512
 
 
 def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
-    """The model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU."""
+    """The model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU.
+
+    Raises:
+        DataError: there are no examples.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     was_training = module.training
     module.eval()
@@ -25,6 +30,11 @@ def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
             outputs.append(module(inputs.to(device)).cpu())
             targets.append(target)
     module.train(was_training)
+    if not outputs:
+        raise DataError(
+            "evaluation: there are no examples to judge the model on, and at least 1 is needed. "
+            "Nothing was judged; bring more data, or hold back a larger share of it."
+        )
     return torch.cat(outputs), torch.cat(targets)
 
 

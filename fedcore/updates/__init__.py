@@ -1,1 +1,1 @@
-"""."""
+"""What travels between server and client, one file a step, encode beside decode."""

@@ -1,1 +1,1 @@
-"""."""
+"""From updates to a new global model."""

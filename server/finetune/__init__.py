@@ -1,1 +1,1 @@
-"""."""
+"""Training on the cloud's data, distributed over processes and GPUs."""

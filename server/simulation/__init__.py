@@ -1,1 +1,1 @@
-"""."""
+"""Many virtual clients on one machine, behind the same apps as a deployment."""

@@ -1,0 +1,95 @@
+# Everything that people and machines run here; `make help` lists it.
+#
+# torch comes from the package registry, with CUDA. For the much smaller CPU build, let pip see it:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu test-device lint coverage bench constraints clean
+
+BIN := .venv/bin
+DEVICE_BIN := .venv-device/bin
+WORKERS ?= 2
+DEVICE_LIMIT_MB := 250
+SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
+
+# One thread a process: test workers with a pool of threads each would fight over the same cores.
+test test-gpu test-device coverage: export OMP_NUM_THREADS := 1
+
+# The first interpreter that runs and is new enough; a shim that fails when called is passed over.
+FIND_PYTHON := for python in $(PYTHON) python3.11 python3; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then break; fi; python=; done; \
+	if [ -z "$$python" ]; then echo "fedcore needs Python 3.11 or newer, and found none as \
+	python3.11 or python3. Nothing was installed; install it, or name it: make PYTHON=/path/to/python3." \
+	>&2; exit 1; fi
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed  ## make .venv with exactly the versions of constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(FIND_PYTHON); [ -x $(BIN)/python ] || $$python -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[sim,dev]"
+	@touch $@
+
+demo: setup  ## the whole loop on handwritten digits, until a device answers
+	@[ -d runs/keys ] || $(BIN)/fedcore release init --keys runs/keys --repository runs/repository
+	$(BIN)/fedcore simulate examples/digits/run.toml
+	$(BIN)/fedcore device update --repository runs/repository \
+		--root runs/repository/metadata/1.root.json --model digits --store runs/device
+	$(BIN)/fedcore device infer --store runs/device --model digits \
+		--input examples/digits/input.json
+
+test: setup  ## every test that needs no GPU; FEDCORE_DATA names the data sets of some
+	$(BIN)/pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+
+test-gpu: setup  ## the tests that need an NVIDIA GPU
+	$(BIN)/pytest -m gpu $(ARGS)
+
+test-device: setup .venv-device/.installed  ## the base package alone: its size, and that it infers
+	FEDCORE_DEVICE_VENV=$(CURDIR)/.venv-device FEDCORE_DEVICE_LIMIT_MB=$(DEVICE_LIMIT_MB) \
+		$(BIN)/pytest tests/e2e/test_base_install.py $(ARGS)
+
+# A wheel, not an editable install: what a device gets is what the wheel holds.
+.venv-device/.installed: pyproject.toml constraints-device.txt $(SOURCES)
+	@$(FIND_PYTHON); [ -x $(DEVICE_BIN)/python ] || $$python -m venv .venv-device
+	rm -rf build
+	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check -c constraints-device.txt .
+	rm -rf build
+	@touch $@
+
+lint: setup  ## formatting, style, types and the layers of the packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+coverage: setup  ## the tests, with lines and branches that none of them reaches
+	$(BIN)/pytest -n $(WORKERS) -m "not gpu" --cov --cov-report=term --cov-report=html $(ARGS)
+
+bench: setup  ## measure against bounds, as in make bench NAME=simulation
+	@[ -f "benchmarks/$(NAME).py" ] || { echo "make bench NAME=...: one of:" \
+		$$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; }
+	$(BIN)/python benchmarks/$(NAME).py
+
+# Resolved afresh in environments of their own. What torch's CUDA build brings is left out: torch
+# pins it itself, and a CPU build has none of it.
+constraints:  ## resolve anew and write constraints.txt and constraints-device.txt
+	@$(FIND_PYTHON); rm -rf .venv-resolve build; \
+	torch=$$(grep '^torch==' constraints.txt); \
+	resolve() { $$python -m venv --clear .venv-resolve; \
+		.venv-resolve/bin/pip install --quiet --disable-pip-version-check $$1 .$$2; \
+		{ grep '^#' $$3; .venv-resolve/bin/pip freeze --all --exclude pip --exclude fedcore \
+			| grep -v '^nvidia-\|^triton' | sed 's/+[a-z0-9.]*$$//' | sort -f; } > $$3.new; \
+		mv $$3.new $$3; }; \
+	resolve "$$torch" "[sim,dev]" constraints.txt; \
+	resolve "" "" constraints-device.txt; \
+	rm -rf .venv-resolve build
+
+clean:  ## remove environments and caches; runs/ stays, for it holds keys
+	rm -rf .venv .venv-device .venv-resolve build dist htmlcov *.egg-info
+	rm -rf .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

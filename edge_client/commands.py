@@ -1,0 +1,259 @@
+"""``fedcore device``: what the owner of a device does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_client import store as installed
+from edge_client.bench import bench
+from edge_client.inputs import parse_inputs, read_text
+from edge_client.runtime import Runtime, load
+from edge_client.source import folder_source
+from edge_client.store import Installed
+from edge_client.trust import MAX_ROOT_BYTES
+from edge_client.update import update
+from fedcore.artifacts.golden import parse_golden
+from fedcore.artifacts.parity import FloatArray
+from fedcore.cli import Command, group
+from fedcore.config import Serving
+from fedcore.errors import DeviceError, DigestMismatch
+from fedcore.files import read_bytes
+
+
+def _store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="this device's folder, as --store /var/lib/fedcore",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help="as --model digits")
+
+
+def _threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=_count,
+        default=Serving().threads,
+        metavar="N",
+        help="threads of one inference, as --threads 2 (default: %(default)s)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _update_arguments(parser: argparse.ArgumentParser) -> None:
+    _store(parser)
+    _model(parser)
+    _threads(parser)
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the signed repository, as --repository /mnt/releases",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="FILE",
+        help="the root.json to trust, as --root root.json; needed once, then pinned in the store",
+    )
+
+
+def _update(options: argparse.Namespace) -> int:
+    root = options.root and read_bytes(options.root, max_bytes=MAX_ROOT_BYTES, what="a root")
+    done = update(
+        folder_source(options.repository),
+        store=options.store,
+        model=options.model,
+        root=root,
+        threads=options.threads,
+    )
+    if not done.changed:
+        text = f"{done.model}: version {done.version} is already current"
+    else:
+        kept = f"; version {done.previous} is kept" if done.previous else ""
+        text = (
+            f"{done.model}: version {done.version} is active; self-test passed, largest difference "
+            f"{done.golden_error:.3g}{kept}"
+        )
+    value = {
+        "model": done.model,
+        "version": done.version,
+        "previous": done.previous,
+        "changed": done.changed,
+        "golden_error": done.golden_error,
+    }
+    return _print(options, text, value)
+
+
+def _infer_arguments(parser: argparse.ArgumentParser) -> None:
+    _store(parser)
+    _model(parser)
+    _threads(parser)
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="a JSON list of inputs, as --input x.json; - reads it from standard input",
+    )
+
+
+def _infer(options: argparse.Namespace) -> int:
+    version = _serving(options.store, options.model)
+    inputs = parse_inputs(read_text(options.input), version.manifest, where=options.input)
+    runtime = load(version.manifest, version.onnx, threads=options.threads)
+    outputs = runtime.predict(inputs)
+    value: dict[str, Any] = {
+        "model": version.manifest.model,
+        "version": version.manifest.version,
+        "outputs": outputs.tolist(),
+    }
+    if version.manifest.kind == "classification":
+        value["labels"] = runtime.labels(outputs)
+    return _print(options, "\n".join(_answers(runtime, outputs)), value)
+
+
+def _answers(runtime: Runtime, outputs: FloatArray) -> list[str]:
+    """One line an input: the class, the values, or the most likely token at each position."""
+    kind = runtime.manifest.kind
+    if kind == "classification":
+        return runtime.labels(outputs)
+    rows = outputs if kind == "regression" else outputs.argmax(axis=-1)
+    return [" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows]
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    _store(parser)
+
+
+def _status(options: argparse.Namespace) -> int:
+    rows = [_row(options.store, model) for model in installed.models(options.store)]
+    text = "\n".join(map(_line, rows)) or f"{options.store}: no model is installed"
+    _print(options, text, rows)
+    return 0 if all(row["version"] for row in rows) else DigestMismatch.exit_code
+
+
+def _row(store: Path, model: str) -> dict[str, Any]:
+    try:
+        version = installed.serving(store, model)
+    except (DeviceError, DigestMismatch) as error:
+        return {"model": model, "version": None, "damage": str(error)}
+    manifest = version.manifest
+    return {
+        "model": model,
+        "version": manifest.version,
+        "created": manifest.created,
+        "candidate": manifest.lineage.candidate,
+        "bytes": manifest.onnx.length,
+        "sha256": manifest.onnx.sha256,
+        "epsilon": manifest.privacy.epsilon,
+        "damage": version.damage,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["version"] is None:
+        return f"{row['model']}: nothing serves: {row['damage']}"
+    damaged = f"\n  the active version does not serve: {row['damage']}" if row["damage"] else ""
+    return (
+        f"{row['model']}: version {row['version']} of {row['created']} serves, {row['candidate']}, "
+        f"{row['bytes']} bytes, sha256 {row['sha256']}{damaged}"
+    )
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    _store(parser)
+    _model(parser)
+    parser.add_argument(
+        "--runs",
+        type=_count,
+        default=2000,
+        metavar="N",
+        help="timed inferences, as --runs 10000 (default: %(default)s)",
+    )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    version = _serving(options.store, options.model)
+    inputs, _ = parse_golden(version.golden)
+    runtime = load(version.manifest, version.onnx, threads=1)
+    figures = bench(runtime, inputs, runs=options.runs)
+    text = (
+        f"{options.model}: version {version.manifest.version}, batch 1, 1 thread, "
+        f"{options.runs} runs: p50 {figures.p50_us:.1f} us, p99 {figures.p99_us:.1f} us"
+    )
+    value = {
+        "model": options.model,
+        "version": version.manifest.version,
+        "threads": 1,
+        "runs": options.runs,
+        "p50_us": figures.p50_us,
+        "p99_us": figures.p99_us,
+    }
+    return _print(options, text, value)
+
+
+def _serving(store: Path, model: str) -> Installed:
+    """The version that serves; that it is not the active one is said aloud."""
+    version = installed.serving(store, model)
+    if version.damage:
+        print(
+            f"warning: version {version.manifest.version} serves in place of the active one: "
+            f"{version.damage}",
+            file=sys.stderr,
+        )
+    return version
+
+
+def _print(options: argparse.Namespace, text: str, value: Any) -> int:
+    print(json.dumps(value, indent=2) if options.json else text)
+    return 0
+
+
+device = group(
+    {
+        "update": Command(
+            "Fetch, verify, self-test and activate the current release of a model.",
+            _update_arguments,
+            _update,
+            "fedcore device update --repository releases --root root.json --model digits "
+            "--store store",
+        ),
+        "infer": Command(
+            "Answer inputs with the installed model.",
+            _infer_arguments,
+            _infer,
+            "fedcore device infer --store store --model digits --input x.json",
+        ),
+        "status": Command(
+            "Say which versions serve, and whether they are whole.",
+            _status_arguments,
+            _status,
+            "fedcore device status --store store --json",
+        ),
+        "bench": Command(
+            "Time single-thread inference on the golden inputs, one at a time.",
+            _bench_arguments,
+            _bench,
+            "fedcore device bench --store store --model digits",
+        ),
+    },
+    "Serve released models on this device.",
+)

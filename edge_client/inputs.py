@@ -1,0 +1,75 @@
+"""Reading inputs that a person or a program hands over as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fedcore.artifacts.golden import AnyArray
+from fedcore.artifacts.manifest import Manifest
+from fedcore.errors import DataError
+from fedcore.files import read_bytes
+
+MAX_INPUT_BYTES = 64 << 20  # 64 MiB of JSON
+
+
+def read_text(where: str) -> bytes:
+    """The bytes of a file, or of standard input for ``-``.
+
+    Raises:
+        DataError: the file does not exist, or there is more than `MAX_INPUT_BYTES`.
+    """
+    if where != "-":
+        return read_bytes(Path(where), max_bytes=MAX_INPUT_BYTES, what="a JSON list of inputs")
+    raw = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+    if len(raw) > MAX_INPUT_BYTES:
+        raise DataError(
+            f"standard input: it holds more than the {MAX_INPUT_BYTES} bytes allowed. Nothing was "
+            "answered; send the inputs in parts."
+        )
+    return raw
+
+
+def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
+    """A batch of inputs.
+
+    Args:
+        raw: JSON: a list of inputs, each nested lists of numbers.
+        manifest: Of the model that they are for.
+        where: What to call them in an error.
+
+    Returns:
+        Shape ``(B, *input_shape)``, dtype ``input_dtype``.
+
+    Raises:
+        DataError: they are no list of such inputs, or a number is not finite.
+    """
+    shape = manifest.input_shape
+    expected = f"expected a JSON list of inputs of shape {list(shape)}"
+    try:
+        batch = np.asarray(json.loads(raw))
+    except (ValueError, RecursionError) as error:  # no JSON, or lists of unequal length
+        raise DataError(f"{where}: {expected}: {error}. Nothing was answered.") from None
+    if batch.ndim == 0 or len(batch) == 0 or batch.shape[1:] != shape:
+        raise DataError(
+            f"{where}: {expected}, got shape {list(batch.shape)}. Nothing was answered."
+        )
+    dtype = np.dtype(manifest.input_dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = batch.astype(dtype) if batch.dtype.kind in "iuf" else None
+    if converted is None or not _represents(converted, batch):
+        raise DataError(
+            f"{where}: expected finite numbers of type {dtype}, got {batch.dtype} with values that "
+            "it cannot hold. Nothing was answered."
+        )
+    return converted
+
+
+def _represents(converted: AnyArray, batch: AnyArray) -> bool:
+    """Whether no number was lost; floats may be rounded, but not to infinity."""
+    if converted.dtype.kind == "f":
+        return bool(np.isfinite(converted).all())
+    return bool(np.array_equal(converted, batch))

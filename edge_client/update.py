@@ -1,0 +1,117 @@
+"""The device's way from an offer to a model that serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client import store as installed
+from edge_client.fetch import fetch
+from edge_client.runtime import load
+from edge_client.selftest import self_test
+from edge_client.source import Source
+from edge_client.store import Record
+from edge_client.trust import Offer, current_offer, pin_root, trusted_root
+from fedcore.errors import DataError, DeviceError, DigestMismatch, RollbackRefused
+from fedcore.files import disk_errors, sha256_hex
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did."""
+
+    model: str
+    version: int
+    """The version that serves now."""
+    previous: int | None
+    """The version that served before; None on the first, and when nothing changed."""
+    changed: bool
+    golden_error: float | None
+    """Largest difference in the self-test; None when nothing changed."""
+
+
+def update(source: Source, *, store: Path, model: str, root: bytes | None, threads: int) -> Update:
+    """Fetches the current release of a model, verifies it, tests it, and makes it serve.
+
+    Whatever fails, the version that served before serves on.
+
+    Args:
+        source: The repository.
+        store: This device's folder.
+        model: The name to ask for.
+        root: Trusted root metadata; needed on the first update, pinned by it.
+        threads: Of one inference, in the self-test.
+
+    Raises:
+        ConfigError: the name is not valid, or no root is trusted yet.
+        TrustError: the release, or who offers it, cannot be trusted (see `current_offer`).
+        DataError: the repository lacks something.
+        SelfTestFailed: the model answers differently here.
+        DeviceError: another update is at work, or onnxruntime cannot run the model here.
+        ResourceError: the store cannot be written, or (`DiskFull`) has no room.
+    """
+    installed.check_name(model)
+    with disk_errors(store), installed.locked(store):
+        trust = store / "trust"
+        root = trusted_root(trust, root)
+        offer = current_offer(source, trust=trust, root=root, model=model)
+        pin_root(trust, root)
+        record = Record(
+            version=offer.manifest.version, manifest_sha256=sha256_hex(offer.manifest_raw)
+        )
+        before = _before(store, model)
+        if before == record and before == _active(store, model):
+            return Update(model, record.version, None, changed=False, golden_error=None)
+        _refuse_older(record, _active(store, model) or before, model)
+        incoming = store / "incoming"
+        onnx, golden = (
+            fetch(source, offer.locations[entry.path], entry, incoming)
+            for entry in (offer.manifest.onnx, offer.manifest.golden)
+        )
+        with installed.staged(store, model, offer.manifest_raw, onnx, golden) as folder:
+            golden_error = _test(folder, offer, threads)
+            installed.activate(store, model, folder, record, before)
+        for unfinished in incoming.iterdir():
+            unfinished.unlink()
+        previous = before.version if before else None
+        return Update(model, record.version, previous, changed=True, golden_error=golden_error)
+
+
+def _test(folder: Path, offer: Offer, threads: int) -> float:
+    runtime = load(offer.manifest, (folder / "model.onnx").read_bytes(), threads=threads)
+    return self_test(runtime, (folder / "golden.safetensors").read_bytes())
+
+
+def _before(store: Path, model: str) -> Record | None:
+    """The version that answers now, if any does."""
+    try:
+        return installed.serving(store, model).record
+    except (DeviceError, DigestMismatch):
+        return None
+
+
+def _active(store: Path, model: str) -> Record | None:
+    """The version that should answer, be it damaged or not."""
+    try:
+        return installed.read_record(store, model, "active")
+    except DataError:
+        return None
+
+
+def _refuse_older(offered: Record, active: Record | None, model: str) -> None:
+    """A version never goes back, and what a version is never changes."""
+    if active is None:
+        return
+    if offered.version < active.version:
+        raise RollbackRefused(
+            f"model {model!r}: the repository offers version {offered.version}, older than version "
+            f"{active.version} here. Nothing was installed; the version before keeps serving. "
+            "`fedcore release rollback` publishes older bytes under a new version."
+        )
+    if offered.version == active.version and offered != active:
+        raise DigestMismatch(
+            f"model {model!r}: the repository offers a version {offered.version} that differs from "
+            f"the one installed here: manifest sha256 {offered.manifest_sha256}, here "
+            f"{active.manifest_sha256}. Nothing was installed; the version before keeps serving. "
+            "Whoever publishes has to look into this."
+        )

@@ -1,0 +1,252 @@
+"""The ClientApp: what a client does, the same on a device and in a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+
+from fedcore.config import RunConfig
+from fedcore.errors import BudgetExhausted, FedcoreError, InvalidUpdate, TaskError, TrainingDiverged
+from fedcore.model import FullModel, build_model, load_preprocess
+from fedcore.owner import OwnerPolicy, tighten
+from fedcore.privacy.layers import check_layers
+from fedcore.privacy.ledger import charge, read_ledger, write_ledger
+from fedcore.seeds import Randomness, derive
+from fedcore.task import Examples, Task, data_folder, read_examples, size_of
+from fedcore.training.batches import in_order, split
+from fedcore.training.device import available
+from fedcore.training.evaluate import BATCH_SIZE, evaluate
+from fedcore.training.local import proximal, train
+from fedcore.training.memory import check_memory, memory_errors
+from fedcore.training.private import plan, train_private
+from fedcore.updates.messages import (
+    ARRAYS,
+    DECLINED,
+    EPSILON,
+    METRICS,
+    NUM_EXAMPLES,
+    REFUSED,
+    TRAIN_LOSS,
+    Instruction,
+    Update,
+    read_instruction,
+    update_content,
+)
+from fedcore.updates.pack import layout_of, pack, unpack
+
+STATISTICS = "query.statistics"
+"""Message type that asks for sums over a client's inputs."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a client is made of: the task and the limits it runs within."""
+
+    task: Task
+    run: RunConfig
+    owner: OwnerPolicy
+    randomness: Randomness
+
+
+def client_app(
+    task: Task,
+    run: RunConfig,
+    *,
+    owner: OwnerPolicy,
+    randomness: Randomness,
+    mods: Sequence[Mod] = (),
+) -> ClientApp:
+    """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
+
+    Args:
+        task: The task installed here; nothing sent by a server is run.
+        run: The run, as the server asks for it.
+        owner: What the owner of this device allows; it tightens ``run``.
+        randomness: The seed of a simulation, or the operating system's entropy.
+        mods: Flower mods around training, as some strategies need.
+    """
+    client = Client(task, tighten(run, owner), owner, randomness)
+    app = ClientApp()
+
+    @app.train(mods=list(mods))
+    def on_train(message: Message, context: Context) -> Message:
+        return _answer(_train, client, message, context)
+
+    @app.evaluate()
+    def on_evaluate(message: Message, context: Context) -> Message:
+        return _answer(_evaluate, client, message, context)
+
+    @app.query("statistics")
+    def on_statistics(message: Message, context: Context) -> Message:
+        return _answer(_statistics, client, message, context)
+
+    return app
+
+
+def client_name(context: Context, task: Task) -> str:
+    """Who this node is: its configured name, or its place among the task's clients."""
+    named = context.node_config.get("client")
+    if named is not None:
+        return str(named)
+    clients = task.clients(data_folder())
+    return clients[int(context.node_config["partition-id"]) % len(clients)]
+
+
+Work = Callable[[Client, str, Message, Context], RecordDict]
+
+
+def _answer(work: Work, client: Client, message: Message, context: Context) -> Message:
+    """Runs ``work`` and answers with its result, or with an error that says what went wrong."""
+    name = client_name(context, client.task)
+    try:
+        return Message(work(client, name, message, context), reply_to=message)
+    except BudgetExhausted as error:
+        return Message(Error(DECLINED, str(error)), reply_to=message)
+    except FedcoreError as error:
+        reason = f"client {name!r}: {type(error).__name__}: {error}"
+        return Message(Error(REFUSED, reason), reply_to=message)
+    except Exception as error:  # the task's code ran here: its failure is reported, not lost
+        reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
+        return Message(Error(REFUSED, reason), reply_to=message)
+
+
+def _train(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+    instruction = read_instruction(message)
+    run, number = client.run, instruction.round
+    examples, _ = _local_data(client, name)
+    device = available(run.client.device)
+    if client.owner.max_threads:
+        torch.set_num_threads(min(torch.get_num_threads(), client.owner.max_threads))
+    with (
+        memory_errors(f"round {number}: training"),
+        client.randomness.library_streams("train", number, name),
+    ):
+        model = _model(client, instruction).to(device)
+        limit = client.owner.max_memory_bytes
+        check_memory(model.model, run.client, run.privacy, device, owner_limit_bytes=limit)
+        order = client.randomness.generator(torch.device("cpu"), "order", number, name)
+        metrics: dict[str, float] = {}
+        if run.private:
+            metrics[EPSILON] = _train_private(client, name, model, examples, context, number, order)
+        else:
+            metrics[TRAIN_LOSS] = train(
+                model,
+                examples,
+                client.task.loss_of,
+                run.client,
+                epochs=run.client.epochs,
+                batch_size=run.client.batch_size,
+                rng=order,
+                penalty=proximal(model.model, instruction.proximal_mu)
+                if instruction.proximal_mu
+                else None,
+            )
+        weights = pack(model.model)
+    if not np.isfinite(weights).all():
+        raise TrainingDiverged(
+            f"round {number}: the trained weights are not finite at learning_rate "
+            f"{run.client.learning_rate}. No update was sent; lower the learning rate."
+        )
+    return update_content(Update(weights, size_of(examples), metrics))
+
+
+def _train_private(
+    client: Client,
+    name: str,
+    model: FullModel,
+    examples: Examples,
+    context: Context,
+    number: int,
+    order: torch.Generator,
+) -> float:
+    """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
+    run = client.run
+    check_layers(model.model)
+    device = next(model.model.parameters()).device
+    participations = run.privacy.participations or run.federation.rounds
+    planned = plan(examples, run.client, run.privacy, round=number, participations=participations)
+    ledger = charge(read_ledger(context), planned.charge, run.privacy, client=name)
+    write_ledger(context, ledger)  # spend before release
+    train_private(
+        model.preprocess,
+        model.model,
+        examples,
+        client.task.loss_of,
+        run.client,
+        planned,
+        sampling=order,
+        noise=client.randomness.generator(device, "noise", number, name),
+    )
+    return ledger.epsilon(run.privacy)
+
+
+def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+    instruction = read_instruction(message)
+    if client.run.private:
+        raise InvalidUpdate(
+            "evaluation: this client trains with example-level privacy and releases no metrics."
+        )
+    _, held_out = _local_data(client, name)
+    if not size_of(held_out):
+        raise InvalidUpdate("evaluation: this client holds no data back; set federation.holdout.")
+    model = _model(client, instruction).to(available(client.run.client.device))
+    values = evaluate(model, held_out, client.task.metrics)
+    return RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: size_of(held_out), **values})})
+
+
+def _statistics(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+    """Sums and squares of the inputs behind the task's own preprocessing, in float64."""
+    if client.run.private:
+        raise InvalidUpdate(
+            "statistics: this client trains with example-level privacy and releases no sums."
+        )
+    examples, _ = _local_data(client, name)
+    preprocess = client.task.preprocess() if client.task.preprocess else torch.nn.Identity()
+    total, squares = np.zeros(0), np.zeros(0)
+    with torch.inference_mode():
+        for inputs, _ in in_order(examples, BATCH_SIZE):
+            values = preprocess(inputs).double().numpy()
+            total = total + values.sum(axis=0) if total.size else values.sum(axis=0)
+            squared = np.square(values).sum(axis=0)
+            squares = squares + squared if squares.size else squared
+    arrays = ArrayRecord({"sum": Array(np.asarray(total)), "squares": Array(np.asarray(squares))})
+    count = MetricRecord({NUM_EXAMPLES: size_of(examples)})
+    return RecordDict({ARRAYS: arrays, METRICS: count})
+
+
+def _local_data(client: Client, name: str) -> tuple[Examples, Examples]:
+    """What the client trains on, and what it holds back."""
+    folder = client.owner.data_folder or data_folder()
+    examples = read_examples(
+        lambda: client.task.client_data(name, folder), what=f"data of client {name!r}"
+    )
+    holdout = client.run.federation.holdout
+    return split(examples, holdout, derive(0, "holdout", name)) if holdout else (examples, examples)
+
+
+def _model(client: Client, instruction: Instruction) -> FullModel:
+    model = build_model(client.task, client.run)
+    layout = layout_of(model.model)
+    if layout.digest != instruction.layout:
+        raise TaskError(
+            f"round {instruction.round}: the server's weights have layout "
+            f"{instruction.layout[:12]}, this client's model {layout.digest[:12]}. Nothing was "
+            "trained; install the task that the server runs."
+        )
+    load_preprocess(instruction.preprocess, model)
+    unpack(instruction.weights, model.model)
+    return model

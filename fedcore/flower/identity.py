@@ -1,0 +1,15 @@
+"""Flower creates a `Message` only in a process that has a task identity."""
+
+from __future__ import annotations
+
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
+
+SERVER_NODE_ID: int = SUPERLINK_NODE_ID
+
+
+def assume_identity(run_id: int) -> None:
+    """Gives this process the identity of the server of run ``run_id``."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SERVER_NODE_ID

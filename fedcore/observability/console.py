@@ -1,0 +1,177 @@
+"""Events on a terminal, through a pipe, or for a machine: one sink for each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, TextIO, assert_never
+
+from fedcore.observability.events import (
+    Event,
+    Noted,
+    RoundFinished,
+    Sink,
+    StageAdvanced,
+    StageFinished,
+    StageStarted,
+    Value,
+    json_line,
+)
+from fedcore.observability.words import NOTHING, epsilon_text, figure, one_line, seconds_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_ROWS = 8  # rounds in the live table: the screen keeps room for what was printed before
+_Cells = tuple[tuple[str, str], ...]
+
+
+def choose(stream: TextIO, *, json: bool) -> AbstractContextManager[Sink]:
+    """The sink that suits ``stream``: JSON when asked for, live on a terminal, else plain lines."""
+    if json:
+        return as_json(stream)
+    capable = os.environ.get("TERM") != "dumb" and find_spec("rich") is not None
+    if stream.isatty() and capable:
+        from rich.console import Console
+
+        return live(Console(file=stream))
+    return plain(stream)
+
+
+@contextmanager
+def as_json(stream: TextIO) -> Iterator[Sink]:
+    """A sink that writes each event as one JSON object a line."""
+    yield lambda event: print(json_line(event), file=stream, flush=True)
+
+
+@contextmanager
+def plain(stream: TextIO) -> Iterator[Sink]:
+    """A sink that writes each event as one line of text."""
+    yield lambda event: print(_sentence(event), file=stream, flush=True)
+
+
+def _sentence(event: Event) -> str:
+    match event:
+        case StageStarted(stage, steps):
+            text = f"[{stage}] started" + (f", {steps} steps" if steps else "")
+        case StageAdvanced(stage, done, note):
+            text = f"[{stage}] step {done}" + (f": {note}" if note else "")
+        case StageFinished(stage, seconds, note):
+            text = f"[{stage}] done in {seconds_text(seconds)}" + (f": {note}" if note else "")
+        case RoundFinished(values):
+            (_, number), *cells = _round_cells(values)
+            text = f"round {number}: " + ", ".join(
+                f"{name} {cell}" for name, cell in cells if cell != NOTHING
+            )
+        case Noted(note):
+            text = f"note: {note}"
+        case _:
+            assert_never(event)
+    return one_line(text)
+
+
+def _round_cells(values: Mapping[str, Value]) -> _Cells:
+    """What a row on a round shows: pairs of heading and text, the round's number first."""
+    metrics = values.get("metrics")
+    first = next(iter(metrics.items()), None) if isinstance(metrics, dict) else None
+    name, metric = first or ("metric", None)
+    return (
+        ("round", f"{values.get('round')}/{values.get('rounds')}"),
+        (name, figure(metric)),
+        ("epsilon", epsilon_text(_number(values, "epsilon_max"))),
+        ("clients", f"{values.get('updates')}/{values.get('cohort')}"),
+        ("loss", figure(_number(values, "train_loss"))),
+        ("time", seconds_text(_number(values, "seconds"))),
+    )
+
+
+def _number(values: Mapping[str, Value], name: str) -> float | None:
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+@contextmanager
+def live(console: Console) -> Iterator[Sink]:
+    """A sink that redraws the last rounds and a progress bar with the time remaining.
+
+    Finished stages and notes scroll by above. However the block is left, the display is taken
+    down and the cursor is shown again.
+    """
+    from rich import progress as bars
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    progress = bars.Progress(
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}", markup=False, style="bold"),
+        bars.BarColumn(bar_width=24),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
+        console=console,
+    )
+    rows: deque[_Cells] = deque(maxlen=_ROWS)
+    step = Text(style="dim", no_wrap=True, overflow="ellipsis")
+    display = Live(
+        Group(progress, step),
+        console=console,
+        refresh_per_second=5,
+        # What is printed meanwhile appears above the display, unless it goes to a file.
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    )
+
+    def start(stage: str, steps: int | None) -> None:
+        finish()
+        progress.add_task(one_line(stage), total=steps)
+
+    def advance(done: int, note: str) -> None:
+        step.plain = one_line(note)
+        for task in progress.task_ids:
+            progress.update(task, completed=done)
+
+    def finish() -> None:
+        step.plain = ""
+        for task in progress.task_ids:
+            progress.remove_task(task)
+
+    def sink(event: Event) -> None:
+        match event:
+            case StageStarted(stage, steps):
+                start(stage, steps)
+            case StageAdvanced(_, done, note):
+                advance(done, note)
+            case RoundFinished(values):
+                advance(int(_number(values, "round") or 0), "")
+                rows.append(_round_cells(values))
+                display.update(Group(_rounds_table(rows), progress, step))
+            case StageFinished():
+                finish()
+                console.print(Text(_sentence(event), style="green"))
+            case Noted():
+                console.print(Text(_sentence(event), style="yellow"))
+            case _:
+                assert_never(event)
+
+    with display:
+        yield sink
+
+
+def _rounds_table(rows: Iterable[_Cells]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for cells in rows:
+        if not table.columns:
+            for name, _ in cells:
+                table.add_column(Text(one_line(name)), justify="right")
+        table.add_row(*(Text(cell) for _, cell in cells))
+    return table

@@ -1,0 +1,103 @@
+"""The events that a run emits, as frozen values, and the sinks that they go to.
+
+Stages follow one another: each is started, may advance, and is finished. A round that finishes
+advances the running stage to its own number, so a stage of rounds needs no `StageAdvanced`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Value = float | int | str | None | dict[str, float]
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage of the run begins."""
+
+    stage: str
+    steps: int | None
+    """How many steps it takes; None when nobody knows."""
+
+
+@dataclass(frozen=True)
+class StageAdvanced:
+    """A step of the running stage is done."""
+
+    stage: str
+    done: int
+    """Steps done so far, of the stage's ``steps``."""
+    note: str
+    """What was done, in a few words; may be empty."""
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """A stage is over, perhaps before its last step."""
+
+    stage: str
+    seconds: float
+    note: str
+    """What came out of it, in a few words; may be empty."""
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """A federated round is over."""
+
+    values: Mapping[str, Value]
+    """The fields of the round's record by name, ``metrics`` as a mapping."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that the user should know: a limit met, a choice made for them."""
+
+    text: str
+
+
+Event = StageStarted | StageAdvanced | StageFinished | RoundFinished | Noted
+Sink = Callable[[Event], None]
+
+_NAMES: dict[type[Event], str] = {
+    StageStarted: "stage_started",
+    StageAdvanced: "stage_advanced",
+    StageFinished: "stage_finished",
+    RoundFinished: "round_finished",
+    Noted: "noted",
+}
+
+
+def tee(*sinks: Sink) -> Sink:
+    """One sink that hands each event to all of ``sinks``, in order."""
+
+    def sink(event: Event) -> None:
+        for one in sinks:
+            one(event)
+
+    return sink
+
+
+def json_line(event: Event) -> str:
+    """An event as one line of JSON without its newline: ``event`` names it, its fields follow.
+
+    The fields of a round stand at the top level. JSON knows no NaN or infinity: they become null.
+
+    >>> json_line(StageStarted("export", 3))
+    '{"event": "stage_started", "stage": "export", "steps": 3}'
+    """
+    fields = event.values if isinstance(event, RoundFinished) else asdict(event)
+    return json.dumps({"event": _NAMES[type(event)], **_finite(fields)}, allow_nan=False)
+
+
+def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: cleaned(value) for name, value in fields.items()}

@@ -1,0 +1,85 @@
+"""Numbers and names as a person reads them, the same on a terminal and in a report."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Decimal
+
+NOTHING = "-"
+"""Stands where there is no value."""
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line, with every character that a terminal or XML would act on replaced.
+
+    >>> one_line("two" + chr(10) + "lines" + chr(27) + "[31m")
+    'two lines\N{REPLACEMENT CHARACTER}[31m'
+    """
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for character in " ".join(text.split())
+    )
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A measured number to ``digits`` digits, with an exponent only where it would be long.
+
+    >>> figure(0.912345), figure(1234.5678), figure(0.00012), figure(None)
+    ('0.9123', '1235', '0.00012', '-')
+    """
+    if value is None or math.isnan(value):
+        return NOTHING
+    size = abs(value)
+    if math.isinf(value) or size >= 1e6 or 0 < size < 10 ** (1 - digits):
+        return f"{value:.{digits}g}"
+    whole = len(str(int(size))) if size >= 1 else 0
+    return f"{value:.{max(0, digits - whole)}f}"
+
+
+def epsilon_text(epsilon: float | None) -> str:
+    """A privacy loss to two decimals, rounded up: the text never says less than was spent.
+
+    >>> epsilon_text(7.421), epsilon_text(None)
+    ('7.43', '-')
+    """
+    if epsilon is None or math.isnan(epsilon):
+        return NOTHING
+    if epsilon > 1e9:
+        return "∞" if math.isinf(epsilon) else "over 10^9"
+    return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.01"), ROUND_CEILING))
+
+
+def bytes_text(count: float) -> str:
+    """A size in decimal units.
+
+    >>> bytes_text(999), bytes_text(181_250), bytes_text(2_400_000)
+    ('999 B', '181 kB', '2.4 MB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * size:  # what would be rounded up to 1000 of the unit below
+            amount = count / size
+            return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration, shortest where it is precise enough; a dash when there is none.
+
+    >>> seconds_text(0.0421), seconds_text(12.34), seconds_text(754)
+    ('0.042 s', '12.3 s', '12 min 34 s')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds >= 120:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "round"), counted(20, "client")
+    ('1 round', '20 clients')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

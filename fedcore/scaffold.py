@@ -1,0 +1,90 @@
+"""``fedcore new``: a task and a configuration to start from, on made-up data."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from fedcore.cli import Command
+from fedcore.errors import ConfigError, FedcoreError
+from fedcore.files import write_atomic
+
+KINDS = ("classification", "regression", "next_token")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # what `name` in a run's file may be
+_PLACEHOLDER = "NAME"
+
+
+def write_scaffold(folder: Path, *, kind: str) -> tuple[Path, Path]:
+    """Writes a task file and a run's file that work at once, on data made from a seed.
+
+    Args:
+        folder: Made if need be; its last part names the run and the task.
+        kind: One of `KINDS`.
+
+    Returns:
+        The paths of ``task.py`` and ``run.toml``.
+
+    Raises:
+        ConfigError: the name cannot name a run, or one of the files is there already.
+        DiskFull: there was no room; neither file is left.
+    """
+    name = folder.name
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"fedcore new {folder}: {name!r} cannot name a run; expected 1 to 64 of a-z, 0-9, '_' "
+            "and '-', with a letter or digit first. Nothing was written; choose another name."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"fedcore new {folder}: a file of that name is in the way of the folder. "
+            "Nothing was written; choose another name."
+        )
+    paths = folder / "task.py", folder / "run.toml"
+    for path in paths:
+        if path.exists():
+            raise ConfigError(
+                f"{path}: this file exists already and is never overwritten. Nothing was written; "
+                "choose another name, or move the file away."
+            )
+    try:
+        for path, template in zip(paths, (f"{kind}.txt", "run.toml"), strict=True):
+            text = files("fedcore").joinpath("templates", template).read_text()
+            write_atomic(path, text.replace(_PLACEHOLDER, name).encode())
+    except FedcoreError:  # one of the two without the other is of no use
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+    return paths
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        type=Path,
+        help="folder to write into; its last part names the run, as in turbines or work/turbines",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=KINDS[0],
+        help="what the model learns, as in --kind regression (default: %(default)s)",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    task, run = write_scaffold(options.name, kind=options.kind)
+    print(f"wrote {task}: what is learned; it says what to replace")
+    print(f"wrote {run}: how it is learned")
+    print(f"next: fedcore check {task}, then fedcore simulate {run}")
+    return 0
+
+
+new = Command(
+    help="write a working task and configuration to start from",
+    arguments=_arguments,
+    run=_run,
+    example="fedcore new turbines --kind regression",
+)

@@ -1,0 +1,85 @@
+"""Whether training fits into memory, asked before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedcore.config import Client, Privacy
+from fedcore.errors import InsufficientMemory
+
+_FLOAT_BYTES = 4
+
+
+def needed_bytes(model: nn.Module, client: Client, privacy: Privacy) -> int:
+    """The least that local training takes beyond the model, activations not counted.
+
+    Gradients, the optimiser's state, and under privacy a gradient for each example of a batch.
+    """
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = {"adam": 2, "sgd": 1 if client.momentum else 0}[client.optimizer]
+    copies = 1 + states + (client.batch_size if privacy.unit == "example" else 0)
+    return copies * parameters * _FLOAT_BYTES
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, or None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def check_memory(
+    model: nn.Module,
+    client: Client,
+    privacy: Privacy,
+    device: torch.device,
+    *,
+    owner_limit_bytes: int | None,
+) -> None:
+    """Refuses training that cannot fit.
+
+    Raises:
+        InsufficientMemory: it needs more than is free, or than the device's owner allows.
+    """
+    needed = needed_bytes(model, client, privacy)
+    limits = {"free on " + str(device): free_bytes(device), "the owner's limit": owner_limit_bytes}
+    for name, limit in limits.items():
+        if limit is not None and needed > limit:
+            advice = "client.batch_size" if privacy.unit == "example" else "the model"
+            raise InsufficientMemory(
+                f"training needs at least {needed / 1e6:,.1f} MB and {name} is "
+                f"{limit / 1e6:,.1f} MB. Nothing was trained; make {advice} smaller, or use a "
+                "device with more memory."
+            )
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turns an allocation that failed after all into `InsufficientMemory`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory(what, error) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise _out_of_memory(what, error) from error
+
+
+def _out_of_memory(what: str, error: Exception) -> InsufficientMemory:
+    return InsufficientMemory(
+        f"{what}: memory ran out ({str(error).splitlines()[0] or type(error).__name__}). The work "
+        "was dropped; make client.batch_size or the model smaller."
+    )

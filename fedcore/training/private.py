@@ -1,0 +1,127 @@
+"""Training with example-level differential privacy: DP-SGD by Opacus."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from fedcore.config import Client, Privacy
+from fedcore.privacy.accounting import Charge, noise_for
+from fedcore.task import Examples, Loss, size_of
+from fedcore.training.batches import gather
+from fedcore.training.local import make_optimizer
+
+
+@dataclass(frozen=True)
+class PrivatePlan:
+    """How one client trains in one round, fixed before it touches its data."""
+
+    charge: Charge
+    clip_norm: float
+
+
+def plan(
+    examples: Examples, client: Client, privacy: Privacy, *, round: int, participations: int
+) -> PrivatePlan:
+    """The noise and the steps for a client of this size.
+
+    With ``noise_multiplier = "auto"`` the noise is the least that keeps ``participations`` rounds
+    within the budget; a client with few examples needs more of it than one with many.
+    """
+    steps_per_epoch = -(-size_of(examples) // client.batch_size)
+    sample_rate = 1 / steps_per_epoch
+    steps = steps_per_epoch * client.epochs
+    noise = privacy.noise_multiplier
+    if noise == "auto":
+        noise = noise_for(
+            max_epsilon=privacy.max_epsilon,
+            target_delta=privacy.target_delta,
+            sample_rate=sample_rate,
+            steps=steps * participations,
+            accountant=privacy.accountant,
+        )
+    return PrivatePlan(Charge(round, noise, sample_rate, steps), privacy.clip_norm)
+
+
+def train_private(
+    preprocess: nn.Module,
+    model: nn.Module,
+    examples: Examples,
+    loss: Loss,
+    settings: Client,
+    plan: PrivatePlan,
+    *,
+    sampling: torch.Generator,
+    noise: torch.Generator,
+) -> None:
+    """Trains ``model`` in place by DP-SGD.
+
+    Guarantee:
+        Each step is one subsampled Gaussian mechanism: Poisson sampling at ``plan.charge``'s rate,
+        per-example gradients clipped to ``plan.clip_norm``, noise of its multiplier. An empty batch
+        is a step too: it releases noise alone. Losses seen on the way are not released.
+
+    Args:
+        preprocess: Runs before the model; treats each example alone and is not trained.
+        model: On the device to train on; checked by `fedcore.privacy.layers.check_layers`.
+        examples: The client's data.
+        loss: Mean loss over a batch.
+        settings: The optimiser's.
+        plan: From `plan`.
+        sampling: CPU generator that draws batches.
+        noise: Generator on the model's device that draws noise.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
+    """
+    device = next(model.parameters()).device
+    model.train()
+    private = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        make_optimizer(model, settings),
+        noise_multiplier=plan.charge.noise_multiplier,
+        max_grad_norm=plan.clip_norm,
+        expected_batch_size=max(1, round(size_of(examples) * plan.charge.sample_rate)),
+        generator=noise,
+    )
+    try:
+        for inputs, targets in _poisson(examples, plan.charge, sampling):
+            optimizer.zero_grad(set_to_none=True)
+            if len(targets):
+                value = loss(private(preprocess(inputs.to(device))), targets.to(device))
+                _backward(value)
+            else:  # some layers cannot run on an empty batch, so its gradients are given here
+                for parameter in optimizer.params:
+                    parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+            optimizer.step()
+    finally:
+        private.to_standard_module()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def _poisson(
+    examples: Examples, charge: Charge, rng: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in which each example stands with the charge's probability, independently."""
+    for _ in range(charge.steps):
+        drawn = torch.rand(size_of(examples), generator=rng) < charge.sample_rate
+        rows = drawn.nonzero().flatten()
+        if len(rows):
+            yield gather(examples, rows)
+        else:
+            inputs, targets = gather(examples, [0])
+            yield inputs[:0], targets[:0]
+
+
+def _backward(value: Tensor) -> None:
+    with warnings.catch_warnings():
+        # Opacus hooks layers whose inputs need no gradient: torch says so at each, and it is meant.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        torch.autograd.backward(value)

@@ -1,0 +1,136 @@
+"""The records of a message: what the server sends with a round, and what a client answers.
+
+Replies carry weights under the names that Flower's strategies and mods expect, so that every one of
+those works unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedcore.errors import InvalidUpdate
+from fedcore.updates.pack import Layout, Vector
+
+ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
+NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
+
+DECLINED = 1001
+"""Error code of a reply from a client whose budget is spent."""
+REFUSED = 1002
+"""Error code of a reply from a client that could not do what was asked."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a server asks for: train or evaluate from these weights."""
+
+    round: int
+    weights: Vector
+    layout: str
+    """Digest of the layout that the weights were packed with."""
+    preprocess: bytes
+    """State of the preprocessing, as safetensors; empty when it has none."""
+    proximal_mu: float
+    """Weight of FedProx's penalty; 0 without."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client answers after training."""
+
+    weights: Vector
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+def weights_record(weights: Vector) -> ArrayRecord:
+    """Weights as the one array of a record."""
+    return ArrayRecord({MODEL: Array(weights)})
+
+
+def instruction_config(layout: Layout, preprocess: bytes) -> ConfigRecord:
+    """What accompanies the weights to every client; Flower's strategies add the round."""
+    return ConfigRecord({"layout": layout.digest, "preprocess": preprocess})
+
+
+def read_instruction(message: Message) -> Instruction:
+    """What a message asks for.
+
+    Raises:
+        InvalidUpdate: records are missing; the message is not from a fedcore server.
+    """
+    try:
+        config = message.content.config_records[CONFIG]
+        return Instruction(
+            round=int(str(config["server-round"])),
+            weights=message.content.array_records[ARRAYS][MODEL].numpy(),
+            layout=str(config["layout"]),
+            preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
+            proximal_mu=float(str(config.get("proximal-mu", 0.0))),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidUpdate(
+            f"instruction: the message lacks what a fedcore server sends ({error!r}). Nothing was "
+            "trained; server and client must run the same version."
+        ) from None
+
+
+def update_content(update: Update) -> RecordDict:
+    """An update as the content of a reply."""
+    metrics: dict[str, int | float] = {NUM_EXAMPLES: update.num_examples, **update.metrics}
+    return RecordDict(
+        {ARRAYS: weights_record(update.weights), METRICS: MetricRecord(dict(metrics))}
+    )
+
+
+def read_update(message: Message, layout: Layout) -> Update:
+    """The update in a reply, checked before anything is done with it.
+
+    Raises:
+        InvalidUpdate: wrong records, shape or dtype; a value that is not finite; a number of
+            examples that is no positive whole number below 2**31.
+    """
+    where = f"update from node {message.metadata.src_node_id}"
+    try:
+        array = message.content.array_records[ARRAYS][MODEL]
+        metrics = dict(message.content.metric_records[METRICS])
+        count = metrics.pop(NUM_EXAMPLES)
+    except KeyError as error:
+        raise InvalidUpdate(f"{where}: no record {error}. It was not aggregated.") from None
+    if array.dtype != "float32" or tuple(array.shape) != (layout.size,):
+        raise InvalidUpdate(
+            f"{where}: got {array.dtype} {tuple(array.shape)}, expected float32 ({layout.size},). "
+            "It was not aggregated; server and client must run the same task."
+        )
+    if not isinstance(count, int) or not 0 < count < 2**31:
+        raise InvalidUpdate(
+            f"{where}: num-examples = {count!r}, expected a whole number from 1 to 2147483647. It "
+            "was not aggregated."
+        )
+    values = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+    if not np.isfinite(list(values.values())).all():
+        raise InvalidUpdate(f"{where}: a metric is not finite ({values}). It was not aggregated.")
+    return Update(check_weights(array.numpy(), layout, where=where), count, values)
+
+
+def check_weights(weights: Vector, layout: Layout, *, where: str) -> Vector:
+    """Weights that a model of this layout can take.
+
+    Raises:
+        InvalidUpdate: wrong shape or dtype, or a value that is not finite.
+    """
+    if weights.shape != (layout.size,) or weights.dtype != np.float32:
+        raise InvalidUpdate(
+            f"{where}: got {weights.dtype} {weights.shape}, expected float32 ({layout.size},). It "
+            "was not used."
+        )
+    if not np.isfinite(weights).all():
+        raise InvalidUpdate(
+            f"{where}: it holds values that are not finite. It was not used; a lower "
+            "client.learning_rate usually mends this."
+        )
+    return weights

@@ -1,0 +1,87 @@
+"""The ServerApp: the federated part of a run, over whatever grid it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedcore.config import RunConfig
+from fedcore.model import FullModel, build_model, warm_start
+from fedcore.seeds import Randomness
+from fedcore.task import Task
+from fedcore.training.evaluate import evaluate
+from fedcore.updates.pack import layout_of, unpack
+from server.cloud import CloudData
+from server.normalisation import normalise
+from server.records import RoundRecord
+from server.rounds import Federated, Federation, run_rounds
+from server.strategies import make_strategy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the federated part hands to the rest of the loop."""
+
+    model: FullModel
+    """The best global model, on the CPU, in evaluation mode."""
+    federated: Federated
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what happens; each function is called in the server's own thread."""
+
+    on_note: Callable[[str], None]
+    on_round: Callable[[RoundRecord], None]
+    on_end: Callable[[Outcome], None]
+
+
+def server_app(
+    task: Task,
+    run: RunConfig,
+    *,
+    cloud: CloudData | None,
+    randomness: Randomness,
+    listener: Listener,
+) -> ServerApp:
+    """An ordinary Flower ServerApp that trains ``task`` as ``run`` says."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        model = build_model(task, run)
+        warm_start(run, model)
+        nodes = len(list(grid.get_node_ids()))
+        cohort = min(run.federation.cohort or nodes, nodes) if nodes else 1
+        chosen = make_strategy(
+            run.federation.strategy,
+            run.federation.strategy_options,
+            cohort=cohort,
+            size=layout_of(model.model).size,
+        )
+        for note in chosen.notes:
+            listener.on_note(note)
+        normalise(run, model, grid, cloud)
+
+        def judge(candidate: FullModel) -> dict[str, float]:
+            assert cloud is not None
+            return evaluate(candidate, cloud.heldout, task.metrics)
+
+        federation = Federation(
+            run=run,
+            grid=grid,
+            chosen=chosen,
+            cohort=cohort,
+            primary=task.primary,
+            randomness=randomness,
+            judge=judge if cloud else None,
+            on_round=listener.on_round,
+        )
+        federated = run_rounds(federation, model)
+        unpack(federated.weights, model.model)
+        listener.on_end(Outcome(model.eval(), federated))
+
+    return app

@@ -1,0 +1,257 @@
+"""One step of everything on one client's data: what would fail later, found in seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fedcore.config import RunConfig
+from fedcore.errors import FedcoreError, TaskError
+from fedcore.model import FullModel, build_model
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.layers import check_layers
+from fedcore.settings import load_run
+from fedcore.task import Examples, Task, data_folder, load_task, read_examples, size_of
+from fedcore.training.batches import gather
+from fedcore.training.evaluate import evaluate
+from fedcore.training.local import train
+from fedcore.training.private import PrivatePlan, train_private
+from server.compression.runtime import answer, open_session
+from server.export import export_onnx
+
+_MOST_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one step found."""
+
+    step: str
+    ok: bool
+    required: bool
+    """Whether the configuration at hand needs this step to succeed."""
+    detail: str
+    seconds: float
+
+
+def check_task(path: Path, *, client: str | None) -> list[Finding]:
+    """Runs every step, each on what the ones before it left; a required failure ends it.
+
+    Args:
+        path: A task file, or a run's TOML file, whose settings are then kept to.
+        client: The client whose data is used; the first one when None.
+    """
+    if path.suffix == ".toml":
+        run = load_run(path)
+        task = load_task(run.path(run.task))
+    else:
+        run, task = RunConfig(name="check", task=path.name, base=path.parent), load_task(path)
+    state = _State(run, task, client)
+    findings: list[Finding] = []
+    for step, required, work in _steps(state):
+        started = time.monotonic()
+        try:
+            ok, detail = True, work()
+        except FedcoreError as error:
+            ok, detail = False, str(error)
+        except Exception as error:  # the task's code: its failure is what was looked for
+            ok, detail = False, f"{type(error).__name__}: {error}"
+        findings.append(Finding(step, ok, required, detail, time.monotonic() - started))
+        if required and not ok:
+            break
+    return findings
+
+
+def print_findings(findings: list[Finding], *, as_json: bool) -> int:
+    """Prints a line a step; the exit code is that of `TaskError` when a required one failed."""
+    failed = any(finding.required and not finding.ok for finding in findings)
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
+            print(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]")
+        print("This task would fail." if failed else "This task is ready.")
+    return TaskError.exit_code if failed else 0
+
+
+class _State:
+    """What steps hand on."""
+
+    def __init__(self, run: RunConfig, task: Task, client: str | None) -> None:
+        self.run, self.task, self.client = run, task, client
+        self.examples: Examples | None = None
+        self.model: FullModel | None = None
+
+    def some(self) -> tuple[Tensor, Tensor]:
+        """A batch of the client's examples."""
+        examples = cast(Examples, self.examples)
+        return gather(examples, list(range(min(size_of(examples), _MOST_EXAMPLES))))
+
+    def few(self) -> Examples:
+        """The same batch as a data set, so that a step takes no longer on a large client."""
+        return torch.utils.data.TensorDataset(*self.some())  # type: ignore[return-value]
+
+
+Step = tuple[str, bool, Callable[[], str]]
+
+
+def _steps(state: _State) -> list[Step]:
+    task = state.task
+    return [
+        ("clients", True, lambda: _clients(state)),
+        ("client data", True, lambda: _client_data(state)),
+        ("model", True, lambda: _model(state)),
+        ("schema", True, lambda: _schema(state)),
+        ("loss", True, lambda: _loss(state)),
+        ("training", True, lambda: _training(state)),
+        ("metrics", True, lambda: _metrics(state)),
+        ("privacy", state.run.private, lambda: _privacy(state)),
+        ("export", True, lambda: _export(state)),
+        ("test data", True, lambda: _other(state, "test data", task.test_data)),
+        ("cloud data", task.cloud_data is not None, lambda: _cloud(state)),
+    ]
+
+
+def _clients(state: _State) -> str:
+    names = list(state.task.clients(data_folder()))
+    if not names:
+        raise TaskError("clients() names none; at least one is needed.")
+    if state.client is not None and state.client not in names:
+        raise TaskError(f"--client {state.client}: not among the {len(names)} clients.")
+    state.client = state.client or names[0]
+    return f"{len(names)} clients; checking with {state.client!r}"
+
+
+def _client_data(state: _State) -> str:
+    name = cast(str, state.client)
+    state.examples = read_examples(
+        lambda: state.task.client_data(name, data_folder()), what=f"data of client {name!r}"
+    )
+    inputs, targets = state.some()
+    return (
+        f"{size_of(state.examples)} examples: inputs {inputs.dtype} {tuple(inputs.shape[1:])}, "
+        f"targets {targets.dtype} {tuple(targets.shape[1:])}"
+    )
+
+
+def _model(state: _State) -> str:
+    state.model = build_model(state.task, state.run)
+    count = sum(p.numel() for p in state.model.parameters())
+    return f"{count:,} parameters, {count * 4 / 1e6:,.2f} MB an update"
+
+
+def _schema(state: _State) -> str:
+    inputs, targets = state.some()
+    example = state.task.example_input
+    if inputs.shape[1:] != example.shape or inputs.dtype != example.dtype:
+        raise TaskError(
+            f"example_input is {example.dtype} {tuple(example.shape)}, the client's inputs are "
+            f"{inputs.dtype} {tuple(inputs.shape[1:])}: the exported model would refuse them."
+        )
+    if not torch.isfinite(inputs.float()).all():
+        raise TaskError("the client's inputs hold values that are not finite.")
+    outputs = _outputs(state, inputs)
+    if state.task.kind == "regression":
+        if outputs[0].numel() != targets[0].numel():
+            raise TaskError(
+                f"outputs are {tuple(outputs.shape[1:])}, targets {tuple(targets.shape[1:])}: a "
+                "regression needs as many outputs as targets."
+            )
+        return f"outputs {tuple(outputs.shape[1:])} for targets {tuple(targets.shape[1:])}"
+    classes = outputs.shape[-1]
+    if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= classes:
+        raise TaskError(
+            f"targets are {targets.dtype} from {targets.min()} to {targets.max()}; with {classes} "
+            f"outputs they must be whole numbers from 0 to {classes - 1}."
+        )
+    labels = state.task.labels
+    if labels and len(labels) != classes:
+        raise TaskError(f"{len(labels)} labels for {classes} outputs.")
+    return f"{classes} classes" + (f", named {labels[0]!r} to {labels[-1]!r}" if labels else "")
+
+
+def _outputs(state: _State, inputs: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return cast(Tensor, cast(FullModel, state.model).eval()(inputs))
+
+
+def _loss(state: _State) -> str:
+    inputs, targets = state.some()
+    value = state.task.loss_of(_outputs(state, inputs), targets)
+    if value.ndim or not torch.isfinite(value):
+        raise TaskError(f"the loss is {value.tolist()}; it must be one finite number, the mean.")
+    return f"{value.item():.4g} before training"
+
+
+def _training(state: _State) -> str:
+    run, model = state.run, cast(FullModel, state.model)
+    value = train(
+        model,
+        state.few(),
+        state.task.loss_of,
+        run.client,
+        epochs=1,
+        batch_size=run.client.batch_size,
+        rng=torch.Generator().manual_seed(run.seed),
+    )
+    return f"one epoch on at most {_MOST_EXAMPLES} examples, mean loss {value:.4g}"
+
+
+def _metrics(state: _State) -> str:
+    values = evaluate(cast(FullModel, state.model), state.few(), state.task.metrics)
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _privacy(state: _State) -> str:
+    """Checked even when privacy is off, so that switching it on holds no surprise."""
+    model = build_model(state.task, state.run)
+    check_layers(model.model)
+    examples = state.few()
+    charge = Charge(round=1, noise_multiplier=1.0, sample_rate=0.5, steps=2)
+    train_private(
+        model.preprocess,
+        model.model,
+        examples,
+        state.task.loss_of,
+        state.run.client,
+        PrivatePlan(charge, clip_norm=state.run.privacy.clip_norm),
+        sampling=torch.Generator().manual_seed(0),
+        noise=torch.Generator().manual_seed(0),
+    )
+    return "every layer can be trained with example-level privacy"
+
+
+def _export(state: _State) -> str:
+    inputs, _ = state.some()
+    model = cast(FullModel, state.model).eval()
+    example = torch.stack([state.task.example_input] * 2)
+    onnx = export_onnx(model, example, labels=state.task.labels, kind=state.task.kind)
+    answered = torch.from_numpy(answer(open_session(onnx, threads=1), inputs.numpy()))
+    error = (answered - _outputs(state, inputs)).abs().max().item()
+    return f"ONNX of {len(onnx):,} bytes; largest difference from torch {error:.2g}"
+
+
+def _cloud(state: _State) -> str:
+    loader = state.task.cloud_data
+    if loader is None:
+        return "none: fine-tuning, its gate and every candidate but fp32 are left out"
+    return _other(state, "cloud data", loader)
+
+
+def _other(state: _State, what: str, loader: Callable[[Path | None], Examples]) -> str:
+    examples = read_examples(lambda: loader(data_folder()), what=what)
+    inputs, _ = gather(examples, [0])
+    if inputs.shape[1:] != state.task.example_input.shape:
+        raise TaskError(
+            f"{what}: inputs are {tuple(inputs.shape[1:])}, the clients' "
+            f"{tuple(state.task.example_input.shape)}."
+        )
+    return f"{size_of(examples)} examples"

@@ -1,0 +1,109 @@
+"""The verbs of a server: simulate, check, release. torch is imported when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from fedcore.cli import Command
+from fedcore.settings import load_run
+from server.registry.commands import release
+
+__all__ = ["check", "release", "simulate"]
+
+
+def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="the run's TOML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the file, e.g. --set federation.rounds=5; may be repeated",
+    )
+    parser.add_argument(
+        "--owner",
+        type=Path,
+        help="an owner.toml that every virtual client keeps to, e.g. --owner owner.toml",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder that results go below (default: runs)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print events, and at the end the summary, as JSON lines",
+    )
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
+    from fedcore.flower.quiet import quiet
+    from fedcore.observability.console import choose
+    from fedcore.observability.events import tee
+    from fedcore.observability.jsonl import json_lines
+    from fedcore.owner import OPEN_POLICY, load_owner, tighten
+    from fedcore.task import load_task
+    from server.folder import open_folder, write_results
+    from server.pipeline import run_pipeline
+    from server.report.tensorboard import tensorboard_events
+
+    quiet()
+    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
+    task = load_task(run.path(run.task))
+    folder = open_folder(run, options.runs)
+    with (
+        json_lines(folder / "metrics.jsonl") as lines,
+        tensorboard_events(folder / "tensorboard") as board,
+        choose(sys.stdout, json=options.json) as shown,
+    ):
+        finished = run_pipeline(run, task, owner, folder, tee(lines, board, shown))
+    delta = tighten(run, owner).privacy.target_delta if run.private else None
+    summary = write_results(
+        folder, finished, target_delta=delta, seconds=time.monotonic() - started
+    )
+    if options.json:
+        print(json.dumps({"event": "summary", **summary}))
+    else:
+        print(f"report: {os.path.relpath(folder / 'report.html')}")
+    return 0
+
+
+simulate = Command(
+    help="train over simulated clients, then fine-tune, compress, test and publish",
+    arguments=_simulate_arguments,
+    run=_simulate,
+    example="fedcore simulate run.toml --set federation.rounds=5",
+)
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", type=Path, help="a task file, or the run's TOML file")
+    parser.add_argument("--client", help="the client to check with; the first one when unset")
+    parser.add_argument("--json", action="store_true", help="print findings as one JSON object")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fedcore.flower.quiet import quiet
+    from server.check import check_task, print_findings
+
+    quiet()
+    findings = check_task(options.task, client=options.client)
+    return print_findings(findings, as_json=options.json)
+
+
+check = Command(
+    help="run one step of everything on one client's data and say what would fail later",
+    arguments=_check_arguments,
+    run=_check,
+    example="fedcore check task.py",
+)

@@ -1,0 +1,167 @@
+"""The candidates: each an object that knows how to make one model file from what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.config import CandidateName, RunConfig
+from fedcore.seeds import torch_rng
+from fedcore.task import Examples, Task, size_of
+from fedcore.training.batches import gather
+from server.compression.prune import prune_and_recover
+from server.compression.quantise import int8_dynamic, int8_static
+from server.export import export_onnx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What candidates are made from. What several of them need is made once, when first asked."""
+
+    run: RunConfig
+    task: Task
+    module: nn.Sequential
+    """The trained full model, on the CPU, in evaluation mode."""
+    examples: Examples | None
+    """The cloud's training data."""
+    reduce_range: bool
+    """See `server.compression.quantise.int8_static`."""
+
+    @property
+    def example_batch(self) -> Tensor:
+        """The example input, twice."""
+        return torch.stack([self.task.example_input] * 2)
+
+    @property
+    def train(self) -> Examples:
+        """The cloud's training data, for candidates that are only made where there is some."""
+        assert self.examples is not None
+        return self.examples
+
+    @cached_property
+    def fp32(self) -> bytes:
+        """The model as it was trained."""
+        return self._export(self.module)
+
+    @cached_property
+    def pruned(self) -> nn.Sequential:
+        """The model with fewer channels, trained further."""
+        compression = self.run.compression
+        return prune_and_recover(
+            self.module,
+            self.example_batch,
+            self.train,
+            self.task.loss_of,
+            self.run.finetune,
+            fraction=compression.prune_fraction,
+            epochs=compression.prune_epochs,
+            seed=self.run.seed,
+        )
+
+    @cached_property
+    def pruned_fp32(self) -> bytes:
+        """The pruned model, exported."""
+        return self._export(self.pruned)
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Random inputs of the cloud's training data, at most as many as are configured."""
+        order = torch.randperm(
+            size_of(self.train), generator=torch_rng(self.run.seed, "calibration")
+        )
+        return gather(self.train, order[: self.run.compression.calibration_examples])[0]
+
+    @property
+    def saw_all(self) -> str:
+        """Says, for the manifest, that pruning trained on all there was."""
+        return f"{size_of(self.train)} examples of the cloud's training data, after pruning"
+
+    @property
+    def saw_some(self) -> str:
+        """Says, for the manifest, what calibration saw."""
+        return (
+            f"{len(self.calibration)} of {size_of(self.train)} examples of the cloud's training "
+            "data, for ranges of activations"
+        )
+
+    def _export(self, module: nn.Sequential) -> bytes:
+        return export_onnx(module, self.example_batch, labels=self.task.labels, kind=self.task.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A candidate's model file, and what it must answer like."""
+
+    onnx: bytes
+    reference: nn.Sequential
+    """The torch model that it was exported from."""
+    exact: bool
+    """Whether it computes as its reference does, so that they may differ by rounding alone."""
+    calibration: str
+    """What data quantisation and pruning saw, or ``none``."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a model smaller or faster."""
+
+    name: CandidateName
+    build: Callable[[Material], Built]
+    """Raises `CompressionError`, with the reason, for a model that it cannot be made of."""
+
+
+def _fp32(material: Material) -> Built:
+    return Built(onnx=material.fp32, reference=material.module, exact=True, calibration="none")
+
+
+def _int8_static(material: Material) -> Built:
+    return Built(
+        onnx=int8_static(material.fp32, material.calibration, reduce_range=material.reduce_range),
+        reference=material.module,
+        exact=False,
+        calibration=material.saw_some,
+    )
+
+
+def _int8_dynamic(material: Material) -> Built:
+    return Built(
+        onnx=int8_dynamic(material.fp32, reduce_range=material.reduce_range),
+        reference=material.module,
+        exact=False,
+        calibration="none",
+    )
+
+
+def _pruned(material: Material) -> Built:
+    return Built(
+        onnx=material.pruned_fp32,
+        reference=material.pruned,
+        exact=True,
+        calibration=material.saw_all,
+    )
+
+
+def _pruned_int8(material: Material) -> Built:
+    return Built(
+        onnx=int8_static(
+            material.pruned_fp32, material.calibration, reduce_range=material.reduce_range
+        ),
+        reference=material.pruned,
+        exact=False,
+        calibration=f"{material.saw_all}; {material.saw_some}",
+    )
+
+
+FP32 = Candidate("fp32", _fp32)
+ALL: tuple[Candidate, ...] = (
+    FP32,
+    Candidate("int8_static", _int8_static),
+    Candidate("int8_dynamic", _int8_dynamic),
+    Candidate("pruned", _pruned),
+    Candidate("pruned_int8", _pruned_int8),
+)
+"""In the order of `fedcore.config.CANDIDATES`."""

@@ -1,0 +1,306 @@
+"""Compression: every candidate is built, checked, weighed and timed, and the best is chosen."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedcore.artifacts.manifest import Parity
+from fedcore.artifacts.parity import FloatArray, agreement, max_abs_error
+from fedcore.config import RunConfig
+from fedcore.errors import CompressionError, ParityError, TaskError
+from fedcore.files import sha256_hex
+from fedcore.metrics import Metric
+from fedcore.task import Task, size_of
+from server.cloud import CloudData
+from server.compression.candidates import ALL, FP32, Built, Candidate, Material
+from server.compression.choose import choose
+from server.compression.golden import golden_inputs, tolerance
+from server.compression.quantise import saturates
+from server.compression.runtime import answer, answers, open_session
+from server.compression.timing import TORCH, Timing, time_candidates
+from server.records import CandidateRecord
+
+EXACT = 1e-3
+"""How far float32 models may differ, relative to their largest output: rounding in another order.
+An export is refused beyond it, and so is a released float32 model by a device's self-test."""
+QUANTISED = 0.05
+"""How far an int8 model's golden outputs may differ on a device, likewise. Processors round
+8-bit products differently, and a step of one activation moves what follows; one that saturates
+where this one did not is further off than that, and must not serve the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What compression came to."""
+
+    records: tuple[CandidateRecord, ...]
+    """All configured candidates; one that could not be built is refused, with NaN for figures."""
+    chosen: str
+    files: Mapping[str, bytes]
+    """The ONNX file of every candidate that was built, by name."""
+    torch_p50_us: float
+    """Median time of one inference of the uncompressed model in torch, on one thread."""
+    parity: Parity
+    """Of the chosen candidate."""
+    golden_inputs: NDArray[Any]
+    """Synthetic inputs ``(N, ...)``; see `server.compression.golden`."""
+    golden_outputs: FloatArray
+    """What the chosen file answers to each of them, asked one at a time, ``(N, ...)``."""
+    golden_tolerance: float
+    """A device's outputs may differ from these by so much, absolutely."""
+    calibration: str
+    """What data the chosen candidate's quantisation and pruning saw, or ``none``."""
+    notes: tuple[str, ...]
+    """What a reader of the report should know, a sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weighed:
+    """A candidate that was built and answers."""
+
+    built: Built
+    golden: FloatArray
+    max_abs_error: float
+    heldout: FloatArray | None
+    metric: float
+
+
+def compress(
+    run: RunConfig,
+    task: Task,
+    model: nn.Sequential,
+    cloud: CloudData | None,
+    *,
+    progress: Callable[[str], None],
+    reduce_range: bool | None = None,
+) -> Compressed:
+    """Makes the configured candidates of a trained model, and chooses the one to release.
+
+    Args:
+        run: ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are read.
+        task: What the model is for.
+        model: The trained full model, on the CPU. Not changed.
+        cloud: Its training part calibrates and trains pruned models, its held-out part weighs
+            candidates. Without it, or without a held-out part, only fp32 is made.
+        progress: Takes a line for people at each step.
+        reduce_range: Keep int8 weights to 7 bits; decided by this machine's processor when unset,
+            and said in the notes.
+
+    Guarantee:
+        The same arguments give the same bytes of every file, in any process, on machines of one
+        kind with one version of each library. Times differ; whether ``max_p50_us`` refuses a
+        candidate can differ with them.
+
+    Raises:
+        TaskError: the model cannot be exported.
+        ParityError: an export answers differently from the model that it was made from.
+        CompressionError: the model's weights are not finite, or no candidate keeps to the limits.
+    """
+    _demand_finite_weights(model)
+    if cloud is not None and not (size_of(cloud.train) and size_of(cloud.heldout)):
+        cloud = None
+    if reduce_range is None:
+        reduce_range = saturates(_cpuinfo())
+    material = Material(
+        run=run,
+        task=task,
+        module=copy.deepcopy(model).eval(),
+        examples=cloud.train if cloud else None,
+        reduce_range=reduce_range,
+    )
+    golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
+    wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
+
+    weighed: dict[str, _Weighed] = {}
+    refused: dict[str, str] = {}
+    for candidate in wanted:
+        progress(f"compression: building and weighing {candidate.name}")
+        try:
+            weighed[candidate.name] = _weigh(candidate, material, golden, cloud)
+        except ParityError:
+            raise  # the export itself is wrong, so none of its figures would mean anything
+        except (CompressionError, TaskError) as error:
+            if candidate is FP32:
+                raise
+            refused[candidate.name] = str(error)
+            progress(f"compression: {candidate.name} was not built: {error}")
+
+    files = {name: each.built.onnx for name, each in weighed.items()}
+    progress(f"compression: timing {', '.join(files)} and torch in turn")
+    timings = time_candidates(
+        files,
+        material.module,
+        task.example_input,
+        threads=run.serving.threads,
+        runs=run.compression.timing_runs,
+    )
+    measured = _records(weighed, timings, task.primary, task.kind)
+    judged, chosen = choose(measured, run.compression)
+    of = {**{record.name: record for record in judged}, **_unbuilt(refused)}
+    records = tuple(of[candidate.name] for candidate in wanted)
+    for record in records:
+        progress(f"compression: {record.name}: {record.reason}")
+
+    released = weighed[chosen]
+    return Compressed(
+        records=records,
+        chosen=chosen,
+        files=files,
+        torch_p50_us=timings[TORCH].p50_us,
+        parity=_parity(of[chosen], of[FP32.name], task.primary if cloud else None),
+        golden_inputs=golden,
+        golden_outputs=released.golden,
+        golden_tolerance=tolerance(
+            released.golden, relative=EXACT if released.built.exact else QUANTISED
+        ),
+        calibration=released.built.calibration,
+        notes=_notes(cloud, files, reduce_range),
+    )
+
+
+def _weigh(
+    candidate: Candidate, material: Material, golden: NDArray[Any], cloud: CloudData | None
+) -> _Weighed:
+    """Builds a candidate, passes it through the parity gate, and asks it everything held out."""
+    built = candidate.build(material)
+    session = open_session(built.onnx, threads=material.run.serving.threads)
+    with torch.inference_mode():
+        expected = built.reference(torch.from_numpy(golden)).float().numpy()
+    outputs = answer(session, golden)
+    error = max_abs_error(expected, outputs)
+    if built.exact:
+        _parity_gate(candidate.name, error, expected)
+    heldout, metric = None, math.nan
+    if cloud is not None:
+        heldout, targets = answers(session, cloud.heldout)
+        metric = material.task.primary.compute(torch.from_numpy(heldout), targets)
+        if not math.isfinite(metric):
+            raise CompressionError(
+                f"candidate {candidate.name}: its {material.task.primary.name} on the cloud's "
+                f"held-out data is {metric}, so it cannot be weighed. It was not released; look "
+                "for inputs or outputs that are not finite."
+            )
+    if not math.isfinite(error):
+        raise CompressionError("its answers to the golden inputs are not finite")
+    return _Weighed(
+        built=built, golden=outputs, max_abs_error=error, heldout=heldout, metric=metric
+    )
+
+
+def _parity_gate(name: str, error: float, expected: FloatArray) -> None:
+    allowed = tolerance(expected, relative=EXACT)
+    if error <= allowed:
+        return
+    where = "" if np.isfinite(expected).all() else " (torch itself answers with NaN or infinity)"
+    raise ParityError(
+        f"candidate {name}: the exported model's answers to the golden inputs differ from torch's "
+        f"by up to {error:.3g}, and {allowed:.3g} is allowed{where}. Nothing was released; look in "
+        "the model for operations that ONNX rounds or orders differently, or for large weights."
+    )
+
+
+def _demand_finite_weights(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise CompressionError(
+                f"model: {count} of the {tensor.numel()} values of {name!r} are NaN or infinite. "
+                "Nothing was compressed or released; training has diverged, so lower its "
+                "learning rate and run again."
+            )
+
+
+def _records(
+    weighed: Mapping[str, _Weighed], timings: Mapping[str, Timing], metric: Metric, kind: str
+) -> list[CandidateRecord]:
+    """The figures of each candidate against fp32's; the verdict is still open."""
+    base = weighed[FP32.name]
+    return [
+        CandidateRecord(
+            name=name,
+            metric=each.metric,
+            drop=0.0 if each is base else metric.worsening(base.metric, each.metric),
+            agreement=(
+                1.0
+                if each.heldout is None or base.heldout is None
+                else agreement(base.heldout, each.heldout, kind=kind)
+            ),
+            max_abs_error=each.max_abs_error,
+            bytes=len(each.built.onnx),
+            sha256=sha256_hex(each.built.onnx),
+            p50_us=timings[name].p50_us,
+            p50_min_us=timings[name].p50_min_us,
+            p50_max_us=timings[name].p50_max_us,
+            admitted=False,
+            reason="",
+        )
+        for name, each in weighed.items()
+    ]
+
+
+def _unbuilt(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
+    """Records of candidates without figures: NaN rather than a 0 that could be taken for one."""
+    return {
+        name: CandidateRecord(
+            name=name,
+            metric=math.nan,
+            drop=math.nan,
+            agreement=math.nan,
+            max_abs_error=math.nan,
+            bytes=0,
+            sha256="",
+            p50_us=math.nan,
+            p50_min_us=math.nan,
+            p50_max_us=math.nan,
+            admitted=False,
+            reason=f"refused: {reason}",
+        )
+        for name, reason in refused.items()
+    }
+
+
+def _parity(chosen: CandidateRecord, fp32: CandidateRecord, metric: Metric | None) -> Parity:
+    """The manifest's figures; its metric is ``none`` where there was no data to weigh on."""
+    return Parity(
+        max_abs_error=chosen.max_abs_error,
+        agreement=chosen.agreement,
+        metric=metric.name if metric else "none",
+        metric_before=fp32.metric if metric else 0.0,
+        metric_after=chosen.metric if metric else 0.0,
+    )
+
+
+def _notes(
+    cloud: CloudData | None, files: Mapping[str, bytes], reduce_range: bool
+) -> tuple[str, ...]:
+    if cloud is None:
+        return (
+            "The cloud has no held-out data to weigh candidates on, so the model was exported as "
+            "it is, without compression.",
+        )
+    if not any("int8" in name for name in files):
+        return ()
+    if reduce_range:
+        return (
+            "int8 weights were kept to 7 bits (reduce_range), so that processors without 8-bit dot "
+            "products answer alike.",
+        )
+    return (
+        "int8 weights use all 8 bits. An x86 device without VNNI or AMX may answer differently; "
+        "its self-test then refuses the model.",
+    )
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""

@@ -1,0 +1,144 @@
+"""Structured pruning: whole channels go, so that what remains is smaller and faster anywhere."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+from fedcore.config import Finetune
+from fedcore.errors import CompressionError, TrainingDiverged
+from fedcore.seeds import global_streams, torch_rng
+from fedcore.task import Examples, Loss
+from fedcore.training.local import train
+from server.export import quiet
+
+_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def prune_channels(
+    module: nn.Sequential, example_batch: Tensor, *, fraction: float
+) -> nn.Sequential:
+    """Removes the least important channels of every hidden layer.
+
+    A channel's importance is the L2 norm of all weights that go with it: its own, and those that
+    read it in later layers. Inputs, and the outputs of the last layer, keep their size.
+
+    Args:
+        module: The full model, on the CPU. Not changed.
+        example_batch: Inputs ``(2, ...)`` on which the model is traced.
+        fraction: Share of each hidden layer's channels to remove, between 0 and 1.
+
+    Returns:
+        A smaller copy; its weights are those of the channels that stay, not yet trained further.
+
+    Raises:
+        CompressionError: the model has no channels that can go, or is built in a way that cannot
+            be pruned (recurrent layers, attention).
+
+    Source:
+        Fang et al. 2023, arXiv:2301.12900 (dependency graph and group importance).
+    """
+    pruned = copy.deepcopy(module).eval()
+    before = _size(pruned)
+    with torch.no_grad():
+        expected = pruned(example_batch).shape
+    try:
+        with quiet():
+            torch_pruning.pruner.BasePruner(
+                pruned,
+                example_batch,
+                importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=fraction,
+                ignored_layers=[_last_layer(pruned, example_batch)],
+                root_module_types=list(_PRUNABLE),
+                # The library's defaults are dictionaries that all its pruners would share.
+                in_channel_groups={},
+                out_channel_groups={},
+                num_heads={},
+            ).step()
+            with torch.no_grad():
+                shape = pruned(example_batch).shape
+    except CompressionError:
+        raise
+    except Exception as error:  # the library fails in many ways on models that it does not know
+        raise CompressionError(
+            f"it cannot be pruned: {type(error).__name__}: {_short(error)}"
+        ) from error
+    if shape != expected:
+        raise CompressionError(
+            f"it cannot be pruned: outputs would go from {tuple(expected)} to {tuple(shape)}"
+        )
+    if _size(pruned) == before:
+        raise CompressionError("it has no hidden channels that can be removed")
+    return pruned
+
+
+def prune_and_recover(
+    module: nn.Sequential,
+    example_batch: Tensor,
+    examples: Examples,
+    loss: Loss,
+    settings: Finetune,
+    *,
+    fraction: float,
+    epochs: int,
+    seed: int,
+) -> nn.Sequential:
+    """Prunes a model and trains what remains on the cloud's data.
+
+    Args:
+        module: The full model, on the CPU. Not changed.
+        example_batch: Inputs ``(2, ...)``.
+        examples: The cloud's training data.
+        loss: Mean loss over a batch.
+        settings: The optimiser's, and the batch size.
+        fraction: Share of each hidden layer's channels to remove.
+        epochs: Passes over ``examples``; 0 to leave the weights as pruning left them.
+        seed: Of the run: fixes the order of examples and dropout.
+
+    Raises:
+        CompressionError: it cannot be pruned, or training what remains fails.
+    """
+    pruned = prune_channels(module, example_batch, fraction=fraction)
+    try:
+        with global_streams(seed, "prune"):
+            train(
+                pruned,
+                examples,
+                loss,
+                settings,
+                epochs=epochs,
+                batch_size=settings.batch_size,
+                rng=torch_rng(seed, "prune", "order"),
+            )
+    except (TrainingDiverged, RuntimeError, ValueError) as error:
+        raise CompressionError(f"training after pruning failed: {_short(error)}") from error
+    return pruned.eval()
+
+
+def _last_layer(module: nn.Module, example_batch: Tensor) -> nn.Module:
+    """The layer with channels that runs last, whose outputs are the model's."""
+    ran: list[nn.Module] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, *_: ran.append(layer))
+        for layer in module.modules()
+        if isinstance(layer, _PRUNABLE)
+    ]
+    with torch.no_grad():
+        module(example_batch)
+    for hook in hooks:
+        hook.remove()
+    if not ran:
+        raise CompressionError("it has no linear or convolutional layers to prune")
+    return ran[-1]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _short(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or "no reason given"

@@ -1,0 +1,141 @@
+"""8-bit weights and activations, with onnxruntime's quantisers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor
+
+from fedcore.errors import CompressionError
+from server.export import INPUT, finish, properties_of, quiet
+
+_CALIBRATION_BATCH = 32
+_DOT_PRODUCT = {"avx512_vnni", "avx_vnni", "amx_int8"}
+_WEIGHTED = {"Gemm", "MatMul", "Conv"}
+
+
+def saturates(cpuinfo: str) -> bool:
+    """Whether an x86 processor's 8-bit products can overflow 16 bits, and so change answers.
+
+    Those with VNNI or AMX add into 32 bits; so do Arm's, whose ``/proc/cpuinfo`` has no ``flags``.
+
+    Args:
+        cpuinfo: The text of ``/proc/cpuinfo``; empty where there is none.
+    """
+    lines = [line for line in cpuinfo.splitlines() if line.startswith("flags")]
+    return bool(lines) and not _DOT_PRODUCT & set(lines[0].split())
+
+
+def int8_static(model: bytes, calibration: Tensor, *, reduce_range: bool) -> bytes:
+    """Quantises weights and activations, with ranges of activations taken from examples.
+
+    The last layer stays float32: it decides among close outputs, and its rounding was most of the
+    worst error, for little of the size. Weights have one scale for each output channel.
+
+    Args:
+        model: An ONNX file of `server.export`.
+        calibration: Inputs ``(N, ...)`` of the cloud's training data.
+        reduce_range: Keep weights to 7 bits, for processors that `saturates` is true of. It changes
+            the bytes, so it is the caller's to decide and to report.
+
+    Raises:
+        CompressionError: nothing in the model can be quantised, or the quantiser fails.
+    """
+
+    def quantise(source: Path, target: Path) -> None:
+        quantize_static(
+            source,
+            target,
+            _Calibration(calibration),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=_last_layer(onnx.load(source)),
+        )
+
+    return _quantised(model, quantise)
+
+
+def int8_dynamic(model: bytes, *, reduce_range: bool) -> bytes:
+    """Quantises the weights of matrix products; activations are scaled as they come.
+
+    Convolutions stay float32: onnxruntime has no kernel for them with signed 8-bit weights.
+
+    Args:
+        model: An ONNX file of `server.export`.
+        reduce_range: As for `int8_static`.
+
+    Raises:
+        CompressionError: nothing in the model can be quantised, or the quantiser fails.
+    """
+
+    def quantise(source: Path, target: Path) -> None:
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm", "LSTM", "Gather"],
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
+        )
+
+    return _quantised(model, quantise)
+
+
+class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """The reader that onnxruntime pulls batches from."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        batches = torch.split(inputs, _CALIBRATION_BATCH)
+        self._batches: Iterator[NDArray[Any]] = iter([batch.numpy() for batch in batches])
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch}
+
+
+def _quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
+    """Runs a quantiser, which reads and writes files, on bytes."""
+    properties = properties_of(onnx.load_model_from_string(model))
+    with tempfile.TemporaryDirectory(prefix="fedcore-quantise-") as folder:
+        source, prepared, target = (
+            Path(folder) / name for name in ("model.onnx", "prepared.onnx", "quantised.onnx")
+        )
+        source.write_bytes(model)
+        try:
+            with quiet():
+                quant_pre_process(source, prepared)
+                quantise(prepared, target)
+                result = onnx.load(target)
+        except Exception as error:  # onnxruntime raises plain Exceptions as well as its own
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise CompressionError(
+                f"it cannot be quantised: {type(error).__name__}: {reason}"
+            ) from error
+    narrow = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    if not any(t.data_type in narrow and len(t.dims) > 1 for t in result.graph.initializer):
+        raise CompressionError("none of its layers can be quantised")
+    return finish(result, properties)
+
+
+def _last_layer(model: onnx.ModelProto) -> list[str]:
+    names = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
+    return names[-1:]

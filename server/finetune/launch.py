@@ -1,0 +1,111 @@
+"""Fine-tuning, launched through torchrun's Python API and judged by a gate."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import fedcore.errors as errors
+from fedcore.config import RunConfig
+from fedcore.errors import FedcoreError, TrainingError
+from fedcore.files import write_atomic
+from fedcore.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
+from fedcore.task import Task
+from fedcore.training.evaluate import evaluate
+from server.cloud import CloudData
+from server.finetune.job import Job, trained
+from server.finetune.worker import work
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came of fine-tuning."""
+
+    model: FullModel
+    """The model that goes on: the fine-tuned one, or the federated one where the gate closed."""
+    candidate: FullModel
+    """The fine-tuned model, kept or not."""
+    cloud_alone: FullModel
+    """The same network trained in the same way on the cloud's data alone, for comparison."""
+    kept: bool
+    before: float
+    after: float
+    """The primary metric on the cloud's held-out data."""
+
+
+def fine_tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> Finetuned:
+    """Trains the federated model on the cloud's data, and an untrained one beside it.
+
+    The result is kept only if the held-out metric is not worse than before by more than
+    ``finetune.max_metric_drop``.
+
+    Raises:
+        TrainingDiverged: a loss was not finite.
+        TrainingError: a process failed.
+    """
+    untrained = build_model(task, run)
+    untrained.preprocess.load_state_dict(model.preprocess.state_dict())
+    candidate, cloud_alone = build_model(task, run), build_model(task, run)
+    with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
+        starts = {"federated": model, "untrained": untrained}
+        paths = {name: Path(folder) / f"{name}.safetensors" for name in starts}
+        for name, start in starts.items():
+            write_atomic(paths[name], checkpoint_bytes(start))
+        _launch(
+            Job(
+                run=run.model_dump_json(),
+                base=str(run.base),
+                starts=tuple(map(str, paths.values())),
+                folder=folder,
+            ),
+            run.finetune.processes,
+        )
+        for result, name in ((candidate, "federated"), (cloud_alone, "untrained")):
+            path = trained(paths[name])
+            load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
+    primary = task.primary
+    before = evaluate(model, cloud.heldout, [primary])[primary.name]
+    after = evaluate(candidate, cloud.heldout, [primary])[primary.name]
+    kept = primary.worsening(before, after) <= run.finetune.max_metric_drop
+    return Finetuned(candidate if kept else model, candidate, cloud_alone, kept, before, after)
+
+
+def _launch(job: Job, processes: int) -> None:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # one machine: nothing listens where others can reach it
+        start_method="spawn",
+        max_restarts=0,
+        monitor_interval=0.05,
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs")),
+    )
+    try:
+        elastic_launch(config, work)(job)
+    except ChildFailedError as failure:
+        raise _reason(job, failure) from failure
+
+
+def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
+    """The error of the first process that failed, as it would have been raised here."""
+    if job.error_file.exists():
+        told = json.loads(job.error_file.read_text())
+        kind: type[FedcoreError] = getattr(errors, told["type"])
+        return kind(told["message"])
+    _, first = failure.get_first_failure()
+    return TrainingError(
+        f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode}: "
+        f"{first.message or 'it left no message'}. The federated model stands; run again, and look "
+        "for a lack of memory if it fails again."
+    )

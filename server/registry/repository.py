@@ -1,0 +1,369 @@
+"""The signed repository on disk: made, read back verified, and changed in one step.
+
+::
+
+    metadata/N.root.json, N.targets.json      who may sign what; offline keys
+    metadata/N.releases.json                  the published files; online key
+    metadata/N.snapshot.json, timestamp.json  which of those are in force; online keys
+    targets/models/MODEL/VERSION/HASH.FILE    the files, named by their digests
+
+Devices start at ``timestamp.json``. It is replaced last and atomically, so at any moment the
+repository is either as it was or wholly changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+    TOP_LEVEL_ROLE_NAMES,
+    DelegatedRole,
+    Delegations,
+    Key,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from fedcore.errors import DataError, ReleaseError
+from fedcore.files import disk_errors, read_bytes, write_atomic
+from server.registry.keys import MAX_METADATA_BYTES, Keys
+
+OFFLINE_EXPIRY = timedelta(days=365)
+"""Root and targets: each renewal takes the offline keys out of their safe, so seldom."""
+RELEASES_EXPIRY = timedelta(days=30)
+"""Releases and snapshot: a stolen online key signs nothing that outlives a month, and `refresh`
+renews both without a person."""
+TIMESTAMP_EXPIRY = timedelta(days=7)
+"""A device that is shown a frozen repository notices within a week; `refresh` runs daily or so."""
+
+RELEASE_FILES = ("golden.safetensors", "manifest.json", "model.onnx")
+POINTER = "release.json"
+
+Payload = TypeVar("Payload", Root, Targets, Snapshot, Timestamp)
+
+
+@dataclass(frozen=True)
+class State:
+    """The metadata in force, each part verified by the one that vouches for it."""
+
+    root: Root
+    targets: Targets
+    releases: Targets
+    snapshot: Snapshot
+    timestamp: Timestamp
+
+
+@contextmanager
+def locked(repository: Path) -> Iterator[None]:
+    """Holds the repository's lock, waiting for whoever has it.
+
+    The kernel gives it back when its holder ends, however that happens.
+
+    Raises:
+        ReleaseError: there is no repository here.
+    """
+    if not (repository / "metadata").is_dir():
+        raise ReleaseError(
+            f"{repository}: there is no release repository here. Nothing was published; "
+            "`fedcore release init` makes one."
+        )
+    with disk_errors(repository), (repository / ".lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def delegated_paths(models: Sequence[str]) -> list[str]:
+    """The target paths that the online ``releases`` key may sign, file by file.
+
+    A wildcard of TUF stays within one folder, so ``*`` stands for one model or one version.
+    """
+    return [
+        f"models/{model}/{rest}"
+        for model in models or ["*"]
+        for rest in (POINTER, *(f"*/{name}" for name in RELEASE_FILES))
+    ]
+
+
+def refuse_occupied(repository: Path) -> None:
+    """Raises `ReleaseError` unless a repository can be made in this folder."""
+    if repository.exists() and (not repository.is_dir() or any(repository.iterdir())):
+        raise ReleaseError(
+            f"{repository}: expected an empty folder, or none. Nothing was written; choose "
+            "another, or publish to the repository that is there."
+        )
+
+
+def create(repository: Path, keys: Keys, *, models: Sequence[str], now: datetime) -> bytes:
+    """Makes an empty repository and returns its root metadata, which devices are given.
+
+    Args:
+        repository: A folder that is not there yet, or is empty.
+        keys: All five.
+        models: The only models that may ever be published without the offline keys; any when
+            empty.
+        now: Expiry counts from here; UTC.
+
+    Raises:
+        DiskFull: there was no room.
+    """
+    root = Root(version=1, expires=now + OFFLINE_EXPIRY, consistent_snapshot=True)
+    for role in sorted(TOP_LEVEL_ROLE_NAMES):
+        root.add_key(keys.public(role), role)
+    releases_key = keys.public("releases")
+    delegated = DelegatedRole(
+        name="releases",
+        keyids=[releases_key.keyid],
+        threshold=1,
+        terminating=True,  # what it does not list does not exist: nobody else is asked
+        paths=delegated_paths(models),
+    )
+    by_id: dict[str, Key] = {releases_key.keyid: releases_key}
+    targets = Targets(
+        version=1,
+        expires=now + OFFLINE_EXPIRY,
+        delegations=Delegations(keys=by_id, roles={"releases": delegated}),
+    )
+    releases = Targets(version=1, expires=now + RELEASES_EXPIRY)
+    raw_root = sign(root, keys, "root")
+    _replace(
+        repository,
+        keys,
+        {"targets": targets, "releases": releases},
+        {"metadata/1.root.json": raw_root},
+        snapshot=Snapshot(version=1, expires=now + RELEASES_EXPIRY, meta={}),
+        timestamp_version=1,
+        now=now,
+    )
+    return raw_root
+
+
+def read_state(repository: Path, trusted_root: bytes) -> State:
+    """Reads the metadata in force and verifies it from ``trusted_root`` down.
+
+    Expiry is not looked at: what has expired can still be renewed.
+
+    Raises:
+        ReleaseError: a part is missing, damaged, or not signed by the keys that it should be.
+    """
+    folder = repository / "metadata"
+    try:
+        root = _verified(Root, trusted_root, "root", None)
+        while (path := folder / f"{root.version + 1}.root.json").exists():
+            newer = _verified(Root, _read(path), "root", root)
+            if newer.version != root.version + 1:
+                raise RepositoryError(f"{path.name} says that it is version {newer.version}")
+            root = newer
+        timestamp = _verified(Timestamp, _read(folder / "timestamp.json"), "timestamp", root)
+        snapshot = _vouched(Snapshot, folder, "snapshot", timestamp.snapshot_meta, root)
+        targets = _vouched(Targets, folder, "targets", snapshot.meta["targets.json"], root)
+        releases = _vouched(Targets, folder, "releases", snapshot.meta["releases.json"], targets)
+    except (RepositoryError, DataError, KeyError, ValueError) as error:
+        raise ReleaseError(
+            f"{repository}: this repository does not verify with the root in the folder of keys: "
+            f"{type(error).__name__}: {error}. Nothing was published; name the folder of keys that "
+            "belongs to it, or restore it from a copy."
+        ) from error
+    return State(root, targets, releases, snapshot, timestamp)
+
+
+def check_keys(state: State, keys: Keys, repository: Path) -> None:
+    """Raises `ReleaseError` unless each key is the one that its role trusts."""
+    for role in keys.signers:
+        delegator = state.targets if role == "releases" else state.root
+        if keys.public(role).keyid not in delegator.get_delegated_role(role).keyids:
+            raise ReleaseError(
+                f"{repository}: its role {role!r} is signed by another key than the one given "
+                f"({keys.public(role).keyid[:12]}). Nothing was published; name the folder of keys "
+                "that `fedcore release init` made for this repository."
+            )
+
+
+def may_publish(state: State, path: str) -> bool:
+    """Whether the online key is trusted for a target path."""
+    role = state.targets.get_delegated_role("releases")
+    return isinstance(role, DelegatedRole) and role.is_delegated_path(path)
+
+
+def read_target(repository: Path, state: State, path: str) -> bytes:
+    """The bytes of a published file, verified.
+
+    Raises:
+        ReleaseError: it is missing or differs from what was signed.
+    """
+    info = state.releases.targets[path]
+    try:
+        raw = read_bytes(
+            repository / "targets" / info.get_prefixed_paths()[0],
+            max_bytes=info.length,
+            what="a published file",
+        )
+        info.verify_length_and_hashes(raw)
+    except (DataError, RepositoryError) as error:
+        raise ReleaseError(
+            f"{repository}: {path} is not what was published: {error} Nothing was changed; restore "
+            "the file from a copy of the repository."
+        ) from error
+    return raw
+
+
+def add(
+    repository: Path, state: State, keys: Keys, files: Mapping[str, bytes], *, now: datetime
+) -> None:
+    """Puts files into force under their target paths; with none, renews what has an expiry.
+
+    Args:
+        repository: Locked by the caller.
+        state: As read under that lock.
+        keys: The online ones.
+        files: Bytes by target path.
+        now: Expiry counts from here; UTC.
+
+    Raises:
+        ReleaseError: the offline metadata has expired, or there is more than devices will read.
+        DiskFull: there was no room. In both cases the release before stays in force.
+    """
+    _replace_online(repository, state, keys, files, {}, now=now)
+
+
+def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) -> None:
+    """Signs root and targets anew for a year, and everything below them.
+
+    Raises:
+        DiskFull: there was no room; what was in force stays so.
+    """
+    root = Root.from_dict(state.root.to_dict())
+    root.version, root.expires = root.version + 1, now + OFFLINE_EXPIRY
+    targets = Targets.from_dict(state.targets.to_dict())
+    targets.version, targets.expires = targets.version + 1, now + OFFLINE_EXPIRY
+    # The new root names the same keys, so that it may be in force before the rest is.
+    write_atomic(repository / "metadata" / f"{root.version}.root.json", sign(root, keys, "root"))
+    renewed = State(root, targets, state.releases, state.snapshot, state.timestamp)
+    _replace_online(repository, renewed, keys, {}, {"targets": targets}, now=now)
+
+
+def sign(payload: Payload, keys: Keys, role: str) -> bytes:
+    """A metadata file: the payload with the signature of its role's key."""
+    metadata: Metadata[Payload] = Metadata(payload)
+    metadata.sign(keys.signers[role])
+    return metadata.to_bytes(JSONSerializer(compact=True))
+
+
+def _replace_online(
+    repository: Path,
+    state: State,
+    keys: Keys,
+    files: Mapping[str, bytes],
+    roles: Mapping[str, Targets],
+    *,
+    now: datetime,
+) -> None:
+    for role, payload in (("root", state.root), ("targets", state.targets)):
+        if payload.is_expired(now):
+            raise ReleaseError(
+                f"{repository}: the metadata of role {role!r} expired on {payload.expires:%Y-%m-%d}"
+                ", so devices would refuse whatever is published. Nothing was; `fedcore release "
+                "refresh --offline` renews it with the offline keys."
+            )
+    infos = {path: TargetFile.from_data(path, data, ["sha256"]) for path, data in files.items()}
+    releases = Targets(
+        version=state.releases.version + 1,
+        expires=now + RELEASES_EXPIRY,
+        targets={**state.releases.targets, **infos},
+    )
+    _replace(
+        repository,
+        keys,
+        {**roles, "releases": releases},
+        {f"targets/{infos[path].get_prefixed_paths()[0]}": data for path, data in files.items()},
+        snapshot=Snapshot(
+            version=state.snapshot.version + 1,
+            expires=now + RELEASES_EXPIRY,
+            meta=dict(state.snapshot.meta),
+        ),
+        timestamp_version=state.timestamp.version + 1,
+        now=now,
+    )
+
+
+def _replace(
+    repository: Path,
+    keys: Keys,
+    roles: Mapping[str, Targets],
+    files: Mapping[str, bytes],
+    *,
+    snapshot: Snapshot,
+    timestamp_version: int,
+    now: datetime,
+) -> None:
+    """Writes everything under new names, then the timestamp, which alone is replaced."""
+    new = dict(files)
+    for role, payload in roles.items():
+        raw = sign(payload, keys, role)
+        if len(raw) > MAX_METADATA_BYTES:
+            raise ReleaseError(
+                f"{repository}: the list of published files would have {len(raw)} bytes, more than "
+                f"the {MAX_METADATA_BYTES} that devices read. Nothing was published; start a new "
+                "repository."
+            )
+        new[f"metadata/{payload.version}.{role}.json"] = raw
+        snapshot.meta[f"{role}.json"] = MetaFile.from_data(payload.version, raw, ["sha256"])
+    raw = sign(snapshot, keys, "snapshot")
+    new[f"metadata/{snapshot.version}.snapshot.json"] = raw
+    timestamp = Timestamp(
+        version=timestamp_version,
+        expires=now + TIMESTAMP_EXPIRY,
+        snapshot_meta=MetaFile.from_data(snapshot.version, raw, ["sha256"]),
+    )
+    switch, raw = repository / "metadata" / "timestamp.json", sign(timestamp, keys, "timestamp")
+    written: list[Path] = []
+    try:
+        for name, data in new.items():
+            if not (path := repository / name).exists():
+                written.append(path)
+            write_atomic(path, data)
+        write_atomic(switch, raw)
+    except BaseException:
+        if not switch.exists() or switch.read_bytes() != raw:  # not in force: nothing names them
+            for path in written:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> bytes:
+    return read_bytes(path, max_bytes=MAX_METADATA_BYTES, what="signed metadata")
+
+
+def _verified(
+    kind: type[Payload], raw: bytes, role: str, delegator: Root | Targets | None
+) -> Payload:
+    """The payload of a metadata file that ``delegator`` vouches for, or of a root for itself."""
+    metadata: Metadata[Payload] = Metadata.from_bytes(raw)
+    signed = metadata.signed
+    if not isinstance(signed, kind):
+        raise RepositoryError(f"expected metadata of type {kind.type!r}, got {signed.type!r}")
+    for vouching in (delegator, signed if isinstance(signed, Root) else None):
+        if vouching is not None:
+            vouching.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+    return signed
+
+
+def _vouched(
+    kind: type[Payload], folder: Path, role: str, meta: MetaFile, delegator: Root | Targets
+) -> Payload:
+    """The payload of a metadata file whose version and digest the level above names, too."""
+    raw = _read(folder / f"{meta.version}.{role}.json")
+    meta.verify_length_and_hashes(raw)
+    return _verified(kind, raw, role, delegator)

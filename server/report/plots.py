@@ -1,0 +1,368 @@
+"""The plots of a report, each a function from records to an ``<svg>`` element.
+
+A plot of which there is nothing to see is None: a run without privacy has no epsilon to draw.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
+
+from fedcore.observability.words import bytes_text, figure
+from server.records import CandidateRecord, ClientRecord, RoundRecord
+from server.report.summary import MODELS
+from server.report.svg import (
+    BLUE,
+    FAINT,
+    GREEN,
+    HEIGHT_IN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    draw,
+    drawable,
+    shortened,
+)
+
+_NAME_LENGTH = 24  # characters of a metric's name that fit beside an axis
+
+
+def rounds_plot(
+    rounds: Sequence[RoundRecord], *, primary: str, higher_is_better: bool, best_round: int
+) -> str | None:
+    """The primary metric and epsilon by round, above each other; the best round is marked."""
+    metric = [(r.round, r.metrics[primary]) for r in rounds if drawable(r.metrics.get(primary))]
+    epsilon = [(r.round, r.epsilon_max) for r in rounds if r.epsilon_max is not None]
+    epsilon = [point for point in epsilon if drawable(point[1])]
+    panels = [points for points in (metric, epsilon) if points]
+    if not panels:
+        return None
+
+    def paint(on: Figure) -> None:
+        axes = on.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, points in zip(axes, panels, strict=True):
+            marker = "o" if len(points) <= 40 else ""
+            colour = BLUE if points is metric else PURPLE
+            panel.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
+            panel.margins(x=0.04, y=0.12)
+            _plain_numbers(panel, "y")
+        if metric:
+            _metric_label(axes[0], "y", primary, higher_is_better)
+            _mark_best(axes[0], dict(metric), best_round)
+        if epsilon:
+            axes[-1].set_ylabel("epsilon spent (max)")
+            axes[-1].set_ylim(bottom=0)
+        _round_axis(axes[-1], rounds)
+
+    label = f"{primary} by round" + (", and epsilon spent" if epsilon else "")
+    return draw("rounds", label, paint, HEIGHT_IN if len(panels) == 1 else 1.35 * HEIGHT_IN)
+
+
+def _mark_best(axes: Axes, points: Mapping[int, float], best_round: int) -> None:
+    if best_round not in points:
+        return
+    value = points[best_round]
+    axes.plot([best_round], [value], "o", color=ORANGE, markersize=9, fillstyle="none", mew=2)
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    below, late = value > (low + high) / 2, best_round > (left + right) / 2
+    axes.annotate(
+        f"best: round {best_round}, {figure(value)}",
+        (best_round, value),
+        xytext=(6 if late else -6, -12 if below else 12),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        va="top" if below else "bottom",
+        color=ORANGE,
+    )
+
+
+def bytes_plot(rounds: Sequence[RoundRecord]) -> str | None:
+    """Bytes sent so far, clients to server and back, by round."""
+    if not any(r.bytes_up or r.bytes_down for r in rounds):
+        return None
+    numbers = [r.round for r in rounds]
+    up = list(accumulate(r.bytes_up for r in rounds))
+    down = list(accumulate(r.bytes_down for r in rounds))
+
+    def paint(on: Figure) -> None:
+        axes = on.subplots()
+        top = max(up[-1], down[-1])
+        close = abs(up[-1] - down[-1]) < 0.1 * top  # labels side by side would overlap
+        for sent, way, colour, dashes in (
+            (up, "up", BLUE, "-"),
+            (down, "down", GREEN, (0, (4, 2))),
+        ):
+            axes.plot(numbers, sent, color=colour, linestyle=dashes, marker="o", markersize=3)
+            higher = sent[-1] == top if up[-1] != down[-1] else way == "up"
+            axes.annotate(
+                f"{way} {bytes_text(sent[-1])}",
+                (numbers[-1], sent[-1]),
+                xytext=(8, (8 if higher else -8) if close else 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                annotation_clip=False,
+            )
+        axes.set_ylim(0, 1.1 * top)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+        axes.set_ylabel("bytes sent so far, all clients")
+        _round_axis(axes, rounds)
+
+    return draw("bytes", "Bytes sent by round, up and down", paint, HEIGHT_IN)
+
+
+def candidates_plot(
+    candidates: Sequence[CandidateRecord],
+    *,
+    primary: str,
+    higher_is_better: bool,
+    chosen: str | None,
+) -> str | None:
+    """Each candidate's metric against its p50 latency; the area of a marker follows its bytes."""
+    shown = [c for c in candidates if drawable(c.metric) and drawable(c.p50_us) and c.p50_us > 1e-6]
+    if not shown:
+        return None
+    largest = max(1, *(c.bytes for c in shown))
+
+    def paint(on: Figure) -> None:
+        axes = on.subplots()
+        axes.set_xscale("log")
+        for candidate in shown:
+            colour = ORANGE if candidate.name == chosen else BLUE
+            axes.plot(_bar(candidate), [candidate.metric] * 2, color=colour, linewidth=1.5)
+            axes.scatter(
+                [candidate.p50_us],
+                [candidate.metric],
+                s=40 + 300 * candidate.bytes / largest,
+                facecolor=colour if candidate.admitted else "white",
+                edgecolor=colour,
+                linewidth=1.5,
+                alpha=0.9,
+                zorder=3,
+            )
+        _log_times(axes, [c.p50_us for c in shown])
+        axes.margins(y=0.25)
+        _plain_numbers(axes, "y")
+        _metric_label(axes, "y", primary, higher_is_better)
+        axes.set_xlabel("p50 latency, \N{MICRO SIGN}s (bar: medians of repeated blocks)")
+        _label_points(on, axes, shown, chosen)
+
+    return draw("candidates", f"Candidates: {primary} against latency", paint, 1.15 * HEIGHT_IN)
+
+
+def _log_times(axes: Axes, times_us: Sequence[float]) -> None:
+    """Limits that hold at least a factor of six, and ticks that read 10, 20, 50."""
+    middle = math.sqrt(min(times_us)) * math.sqrt(max(times_us))
+    reach = max(math.sqrt(6), 1.6 * math.sqrt(max(times_us) / min(times_us)))
+    axes.set_xlim(middle / reach, middle * reach)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes, "x")
+
+
+def _label_points(
+    on: Figure, axes: Axes, shown: Sequence[CandidateRecord], chosen: str | None
+) -> None:
+    """Names beside the points, each at the first of a few places where it covers nothing."""
+    on.draw_without_rendering()  # settles the layout that the labels are placed in
+    scale = on.dpi / 72  # pixels a point
+    frame = axes.get_window_extent()
+    taken = [box for c in shown for box in _marks(axes, c, scale)]
+    for candidate in sorted(shown, key=lambda c: c.name != chosen):
+        text = _label(candidate, chosen)
+        measured = axes.text(0, 0, text, fontsize=_LABEL_PT)
+        extent = measured.get_window_extent()
+        measured.remove()
+        centre = axes.transData.transform((candidate.p50_us, candidate.metric))
+        boxes = [_box(centre, (extent.width, extent.height), place, scale) for place in _PLACES]
+        covered = [box.count_overlaps(taken) + (not _within(box, frame)) for box in boxes]
+        first = covered.index(min(covered))
+        taken.append(boxes[first])
+        dx, dy = _PLACES[first]
+        label = axes.annotate(
+            text,
+            (candidate.p50_us, candidate.metric),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha=_SIDES[_sign(dx)],
+            va=_LEVELS[_sign(dy)],
+            fontsize=_LABEL_PT,
+            color=ORANGE if candidate.name == chosen else INK if candidate.admitted else MUTED,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 5},
+        )
+        label.set_in_layout(False)
+
+
+def _label(candidate: CandidateRecord, chosen: str | None) -> str:
+    text = f"{shortened(candidate.name, 24)}, {bytes_text(candidate.bytes)}"
+    if candidate.name == chosen:
+        return f"{text}\nchosen"
+    if candidate.admitted:
+        return text
+    return f"{text}\nrefused: {shortened(candidate.reason.removeprefix('refused: '), 30)}"
+
+
+_LABEL_PT = 8.5
+_SIDES = {-1: "right", 0: "center", 1: "left"}
+_LEVELS = {-1: "top", 0: "center", 1: "bottom"}
+_PLACES = [
+    (dx * far, dy * far)
+    for far in (1.0, 2.2, 3.6)
+    for dx, dy in ((0, 12), (0, -12), (14, 0), (-14, 0), (10, 10), (-10, 10), (10, -10), (-10, -10))
+]
+"""Where a label may stand, in points from the marker, nearest first."""
+
+
+def _box(
+    centre: NDArray[np.float64], size: tuple[float, float], place: tuple[float, float], scale: float
+) -> Bbox:
+    """The pixels that a label of ``size`` covers at ``place``: its near side is the anchor."""
+    corner = [
+        middle + offset * scale + extent * (_sign(offset) - 1) / 2
+        for middle, offset, extent in zip(centre, place, size, strict=True)
+    ]
+    return Bbox.from_bounds(corner[0], corner[1], size[0], size[1])
+
+
+def _marks(axes: Axes, candidate: CandidateRecord, scale: float) -> list[Bbox]:
+    """The pixels of a candidate's marker and of its error bar."""
+    low, high = _bar(candidate)
+    x, y = axes.transData.transform((candidate.p50_us, candidate.metric))
+    left, right = (axes.transData.transform((edge, candidate.metric))[0] for edge in (low, high))
+    return [
+        Bbox.from_extents(x - 8 * scale, y - 8 * scale, x + 8 * scale, y + 8 * scale),
+        Bbox.from_extents(left, y - scale, right, y + scale),
+    ]
+
+
+def _bar(candidate: CandidateRecord) -> tuple[float, float]:
+    """The ends of the error bar; those that are not on the axis are the median itself."""
+    low, high = candidate.p50_min_us, candidate.p50_max_us
+    return (
+        low if drawable(low) and low > 0 else candidate.p50_us,
+        high if drawable(high) and high > 0 else candidate.p50_us,
+    )
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
+
+
+def _within(inner: Bbox, outer: Bbox) -> bool:
+    return bool(
+        outer.x0 <= inner.x0
+        and inner.x1 <= outer.x1
+        and outer.y0 <= inner.y0 <= inner.y1 <= outer.y1
+    )
+
+
+def clients_plot(
+    clients: Sequence[ClientRecord], *, primary: str, higher_is_better: bool
+) -> str | None:
+    """Each client's metric: in order on the left, against its examples on the right."""
+    shown = sorted((c for c in clients if drawable(c.metric)), key=lambda c: c.metric)
+    if not shown:
+        return None
+    spent = [c.epsilon if drawable(c.epsilon) else math.nan for c in shown]
+    coloured = any(value == value for value in spent)
+
+    # Eight steps: a smooth bar would be an embedded image, which the page's policy refuses.
+    colours = colormaps["viridis_r"].resampled(8).with_extremes(bad=FAINT)
+
+    def paint(on: Figure) -> None:
+        ordered, against = on.subplots(1, 2, sharey=True)
+        metrics = [c.metric for c in shown]
+        size = 34 if len(shown) <= 60 else 14
+        for axes, places in (
+            (ordered, list(range(1, len(shown) + 1))),
+            (against, [max(1, c.examples) for c in shown]),
+        ):
+            dots = axes.scatter(
+                places,
+                metrics,
+                s=size,
+                c=spent if coloured else BLUE,
+                cmap=colours if coloured else None,
+                plotnonfinite=coloured,
+                edgecolors=MUTED,
+                linewidths=0.4,
+            )
+        median = statistics.median(metrics)
+        ordered.axhline(median, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
+        ordered.annotate(
+            f"median {figure(median)}",
+            (0.02, median),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            color=MUTED,
+            fontsize=8.5,
+        )
+        _plain_numbers(ordered, "y")
+        _metric_label(ordered, "y", primary, higher_is_better)
+        ordered.set_xlabel("clients, in order")
+        ordered.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        against.set_xlabel("examples (log)")
+        against.set_xscale("log")
+        against.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        against.xaxis.set_minor_locator(NullLocator())
+        _plain_numbers(against, "x")
+        if coloured:
+            on.colorbar(dots, ax=against, label="epsilon spent", aspect=30)
+
+    return draw("clients", f"{primary} of each client", paint, HEIGHT_IN)
+
+
+def scores_plot(scores: Mapping[str, float], *, primary: str, higher_is_better: bool) -> str | None:
+    """The primary metric of each model on the final test split, as bars."""
+    shown = [(name, scores[name]) for name in MODELS if drawable(scores.get(name))]
+    if not shown:
+        return None
+
+    def paint(on: Figure) -> None:
+        axes = on.subplots()
+        names = [MODELS[name] for name, _ in shown]
+        colours = [ORANGE if name == "released" else BLUE for name, _ in shown]
+        bars = axes.barh(names, [value for _, value in shown], color=colours, height=0.6)
+        axes.bar_label(bars, [figure(value) for _, value in shown], padding=4)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.14)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        _plain_numbers(axes, "x")
+        _metric_label(axes, "x", primary, higher_is_better)
+
+    return draw("scores", f"{primary} on the final test split", paint, 0.8 * HEIGHT_IN)
+
+
+def _metric_label(axes: Axes, which: str, primary: str, higher_is_better: bool) -> None:
+    better = "higher" if higher_is_better else "lower"
+    text = f"{shortened(primary, _NAME_LENGTH)} ({better} is better)"
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(text)
+
+
+def _plain_numbers(axes: Axes, which: str) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _round_axis(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
+    axes.set_xlabel("round")
+    if len(rounds) > 1:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    else:
+        axes.set_xticks([rounds[0].round])

@@ -1,0 +1,87 @@
+"""The figures of a run, for programs and people that compare runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from server.records import RunRecord
+
+MODELS = {
+    "federated": "federated",
+    "cloud_alone": "cloud alone",
+    "finetuned": "fine-tuned",
+    "released": "released",
+}
+"""Whose scores on the final test split are given, with their names in a report, in order."""
+
+
+def summary(
+    record: RunRecord,
+    *,
+    target_delta: float | None,
+    torch_p50_us: float | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """What ``summary.json`` holds, as nested objects.
+
+    Scores are those of the final test split, one object for each metric, named after it. Whatever
+    a run does not have (privacy, a release, a candidate) is null and never left out; so is what is
+    not finite, which JSON cannot say. A metric that has the name of another entry, as ``bytes``,
+    is found under ``bytes_metric``.
+
+    Args:
+        record: The run.
+        target_delta: The privacy parameter delta; None without privacy.
+        torch_p50_us: Median time of one inference in torch, before export; None if not timed.
+        seconds: Time of the whole run.
+    """
+    sizes = {candidate.name: candidate.bytes for candidate in record.candidates}
+    p50_us = {candidate.name: candidate.p50_us for candidate in record.candidates}
+    chosen, manifest = record.chosen or "", record.manifest
+    fixed: dict[str, Any] = {
+        "rounds": len(record.rounds),
+        "epsilon": {"max": epsilon_max(record)},
+        "target_delta": target_delta,
+        "bytes": {
+            "up": sum(each.bytes_up for each in record.rounds),
+            "down": sum(each.bytes_down for each in record.rounds),
+        },
+        "model": {"fp32_bytes": sizes.get("fp32"), "released_bytes": sizes.get(chosen)},
+        "latency": {
+            "torch_p50_us": torch_p50_us,
+            "fp32_p50_us": p50_us.get("fp32"),
+            "released_p50_us": p50_us.get(chosen),
+        },
+        "release": {
+            "version": manifest.version if manifest else None,
+            "digest": manifest.onnx.sha256 if manifest else None,
+        },
+        "seconds": {**record.stages, "total": seconds},
+    }
+    scores: dict[str, Any] = {
+        f"{metric}_metric" if metric in fixed else metric: {
+            model: record.scores.get(metric, {}).get(model) for model in MODELS
+        }
+        for metric in {record.primary: None, **record.scores}
+    }
+    return {name: _finite(value) for name, value in {**scores, **fixed}.items()}
+
+
+def epsilon_max(record: RunRecord) -> float | None:
+    """The most that any client spent over the whole run; None without privacy."""
+    spent = [
+        epsilon
+        for epsilon in (
+            *(each.epsilon_max for each in record.rounds),
+            *(client.epsilon for client in record.clients),
+        )
+        if epsilon is not None
+    ]
+    return max(spent, default=None)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,337 @@
+"""Federated rounds: select, send, check, aggregate, judge; the best model is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedcore.config import RunConfig
+from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.flower.grid import CohortGrid
+from fedcore.metrics import Metric
+from fedcore.model import FullModel, preprocess_bytes
+from fedcore.seeds import Randomness
+from fedcore.updates.messages import (
+    ARRAYS,
+    CONFIG,
+    DECLINED,
+    EPSILON,
+    METRICS,
+    MODEL,
+    NUM_EXAMPLES,
+    TRAIN_LOSS,
+    Update,
+    check_weights,
+    instruction_config,
+    read_update,
+    update_content,
+    weights_record,
+)
+from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
+from server.aggregation.exact import ExactMean
+from server.cohort import select
+from server.records import RoundRecord
+from server.strategies import Chosen
+
+Judge = Callable[[FullModel], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What rounds run with; fixed before the first."""
+
+    run: RunConfig
+    grid: Grid
+    chosen: Chosen
+    cohort: int
+    primary: Metric
+    randomness: Randomness
+    judge: Judge | None
+    """Scores a model on the cloud's held-out data; None when there is none."""
+    on_round: Callable[[RoundRecord], None]
+
+
+@dataclass(frozen=True)
+class Federated:
+    """What rounds leave: the best global model and the story of how it came about."""
+
+    weights: Vector
+    best_round: int
+    rounds: tuple[RoundRecord, ...]
+
+
+@dataclass
+class _Tally:
+    """What came back in one round, beside the updates themselves."""
+
+    updates: int = 0
+    declined: int = 0
+    failed: int = 0
+    examples: int = 0
+    loss: float = 0.0
+    has_loss: bool = False
+    epsilon_max: float | None = None
+    bytes_up: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def refuse(self, error: InvalidUpdate) -> None:
+        """Counts a client whose update cannot be used."""
+        self.failed += 1
+        self.reasons.append(str(error))
+
+
+def run_rounds(federation: Federation, model: FullModel) -> Federated:
+    """Runs every round and returns the best model; ``model`` is left holding the last one.
+
+    Rounds are judged on the cloud's held-out data, or on what clients hold back, or, where there
+    is neither, not at all: then the last round counts as the best.
+
+    Raises:
+        RoundFailed: a round got fewer updates than its quorum.
+    """
+    run, layout = federation.run, layout_of(model.model)
+    records: list[RoundRecord] = []
+    best, best_round = pack(model.model), 0
+    for number in range(1, run.federation.rounds + 1):
+        started = time.monotonic()
+        tally, arrays, sent = _train_round(federation, model, layout, number)
+        if not tally.updates and tally.declined:
+            break  # every budget is spent: what was learnt before stands
+        unpack(arrays, model.model)
+        metrics, judged_on = _judge_round(federation, model, layout, number)
+        records.append(
+            _record(federation, number, time.monotonic() - started, tally, metrics, judged_on, sent)
+        )
+        federation.on_round(records[-1])
+        if _is_better(federation.primary, records, best_round):
+            best, best_round = arrays, number
+        elif run.federation.patience and number - best_round >= run.federation.patience:
+            break
+    return Federated(best, best_round, tuple(records))
+
+
+def _is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
+    latest = records[-1].metrics.get(primary.name)
+    if best_round == 0 or latest is None:
+        return True
+    return primary.better(latest, records[best_round - 1].metrics[primary.name])
+
+
+def _train_round(
+    federation: Federation, model: FullModel, layout: Layout, number: int
+) -> tuple[_Tally, Vector, int]:
+    """One round of training: what came back, the new weights, and the bytes sent."""
+    run, strategy = federation.run, federation.chosen.strategy
+    words = ("round", number)
+    nodes = select(federation.grid.get_node_ids(), federation.cohort, seed=run.seed, words=words)
+    weights = pack(model.model)
+    with _streams(federation, number, "configure"):
+        messages = list(
+            strategy.configure_train(
+                number,
+                weights_record(weights),
+                instruction_config(layout, preprocess_bytes(model)),
+                CohortGrid(federation.grid, nodes),
+            )
+        )
+    messages.sort(key=lambda message: message.metadata.dst_node_id)
+    sent = sum(_payload_bytes(message) for message in messages)
+    replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
+    tally = _Tally()
+    accepted = _accepted(replies, layout, tally, uniform=run.federation.weighting == "uniform")
+    ready = _fold(accepted, layout, tally) if federation.chosen.folds else _hold(accepted)
+    _check_quorum(federation, number, tally)
+    if not tally.updates:
+        return tally, weights, sent
+    try:
+        with _streams(federation, number, "aggregate"):
+            arrays, _ = strategy.aggregate_train(number, ready)
+    except FedcoreError:
+        raise
+    except Exception as error:  # Flower's strategy refused: a plain error with its reason
+        raise RoundFailed(
+            f"round {number}: {type(strategy).__name__} failed to aggregate {tally.updates} "
+            f"updates: {type(error).__name__}: {error}. The global model is that of round "
+            f"{number - 1}."
+        ) from error
+    return tally, weights if arrays is None else _checked(arrays, layout, number), sent
+
+
+def _accepted(
+    replies: Iterable[Message], layout: Layout, tally: _Tally, *, uniform: bool
+) -> Iterator[tuple[Message, Update]]:
+    """Replies that passed every check, as they arrive, each with the weight it counts with."""
+    for reply in replies:
+        if reply.has_error():
+            declined = reply.error.code == DECLINED
+            tally.declined += declined
+            tally.failed += not declined
+            tally.reasons.append(reply.error.reason or f"error {reply.error.code}")
+            continue
+        tally.bytes_up += _payload_bytes(reply)
+        try:
+            update = read_update(reply, layout)
+        except InvalidUpdate as error:
+            tally.refuse(error)
+            continue
+        _count(update, tally)
+        yield reply, Update(update.weights, 1, update.metrics) if uniform else update
+
+
+def _count(update: Update, tally: _Tally) -> None:
+    tally.updates += 1
+    tally.examples += update.num_examples
+    if TRAIN_LOSS in update.metrics:
+        tally.has_loss = True
+        tally.loss += update.metrics[TRAIN_LOSS] * update.num_examples
+    if EPSILON in update.metrics:
+        tally.epsilon_max = max(tally.epsilon_max or 0.0, update.metrics[EPSILON])
+
+
+def _hold(accepted: Iterator[tuple[Message, Update]]) -> list[Message]:
+    """Every update of the round, in the order of the cohort."""
+    held = []
+    for reply, update in accepted:
+        reply.content = update_content(update)
+        held.append(reply)
+    return sorted(held, key=lambda reply: reply.metadata.src_node_id)
+
+
+def _fold(
+    accepted: Iterator[tuple[Message, Update]], layout: Layout, tally: _Tally
+) -> list[Message]:
+    """All updates as one reply that carries their exact weighted mean.
+
+    A strategy that looks at the mean alone cannot tell it from the updates, and the server holds
+    one update at a time.
+    """
+    mean = ExactMean(layout.size)
+    carrier: Message | None = None
+    for reply, update in accepted:
+        try:
+            mean.add(update.weights, update.num_examples)
+        except InvalidUpdate as error:
+            tally.updates -= 1
+            tally.refuse(error)
+            continue
+        carrier = carrier or reply
+    if carrier is None:
+        return []
+    carrier.content = update_content(Update(mean.mean(), mean.weight, {}))
+    return [carrier]
+
+
+def _check_quorum(federation: Federation, number: int, tally: _Tally) -> None:
+    """Fails a round that too few clients answered; those whose budget is spent do not count."""
+    asked = federation.cohort - tally.declined
+    needed = federation.run.federation.quorum * asked
+    if tally.updates >= needed:
+        return
+    silent = federation.cohort - tally.updates - tally.declined - tally.failed
+    reasons = "; ".join(tally.reasons[:3]) or "no reason was given"
+    raise RoundFailed(
+        f"round {number}: {tally.updates} of {asked} clients sent an update, and federation.quorum "
+        f"= {federation.run.federation.quorum:g} needs {needed:.3g} ({tally.failed} failed, "
+        f"{silent} silent at the deadline). The round was dropped. First: {reasons}"
+    )
+
+
+def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
+    try:
+        # FedMedian and others compute in float64.
+        weights = arrays[MODEL].numpy().astype(np.float32, copy=False)
+        return check_weights(weights, layout, where="aggregate")
+    except InvalidUpdate as error:
+        raise RoundFailed(
+            f"round {number}: {error} The global model is that of round {number - 1}; lower the "
+            "strategy's learning rate."
+        ) from None
+
+
+def _judge_round(
+    federation: Federation, model: FullModel, layout: Layout, number: int
+) -> tuple[dict[str, float], str]:
+    size = federation.run.federation.evaluate_cohort
+    if size:
+        return _evaluate_on_clients(federation, model, layout, number, size), "clients"
+    if federation.judge:
+        return federation.judge(model), "cloud"
+    return {}, "nothing"
+
+
+def _evaluate_on_clients(
+    federation: Federation, model: FullModel, layout: Layout, number: int, size: int
+) -> dict[str, float]:
+    """Means over some clients' held-out data, each weighed by its number of examples."""
+    run = federation.run
+    nodes = select(
+        federation.grid.get_node_ids(),
+        min(size, len(list(federation.grid.get_node_ids()))),
+        seed=run.seed,
+        words=("evaluation", number),
+    )
+    config = instruction_config(layout, preprocess_bytes(model))
+    config["server-round"] = number
+    record = RecordDict({ARRAYS: weights_record(pack(model.model)), CONFIG: config})
+    messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
+    sums: dict[str, float] = {}
+    total, reasons = 0, []
+    for reply in federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s):
+        if reply.has_error():
+            reasons.append(reply.error.reason or f"error {reply.error.code}")
+            continue
+        values = dict(reply.content.metric_records[METRICS])
+        count = int(str(values.pop(NUM_EXAMPLES)))
+        total += count
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + float(str(value)) * count
+    if not total:
+        raise RoundFailed(
+            f"round {number}: none of {len(nodes)} clients could be evaluated. First: "
+            f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
+        )
+    return {name: value / total for name, value in sums.items()}
+
+
+def _record(
+    federation: Federation,
+    number: int,
+    seconds: float,
+    tally: _Tally,
+    metrics: dict[str, float],
+    judged_on: str,
+    sent: int,
+) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        rounds=federation.run.federation.rounds,
+        seconds=seconds,
+        cohort=federation.cohort,
+        updates=tally.updates,
+        declined=tally.declined,
+        failed=tally.failed,
+        train_loss=tally.loss / tally.examples if tally.has_loss else None,
+        metrics=metrics,
+        judged_on=judged_on,
+        epsilon_max=tally.epsilon_max,
+        bytes_up=tally.bytes_up,
+        bytes_down=sent,
+    )
+
+
+def _streams(federation: Federation, number: int, step: str) -> AbstractContextManager[None]:
+    """Pins the streams that Flower's strategies draw from, in a simulation."""
+    if federation.randomness.origin == "simulated":
+        return federation.randomness.library_streams("strategy", step, number)
+    return nullcontext()
+
+
+def _payload_bytes(message: Message) -> int:
+    arrays = message.content.array_records.values()
+    return sum(len(array.data) for record in arrays for array in record.values())

@@ -1,0 +1,41 @@
+"""How the federated model does on each client: known only because the clients are simulated."""
+
+from __future__ import annotations
+
+from fedcore.config import RunConfig
+from fedcore.model import FullModel
+from fedcore.privacy.ledger import read_ledger
+from fedcore.task import Folder, Task, read_examples, size_of
+from fedcore.training.evaluate import evaluate
+from server.records import ClientRecord
+from server.simulation.engine import Simulation
+
+MOST = 1000
+"""Clients that are looked at; reading every one's data again would rival the run itself."""
+
+
+def client_records(
+    run: RunConfig,
+    task: Task,
+    model: FullModel,
+    simulation: Simulation,
+    data: Folder,
+) -> tuple[ClientRecord, ...]:
+    """A record of each client that took part (the first `MOST`), in the order of their names."""
+    records = []
+    for name in sorted(simulation.contexts)[:MOST]:
+        examples = read_examples(
+            lambda name=name: task.client_data(name, data),  # type: ignore[misc]
+            what=f"data of client {name!r}",
+        )
+        ledger = read_ledger(simulation.contexts[name])
+        records.append(
+            ClientRecord(
+                client=name,
+                examples=size_of(examples),
+                metric=evaluate(model, examples, [task.primary])[task.primary.name],
+                epsilon=ledger.epsilon(run.privacy) if run.private else None,
+                rounds=simulation.rounds[name],
+            )
+        )
+    return tuple(records)

@@ -1,0 +1,153 @@
+"""Flower's strategies by name, and which of them can fold updates in one by one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flwr.serverapp.strategy as flower
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.typing import Mod
+from flwr.serverapp.strategy import Strategy
+
+from fedcore.errors import ConfigError
+from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
+
+FOLDING = (
+    flower.FedAvg,
+    flower.FedProx,
+    flower.FedAvgM,
+    flower.FedAdagrad,
+    flower.FedAdam,
+    flower.FedYogi,
+)
+"""What these do depends on the weighted mean of the updates alone."""
+_CLIENT_MODS: Mapping[type[Strategy], Mod] = {
+    flower.DifferentialPrivacyClientSideFixedClipping: fixedclipping_mod,
+    flower.DifferentialPrivacyClientSideAdaptiveClipping: adaptiveclipping_mod,
+}
+_TREES = (flower.FedXgbBagging, flower.FedXgbCyclic)
+_CLIENT_DP = (
+    flower.DifferentialPrivacyClientSideAdaptiveClipping,
+    flower.DifferentialPrivacyClientSideFixedClipping,
+    flower.DifferentialPrivacyServerSideAdaptiveClipping,
+    flower.DifferentialPrivacyServerSideFixedClipping,
+)
+_OURS = {"fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes"} | {
+    *("min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key"),
+    *("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule", "accountant"),
+}
+"""Parameters that follow from the rest of the configuration, or that are no plain values."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A strategy, ready to run one training."""
+
+    strategy: Strategy
+    folds: bool
+    """Whether updates are folded in as they arrive; else all of a round's are held at once."""
+    notes: Sequence[str]
+    """What the user should know before it runs."""
+
+
+def strategy_names() -> list[str]:
+    """Every strategy that Flower has."""
+    return sorted(
+        name
+        for name in flower.__all__
+        if inspect.isclass(cls := getattr(flower, name))
+        and issubclass(cls, Strategy)
+        and cls is not Strategy
+    )
+
+
+def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: int) -> Chosen:
+    """The strategy that the configuration names.
+
+    Args:
+        name: A class in ``flwr.serverapp.strategy``.
+        options: Its keyword arguments. Flower's DP wrappers also take ``strategy``, the name of
+            the one they wrap (``FedAvg`` when unset).
+        cohort: Clients a round.
+        size: Length of an update, for stating the memory that buffering takes.
+
+    Raises:
+        ConfigError: there is no such strategy, it cannot aggregate a neural network, or it does
+            not take such options. Nothing has run then.
+    """
+    cls = _find(name)
+    if issubclass(cls, _TREES):
+        raise ConfigError(
+            f"federation.strategy = {name!r}: it aggregates XGBoost trees, and a task's model is a "
+            "torch module. Nothing was run; choose another strategy."
+        )
+    arguments, notes = dict(options), []
+    if cls in _CLIENT_DP:
+        inner = make_strategy(str(arguments.pop("strategy", "FedAvg")), {}, cohort=cohort, size=0)
+        arguments |= {"strategy": inner.strategy, "num_sampled_clients": cohort}
+        notes.append(
+            f"{name} adds client-level noise of its own; it is not counted in the epsilon that "
+            "fedcore reports."
+        )
+    else:
+        arguments |= {
+            "fraction_train": 1.0,
+            "fraction_evaluate": 1.0,
+            "min_train_nodes": cohort,
+            "min_evaluate_nodes": cohort,
+            "min_available_nodes": cohort,
+            "weighted_by_key": NUM_EXAMPLES,
+            "arrayrecord_key": ARRAYS,
+            "configrecord_key": CONFIG,
+        }
+    folds = cls in FOLDING
+    if not folds and size:
+        notes.append(
+            f"{name} needs every update of a round at once: {cohort} x {size:,} parameters take "
+            f"{cohort * size * 4 / 1e6:,.1f} MB, and up to three times that while it aggregates."
+        )
+    return Chosen(_construct(cls, arguments, options), folds, notes)
+
+
+def client_mods(name: str) -> Sequence[Mod]:
+    """Flower mods that clients run around their training, for strategies that need them."""
+    return [mod for cls, mod in _CLIENT_MODS.items() if cls.__name__ == name]
+
+
+def _find(name: str) -> type[Strategy]:
+    names = strategy_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"federation.strategy = {name!r}: Flower has no such strategy.{hint} It has: "
+            f"{', '.join(names)}. Nothing was run."
+        )
+    found: type[Strategy] = getattr(flower, name)
+    return found
+
+
+def _construct(
+    cls: type[Strategy], arguments: Mapping[str, Any], options: Mapping[str, Any]
+) -> Strategy:
+    known = set(inspect.signature(cls).parameters)
+    allowed = sorted(known - _OURS - {"num_sampled_clients"})
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"federation.strategy_options.{unknown[0]}: {cls.__name__} has no such option.{hint} "
+            f"It takes: {', '.join(allowed) or 'none'}. Nothing was run."
+        )
+    try:
+        return cls(**{key: value for key, value in arguments.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"federation.strategy_options: {cls.__name__} refused {dict(options)}: {error}. "
+            "Nothing was run."
+        ) from None

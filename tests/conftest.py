@@ -1,0 +1,89 @@
+"""What all tests share: the data sets, the GPU, and a check that nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# multiprocessing starts these once a process and ends them with it.
+_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def pytest_configure() -> None:
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when Flower is imported
+    # How long an example takes says more about the machine's other work than about the code.
+    hypothesis.settings.register_profile("fedcore", deadline=None)
+    hypothesis.settings.load_profile("fedcore")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "data_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker("data")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU, and torch finds none here")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    data = os.environ.get("FEDCORE_DATA")
+    if report.skipped and data and item.get_closest_marker("data"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = (
+            f"FEDCORE_DATA = {data} is set, so this test must run, and it skipped: {reason}"
+        )
+    return report
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder that FEDCORE_DATA names; a test that asks for it is marked ``data``."""
+    value = os.environ.get("FEDCORE_DATA")
+    if not value:
+        pytest.skip("FEDCORE_DATA is not set: it names the folder of the data sets")
+    folder = Path(value).resolve()
+    assert folder.is_dir(), f"FEDCORE_DATA = {value}: this folder does not exist"
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flower_writes_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FLWR_HOME"] = str(tmp_path_factory.mktemp("flower"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 3
+    while (left := _children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, f"the tests left child processes: {left}"
+
+
+def _children() -> dict[int, str]:
+    """Command lines of this process's children, zombies among them (with an empty line)."""
+    found = {}
+    for listing in Path("/proc/self/task").glob("*/children"):
+        for child in listing.read_text().split():
+            try:
+                line = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except FileNotFoundError:
+                continue
+            if not any(helper in line for helper in _HELPERS):
+                found[int(child)] = line
+    return found

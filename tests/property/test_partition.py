@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.partition import Rows, by_column, dirichlet, iid, shards
+
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+def is_a_partition(parts: Sequence[Rows], count: int) -> bool:
+    """Disjoint and complete: every row number stands in the parts exactly once."""
+    return sorted(np.concatenate([*parts, np.array([], dtype=np.int64)]).tolist()) == list(
+        range(count)
+    )
+
+
+def same(one: Sequence[Rows], other: Sequence[Rows]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@given(st.integers(1, 30), st.integers(0, 200), SEEDS)
+def test_iid_deals_every_row_out_evenly(clients: int, more: int, seed: int) -> None:
+    count = clients + more
+    parts = iid(count, clients, seed=seed)
+    assert len(parts) == clients
+    assert is_a_partition(parts, count)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert same(parts, iid(count, clients, seed=seed))
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=40, max_size=200),
+    st.integers(1, 10),
+    st.integers(1, 4),
+    st.floats(1e-6, 1e6),
+    SEEDS,
+)
+def test_dirichlet_leaves_every_client_enough(
+    labels: list[int], clients: int, least: int, alpha: float, seed: int
+) -> None:
+    parts = dirichlet(labels, clients, alpha=alpha, seed=seed, min_examples=least)
+    assert len(parts) == clients
+    assert is_a_partition(parts, len(labels))
+    assert min(map(len, parts)) >= least
+    assert same(parts, dirichlet(labels, clients, alpha=alpha, seed=seed, min_examples=least))
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c"]), min_size=30, max_size=120),
+    st.integers(1, 10),
+    st.integers(1, 3),
+    SEEDS,
+)
+def test_shards_hold_few_labels(labels: list[str], clients: int, each: int, seed: int) -> None:
+    parts = shards(labels, clients, shards_a_client=each, seed=seed)
+    assert len(parts) == clients
+    assert is_a_partition(parts, len(labels))
+    longest = -(-len(labels) // (clients * each))
+    assert max(map(len, parts)) <= longest * each
+    assert same(parts, shards(labels, clients, shards_a_client=each, seed=seed))
+
+
+@given(st.lists(st.one_of(st.integers(-3, 3), st.just(float("nan"))), max_size=50))
+def test_a_column_gives_a_client_for_each_value(values: list[float]) -> None:
+    parts = by_column(values)
+    assert is_a_partition(list(parts.values()), len(values))
+    for rows in parts.values():
+        assert len({repr(float(values[row])) for row in rows}) == 1
+    assert len(parts) == len({repr(float(value)) for value in values})

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from fedcore.observability import console
+from fedcore.observability.events import (
+    Noted,
+    RoundFinished,
+    StageAdvanced,
+    StageFinished,
+    StageStarted,
+)
+
+Round = Callable[[int], RoundFinished]
+SHOW_CURSOR = "\x1b[?25h"
+HIDE_CURSOR = "\x1b[?25l"
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_writes_one_line_an_event(finished_round: Round) -> None:
+    stream = StringIO()
+    with console.plain(stream) as sink:
+        sink(StageStarted("rounds", 5))
+        sink(finished_round(2))
+        sink(StageAdvanced("export", 1, "fp32"))
+        sink(StageFinished("rounds", 12.3, "best round 2"))
+        sink(Noted("two\nlines \x1b[31m"))
+        sink(StageStarted("data", None))
+        sink(StageFinished("data", 0.04, ""))
+    assert stream.getvalue().splitlines() == [
+        "[rounds] started, 5 steps",
+        "round 2/5: accuracy 0.7000, epsilon 2.47, clients 19/20, time 0.25 s",
+        "[export] step 1: fp32",
+        "[rounds] done in 12.3 s: best round 2",
+        "note: two lines \N{REPLACEMENT CHARACTER}[31m",
+        "[data] started",
+        "[data] done in 0.04 s",
+    ]
+
+
+def test_json_is_one_object_a_line(finished_round: Round) -> None:
+    stream = StringIO()
+    with console.as_json(stream) as sink:
+        sink(StageStarted("rounds", 5))
+        sink(finished_round(1))
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert first == {"event": "stage_started", "stage": "rounds", "steps": 5}
+    assert second["metrics"] == {"accuracy": 0.6, "top3": 0.9}
+    assert second["epsilon_max"] == 1.234
+
+
+@contextmanager
+def live(stream: StringIO, *, width: int = 80) -> Iterator[console.Sink]:
+    terminal = Console(file=stream, force_terminal=True, width=width, height=40, color_system=None)
+    with console.live(terminal) as sink:
+        yield sink
+
+
+def test_live_shows_stage_rounds_and_time_remaining(finished_round: Round) -> None:
+    stream = StringIO()
+    with live(stream) as sink:
+        sink(StageStarted("rounds", 5))
+        for number in range(1, 4):
+            sink(finished_round(number))
+    # The display is drawn once more when it is taken down.
+    last = stream.getvalue().rsplit("round  accuracy", 1)[1].splitlines()
+    assert last[0].split() == ["epsilon", "clients", "loss", "time"]
+    assert [line.split()[0] for line in last[1:4]] == ["1/5", "2/5", "3/5"]
+    assert last[3].split() == ["3/5", "0.8000", "3.71", "19/20", "-", "0.25", "s"]
+    assert "rounds" in last[4]
+    assert "3/5" in last[4]
+    assert "left" in last[4]
+
+
+def test_live_keeps_only_the_last_rounds(finished_round: Round) -> None:
+    stream = StringIO()
+    with live(stream) as sink:
+        for number in range(1, 13):
+            sink(finished_round(number))
+    last = stream.getvalue().rsplit("round  accuracy", 1)[1]
+    shown = [line.split()[0] for line in last.splitlines()[1:9]]
+    assert shown == [f"{number}/5" for number in range(5, 13)]
+
+
+def test_live_prints_finished_stages_and_notes_above() -> None:
+    stream = StringIO()
+    with live(stream) as sink:
+        sink(StageStarted("[bold]export", None))
+        sink(StageAdvanced("[bold]export", 1, "a note [red] " * 30))
+        sink(Noted("noise is simulated [green]"))
+        sink(StageFinished("[bold]export", 2.0, ""))
+    shown = stream.getvalue()
+    assert "note: noise is simulated [green]" in shown
+    assert "[[bold]export] done in 2.0 s" in shown
+    assert "a note [red]" in shown
+
+
+def test_live_shows_at_most_one_stage() -> None:
+    stream = StringIO()
+    with live(stream) as sink:
+        sink(StageStarted("first", 2))
+        sink(StageStarted("second", 2))
+    last = stream.getvalue().rsplit("\x1b[2K", 1)[1]
+    assert "second" in last
+    assert "first" not in last
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_live_gives_the_cursor_back_whatever_happens(error: type[BaseException]) -> None:
+    stream = StringIO()
+    with pytest.raises(error), live(stream) as sink:
+        sink(StageStarted("rounds", 5))
+        raise error
+    assert stream.getvalue().index(HIDE_CURSOR) < stream.getvalue().rindex(SHOW_CURSOR)
+
+
+def test_choose_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def written(stream: StringIO, *, as_json: bool) -> str:
+        with console.choose(stream, json=as_json) as sink:
+            sink(Noted("hello"))
+        return stream.getvalue()
+
+    assert written(StringIO(), as_json=False) == "note: hello\n"
+    assert json.loads(written(Terminal(), as_json=True))["text"] == "hello"
+    assert HIDE_CURSOR in written(Terminal(), as_json=False)
+    monkeypatch.setenv("TERM", "dumb")
+    assert written(Terminal(), as_json=False) == "note: hello\n"
+
+
+def test_choose_without_rich_writes_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(console, "find_spec", lambda name: None)
+    stream = Terminal()
+    with console.choose(stream, json=False) as sink:
+        sink(Noted("hello"))
+    assert stream.getvalue() == "note: hello\n"
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    with console.choose(stream, json=False) as sink:
+        sink(Noted("hello"))
+    assert "\x1b[33m" not in stream.getvalue()
+    monkeypatch.delenv("NO_COLOR")
+    coloured = Terminal()
+    with console.choose(coloured, json=False) as sink:
+        sink(Noted("hello"))
+    assert "\x1b[33m" in coloured.getvalue()
+
+
+def test_importing_the_sinks_loads_neither_torch_nor_rich() -> None:
+    code = (
+        "import sys, fedcore.observability.console, fedcore.observability.jsonl; "
+        "print(sorted({'torch', 'rich', 'flwr'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

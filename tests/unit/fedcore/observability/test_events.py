@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fedcore.observability.events import (
+    Event,
+    Noted,
+    RoundFinished,
+    StageAdvanced,
+    StageFinished,
+    StageStarted,
+    json_line,
+    tee,
+)
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (StageStarted("data", None), {"event": "stage_started", "stage": "data", "steps": None}),
+        (
+            StageAdvanced("data", 2, "two\nlines"),
+            {"event": "stage_advanced", "stage": "data", "done": 2, "note": "two\nlines"},
+        ),
+        (
+            StageFinished("data", 0.5, ""),
+            {"event": "stage_finished", "stage": "data", "seconds": 0.5, "note": ""},
+        ),
+        (
+            RoundFinished({"round": 1, "metrics": {"accuracy": 0.5}}),
+            {"event": "round_finished", "round": 1, "metrics": {"accuracy": 0.5}},
+        ),
+        (Noted('"quoted"'), {"event": "noted", "text": '"quoted"'}),
+    ],
+)
+def test_an_event_is_one_line_of_json(event: Event, expected: dict[str, object]) -> None:
+    line = json_line(event)
+    assert "\n" not in line
+    assert json.loads(line) == expected
+
+
+def test_what_json_cannot_say_becomes_null() -> None:
+    line = json_line(RoundFinished({"train_loss": math.nan, "metrics": {"rmse": math.inf}}))
+    assert json.loads(line) == {
+        "event": "round_finished",
+        "train_loss": None,
+        "metrics": {"rmse": None},
+    }
+
+
+def test_tee_hands_each_event_to_every_sink_in_order() -> None:
+    seen: list[tuple[str, Event]] = []
+    sink = tee(lambda event: seen.append(("a", event)), lambda event: seen.append(("b", event)))
+    sink(Noted("one"))
+    sink(Noted("two"))
+    assert seen == [(name, Noted(text)) for text in ("one", "two") for name in "ab"]

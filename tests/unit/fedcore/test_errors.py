@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fedcore import errors
+from fedcore.cli import Command
+from fedcore.errors import FedcoreError
+
+CLASSES = {
+    name: thing
+    for name, thing in vars(errors).items()
+    if isinstance(thing, type) and issubclass(thing, Exception)
+}
+DRAWING = re.findall(
+    r"^ {4}((?:\|   |    )*)(?:\|-- |`-- )?(\w+)\b *(\d*)", errors.__doc__ or "", re.M
+)
+
+
+def test_the_drawing_holds_every_error_and_no_other() -> None:
+    assert {name for _, name, _ in DRAWING} == set(CLASSES)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "FedcoreError"])
+def test_each_error_stands_where_it_is_drawn(name: str) -> None:
+    indent, _, code = next(row for row in DRAWING if row[1] == name)
+    parents = CLASSES[name].__mro__
+    assert issubclass(CLASSES[name], FedcoreError)
+    if not indent:
+        assert parents[1] is FedcoreError
+        assert CLASSES[name].exit_code == int(code)
+    else:
+        above = [row[1] for row in DRAWING[: DRAWING.index((indent, name, code))] if not row[0]][-1]
+        assert parents[1] is CLASSES[above]
+        assert CLASSES[name].exit_code == CLASSES[above].exit_code
+
+
+def test_families_leave_with_codes_of_their_own() -> None:
+    families = [c for c in CLASSES.values() if c.__mro__[1] is FedcoreError]
+    codes = [family.exit_code for family in families]
+    assert len(set(codes)) == len(codes)
+    assert not {0, 1, errors.INTERRUPTED} & set(codes)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_error_says_what_it_means(name: str) -> None:
+    assert (CLASSES[name].__doc__ or "").endswith(".")
+
+
+def test_the_command_line_leaves_with_the_code_of_the_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedcore import cli
+
+    def run(options: object) -> int:
+        raise errors.BudgetExhausted("client 'anna': spent.")
+
+    class Entry:
+        name = "spend"
+
+        def load(self) -> Command:
+            return Command("spend", lambda parser: None, run)
+
+    monkeypatch.setattr(cli, "entry_points", lambda group: [Entry()])
+    assert cli.main(["spend"]) == 5
+    assert capsys.readouterr().err == "BudgetExhausted: client 'anna': spent.\n"
+    assert cli.main(["spend", "--no-such"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ConfigError: fedcore")
+    assert "--no-such" in said

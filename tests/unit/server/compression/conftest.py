@@ -1,0 +1,82 @@
+"""The demo's digits model, trained for a few seconds, and what compression makes of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset
+
+from fedcore import Task, load_task
+from fedcore.config import Compression, Finetune, RunConfig
+from fedcore.seeds import global_streams, torch_rng
+from fedcore.training.local import train
+from server.cloud import CloudData, read_cloud_data
+from server.compression.compress import Compressed, compress
+
+DIGITS = Path(__file__).parents[4] / "examples" / "digits" / "task.py"
+
+
+def full(task: Task, *, seed: int = 0) -> nn.Sequential:
+    """A task's model behind its preprocessing, untrained."""
+    with global_streams(seed, "model"):
+        model = task.model()
+    preprocess = task.preprocess() if task.preprocess else nn.Identity()
+    return nn.Sequential(OrderedDict(preprocess=preprocess, model=model))
+
+
+def quick_run(**compression: object) -> RunConfig:
+    """A run whose compression takes a second or two."""
+    settings = {"prune_epochs": 2, "timing_runs": 100, **compression}
+    return RunConfig(
+        name="run", task="task.py", compression=Compression.model_validate(settings)
+    )
+
+
+@pytest.fixture(scope="session")
+def digits() -> Task:
+    return load_task(DIGITS)
+
+
+@pytest.fixture(scope="session")
+def digits_cloud(digits: Task) -> CloudData:
+    cloud = read_cloud_data(digits, None, holdout=0.3, seed=0)
+    assert cloud is not None
+    return cloud
+
+
+@pytest.fixture(scope="session")
+def digits_model(digits: Task) -> nn.Sequential:
+    """Trained on the data of all clients, until it is good."""
+    module = full(digits)
+    pooled = ConcatDataset([digits.client_data(client, None) for client in digits.clients(None)])
+    train(
+        module,
+        pooled,
+        digits.loss_of,
+        Finetune(),
+        epochs=4,
+        batch_size=32,
+        rng=torch_rng(0, "train"),
+    )
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def compressed(digits: Task, digits_model: nn.Sequential, digits_cloud: CloudData) -> Compressed:
+    return compress(
+        quick_run(timing_runs=1000),
+        digits,
+        digits_model,
+        digits_cloud,
+        progress=lambda line: None,
+        reduce_range=False,
+    )
+
+
+@pytest.fixture
+def calibration(digits_cloud: CloudData) -> torch.Tensor:
+    return torch.stack([digits_cloud.train[row][0] for row in range(64)])
