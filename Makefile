@@ -39,7 +39,7 @@ demo: setup  ## the whole loop on handwritten digits, until a device answers
 	@[ -d runs/keys ] || $(BIN)/fedcore release init --keys runs/keys --repository runs/repository
 	$(BIN)/fedcore simulate examples/digits/run.toml
 	$(BIN)/fedcore device update --repository runs/repository \
-		--root runs/repository/metadata/1.root.json --model digits --store runs/device
+		--root runs/keys/root.json --model digits --store runs/device
 	$(BIN)/fedcore device infer --store runs/device --model digits \
 		--input examples/digits/input.json
 
@@ -81,7 +81,7 @@ constraints:  ## resolve anew and write constraints.txt and constraints-device.t
 	@$(FIND_PYTHON); rm -rf .venv-resolve build; \
 	torch=$$(grep '^torch==' constraints.txt); \
 	resolve() { $$python -m venv --clear .venv-resolve; \
-		.venv-resolve/bin/pip install --quiet --disable-pip-version-check $$1 .$$2; \
+		.venv-resolve/bin/pip install --quiet --disable-pip-version-check $$1 ".$$2"; \
 		{ grep '^#' $$3; .venv-resolve/bin/pip freeze --all --exclude pip --exclude fedcore \
 			| grep -v '^nvidia-\|^triton' | sed 's/+[a-z0-9.]*$$//' | sort -f; } > $$3.new; \
 		mv $$3.new $$3; }; \

@@ -91,9 +91,9 @@ def _begun(partial: Path, most_bytes: int) -> tuple[hashlib._Hash, int]:
 
 def _rest(source: Source, location: str, offset: int, length: int) -> Iterator[bytes]:
     if offset == length:
-        return iter(())
+        return
     try:
-        return source(location, offset)
+        yield from source(location, offset)
     except FileNotFoundError:
         raise DataError(
             f"{location}: the repository lacks this file, which its signed metadata names. The "

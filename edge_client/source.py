@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -14,8 +13,8 @@ from fedcore.errors import DataError, TrustError
 Source = Callable[[str, int], Iterator[bytes]]
 """Reads a file of a repository, named relative to it, from a byte offset on, in chunks.
 
-Raises `FileNotFoundError` where there is none, before the first chunk. Nothing that it yields is
-trusted: whoever reads knows the length and the digest beforehand, or checks a signature after.
+Raises `FileNotFoundError` where there is none. Nothing that it yields is trusted: whoever reads
+knows the length and the digest beforehand, or checks a signature after.
 """
 
 CHUNK_BYTES = 1 << 20  # 1 MiB: at most so much is fetched again after an interruption
@@ -36,7 +35,8 @@ def folder_source(repository: Path) -> Source:
     inside = repository.resolve()
 
     def read(name: str, offset: int) -> Iterator[bytes]:
-        return _chunks(_open(inside, name, offset))
+        with _open(inside, name, offset) as stream:
+            yield from _chunks(stream)
 
     return read
 
@@ -56,21 +56,22 @@ def _open(inside: Path, name: str, offset: int) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except PermissionError:
         raise DataError(f"{path}: this user may not read it. {_UNREAD}") from None
-    stream = os.fdopen(descriptor, "rb")
+    except NotADirectoryError:
+        raise FileNotFoundError(name) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        stream.close()
+        os.close(descriptor)
         raise TrustError(f"{path}: expected a regular file, found something else. {_UNREAD}")
+    stream = os.fdopen(descriptor, "rb")
     stream.seek(offset)
     return stream
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    with stream:
-        try:
-            while chunk := stream.read(CHUNK_BYTES):
-                yield chunk
-        except OSError as error:
-            raise DataError(
-                f"{stream.name}: reading it failed ({error.strerror or errno.errorcode}). What was "
-                "fetched is kept; the version before keeps serving. Run the update again."
-            ) from error
+    try:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+    except OSError as error:
+        raise DataError(
+            f"{stream.name}: reading it failed ({error.strerror}). What was fetched is kept; the "
+            "version before keeps serving. Run the update again."
+        ) from error

@@ -34,7 +34,6 @@ from fedcore.errors import (
     ConfigError,
     DataError,
     DigestMismatch,
-    FedcoreError,
     RollbackRefused,
     SignatureInvalid,
     TrustError,
@@ -141,7 +140,7 @@ class _Fetcher(FetcherInterface):
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         try:
-            return self._source(url, 0)
+            yield from self._source(url, 0)
         except FileNotFoundError:
             raise tuf.DownloadHTTPError(f"{url} is not in the repository", 404) from None
 
@@ -177,8 +176,6 @@ def _explained(what: str) -> Iterator[None]:
             f"({type(error).__name__}: {error}). {_AFTER} Restore the repository, then run again."
         ) from error
     except tuf.DownloadError as error:
-        if isinstance(error.__cause__, FedcoreError):  # a source says itself what went wrong
-            raise error.__cause__ from None
         raise DataError(
             f"{what}: the repository is not whole: {error}. {_AFTER} Run again when it is complete."
         ) from error

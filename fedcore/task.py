@@ -127,19 +127,21 @@ def load_task(path: Path) -> Task:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # a model class defined there must be importable by its name
     sys.path.insert(0, str(path.parent))
+    task = None
     try:
         spec.loader.exec_module(module)
+        task = getattr(module, "task", None)
     except FedcoreError:
         raise
     except Exception as error:  # whatever the user's file raises is the user's to read
-        del sys.modules[name]
         raise TaskError(
             f"{path}: importing this task failed: {type(error).__name__}: {error}. "
             "Nothing was run; `python` on the file shows where."
         ) from error
     finally:
         sys.path.remove(str(path.parent))
-    task = getattr(module, "task", None)
+        if not isinstance(task, Task):
+            del sys.modules[name]
     if not isinstance(task, Task):
         raise TaskError(
             f"{path}: expected a variable `task` that is a fedcore.Task, found "

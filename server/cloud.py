@@ -14,9 +14,10 @@ class CloudData:
     """Disjoint parts of the cloud's data. The final test split is in neither."""
 
     train: Examples
-    """Fine-tuning, pruning and calibration."""
+    """Judges rounds, which have not seen it; then fine-tuning, pruning and calibration use it."""
     heldout: Examples
-    """The best round, the gate and the choice among candidates."""
+    """The gate and the choice among candidates. Had it judged rounds too, the best of them would
+    look better on it than it is, and the gate would turn real progress away."""
 
 
 def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) -> CloudData | None:

@@ -27,9 +27,9 @@ class RoundRecord:
     train_loss: float | None
     """Mean over clients; None where privacy keeps losses on the devices."""
     metrics: dict[str, float]
-    """Of the new global model, on held-out data (see ``judged_on``)."""
+    """Of the new global model, on data it was not trained on (see ``judged_on``)."""
     judged_on: str
-    """``cloud`` (its held-out part), ``clients`` (theirs), or ``nothing``."""
+    """``cloud`` (data that no round trained on), ``clients`` (what they hold back), ``nothing``."""
     epsilon_max: float | None
     """The most that any client has spent so far."""
     bytes_up: int

@@ -53,7 +53,7 @@ class Federation:
     primary: Metric
     randomness: Randomness
     judge: Judge | None
-    """Scores a model on the cloud's held-out data; None when there is none."""
+    """Scores a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
 
 
@@ -89,7 +89,7 @@ class _Tally:
 def run_rounds(federation: Federation, model: FullModel) -> Federated:
     """Runs every round and returns the best model; ``model`` is left holding the last one.
 
-    Rounds are judged on the cloud's held-out data, or on what clients hold back, or, where there
+    Rounds are judged on the cloud's data, or on what clients hold back, or, where there
     is neither, not at all: then the last round counts as the best.
 
     Raises:

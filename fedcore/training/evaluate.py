@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedcore.errors import DataError
 from fedcore.metrics import Metric
-from fedcore.task import Examples
+from fedcore.task import Examples, size_of
 from fedcore.training.batches import in_order
 
 BATCH_SIZE = 512
@@ -21,6 +21,11 @@ def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: there are no examples.
     """
+    if not size_of(examples):
+        raise DataError(
+            "evaluation: there are no examples to judge the model on, and at least 1 is needed. "
+            "Nothing was judged; bring more data, or hold back a larger share of it."
+        )
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     was_training = module.training
     module.eval()
@@ -30,11 +35,6 @@ def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
             outputs.append(module(inputs.to(device)).cpu())
             targets.append(target)
     module.train(was_training)
-    if not outputs:
-        raise DataError(
-            "evaluation: there are no examples to judge the model on, and at least 1 is needed. "
-            "Nothing was judged; bring more data, or hold back a larger share of it."
-        )
     return torch.cat(outputs), torch.cat(targets)
 
 

@@ -24,7 +24,7 @@ class Material:
 
     run: RunConfig
     task: Task
-    module: nn.Sequential
+    module: nn.Module
     """The trained full model, on the CPU, in evaluation mode."""
     examples: Examples | None
     """The cloud's training data."""
@@ -48,7 +48,7 @@ class Material:
         return self._export(self.module)
 
     @cached_property
-    def pruned(self) -> nn.Sequential:
+    def pruned(self) -> nn.Module:
         """The model with fewer channels, trained further."""
         compression = self.run.compression
         return prune_and_recover(
@@ -88,7 +88,7 @@ class Material:
             "data, for ranges of activations"
         )
 
-    def _export(self, module: nn.Sequential) -> bytes:
+    def _export(self, module: nn.Module) -> bytes:
         return export_onnx(module, self.example_batch, labels=self.task.labels, kind=self.task.kind)
 
 
@@ -97,7 +97,7 @@ class Built:
     """A candidate's model file, and what it must answer like."""
 
     onnx: bytes
-    reference: nn.Sequential
+    reference: nn.Module
     """The torch model that it was exported from."""
     exact: bool
     """Whether it computes as its reference does, so that they may differ by rounding alone."""

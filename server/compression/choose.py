@@ -76,5 +76,5 @@ def _judged(record: CandidateRecord, best: CandidateRecord, missed: list[str]) -
     if record.bytes == best.bytes:
         reason = f"as small as {best.name}, and not faster"
     else:
-        reason = f"{record.bytes / best.bytes:.2g} times the bytes of {best.name}"
+        reason = f"{record.bytes / best.bytes:.3g} times the bytes of {best.name}"
     return replace(record, admitted=True, reason=f"admitted: {reason}")

@@ -17,7 +17,7 @@ from torch import nn
 from fedcore.artifacts.manifest import Parity
 from fedcore.artifacts.parity import FloatArray, agreement, max_abs_error
 from fedcore.config import RunConfig
-from fedcore.errors import CompressionError, ParityError, TaskError
+from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.metrics import Metric
 from fedcore.task import Task, size_of
@@ -78,7 +78,7 @@ class _Weighed:
 def compress(
     run: RunConfig,
     task: Task,
-    model: nn.Sequential,
+    model: nn.Module,
     cloud: CloudData | None,
     *,
     progress: Callable[[str], None],
@@ -131,7 +131,7 @@ def compress(
             raise  # the export itself is wrong, so none of its figures would mean anything
         except (CompressionError, TaskError) as error:
             if candidate is FP32:
-                raise
+                raise _without_fp32(error) from error
             refused[candidate.name] = str(error)
             progress(f"compression: {candidate.name} was not built: {error}")
 
@@ -177,35 +177,51 @@ def _weigh(
     with torch.inference_mode():
         expected = built.reference(torch.from_numpy(golden)).float().numpy()
     outputs = answer(session, golden)
-    error = max_abs_error(expected, outputs)
     if built.exact:
-        _parity_gate(candidate.name, error, expected)
+        _parity_gate(candidate.name, expected, outputs)
+    elif not np.isfinite(outputs).all():
+        raise CompressionError("its answers to the golden inputs are not finite")
     heldout, metric = None, math.nan
     if cloud is not None:
         heldout, targets = answers(session, cloud.heldout)
         metric = material.task.primary.compute(torch.from_numpy(heldout), targets)
         if not math.isfinite(metric):
             raise CompressionError(
-                f"candidate {candidate.name}: its {material.task.primary.name} on the cloud's "
-                f"held-out data is {metric}, so it cannot be weighed. It was not released; look "
-                "for inputs or outputs that are not finite."
+                f"its {material.task.primary.name} on the cloud's held-out data is {metric}"
             )
-    if not math.isfinite(error):
-        raise CompressionError("its answers to the golden inputs are not finite")
     return _Weighed(
-        built=built, golden=outputs, max_abs_error=error, heldout=heldout, metric=metric
+        built=built,
+        golden=outputs,
+        max_abs_error=max_abs_error(expected, outputs),
+        heldout=heldout,
+        metric=metric,
     )
 
 
-def _parity_gate(name: str, error: float, expected: FloatArray) -> None:
-    allowed = tolerance(expected, relative=EXACT)
-    if error <= allowed:
-        return
-    where = "" if np.isfinite(expected).all() else " (torch itself answers with NaN or infinity)"
-    raise ParityError(
-        f"candidate {name}: the exported model's answers to the golden inputs differ from torch's "
-        f"by up to {error:.3g}, and {allowed:.3g} is allowed{where}. Nothing was released; look in "
-        "the model for operations that ONNX rounds or orders differently, or for large weights."
+def _parity_gate(name: str, expected: FloatArray, outputs: FloatArray) -> None:
+    for who, answers_ in (("torch", expected), ("the exported file", outputs)):
+        if not np.isfinite(answers_).all():
+            raise ParityError(
+                f"candidate {name}: {who} answers some golden inputs with NaN or infinity. Nothing "
+                "was released; look in the model for divisions, logarithms or powers that inputs "
+                "within the range of the cloud's data can overflow."
+            )
+    error, allowed = max_abs_error(expected, outputs), tolerance(expected, relative=EXACT)
+    if error > allowed:
+        raise ParityError(
+            f"candidate {name}: the exported file's answers to the golden inputs differ from "
+            f"torch's by up to {error:.3g}, and {allowed:.3g} is allowed. Nothing was released; "
+            "look in the model for operations that ONNX rounds or orders differently, or that ask "
+            "whether they are being exported."
+        )
+
+
+def _without_fp32(error: FedcoreError) -> FedcoreError:
+    if isinstance(error, TaskError):
+        return error
+    return CompressionError(
+        f"candidate fp32: {error}, and the others are weighed against it. Nothing was released; "
+        "look for inputs that are not finite, or for operations that onnxruntime does not have."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 import torch_pruning
@@ -15,12 +16,11 @@ from fedcore.task import Examples, Loss
 from fedcore.training.local import train
 from server.export import quiet
 
+Model = TypeVar("Model", bound=nn.Module)
 _PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
-def prune_channels(
-    module: nn.Sequential, example_batch: Tensor, *, fraction: float
-) -> nn.Sequential:
+def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> Model:
     """Removes the least important channels of every hidden layer.
 
     A channel's importance is the L2 norm of all weights that go with it: its own, and those that
@@ -77,7 +77,7 @@ def prune_channels(
 
 
 def prune_and_recover(
-    module: nn.Sequential,
+    module: Model,
     example_batch: Tensor,
     examples: Examples,
     loss: Loss,
@@ -86,7 +86,7 @@ def prune_and_recover(
     fraction: float,
     epochs: int,
     seed: int,
-) -> nn.Sequential:
+) -> Model:
     """Prunes a model and trains what remains on the cloud's data.
 
     Args:

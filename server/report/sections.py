@@ -115,7 +115,7 @@ def scores_table(record: RunRecord) -> Markup:
 def judged(record: RunRecord) -> str:
     """What the metric by round was measured on, in words."""
     places = {
-        "cloud": "on the cloud's held-out data",
+        "cloud": "on cloud data that no round trained on",
         "clients": "on data that clients held back",
     }
     place = places.get(record.rounds[-1].judged_on)

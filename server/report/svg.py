@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from html import escape
 from io import StringIO
@@ -55,7 +56,10 @@ def draw(name: str, label: str, paint: Callable[[Figure], None], height_in: floa
         paint: Draws on the empty figure.
         height_in: Height in inches; the width is `WIDTH_IN`.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The reader's browser has its own fonts: only the width is guessed where this one has no
+        # glyph for a character.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH_IN, height_in))
         paint(figure)
         buffer = StringIO()

@@ -19,9 +19,7 @@ RUNS = st.builds(
     RunConfig,
     name=st.just("x"),
     task=st.just("t.py"),
-    privacy=st.builds(
-        Privacy, unit=st.just("example"), max_epsilon=EPSILONS, target_delta=DELTAS
-    ),
+    privacy=st.builds(Privacy, unit=st.just("example"), max_epsilon=EPSILONS, target_delta=DELTAS),
 )
 
 

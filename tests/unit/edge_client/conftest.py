@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ def matmul_onnx(factor: float) -> bytes:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def matmul_golden(factor: float) -> bytes:
@@ -100,11 +101,19 @@ class Publisher:
         )
 
 
+@pytest.fixture(scope="module")
+def first_publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
+    folder = tmp_path_factory.mktemp("first")
+    initialise(folder / "repository", folder / "keys", now=datetime.now(UTC))
+    return Publisher(folder / "repository", folder / "keys")
+
+
 @pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    made = Publisher(tmp_path / "repository", tmp_path / "keys")
-    initialise(made.repository, made.keys, now=datetime.now(UTC))
-    return made
+def publisher(first_publisher: Publisher, tmp_path: Path) -> Publisher:
+    """A copy: making one anew costs many fsyncs."""
+    shutil.copytree(first_publisher.repository, tmp_path / "repository")
+    shutil.copytree(first_publisher.keys, tmp_path / "keys")
+    return Publisher(tmp_path / "repository", tmp_path / "keys")
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from fedcore import errors
 from fedcore.cli import Command
 from fedcore.errors import FedcoreError
 
-CLASSES = {
+CLASSES: dict[str, type[FedcoreError]] = {
     name: thing
     for name, thing in vars(errors).items()
-    if isinstance(thing, type) and issubclass(thing, Exception)
+    if isinstance(thing, type) and issubclass(thing, FedcoreError)
 }
 DRAWING = re.findall(
     r"^ {4}((?:\|   |    )*)(?:\|-- |`-- )?(\w+)\b *(\d*)", errors.__doc__ or "", re.M

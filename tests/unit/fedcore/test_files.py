@@ -17,7 +17,7 @@ def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     write_atomic(path, b"bytes")
     assert path.read_bytes() == b"bytes"
-    assert os.listdir(path.parent) == ["file"]
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
@@ -137,7 +137,9 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="a test does not exist"):
         read_bytes(tmp_path / "file" / "below", max_bytes=5, what="a test")
-    with pytest.raises(DataError, match="a test cannot be read: a folder or something else has its name"):
+    with pytest.raises(
+        DataError, match="a test cannot be read: a folder or something else has its name"
+    ):
         read_bytes(tmp_path, max_bytes=5, what="a test")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="something else has its name"):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from fedcore.errors import DataError
-from fedcore.partition import by_column, dirichlet, iid, shards
+from fedcore.partition import Rows, by_column, dirichlet, iid, shards
 
 LABELS = np.arange(1000) % 10
 
 
-def labels_held(parts: list[np.ndarray]) -> float:  # type: ignore[type-arg]
+def labels_held(parts: list[Rows]) -> float:
     """How many labels a client holds, on average."""
     return float(np.mean([len(np.unique(LABELS[part])) for part in parts]))
 
@@ -32,7 +32,11 @@ def test_another_seed_is_another_split() -> None:
 
 def test_a_column_names_its_clients_by_sorted_value() -> None:
     parts = by_column(["b", "a", "b", "c"])
-    assert {name: rows.tolist() for name, rows in parts.items()} == {"a": [1], "b": [0, 2], "c": [3]}
+    assert {name: rows.tolist() for name, rows in parts.items()} == {
+        "a": [1],
+        "b": [0, 2],
+        "c": [3],
+    }
     assert list(by_column([10, 9])) == ["9", "10"]
 
 
@@ -51,7 +55,7 @@ def test_more_rows_than_there_are_cannot_be_asked_for() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_alpha_without_a_distribution_is_refused(alpha: float) -> None:
-    with pytest.raises(DataError, match="alpha = .*; it must be above 0 and finite"):
+    with pytest.raises(DataError, match=r"alpha = .*; it must be above 0 and finite"):
         dirichlet(LABELS, 4, alpha=alpha)
 
 

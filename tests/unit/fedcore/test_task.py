@@ -161,5 +161,5 @@ def test_an_error_that_says_what_is_wrong_is_passed_on() -> None:
     def fails() -> Dataset[tuple[torch.Tensor, torch.Tensor]]:
         raise DataError("readings.csv: row 7 has no label.")
 
-    with pytest.raises(DataError, match="^readings.csv: row 7 has no label.$"):
+    with pytest.raises(DataError, match=r"^readings\.csv: row 7 has no label\.$"):
         read_examples(fails, what="client 'anna'")

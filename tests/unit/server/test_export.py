@@ -120,7 +120,9 @@ def test_is_valid_and_whole(exported: bytes) -> None:
 
 
 def test_subgraphs_are_stripped_too() -> None:
-    inner = onnx.parser.parse_graph("inner () => (float[1] y) { y = Constant <value_float = 1.0> () }")
+    inner = onnx.parser.parse_graph(
+        "inner () => (float[1] y) { y = Constant <value_float = 1.0> () }"
+    )
     inner.node[0].doc_string = "/home/someone/model.py"
     inner.node[0].metadata_props.add(key="where", value="/home/someone")
     node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
@@ -185,7 +187,7 @@ def test_another_process_and_folder_give_the_same_bytes(exported: bytes, tmp_pat
 def test_other_weights_give_other_bytes(exported: bytes) -> None:
     module = small_model()
     with torch.no_grad():
-        module[1].bias[0] += 1e-3  # type: ignore[index, union-attr, operator]
+        module[1].bias[0] += 1e-3  # type: ignore[index, operator]
     again = export_onnx(module, torch.zeros(2, 5), labels=LABELS, kind="classification")
     assert again != exported
 

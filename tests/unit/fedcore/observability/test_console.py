@@ -120,9 +120,14 @@ def test_live_shows_at_most_one_stage() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_live_gives_the_cursor_back_whatever_happens(error: type[BaseException]) -> None:
     stream = StringIO()
-    with pytest.raises(error), live(stream) as sink:
-        sink(StageStarted("rounds", 5))
-        raise error
+
+    def run() -> None:
+        with live(stream) as sink:
+            sink(StageStarted("rounds", 5))
+            raise error
+
+    with pytest.raises(error):
+        run()
     assert stream.getvalue().index(HIDE_CURSOR) < stream.getvalue().rindex(SHOW_CURSOR)
 
 

@@ -6,9 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from fedcore.errors import DiskFull
 from fedcore.observability.events import (
     Noted,
     RoundFinished,
@@ -16,7 +13,7 @@ from fedcore.observability.events import (
     StageFinished,
     StageStarted,
 )
-from fedcore.observability.jsonl import appending, json_lines
+from fedcore.observability.jsonl import json_lines
 
 # Runs where files may hold 1000 bytes: the closest a test comes to a disk that fills up.
 _FILLS_UP = """
@@ -71,8 +68,3 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     lines = path.read_text().splitlines(keepends=True)
     assert 5 < len(lines) < 100
     assert all(json.loads(line)["event"] == "noted" and line.endswith("\n") for line in lines)
-
-
-def test_a_full_disk_is_said_at_once() -> None:
-    with pytest.raises(DiskFull, match="/dev/full"), appending(Path("/dev/full")) as append:
-        append(b"x")

@@ -26,7 +26,9 @@ def test_one_line_leaves_nothing_that_a_terminal_acts_on(text: str) -> None:
 
 def test_one_line_keeps_words() -> None:
     assert one_line("  two\n\tlines ") == "two lines"
-    assert one_line("\x1b[31mred\x00") == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"
+    assert (
+        one_line("\x1b[31mred\x00") == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"
+    )
 
 
 @pytest.mark.parametrize(

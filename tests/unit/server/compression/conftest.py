@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import ConcatDataset
 
 from fedcore import Task, load_task
 from fedcore.config import Compression, Finetune, RunConfig
-from fedcore.seeds import global_streams, torch_rng
+from fedcore.model import FullModel, build_model
+from fedcore.seeds import torch_rng
+from fedcore.task import Examples
 from fedcore.training.local import train
 from server.cloud import CloudData, read_cloud_data
 from server.compression.compress import Compressed, compress
@@ -20,20 +21,25 @@ from server.compression.compress import Compressed, compress
 DIGITS = Path(__file__).parents[4] / "examples" / "digits" / "task.py"
 
 
-def full(task: Task, *, seed: int = 0) -> nn.Sequential:
+def build(task: Task) -> FullModel:
     """A task's model behind its preprocessing, untrained."""
-    with global_streams(seed, "model"):
-        model = task.model()
-    preprocess = task.preprocess() if task.preprocess else nn.Identity()
-    return nn.Sequential(OrderedDict(preprocess=preprocess, model=model))
+    return build_model(task, configure())
 
 
-def quick_run(**compression: object) -> RunConfig:
+def configure(**compression: object) -> RunConfig:
     """A run whose compression takes a second or two."""
     settings = {"prune_epochs": 2, "timing_runs": 100, **compression}
-    return RunConfig(
-        name="run", task="task.py", compression=Compression.model_validate(settings)
-    )
+    return RunConfig(name="run", task="task.py", compression=Compression.model_validate(settings))
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Callable[[Task], FullModel]:
+    return build
+
+
+@pytest.fixture(scope="session")
+def quick_run() -> Callable[..., RunConfig]:
+    return configure
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +55,12 @@ def digits_cloud(digits: Task) -> CloudData:
 
 
 @pytest.fixture(scope="session")
-def digits_model(digits: Task) -> nn.Sequential:
+def digits_model(digits: Task) -> FullModel:
     """Trained on the data of all clients, until it is good."""
-    module = full(digits)
-    pooled = ConcatDataset([digits.client_data(client, None) for client in digits.clients(None)])
+    module = build(digits)
+    pooled: Examples = ConcatDataset(
+        [digits.client_data(client, None) for client in digits.clients(None)]
+    )
     train(
         module,
         pooled,
@@ -66,9 +74,9 @@ def digits_model(digits: Task) -> nn.Sequential:
 
 
 @pytest.fixture(scope="session")
-def compressed(digits: Task, digits_model: nn.Sequential, digits_cloud: CloudData) -> Compressed:
+def compressed(digits: Task, digits_model: FullModel, digits_cloud: CloudData) -> Compressed:
     return compress(
-        quick_run(timing_runs=1000),
+        configure(),
         digits,
         digits_model,
         digits_cloud,

@@ -9,6 +9,7 @@ import pytest
 from tuf.api.metadata import DelegatedRole
 
 from fedcore.errors import DiskFull, ReleaseError
+from fedcore.files import write_atomic
 from server.registry import repository as registry
 from server.registry.keys import ONLINE, read_keys, read_trusted_root
 from server.release import initialise, refresh
@@ -148,7 +149,7 @@ def test_failing_at_any_write_leaves_what_was_and_no_rubbish(
 ) -> None:
     publisher.publish()
     files = {path: path.read_bytes() for path in publisher.repository.rglob("*") if path.is_file()}
-    real = registry.write_atomic
+    real = write_atomic
     for stop in range(7):  # 4 files, releases, snapshot, timestamp
         count = 0
 
@@ -173,7 +174,7 @@ def test_failing_at_any_write_leaves_what_was_and_no_rubbish(
 def test_a_failure_after_the_switch_leaves_the_new_release_whole(
     publisher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = registry.write_atomic
+    real = write_atomic
 
     def failing(path: Path, data: bytes) -> None:
         real(path, data)

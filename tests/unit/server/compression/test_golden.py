@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from server.compression.golden import golden_inputs, tolerance
+
+
+def examples(inputs: torch.Tensor) -> TensorDataset:
+    return TensorDataset(inputs, torch.zeros(len(inputs)))
+
+
+def test_features_stay_in_their_own_ranges() -> None:
+    inputs = torch.rand(100, 3) * torch.tensor([1.0, 1000.0, 0.0]) + torch.tensor([0.0, 500.0, 7.0])
+    golden = golden_inputs(torch.zeros(3), examples(inputs), seed=0)
+    assert golden.shape == (32, 3)
+    assert golden.dtype == np.float32
+    assert (golden >= inputs.amin(dim=0).numpy()).all()
+    assert (golden <= inputs.amax(dim=0).numpy()).all()
+    assert golden[:, 1].std() > 100
+
+
+def test_no_input_is_anybodys_data() -> None:
+    inputs = torch.randn(200, 8)
+    golden = torch.from_numpy(golden_inputs(torch.zeros(8), examples(inputs), seed=0))
+    assert torch.cdist(golden, inputs).min() > 0.1
+
+
+@pytest.mark.parametrize("data", [None, examples(torch.full((1, 4), 40.0))])
+def test_little_data_gives_no_range(data: TensorDataset | None) -> None:
+    golden = golden_inputs(torch.full((4,), 5.0), data, seed=0)
+    assert ((golden >= 4) & (golden <= 6)).all()
+    assert golden.std() > 0.3
+
+
+def test_tokens_are_tokens() -> None:
+    tokens = torch.randint(0, 9, (50, 6))
+    tokens[0, 0] = 8
+    golden = golden_inputs(torch.zeros(6, dtype=torch.int64), examples(tokens), seed=0)
+    assert golden.dtype == np.int64
+    assert set(np.unique(golden)) == set(range(9))
+    alone = golden_inputs(torch.tensor([0, 3]), None, seed=0)
+    assert set(np.unique(alone)) == {0, 1, 2, 3}
+
+
+def test_the_seed_fixes_them() -> None:
+    one, same, other = (golden_inputs(torch.zeros(5), None, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_a_tolerance_follows_the_largest_output() -> None:
+    outputs = np.array([[0.5, -20.0]], dtype=np.float32)
+    assert tolerance(outputs, relative=1e-3) == pytest.approx(0.02)
+    assert tolerance(np.zeros((2, 2), dtype=np.float32), relative=1e-3) > 0

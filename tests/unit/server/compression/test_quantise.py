@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedcore.errors import CompressionError
+from server.compression.compress import Compressed
+from server.compression.quantise import int8_dynamic, int8_static, saturates
+from server.compression.runtime import answer, open_session
+from server.export import export_onnx
+
+
+def weights(raw: bytes) -> dict[str, onnx.TensorProto]:
+    graph = onnx.load_model_from_string(raw).graph
+    return {each.name: each for each in graph.initializer if len(each.dims) > 1}
+
+
+def test_static_answers_close_to_fp32(compressed: Compressed, calibration: Tensor) -> None:
+    fp32 = compressed.files["fp32"]
+    raw = int8_static(fp32, calibration, reduce_range=False)
+    expected, found = (
+        answer(open_session(each, threads=1), calibration.numpy()) for each in (fp32, raw)
+    )
+    assert 0 < np.abs(expected - found).max() < 0.05 * np.abs(expected).max()
+    assert (expected.argmax(1) == found.argmax(1)).mean() > 0.98
+
+
+def test_static_keeps_the_last_layer_in_float(compressed: Compressed, calibration: Tensor) -> None:
+    found = weights(int8_static(compressed.files["fp32"], calibration, reduce_range=False))
+    types = {tuple(each.dims): each.data_type for each in found.values()}
+    assert types[10, 128] == onnx.TensorProto.FLOAT
+    assert types[256, 64] == types[128, 256] == onnx.TensorProto.INT8
+
+
+def test_static_has_one_scale_for_each_channel(compressed: Compressed, calibration: Tensor) -> None:
+    raw = int8_static(compressed.files["fp32"], calibration, reduce_range=False)
+    graph = onnx.load_model_from_string(raw).graph
+    scales = {each.dims[0] for each in graph.initializer if each.name.endswith("weight_scale")}
+    assert scales == {256, 128}
+
+
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_reduce_range_keeps_weights_to_7_bits(
+    compressed: Compressed, calibration: Tensor, reduce_range: bool
+) -> None:
+    fp32 = compressed.files["fp32"]
+    for raw in (
+        int8_static(fp32, calibration, reduce_range=reduce_range),
+        int8_dynamic(fp32, reduce_range=reduce_range),
+    ):
+        largest = max(
+            int(np.abs(onnx.numpy_helper.to_array(each).astype(int)).max())
+            for each in weights(raw).values()
+            if each.data_type == onnx.TensorProto.INT8
+        )
+        assert largest <= 64 if reduce_range else largest > 100
+
+
+def test_labels_travel_and_nothing_else(compressed: Compressed, calibration: Tensor) -> None:
+    fp32 = compressed.files["fp32"]
+    for raw in (
+        int8_static(fp32, calibration, reduce_range=True),
+        int8_dynamic(fp32, reduce_range=True),
+    ):
+        model = onnx.load_model_from_string(raw)
+        kept = {each.key for each in model.metadata_props}
+        assert kept == {"fedcore.labels", "fedcore.kind"}
+        assert model.producer_name == "fedcore"
+        assert not any(each.metadata_props or each.doc_string for each in model.graph.node)
+        for folder in (Path.cwd(), tempfile.gettempdir()):
+            assert f"{folder}/".encode() not in raw
+
+
+def test_calibration_decides_the_bytes(compressed: Compressed, calibration: Tensor) -> None:
+    fp32 = compressed.files["fp32"]
+    one = int8_static(fp32, calibration, reduce_range=False)
+    assert one == int8_static(fp32, calibration, reduce_range=False)
+    assert one != int8_static(fp32, calibration * 2, reduce_range=False)
+
+
+def test_no_file_is_left_behind(
+    compressed: Compressed, calibration: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    int8_static(compressed.files["fp32"], calibration, reduce_range=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_layer_is_left_alone_by_static_quantisation() -> None:
+    raw = export_onnx(
+        nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4), labels=(), kind="regression"
+    )
+    with pytest.raises(CompressionError, match="none of its layers can be quantised"):
+        int8_static(raw, torch.randn(8, 4), reduce_range=False)
+
+
+def test_a_failing_quantiser_is_a_reason_not_a_crash() -> None:
+    raw = export_onnx(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
+        torch.zeros(2, 4),
+        labels=(),
+        kind="regression",
+    )
+    with pytest.raises(CompressionError, match="it cannot be quantised") as caught:
+        int8_static(raw, torch.randn(8, 5), reduce_range=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n", False),
+        ("flags\t\t: fpu avx2 avx_vnni\n", False),
+        ("flags\t\t: fpu avx2 amx_int8\n", False),
+        ("flags\t\t: fpu avx2 avx512f\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", False),
+        ("", False),
+    ],
+)
+def test_saturation_is_read_from_the_processor(cpuinfo: str, expected: bool) -> None:
+    assert saturates(cpuinfo) is expected

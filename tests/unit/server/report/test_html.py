@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from server.records import RunRecord
+from server.report import sections
+from server.report.html import report_html
+from server.report.summary import summary
+
+
+class Words(HTMLParser):
+    """What a reader sees, and every address that the page names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "data", "action", "srcset")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def figures_of(record: RunRecord) -> dict[str, Any]:
+    return summary(
+        record,
+        target_delta=1e-3 if record.noise != "none" else None,
+        torch_p50_us=70.0 if record.candidates else None,
+        seconds=5.0,
+    )
+
+
+def page_of(record: RunRecord) -> str:
+    return report_html(record, figures_of(record))
+
+
+def read(page: str) -> Words:
+    words = Words()
+    words.feed(page)
+    words.close()
+    return words
+
+
+def test_a_whole_run_shows_every_part(record: RunRecord) -> None:
+    words = read(page_of(record))
+    headings = ["Final test", "Rounds", "Compression", "Clients", "Lineage", "Privacy", "Time"]
+    for heading in headings:
+        assert heading in words.text
+    assert words.tags.count("svg") == 5
+    assert "refused: drops 0.06, 0.05 more than allowed" in words.text
+    assert "1.2 times as long" in words.text  # fp32 against the released model
+    assert "a note" in words.text
+
+
+def test_the_page_stands_alone(record: RunRecord) -> None:
+    page = page_of(record)
+    words = read(page)
+    assert all(address.startswith("#") for address in words.addresses)
+    assert not {"script", "link", "iframe", "img", "object", "form"} & set(words.tags)
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert "http://" not in without_namespaces
+    assert "https://" not in without_namespaces
+    assert "url(" not in page.replace("url(#", "")
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_names_and_notes_are_text_and_nothing_else(record: RunRecord) -> None:
+    evil = '<script>alert("x")</script>'
+    first, *others = record.clients
+    fp32, *candidates = record.candidates
+    page = page_of(
+        replace(
+            record,
+            name=evil,
+            task=evil,
+            device=evil,
+            primary=evil,
+            scores={evil: {"released": 0.5}},
+            clients=(replace(first, client=evil), *others),
+            candidates=(replace(fp32, name=evil, reason=evil), *candidates),
+            stages={evil: 1.0},
+            notes=(evil, "$style ${body}"),
+        )
+    )
+    assert "<script" not in page
+    words = read(page)
+    assert words.text.count(evil) > 8
+    assert "$style ${body}" in words.text
+
+
+def test_lineage_leads_from_the_data_to_the_release(record: RunRecord) -> None:
+    page = sections.lineage(record)
+    links = re.findall(r"<li class=\"step[^\"]*\"><strong>(.*?)</strong>", page)
+    assert links == [
+        "Device data",
+        "Global model of round 3",
+        "Fine-tuned",
+        "Candidate int8_static",
+        "Release v3",
+    ]
+    assert f'<code title="sha256:{"ab" * 32}">abababababab</code>' in page
+    assert f'<code title="sha256:{"ef" * 32}">efefefefefef</code>' in page
+    assert "60 examples of 3 clients" in page
+
+
+def test_a_rollback_and_a_model_that_was_not_fine_tuned_are_said(record: RunRecord) -> None:
+    assert record.manifest is not None
+    origin = record.manifest.lineage.model_copy(update={"finetuned": False, "rollback_of": 1})
+    manifest = record.manifest.model_copy(update={"lineage": origin})
+    text = read(sections.lineage(replace(record, manifest=manifest))).text
+    assert "Not fine-tuned" in text
+    assert "the bytes of v1 again" in text
+
+
+def test_privacy_is_stated_with_unit_epsilon_delta_and_rounds(record: RunRecord) -> None:
+    text = read(sections.privacy(record, figures_of(record))).text
+    assert "one example of one client" in text
+    assert "Epsilon is at most 4.50 at delta 0.001 for every client" in text
+    assert "accumulated over 3 rounds" in text
+
+
+@pytest.mark.parametrize(
+    ("noise", "said", "unsaid"),
+    [
+        ("simulated", "this run protects nobody", "its own operating system"),
+        ("system", "its own operating system", "this run protects nobody"),
+        ("none", "without differential privacy", "Epsilon is at most"),
+    ],
+)
+def test_what_the_noise_is_worth_is_said(
+    record: RunRecord, noise: str, said: str, unsaid: str
+) -> None:
+    changed = replace(record, noise=noise)
+    text = read(sections.privacy(changed, figures_of(changed))).text
+    assert said in text
+    assert unsaid not in text
+
+
+def _public(record: RunRecord) -> RunRecord:
+    return replace(
+        record,
+        noise="none",
+        rounds=tuple(replace(each, epsilon_max=None) for each in record.rounds),
+        clients=tuple(replace(each, epsilon=None) for each in record.clients),
+    )
+
+
+@pytest.mark.parametrize(
+    ("without", "gone", "left"),
+    [
+        (_public, "epsilon spent", "updates were not protected"),
+        (
+            lambda r: replace(r, rounds=r.rounds[:1], higher_is_better=False),
+            "higher is better",
+            "lower is better",
+        ),
+    ],
+)
+def test_a_page_follows_what_kind_of_run_it_was(
+    record: RunRecord, without: Callable[[RunRecord], RunRecord], gone: str, left: str
+) -> None:
+    text = read(page_of(without(record))).text
+    assert gone not in text
+    assert left in text
+
+
+def test_what_a_run_lacks_is_left_out(record: RunRecord) -> None:
+    bare = replace(
+        record,
+        rounds=(),
+        clients=(),
+        candidates=(),
+        chosen=None,
+        manifest=None,
+        scores={},
+        stages={},
+        notes=(),
+    )
+    words = read(page_of(bare))
+    assert "svg" not in words.tags
+    assert "table" not in words.tags
+    for heading in ("Final test", "Rounds", "Compression", "Clients", "Time ", "Notes"):
+        assert heading not in words.text
+    assert "no device trained" in words.text
+    assert "Not released" in words.text
+
+
+def test_the_same_run_gives_the_same_page(record: RunRecord) -> None:
+    assert page_of(record) == page_of(record)

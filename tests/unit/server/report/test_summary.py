@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+from server.records import RunRecord
+from server.report.summary import epsilon_max, summary
+
+
+def test_a_whole_run(record: RunRecord) -> None:
+    assert summary(record, target_delta=1e-3, torch_p50_us=70.0, seconds=5.0) == {
+        "rounds": 3,
+        "accuracy": {
+            "federated": 0.86,
+            "cloud_alone": 0.89,
+            "finetuned": 0.955,
+            "released": 0.95,
+        },
+        "epsilon": {"max": 4.5},
+        "target_delta": 1e-3,
+        "bytes": {"up": 3000, "down": 6000},
+        "model": {"fp32_bytes": 218_000, "released_bytes": 64_000},
+        "latency": {"torch_p50_us": 70.0, "fp32_p50_us": 11.0, "released_p50_us": 9.0},
+        "release": {"version": 3, "digest": "ab" * 32},
+        "seconds": {"rounds": 1.5, "compression": 2.5, "total": 5.0},
+    }
+
+
+def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
+    bare = replace(
+        record,
+        rounds=(),
+        clients=(),
+        candidates=(),
+        chosen=None,
+        manifest=None,
+        scores={},
+        stages={},
+    )
+    assert summary(bare, target_delta=None, torch_p50_us=None, seconds=1.0) == {
+        "rounds": 0,
+        "accuracy": dict.fromkeys(("federated", "cloud_alone", "finetuned", "released")),
+        "epsilon": {"max": None},
+        "target_delta": None,
+        "bytes": {"up": 0, "down": 0},
+        "model": {"fp32_bytes": None, "released_bytes": None},
+        "latency": {"torch_p50_us": None, "fp32_p50_us": None, "released_p50_us": None},
+        "release": {"version": None, "digest": None},
+        "seconds": {"total": 1.0},
+    }
+
+
+def test_scores_carry_the_names_of_their_metrics(record: RunRecord) -> None:
+    scores = {"rmse": {"federated": 20.0}, "mae": {"released": 9.0}}
+    regression = replace(record, primary="rmse", higher_is_better=False, scores=scores)
+    made = summary(regression, target_delta=None, torch_p50_us=None, seconds=1.0)
+    assert "accuracy" not in made
+    assert made["rmse"]["federated"] == 20.0
+    assert made["rmse"]["released"] is None
+    assert made["mae"]["released"] == 9.0
+
+
+def test_a_metric_named_like_another_entry_replaces_nothing(record: RunRecord) -> None:
+    made = summary(
+        replace(record, primary="bytes", scores={"bytes": {"released": 0.5}}),
+        target_delta=None,
+        torch_p50_us=None,
+        seconds=1.0,
+    )
+    assert made["bytes"] == {"up": 3000, "down": 6000}
+    assert made["bytes_metric"]["released"] == 0.5
+
+
+def test_what_is_not_finite_is_null(record: RunRecord) -> None:
+    scores = {"accuracy": {"federated": math.nan, "released": math.inf}}
+    made = summary(
+        replace(record, scores=scores), target_delta=None, torch_p50_us=None, seconds=1.0
+    )
+    json.dumps(made, allow_nan=False)
+    assert made["accuracy"]["federated"] is None
+    assert made["accuracy"]["released"] is None
+
+
+def test_epsilon_is_the_most_of_rounds_and_clients(record: RunRecord) -> None:
+    assert epsilon_max(record) == 4.5
+    first, *others = record.clients
+    assert epsilon_max(replace(record, clients=(replace(first, epsilon=6.0), *others))) == 6.0
+    assert epsilon_max(replace(record, rounds=(), clients=())) is None

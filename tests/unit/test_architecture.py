@@ -1,0 +1,236 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import fedcore
+
+ROOT = Path(__file__).parents[2]
+PRODUCT = sorted(
+    path for top in ("fedcore", "edge_client", "server") for path in (ROOT / top).rglob("*.py")
+)
+ALL = PRODUCT + sorted(
+    path for top in ("tests", "examples", "benchmarks") for path in (ROOT / top).rglob("*.py")
+)
+MAX_LINES = 400
+UNPICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"torch.load", "np.load", "numpy.load", "eval", "exec"}
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parsed(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(), filename=str(path)))
+
+
+def imports(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each module that a file imports, with the names that it takes from it."""
+    for node in parsed(path):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ()
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module, tuple(alias.name for alias in node.names)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_layers_hold() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("path", ALL, ids=label)
+def test_a_file_is_about_one_thing(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < MAX_LINES
+
+
+def is_public_flower(module: str, names: tuple[str, ...]) -> bool:
+    rooms = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+    if not any(module == room or module.startswith(f"{room}.") for room in rooms):
+        return False
+    offered = getattr(import_module(module), "__all__", None)
+    return all(name in offered if offered else not name.startswith("_") for name in names)
+
+
+def test_flowers_private_modules_are_imported_in_one_room_alone() -> None:
+    found = [
+        f"{label(path)}: {module} {' '.join(names)}"
+        for path in PRODUCT
+        if ROOT / "fedcore" / "flower" not in path.parents
+        for module, names in imports(path)
+        if module.partition(".")[0] == "flwr" and not is_public_flower(module, names)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "public"),
+    [
+        ("flwr.app", ("Message", "RecordDict"), True),
+        ("flwr.serverapp.strategy", ("FedAvg",), True),
+        ("flwr.app", ("NoSuchName",), False),
+        ("flwr", (), False),
+        ("flwr.common", ("Message",), False),
+        ("flwr.supercore.task_identity", ("TaskIdentity",), False),
+        ("flwr.application", (), False),
+    ],
+)
+def test_what_counts_as_flowers_public_side(
+    module: str, names: tuple[str, ...], public: bool
+) -> None:
+    assert is_public_flower(module, names) == public
+
+
+def offences(path: Path) -> Iterator[str]:
+    """What no file of the product may do: unpickle, evaluate text, swallow errors."""
+    for module, names in imports(path):
+        taken = {f"{module}.{name}" for name in names}
+        if module.partition(".")[0] in UNPICKLING or taken & FORBIDDEN_CALLS:
+            yield f"imports {module} {' '.join(names)}"
+    for node in parsed(path):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
+            yield f"line {node.lineno}: calls {ast.unparse(node.func)}"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            yield f"line {node.lineno}: allow_pickle"
+        if isinstance(node, ast.ExceptHandler) and swallows(node):
+            yield f"line {node.lineno}: swallows every error"
+
+
+def swallows(handler: ast.ExceptHandler) -> bool:
+    caught = ast.unparse(handler.type) if handler.type else "Exception"
+    return caught in ("Exception", "BaseException") and all(
+        isinstance(line, ast.Pass | ast.Continue)
+        or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+        for line in handler.body
+    )
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=label)
+def test_the_product_unpickles_nothing_and_swallows_nothing(path: Path) -> None:
+    assert list(offences(path)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "from torch import load",
+        "import torch\ntorch.load('x')",
+        "import numpy as np\nnp.load('x')",
+        "f(allow_pickle=True)",
+        "eval('1')",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "for x in y:\n    try:\n        f()\n    except:\n        continue",
+    ],
+)
+def test_each_offence_is_found(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.py"
+    path.write_text(text)
+    assert len(list(offences(path))) == 1
+
+
+def test_what_is_no_offence_is_let_pass(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text(
+        "model.eval()\ntry:\n    f()\nexcept KeyError:\n    pass\nsafetensors.load(x)\n"
+    )
+    assert list(offences(path)) == []
+
+
+def test_all_names_what_the_package_offers() -> None:
+    assert len(set(fedcore.__all__)) == len(fedcore.__all__)
+    for name in fedcore.__all__:
+        assert getattr(fedcore, name) is not None
+    # In a fresh process, so that nothing but the package's own imports has put names there.
+    offered = json.loads(
+        run_python(
+            "import fedcore, json, types\n"
+            "eager = [n for n, v in vars(fedcore).items() if not n.startswith('_')\n"
+            "         and getattr(v, '__module__', '').startswith('fedcore')]\n"
+            "print(json.dumps([*eager, *fedcore._LAZY, '__version__']))"
+        )
+    )
+    assert sorted(offered) == sorted(fedcore.__all__)
+
+
+def test_a_name_that_the_package_has_not_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fedcore' has no attribute 'nothing'"):
+        _ = fedcore.nothing
+
+
+def test_the_lazy_names_are_the_ones_that_type_checkers_see() -> None:
+    tree = ast.parse((ROOT / "fedcore" / "__init__.py").read_text())
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module.removeprefix("fedcore.")
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert seen == fedcore._LAZY
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level packages that are loaded once ``code`` has run."""
+    said = run_python(f"{code}\nimport sys\nprint('loaded', *sys.modules)")
+    return {name.partition(".")[0] for name in said.splitlines()[-1].split()}
+
+
+def test_a_device_that_only_infers_loads_neither_torch_nor_flower() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in PRODUCT
+        if path.is_relative_to(ROOT / "edge_client")
+    ]
+    assert "edge_client.runtime" in modules
+    loaded = loaded_by(f"import fedcore, fedcore.cli, {', '.join(modules)}")
+    assert "onnxruntime" in loaded
+    assert not loaded & {"torch", "flwr", "opacus", "onnx", "server"}
+
+
+def test_the_command_line_is_parsed_without_torch_or_flower() -> None:
+    loaded = loaded_by("from fedcore.cli import build_parser\nbuild_parser()")
+    assert "fedcore" in loaded
+    assert not loaded & {"torch", "flwr", "opacus", "sklearn", "matplotlib"}
+
+
+def test_each_verb_explains_its_options() -> None:
+    names = {entry.name for entry in entry_points(group="fedcore.commands")}
+    assert {"check", "device", "new", "release", "simulate"} <= names
+    for name in sorted(names):
+        said = run_python(
+            "from fedcore.cli import main; import sys; main(sys.argv[1:])", name, "-h"
+        )
+        assert said.startswith(f"usage: fedcore {name}")
+        assert "example:" in said or "VERB" in said
