@@ -14,8 +14,9 @@ WORKERS ?= 2
 DEVICE_LIMIT_MB := 250
 SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
 
-# One thread a process: test workers with a pool of threads each would fight over the same cores.
-test test-gpu test-device coverage: export OMP_NUM_THREADS := 1
+# One thread a process: models this small gain nothing from more, and pools of threads that wait for
+# each other lose a lot where the cores are shared, by test workers or by another program.
+demo test test-gpu test-device coverage: export OMP_NUM_THREADS := 1
 
 # The first interpreter that runs and is new enough; a shim that fails when called is passed over.
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3; do \
@@ -81,9 +82,10 @@ constraints:  ## resolve anew and write constraints.txt and constraints-device.t
 	@$(FIND_PYTHON); rm -rf .venv-resolve build; \
 	torch=$$(grep '^torch==' constraints.txt); \
 	resolve() { $$python -m venv --clear .venv-resolve; \
+		.venv-resolve/bin/pip uninstall --quiet --yes setuptools; \
 		.venv-resolve/bin/pip install --quiet --disable-pip-version-check $$1 ".$$2"; \
 		{ grep '^#' $$3; .venv-resolve/bin/pip freeze --all --exclude pip --exclude fedcore \
-			| grep -v '^nvidia-\|^triton' | sed 's/+[a-z0-9.]*$$//' | sort -f; } > $$3.new; \
+			| grep -v '^nvidia-\|^triton' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > $$3.new; \
 		mv $$3.new $$3; }; \
 	resolve "$$torch" "[sim,dev]" constraints.txt; \
 	resolve "" "" constraints-device.txt; \

@@ -19,6 +19,7 @@ _EXTRA_OF = {
     "onnx": "server",
     "onnxscript": "server",
     "matplotlib": "server",
+    "rich": "server",
     "tensorboard": "server",
     "torch_pruning": "server",
     "sklearn": "sim",

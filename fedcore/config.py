@@ -30,7 +30,13 @@ CANDIDATES: tuple[CandidateName, ...] = (
 class Section(BaseModel):
     """A table of the file: frozen, strict about types, closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class Federation(Section):
@@ -67,11 +73,17 @@ class Client(Section):
     """``[client]``: local training."""
 
     epochs: Count = 1
+    """Passes over a client's data in one round."""
     batch_size: Count = 32
+    """Examples a step; under privacy the expected number of a Poisson sample."""
     learning_rate: Positive = 0.1
+    """Step size of the local optimiser."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD; begins at zero in every round."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
+    """The local optimiser."""
     device: DeviceChoice = "auto"
     """Where to train: CUDA, else MPS, else CPU when ``auto``."""
 
@@ -84,6 +96,7 @@ class Privacy(Section):
     max_epsilon: Positive = 8.0
     """Budget of each client over the whole run."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """The delta at which epsilon is counted; well below one over a client's examples."""
     clip_norm: Positive = 1.0
     """L2 bound of one example's gradient."""
     noise_multiplier: Positive | Literal["auto"] = "auto"
@@ -106,30 +119,40 @@ class Finetune(Section):
     batch_size: Count = 32
     """Examples a step, over all processes."""
     learning_rate: Positive = 0.05
+    """Step size, for pruned models too."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
+    """The optimiser in the cloud."""
     holdout: Fraction = 0.3
-    """The share of the cloud's data kept for the gate and for choosing a candidate."""
+    """The share of the cloud's data kept for the gate and for choosing a candidate, at random;
+    a task that brings ``cloud_heldout`` decides that itself."""
     max_metric_drop: Annotated[float, Field(ge=0)] = 0.0
     """The gate: how much worse the held-out metric may be after fine-tuning."""
     timeout_s: Positive = 3600.0
+    """Fine-tuning that takes longer fails; so does a process that waits so long for another."""
 
 
 class Compression(Section):
     """``[compression]``: which candidates are built, and what the released one must keep to."""
 
     candidates: tuple[CandidateName, ...] = CANDIDATES
+    """What to build; ``fp32`` always, as the others are weighed against it."""
     max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.01
     """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
     such as RMSE, a fraction of it)."""
     max_bytes: Count | None = None
+    """Size of the ONNX file."""
     max_p50_us: Positive | None = None
+    """Median time of one inference on the machine that compresses."""
     prune_fraction: Fraction = 0.5
     """The share of each hidden layer's channels that structured pruning removes."""
     prune_epochs: Annotated[int, Field(ge=0)] = 10
     """Epochs on the cloud's data after pruning."""
     calibration_examples: Count = 256
+    """Examples of the cloud's data that static quantisation sees, at most."""
     timing_runs: Annotated[int, Field(ge=100)] = 2000
     """Timed inferences of each candidate, in turn."""
 
@@ -213,6 +236,12 @@ def _contradictions(run: RunConfig) -> list[str]:
             "federation.strategy = 'QFedAvg' contradicts privacy.unit = 'example': it weighs "
             "clients by their training loss, which would leave each device without noise. Choose "
             "another strategy, or set privacy.unit to 'none'."
+        )
+    if run.private and federation.strategy == "FedProx":
+        found.append(
+            "federation.strategy = 'FedProx' contradicts privacy.unit = 'example': DP-SGD takes no "
+            "proximal term, so it would be FedAvg under another name. Use 'FedAvg', or set "
+            "privacy.unit to 'none'."
         )
     if federation.evaluate_cohort and not federation.holdout:
         found.append(

@@ -81,6 +81,9 @@ class Task:
     """One input, without the batch dimension."""
     cloud_data: Callable[[Folder], Examples] | None = None
     """Data that the cloud may use: for fine-tuning, its gate, pruning and calibration."""
+    cloud_heldout: Callable[[Folder], Examples] | None = None
+    """The part of the cloud's data that only judges, where a random share of ``cloud_data`` would
+    not do: other people, other machines, later days."""
     preprocess: Callable[[], nn.Module] | None = None
     """Builds a module without parameters that runs before the model and is exported with it."""
     labels: tuple[str, ...] = ()

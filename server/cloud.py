@@ -21,10 +21,17 @@ class CloudData:
 
 
 def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) -> CloudData | None:
-    """The cloud's data, or None when the task has none."""
+    """The cloud's data, or None when the task has none.
+
+    ``holdout`` is the share that is held out at random, unless the task names what is held out.
+    """
     loader = task.cloud_data
     if loader is None:
         return None
     examples = read_examples(lambda: loader(folder), what=f"task {task.name!r}: cloud data")
+    judge = task.cloud_heldout
+    if judge is not None:
+        what = f"task {task.name!r}: held-out cloud data"
+        return CloudData(examples, read_examples(lambda: judge(folder), what=what))
     train, heldout = split(examples, holdout, derive(seed, "cloud"))
     return CloudData(train, heldout)

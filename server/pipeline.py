@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,9 +102,7 @@ def run_pipeline(
     model = tuned.model if tuned else outcome.model
 
     with stages.stage("compress") as said:
-        compressed = compress(
-            run, task, model, cloud, progress=lambda text: emit(StageAdvanced("compress", 0, text))
-        )
+        compressed = compress(run, task, model, cloud, progress=_steps(emit, "compress"))
         said.append(f"chose {compressed.chosen}")
         for name, onnx in compressed.files.items():
             write_atomic(folder / "candidates" / f"{name}.onnx", onnx)
@@ -193,6 +192,12 @@ def _federate(
     )
     simulation = simulate(server, client, clients)
     return outcomes[0], simulation
+
+
+def _steps(emit: Sink, stage: str) -> Callable[[str], None]:
+    """Tells of a stage's steps, counting them."""
+    count = itertools.count(1)
+    return lambda text: emit(StageAdvanced(stage, next(count), text))
 
 
 def _gate_note(tuned: Finetuned, primary: Metric) -> str:

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedcore import Task, by_column
 
 CLOUD_WRITERS = 27  # one writer in twenty lends its images to the cloud, and is no client then
+HELDOUT_WRITERS = 9  # of those: they judge, so that the gate too asks about people never seen
 
 
 def read(path: Path, dtype: str, header: int, shape: tuple[int, ...]) -> NDArray[np.generic]:
@@ -44,6 +45,10 @@ def writers(folder: Path | None) -> list[str]:
     return list(load(folder, "train"))
 
 
+def cloud(folder: Path | None, which: slice) -> TensorDataset:
+    return joined([*load(folder, "train").values()][which])
+
+
 class Scale(nn.Module):
     """Bytes to roughly zero mean and unit deviation; part of the exported model."""
 
@@ -66,7 +71,8 @@ task = Task(
     preprocess=Scale,
     clients=lambda folder: writers(folder)[CLOUD_WRITERS:],
     client_data=lambda client, folder: load(folder, "train")[client],
-    cloud_data=lambda folder: joined([*load(folder, "train").values()][:CLOUD_WRITERS]),
+    cloud_data=lambda folder: cloud(folder, slice(HELDOUT_WRITERS, CLOUD_WRITERS)),
+    cloud_heldout=lambda folder: cloud(folder, slice(HELDOUT_WRITERS)),
     test_data=lambda folder: joined([*load(folder, "test").values()]),
     example_input=torch.zeros(1, 28, 28, dtype=torch.uint8),
     labels=tuple("0123456789"),

@@ -124,7 +124,7 @@ def compress(
     weighed: dict[str, _Weighed] = {}
     refused: dict[str, str] = {}
     for candidate in wanted:
-        progress(f"compression: building and weighing {candidate.name}")
+        progress(f"building and weighing {candidate.name}")
         try:
             weighed[candidate.name] = _weigh(candidate, material, golden, cloud)
         except ParityError:
@@ -133,10 +133,10 @@ def compress(
             if candidate is FP32:
                 raise _without_fp32(error) from error
             refused[candidate.name] = str(error)
-            progress(f"compression: {candidate.name} was not built: {error}")
+            progress(f"{candidate.name} was not built: {error}")
 
     files = {name: each.built.onnx for name, each in weighed.items()}
-    progress(f"compression: timing {', '.join(files)} and torch in turn")
+    progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
         files,
         material.module,
@@ -149,7 +149,7 @@ def compress(
     of = {**{record.name: record for record in judged}, **_unbuilt(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
-        progress(f"compression: {record.name}: {record.reason}")
+        progress(f"{record.name}: {record.reason}")
 
     released = weighed[chosen]
     return Compressed(

@@ -27,10 +27,9 @@ class Job:
         config = RunConfig.model_validate_json(self.run)
         return config.model_copy(update={"base": Path(self.base)})
 
-    @property
-    def error_file(self) -> Path:
-        """What the first process to fail writes its reason to."""
-        return Path(self.folder) / "error.json"
+    def error_file(self, rank: int) -> Path:
+        """Where process ``rank`` writes why it failed."""
+        return Path(self.folder) / f"error-{rank}.json"
 
 
 def trained(start: Path) -> Path:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import tempfile
+import threading
 import uuid
+from _thread import interrupt_main
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -22,6 +28,11 @@ from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, trained
 from server.finetune.worker import work
+
+_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
+"""They print a traceback for each process that fails or is stopped; its reason is read instead."""
+_HANDLED = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that torchrun passes on to its processes before it ends."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +100,74 @@ def _launch(job: Job, processes: int) -> None:
         start_method="spawn",
         max_restarts=0,
         monitor_interval=0.05,
-        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs")),
+        signals_to_handle=",".join(number.name for number in _HANDLED),
+        # What a process prints would stand among the events of `--json`.
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs"), redirects=Std.ALL),
     )
     try:
-        elastic_launch(config, work)(job)
+        with _quiet(), _signals():
+            elastic_launch(config, work)(job)
     except ChildFailedError as failure:
         raise _reason(job, failure) from failure
+    except SignalException as stopped:
+        raise KeyboardInterrupt from stopped
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torchrun's log of failures from standard error."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Keeps Ctrl-C from the processes started inside, and torchrun's handlers from outliving them.
+
+    A terminal interrupts a program with its children, and each of those would print where it
+    stood. What is blocked stays blocked in the processes that are started, so SIGINT is blocked
+    here, and a thread that waits for it interrupts this one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's; torchrun leaves them alone here, too
+        return
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    finished = threading.Event()
+
+    def watch() -> None:
+        while signal.sigwait({signal.SIGINT}) and not finished.is_set():
+            interrupt_main()
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        signal.pthread_kill(watcher.ident or 0, signal.SIGINT)  # wakes the watcher alone
+        watcher.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
     """The error of the first process that failed, as it would have been raised here."""
-    if job.error_file.exists():
-        told = json.loads(job.error_file.read_text())
-        kind: type[FedcoreError] = getattr(errors, told["type"])
-        return kind(told["message"])
     _, first = failure.get_first_failure()
+    told = job.error_file(first.local_rank)
+    if told.exists():
+        said = json.loads(told.read_text())
+        kind: type[FedcoreError] = getattr(errors, said["type"])
+        return kind(said["message"])
     return TrainingError(
-        f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode}: "
-        f"{first.message or 'it left no message'}. The federated model stands; run again, and look "
-        "for a lack of memory if it fails again."
+        f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode} and left "
+        "no reason. The federated model stands; run again, and look for a lack of memory if it "
+        "fails again."
     )

@@ -26,17 +26,29 @@ from server.finetune.job import Job, trained
 
 def work(job: Job) -> None:
     """Entry point of each process; torchrun has set RANK, LOCAL_RANK and WORLD_SIZE."""
+    rank = int(os.environ["LOCAL_RANK"])
     try:
-        _train_all(job)
-    except FedcoreError as error:
-        write_json(job.error_file, {"type": type(error).__name__, "message": str(error)})
+        _train_all(job, rank)
+    except Exception as error:  # the task's code runs here: its failure is passed on, not lost
+        known = isinstance(error, FedcoreError)
+        reason = {
+            "type": type(error).__name__ if known else TrainingError.__name__,
+            "message": str(error) if known else _unknown(rank, error),
+        }
+        write_json(job.error_file(rank), reason)
         raise
 
 
-def _train_all(job: Job) -> None:
-    run = job.config
-    local_rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+def _unknown(rank: int, error: Exception) -> str:
+    return (
+        f"fine-tuning: process {rank} failed: {type(error).__name__}: {error}. The federated model "
+        "stands; mend the task, or set finetune.epochs to 0."
+    )
+
+
+def _train_all(job: Job, rank: int) -> None:
+    run, world = job.config, int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     task = load_task(run.path(run.task))
     cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
@@ -83,6 +95,12 @@ def _train(
         sampler.set_epoch(epoch)
         total, count = torch.zeros((), device=device), 0
         for rows in torch.split(torch.tensor(list(sampler)), batch):
+            if time.monotonic() > end:
+                raise TrainingError(
+                    f"fine-tuning: {epoch} of {settings.epochs} epochs were done within "
+                    f"finetune.timeout_s = {settings.timeout_s:g}. The federated model stands; "
+                    "allow more time, or fewer epochs."
+                )
             inputs, targets = gather(examples, rows)
             optimizer.zero_grad(set_to_none=True)
             loss = task.loss_of(parallel(inputs.to(device)), targets.to(device))
@@ -91,9 +109,3 @@ def _train(
             total += loss.detach() * len(targets)
             count += len(targets)
         check_loss((total / count).item(), epoch=epoch, learning_rate=settings.learning_rate)
-        if time.monotonic() > end:
-            raise TrainingError(
-                f"fine-tuning: {epoch + 1} of {settings.epochs} epochs took longer than "
-                f"finetune.timeout_s = {settings.timeout_s:g}. The federated model stands; allow "
-                "more time, or fewer epochs."
-            )

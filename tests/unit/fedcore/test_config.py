@@ -17,7 +17,8 @@ SECTIONS: list[type[Section]] = [
 
 def test_every_section_is_frozen_strict_and_closed() -> None:
     assert len(SECTIONS) == 7
-    for section in [*SECTIONS, RunConfig]:
+    everything: list[type[Section]] = [*SECTIONS, RunConfig]
+    for section in everything:
         assert section.model_config["frozen"]
         assert section.model_config["strict"]
         assert section.model_config["extra"] == "forbid"

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.errors import InvalidUpdate
+from fedcore.updates.pack import Vector
+from server.aggregation.exact import ExactMean
+
+VALUES = st.floats(-50, 50, width=32) | st.floats(-(2.0**-20), 2.0**-20, width=32)
+WEIGHTS = st.integers(1, 1000) | st.integers(1, 2**17)
+UPDATES = st.lists(st.tuples(VALUES, VALUES, WEIGHTS), min_size=1, max_size=8)
+Update = tuple[float, float, int]
+
+
+def mean_of(updates: list[Update]) -> Vector:
+    mean = ExactMean(2)
+    for first, second, weight in updates:
+        mean.add(np.array([first, second], np.float32), weight)
+    return mean.mean()
+
+
+@given(UPDATES, st.randoms(use_true_random=False))
+def test_any_order_gives_the_same_bits(updates: list[Update], dice: random.Random) -> None:
+    shuffled = dice.sample(updates, len(updates))
+    assert mean_of(shuffled).tobytes() == mean_of(updates).tobytes()
+
+
+@given(VALUES, VALUES, st.integers(1, 2**10), st.integers(1, 2**10))
+def test_one_update_may_come_in_two_parts_where_no_bit_is_rounded(
+    first: float, second: float, one: int, other: int
+) -> None:
+    # A multiple of 2**-12 times a whole weight is a multiple of 2**-36.
+    first, second = (round(value * 2**12) / 2**12 for value in (first, second))
+    split = [(first, second, one), (first, second, other)]
+    assert mean_of(split).tobytes() == mean_of([(first, second, one + other)]).tobytes()
+
+
+@given(UPDATES)
+def test_the_error_stays_within_what_is_promised(updates: list[Update]) -> None:
+    total = sum(weight for *_, weight in updates)
+    for column, got in enumerate(mean_of(updates)):
+        real = sum((Fraction(update[column]) * update[2] for update in updates), Fraction(0))
+        real /= total
+        promised = Fraction(1, 2**37) * len(updates) / total
+        rounding = abs(real) * Fraction(1, 2**24) + Fraction(1, 2**149)  # to float32
+        slack = 1 + Fraction(1, 2**20)  # the division before that rounds to float64
+        assert abs(Fraction(float(got)) - real) <= (promised + rounding) * slack
+
+
+@given(VALUES, WEIGHTS)
+def test_the_mean_of_one_update_is_that_update_but_for_rounding(value: float, weight: int) -> None:
+    assert mean_of([(value, -value, weight)])[0] == pytest.approx(value, rel=2**-23, abs=2**-36)
+
+
+@given(UPDATES, st.floats(2.0**26, 2.0**126, width=32), st.sampled_from([1, -1]))
+def test_what_is_out_of_range_is_refused_and_changes_nothing(
+    updates: list[Update], value: float, sign: int
+) -> None:
+    mean = ExactMean(2)
+    for first, second, weight in updates:
+        mean.add(np.array([first, second], np.float32), weight)
+    before, count, weight = mean.mean().tobytes(), mean.count, mean.weight
+    with pytest.raises(InvalidUpdate, match="leave the range of exact sums"):
+        mean.add(np.array([0, sign * value], np.float32), 1)
+    assert (mean.mean().tobytes(), mean.count, mean.weight) == (before, count, weight)
+
+
+@given(st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=1, max_size=20))
+def test_a_sum_never_overflows(values: list[float]) -> None:
+    mean, taken = ExactMean(1), Fraction(0)
+    for value in values:
+        try:
+            mean.add(np.array([value], np.float32), 1)
+        except InvalidUpdate:
+            continue
+        taken += Fraction(value)
+    if mean.weight:
+        expected = float(taken / mean.weight)
+        assert mean.mean()[0] == pytest.approx(expected, rel=2**-22, abs=2**-35)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedcore.errors import InvalidUpdate
+from fedcore.flower.identity import assume_identity
+from fedcore.updates.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    NUM_EXAMPLES,
+    Instruction,
+    Update,
+    check_weights,
+    instruction_config,
+    read_instruction,
+    read_update,
+    update_content,
+    weights_record,
+)
+from fedcore.updates.pack import Layout
+
+LAYOUT = Layout(("weight",), ((3,),))
+WEIGHTS = np.array([1.0, -2.0, 3.0], np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    assume_identity(1)
+
+
+def message(content: RecordDict) -> Message:
+    return Message(content, 2, "train")
+
+
+def reply(content: RecordDict) -> Message:
+    return Message(content, reply_to=message(RecordDict()))
+
+
+def records(**changed: Any) -> RecordDict:
+    arrays = changed.get("arrays", WEIGHTS)
+    metrics = {NUM_EXAMPLES: 7, "train_loss": 0.5} | changed.get("metrics", {})
+    return RecordDict({ARRAYS: ArrayRecord({MODEL: Array(arrays)}), METRICS: MetricRecord(metrics)})
+
+
+def test_an_update_comes_back_as_it_was() -> None:
+    sent = Update(WEIGHTS, 7, {"train_loss": 0.5, "epsilon": 1.0})
+    got = read_update(reply(update_content(sent)), LAYOUT)
+    assert got.weights.tobytes() == WEIGHTS.tobytes()
+    assert (got.num_examples, got.metrics) == (7, {"train_loss": 0.5, "epsilon": 1.0})
+
+
+def test_an_instruction_comes_back_as_it_was() -> None:
+    config = instruction_config(LAYOUT, b"state")
+    config["server-round"] = 3
+    config["proximal-mu"] = 0.25
+    got = read_instruction(message(RecordDict({ARRAYS: weights_record(WEIGHTS), CONFIG: config})))
+    assert got.weights.tobytes() == WEIGHTS.tobytes()
+    assert got == Instruction(3, got.weights, LAYOUT.digest, b"state", 0.25)
+
+
+def instructions() -> Iterator[tuple[str, RecordDict]]:
+    config = {"server-round": 1, "layout": "x", "preprocess": b""}
+    arrays = weights_record(WEIGHTS)
+    yield "nothing at all", RecordDict()
+    yield "no weights", RecordDict({CONFIG: ConfigRecord(dict(config))})
+    yield "no configuration", RecordDict({ARRAYS: arrays})
+    for key in config:
+        left = {name: value for name, value in config.items() if name != key}
+        yield f"no {key}", RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(left)})
+    odd = ConfigRecord({**config, "server-round": "soon"})
+    yield "a round that is no number", RecordDict({ARRAYS: arrays, CONFIG: odd})
+    odd = ConfigRecord({**config, "preprocess": "text"})
+    yield "a state that is text", RecordDict({ARRAYS: arrays, CONFIG: odd})
+
+
+@pytest.mark.parametrize(
+    "content", [pytest.param(content, id=name) for name, content in instructions()]
+)
+def test_what_is_no_instruction_is_refused(content: RecordDict) -> None:
+    with pytest.raises(InvalidUpdate, match="lacks what a fedcore server sends"):
+        read_instruction(message(content))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"arrays": np.array([1, np.nan, 3], np.float32)}, "values that are not finite"),
+        ({"arrays": np.array([1, np.inf, 3], np.float32)}, "values that are not finite"),
+        ({"arrays": np.zeros(4, np.float32)}, r"got float32 \(4,\), expected float32 \(3,\)"),
+        ({"arrays": np.zeros((1, 3), np.float32)}, r"got float32 \(1, 3\)"),
+        ({"arrays": np.zeros(3)}, "got float64"),
+        ({"arrays": np.zeros(3, np.int64)}, "got int64"),
+        ({"metrics": {NUM_EXAMPLES: 0}}, "num-examples = 0, expected a whole number from 1"),
+        ({"metrics": {NUM_EXAMPLES: -9}}, "num-examples = -9"),
+        ({"metrics": {NUM_EXAMPLES: 2**31}}, "num-examples = 2147483648"),
+        ({"metrics": {NUM_EXAMPLES: 1e12}}, "num-examples = 1000000000000.0"),
+        ({"metrics": {NUM_EXAMPLES: [1, 2]}}, r"num-examples = \[1, 2\]"),
+        ({"metrics": {"train_loss": float("nan")}}, "a metric is not finite"),
+        ({"metrics": {"epsilon": float("inf")}}, "a metric is not finite"),
+    ],
+)
+def test_a_bad_update_is_refused_with_its_reason(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidUpdate, match=f"update from node 2: .*{said}"):
+        read_update(reply(records(**changed)), LAYOUT)
+
+
+@pytest.mark.parametrize("missing", [ARRAYS, METRICS])
+def test_an_update_without_a_record_is_refused(missing: str) -> None:
+    content = records()
+    del content[missing]
+    with pytest.raises(InvalidUpdate, match=f"no record '{missing}'"):
+        read_update(reply(content), LAYOUT)
+
+
+def test_an_update_without_a_count_is_refused() -> None:
+    content = records()
+    del content.metric_records[METRICS][NUM_EXAMPLES]
+    with pytest.raises(InvalidUpdate, match="no record 'num-examples'"):
+        read_update(reply(content), LAYOUT)
+
+
+def test_an_array_that_claims_more_than_it_holds_is_refused() -> None:
+    array = Array(WEIGHTS)
+    lying = Array("float32", (3,), array.stype, Array(np.zeros(9, np.float32)).data)
+    content = RecordDict(
+        {ARRAYS: ArrayRecord({MODEL: lying}), METRICS: MetricRecord({NUM_EXAMPLES: 1})}
+    )
+    with pytest.raises(InvalidUpdate, match=r"got float32 \(9,\)"):
+        read_update(reply(content), LAYOUT)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"not an array at all"])
+def test_an_array_of_other_bytes_is_refused(data: bytes) -> None:
+    lying = Array("float32", (3,), Array(WEIGHTS).stype, data)
+    content = RecordDict(
+        {ARRAYS: ArrayRecord({MODEL: lying}), METRICS: MetricRecord({NUM_EXAMPLES: 1})}
+    )
+    with pytest.raises(InvalidUpdate, match="cannot be read"):
+        read_update(reply(content), LAYOUT)
+
+
+def test_weights_that_fit_are_handed_on() -> None:
+    assert check_weights(WEIGHTS, LAYOUT, where="here") is WEIGHTS
+    with pytest.raises(InvalidUpdate, match=r"here: got float64 \(3,\)"):
+        check_weights(WEIGHTS.astype(np.float64), LAYOUT, where="here")  # type: ignore[arg-type]
