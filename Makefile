@@ -1,12 +1,9 @@
 # Everything that people and machines run here; `make help` lists it.
-#
-# torch comes from the package registry, with CUDA. For the much smaller CPU build, let pip see it:
-#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-device lint coverage bench constraints clean
+.PHONY: help setup demo test test-gpu test-device lint docs coverage constraints clean
 
 BIN := .venv/bin
 DEVICE_BIN := .venv-device/bin
@@ -71,10 +68,8 @@ lint: setup  ## formatting, style, types and the layers of the packages
 coverage: setup  ## the tests, with lines and branches that none of them reaches
 	$(BIN)/pytest -n $(WORKERS) -m "not gpu" --cov --cov-report=term --cov-report=html $(ARGS)
 
-bench: setup  ## measure against bounds, as in make bench NAME=simulation
-	@[ -f "benchmarks/$(NAME).py" ] || { echo "make bench NAME=...: one of:" \
-		$$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; }
-	$(BIN)/python benchmarks/$(NAME).py
+docs: setup  ## write docs/configuration.md from the models
+	$(BIN)/python docs/generate.py
 
 # Resolved afresh in environments of their own. What torch's CUDA build brings is left out: torch
 # pins it itself, and a CPU build has none of it.

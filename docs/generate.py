@@ -21,8 +21,8 @@ that contradict each other stop the program before anything runs, with exit code
 This page is written by `make docs` from the models in `fedcore/config.py`.
 """
 OWNER = """\
-What belongs to the owner of a device stands in a file on the device, `owner.toml`, and only tightens
-what a server asks. A simulation takes one for all its clients: `--owner owner.toml`.
+What belongs to the owner of a device stands in a file on the device, `owner.toml`, and only
+tightens what a server asks. A simulation takes one for all its clients: `--owner owner.toml`.
 """
 
 
@@ -86,7 +86,7 @@ def page() -> str:
     for name, field in RunConfig.model_fields.items():
         section = section_of(field.annotation)
         if section:
-            title, _, rest = (section.__doc__ or "").strip().partition("``: ")
+            _, _, rest = (section.__doc__ or "").strip().partition("``: ")
             parts += [f"\n## `[{name}]`\n", rest[0].upper() + rest[1:] + "\n", table(section)]
     parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy)]
     return "\n".join(parts) + "\n"

@@ -103,12 +103,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 7
-    except KeyboardInterrupt:
-        print("Interrupted: stopped where it was; nothing half-written was left.", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:  # `fedcore ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # what no step foresaw: a device gone, a path that is a folder
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"ResourceError: {where}{error.strerror or error}. The command was stopped; see that "
+            "the path is there and may be used by this user, and run again.",
+            file=sys.stderr,
+        )
+        return 7
+    except KeyboardInterrupt:
+        print("Interrupted: stopped where it was; nothing half-written was left.", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

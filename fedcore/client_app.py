@@ -18,9 +18,17 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
+from torch.utils.data import Subset
 
 from fedcore.config import RunConfig
-from fedcore.errors import BudgetExhausted, FedcoreError, InvalidUpdate, TaskError, TrainingDiverged
+from fedcore.errors import (
+    BudgetExhausted,
+    ConfigError,
+    FedcoreError,
+    InvalidUpdate,
+    TaskError,
+    TrainingDiverged,
+)
 from fedcore.model import FullModel, build_model, load_preprocess
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.layers import check_layers
@@ -98,12 +106,24 @@ def client_app(
 
 
 def client_name(context: Context, task: Task) -> str:
-    """Who this node is: its configured name, or its place among the task's clients."""
+    """Who this node is: its configured name, or its place among the task's clients.
+
+    Raises:
+        ConfigError: it is neither named nor one of them. Two nodes never share a client: each
+            would keep a ledger of its own, and neither would tell what was spent.
+    """
     named = context.node_config.get("client")
     if named is not None:
         return str(named)
     clients = task.clients(data_folder())
-    return clients[int(context.node_config["partition-id"]) % len(clients)]
+    place = context.node_config.get("partition-id")
+    if place is None or not 0 <= int(place) < len(clients):
+        raise ConfigError(
+            f"node {context.node_id}: partition-id = {place!r}, and the task has {len(clients)} "
+            "clients. It has nothing to train on; run as many nodes as clients, or set `client` in "
+            "the node's configuration."
+        )
+    return clients[int(place)]
 
 
 Work = Callable[[Client, str, Message, Context], RecordDict]
@@ -111,8 +131,9 @@ Work = Callable[[Client, str, Message, Context], RecordDict]
 
 def _answer(work: Work, client: Client, message: Message, context: Context) -> Message:
     """Runs ``work`` and answers with its result, or with an error that says what went wrong."""
-    name = client_name(context, client.task)
+    name = f"node {context.node_id}"
     try:
+        name = client_name(context, client.task)
         return Message(work(client, name, message, context), reply_to=message)
     except BudgetExhausted as error:
         return Message(Error(DECLINED, str(error)), reply_to=message)
@@ -137,11 +158,20 @@ def _train(client: Client, name: str, message: Message, context: Context) -> Rec
     ):
         model = _model(client, instruction).to(device)
         limit = client.owner.max_memory_bytes
-        check_memory(model.model, run.client, run.privacy, device, owner_limit_bytes=limit)
+        check_memory(
+            model.model,
+            run.client,
+            run.privacy,
+            device,
+            examples=size_of(examples),
+            owner_limit_bytes=limit,
+        )
         order = client.randomness.generator(torch.device("cpu"), "order", number, name)
         metrics: dict[str, float] = {}
         if run.private:
-            metrics[EPSILON] = _train_private(client, name, model, examples, context, number, order)
+            metrics[EPSILON] = _train_private(
+                client, name, model, examples, context, instruction, order
+            )
         else:
             metrics[TRAIN_LOSS] = train(
                 model,
@@ -170,11 +200,11 @@ def _train_private(
     model: FullModel,
     examples: Examples,
     context: Context,
-    number: int,
+    instruction: Instruction,
     order: torch.Generator,
 ) -> float:
     """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
-    run = client.run
+    run, number = client.run, instruction.round
     check_layers(model.model)
     device = next(model.model.parameters()).device
     participations = run.privacy.participations or run.federation.rounds
@@ -190,6 +220,7 @@ def _train_private(
         planned,
         sampling=order,
         noise=client.randomness.generator(device, "noise", number, name),
+        proximal_mu=instruction.proximal_mu,
     )
     return ledger.epsilon(run.privacy)
 
@@ -235,7 +266,9 @@ def _local_data(client: Client, name: str) -> tuple[Examples, Examples]:
         lambda: client.task.client_data(name, folder), what=f"data of client {name!r}"
     )
     holdout = client.run.federation.holdout
-    return split(examples, holdout, derive(0, "holdout", name)) if holdout else (examples, examples)
+    if not holdout:
+        return examples, Subset(examples, [])
+    return split(examples, holdout, derive(0, "holdout", name))
 
 
 def _model(client: Client, instruction: Instruction) -> FullModel:

@@ -237,12 +237,6 @@ def _contradictions(run: RunConfig) -> list[str]:
             "clients by their training loss, which would leave each device without noise. Choose "
             "another strategy, or set privacy.unit to 'none'."
         )
-    if run.private and federation.strategy == "FedProx":
-        found.append(
-            "federation.strategy = 'FedProx' contradicts privacy.unit = 'example': DP-SGD takes no "
-            "proximal term, so it would be FedAvg under another name. Use 'FedAvg', or set "
-            "privacy.unit to 'none'."
-        )
     if federation.evaluate_cohort and not federation.holdout:
         found.append(
             "federation.evaluate_cohort needs federation.holdout above 0: without it clients would "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedcore.config import RunConfig
+from fedcore.errors import RoundFailed
 from fedcore.model import FullModel, build_model, warm_start
+from fedcore.privacy.layers import check_layers
 from fedcore.seeds import Randomness
 from fedcore.task import Task
 from fedcore.training.evaluate import evaluate
@@ -19,6 +22,8 @@ from server.normalisation import normalise
 from server.records import RoundRecord
 from server.rounds import Federated, Federation, run_rounds
 from server.strategies import make_strategy
+
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,11 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         model = build_model(task, run)
+        if run.private:
+            check_layers(model.model)  # here, and not by every client in turn
         warm_start(run, model)
-        nodes = len(list(grid.get_node_ids()))
-        cohort = min(run.federation.cohort or nodes, nodes) if nodes else 1
+        cohort = run.federation.cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
+        _wait_for_nodes(grid, cohort, run.federation.deadline_s)
         chosen = make_strategy(
             run.federation.strategy,
             run.federation.strategy_options,
@@ -79,9 +86,28 @@ def server_app(
             randomness=randomness,
             judge=judge if cloud else None,
             on_round=listener.on_round,
+            on_note=listener.on_note,
         )
         federated = run_rounds(federation, model)
         unpack(federated.weights, model.model)
         listener.on_end(Outcome(model.eval(), federated))
 
     return app
+
+
+def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> int:
+    """How many nodes there are, once there are enough: they connect while the server starts.
+
+    Raises:
+        RoundFailed: there were too few at the deadline.
+    """
+    end = time.monotonic() + deadline_s
+    while (found := len(list(grid.get_node_ids()))) < needed:
+        if time.monotonic() > end:
+            raise RoundFailed(
+                f"start: {found} clients connected within federation.deadline_s = {deadline_s:g}, "
+                f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
+                "clients, or lower the cohort."
+            )
+        time.sleep(_POLL_S)
+    return found

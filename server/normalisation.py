@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from fedcore.client_app import STATISTICS
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError, RoundFailed
+from fedcore.errors import ConfigError, InvalidUpdate, RoundFailed
 from fedcore.model import FullModel, standardise_of
 from fedcore.training.batches import in_order
 from fedcore.training.evaluate import BATCH_SIZE
-from fedcore.updates.messages import ARRAYS, CONFIG, METRICS, NUM_EXAMPLES
+from fedcore.updates.messages import ARRAYS, CONFIG, array_of, read_metrics
 from server.cloud import CloudData
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
@@ -30,8 +30,9 @@ def normalise(run: RunConfig, model: FullModel, grid: Grid, cloud: CloudData | N
     """
     if run.federation.normalisation == "task":
         return
+    target = standardise_of(model)
     if run.federation.normalisation == "federated":
-        count, total, squares = _from_clients(grid, run)
+        count, total, squares = _from_clients(grid, run, tuple(target.mean.shape))
     elif cloud is None:
         raise ConfigError(
             "federation.normalisation = 'cloud': the task has no cloud_data. Nothing was trained; "
@@ -41,8 +42,8 @@ def normalise(run: RunConfig, model: FullModel, grid: Grid, cloud: CloudData | N
         count, total, squares = _from_cloud(model, cloud)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
-    deviation[deviation < 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0  # a constant stays as it is
-    target = standardise_of(model)
+    constant = deviation < 1e-6 * np.maximum(1.0, np.abs(mean))
+    deviation = np.where(constant, 1.0, deviation)  # a constant is only shifted
     target.mean.copy_(torch.from_numpy(mean))
     target.deviation.copy_(torch.from_numpy(deviation))
 
@@ -54,7 +55,7 @@ def _from_cloud(model: FullModel, cloud: CloudData) -> Sums:
     return len(values), values.sum(0).numpy(), values.square().sum(0).numpy()
 
 
-def _from_clients(grid: Grid, run: RunConfig) -> Sums:
+def _from_clients(grid: Grid, run: RunConfig, shape: tuple[int, ...]) -> Sums:
     nodes = sorted(grid.get_node_ids())
     messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, STATISTICS) for node in nodes]
     count, total, squares, answers = 0, np.zeros(()), np.zeros(()), 0
@@ -64,9 +65,12 @@ def _from_clients(grid: Grid, run: RunConfig) -> Sums:
         if reply.has_error():
             reasons.append(reply.error.reason or f"error {reply.error.code}")
             continue
-        sums = reply.content.array_records[ARRAYS]
-        count += int(str(reply.content.metric_records[METRICS][NUM_EXAMPLES]))
-        total, squares = total + sums["sum"].numpy(), squares + sums["squares"].numpy()
+        try:
+            more, sums, squared = _read_sums(reply, shape)
+        except InvalidUpdate as error:
+            reasons.append(str(error))
+            continue
+        count, total, squares = count + more, total + sums, squares + squared
         answers += 1
     if not answers or answers < run.federation.quorum * len(nodes):
         raise RoundFailed(
@@ -74,4 +78,21 @@ def _from_clients(grid: Grid, run: RunConfig) -> Sums:
             f"federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
             f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
         )
+    return count, total, squares
+
+
+def _read_sums(reply: Message, shape: tuple[int, ...]) -> Sums:
+    where = f"sums from node {reply.metadata.src_node_id}"
+    count, _ = read_metrics(reply, where=where)
+    try:
+        record = reply.content.array_records[ARRAYS]
+        total, squares = (array_of(record[name], where=where) for name in ("sum", "squares"))
+    except KeyError as error:
+        raise InvalidUpdate(f"{where}: no record {error}. They were not used.") from None
+    for array in (total, squares):
+        if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
+            raise InvalidUpdate(
+                f"{where}: got {array.dtype} {array.shape}, expected finite float64 {shape}. They "
+                "were not used; server and client must run the same task."
+            )
     return count, total, squares

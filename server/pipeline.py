@@ -16,7 +16,7 @@ from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, PrivacyStatement
 from fedcore.client_app import client_app
 from fedcore.config import RunConfig
-from fedcore.errors import DataError
+from fedcore.errors import ConfigError, DataError
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
 from fedcore.model import checkpoint_bytes
@@ -76,7 +76,7 @@ def run_pipeline(
         FedcoreError: whatever stops it; what was published before stands.
     """
     data = data_folder()
-    clients = _clients(task, data)
+    clients = _clients(task, run, data)
     cloud = read_cloud_data(task, data, holdout=run.finetune.holdout, seed=run.seed)
     test = read_examples(lambda: task.test_data(data), what=f"task {task.name!r}: test data")
     stages, notes = _Stages(emit), list[str]()
@@ -147,7 +147,7 @@ def run_pipeline(
     )
 
 
-def _clients(task: Task, data: Folder) -> tuple[str, ...]:
+def _clients(task: Task, run: RunConfig, data: Folder) -> tuple[str, ...]:
     try:
         clients = tuple(task.clients(data))
     except DataError:
@@ -161,6 +161,11 @@ def _clients(task: Task, data: Folder) -> tuple[str, ...]:
         raise DataError(
             f"task {task.name!r}: it names {len(clients)} clients, {len(set(clients))} of them "
             "different; at least one, each once, is needed. Nothing was trained."
+        )
+    if (run.federation.cohort or 1) > len(clients):
+        raise ConfigError(
+            f"federation.cohort = {run.federation.cohort}: task {task.name!r} has {len(clients)} "
+            "clients. Nothing was trained; lower the cohort."
         )
     return clients
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
-from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.errors import BudgetExhausted, FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
@@ -22,13 +23,12 @@ from fedcore.updates.messages import (
     CONFIG,
     DECLINED,
     EPSILON,
-    METRICS,
     MODEL,
-    NUM_EXAMPLES,
     TRAIN_LOSS,
     Update,
     check_weights,
     instruction_config,
+    read_metrics,
     read_update,
     update_content,
     weights_record,
@@ -55,6 +55,7 @@ class Federation:
     judge: Judge | None
     """Scores a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
+    on_note: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,24 @@ class _Tally:
     epsilon_max: float | None = None
     bytes_up: int = 0
     reasons: list[str] = field(default_factory=list)
+    """Why clients failed."""
+    spent: str = ""
+    """Why the last client that declined did."""
 
-    def refuse(self, error: InvalidUpdate) -> None:
-        """Counts a client whose update cannot be used."""
+    def refuse(self, reason: str) -> None:
+        """Counts a client that failed, or whose update cannot be used."""
         self.failed += 1
-        self.reasons.append(str(error))
+        self.reasons.append(reason)
+
+    def count(self, update: Update) -> None:
+        """Counts an update that was taken."""
+        self.updates += 1
+        self.examples += update.num_examples
+        if TRAIN_LOSS in update.metrics:
+            self.has_loss = True
+            self.loss += update.metrics[TRAIN_LOSS] * update.num_examples
+        if EPSILON in update.metrics:
+            self.epsilon_max = max(self.epsilon_max or 0.0, update.metrics[EPSILON])
 
 
 def run_rounds(federation: Federation, model: FullModel) -> Federated:
@@ -94,15 +108,23 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
 
     Raises:
         RoundFailed: a round got fewer updates than its quorum.
+        BudgetExhausted: no client's budget allows even the first round.
     """
     run, layout = federation.run, layout_of(model.model)
     records: list[RoundRecord] = []
-    best, best_round = pack(model.model), 0
+    best, best_round, most_failed = pack(model.model), 0, 0
     for number in range(1, run.federation.rounds + 1):
         started = time.monotonic()
         tally, arrays, sent = _train_round(federation, model, layout, number)
+        if tally.failed > most_failed:  # not every round: a client that fails tends to fail again
+            most_failed = tally.failed
+            federation.on_note(
+                f"round {number}: {tally.failed} of {federation.cohort} clients failed. First: "
+                f"{tally.reasons[0]}"
+            )
         if not tally.updates and tally.declined:
-            break  # every budget is spent: what was learnt before stands
+            _end_early(federation, number, tally)
+            break  # what was learnt before stands
         unpack(arrays, model.model)
         metrics, judged_on = _judge_round(federation, model, layout, number)
         records.append(
@@ -112,15 +134,34 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         if _is_better(federation.primary, records, best_round):
             best, best_round = arrays, number
         elif run.federation.patience and number - best_round >= run.federation.patience:
+            federation.on_note(
+                f"Stopped after round {number}: none was better than round {best_round} for "
+                f"federation.patience = {run.federation.patience} rounds."
+            )
             break
     return Federated(best, best_round, tuple(records))
 
 
 def _is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
     latest = records[-1].metrics.get(primary.name)
-    if best_round == 0 or latest is None:
+    best = records[best_round - 1].metrics.get(primary.name) if best_round else None
+    if latest is None or best is None or math.isnan(best):
         return True
-    return primary.better(latest, records[best_round - 1].metrics[primary.name])
+    return primary.better(latest, best)
+
+
+def _end_early(federation: Federation, number: int, tally: _Tally) -> None:
+    """Says that every client declined; that is an error where none ever took part."""
+    if number == 1:
+        raise BudgetExhausted(
+            f"round 1: all {tally.declined} clients declined. Nothing was trained; raise "
+            "privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs. Last: "
+            f"{tally.spent}"
+        )
+    federation.on_note(
+        f"Ended before round {number}: the privacy budget of all {tally.declined} clients asked is "
+        "spent."
+    )
 
 
 def _train_round(
@@ -144,8 +185,12 @@ def _train_round(
     sent = sum(_payload_bytes(message) for message in messages)
     replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
     tally = _Tally()
-    accepted = _accepted(replies, layout, tally, uniform=run.federation.weighting == "uniform")
-    ready = _fold(accepted, layout, tally) if federation.chosen.folds else _hold(accepted)
+    accepted = _accepted(replies, layout, tally)
+    uniform = run.federation.weighting == "uniform"
+    if federation.chosen.folds:
+        ready = _fold(accepted, layout, tally, uniform=uniform)
+    else:
+        ready = _hold(accepted, tally, uniform=uniform)
     _check_quorum(federation, number, tally)
     if not tally.updates:
         return tally, weights, sent
@@ -164,47 +209,41 @@ def _train_round(
 
 
 def _accepted(
-    replies: Iterable[Message], layout: Layout, tally: _Tally, *, uniform: bool
+    replies: Iterable[Message], layout: Layout, tally: _Tally
 ) -> Iterator[tuple[Message, Update]]:
-    """Replies that passed every check, as they arrive, each with the weight it counts with."""
+    """Replies that passed every check, as they arrive."""
     for reply in replies:
         if reply.has_error():
-            declined = reply.error.code == DECLINED
-            tally.declined += declined
-            tally.failed += not declined
-            tally.reasons.append(reply.error.reason or f"error {reply.error.code}")
+            reason = reply.error.reason or f"error {reply.error.code}"
+            if reply.error.code == DECLINED:
+                tally.declined += 1
+                tally.spent = reason
+            else:
+                tally.refuse(reason)
             continue
         tally.bytes_up += _payload_bytes(reply)
         try:
             update = read_update(reply, layout)
         except InvalidUpdate as error:
-            tally.refuse(error)
+            tally.refuse(str(error))
             continue
-        _count(update, tally)
-        yield reply, Update(update.weights, 1, update.metrics) if uniform else update
+        yield reply, update
 
 
-def _count(update: Update, tally: _Tally) -> None:
-    tally.updates += 1
-    tally.examples += update.num_examples
-    if TRAIN_LOSS in update.metrics:
-        tally.has_loss = True
-        tally.loss += update.metrics[TRAIN_LOSS] * update.num_examples
-    if EPSILON in update.metrics:
-        tally.epsilon_max = max(tally.epsilon_max or 0.0, update.metrics[EPSILON])
-
-
-def _hold(accepted: Iterator[tuple[Message, Update]]) -> list[Message]:
+def _hold(
+    accepted: Iterator[tuple[Message, Update]], tally: _Tally, *, uniform: bool
+) -> list[Message]:
     """Every update of the round, in the order of the cohort."""
     held = []
     for reply, update in accepted:
-        reply.content = update_content(update)
+        tally.count(update)
+        reply.content = update_content(replace(update, num_examples=1) if uniform else update)
         held.append(reply)
     return sorted(held, key=lambda reply: reply.metadata.src_node_id)
 
 
 def _fold(
-    accepted: Iterator[tuple[Message, Update]], layout: Layout, tally: _Tally
+    accepted: Iterator[tuple[Message, Update]], layout: Layout, tally: _Tally, *, uniform: bool
 ) -> list[Message]:
     """All updates as one reply that carries their exact weighted mean.
 
@@ -215,11 +254,11 @@ def _fold(
     carrier: Message | None = None
     for reply, update in accepted:
         try:
-            mean.add(update.weights, update.num_examples)
+            mean.add(update.weights, 1 if uniform else update.num_examples)
         except InvalidUpdate as error:
-            tally.updates -= 1
-            tally.refuse(error)
+            tally.refuse(str(error))
             continue
+        tally.count(update)
         carrier = carrier or reply
     if carrier is None:
         return []
@@ -286,11 +325,14 @@ def _evaluate_on_clients(
         if reply.has_error():
             reasons.append(reply.error.reason or f"error {reply.error.code}")
             continue
-        values = dict(reply.content.metric_records[METRICS])
-        count = int(str(values.pop(NUM_EXAMPLES)))
+        try:
+            count, values = read_metrics(reply, where=f"node {reply.metadata.src_node_id}")
+        except InvalidUpdate as error:
+            reasons.append(str(error))
+            continue
         total += count
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + float(str(value)) * count
+            sums[name] = sums.get(name, 0.0) + value * count
     if not total:
         raise RoundFailed(
             f"round {number}: none of {len(nodes)} clients could be evaluated. First: "

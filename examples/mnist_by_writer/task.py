@@ -38,7 +38,8 @@ def load(folder: Path | None, split: str) -> dict[str, TensorDataset]:
 
 
 def joined(parts: list[TensorDataset]) -> TensorDataset:
-    return TensorDataset(*(torch.cat(column) for column in zip(*(p.tensors for p in parts))))
+    columns = zip(*(part.tensors for part in parts), strict=True)
+    return TensorDataset(*map(torch.cat, columns))
 
 
 def writers(folder: Path | None) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 
@@ -26,6 +28,10 @@ class Charge:
     sample_rate: float
     """The probability with which each example is in a step's batch."""
     steps: int
+
+    def __post_init__(self) -> None:
+        if not (self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.steps >= 0):
+            raise ValueError(f"{self}: this is no step of DP-SGD")
 
 
 def epsilon_of(charges: Sequence[Charge], *, target_delta: float, accountant: Accountant) -> float:
@@ -53,10 +59,20 @@ def _epsilon(
 ) -> float:
     engine = create_accountant(accountant)
     engine.history = list(history)
-    with warnings.catch_warnings():
-        # RDP says when its best order is at the edge of its table: the bound still holds there.
-        warnings.simplefilter("ignore", UserWarning)
+    with _expected():
         return float(engine.get_epsilon(delta=target_delta))
+
+
+@contextmanager
+def _expected() -> Iterator[None]:
+    """Silences what Opacus says of bounds that hold.
+
+    RDP warns when its best order is at the edge of its table; PRV takes the logarithm of 0 where
+    every example is in every step.
+    """
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 @lru_cache(maxsize=4096)
@@ -74,21 +90,21 @@ def noise_for(
         PrivacyError: no noise is enough at that delta.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with _expected():
             noise = get_noise_multiplier(
                 target_epsilon=max_epsilon,
                 target_delta=target_delta,
                 sample_rate=sample_rate,
                 steps=steps,
                 accountant=accountant,
-                epsilon_tolerance=min(0.01, 0.01 * max_epsilon),
+                epsilon_tolerance=min(0.01, 0.002 * max_epsilon),
             )
     except ValueError as error:
         raise PrivacyError(
             f"privacy.max_epsilon = {max_epsilon} at target_delta = {target_delta} cannot be kept "
             f"over {steps} steps at sample rate {sample_rate:.3g}, however much noise: {error} "
-            "Nothing was trained; allow more epsilon, or fewer rounds or local epochs."
+            "Nothing was trained; allow more epsilon, or set privacy.accountant to 'prv', which "
+            "reaches lower."
         ) from None
     # Rounded up, so that the figure can be printed and typed back without spending more.
     return float(math.ceil(noise * 1e4) / 1e4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from opacus.validators import ModuleValidator
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedcore.errors import UnsupportedLayer
 
@@ -24,14 +26,13 @@ def check_layers(module: nn.Module) -> None:
     Raises:
         UnsupportedLayer: names each layer, why, and what to use in its place.
     """
-    if not ModuleValidator.validate(module, strict=False):
-        return
     named = [
-        (name, type(layer).__name__)
+        (name or "model", type(layer).__name__)
         for name, layer in module.named_modules()
-        if not list(layer.children()) and ModuleValidator.validate(layer, strict=False)
+        if _refused(layer)
     ]
-    named = named or [("model", type(module).__name__)]
+    if not named:
+        return
     listed = "; ".join(f"{name} ({kind})" for name, kind in named)
     instead = sorted(
         {advice for _, kind in named for prefix, advice in _INSTEAD.items() if prefix in kind}
@@ -42,3 +43,12 @@ def check_layers(module: nn.Module) -> None:
         f"{', '.join(instead) or 'a layer that treats each example alone'}, or set privacy.unit to "
         "'none'."
     )
+
+
+def _refused(layer: nn.Module) -> bool:
+    if isinstance(layer, _BatchNorm):  # a frozen one mixes examples, too
+        return True
+    validate = ModuleValidator.VALIDATORS.get(type(layer))
+    trained = any(parameter.requires_grad for parameter in layer.parameters())
+    looked_at = trained or isinstance(layer, _InstanceNorm)  # frozen, its statistics still move
+    return bool(validate and looked_at and validate(layer))

@@ -28,8 +28,7 @@ def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Te
         inputs, targets = (tensor[index] for tensor in examples.tensors)
         return inputs, targets
     if isinstance(examples, Subset):
-        indices = torch.as_tensor(examples.indices, dtype=torch.long)
-        return gather(examples.dataset, indices[torch.as_tensor(rows, dtype=torch.long)])
+        return gather(examples.dataset, [examples.indices[int(row)] for row in rows])
     found = [_example(examples, int(row)) for row in rows]
     try:
         inputs, targets = default_collate(found)

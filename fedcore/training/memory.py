@@ -15,14 +15,15 @@ from fedcore.errors import InsufficientMemory
 _FLOAT_BYTES = 4
 
 
-def needed_bytes(model: nn.Module, client: Client, privacy: Privacy) -> int:
+def needed_bytes(model: nn.Module, client: Client, privacy: Privacy, *, examples: int) -> int:
     """The least that local training takes beyond the model, activations not counted.
 
     Gradients, the optimiser's state, and under privacy a gradient for each example of a batch.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = {"adam": 2, "sgd": 1 if client.momentum else 0}[client.optimizer]
-    copies = 1 + states + (client.batch_size if privacy.unit == "example" else 0)
+    batch = min(client.batch_size, examples)
+    copies = 1 + states + (batch if privacy.unit == "example" else 0)
     return copies * parameters * _FLOAT_BYTES
 
 
@@ -46,6 +47,7 @@ def check_memory(
     privacy: Privacy,
     device: torch.device,
     *,
+    examples: int,
     owner_limit_bytes: int | None,
 ) -> None:
     """Refuses training that cannot fit.
@@ -53,7 +55,7 @@ def check_memory(
     Raises:
         InsufficientMemory: it needs more than is free, or than the device's owner allows.
     """
-    needed = needed_bytes(model, client, privacy)
+    needed = needed_bytes(model, client, privacy, examples=examples)
     limits = {"free on " + str(device): free_bytes(device), "the owner's limit": owner_limit_bytes}
     for name, limit in limits.items():
         if limit is not None and needed > limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from fedcore.config import Client, Privacy
+from fedcore.errors import UnsupportedLayer
 from fedcore.privacy.accounting import Charge, noise_for
 from fedcore.task import Examples, Loss, size_of
 from fedcore.training.batches import gather
@@ -59,13 +60,15 @@ def train_private(
     *,
     sampling: torch.Generator,
     noise: torch.Generator,
+    proximal_mu: float = 0.0,
 ) -> None:
     """Trains ``model`` in place by DP-SGD.
 
     Guarantee:
         Each step is one subsampled Gaussian mechanism: Poisson sampling at ``plan.charge``'s rate,
         per-example gradients clipped to ``plan.clip_norm``, noise of its multiplier. An empty batch
-        is a step too: it releases noise alone. Losses seen on the way are not released.
+        is a step too: it releases noise alone. Losses seen on the way are not released. Nothing
+        but parameters changes.
 
     Args:
         preprocess: Runs before the model; treats each example alone and is not trained.
@@ -76,12 +79,18 @@ def train_private(
         plan: From `plan`.
         sampling: CPU generator that draws batches.
         noise: Generator on the model's device that draws noise.
+        proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it
+            is added behind the noise and costs no privacy.
+
+    Raises:
+        UnsupportedLayer: a layer keeps statistics of the data; ``model`` is then not to be used.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """
     device = next(model.parameters()).device
     model.train()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     private = GradSampleModule(model)
     optimizer = DPOptimizer(
         make_optimizer(model, settings),
@@ -90,6 +99,8 @@ def train_private(
         expected_batch_size=max(1, round(size_of(examples) * plan.charge.sample_rate)),
         generator=noise,
     )
+    if proximal_mu:
+        optimizer.attach_step_hook(_pull(proximal_mu, optimizer.params))
     try:
         for inputs, targets in _poisson(examples, plan.charge, sampling):
             optimizer.zero_grad(set_to_none=True)
@@ -104,6 +115,18 @@ def train_private(
         private.to_standard_module()
         for parameter in model.parameters():
             parameter.grad = None
+    _check_buffers(model, buffers)
+
+
+def _check_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Refuses a model whose buffers moved: they travel with the weights, and without noise."""
+    moved = [name for name, now in model.named_buffers() if not torch.equal(now, before[name])]
+    if moved:
+        raise UnsupportedLayer(
+            f"model: training changed {', '.join(moved)}, which no parameter is. It may hold "
+            "statistics of the data, and would leave the device without noise. Nothing was sent; "
+            "use layers that keep none, or set privacy.unit to 'none'."
+        )
 
 
 def _poisson(
@@ -118,6 +141,18 @@ def _poisson(
         else:
             inputs, targets = gather(examples, [0])
             yield inputs[:0], targets[:0]
+
+
+def _pull(mu: float, parameters: Sequence[nn.Parameter]) -> Callable[[DPOptimizer], None]:
+    """Adds the gradient of ``mu/2 * ||w - w_global||^2`` to what a step goes by."""
+    anchor = [parameter.detach().clone() for parameter in parameters]
+
+    def hook(optimizer: DPOptimizer) -> None:
+        for parameter, start in zip(optimizer.params, anchor, strict=True):
+            assert parameter.grad is not None  # the noise is in it
+            parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+    return hook
 
 
 def _backward(value: Tensor) -> None:

@@ -6,11 +6,14 @@ those works unchanged.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate
 from fedcore.updates.pack import Layout, Vector
@@ -67,7 +70,7 @@ def read_instruction(message: Message) -> Instruction:
         config = message.content.config_records[CONFIG]
         return Instruction(
             round=int(str(config["server-round"])),
-            weights=message.content.array_records[ARRAYS][MODEL].numpy(),
+            weights=array_of(message.content.array_records[ARRAYS][MODEL], where="instruction"),
             layout=str(config["layout"]),
             preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
             proximal_mu=float(str(config.get("proximal-mu", 0.0))),
@@ -95,26 +98,51 @@ def read_update(message: Message, layout: Layout) -> Update:
             examples that is no positive whole number below 2**31.
     """
     where = f"update from node {message.metadata.src_node_id}"
+    count, values = read_metrics(message, where=where)
     try:
         array = message.content.array_records[ARRAYS][MODEL]
+    except KeyError as error:
+        raise InvalidUpdate(f"{where}: no record {error}. It was not used.") from None
+    return Update(check_weights(array_of(array, where=where), layout, where=where), count, values)
+
+
+def read_metrics(message: Message, *, where: str) -> tuple[int, dict[str, float]]:
+    """The number of examples in a reply, and what was measured on them.
+
+    Raises:
+        InvalidUpdate: there are none; a number of examples that is no positive whole number below
+            2**31; a metric that is not finite.
+    """
+    try:
         metrics = dict(message.content.metric_records[METRICS])
         count = metrics.pop(NUM_EXAMPLES)
     except KeyError as error:
-        raise InvalidUpdate(f"{where}: no record {error}. It was not aggregated.") from None
-    if array.dtype != "float32" or tuple(array.shape) != (layout.size,):
-        raise InvalidUpdate(
-            f"{where}: got {array.dtype} {tuple(array.shape)}, expected float32 ({layout.size},). "
-            "It was not aggregated; server and client must run the same task."
-        )
+        raise InvalidUpdate(f"{where}: no record {error}. It was not used.") from None
     if not isinstance(count, int) or not 0 < count < 2**31:
         raise InvalidUpdate(
             f"{where}: num-examples = {count!r}, expected a whole number from 1 to 2147483647. It "
-            "was not aggregated."
+            "was not used."
         )
     values = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
     if not np.isfinite(list(values.values())).all():
-        raise InvalidUpdate(f"{where}: a metric is not finite ({values}). It was not aggregated.")
-    return Update(check_weights(array.numpy(), layout, where=where), count, values)
+        raise InvalidUpdate(f"{where}: a metric is not finite ({values}). It was not used.")
+    return count, values
+
+
+def array_of(array: Array, *, where: str) -> NDArray[Any]:
+    """The values in an array that was sent, which may hold any bytes.
+
+    Raises:
+        InvalidUpdate: they are not those of a NumPy array.
+    """
+    try:
+        # Not `array.numpy()`, which takes archives for arrays, too.
+        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(array.data), allow_pickle=False)
+    except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
+        raise InvalidUpdate(
+            f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
+        ) from None
+    return values
 
 
 def check_weights(weights: Vector, layout: Layout, *, where: str) -> Vector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedcore.config import RunConfig
+from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.privacy.ledger import read_ledger
 from fedcore.task import Folder, Task, read_examples, size_of
@@ -24,10 +25,13 @@ def client_records(
     """A record of each client that took part (the first `MOST`), in the order of their names."""
     records = []
     for name in sorted(simulation.contexts)[:MOST]:
-        examples = read_examples(
-            lambda name=name: task.client_data(name, data),  # type: ignore[misc]
-            what=f"data of client {name!r}",
-        )
+        try:
+            examples = read_examples(
+                lambda name=name: task.client_data(name, data),  # type: ignore[misc]
+                what=f"data of client {name!r}",
+            )
+        except DataError:
+            continue  # it took no part, and the rounds said why
         ledger = read_ledger(simulation.contexts[name])
         records.append(
             ClientRecord(

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Context, Message, MessageType, RecordDict
+import torch
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
+from fedcore.updates.messages import REFUSED
 
 _RUN_ID = 1
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
@@ -30,7 +32,8 @@ def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Si
     """Runs ``server`` over one virtual node a client; nodes stand in the order of ``clients``.
 
     A client's state comes into being with its first message, so clients that are never selected
-    cost nothing.
+    cost nothing. One thread computes: models and batches of clients are small, and a pool of
+    threads costs them more than it gives (five times the time on a busy machine).
     """
     assume_identity(_RUN_ID)
     contexts: dict[str, Context] = {}
@@ -41,10 +44,19 @@ def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Si
         if name not in contexts:
             contexts[name] = _context(message.metadata.dst_node_id, name)
         rounds[name] += message.metadata.message_type == MessageType.TRAIN
-        return client(message, contexts[name])
+        try:
+            return client(message, contexts[name])
+        except Exception as error:  # as a node does: a mod that fails is a client that fails
+            reason = f"client {name!r}: its app raised {type(error).__name__}: {error}"
+            return Message(Error(REFUSED, reason), reply_to=message)
 
     nodes = range(_FIRST_NODE_ID, _FIRST_NODE_ID + len(clients))
-    server(InProcessGrid(_RUN_ID, nodes, handle), _context(SERVER_NODE_ID, "server"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        server(InProcessGrid(_RUN_ID, nodes, handle), _context(SERVER_NODE_ID, "server"))
+    finally:
+        torch.set_num_threads(threads)
     return Simulation(contexts, rounds)
 
 

@@ -50,7 +50,7 @@ START_S, RUN_S, END_S = 60, 200, 20
 def superlink(home: Path, scratch: Path) -> Iterator[dict[str, str]]:
     """A SuperLink of Flower's own on a free port; gives the environment that reaches it.
 
-    Whatever carries that environment is one of its processes: none may outlive it.
+    Whatever works in ``home`` is one of its processes: none may outlive it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,6 +80,7 @@ def superlink(home: Path, scratch: Path) -> Iterator[dict[str, str]]:
         )
     try:
         wait_for(f"http://{address}/health", process)
+        assert process.pid in running(home)
         yield environment
         assert process.poll() is None, (home / "superlink.log").read_text()
     finally:
@@ -115,11 +116,11 @@ def outlived(process: subprocess.Popen[bytes], home: Path) -> dict[int, str]:
 
 
 def running(home: Path) -> dict[int, str]:
-    """Command lines of the processes that carry ``home`` in their environment."""
-    mark, found = f"FLWR_HOME={home}".encode(), {}
+    """Command lines of the processes that work in ``home``; Ray's rewrite their environment."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
+            if (folder / "cwd").readlink() == home:
                 line = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
                 found[int(folder.name)] = line.decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedcore.updates.messages import (
     check_weights,
     instruction_config,
     read_instruction,
+    read_metrics,
     read_update,
     update_content,
     weights_record,
@@ -136,7 +138,38 @@ def test_an_array_that_claims_more_than_it_holds_is_refused() -> None:
         read_update(reply(content), LAYOUT)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"not an array at all"])
+def archive() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, WEIGHTS)
+    return stream.getvalue()
+
+
+def objects() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([print, 1, 2], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999999,)}\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"not an array at all", id="text"),
+        pytest.param(b"\x93NUMPY", id="a beginning"),
+        pytest.param(Array(WEIGHTS).data[:-1], id="cut short"),
+        pytest.param(archive(), id="an archive"),
+        pytest.param(objects(), id="pickled objects"),
+        pytest.param(header("{'descr': ("), id="a header that does not end"),
+        pytest.param(header(HUGE), id="a header that claims petabytes"),
+    ],
+)
 def test_an_array_of_other_bytes_is_refused(data: bytes) -> None:
     lying = Array("float32", (3,), Array(WEIGHTS).stype, data)
     content = RecordDict(
@@ -144,6 +177,14 @@ def test_an_array_of_other_bytes_is_refused(data: bytes) -> None:
     )
     with pytest.raises(InvalidUpdate, match="cannot be read"):
         read_update(reply(content), LAYOUT)
+
+
+def test_metrics_that_are_lists_are_left_out() -> None:
+    told = {"accuracy": 0.5, "by_class": [0.1, 0.9]}
+    assert read_metrics(reply(records(metrics=told)), where="here") == (
+        7,
+        {"train_loss": 0.5, "accuracy": 0.5},
+    )
 
 
 def test_weights_that_fit_are_handed_on() -> None:

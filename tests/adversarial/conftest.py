@@ -1,0 +1,173 @@
+"""A publisher and a device, in a folder of their own, for a test to do harm to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_client import store as installed
+from edge_client.runtime import load
+from edge_client.source import Source, folder_source
+from edge_client.update import Update, update
+from fedcore.artifacts.golden import golden_bytes
+from fedcore.artifacts.manifest import Lineage, Manifest, Parity, PrivacyStatement
+from fedcore.errors import FedcoreError
+from server.registry import repository as registry
+from server.registry.keys import ONLINE, read_keys, read_trusted_root
+from server.release import Draft, initialise, publish
+
+INPUTS = np.eye(3, dtype=np.float32)
+
+
+def weight(factor: float) -> Any:
+    return (factor * np.arange(1, 7)).reshape(3, 2).astype(np.float32)
+
+
+def matmul_draft(factor: float, *, model: str = "digits", padding: int = 0) -> Draft:
+    """The model ``y = x @ (factor * W)``, with ``padding`` bytes that compute nothing."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "matmul",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
+        [numpy_helper.from_array(weight(factor), "w")],
+        doc_string="." * padding,
+    )
+    onnx = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return Draft(
+        model=model,
+        kind="regression",
+        labels=(),
+        input_shape=(3,),
+        input_dtype="float32",
+        golden_tolerance=1e-3,
+        lineage=Lineage(
+            run="demo",
+            round=3,
+            parent_sha256="a" * 64,
+            finetuned=True,
+            candidate="fp32",
+            config_sha256="b" * 64,
+            seed=1,
+            calibration="none",
+        ),
+        privacy=PrivacyStatement(unit="none", epsilon=None, target_delta=None, noise="none"),
+        parity=Parity(max_abs_error=0, agreement=1, metric="rmse", metric_before=1, metric_after=1),
+        onnx=onnx.SerializeToString(),
+        golden=golden_bytes(INPUTS, INPUTS @ weight(factor)),
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """A publisher, and a device that follows it."""
+
+    folder: Path
+
+    @property
+    def repository(self) -> Path:
+        return self.folder / "repository"
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "keys"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def publish(self, factor: float, *, created: datetime | None = None, **more: Any) -> Manifest:
+        return publish(
+            matmul_draft(factor, **more),
+            repository=self.repository,
+            keys=self.keys,
+            created=created or datetime.now(UTC),
+        )
+
+    def sign(self, files: dict[str, bytes]) -> None:
+        """Publishes any files at all, as whoever holds the online keys could."""
+        with registry.locked(self.repository):
+            state = registry.read_state(self.repository, read_trusted_root(self.keys))
+            keys = read_keys(self.keys, ONLINE)
+            registry.add(self.repository, state, keys, files, now=datetime.now(UTC))
+
+    def update(self, source: Source | None = None) -> Update:
+        return update(
+            source or folder_source(self.repository),
+            store=self.store,
+            model="digits",
+            root=(self.keys / "root.json").read_bytes(),
+            threads=1,
+        )
+
+    def answers(self) -> float:
+        """The factor of the model that serves."""
+        version = installed.serving(self.store, "digits")
+        outputs = load(version.manifest, version.onnx, threads=1).predict(INPUTS)
+        factor = float(outputs[0, 0])
+        np.testing.assert_allclose(outputs, weight(factor))
+        return factor
+
+    def target(self, end: str) -> Path:
+        (path,) = (self.repository / "targets").rglob(f"2/*.{end}")
+        return path
+
+    def refuses(self, error: type[FedcoreError], match: str) -> None:
+        """The update fails with just this error, in one line, and version 1 still serves."""
+        with pytest.raises(error, match=match) as caught:
+            self.update()
+        assert type(caught.value) is error
+        assert "\n" not in str(caught.value)
+        assert self.answers() == 1.0
+
+
+def initialised(folder: Path, *, models: Sequence[str] = (), now: datetime | None = None) -> World:
+    """A publisher that has released nothing, and a device that has fetched nothing."""
+    world = World(folder)
+    initialise(world.repository, world.keys, models=models, now=now or datetime.now(UTC))
+    return world
+
+
+@pytest.fixture
+def new_world() -> Callable[..., World]:
+    return initialised
+
+
+@pytest.fixture(scope="session")
+def first_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = initialised(tmp_path_factory.mktemp("first"))
+    world.publish(1.0)
+    assert world.update().version == 1
+    assert world.answers() == 1.0
+    return world
+
+
+@pytest.fixture
+def world(first_world: World, tmp_path: Path) -> World:
+    """A device that has version 1, of factor 1. A copy: a new one costs some sixty fsyncs."""
+    shutil.copytree(first_world.folder, tmp_path, dirs_exist_ok=True, symlinks=True)
+    return World(tmp_path)
+
+
+@pytest.fixture
+def draft() -> Callable[..., Draft]:
+    return matmul_draft
+
+
+def flip_bit(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.fixture
+def flip() -> Callable[[Path, int], None]:
+    return flip_bit

@@ -1,0 +1,113 @@
+"""The examples on real data reach what the results page says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedcore import load_run, load_task
+from fedcore.config import Client
+from fedcore.model import build_model, standardise_of
+from fedcore.task import Examples
+from fedcore.training.evaluate import evaluate
+from fedcore.training.local import train
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FEDCORE = Path(sys.executable).with_name("fedcore")
+
+
+def simulate(config: Path, runs: Path, data: Path | None, *options: str) -> Mapping[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if data is not None:
+        environment["FEDCORE_DATA"] = str(data)
+    done = subprocess.run(
+        [FEDCORE, "simulate", str(config), "--runs", str(runs), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (summary,) = runs.glob("*/summary.json")
+    figures: Mapping[str, Any] = json.loads(summary.read_text())
+    return figures
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
+    keys, repository = tmp_path / "keys", tmp_path / "repository"
+    made = [FEDCORE, "release", "init", "--keys", str(keys), "--repository", str(repository)]
+    subprocess.run(made, check=True, capture_output=True)
+    summary = simulate(
+        EXAMPLES / "digits" / "run.toml",
+        tmp_path / "runs",
+        None,
+        *("--set", f"release.keys={json.dumps(str(keys))}"),
+        *("--set", f"release.repository={json.dumps(str(repository))}"),
+    )
+    accuracy, latency, model = summary["accuracy"], summary["latency"], summary["model"]
+    assert accuracy["federated"] >= 0.80
+    assert summary["epsilon"]["max"] <= 8
+    assert summary["target_delta"] == 1e-3
+    assert accuracy["finetuned"] > max(accuracy["federated"], accuracy["cloud_alone"])
+    assert accuracy["released"] >= accuracy["finetuned"] - 0.01
+    assert latency["torch_p50_us"] / latency["released_p50_us"] >= 3
+    faster = latency["fp32_p50_us"] / latency["released_p50_us"] >= 1.3
+    assert faster or model["released_bytes"] <= model["fp32_bytes"] / 2
+    assert summary["release"]["version"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_mnist_by_writer_on_people_never_seen(data_folder: Path, tmp_path: Path) -> None:
+    config = EXAMPLES / "mnist_by_writer" / "run.toml"
+    run = load_run(config)
+    assert (run.federation.rounds, run.federation.cohort, run.client.epochs) == (20, 20, 3)
+    assert not run.private
+    only = ("--set", "finetune.epochs=0", "--set", 'compression.candidates=["fp32"]')
+    summary = simulate(config, tmp_path / "runs", data_folder, *only)
+    assert summary["accuracy"]["federated"] >= 0.96
+
+
+def pooled_rmse(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Of the example's own network on all clients' data at once, and of predicting the mean."""
+    monkeypatch.setenv("FEDCORE_DATA", str(data))
+    run, task = load_run(folder / "run.toml"), load_task(folder / "task.py")
+    parts = [task.client_data(client, data) for client in task.clients(data)]
+    tensors = [part.tensors for part in parts]  # type: ignore[attr-defined]
+    inputs, targets = map(torch.cat, zip(*tensors, strict=True))
+    pool: Examples = torch.utils.data.TensorDataset(inputs, targets)  # type: ignore[assignment]
+    model = build_model(task, run)
+    standardise_of(model).mean.copy_(inputs.mean(0))
+    standardise_of(model).deviation.copy_(inputs.std(0))
+    settings = Client(learning_rate=0.02, momentum=0.9)
+    order = torch.Generator().manual_seed(run.seed)
+    train(model, pool, task.loss_of, settings, epochs=20, batch_size=64, rng=order)
+    test = task.test_data(data)
+    wanted = test.tensors[1]  # type: ignore[attr-defined]
+    constant = (wanted - targets.mean()).square().mean().sqrt().item()
+    return evaluate(model, test, task.metrics)["rmse"], constant
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_turbofan_learns_nearly_as_from_pooled_data(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"  # a task is a file that lies anywhere
+    shutil.copytree(EXAMPLES / "turbofan", folder)
+    summary = simulate(folder / "run.toml", tmp_path / "runs", data_folder)
+    pooled, constant = pooled_rmse(folder, data_folder, monkeypatch)
+    assert pooled <= constant / 2
+    assert summary["rmse"]["federated"] <= 1.15 * pooled
+    assert all(math.isfinite(value) for value in summary["rmse"].values())
+    assert summary["model"]["released_bytes"] < summary["model"]["fp32_bytes"]

@@ -1,0 +1,92 @@
+"""Every command of the README and of the documentation is one that works."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+QUICK = ["federation.rounds=2", "finetune.epochs=1", "compression.timing_runs=100"]
+    "--set federation.rounds=2",
+    "--set finetune.epochs=1",
+    "--set compression.timing_runs=100",
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(page: Path) -> list[str]:
+    lines = [line.strip() for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(command: str, folder: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("FEDCORE_DATA", None)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_the_readme_works_in_its_order(tmp_path: Path) -> None:
+    ours = [command for command in commands(ROOT / "README.md") if command.startswith("fedcore ")]
+    assert len(ours) >= 8
+    for command in ours:
+        shorter = command.startswith("fedcore simulate")
+        options = "".join(f" --set {value}" for value in QUICK) if shorter else ""
+        run(command + options, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_release_page_works_in_its_order(tmp_path: Path) -> None:
+    page = commands(ROOT / "docs" / "release.md")
+    assert page
+    for command in page:
+        run(command, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_task_in_the_readme_is_ready(tmp_path: Path) -> None:
+    (source,) = blocks(ROOT / "README.md", "python")
+    (tmp_path / "task.py").write_text(source)
+    run("fedcore check task.py", tmp_path)
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z-]+)", page.read_text())}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test"} <= named
+    assert named - targets <= {"PYTHON"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_configuration_page_is_that_of_the_models(tmp_path: Path) -> None:
+    script = "import runpy, sys; sys.stdout.write(runpy.run_path(sys.argv[1])['page']())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "docs" / "generate.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout == (ROOT / "docs" / "configuration.md").read_text(), "run `make docs`"

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from flwr.app import ConfigRecord, Context, RecordDict
+
+from fedcore.config import Privacy
+from fedcore.errors import BudgetExhausted, PrivacyError
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.ledger import Ledger, charge, read_ledger, write_ledger
+
+PRIVACY = Privacy(unit="example", max_epsilon=4.0, target_delta=1e-5)
+
+
+def context() -> Context:
+    return Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+
+
+def rounds(count: int) -> list[Charge]:
+    return [Charge(number, 1.0, 1 / 16, 16) for number in range(1, count + 1)]
+
+
+def test_a_new_node_has_spent_nothing() -> None:
+    assert read_ledger(context()) == Ledger()
+    assert Ledger().epsilon(PRIVACY) == 0.0
+
+
+def test_a_ledger_survives_in_the_nodes_state_bit_for_bit() -> None:
+    ledger = Ledger((Charge(1, 1.0 / 3.0, 1 / 7, 16), Charge(4, 2.5, 1.0, 1)))
+    node = context()
+    write_ledger(node, ledger)
+    assert read_ledger(node) == ledger
+
+
+def test_charges_add_up_until_the_budget_is_spent() -> None:
+    ledger, spent = Ledger(), [0.0]
+    for new in rounds(3):
+        ledger = charge(ledger, new, PRIVACY, client="anna")
+        spent.append(ledger.epsilon(PRIVACY))
+    assert all(before < after for before, after in itertools.pairwise(spent))
+    assert 3.5 < spent[-1] <= 4.0
+    said = rf"round 4: client 'anna' has spent epsilon {spent[-1]:.2f} of 4 at .* It declined"
+    with pytest.raises(BudgetExhausted, match=said):
+        charge(ledger, rounds(4)[3], PRIVACY, client="anna")
+
+
+def test_a_charge_that_is_refused_leaves_the_ledger_as_it_was() -> None:
+    ledger = Ledger(tuple(rounds(2)))
+    with pytest.raises(BudgetExhausted):
+        charge(ledger, Charge(3, 0.1, 1.0, 100), PRIVACY, client="anna")
+    assert ledger.charges == tuple(rounds(2))
+
+
+def test_exactly_the_budget_may_be_spent() -> None:
+    ledger = Ledger(tuple(rounds(3)))
+    exact = PRIVACY.model_copy(update={"max_epsilon": ledger.epsilon(PRIVACY)})
+    assert charge(Ledger(tuple(rounds(2))), rounds(3)[2], exact, client="anna") == ledger
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"charges": "not json"},
+        {"charges": "[1, 2]"},
+        {"charges": '[{"round": 1}]'},
+        {"charges": '{"round": 1}'},
+        {"charges": "7"},
+        {"charges": '[{"round": 1, "noise_multiplier": "x", "sample_rate": 1.0, "steps": 1}]'},
+        {"charges": '[{"round": 1, "noise_multiplier": 1.0, "sample_rate": 1.0, "steps": -5}]'},
+        {"charges": '[{"round": 1, "noise_multiplier": 0.0, "sample_rate": 1.0, "steps": 5}]'},
+        {"charges": '[{"round": 1, "noise_multiplier": 1.0, "sample_rate": 7.0, "steps": 5}]'},
+        {"other": "[]"},
+    ],
+)
+def test_a_ledger_that_cannot_be_read_stops_training(record: dict[str, str]) -> None:
+    node = context()
+    node.state["fedcore.ledger"] = ConfigRecord(dict(record))
+    with pytest.raises(PrivacyError, match="What was spent is unknown, so nothing was trained"):
+        read_ledger(node)
