@@ -81,7 +81,8 @@ def memory_errors(what: str) -> Iterator[None]:
 
 
 def _out_of_memory(what: str, error: Exception) -> InsufficientMemory:
+    told = next(iter(str(error).splitlines()), type(error).__name__)  # Python's own says nothing
     return InsufficientMemory(
-        f"{what}: memory ran out ({str(error).splitlines()[0] or type(error).__name__}). The work "
-        "was dropped; make client.batch_size or the model smaller."
+        f"{what}: memory ran out ({told}). The work was dropped; make client.batch_size or the "
+        "model smaller."
     )

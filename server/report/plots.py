@@ -277,7 +277,8 @@ def clients_plot(
     if not shown:
         return None
     spent = [c.epsilon if drawable(c.epsilon) else math.nan for c in shown]
-    coloured = any(value == value for value in spent)
+    most = max((c.epsilon for c in shown if c.epsilon is not None), default=math.nan)
+    coloured = drawable(most)
 
     # Eight steps: a smooth bar would be an embedded image, which the page's policy refuses.
     colours = colormaps["viridis_r"].resampled(8).with_extremes(bad=FAINT)
@@ -296,6 +297,8 @@ def clients_plot(
                 s=size,
                 c=spent if coloured else BLUE,
                 cmap=colours if coloured else None,
+                vmin=0 if coloured else None,  # one scale on both sides, from nothing spent
+                vmax=most if coloured and most > 0 else None,
                 plotnonfinite=coloured,
                 edgecolors=MUTED,
                 linewidths=0.4,

@@ -61,7 +61,7 @@ def test_more_than_the_owner_allows_is_refused_with_both_figures(
 def test_more_than_is_free_is_refused_before_it_is_asked_for() -> None:
     with torch.device("meta"):  # a hundred terabytes that exist on paper alone
         huge = nn.Linear(1_000_000, 25_000_000)
-    with pytest.raises(InsufficientMemory, match="free on cpu is .* Nothing was trained"):
+    with pytest.raises(InsufficientMemory, match=r"free on cpu is .* Nothing was trained"):
         check_memory(huge, Client(), PLAIN, CPU, examples=10, owner_limit_bytes=None)
 
 
