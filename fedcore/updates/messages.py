@@ -136,8 +136,8 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
         InvalidUpdate: they are not those of a NumPy array.
     """
     try:
-        # Not `array.numpy()`, which takes archives for arrays, too.
-        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(array.data), allow_pickle=False)
+        # Not `array.numpy()`, which takes archives for arrays, too. Pickled objects are refused.
+        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(array.data))
     except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
