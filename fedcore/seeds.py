@@ -52,7 +52,11 @@ def global_streams(seed: int, *words: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         random.seed(derived)
         np.random.seed(derived % 2**32)
-        torch.manual_seed(derived)
+        # Not torch.manual_seed: on a machine without GPUs it queues calls for four kinds of them,
+        # each with a traceback, and takes a hundred times as long.
+        torch.default_generator.manual_seed(derived)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(derived)
         try:
             yield
         finally:

@@ -13,10 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 QUICK = ["federation.rounds=2", "finetune.epochs=1", "compression.timing_runs=100"]
-    "--set federation.rounds=2",
-    "--set finetune.epochs=1",
-    "--set compression.timing_runs=100",
-]
 
 
 def blocks(page: Path, language: str) -> list[str]:
