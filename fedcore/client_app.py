@@ -139,10 +139,10 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
         return Message(Error(DECLINED, str(error)), reply_to=message)
     except FedcoreError as error:
         reason = f"client {name!r}: {type(error).__name__}: {error}"
-        return Message(Error(REFUSED, reason), reply_to=message)
+        return Message(Error(REFUSED + error.exit_code, reason), reply_to=message)
     except Exception as error:  # the task's code ran here: its failure is reported, not lost
         reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
-        return Message(Error(REFUSED, reason), reply_to=message)
+        return Message(Error(REFUSED + TaskError.exit_code, reason), reply_to=message)
 
 
 def _train(client: Client, name: str, message: Message, context: Context) -> RecordDict:

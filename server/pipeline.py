@@ -19,7 +19,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
-from fedcore.model import checkpoint_bytes
+from fedcore.model import build_model, checkpoint_bytes
 from fedcore.observability.events import (
     Noted,
     RoundFinished,
@@ -29,6 +29,7 @@ from fedcore.observability.events import (
     StageStarted,
 )
 from fedcore.owner import OwnerPolicy, tighten
+from fedcore.privacy.layers import check_layers
 from fedcore.seeds import Simulated
 from fedcore.task import Examples, Folder, Task, data_folder, read_examples
 from fedcore.training.device import available
@@ -79,6 +80,8 @@ def run_pipeline(
     clients = _clients(task, run, data)
     cloud = read_cloud_data(task, data, holdout=run.finetune.holdout, seed=run.seed)
     test = read_examples(lambda: task.test_data(data), what=f"task {task.name!r}: test data")
+    if run.private:
+        check_layers(build_model(task, run).model)  # before a client is asked
     stages, notes = _Stages(emit), list[str]()
 
     def note(text: str) -> None:

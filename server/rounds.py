@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
@@ -21,21 +21,15 @@ from fedcore.seeds import Randomness
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
-    DECLINED,
-    EPSILON,
     MODEL,
-    TRAIN_LOSS,
-    Update,
     check_weights,
     instruction_config,
     read_metrics,
-    read_update,
-    update_content,
     weights_record,
 )
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
-from server.aggregation.exact import ExactMean
 from server.cohort import select
+from server.inbound import Tally, accepted, check_quorum, fold, hold, payload_bytes
 from server.records import RoundRecord
 from server.strategies import Chosen
 
@@ -65,39 +59,6 @@ class Federated:
     weights: Vector
     best_round: int
     rounds: tuple[RoundRecord, ...]
-
-
-@dataclass
-class _Tally:
-    """What came back in one round, beside the updates themselves."""
-
-    updates: int = 0
-    declined: int = 0
-    failed: int = 0
-    examples: int = 0
-    loss: float = 0.0
-    has_loss: bool = False
-    epsilon_max: float | None = None
-    bytes_up: int = 0
-    reasons: list[str] = field(default_factory=list)
-    """Why clients failed."""
-    spent: str = ""
-    """Why the last client that declined did."""
-
-    def refuse(self, reason: str) -> None:
-        """Counts a client that failed, or whose update cannot be used."""
-        self.failed += 1
-        self.reasons.append(reason)
-
-    def count(self, update: Update) -> None:
-        """Counts an update that was taken."""
-        self.updates += 1
-        self.examples += update.num_examples
-        if TRAIN_LOSS in update.metrics:
-            self.has_loss = True
-            self.loss += update.metrics[TRAIN_LOSS] * update.num_examples
-        if EPSILON in update.metrics:
-            self.epsilon_max = max(self.epsilon_max or 0.0, update.metrics[EPSILON])
 
 
 def run_rounds(federation: Federation, model: FullModel) -> Federated:
@@ -150,7 +111,7 @@ def _is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int)
     return primary.better(latest, best)
 
 
-def _end_early(federation: Federation, number: int, tally: _Tally) -> None:
+def _end_early(federation: Federation, number: int, tally: Tally) -> None:
     """Says that every client declined; that is an error where none ever took part."""
     if number == 1:
         raise BudgetExhausted(
@@ -166,7 +127,7 @@ def _end_early(federation: Federation, number: int, tally: _Tally) -> None:
 
 def _train_round(
     federation: Federation, model: FullModel, layout: Layout, number: int
-) -> tuple[_Tally, Vector, int]:
+) -> tuple[Tally, Vector, int]:
     """One round of training: what came back, the new weights, and the bytes sent."""
     run, strategy = federation.run, federation.chosen.strategy
     words = ("round", number)
@@ -182,16 +143,16 @@ def _train_round(
             )
         )
     messages.sort(key=lambda message: message.metadata.dst_node_id)
-    sent = sum(_payload_bytes(message) for message in messages)
+    sent = sum(payload_bytes(message) for message in messages)
     replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
-    tally = _Tally()
-    accepted = _accepted(replies, layout, tally)
+    tally = Tally()
+    taken = accepted(replies, layout, tally)
     uniform = run.federation.weighting == "uniform"
     if federation.chosen.folds:
-        ready = _fold(accepted, layout, tally, uniform=uniform)
+        ready = fold(taken, layout, tally, uniform=uniform)
     else:
-        ready = _hold(accepted, tally, uniform=uniform)
-    _check_quorum(federation, number, tally)
+        ready = hold(taken, tally, uniform=uniform)
+    check_quorum(tally, run.federation.quorum, federation.cohort, number)
     if not tally.updates:
         return tally, weights, sent
     try:
@@ -206,79 +167,6 @@ def _train_round(
             f"{number - 1}."
         ) from error
     return tally, weights if arrays is None else _checked(arrays, layout, number), sent
-
-
-def _accepted(
-    replies: Iterable[Message], layout: Layout, tally: _Tally
-) -> Iterator[tuple[Message, Update]]:
-    """Replies that passed every check, as they arrive."""
-    for reply in replies:
-        if reply.has_error():
-            reason = reply.error.reason or f"error {reply.error.code}"
-            if reply.error.code == DECLINED:
-                tally.declined += 1
-                tally.spent = reason
-            else:
-                tally.refuse(reason)
-            continue
-        tally.bytes_up += _payload_bytes(reply)
-        try:
-            update = read_update(reply, layout)
-        except InvalidUpdate as error:
-            tally.refuse(str(error))
-            continue
-        yield reply, update
-
-
-def _hold(
-    accepted: Iterator[tuple[Message, Update]], tally: _Tally, *, uniform: bool
-) -> list[Message]:
-    """Every update of the round, in the order of the cohort."""
-    held = []
-    for reply, update in accepted:
-        tally.count(update)
-        reply.content = update_content(replace(update, num_examples=1) if uniform else update)
-        held.append(reply)
-    return sorted(held, key=lambda reply: reply.metadata.src_node_id)
-
-
-def _fold(
-    accepted: Iterator[tuple[Message, Update]], layout: Layout, tally: _Tally, *, uniform: bool
-) -> list[Message]:
-    """All updates as one reply that carries their exact weighted mean.
-
-    A strategy that looks at the mean alone cannot tell it from the updates, and the server holds
-    one update at a time.
-    """
-    mean = ExactMean(layout.size)
-    carrier: Message | None = None
-    for reply, update in accepted:
-        try:
-            mean.add(update.weights, 1 if uniform else update.num_examples)
-        except InvalidUpdate as error:
-            tally.refuse(str(error))
-            continue
-        tally.count(update)
-        carrier = carrier or reply
-    if carrier is None:
-        return []
-    carrier.content = update_content(Update(mean.mean(), mean.weight, {}))
-    return [carrier]
-
-
-def _check_quorum(federation: Federation, number: int, tally: _Tally) -> None:
-    """Fails a round that too few clients answered; those whose budget is spent do not count."""
-    asked = federation.cohort - tally.declined
-    needed = federation.run.federation.quorum * asked
-    if tally.updates >= needed:
-        return
-    silent = federation.cohort - tally.updates - tally.declined - tally.failed
-    reasons = "; ".join(tally.reasons[:3]) or "no reason was given"
-    raise RoundFailed(
-        f"round {number}: {tally.updates} of {asked} clients sent an update, and federation.quorum "
-        f"= {federation.run.federation.quorum:g} needs {needed:.3g} ({tally.failed} failed, "
-        f"{silent} silent at the deadline). The round was dropped. First: {reasons}"
-    )
 
 
 def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
@@ -345,7 +233,7 @@ def _record(
     federation: Federation,
     number: int,
     seconds: float,
-    tally: _Tally,
+    tally: Tally,
     metrics: dict[str, float],
     judged_on: str,
     sent: int,
@@ -372,8 +260,3 @@ def _streams(federation: Federation, number: int, step: str) -> AbstractContextM
     if federation.randomness.origin == "simulated":
         return federation.randomness.library_streams("strategy", step, number)
     return nullcontext()
-
-
-def _payload_bytes(message: Message) -> int:
-    arrays = message.content.array_records.values()
-    return sum(len(array.data) for record in arrays for array in record.values())

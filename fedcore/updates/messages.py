@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedcore.errors import InvalidUpdate
+from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.updates.pack import Layout, Vector
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
@@ -23,8 +23,17 @@ NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
 
 DECLINED = 1001
 """Error code of a reply from a client whose budget is spent."""
-REFUSED = 1002
-"""Error code of a reply from a client that could not do what was asked."""
+REFUSED = 1100
+"""Error code of a reply from a client that could not do what was asked; the exit code of the kind
+of error is added where it is known."""
+_KINDS: dict[int, type[FedcoreError]] = {
+    kind.exit_code: kind for kind in FedcoreError.__subclasses__()
+}
+
+
+def refused_as(code: int) -> type[FedcoreError]:
+    """The kind of error that a reply's code stands for."""
+    return _KINDS.get(code - REFUSED, RoundFailed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""What DP-SGD draws, against what its plan says. Seeds are fixed: no test here can flicker.
+
+Bounds are those at which a correct implementation would fail for one seed in a million.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedcore.config import Client
+from fedcore.privacy.accounting import Charge, epsilon_of
+from fedcore.seeds import torch_rng
+from fedcore.training.private import PrivatePlan, train_private
+
+ONE_IN_A_MILLION = 4.9  # standard deviations of a normal variable, both sides
+
+
+def no_signal(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss whose gradient is zero, so that weights move by noise alone."""
+    return (0 * outputs).sum()
+
+
+def moves(
+    charge: Charge, *, clip: float, settings: Client, count: int = 40, size: int = 20_000
+) -> Tensor:
+    """How far each weight moved when there was nothing to learn."""
+    model = nn.Linear(size, 1, bias=False)
+    before = model.weight.detach().clone()
+    data: Any = TensorDataset(torch.zeros(count, size), torch.zeros(count))
+    train_private(
+        nn.Identity(),
+        model,
+        data,
+        no_signal,
+        settings,
+        PrivatePlan(charge, clip),
+        sampling=torch_rng(3, "sampling"),
+        noise=torch_rng(3, "noise"),
+    )
+    return (model.weight.detach() - before).double().flatten()
+
+
+def check_normal(values: Tensor, deviation: float) -> None:
+    """Mean, variance and fourth moment of independent normal values, each within its bound."""
+    z, count = values / deviation, len(values)
+    assert abs(z.mean().item()) < ONE_IN_A_MILLION / math.sqrt(count)
+    assert abs(z.square().mean().item() - 1) < ONE_IN_A_MILLION * math.sqrt(2 / count)
+    assert abs((z**4).mean().item() - 3) < ONE_IN_A_MILLION * math.sqrt(96 / count)
+    neighbours = (z[1:] * z[:-1]).mean().item()
+    assert abs(neighbours) < ONE_IN_A_MILLION / math.sqrt(count)
+
+
+@pytest.mark.parametrize(
+    ("noise", "clip", "rate"), [(1.0, 1.0, 1.0), (2.5, 0.3, 1.0), (0.7, 4.0, 0.25)]
+)
+def test_the_noise_has_the_deviation_that_the_plan_says(
+    noise: float, clip: float, rate: float
+) -> None:
+    moved = moves(Charge(1, noise, rate, 1), clip=clip, settings=Client(learning_rate=1.0))
+    check_normal(moved, noise * clip / (40 * rate))
+
+
+def test_every_step_draws_noise_of_its_own_with_or_without_examples() -> None:
+    steps = 9
+    for rate, batch in ((0.5, 20), (1e-9, 1)):  # the second leaves every batch empty
+        moved = moves(Charge(1, 1.0, rate, steps), clip=1.0, settings=Client(learning_rate=1.0))
+        check_normal(moved, math.sqrt(steps) / batch)
+
+
+class Counter:
+    """A loss that notes which examples each batch holds."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.batches.append(targets.long())
+        return (0 * outputs).sum()
+
+
+def batches(count: int, rate: float, steps: int) -> list[Tensor]:
+    counter, model = Counter(), nn.Linear(1, 1)
+    data: Any = TensorDataset(torch.zeros(count, 1), torch.arange(float(count)))
+    train_private(
+        nn.Identity(),
+        model,
+        data,
+        counter,
+        Client(),
+        PrivatePlan(Charge(1, 1.0, rate, steps), 1.0),
+        sampling=torch_rng(7, "sampling"),
+        noise=torch_rng(7, "noise"),
+    )
+    return counter.batches
+
+
+@pytest.mark.parametrize("rate", [1 / 16, 0.3])
+def test_each_example_is_drawn_at_the_rate_that_is_accounted(rate: float) -> None:
+    count, steps = 200, 400
+    drawn = batches(count, rate, steps)
+    sizes = torch.tensor([len(batch) for batch in drawn], dtype=torch.float64)
+    trials, variance = count * steps, rate * (1 - rate)
+    deviation = math.sqrt(variance / trials)
+    assert abs(sizes.sum().item() / trials - rate) < ONE_IN_A_MILLION * deviation
+    # Independent draws: sizes vary as a binomial does, which fixed-size batches would not.
+    spread = sizes.var().item() / (count * variance)
+    assert abs(spread - 1) < ONE_IN_A_MILLION * math.sqrt(2 / (steps - 1))
+    by_example = torch.bincount(torch.cat(drawn), minlength=count).double() / steps
+    fit = ((by_example - rate).square() / (variance / steps)).mean().item()
+    assert abs(fit - 1) < ONE_IN_A_MILLION * math.sqrt(2 / count)
+    assert all(len(batch) == len(batch.unique()) for batch in drawn)
+
+
+def test_a_rate_of_one_draws_every_example_in_every_step() -> None:
+    assert all(len(batch) == 50 for batch in batches(50, 1.0, 20))
+
+
+def released(examples: Tensor, noise: float, trial: int) -> float:
+    """One weight after one step on examples whose gradients are their own values."""
+    model = nn.Linear(1, 1, bias=False)
+    data: Any = TensorDataset(examples, torch.zeros(len(examples)))
+    with torch.no_grad():
+        model.weight.zero_()
+    train_private(
+        nn.Identity(),
+        model,
+        data,
+        lambda outputs, targets: outputs.mean(),
+        Client(learning_rate=1.0),
+        PrivatePlan(Charge(1, noise, 1.0, 1), 1.0),
+        sampling=torch_rng(trial, "sampling"),
+        noise=torch_rng(trial, "noise", len(examples), int(examples.sum())),
+    )
+    return model.weight.item()
+
+
+def audit(noise: float, trials: int) -> Iterator[float]:
+    """Lower bounds on epsilon, from telling runs with one extreme example from runs without."""
+    without, within = torch.zeros(4, 1), torch.tensor([[100.0], [0.0], [0.0], [0.0]])
+    seen = torch.tensor([released(within, noise, trial) for trial in range(trials)])
+    unseen = torch.tensor([released(without, noise, trial) for trial in range(trials)])
+    slack = math.sqrt(math.log(1e6) / (2 * trials))  # Hoeffding, one in a million
+    for threshold in (-0.05, -0.125, -0.2, -0.3):
+        right = (seen < threshold).double().mean().item()
+        wrong = (unseen < threshold).double().mean().item()
+        if right > slack:
+            yield math.log((right - slack) / (wrong + slack))
+
+
+@pytest.mark.slow
+def test_nobody_tells_apart_what_epsilon_says_cannot_be_told_apart() -> None:
+    claimed = epsilon_of([Charge(1, 2.0, 1.0, 1)], target_delta=1e-5, accountant="rdp")
+    assert max(audit(2.0, 1500)) < claimed
+    # The attack is strong enough to find a tenth of the noise out.
+    assert max(audit(0.2, 1500)) > claimed

@@ -1,0 +1,134 @@
+"""Fine-tuning with the real processes: slow, for each of them imports torch."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedcore.config import RunConfig
+from fedcore.errors import TrainingDiverged, TrainingError
+from fedcore.model import FullModel, build_model
+from fedcore.task import Task, load_task
+from fedcore.updates.pack import pack
+from server.cloud import CloudData, read_cloud_data
+from server.finetune.launch import Finetuned, fine_tune
+
+pytestmark = pytest.mark.slow
+
+TASK = """
+import multiprocessing
+import os
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from fedcore import Task
+from fedcore.metrics import ACCURACY, Metric
+
+rng = torch.Generator().manual_seed(0)
+targets = torch.randint(3, (120,), generator=rng)
+data = TensorDataset(
+    nn.functional.one_hot(targets, 5) + 0.3 * torch.randn(120, 5, generator=rng), targets
+)
+RANK = os.environ.get("RANK")  # set in the processes that fine-tune
+
+
+def loss(outputs, targets):
+    value = nn.functional.cross_entropy(outputs, targets)
+    {loss}
+    return value
+
+
+task = Task(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)),
+    clients=lambda folder: ["anna"],
+    client_data=lambda client, folder: data,
+    cloud_data=lambda folder: data,
+    test_data=lambda folder: data,
+    example_input=torch.zeros(5),
+    loss=loss,
+    metrics=({metric},),
+)
+"""
+
+
+class Case:
+    """A task on disk and what fine-tuning it takes."""
+
+    def __init__(
+        self, folder: Path, *, loss: str = "", metric: str = "ACCURACY", **settings: Any
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "task.py").write_text(TASK.replace("{loss}", loss).replace("{metric}", metric))
+        finetune = {"epochs": 20, "batch_size": 32, "learning_rate": 0.1} | settings
+        values = {"name": "run", "task": "task.py", "finetune": finetune}
+        self.run = RunConfig.model_validate(values).model_copy(update={"base": folder})
+        self.task: Task = load_task(folder / "task.py")
+        cloud = read_cloud_data(self.task, None, holdout=0.2, seed=0)
+        assert cloud is not None
+        self.cloud: CloudData = cloud
+        start = self.run.model_copy(update={"seed": 9})
+        self.model: FullModel = build_model(self.task, start).eval()
+
+    def fine_tune(self) -> Finetuned:
+        return fine_tune(self.task, self.run, self.model, self.cloud)
+
+
+def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path) -> None:
+    two = Case(tmp_path / "two", processes=2).fine_tune()
+    again = Case(tmp_path / "again", processes=2).fine_tune()
+    for part in ("candidate", "cloud_alone"):
+        bits = {pack(getattr(result, part).model).tobytes() for result in (two, again)}
+        assert len(bits) == 1
+    assert two.kept
+    assert two.model is two.candidate
+    assert two.after > two.before
+
+    # One process, judged by how little it learns: the gate closes, and the result is still there.
+    case = Case(
+        tmp_path / "one",
+        processes=1,
+        metric='Metric("ignorance", lambda o, t: -ACCURACY.compute(o, t), higher_is_better=True)',
+    )
+    federated = pack(case.model.model)
+    one = case.fine_tune()
+    assert not one.kept
+    assert one.model is case.model
+    assert pack(one.model.model).tobytes() == federated.tobytes()
+    assert one.after < one.before
+    for part in ("candidate", "cloud_alone"):
+        # The same batches, summed in two halves: nothing but rounding differs.
+        single, double = (pack(getattr(result, part).model) for result in (one, two))
+        assert np.abs(single - double).max() < 1e-4
+        assert np.abs(single - federated).max() > 0.5
+
+
+def test_a_loss_that_turns_nan_arrives_as_what_it_is_and_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = threading.active_count()
+    case = Case(tmp_path, processes=2, loss="print('working'); value = value * float('nan')")
+    with pytest.raises(TrainingDiverged, match="the loss was nan"):
+        case.fine_tune()
+    shown = capfd.readouterr()
+    assert shown.out == ""  # nothing of what the processes print
+    assert "Traceback" not in shown.err
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert threading.active_count() <= threads + 1  # pytest's own may come and go
+
+
+def test_a_process_that_dies_takes_the_others_with_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tmp_path, processes=2, loss="if RANK == '1': os._exit(7)")
+    with pytest.raises(TrainingError, match=r"fine-tuning: process \d .*federated model stands"):
+        case.fine_tune()
+    assert "Traceback" not in capfd.readouterr().err

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedcore.errors import ConfigError, TaskError
+from fedcore.scaffold import KINDS, write_scaffold
+from server.check import Finding, check_task, print_findings
+
+STEPS = [
+    *("clients", "client data", "model", "schema", "loss", "training"),
+    *("metrics", "privacy", "export", "test data", "cloud data"),
+]
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+from fedcore import Task
+
+torch.manual_seed(0)
+inputs, targets = torch.randn(30, 4), torch.arange(30) % 3
+data = TensorDataset(inputs, targets)
+values = dict(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+    clients=lambda folder: ["anna", "ben"],
+    client_data=lambda client, folder: data,
+    cloud_data=lambda folder: data,
+    test_data=lambda folder: data,
+    example_input=torch.zeros(4),
+)
+"""
+
+
+def write(folder: Path, changes: str = "") -> Path:
+    path = folder / "task.py"
+    path.write_text(f"{TASK}{changes}\ntask = Task(**values)\n")
+    return path
+
+
+def check(folder: Path, changes: str = "", *, client: str | None = None) -> dict[str, Finding]:
+    return {f.step: f for f in check_task(write(folder, changes), client=client)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_task_passes_every_step(tmp_path: Path, kind: str) -> None:
+    task, run = write_scaffold(tmp_path / "x", kind=kind)
+    findings = check_task(run if kind == "regression" else task, client=None)
+    assert [finding.step for finding in findings] == STEPS
+    assert all(finding.ok for finding in findings), findings
+    assert all(finding.seconds >= 0 for finding in findings)
+
+
+def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
+    found = check(tmp_path, client="ben")
+    assert found["clients"].detail == "2 clients; checking with 'ben'"
+    assert found["client data"].detail == (
+        "30 examples: inputs torch.float32 (4,), targets torch.int64 ()"
+    )
+    assert found["model"].detail == "67 parameters, 0.00 MB an update"
+    assert found["schema"].detail == "3 classes"
+    assert found["test data"].detail == "30 examples"
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "said"),
+    [
+        ("values['clients'] = lambda folder: []", "clients", "clients() names none"),
+        ("values['clients'] = lambda folder: 1 / 0", "clients", "ZeroDivisionError"),
+        (
+            "values['client_data'] = lambda c, f: open(c + '.csv')",
+            "client data",
+            "data of client 'anna': reading it failed: FileNotFoundError",
+        ),
+        (
+            "values['client_data'] = lambda c, f: Subset(data, [])",
+            "client data",
+            "it holds no examples",
+        ),
+        (
+            "values['model'] = lambda: 1 / 0",
+            "model",
+            "building the model failed: ZeroDivisionError",
+        ),
+        ("values['preprocess'] = lambda: nn.Linear(4, 4)", "model", "preprocess has parameters"),
+        (
+            "values['example_input'] = torch.zeros(5)",
+            "schema",
+            "example_input is torch.float32 (5,), the client's inputs are torch.float32 (4,)",
+        ),
+        ("inputs[3, 1] = float('nan')", "schema", "inputs hold values that are not finite"),
+        ("targets[0] = 3", "schema", "must be whole numbers from 0 to 2"),
+        ("targets[0] = -1", "schema", "must be whole numbers from 0 to 2"),
+        ("values['labels'] = ('a', 'b')", "schema", "2 labels for 3 outputs"),
+        ("values['model'] = lambda: nn.Linear(7, 3)", "schema", "mat1 and mat2"),
+        ("values['kind'] = 'regression'", "schema", "a regression needs as many outputs"),
+        ("values['loss'] = lambda o, t: o.sum(1)", "loss", "it must be one finite number"),
+        ("values['loss'] = lambda o, t: o.sum() / 0", "loss", "it must be one finite number"),
+        (
+            "values['loss'] = lambda o, t: o.detach().mean()",
+            "training",
+            "does not require grad",
+        ),
+        (
+            "from fedcore.metrics import Metric\n"
+            "values['metrics'] = (Metric('m', lambda o, t: o[99], higher_is_better=True),)",
+            "metrics",
+            "IndexError",
+        ),
+        (
+            "class Sorts(nn.Module):\n"
+            "    def forward(self, x):\n"
+            "        return torch.tensor(sorted(x.flatten().tolist())).view(x.shape) + x * 0\n"
+            "values['model'] = lambda: nn.Sequential(nn.Linear(4, 3), Sorts())",
+            "export",
+            "layer 'model.1' (Sorts) cannot be exported to ONNX",
+        ),
+        ("values['test_data'] = lambda f: Subset(data, [])", "test data", "test data: it holds no"),
+        (
+            "values['cloud_data'] = lambda f: TensorDataset(torch.zeros(5, 9), torch.zeros(5))",
+            "cloud data",
+            "cloud data: inputs are (9,), the clients' (4,)",
+        ),
+    ],
+)
+def test_what_would_fail_later_is_found_at_its_step(
+    tmp_path: Path, changes: str, step: str, said: str
+) -> None:
+    findings = check_task(write(tmp_path, changes), client=None)
+    last = findings[-1]
+    assert (last.step, last.ok, last.required) == (step, False, True)
+    assert said in last.detail
+    assert all(finding.ok for finding in findings[:-1])
+
+
+def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Path) -> None:
+    changes = "values['model'] = lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))"
+    found = check(tmp_path, changes)
+    assert not found["privacy"].ok
+    assert not found["privacy"].required
+    assert "BatchNorm1d" in found["privacy"].detail
+    assert found["export"].ok
+    run = tmp_path / "run.toml"
+    run.write_text('name = "x"\ntask = "task.py"\n[privacy]\nunit = "example"\n')
+    last = check_task(run, client=None)[-1]
+    assert (last.step, last.ok, last.required) == ("privacy", False, True)
+
+
+def test_a_client_that_is_not_there_is_named(tmp_path: Path) -> None:
+    found = check(tmp_path, client="carl")
+    assert found["clients"].detail == "--client carl: not among the 2 clients."
+
+
+def test_a_task_without_cloud_data_is_told_what_is_left_out(tmp_path: Path) -> None:
+    found = check(tmp_path, "del values['cloud_data']")
+    assert found["cloud data"].ok
+    assert "fine-tuning, its gate and every candidate but fp32 are left out" in (
+        found["cloud data"].detail
+    )
+
+
+def test_a_task_that_cannot_be_loaded_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"importing this task failed: ZeroDivisionError"):
+        check_task(write(tmp_path, "1 / 0"), client=None)
+    with pytest.raises(ConfigError, match=r"run\.toml: this file does not exist"):
+        check_task(tmp_path / "run.toml", client=None)
+
+
+def test_findings_are_printed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [
+        Finding("clients", True, True, "2 clients", 0.1),
+        Finding("privacy", False, False, "no", 0.2),
+    ]
+    assert print_findings(findings, as_json=False) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ok   clients      2 clients [0.10 s]",
+        "note privacy      no [0.20 s]",
+        "This task is ready.",
+    ]
+    findings.append(Finding("export", False, True, "bad", 0.3))
+    assert print_findings(findings, as_json=False) == TaskError.exit_code
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "FAIL export       bad [0.30 s]",
+        "This task would fail.",
+    ]
+
+
+def test_findings_are_one_json_object_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_findings([Finding("loss", False, True, "NaN", 0.1)], as_json=True) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "ok": False,
+        "findings": [
+            {"step": "loss", "ok": False, "required": True, "detail": "NaN", "seconds": 0.1}
+        ],
+    }

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError, DiskFull, ResourceError
+from server.folder import config_json, open_folder, write_results
+from server.records import Finished, RoundRecord, RunRecord
+
+RUN = RunConfig(name="demo", task="task.py", seed=7)
+FINISHED = Finished(
+    RunRecord(
+        name="demo",
+        task="tiny",
+        kind="classification",
+        primary="accuracy",
+        higher_is_better=True,
+        device="cpu",
+        noise="none",
+        rounds=(RoundRecord(1, 1, 0.1, 2, 2, 0, 0, 0.5, {"accuracy": 0.5}, "cloud", None, 10, 20),),
+        best_round=1,
+        scores={"accuracy": {"federated": 0.5, "released": 0.5}},
+        stages={"federate": 0.1},
+    ),
+    torch_p50_us=12.5,
+)
+
+
+def test_a_folder_is_made_and_marked_with_the_configuration(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path / "runs")
+    assert folder == tmp_path / "runs" / "demo"
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    assert json.loads((folder / "run.json").read_text())["seed"] == 7
+
+
+def test_the_configuration_is_read_back_as_it_was() -> None:
+    assert RunConfig.model_validate_json(config_json(RUN)) == RUN
+
+
+def test_the_results_of_the_run_before_are_replaced(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    (folder / "summary.json").write_text("{}")
+    (folder / "candidates").mkdir()
+    (folder / "candidates" / "fp32.onnx").write_bytes(b"old")
+    assert [path.name for path in open_folder(RUN, tmp_path).iterdir()] == ["run.json"]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    assert (open_folder(RUN, tmp_path) / "run.json").is_file()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"demo: this folder was not written by a run"):
+        open_folder(RUN, tmp_path)
+    assert (tmp_path / "demo" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("mine")
+    with pytest.raises(ConfigError, match="was not written by a run"):
+        open_folder(RUN, tmp_path)
+    (tmp_path / "runs").write_text("mine, too")
+    with pytest.raises(ResourceError, match="cannot be written"):
+        open_folder(RUN, tmp_path / "runs")
+    assert (tmp_path / "demo").read_text() == "mine"
+
+
+def test_results_are_the_report_and_the_summary(tmp_path: Path) -> None:
+    figures = write_results(tmp_path, FINISHED, target_delta=None, seconds=3.5)
+    assert json.loads((tmp_path / "summary.json").read_text()) == figures
+    assert figures["accuracy"]["released"] == 0.5
+    assert figures["seconds"]["total"] == 3.5
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_without_room_for_the_report_there_is_no_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise DiskFull(f"{path}: the disk has no room for this file.")
+
+    monkeypatch.setattr("server.folder.write_atomic", full)
+    with pytest.raises(DiskFull):
+        write_results(tmp_path, FINISHED, target_delta=None, seconds=3.5)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, TensorDataset
+
+from fedcore.client_app import client_app
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError, RoundFailed
+from fedcore.flower.grid import InProcessGrid
+from fedcore.flower.identity import assume_identity
+from fedcore.model import FullModel, Standardise, build_model, standardise_of
+from fedcore.owner import OPEN_POLICY
+from fedcore.seeds import Simulated, torch_rng
+from fedcore.task import Task
+from fedcore.updates.messages import ARRAYS, METRICS, NUM_EXAMPLES
+from server.cloud import CloudData
+from server.normalisation import normalise
+
+CLIENTS = ["anna", "ben", "carl"]
+Handler = Callable[[Message], Message]
+
+
+class Halve(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def data(client: str) -> Any:
+    """Features of very different scales; the third is the same for everyone."""
+    rng = torch_rng(0, client)
+    count = 30 + 20 * CLIENTS.index(client)
+    scale, shift = torch.tensor([1.0, 1000.0, 0.0, 0.01]), torch.tensor([0.0, -5000.0, 7.0, 3.0])
+    inputs = scale * (torch.randn(count, 4, generator=rng) + CLIENTS.index(client)) + shift
+    return TensorDataset(inputs, torch.zeros(count, dtype=torch.long))
+
+
+TASK = Task(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Linear(4, 2),
+    preprocess=Halve,
+    clients=lambda folder: CLIENTS,
+    client_data=lambda client, folder: data(client),
+    test_data=lambda folder: data("anna"),
+    example_input=torch.zeros(4),
+)
+POOLED: Any = ConcatDataset([data(client) for client in CLIENTS])
+CLOUD = CloudData(POOLED, POOLED)
+
+
+def make_run(normalisation: str, **more: Any) -> RunConfig:
+    federation = {"normalisation": normalisation} | more
+    return RunConfig.model_validate({"name": "run", "task": "x", "federation": federation})
+
+
+def clients(run: RunConfig) -> Handler:
+    app = client_app(TASK, run, owner=OPEN_POLICY, randomness=Simulated(0))
+
+    def handle(message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        config = {"client": CLIENTS[node - 10]}
+        return app(message, Context(1, node, config, RecordDict(), {}))
+
+    return handle
+
+
+def fitted(
+    run: RunConfig, *, cloud: CloudData | None = None, handle: Handler | None = None
+) -> FullModel:
+    assume_identity(1)
+    model = build_model(TASK, run)
+    normalise(run, model, InProcessGrid(1, [10, 11, 12], handle or clients(run)), cloud)
+    return model
+
+
+def pooled() -> Tensor:
+    return torch.cat([data(client).tensors[0] for client in CLIENTS]) / 2
+
+
+def test_sums_over_clients_give_what_the_pooled_data_gives() -> None:
+    part = standardise_of(fitted(make_run("federated")))
+    values = pooled().double()
+    deviation = values.std(0, correction=0)
+    deviation[2] = 1.0  # a constant is shifted, not blown up
+    assert torch.allclose(part.mean.double(), values.mean(0), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(part.deviation.double(), deviation, rtol=1e-6, atol=1e-6)
+
+
+def test_the_cloud_gives_the_same_from_the_same_data() -> None:
+    federated = standardise_of(fitted(make_run("federated")))
+    cloud = standardise_of(fitted(make_run("cloud"), cloud=CLOUD))
+    assert torch.allclose(federated.mean, cloud.mean, rtol=1e-6)
+    assert torch.allclose(federated.deviation, cloud.deviation, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalisation", ["federated", "cloud"])
+def test_inputs_come_out_with_mean_zero_and_deviation_one(normalisation: str) -> None:
+    model = fitted(make_run(normalisation), cloud=CLOUD)
+    values = model.preprocess(2 * pooled()).double()
+    assert values.mean(0).abs().max() < 1e-3
+    assert (values.std(0, correction=0) - torch.tensor([1, 1, 0, 1])).abs().max() < 1e-3
+
+
+def test_by_default_the_tasks_own_preprocessing_stands_alone() -> None:
+    def nobody(message: Message) -> Message:
+        raise AssertionError("no client is asked")
+
+    model = fitted(make_run("task"), handle=nobody)
+    assert not [m for m in model.modules() if isinstance(m, Standardise)]
+
+
+def test_cloud_statistics_need_cloud_data() -> None:
+    with pytest.raises(ConfigError, match="the task has no cloud_data"):
+        fitted(make_run("cloud"))
+
+
+def test_only_what_is_not_held_back_is_summed() -> None:
+    run = make_run("federated", holdout=0.5, evaluate_cohort=1)
+    whole, part = fitted(make_run("federated")), fitted(run)
+    assert not torch.equal(standardise_of(whole).mean, standardise_of(part).mean)
+
+
+def answer(total: Any, squares: Any, count: Any = 10) -> Handler:
+    def handle(message: Message) -> Message:
+        arrays = ArrayRecord({"sum": Array(total), "squares": Array(squares)})
+        record = RecordDict({ARRAYS: arrays, METRICS: MetricRecord({NUM_EXAMPLES: count})})
+        return Message(record, reply_to=message)
+
+    return handle
+
+
+def failing(message: Message) -> Message:
+    return Message(Error(1002, "client 'ben': no data"), reply_to=message)
+
+
+GOOD = np.full(4, 5.0)
+BAD: dict[str, Handler] = {
+    "an error": failing,
+    "nothing": lambda message: Message(RecordDict(), reply_to=message),
+    "NaN": answer(np.array([1, np.nan, 1, 1]), GOOD),
+    "another shape": answer(np.zeros(5), GOOD),
+    "a number": answer(np.array(1.0), GOOD),
+    "another dtype": answer(GOOD.astype(np.float32), GOOD),
+    "negative examples": answer(GOOD, GOOD, -10),
+    "bytes that are no array": lambda message: Message(
+        RecordDict(
+            {
+                ARRAYS: ArrayRecord(
+                    {
+                        name: Array("float64", (4,), "numpy.ndarray", b"?")
+                        for name in ("sum", "squares")
+                    }
+                ),
+                METRICS: MetricRecord({NUM_EXAMPLES: 10}),
+            }
+        ),
+        reply_to=message,
+    ),
+}
+
+
+def one_bad(bad: Handler, good: Handler) -> Handler:
+    return lambda message: (bad if message.metadata.dst_node_id == 11 else good)(message)
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_sums_that_cannot_be_used_are_left_out(bad: Handler) -> None:
+    run = make_run("federated", quorum=0.6)
+    model = fitted(run, handle=one_bad(bad, answer(np.full(4, 20.0), np.full(4, 50.0))))
+    part = standardise_of(model)
+    assert part.mean.tolist() == [2.0] * 4
+    assert part.deviation.tolist() == [1.0] * 4  # 5 - 2**2
+
+
+def test_too_few_answers_end_the_run_with_a_reason() -> None:
+    run = make_run("federated", quorum=0.8)
+    with pytest.raises(
+        RoundFailed, match=r"2 of 3 clients sent their sums.*First: client 'ben': no"
+    ):
+        fitted(run, handle=one_bad(failing, answer(GOOD, GOOD)))
+
+
+def test_squares_that_rounding_took_below_the_mean_do_not_make_nan() -> None:
+    model = fitted(make_run("federated"), handle=answer(np.full(4, 10.0), np.full(4, 10.0 - 1e-14)))
+    assert standardise_of(model).deviation.tolist() == [1.0] * 4
