@@ -137,18 +137,24 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
         return Message(work(client, name, message, context), reply_to=message)
     except BudgetExhausted as error:
         return Message(Error(DECLINED, str(error)), reply_to=message)
-    except FedcoreError as error:
-        reason = f"client {name!r}: {type(error).__name__}: {error}"
-        return Message(Error(REFUSED + error.exit_code, reason), reply_to=message)
     except Exception as error:  # the task's code ran here: its failure is reported, not lost
+        return refusal(name, error, message)
+
+
+def refusal(name: str, error: Exception, message: Message) -> Message:
+    """The reply of a client that could not do what was asked."""
+    if isinstance(error, FedcoreError):
+        reason, code = f"client {name!r}: {type(error).__name__}: {error}", error.exit_code
+    else:
         reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
-        return Message(Error(REFUSED + TaskError.exit_code, reason), reply_to=message)
+        code = TaskError.exit_code
+    return Message(Error(REFUSED + code, reason), reply_to=message)
 
 
 def _train(client: Client, name: str, message: Message, context: Context) -> RecordDict:
     instruction = read_instruction(message)
     run, number = client.run, instruction.round
-    examples, _ = _local_data(client, name)
+    examples, _ = local_data(client, name)
     device = available(run.client.device)
     if client.owner.max_threads:
         torch.set_num_threads(min(torch.get_num_threads(), client.owner.max_threads))
@@ -156,7 +162,7 @@ def _train(client: Client, name: str, message: Message, context: Context) -> Rec
         memory_errors(f"round {number}: training"),
         client.randomness.library_streams("train", number, name),
     ):
-        model = _model(client, instruction).to(device)
+        model = model_of(client, instruction).to(device)
         limit = client.owner.max_memory_bytes
         check_memory(
             model.model,
@@ -231,10 +237,10 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
         raise InvalidUpdate(
             "evaluation: this client trains with example-level privacy and releases no metrics."
         )
-    _, held_out = _local_data(client, name)
+    _, held_out = local_data(client, name)
     if not size_of(held_out):
         raise InvalidUpdate("evaluation: this client holds no data back; set federation.holdout.")
-    model = _model(client, instruction).to(available(client.run.client.device))
+    model = model_of(client, instruction).to(available(client.run.client.device))
     values = evaluate(model, held_out, client.task.metrics)
     return RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: size_of(held_out), **values})})
 
@@ -245,7 +251,7 @@ def _statistics(client: Client, name: str, message: Message, context: Context) -
         raise InvalidUpdate(
             "statistics: this client trains with example-level privacy and releases no sums."
         )
-    examples, _ = _local_data(client, name)
+    examples, _ = local_data(client, name)
     preprocess = client.task.preprocess() if client.task.preprocess else torch.nn.Identity()
     total, squares = np.zeros(0), np.zeros(0)
     with torch.inference_mode():
@@ -259,8 +265,12 @@ def _statistics(client: Client, name: str, message: Message, context: Context) -
     return RecordDict({ARRAYS: arrays, METRICS: count})
 
 
-def _local_data(client: Client, name: str) -> tuple[Examples, Examples]:
-    """What the client trains on, and what it holds back."""
+def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
+    """What the client trains on, and what it holds back.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
     folder = client.owner.data_folder or data_folder()
     examples = read_examples(
         lambda: client.task.client_data(name, folder), what=f"data of client {name!r}"
@@ -271,7 +281,12 @@ def _local_data(client: Client, name: str) -> tuple[Examples, Examples]:
     return split(examples, holdout, derive(0, "holdout", name))
 
 
-def _model(client: Client, instruction: Instruction) -> FullModel:
+def model_of(client: Client, instruction: Instruction) -> FullModel:
+    """The model that a server's message carries, in the task's own code.
+
+    Raises:
+        TaskError: the server's weights are of another model.
+    """
     model = build_model(client.task, client.run)
     layout = layout_of(model.model)
     if layout.digest != instruction.layout:

@@ -14,7 +14,7 @@ import torch
 
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, PrivacyStatement
-from fedcore.client_app import client_app
+from fedcore.client_app import Client, client_app
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import sha256_hex, write_atomic
@@ -44,6 +44,7 @@ from server.records import ClientRecord, Finished, RoundRecord, RunRecord
 from server.release import Draft, publish
 from server.simulation.clients import client_records
 from server.simulation.engine import Simulation, simulate
+from server.simulation.together import vectorised_clients
 from server.strategies import client_mods
 
 Scores = dict[str, dict[str, float]]
@@ -198,7 +199,10 @@ def _federate(
     client = client_app(
         task, run, owner=owner, randomness=randomness, mods=client_mods(run.federation.strategy)
     )
-    simulation = simulate(server, client, clients)
+    together = None
+    if run.simulation.engine == "vectorised":
+        together = vectorised_clients(Client(task, tighten(run, owner), owner, randomness))
+    simulation = simulate(server, client, clients, together=together)
     return outcomes[0], simulation
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 Handler = Callable[[Message], Message]
+CohortHandler = Callable[[Sequence[Message]], Iterator[Message]]
+"""Answers all training messages of a round together."""
 
 
 class _SynchronousGrid(Grid):
@@ -48,10 +50,17 @@ class InProcessGrid(_SynchronousGrid):
     Replies are made lazily, so a server that folds them holds one at a time.
     """
 
-    def __init__(self, run_id: int, node_ids: Sequence[int], handle: Handler) -> None:
+    def __init__(
+        self,
+        run_id: int,
+        node_ids: Sequence[int],
+        handle: Handler,
+        handle_cohort: CohortHandler | None = None,
+    ) -> None:
         super().__init__(run_id)
         self._node_ids = tuple(node_ids)
         self._handle = handle
+        self._handle_cohort = handle_cohort
 
     def get_node_ids(self) -> Iterable[int]:
         """Every node."""
@@ -62,6 +71,11 @@ class InProcessGrid(_SynchronousGrid):
     ) -> Iterator[Message]:
         """Replies in the order of the messages; none is begun after ``timeout`` seconds."""
         end = time.monotonic() + timeout if timeout is not None else float("inf")
+        messages = list(messages)
+        kinds = {message.metadata.message_type for message in messages}
+        if self._handle_cohort is not None and kinds == {MessageType.TRAIN}:
+            yield from self._handle_cohort(messages)
+            return
         for message in messages:
             if time.monotonic() >= end:
                 return

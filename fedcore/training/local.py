@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,7 +28,13 @@ class OptimizerSettings(Protocol):
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimiser that a section of the configuration names."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    return optimizer_of([p for p in module.parameters() if p.requires_grad], settings)
+
+
+def optimizer_of(
+    parameters: Sequence[Tensor], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """The same, for parameters that are no module's."""
     if settings.optimizer == "adam":
         return torch.optim.Adam(
             parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from flwr.serverapp import ServerApp
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.updates.messages import REFUSED
+
+Together = Callable[[Sequence[str], Sequence[Message]], Iterator[Message]]
+"""Answers a round's training messages, given whom each is for."""
 
 _RUN_ID = 1
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
@@ -28,8 +31,16 @@ class Simulation:
     """How often each client was asked to train."""
 
 
-def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Simulation:
+def simulate(
+    server: ServerApp,
+    client: ClientApp,
+    clients: Sequence[str],
+    *,
+    together: Together | None = None,
+) -> Simulation:
     """Runs ``server`` over one virtual node a client; nodes stand in the order of ``clients``.
+
+    Clients train one after the other, or ``together``, where the caller brings what trains them.
 
     A client's state comes into being with its first message, so clients that are never selected
     cost nothing. One thread computes: models and batches of clients are small, and a pool of
@@ -39,22 +50,31 @@ def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Si
     contexts: dict[str, Context] = {}
     rounds: Counter[str] = Counter()
 
-    def handle(message: Message) -> Message:
+    def arrive(message: Message) -> str:
         name = clients[message.metadata.dst_node_id - _FIRST_NODE_ID]
         if name not in contexts:
             contexts[name] = _context(message.metadata.dst_node_id, name)
         rounds[name] += message.metadata.message_type == MessageType.TRAIN
+        return name
+
+    def handle(message: Message) -> Message:
+        name = arrive(message)
         try:
             return client(message, contexts[name])
         except Exception as error:  # as a node does: a mod that fails is a client that fails
             reason = f"client {name!r}: its app raised {type(error).__name__}: {error}"
             return Message(Error(REFUSED, reason), reply_to=message)
 
+    def handle_cohort(messages: Sequence[Message]) -> Iterator[Message]:
+        assert together is not None
+        return together([arrive(message) for message in messages], messages)
+
     nodes = range(_FIRST_NODE_ID, _FIRST_NODE_ID + len(clients))
+    grid = InProcessGrid(_RUN_ID, nodes, handle, handle_cohort if together else None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        server(InProcessGrid(_RUN_ID, nodes, handle), _context(SERVER_NODE_ID, "server"))
+        server(grid, _context(SERVER_NODE_ID, "server"))
     finally:
         torch.set_num_threads(threads)
     return Simulation(contexts, rounds)

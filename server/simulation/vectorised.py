@@ -1,0 +1,200 @@
+"""Training many virtual clients at once: their weights stacked, their batches side by side.
+
+A dense layer over a batch of ten is too small to keep a processor busy; over ten clients at once it
+is one batched product. Convolutions on a CPU gain nothing from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from fedcore.config import Client
+from fedcore.errors import ConfigError
+from fedcore.model import FullModel
+from fedcore.task import Examples, Loss, size_of
+from fedcore.training.batches import gather
+from fedcore.training.local import optimizer_of
+
+_CHUNK_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What one client brings to a round."""
+
+    examples: Examples
+    order: torch.Generator
+    """Draws the order of examples, as the client itself would."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client has learnt."""
+
+    weights: Tensor
+    """Shape ``(D,)``, float32, in the order of the model's parameters."""
+    loss: float
+    """Mean over its last epoch; not finite when this client diverged."""
+
+
+def check_vectorisable(model: FullModel) -> None:
+    """Refuses a model whose clients cannot be trained side by side with the same result.
+
+    Raises:
+        ConfigError: it holds state beyond its parameters, or draws random numbers as it trains.
+    """
+    named = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.model.named_modules()
+        if list(module.buffers(recurse=False)) or isinstance(module, _RANDOM)
+    ]
+    frozen = [name for name, p in model.model.named_parameters() if not p.requires_grad]
+    if named or frozen:
+        raise ConfigError(
+            f"simulation.engine = 'vectorised': the model holds {', '.join(named + frozen)}: "
+            "buffers, frozen weights and random layers cannot be trained side by side with the "
+            "result that a device would get. Nothing was trained; use engine = 'loop'."
+        )
+
+
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def train_cohort(
+    model: FullModel,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: Client,
+    *,
+    proximal_mu: float,
+) -> list[Trained]:
+    """Trains one copy of ``model`` for each client and returns them in the order of ``work``.
+
+    Guarantee:
+        Each result is that of `fedcore.training.local.train` on the same client, up to the order
+        of float32 sums, for losses that are means over examples.
+
+    Args:
+        model: The global model, on the device to train on; not changed.
+        work: Clients with at least one example each.
+        loss: Mean loss over a batch.
+        settings: Of local training.
+        proximal_mu: Weight of FedProx's penalty; 0 without.
+    """
+    results: dict[int, Trained] = {}
+    for places in _groups(model, work, settings):
+        chunk = [work[place] for place in places]
+        results |= zip(places, _train(model, chunk, loss, settings, proximal_mu), strict=True)
+    return [results[place] for place in range(len(work))]
+
+
+def _groups(model: FullModel, work: Sequence[LocalWork], settings: Client) -> Iterator[list[int]]:
+    """Clients that take equally many steps, as many together as memory is set aside for."""
+    weights = sum(p.numel() for p in model.model.parameters()) * 4 * 4  # gradients, state
+    steps: dict[int, list[int]] = {}
+    for place, one in enumerate(work):
+        steps.setdefault(-(-size_of(one.examples) // settings.batch_size), []).append(place)
+    for count, places in steps.items():
+        inputs, _ = gather(work[places[0]].examples, [0])
+        rows = count * settings.batch_size
+        most = max(1, _CHUNK_BYTES // (weights + rows * inputs.numel() * 4))
+        for start in range(0, len(places), most):
+            yield places[start : start + most]
+
+
+def _train(
+    model: FullModel,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: Client,
+    proximal_mu: float,
+) -> list[Trained]:
+    """Clients of one group: all take the same number of steps."""
+    clients, batch = len(work), settings.batch_size
+    counts = torch.tensor([size_of(one.examples) for one in work])
+    steps = -(-int(counts[0]) // batch)
+    inputs, targets = _side_by_side(model, work, steps * batch)
+    valid = torch.arange(steps * batch) < counts[:, None]
+    full = bool(valid.all())
+    weights, start = _stacked(model.model, clients)
+    optimizer = optimizer_of(list(weights.values()), settings)
+    step = _gradients(model.model, loss, full=full)
+    rows = torch.arange(clients)[:, None]
+    losses = torch.zeros(clients)
+    model.model.train()
+    for _ in range(settings.epochs):
+        order = _orders(work, steps * batch)
+        losses = torch.zeros(clients)
+        for first in range(0, steps * batch, batch):
+            places = slice(first, first + batch)
+            picked, mask = order[:, places], valid[:, places]
+            gradients, value = step(weights, inputs[rows, picked], targets[rows, picked], mask)
+            for name, weight in weights.items():
+                gradient = gradients[name]
+                if proximal_mu:
+                    gradient = gradient + proximal_mu * (weight.detach() - start[name])
+                weight.grad = gradient
+            optimizer.step()
+            losses += value.detach() * mask.sum(dim=1)
+    flat = torch.cat([weights[name].detach().flatten(1) for name in weights], dim=1)
+    means = (losses / counts).tolist()
+    return [Trained(vector, mean) for vector, mean in zip(flat, means, strict=True)]
+
+
+def _side_by_side(
+    model: FullModel, work: Sequence[LocalWork], length: int
+) -> tuple[Tensor, Tensor]:
+    """All examples of all clients behind preprocessing: ``(K, length, ...)``, padded."""
+    inputs, targets = [], []
+    with torch.no_grad():
+        for one in work:
+            count = size_of(one.examples)
+            x, y = gather(one.examples, list(range(count)))
+            padding = torch.zeros(length - count, dtype=torch.long)  # its first example, masked
+            rows = torch.cat([torch.arange(count), padding])
+            inputs.append(model.preprocess(x)[rows])
+            targets.append(y[rows])
+    return torch.stack(inputs), torch.stack(targets)
+
+
+def _orders(work: Sequence[LocalWork], length: int) -> Tensor:
+    """One epoch's order for each client, ``(K, length)``; what pads stands at the end."""
+    orders = torch.zeros(len(work), length, dtype=torch.long)
+    for row, one in zip(orders, work, strict=True):
+        drawn = torch.randperm(size_of(one.examples), generator=one.order)
+        row[: len(drawn)] = drawn
+    return orders
+
+
+def _stacked(model: nn.Module, clients: int) -> tuple[Weights, Weights]:
+    """A copy of the weights for each client, ``(K, ...)``, and those they start from."""
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    copies = {
+        name: p.unsqueeze(0).expand(clients, *p.shape).clone().requires_grad_()
+        for name, p in start.items()
+    }
+    return copies, start
+
+
+Step = Callable[[Weights, Tensor, Tensor, Tensor], tuple[Weights, Tensor]]
+
+
+def _gradients(model: nn.Module, loss: Loss, *, full: bool) -> Step:
+    """Gradients and losses of one batch for each client, taken side by side."""
+
+    def objective(weights: Weights, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        outputs = functional_call(model, weights, (inputs,))
+        if full:
+            return loss(outputs, targets)
+        each = vmap(lambda one, target: loss(one.unsqueeze(0), target.unsqueeze(0)))
+        return (each(outputs, targets) * mask).sum() / mask.sum()
+
+    side_by_side: Step = vmap(grad_and_value(objective))
+    return side_by_side
