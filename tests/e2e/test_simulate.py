@@ -75,7 +75,7 @@ def trained(fedcore: Fedcore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [
         *TINY,
         *("--set", "privacy.unit=example", "--set", "client.batch_size=1000"),
-        *("--set", "finetune.processes=2", "--set", "finetune.max_metric_drop=1.0"),
+        *("--set", "finetune.max_metric_drop=1.0"),
         *("--set", "release.keys=keys", "--set", "release.repository=repository"),
     ]
     (folder / "said.txt").write_text(simulate(fedcore, folder, *options, "--runs", "one").stdout)
