@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from fedcore import __version__
 from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError
 
 _EXTRA_OF = {
-    "torch": "train",
-    "opacus": "train",
-    "flwr": "train",
+    "torch": "server",
+    "opacus": "server",
+    "flwr": "server",
     "onnx": "server",
     "onnxscript": "server",
     "matplotlib": "server",
@@ -87,6 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code (see `fedcore.errors`)."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: with cleaning up
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
     try:
         options = build_parser().parse_args(arguments)
         return int(options.run_verb(options))

@@ -137,11 +137,11 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
         return Message(work(client, name, message, context), reply_to=message)
     except BudgetExhausted as error:
         return Message(Error(DECLINED, str(error)), reply_to=message)
-    except Exception as error:  # the task's code ran here: its failure is reported, not lost
+    except (Exception, SystemExit) as error:  # the task's code: its failure is reported, not lost
         return refusal(name, error, message)
 
 
-def refusal(name: str, error: Exception, message: Message) -> Message:
+def refusal(name: str, error: Exception | SystemExit, message: Message) -> Message:
     """The reply of a client that could not do what was asked."""
     if isinstance(error, FedcoreError):
         reason, code = f"client {name!r}: {type(error).__name__}: {error}", error.exit_code

@@ -42,7 +42,7 @@ class Section(BaseModel):
 class Federation(Section):
     """``[federation]``: who takes part in a round and how updates become a model."""
 
-    rounds: Count = 10
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """How many rounds to run at most."""
     cohort: Count | None = None
     """Clients a round; every client when unset."""
@@ -93,7 +93,7 @@ class Privacy(Section):
 
     unit: Literal["none", "example"] = "none"
     """What is protected: nothing, or each example of each client (add or remove one)."""
-    max_epsilon: Positive = 8.0
+    max_epsilon: Annotated[float, Field(ge=0.01)] = 8.0
     """Budget of each client over the whole run."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """The delta at which epsilon is counted; well below one over a client's examples."""
@@ -153,7 +153,7 @@ class Compression(Section):
     """Epochs on the cloud's data after pruning."""
     calibration_examples: Count = 256
     """Examples of the cloud's data that static quantisation sees, at most."""
-    timing_runs: Annotated[int, Field(ge=100)] = 2000
+    timing_runs: Annotated[int, Field(ge=100, le=1_000_000)] = 2000
     """Timed inferences of each candidate, in turn."""
 
 
@@ -171,7 +171,7 @@ class Release(Section):
 class Serving(Section):
     """``[serving]``: how devices run the model, and how candidates are timed."""
 
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads of one inference."""
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fedcore.config import Count, DeviceChoice, Positive, RunConfig, Section
+from fedcore.errors import PrivacyError
 from fedcore.settings import load
 
 
@@ -46,7 +47,16 @@ def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
 
     Guarantee:
         ``max_epsilon`` and ``target_delta`` of the result are at most those of ``run``.
+
+    Raises:
+        PrivacyError: the owner set a budget, and the run would train without privacy.
     """
+    if owner.max_epsilon is not None and not run.private:
+        raise PrivacyError(
+            f"owner.toml: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
+            "'none', whose epsilon has no bound. This device takes no part and nothing was "
+            "trained; the server must set privacy.unit to 'example', or the owner drop the budget."
+        )
     privacy = run.privacy.model_copy(
         update={
             "max_epsilon": min(run.privacy.max_epsilon, owner.max_epsilon or float("inf")),

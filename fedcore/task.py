@@ -136,7 +136,7 @@ def load_task(path: Path) -> Task:
         task = getattr(module, "task", None)
     except FedcoreError:
         raise
-    except Exception as error:  # whatever the user's file raises is the user's to read
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is theirs to read
         raise TaskError(
             f"{path}: importing this task failed: {type(error).__name__}: {error}. "
             "Nothing was run; `python` on the file shows where."
@@ -179,7 +179,7 @@ def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
         count = len(cast(Sized, examples))
     except FedcoreError:
         raise
-    except Exception as error:  # the loader is the user's code: any failure of it is one of data
+    except (Exception, SystemExit) as error:  # the user's code: any failure of it is one of data
         raise DataError(
             f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
             "it; mend the file or the task's loader."
@@ -190,6 +190,28 @@ def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
             "leave this client out, or give it data."
         )
     return examples
+
+
+def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
+    """Refuses data whose inputs are not like the task's example.
+
+    Raises:
+        TaskError: shape or dtype differ; the exported model would take only the example's.
+    """
+    try:
+        inputs, _ = examples[0]
+    except Exception as error:
+        raise DataError(
+            f"{what}: reading its first example failed: {type(error).__name__}: {error}. Nothing "
+            "was trained; examples are pairs (input, target)."
+        ) from error
+    example = task.example_input
+    if inputs.shape != example.shape or inputs.dtype != example.dtype:
+        raise TaskError(
+            f"{what}: inputs are {inputs.dtype} {tuple(inputs.shape)}, and example_input of task "
+            f"{task.name!r} is {example.dtype} {tuple(example.shape)}: the exported model would "
+            "refuse them. Nothing was trained; make the two alike."
+        )
 
 
 def size_of(examples: Examples) -> int:

@@ -7,9 +7,11 @@ import json
 import os
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from fedcore.cli import Command
+from fedcore.owner import OPEN_POLICY, load_owner, tighten
 from fedcore.settings import load_run
 from server.registry.commands import release
 
@@ -47,30 +49,33 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     started = time.monotonic()
     run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
+    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     from fedcore.flower.quiet import quiet
     from fedcore.observability.console import choose
     from fedcore.observability.events import tee
     from fedcore.observability.jsonl import json_lines
-    from fedcore.owner import OPEN_POLICY, load_owner, tighten
     from fedcore.task import load_task
     from server.folder import open_folder, write_results
     from server.pipeline import run_pipeline
+    from server.preflight import prepare
     from server.report.tensorboard import tensorboard_events
 
     quiet()
-    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    task = load_task(run.path(run.task))
-    folder = open_folder(run, options.runs)
-    with (
-        json_lines(folder / "metrics.jsonl") as lines,
-        tensorboard_events(folder / "tensorboard") as board,
-        choose(sys.stdout, json=options.json) as shown,
-    ):
-        finished = run_pipeline(run, task, owner, folder, tee(lines, board, shown))
-    delta = tighten(run, owner).privacy.target_delta if run.private else None
-    summary = write_results(
-        folder, finished, target_delta=delta, seconds=time.monotonic() - started
-    )
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
+        task = load_task(run.path(run.task))
+        prepared = prepare(run, task, owner, options.runs / run.name)
+        with open_folder(run, options.runs) as folder:
+            with (
+                json_lines(folder / "metrics.jsonl") as lines,
+                tensorboard_events(folder / "tensorboard") as board,
+                choose(out, json=options.json) as shown,
+            ):
+                events = tee(lines, board, shown)
+                finished = run_pipeline(run, task, owner, prepared, folder, events)
+            delta = tighten(run, owner).privacy.target_delta if run.private else None
+            taken = time.monotonic() - started
+            summary = write_results(folder, finished, target_delta=delta, seconds=taken)
     if options.json:
         print(json.dumps({"event": "summary", **summary}))
     else:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,13 @@ from server.report.summary import summary
 _MARK = "run.json"
 
 
-def open_folder(run: RunConfig, runs: Path) -> Path:
-    """Empties ``runs/<name>`` and marks it as this run's.
+@contextmanager
+def open_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
+    """Empties ``runs/<name>``, marks it as this run's, and keeps other runs out meanwhile.
 
     Raises:
-        ConfigError: the folder holds something that no run of fedcore wrote.
+        ConfigError: the folder holds something that no run of fedcore wrote, or a run of this
+            name is going on.
     """
     folder = runs / run.name
     with disk_errors(folder):
@@ -31,10 +37,23 @@ def open_folder(run: RunConfig, runs: Path) -> Path:
                     f"{folder}: this folder was not written by a run (it has no {_MARK}), and a "
                     "run would replace it. Nothing was run; choose another `name`, or move it."
                 )
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    write_atomic(folder / _MARK, config_json(run))
-    return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or "
+                "choose another `name`."
+            ) from None
+        with disk_errors(folder):
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        write_atomic(folder / _MARK, config_json(run))
+        yield folder
+    finally:
+        os.close(held)
 
 
 def config_json(run: RunConfig) -> bytes:

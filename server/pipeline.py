@@ -16,10 +16,9 @@ from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, PrivacyStatement
 from fedcore.client_app import Client, client_app
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError, DataError
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
-from fedcore.model import build_model, checkpoint_bytes
+from fedcore.model import checkpoint_bytes
 from fedcore.observability.events import (
     Noted,
     RoundFinished,
@@ -29,17 +28,17 @@ from fedcore.observability.events import (
     StageStarted,
 )
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.privacy.layers import check_layers
 from fedcore.seeds import Simulated
-from fedcore.task import Examples, Folder, Task, data_folder, read_examples
+from fedcore.task import Examples, Task
 from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
 from server.app import Listener, Outcome, server_app
-from server.cloud import CloudData, read_cloud_data
+from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
+from server.preflight import Prepared
 from server.records import ClientRecord, Finished, RoundRecord, RunRecord
 from server.release import Draft, publish
 from server.simulation.clients import client_records
@@ -68,7 +67,12 @@ class _Stages:
 
 
 def run_pipeline(
-    run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path, emit: Sink
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    prepared: Prepared,
+    folder: Path,
+    emit: Sink,
 ) -> Finished:
     """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
 
@@ -77,12 +81,7 @@ def run_pipeline(
     Raises:
         FedcoreError: whatever stops it; what was published before stands.
     """
-    data = data_folder()
-    clients = _clients(task, run, data)
-    cloud = read_cloud_data(task, data, holdout=run.finetune.holdout, seed=run.seed)
-    test = read_examples(lambda: task.test_data(data), what=f"task {task.name!r}: test data")
-    if run.private:
-        check_layers(build_model(task, run).model)  # before a client is asked
+    clients, cloud, test = prepared.clients, prepared.cloud, prepared.test
     stages, notes = _Stages(emit), list[str]()
 
     def note(text: str) -> None:
@@ -92,7 +91,7 @@ def run_pipeline(
     with stages.stage("federate", run.federation.rounds):
         outcome, simulation = _federate(run, task, owner, clients, cloud, emit, note)
     write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
-    spread = client_records(tighten(run, owner), task, outcome.model, simulation, data)
+    spread = client_records(tighten(run, owner), task, outcome.model, simulation, prepared.data)
 
     tuned = None
     if cloud and run.finetune.epochs:
@@ -149,29 +148,6 @@ def run_pipeline(
         ),
         compressed.torch_p50_us,
     )
-
-
-def _clients(task: Task, run: RunConfig, data: Folder) -> tuple[str, ...]:
-    try:
-        clients = tuple(task.clients(data))
-    except DataError:
-        raise
-    except Exception as error:  # the task's code: any failure of it is one of its data
-        raise DataError(
-            f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
-            "Nothing was trained."
-        ) from error
-    if not clients or len(set(clients)) < len(clients):
-        raise DataError(
-            f"task {task.name!r}: it names {len(clients)} clients, {len(set(clients))} of them "
-            "different; at least one, each once, is needed. Nothing was trained."
-        )
-    if (run.federation.cohort or 1) > len(clients):
-        raise ConfigError(
-            f"federation.cohort = {run.federation.cohort}: task {task.name!r} has {len(clients)} "
-            "clients. Nothing was trained; lower the cohort."
-        )
-    return clients
 
 
 def _federate(

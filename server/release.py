@@ -121,6 +121,17 @@ def publish(draft: Draft, *, repository: Path, keys: Path, created: datetime) ->
         return put(draft, max(versions(state, draft.model), default=0) + 1)
 
 
+def check_publishable(model: str, *, repository: Path, keys: Path, now: datetime) -> None:
+    """Refuses what `publish` would refuse for reasons known before there is a model.
+
+    Raises:
+        ReleaseError: keys or repository are missing, do not belong together, or may not publish
+            a model of this name.
+    """
+    with _publishing(repository, keys, model, now):
+        return
+
+
 def rollback(
     model: str, to_version: int, *, repository: Path, keys: Path, created: datetime
 ) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TextIO, assert_never
@@ -46,13 +46,28 @@ def choose(stream: TextIO, *, json: bool) -> AbstractContextManager[Sink]:
 @contextmanager
 def as_json(stream: TextIO) -> Iterator[Sink]:
     """A sink that writes each event as one JSON object a line."""
-    yield lambda event: print(json_line(event), file=stream, flush=True)
+    yield _lines(stream, json_line)
 
 
 @contextmanager
 def plain(stream: TextIO) -> Iterator[Sink]:
     """A sink that writes each event as one line of text."""
-    yield lambda event: print(_sentence(event), file=stream, flush=True)
+    yield _lines(stream, _sentence)
+
+
+def _lines(stream: TextIO, text: Callable[[Event], str]) -> Sink:
+    """A line an event, until nobody reads any more: the run goes on, for its results are files."""
+    read = True
+
+    def sink(event: Event) -> None:
+        nonlocal read
+        if read:
+            try:
+                print(text(event), file=stream, flush=True)
+            except BrokenPipeError:
+                read = False
+
+    return sink
 
 
 def _sentence(event: Event) -> str:

@@ -61,8 +61,8 @@ def check_memory(
         if limit is not None and needed > limit:
             advice = "client.batch_size" if privacy.unit == "example" else "the model"
             raise InsufficientMemory(
-                f"training needs at least {needed / 1e6:,.1f} MB and {name} is "
-                f"{limit / 1e6:,.1f} MB. Nothing was trained; make {advice} smaller, or use a "
+                f"training needs at least {needed:,} bytes and {name} is "
+                f"{limit:,} bytes. Nothing was trained; make {advice} smaller, or use a "
                 "device with more memory."
             )
 

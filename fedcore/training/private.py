@@ -12,7 +12,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from fedcore.config import Client, Privacy
-from fedcore.errors import UnsupportedLayer
+from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.privacy.accounting import Charge, noise_for
 from fedcore.task import Examples, Loss, size_of
 from fedcore.training.batches import gather
@@ -34,7 +34,17 @@ def plan(
 
     With ``noise_multiplier = "auto"`` the noise is the least that keeps ``participations`` rounds
     within the budget; a client with few examples needs more of it than one with many.
+
+    Raises:
+        PrivacyError: the delta protects nobody on a client of this size, or no noise is enough.
     """
+    count = size_of(examples)
+    if privacy.target_delta * count >= 1:
+        raise PrivacyError(
+            f"privacy.target_delta = {privacy.target_delta:g} on a client of {count} examples: at "
+            f"1/{count} or above, showing one of them to everyone would count as private. Nothing "
+            "was trained; set it well below that."
+        )
     steps_per_epoch = -(-size_of(examples) // client.batch_size)
     sample_rate = 1 / steps_per_epoch
     steps = steps_per_epoch * client.epochs

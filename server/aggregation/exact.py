@@ -16,8 +16,8 @@ _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(m
 class ExactMean:
     """Accumulates ``sum(weight * vector)`` in 64-bit fixed point.
 
-    Integer addition is associative, so the mean does not depend on the order of arrival or on how
-    partial sums are merged. Memory is 8 bytes an element, whatever the number of updates.
+    Integer addition is associative, so the mean does not depend on the order of arrival. Memory is
+    8 bytes an element, whatever the number of updates.
 
     Guarantee:
         Each weighted element is rounded once, to a multiple of 2**-36; the mean of vectors with

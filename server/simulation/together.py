@@ -42,7 +42,10 @@ def vectorised_clients(client: Client) -> Together:
         for name, message in zip(names, messages, strict=True):
             try:
                 examples, _ = local_data(client, name)
-            except Exception as error:  # the task's code: its failure is that client's
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # the task's code: its failure is that client's
                 yield refusal(name, error, message)
                 continue
             order = client.randomness.generator(torch.device("cpu"), "order", number, name)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from fedcore.config import Privacy, RunConfig
 from fedcore.owner import OwnerPolicy, tighten
 
-EPSILONS = st.floats(1e-6, 1e6)
+EPSILONS = st.floats(0.01, 1e6)
 DELTAS = st.floats(1e-12, 1, exclude_max=True)
 POLICIES = st.builds(
     OwnerPolicy,

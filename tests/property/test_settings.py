@@ -18,8 +18,8 @@ RUNS = st.builds(
     seed=st.integers(0, 2**63 - 1),
     federation=st.builds(
         Federation,
-        rounds=st.integers(1, 10**6),
-        cohort=st.none() | st.integers(1, 10**6),
+        rounds=st.integers(1, 1_000_000),
+        cohort=st.none() | st.integers(1, 1_000_000),
         quorum=st.floats(0, 1, exclude_min=True),
         strategy_options=st.dictionaries(
             st.from_regex(r"[a-z_]{1,8}", fullmatch=True),
@@ -59,7 +59,7 @@ def test_what_is_written_is_read_back(run: RunConfig) -> None:
     assert loaded(tomli_w.dumps(values).encode()).model_dump() == run.model_dump()
 
 
-@given(st.integers(1, 10**9), st.floats(1e-9, 1e9))
+@given(st.integers(1, 1_000_000), st.floats(1e-9, 1e9))
 def test_an_override_means_what_the_file_would(rounds: int, rate: float) -> None:
     required = 'name = "x"\ntask = "t.py"\n'
     text = f"{required}[federation]\nrounds = {rounds}\n[client]\nlearning_rate = {rate!r}\n"

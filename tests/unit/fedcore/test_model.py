@@ -169,6 +169,7 @@ def test_a_checkpoint_of_tied_weights_is_read_back() -> None:
             r"missing \['bias', 'weight'\], extra \['0\.bias', '0\.weight'\]",
         ),
     ],
+    ids=["empty", "pickle", "cut short", "other shape", "missing", "other names"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     raw: bytes, said: str

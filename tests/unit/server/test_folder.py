@@ -7,10 +7,19 @@ import pytest
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DiskFull, ResourceError
-from server.folder import config_json, open_folder, write_results
+from server.folder import config_json, write_results
+from server.folder import open_folder as opening
 from server.records import Finished, RoundRecord, RunRecord
 
 RUN = RunConfig(name="demo", task="task.py", seed=7)
+
+
+def open_folder(run: RunConfig, runs: Path) -> Path:
+    """As a run that has ended left it."""
+    with opening(run, runs) as folder:
+        return folder
+
+
 FINISHED = Finished(
     RunRecord(
         name="demo",
@@ -89,3 +98,12 @@ def test_without_room_for_the_report_there_is_no_summary(
     with pytest.raises(DiskFull):
         write_results(tmp_path, FINISHED, target_delta=None, seconds=3.5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_the_same_name_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
+    with opening(RUN, tmp_path) as folder:
+        (folder / "metrics.jsonl").write_text("{}")
+        with pytest.raises(ConfigError, match="a run of this name is going on"):
+            open_folder(RUN, tmp_path)
+        assert (folder / "metrics.jsonl").exists()
+    assert not (open_folder(RUN, tmp_path) / "metrics.jsonl").exists()

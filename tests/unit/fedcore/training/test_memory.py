@@ -53,8 +53,10 @@ def test_more_than_the_owner_allows_is_refused_with_both_figures(
         check_memory(
             nn.Linear(999_999, 1), Client(), privacy, CPU, examples=1, owner_limit_bytes=3_999_999
         )
-    figures = "4.0" if privacy is PLAIN else "8.0"
-    assert f"needs at least {figures} MB and the owner's limit is 4.0 MB" in str(caught.value)
+    figures = "4,000,000" if privacy is PLAIN else "8,000,000"
+    assert f"needs at least {figures} bytes and the owner's limit is 3,999,999 bytes" in str(
+        caught.value
+    )
     assert said in str(caught.value)
 
 

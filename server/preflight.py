@@ -1,0 +1,103 @@
+"""What can be known to fail before a run begins, found before anything is replaced or trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError, DataError
+from fedcore.model import build_model, warm_start
+from fedcore.owner import OwnerPolicy, tighten
+from fedcore.privacy.layers import check_layers
+from fedcore.task import Examples, Folder, Task, check_inputs, data_folder, read_examples
+from fedcore.training.device import available
+from fedcore.updates.pack import layout_of
+from server.cloud import CloudData, read_cloud_data
+from server.release import check_publishable
+from server.strategies import make_strategy
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run works on, read and checked."""
+
+    data: Folder
+    clients: tuple[str, ...]
+    cloud: CloudData | None
+    test: Examples
+
+
+def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Prepared:
+    """Reads what the server reads, and refuses what could only fail later.
+
+    Args:
+        run: The run.
+        task: Its task.
+        owner: The policy that simulated clients keep to.
+        folder: Where results will go; what lies there is still untouched.
+
+    Raises:
+        FedcoreError: whatever would have stopped the run. Nothing was run or replaced.
+    """
+    asked = tighten(run, owner)
+    available(asked.client.device)
+    data = data_folder()
+    clients = _clients(task, run, data)
+    model = build_model(task, run)
+    if run.federation.initial is not None:
+        _outside(run.path(run.federation.initial), folder)
+        warm_start(run, model)
+    if run.private:
+        check_layers(model.model)
+    make_strategy(
+        run.federation.strategy,
+        run.federation.strategy_options,
+        cohort=run.federation.cohort or len(clients),
+        size=layout_of(model.model).size,
+    )
+    if run.release.repository is not None and run.release.keys is not None:
+        check_publishable(
+            run.model_name,
+            repository=run.path(run.release.repository),
+            keys=run.path(run.release.keys),
+            now=datetime.now(UTC),
+        )
+    cloud = read_cloud_data(task, data, holdout=run.finetune.holdout, seed=run.seed)
+    test = read_examples(lambda: task.test_data(data), what=f"task {task.name!r}: test data")
+    check_inputs(task, test, what=f"task {task.name!r}: test data")
+    if cloud is not None:
+        check_inputs(task, cloud.heldout, what=f"task {task.name!r}: cloud data")
+    return Prepared(data, clients, cloud, test)
+
+
+def _clients(task: Task, run: RunConfig, data: Folder) -> tuple[str, ...]:
+    try:
+        clients = tuple(task.clients(data))
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:  # the task's code: any failure is one of its data
+        raise DataError(
+            f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
+            "Nothing was trained."
+        ) from error
+    if not clients or len(set(clients)) < len(clients):
+        raise DataError(
+            f"task {task.name!r}: it names {len(clients)} clients, {len(set(clients))} of them "
+            "different; at least one, each once, is needed. Nothing was trained."
+        )
+    if (run.federation.cohort or 1) > len(clients):
+        raise ConfigError(
+            f"federation.cohort = {run.federation.cohort}: task {task.name!r} has {len(clients)} "
+            "clients. Nothing was trained; lower the cohort."
+        )
+    return clients
+
+
+def _outside(path: Path, folder: Path) -> None:
+    if path.is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"federation.initial = {path}: it lies among the results of a run of this name, which "
+            "this run replaces. Nothing was run; copy it elsewhere, or give this run another name."
+        )
