@@ -239,7 +239,7 @@ def test_one_client_without_data_is_told_of_and_the_others_train(
             "DataError",
             "start.safetensors: not a safetensors checkpoint",
         ),
-        (["--owner", "owner.toml"], 7, "ResourceError", "the owner's limit is 0.0 MB"),
+        (["--owner", "owner.toml"], 7, "ResourceError", "the owner's limit is 10 bytes"),
         (
             ["--set", "release.repository=releases", "--set", "release.keys=keys"],
             9,
