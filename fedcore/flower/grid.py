@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import Message, MessageType, RecordDict
@@ -14,8 +15,8 @@ CohortHandler = Callable[[Sequence[Message]], Iterator[Message]]
 """Answers all training messages of a round together."""
 
 
-class _SynchronousGrid(Grid):
-    """A grid whose replies come out of `send_and_receive` alone."""
+class _OwnGrid(Grid):
+    """What grids of ours have in common."""
 
     def __init__(self, run_id: int) -> None:
         self._run = Run.create_empty(run_id)
@@ -37,14 +38,8 @@ class _SynchronousGrid(Grid):
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError("this grid answers through send_and_receive")
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError("this grid answers through send_and_receive")
-
-
-class InProcessGrid(_SynchronousGrid):
+class InProcessGrid(_OwnGrid):
     """Runs every node in this process, one after the other, as its reply is asked for.
 
     Replies are made lazily, so a server that folds them holds one at a time.
@@ -61,10 +56,22 @@ class InProcessGrid(_SynchronousGrid):
         self._node_ids = tuple(node_ids)
         self._handle = handle
         self._handle_cohort = handle_cohort
+        self._waiting: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         """Every node."""
         return self._node_ids
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keeps messages until their replies are pulled; nothing is computed before."""
+        pushed = {uuid.uuid4().hex: message for message in messages}
+        self._waiting |= pushed
+        return list(pushed)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to messages that were pushed, each once."""
+        known = [one for one in message_ids if one in self._waiting]
+        return list(self.send_and_receive([self._waiting.pop(one) for one in known]))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -82,7 +89,7 @@ class InProcessGrid(_SynchronousGrid):
             yield self._handle(message)
 
 
-class CohortGrid(_SynchronousGrid):
+class CohortGrid(_OwnGrid):
     """Shows a strategy only the nodes of one round, and sends through the grid behind.
 
     Flower's strategies draw nodes from an unseeded global generator, and wait for ever when there
@@ -97,6 +104,14 @@ class CohortGrid(_SynchronousGrid):
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of the round."""
         return self._cohort
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Through the grid behind."""
+        return self._behind.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Through the grid behind."""
+        return self._behind.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

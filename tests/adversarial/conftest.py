@@ -120,7 +120,7 @@ class World:
         (path,) = (self.repository / "targets").rglob(f"2/*.{end}")
         return path
 
-    def refuses(self, error: type[FedcoreError], match: str) -> None:
+    def check_refused(self, error: type[FedcoreError], match: str) -> None:
         """The update fails with just this error, in one line, and version 1 still serves."""
         with pytest.raises(error, match=match) as caught:
             self.update()

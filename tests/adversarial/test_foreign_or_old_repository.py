@@ -26,9 +26,9 @@ def test_a_repository_signed_by_someone_else(world: Any, new_world: Callable[...
         other.publish(factor)
     shutil.rmtree(world.repository)
     other.repository.rename(world.repository)
-    world.refuses(SignatureInvalid, "not signed by the keys that this device trusts")
+    world.check_refused(SignatureInvalid, "not signed by the keys that this device trusts")
     (world.keys / "root.json").write_bytes((other.keys / "root.json").read_bytes())
-    world.refuses(TrustError, "not the one that this device has trusted")
+    world.check_refused(TrustError, "not the one that this device has trusted")
 
 
 def test_a_new_root_that_the_old_one_does_not_vouch_for(
@@ -42,7 +42,7 @@ def test_a_new_root_that_the_old_one_does_not_vouch_for(
     root.version = 2
     raw = registry.sign(root, theirs, "root")
     (world.repository / "metadata" / "2.root.json").write_bytes(raw)
-    world.refuses(SignatureInvalid, "not signed by the keys")
+    world.check_refused(SignatureInvalid, "not signed by the keys")
 
 
 def test_signatures_that_have_run_out(tmp_path: Path, new_world: Callable[..., Any]) -> None:
@@ -77,7 +77,7 @@ def test_an_older_snapshot_under_the_newer_name(world: Any) -> None:
     world.publish(2.0)
     metadata = world.repository / "metadata"
     shutil.copy(metadata / "2.snapshot.json", metadata / "3.snapshot.json")
-    world.refuses(DigestMismatch, "differs from what was signed")
+    world.check_refused(DigestMismatch, "differs from what was signed")
 
 
 def test_older_metadata_signed_anew_by_a_thief_of_the_timestamp_key(world: Any) -> None:

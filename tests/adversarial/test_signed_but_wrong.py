@@ -44,13 +44,13 @@ def test_a_version_that_changed_after_it_was_published(world: Any) -> None:
     manifest = installed.serving(world.store, "digits").manifest
     other = manifest.model_copy(update={"created": "2030-01-01T00:00:00Z"})
     world.sign({"models/digits/release.json": manifest_bytes(other)})
-    world.refuses(DigestMismatch, "differs from the one installed")
+    world.check_refused(DigestMismatch, "differs from the one installed")
 
 
 def test_the_manifest_of_another_model(world: Any) -> None:
     other = world.publish(5.0, model="letters")
     world.sign({"models/digits/release.json": manifest_bytes(other)})
-    world.refuses(TrustError, "of model 'letters'")
+    world.check_refused(TrustError, "of model 'letters'")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_manifest_that_points_elsewhere(world: Any, path: str) -> None:
         update={"version": 2, "onnx": manifest.onnx.model_copy(update={"path": path})}
     )
     world.sign({"models/digits/release.json": manifest_bytes(wrong)})
-    world.refuses(TrustError, "was expected")
+    world.check_refused(TrustError, "was expected")
 
 
 def test_a_manifest_that_names_what_nobody_signed(world: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_manifest_that_names_what_nobody_signed(world: Any) -> None:
     raw = manifest_bytes(manifest).replace(b"models/digits/2/", b"models/digits/9/")
     newer = manifest_bytes(parse_manifest(raw).model_copy(update={"version": 9}))
     world.sign({"models/digits/release.json": newer})
-    world.refuses(TrustError, "nobody signed it")
+    world.check_refused(TrustError, "nobody signed it")
 
 
 def test_a_manifest_and_metadata_that_disagree(world: Any) -> None:
@@ -87,18 +87,18 @@ def test_a_manifest_and_metadata_that_disagree(world: Any) -> None:
     entry = manifest.onnx.model_copy(update={"length": manifest.onnx.length + 1})
     wrong = manifest_bytes(manifest.model_copy(update={"onnx": entry}))
     world.sign({"models/digits/release.json": wrong})
-    world.refuses(DigestMismatch, "the manifest says")
+    world.check_refused(DigestMismatch, "the manifest says")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"{", b"\xff", b'{"format":2}', b"[" * 9999])
 def test_garbage_for_a_manifest(world: Any, raw: bytes) -> None:
     world.sign({"models/digits/release.json": raw})
-    world.refuses(TrustError, "manifest")
+    world.check_refused(TrustError, "manifest")
 
 
 def test_a_manifest_larger_than_any_is(world: Any) -> None:
     world.sign({"models/digits/release.json": b" " * (2 << 20)})
-    world.refuses(TrustError, "more than the")
+    world.check_refused(TrustError, "more than the")
 
 
 def test_files_that_the_online_keys_may_not_sign(world: Any, new_world: Callable[..., Any]) -> None:
@@ -115,7 +115,7 @@ def test_files_that_the_online_keys_may_not_sign(world: Any, new_world: Callable
 def test_a_model_that_answers_otherwise_here(world: Any, draft: Callable[..., Draft]) -> None:
     wrong = replace(draft(2.0), golden=draft(3.0).golden)
     publish(wrong, repository=world.repository, keys=world.keys, created=datetime.now(UTC))
-    world.refuses(SelfTestFailed, "more than the 0.001 allowed")
+    world.check_refused(SelfTestFailed, "more than the 0.001 allowed")
     assert sorted(path.name for path in (world.store / "models" / "digits").iterdir()) == [
         "1",
         "active",
@@ -140,7 +140,7 @@ def test_a_golden_file_that_is_none(world: Any) -> None:
     golden = manifest.golden.model_copy(update={"sha256": sha256_hex(b"garbage"), "length": 7})
     raw = manifest_bytes(manifest.model_copy(update={"golden": golden}))
     world.sign({path: b"garbage", "models/digits/release.json": raw})
-    world.refuses(TrustError, "golden")
+    world.check_refused(TrustError, "golden")
 
 
 @pytest.mark.parametrize("name", ["../digits", "digits/../../x", "/etc", "digits\0", "a" * 300])

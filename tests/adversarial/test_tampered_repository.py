@@ -22,7 +22,7 @@ def test_one_byte_changed_in_the_repository(
 ) -> None:
     world.publish(2.0)
     flip(world.target(end), place)
-    world.refuses(DigestMismatch, "expected .* bytes, sha256")
+    world.check_refused(DigestMismatch, "expected .* bytes, sha256")
     flip(world.target(end), place)
     assert world.update().version == 2
     assert world.answers() == 2.0
@@ -32,7 +32,7 @@ def test_one_byte_changed_in_the_manifest(world: Any, flip: Callable[[Path, int]
     world.publish(2.0)
     for path in (world.repository / "targets").rglob("*.release.json"):
         flip(path, 40)
-    world.refuses(DigestMismatch, "differs from what was signed")
+    world.check_refused(DigestMismatch, "differs from what was signed")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_one_digit_changed_in_the_metadata(
     world.publish(2.0)
     path = world.repository / "metadata" / name
     path.write_bytes(path.read_bytes().replace(b'"expires":"20', b'"expires":"30'))
-    world.refuses(error, "Nothing was installed")
+    world.check_refused(error, "Nothing was installed")
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_one_digit_changed_in_the_metadata(
 def test_garbage_for_metadata(world: Any, garbage: bytes) -> None:
     world.publish(2.0)
     (world.repository / "metadata" / "timestamp.json").write_bytes(garbage)
-    world.refuses(TrustError, "cannot be read as such")
+    world.check_refused(TrustError, "cannot be read as such")
 
 
 def test_metadata_without_end(world: Any) -> None:
     with (world.repository / "metadata" / "timestamp.json").open("ab") as stream:
         stream.truncate(1 << 40)  # a terabyte that takes no room
-    world.refuses(DigestMismatch, "maximum allowed length")
+    world.check_refused(DigestMismatch, "maximum allowed length")
 
 
 @pytest.mark.parametrize("change", ["longer", "shorter", "gone"])
@@ -74,14 +74,14 @@ def test_a_file_of_another_length(world: Any, change: str) -> None:
     raw = path.read_bytes()
     if change == "longer":
         path.write_bytes(raw + b"\0" * 5_000_000)
-        world.refuses(DigestMismatch, "got more bytes")
+        world.check_refused(DigestMismatch, "got more bytes")
         assert list((world.store / "incoming").glob("*.part")) == []
     elif change == "shorter":
         path.write_bytes(raw[:-10])
-        world.refuses(DigestMismatch, f"has the first {len(raw) - 10}")
+        world.check_refused(DigestMismatch, f"has the first {len(raw) - 10}")
     else:
         path.unlink()
-        world.refuses(DataError, "lacks this file")
+        world.check_refused(DataError, "lacks this file")
     path.write_bytes(raw)
     assert world.update().version == 2
 
@@ -89,9 +89,9 @@ def test_a_file_of_another_length(world: Any, change: str) -> None:
 def test_metadata_that_is_gone(world: Any) -> None:
     world.publish(2.0)
     (world.repository / "metadata" / "3.snapshot.json").unlink()
-    world.refuses(DataError, "not whole")
+    world.check_refused(DataError, "not whole")
     (world.repository / "metadata" / "timestamp.json").unlink()
-    world.refuses(DataError, "not whole")
+    world.check_refused(DataError, "not whole")
 
 
 @pytest.mark.parametrize("name", ["metadata/timestamp.json", "targets"])
@@ -100,7 +100,7 @@ def test_a_link_that_leads_out_of_the_repository(world: Any, name: str) -> None:
     path, outside = world.repository / name, world.folder / "outside"
     path.rename(outside)
     path.symlink_to(outside)  # the bytes are right, and still not the repository's
-    world.refuses(TrustError, "leads out of the repository")
+    world.check_refused(TrustError, "leads out of the repository")
 
 
 @pytest.mark.timeout(20)
@@ -109,4 +109,4 @@ def test_a_pipe_in_place_of_a_file(world: Any) -> None:
     path = world.target("model.onnx")
     path.unlink()
     os.mkfifo(path)
-    world.refuses(TrustError, "regular file")
+    world.check_refused(TrustError, "regular file")

@@ -72,12 +72,14 @@ def test_messages_made_by_the_grid_reach_their_node() -> None:
     assert [r.metadata.src_node_id for r in grid.send_and_receive([message])] == [13]
 
 
-def test_what_this_grid_cannot_do_it_says() -> None:
-    grid = InProcessGrid(5, NODES, echo)
-    with pytest.raises(NotImplementedError, match="send_and_receive"):
-        grid.push_messages([])
-    with pytest.raises(NotImplementedError, match="send_and_receive"):
-        grid.pull_messages([])
+def test_messages_that_are_pushed_are_answered_once_when_their_replies_are_pulled() -> None:
+    behind = InProcessGrid(5, NODES, echo)
+    for grid in (behind, CohortGrid(behind, NODES[:1])):
+        pushed = list(grid.push_messages(ask(13, 11)))
+        assert len(set(pushed)) == 2
+        replies = grid.pull_messages([*pushed, "unknown"])
+        assert [reply.metadata.src_node_id for reply in replies] == [13, 11]
+        assert list(grid.pull_messages(pushed)) == []
 
 
 def test_messages_carry_the_run_and_the_server_as_their_source() -> None:
