@@ -27,14 +27,17 @@ def main(grid: Grid, context: Context) -> None:
     run = load_run(Path(str(context.run_config["run"])))
     task = load_task(run.path(run.task))
     cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
-    folder = open_folder(run, Path(str(context.run_config["runs"])))
 
     def keep(outcome: Outcome) -> None:
         path = folder / "global.safetensors"
         write_atomic(path, checkpoint_bytes(outcome.model))
         emit(Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}"))
 
-    with json_lines(folder / "metrics.jsonl") as lines, plain(sys.stdout) as shown:
+    with (
+        open_folder(run, Path(str(context.run_config["runs"]))) as folder,
+        json_lines(folder / "metrics.jsonl") as lines,
+        plain(sys.stdout) as shown,
+    ):
         emit = tee(lines, shown)
         listener = Listener(
             on_note=lambda text: emit(Noted(text)),
