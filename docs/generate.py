@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from fedcore.config import RunConfig, Section
 from fedcore.owner import OwnerPolicy
@@ -66,9 +67,14 @@ def table(model: type[BaseModel]) -> str:
             if default is None
             else f"`{plain(default)}`"
         )
-        text = re.sub(r"\s+", " ", (field.description or "").replace("``", "`"))
+        text = one_line(field)
         lines.append(f"| `{name}` | {shown} | {kind(properties[name])} | {text} |")
     return "\n".join(lines)
+
+
+def one_line(field: FieldInfo) -> str:
+    """A field's description."""
+    return re.sub(r"\s+", " ", (field.description or "").replace("``", "`"))
 
 
 def plain(value: object) -> str:
@@ -88,6 +94,12 @@ def page() -> str:
         if section:
             _, _, rest = (section.__doc__ or "").strip().partition("``: ")
             parts += [f"\n## `[{name}]`\n", rest[0].upper() + rest[1:] + "\n", table(section)]
+            for key, inner in section.model_fields.items():
+                if below := section_of(inner.annotation):
+                    _, _, rest = (below.__doc__ or "").strip().partition("``: ")
+                    head = f"\n### `[[{name}.{key}]]`\n"
+                    told = f"{rest[0].upper()}{rest[1:]} {one_line(inner)}\n"
+                    parts += [head, told, table(below)]
     parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy)]
     return "\n".join(parts) + "\n"
 

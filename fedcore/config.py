@@ -15,6 +15,9 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
+Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX)]
+Spread = Annotated[float, Field(ge=0, le=3)]
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
@@ -175,12 +178,50 @@ class Serving(Section):
     """Threads of one inference."""
 
 
+class DeviceClass(Section):
+    """``[[simulation.devices]]``: one kind of device among the virtual clients."""
+
+    name: Name
+    """What the class is called; each its own."""
+    share: Rate = 1.0
+    """How many of the clients are of this class, relative to the other classes' shares."""
+    examples_per_s: Rate
+    """Median speed of local training, as measured on such a device with this run's settings."""
+    speed_spread: Spread = 0.0
+    """Sigma of a log-normal over devices: 0 where all are alike; at 0.5 one device in six is
+    slower than 0.6 times the median."""
+    download_mbit_s: Rate = 50.0
+    """Median bandwidth from the server to a device, in 10^6 bits a second."""
+    upload_mbit_s: Rate = 10.0
+    """Median bandwidth from a device to the server."""
+    bandwidth_spread: Spread = 0.0
+    """As ``speed_spread``; one draw a device, for both directions."""
+    latency_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """From the start of a round until a device begins to download: polling, waking up."""
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that a device can be reached when it is selected."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a device vanishes during a round that it takes part in."""
+
+
 class Simulation(Section):
     """``[simulation]``: how virtual clients are trained; no part of a deployment."""
 
-    engine: Literal["loop", "vectorised"] = "loop"
-    """One client after the other, or all of a round at once in batched computation: several times
-    as fast for small dense models, the same result up to the order of float32 sums."""
+    training: Literal["auto", "loop", "vectorised"] = "auto"
+    """One client after the other by the app that devices run, or many side by side in batched
+    computation; ``auto`` measures both on the first clients. The result is the same up to the order
+    of float32 sums."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes that train at the same time, one thread each; 0 for as many as there are cores, or
+    for none beside the main one where rounds are short."""
+    engine: Literal["local", "ray"] = "local"
+    """Where workers live: processes on this machine, or actors of a Ray cluster."""
+    devices: tuple[DeviceClass, ...] = ()
+    """Classes of devices; which one a client is in follows from the seed and its name. With none,
+    and without a trace, no virtual clock runs and every client answers."""
+    trace: str | None = None
+    """A CSV file with each client's speed, bandwidth and hours in place of ``devices``, relative
+    to this file."""
 
 
 class RunConfig(Section):
@@ -246,10 +287,20 @@ def _contradictions(run: RunConfig) -> list[str]:
             "clients by their training loss, which would leave each device without noise. Choose "
             "another strategy, or set privacy.unit to 'none'."
         )
-    if run.private and run.simulation.engine == "vectorised":
+    names = [device.name for device in run.simulation.devices]
+    if len(set(names)) < len(names):
+        found.append("simulation.devices names one class twice: give each its own name.")
+    if names and run.simulation.trace is not None:
         found.append(
-            "simulation.engine = 'vectorised' contradicts privacy.unit = 'example': DP-SGD trains "
-            "one client after the other. Use 'loop', or set privacy.unit to 'none'."
+            f"simulation.trace = {run.simulation.trace!r} contradicts simulation.devices: either a "
+            "trace says what each client is, or classes do. Keep one of the two."
+        )
+    answering = _answering(run.simulation.devices)
+    if answering < federation.quorum:
+        found.append(
+            f"federation.quorum = {federation.quorum:g} contradicts simulation.devices: by their "
+            f"availability and dropout {answering:.3g} of a cohort answers on average, so most "
+            "rounds would fail. Lower the quorum, or make the devices more reliable."
         )
     if federation.evaluate_cohort and not federation.holdout:
         found.append(
@@ -275,3 +326,11 @@ def _contradictions(run: RunConfig) -> list[str]:
             "release.repository and release.keys belong together: set both to publish, or neither."
         )
     return found
+
+
+def _answering(devices: tuple[DeviceClass, ...]) -> float:
+    """The share of a cohort that can be expected to answer, were there no deadline."""
+    if not devices:
+        return 1.0
+    answers = sum(device.share * device.availability * (1 - device.dropout) for device in devices)
+    return answers / sum(device.share for device in devices)

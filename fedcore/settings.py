@@ -155,6 +155,8 @@ def _key(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[str, 
     current = model
     for place, part in enumerate(location):
         key.append(str(part))
+        if isinstance(part, int):
+            continue  # the place in an array of tables, whose keys follow
         below = _section(current, str(part))
         if below is None:
             field = current.model_fields.get(str(part))

@@ -8,6 +8,26 @@ from fedcore.artifacts.manifest import Manifest
 
 
 @dataclass(frozen=True)
+class VirtualRecord:
+    """One round on the virtual clock, as it is reported beside real time."""
+
+    simulated_s: float
+    """From its start until the server had nobody to wait for, or the deadline."""
+    unavailable: int
+    """Clients that could not be reached."""
+    dropped: int
+    """Clients that vanished on the way."""
+    stragglers: int
+    """Clients that finished after the deadline."""
+    bytes_down: int
+    """What crossed the network to clients."""
+    bytes_up: int
+    """What crossed the network from clients, updates that came too late included."""
+    bytes_wasted: int
+    """The part of both that belongs to dropped clients and stragglers."""
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One round of federated training."""
 
@@ -36,6 +56,23 @@ class RoundRecord:
     """Payload from clients to server, in this round."""
     bytes_down: int
     """Payload from server to clients, in this round."""
+    virtual: VirtualRecord | None = None
+    """The round on the virtual clock of a simulation with device classes."""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a simulation trained its clients; it decides the last bits of the result."""
+
+    method: str
+    """``loop`` (one after the other) or ``vectorised`` (side by side)."""
+    reason: str
+    loop_s: float | None
+    """Seconds a client, one after the other; None where it was not measured."""
+    vectorised_s: float | None
+    """Seconds a client, side by side; None where it was not measured."""
+    workers: int | None
+    """At the end; None where a run was resumed after its last round."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +127,8 @@ class RunRecord:
     """How noise was drawn: ``none``, ``simulated`` or ``system``."""
     rounds: tuple[RoundRecord, ...]
     best_round: int
+    training: TrainingRecord | None = None
+    """How clients were trained; None where they are no simulation's."""
     clients: tuple[ClientRecord, ...] = ()
     candidates: tuple[CandidateRecord, ...] = ()
     chosen: str | None = None
