@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from fedcore.errors import (
 from fedcore.model import FullModel, build_model, load_preprocess
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.layers import check_layers
-from fedcore.privacy.ledger import charge, read_ledger, write_ledger
+from fedcore.privacy.ledger import Ledger, charge, read_ledger, write_ledger
 from fedcore.seeds import Randomness, derive
 from fedcore.task import Examples, Task, data_folder, read_examples, size_of
 from fedcore.training.batches import in_order, split
@@ -40,7 +41,7 @@ from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
-from fedcore.training.private import plan, train_private
+from fedcore.training.private import PrivatePlan, plan, train_private
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
@@ -69,6 +70,39 @@ class Client:
     owner: OwnerPolicy
     randomness: Randomness
 
+    @cached_property
+    def resident(self) -> Resident:
+        """The model, built with the first message that needs it."""
+        return Resident(build_model(self.task, self.run))
+
+
+class Resident:
+    """A model that stays in memory from message to message, and begins each one as if new."""
+
+    def __init__(self, model: FullModel) -> None:
+        self.model = model
+        self.layout = layout_of(model.model)
+        # What does not travel: counters, and buffers that are kept out of the state dict.
+        self._kept = {
+            name: buffer.clone()
+            for name, buffer in model.model.named_buffers()
+            if name not in self.layout.names
+        }
+        self._preprocess: bytes | None = None
+
+    def load(self, instruction: Instruction) -> FullModel:
+        """The model with the weights that a server sent, and nothing of the message before."""
+        if instruction.preprocess != self._preprocess:
+            load_preprocess(instruction.preprocess, self.model)
+            self._preprocess = instruction.preprocess
+        unpack(instruction.weights, self.model.model)
+        if self._kept:
+            for name, buffer in self.model.model.named_buffers():
+                if name in self._kept:
+                    buffer.copy_(self._kept[name])
+        self.model.zero_grad(set_to_none=True)
+        return self.model
+
 
 def client_app(
     task: Task,
@@ -92,7 +126,7 @@ def client_app(
 
     @app.train(mods=list(mods))
     def on_train(message: Message, context: Context) -> Message:
-        return _answer(_train, client, message, context)
+        return _answer(train_client, client, message, context)
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
@@ -135,24 +169,23 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
     try:
         name = client_name(context, client.task)
         return Message(work(client, name, message, context), reply_to=message)
-    except BudgetExhausted as error:
-        return Message(Error(DECLINED, str(error)), reply_to=message)
     except (Exception, SystemExit) as error:  # the task's code: its failure is reported, not lost
-        return refusal(name, error, message)
+        return Message(Error(*error_of(name, error)), reply_to=message)
 
 
-def refusal(name: str, error: Exception | SystemExit, message: Message) -> Message:
-    """The reply of a client that could not do what was asked."""
+def error_of(name: str, error: Exception | SystemExit) -> tuple[int, str]:
+    """Code and reason in the reply of a client that could not do what was asked, or declined."""
+    if isinstance(error, BudgetExhausted):
+        return DECLINED, str(error)
     if isinstance(error, FedcoreError):
-        reason, code = f"client {name!r}: {type(error).__name__}: {error}", error.exit_code
-    else:
-        reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
-        code = TaskError.exit_code
-    return Message(Error(REFUSED + code, reason), reply_to=message)
+        return REFUSED + error.exit_code, f"client {name!r}: {type(error).__name__}: {error}"
+    reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
+    return REFUSED + TaskError.exit_code, reason
 
 
-def _train(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-    instruction = read_instruction(message)
+def train_client(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+    """Trains one client as a message asks; whatever fails is raised as it is."""
+    instruction = read_instruction(message.content)
     run, number = client.run, instruction.round
     examples, _ = local_data(client, name)
     device = available(run.client.device)
@@ -213,9 +246,7 @@ def _train_private(
     run, number = client.run, instruction.round
     check_layers(model.model)
     device = next(model.model.parameters()).device
-    participations = run.privacy.participations or run.federation.rounds
-    planned = plan(examples, run.client, run.privacy, round=number, participations=participations)
-    ledger = charge(read_ledger(context), planned.charge, run.privacy, client=name)
+    planned, ledger = spend(client, name, examples, read_ledger(context), round=number)
     write_ledger(context, ledger)  # spend before release
     train_private(
         model.preprocess,
@@ -231,8 +262,22 @@ def _train_private(
     return ledger.epsilon(run.privacy)
 
 
+def spend(
+    client: Client, name: str, examples: Examples, ledger: Ledger, *, round: int
+) -> tuple[PrivatePlan, Ledger]:
+    """How a client trains in this round, and its ledger with that charged.
+
+    Raises:
+        BudgetExhausted: its budget does not allow it; nothing may be trained then.
+    """
+    run = client.run
+    participations = run.privacy.participations or run.federation.rounds
+    planned = plan(examples, run.client, run.privacy, round=round, participations=participations)
+    return planned, charge(ledger, planned.charge, run.privacy, client=name)
+
+
 def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-    instruction = read_instruction(message)
+    instruction = read_instruction(message.content)
     if client.run.private:
         raise InvalidUpdate(
             "evaluation: this client trains with example-level privacy and releases no metrics."
@@ -287,14 +332,11 @@ def model_of(client: Client, instruction: Instruction) -> FullModel:
     Raises:
         TaskError: the server's weights are of another model.
     """
-    model = build_model(client.task, client.run)
-    layout = layout_of(model.model)
+    layout = client.resident.layout
     if layout.digest != instruction.layout:
         raise TaskError(
             f"round {instruction.round}: the server's weights have layout "
             f"{instruction.layout[:12]}, this client's model {layout.digest[:12]}. Nothing was "
             "trained; install the task that the server runs."
         )
-    load_preprocess(instruction.preprocess, model)
-    unpack(instruction.weights, model.model)
-    return model
+    return client.resident.load(instruction)

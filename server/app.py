@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 
 from flwr.app import Context
@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedcore.config import RunConfig
 from fedcore.errors import RoundFailed
-from fedcore.model import FullModel, build_model, warm_start
+from fedcore.model import FullModel, build_model, load_preprocess, warm_start
 from fedcore.privacy.layers import check_layers
 from fedcore.seeds import Randomness
 from fedcore.task import Task
@@ -19,9 +19,11 @@ from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.normalisation import normalise
+from server.progress import Forgetful, Keeper, Start
 from server.records import RoundRecord
 from server.rounds import Federated, Federation, run_rounds
 from server.strategies import make_strategy
+from server.strategy_state import remind
 
 _POLL_S = 0.2
 
@@ -51,8 +53,20 @@ def server_app(
     cloud: CloudData | None,
     randomness: Randomness,
     listener: Listener,
+    keeper: Keeper | None = None,
+    start: Start | None = None,
 ) -> ServerApp:
-    """An ordinary Flower ServerApp that trains ``task`` as ``run`` says."""
+    """An ordinary Flower ServerApp that trains ``task`` as ``run`` says.
+
+    Args:
+        task: What clients train.
+        run: How.
+        cloud: The cloud's data, which judges rounds; None when there is none.
+        randomness: Of the server.
+        listener: Who is told what happens.
+        keeper: Keeps what it takes to go on with rounds that are interrupted; nobody when None.
+        start: Where such rounds go on; from the beginning when None.
+    """
     app = ServerApp()
 
     @app.main()
@@ -60,7 +74,6 @@ def server_app(
         model = build_model(task, run)
         if run.private:
             check_layers(model.model)  # here, and not by every client in turn
-        warm_start(run, model)
         cohort = run.federation.cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
         _wait_for_nodes(grid, cohort, run.federation.deadline_s)
         chosen = make_strategy(
@@ -69,9 +82,14 @@ def server_app(
             cohort=cohort,
             size=layout_of(model.model).size,
         )
-        for note in chosen.notes:
-            listener.on_note(note)
-        normalise(run, model, grid, cloud)
+        if start is None:
+            for note in chosen.notes:
+                listener.on_note(note)
+            warm_start(run, model)
+            normalise(run, model, grid, cloud)
+        else:
+            load_preprocess(start.progress.preprocess, model)
+            remind(chosen.strategy, start.progress.strategy)
 
         def judge(candidate: FullModel) -> dict[str, float]:
             assert cloud is not None
@@ -87,6 +105,8 @@ def server_app(
             judge=judge if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
+            keeper=keeper or Forgetful(),
+            start=start,
         )
         federated = run_rounds(federation, model)
         unpack(federated.weights, model.model)
@@ -102,7 +122,7 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> int:
         RoundFailed: there were too few at the deadline.
     """
     end = time.monotonic() + deadline_s
-    while (found := len(list(grid.get_node_ids()))) < needed:
+    while (found := _count(grid)) < needed:
         if time.monotonic() > end:
             raise RoundFailed(
                 f"start: {found} clients connected within federation.deadline_s = {deadline_s:g}, "
@@ -111,3 +131,8 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> int:
             )
         time.sleep(_POLL_S)
     return found
+
+
+def _count(grid: Grid) -> int:
+    nodes = grid.get_node_ids()
+    return len(nodes) if isinstance(nodes, Sized) else sum(1 for _ in nodes)

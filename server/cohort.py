@@ -16,7 +16,7 @@ def select(
     Raises:
         RoundFailed: there are fewer nodes than that.
     """
-    nodes = sorted(node_ids)
+    nodes = node_ids if isinstance(node_ids, range) else sorted(node_ids)
     if len(nodes) < size:
         raise RoundFailed(
             f"{' '.join(map(str, words))}: {len(nodes)} clients are there, and federation.cohort "

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
 from fedcore.cli import Command
+from fedcore.errors import INTERRUPTED
 from fedcore.owner import OPEN_POLICY, load_owner, tighten
 from fedcore.settings import load_run
 from server.registry.commands import release
 
 __all__ = ["check", "release", "simulate"]
+_RUNS = Path("runs")
 
 
 def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +39,21 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         type=Path,
-        default=Path("runs"),
+        default=_RUNS,
         help="folder that results go below (default: runs)",
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted, from its last checkpoint; the result is the "
+        "same, bit for bit",
+    )
+    again.add_argument(
+        "--replay",
+        metavar="ROUND:CLIENT",
+        help="train one client of one round again, alone, and show in full how it fails, e.g. "
+        "--replay 3:anna; nothing is written",
     )
     parser.add_argument(
         "--json",
@@ -55,32 +71,71 @@ def _simulate(options: argparse.Namespace) -> int:
     from fedcore.observability.events import tee
     from fedcore.observability.jsonl import json_lines
     from fedcore.task import load_task
-    from server.folder import open_folder, write_results
+    from server.checkpoint import CHECKPOINT
+    from server.folder import open_folder, reopen_folder, write_results
     from server.pipeline import run_pipeline
     from server.preflight import prepare
     from server.report.tensorboard import tensorboard_events
+    from server.resume import pick_up
 
     quiet()
-    out = sys.stdout
+    out, command = sys.stdout, _command(options)
     with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
         task = load_task(run.path(run.task))
         prepared = prepare(run, task, owner, options.runs / run.name)
-        with open_folder(run, options.runs) as folder:
-            with (
-                json_lines(folder / "metrics.jsonl") as lines,
-                tensorboard_events(folder / "tensorboard") as board,
-                choose(out, json=options.json) as shown,
-            ):
-                events = tee(lines, board, shown)
-                finished = run_pipeline(run, task, owner, prepared, folder, events)
+        if options.replay:
+            from server.replay import replay
+
+            return replay(
+                options.replay, run, task, owner, prepared, options.runs, out, json=options.json
+            )
+        opening = reopen_folder if options.resume else open_folder
+        with opening(run, options.runs) as folder:
+            resumed = pick_up(folder, run, owner) if options.resume else None
+            try:
+                with (
+                    json_lines(folder / "metrics.jsonl") as lines,
+                    tensorboard_events(folder / "tensorboard") as board,
+                    choose(out, json=options.json) as shown,
+                ):
+                    files = tee(lines, board)
+                    for event in resumed.told if resumed else ():
+                        files(event)
+                    finished = run_pipeline(
+                        run,
+                        task,
+                        owner,
+                        prepared,
+                        folder,
+                        tee(files, shown),
+                        command=command,
+                        resumed=resumed,
+                    )
+            except KeyboardInterrupt:
+                if not (folder / CHECKPOINT).is_file():
+                    raise
+                print(f"Interrupted: `{command} --resume` goes on with it.", file=sys.stderr)
+                return INTERRUPTED
             delta = tighten(run, owner).privacy.target_delta if run.private else None
-            taken = time.monotonic() - started
+            taken = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
             summary = write_results(folder, finished, target_delta=delta, seconds=taken)
     if options.json:
         print(json.dumps({"event": "summary", **summary}))
     else:
         print(f"report: {os.path.relpath(folder / 'report.html')}")
     return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line that asks for the same run again."""
+    words = ["fedcore", "simulate", str(options.config)]
+    for override in options.overrides:
+        words += ["--set", override]
+    if options.owner:
+        words += ["--owner", str(options.owner)]
+    if options.runs != _RUNS:
+        words += ["--runs", str(options.runs)]
+    return shlex.join(words)
 
 
 simulate = Command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from server.records import Finished
 from server.report.html import report_html
 from server.report.summary import summary
 
-_MARK = "run.json"
+_MARK, _SUMMARY = "run.json", "summary.json"
 
 
 @contextmanager
@@ -38,7 +38,37 @@ def open_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
                     "run would replace it. Nothing was run; choose another `name`, or move it."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY)
+    with _held(folder):
+        clear(folder)
+        write_atomic(folder / _MARK, config_json(run))
+        yield folder
+
+
+@contextmanager
+def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
+    """Gives ``runs/<name>`` as a run that did not end left it, and keeps other runs out meanwhile.
+
+    Raises:
+        ConfigError: there is no such run, it did end, or it is still going on.
+    """
+    folder = runs / run.name
+    if not (folder / _MARK).is_file():
+        raise ConfigError(
+            f"{folder}: no run of this name was begun here, so there is none to resume. Nothing "
+            "was run; leave --resume out, or name the folder that it is below by --runs."
+        )
+    with _held(folder):
+        if (folder / _SUMMARY).is_file():
+            raise ConfigError(
+                f"{folder}: this run is complete: its results are in {_SUMMARY}. Nothing was run; "
+                "leave --resume out to run it again."
+            )
+        yield folder
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    held = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,13 +77,17 @@ def open_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
                 f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or "
                 "choose another `name`."
             ) from None
-        with disk_errors(folder):
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        write_atomic(folder / _MARK, config_json(run))
-        yield folder
+        yield
     finally:
         os.close(held)
+
+
+def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
+    """Empties a run's folder, but for its mark and what ``keep`` names."""
+    with disk_errors(folder):
+        for entry in folder.iterdir():
+            if entry.name not in {_MARK, *keep}:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def config_json(run: RunConfig) -> bytes:
@@ -72,5 +106,5 @@ def write_results(
         seconds=seconds,
     )
     write_atomic(folder / "report.html", report_html(finished.record, figures).encode())
-    write_json(folder / "summary.json", figures)
+    write_json(folder / _SUMMARY, figures)
     return figures

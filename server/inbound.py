@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.updates.messages import (
@@ -19,6 +20,32 @@ from fedcore.updates.messages import (
 )
 from fedcore.updates.pack import Layout
 from server.aggregation.exact import ExactMean
+from server.records import VirtualRecord
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Updates that a grid added up where they were made."""
+
+    mean: ExactMean
+    taken: Sequence[tuple[int, Mapping[str, float]]]
+    """Number of examples and metrics of each, in the order of the cohort."""
+    failures: Sequence[tuple[int, str]]
+    """Codes and reasons of clients that failed or declined."""
+
+
+@runtime_checkable
+class FoldingGrid(Protocol):
+    """A grid that can add updates up where they are made, as a simulation's does."""
+
+    @property
+    def virtual(self) -> VirtualRecord | None:
+        """The last round on the virtual clock; None where there is none."""
+
+    def fold(
+        self, content: RecordDict, nodes: Sequence[int], *, uniform: bool, deadline_s: float
+    ) -> Folded:
+        """Trains these nodes on one content and adds their updates up."""
 
 
 @dataclass
@@ -47,15 +74,23 @@ class Tally:
         self.reasons.append(reason)
         self.kinds.add(kind)
 
-    def count(self, update: Update) -> None:
+    def count(self, num_examples: int, metrics: Mapping[str, float]) -> None:
         """Counts an update that was taken."""
         self.updates += 1
-        self.examples += update.num_examples
-        if TRAIN_LOSS in update.metrics:
+        self.examples += num_examples
+        if TRAIN_LOSS in metrics:
             self.has_loss = True
-            self.loss += update.metrics[TRAIN_LOSS] * update.num_examples
-        if EPSILON in update.metrics:
-            self.epsilon_max = max(self.epsilon_max or 0.0, update.metrics[EPSILON])
+            self.loss += metrics[TRAIN_LOSS] * num_examples
+        if EPSILON in metrics:
+            self.epsilon_max = max(self.epsilon_max or 0.0, metrics[EPSILON])
+
+    def failure(self, code: int, reason: str) -> None:
+        """Counts a client that answered with an error."""
+        if code == DECLINED:
+            self.declined += 1
+            self.spent = reason
+        else:
+            self.refuse(reason, kind=refused_as(code))
 
 
 def accepted(
@@ -64,12 +99,7 @@ def accepted(
     """Replies that passed every check, as they arrive."""
     for reply in replies:
         if reply.has_error():
-            reason = reply.error.reason or f"error {reply.error.code}"
-            if reply.error.code == DECLINED:
-                tally.declined += 1
-                tally.spent = reason
-            else:
-                tally.refuse(reason, kind=refused_as(reply.error.code))
+            tally.failure(reply.error.code, reply.error.reason or f"error {reply.error.code}")
             continue
         tally.bytes_up += payload_bytes(reply)
         try:
@@ -89,7 +119,7 @@ def hold(taken: Iterator[tuple[Message, Update]], tally: Tally, *, uniform: bool
     held = sorted(taken, key=lambda pair: pair[0].metadata.src_node_id)
     common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
     for reply, update in held:
-        tally.count(update)
+        tally.count(update.num_examples, update.metrics)
         reply.content = update_content(
             Update(
                 update.weights,
@@ -102,26 +132,45 @@ def hold(taken: Iterator[tuple[Message, Update]], tally: Tally, *, uniform: bool
 
 def fold(
     taken: Iterator[tuple[Message, Update]], layout: Layout, tally: Tally, *, uniform: bool
-) -> list[Message]:
-    """All updates as one reply that carries their exact weighted mean.
-
-    A strategy that looks at the mean alone cannot tell it from the updates, and the server holds
-    one update at a time.
-    """
+) -> ExactMean:
+    """The exact weighted mean of all updates; the server holds one of them at a time."""
     mean = ExactMean(layout.size)
-    carrier: Message | None = None
-    for reply, update in taken:
+    for _, update in taken:
         try:
             mean.add(update.weights, 1 if uniform else update.num_examples)
         except InvalidUpdate as error:
             tally.refuse(str(error))
             continue
-        tally.count(update)
-        carrier = carrier or reply
-    if carrier is None:
-        return []
-    carrier.content = update_content(Update(mean.mean(), mean.weight, {}))
-    return [carrier]
+        tally.count(update.num_examples, update.metrics)
+    return mean
+
+
+def fold_in_place(
+    grid: FoldingGrid,
+    instruction: Message,
+    nodes: Sequence[int],
+    tally: Tally,
+    *,
+    uniform: bool,
+    deadline_s: float,
+) -> ExactMean:
+    """The same, where the grid does the adding; every node gets the content of ``instruction``."""
+    folded = grid.fold(instruction.content, nodes, uniform=uniform, deadline_s=deadline_s)
+    for code, reason in folded.failures:
+        tally.failure(code, reason)
+    sent = payload_bytes(instruction)  # as many bytes as an update: one array of one layout
+    for num_examples, metrics in folded.taken:
+        tally.count(num_examples, metrics)
+        tally.bytes_up += sent
+    return folded.mean
+
+
+def carry(mean: ExactMean, instruction: Message) -> Message:
+    """A mean as the one reply to what was asked.
+
+    A strategy that looks at the mean alone cannot tell it from the updates that it is the mean of.
+    """
+    return Message(update_content(Update(mean.mean(), mean.weight, {})), reply_to=instruction)
 
 
 def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,37 +14,32 @@ import torch
 
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, PrivacyStatement
-from fedcore.client_app import Client, client_app
 from fedcore.config import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
 from fedcore.model import checkpoint_bytes
 from fedcore.observability.events import (
     Noted,
-    RoundFinished,
     Sink,
     StageAdvanced,
     StageFinished,
     StageStarted,
 )
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.seeds import Simulated
 from fedcore.task import Examples, Task
 from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
-from server.app import Listener, Outcome, server_app
-from server.cloud import CloudData
+from server.app import Outcome
+from server.checkpoint import Checkpoint
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
+from server.federated_part import federated_part
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
 from server.preflight import Prepared
-from server.records import ClientRecord, Finished, RoundRecord, RunRecord
+from server.records import ClientRecord, Finished, RunRecord
 from server.release import Draft, publish
 from server.simulation.clients import client_records
-from server.simulation.engine import Simulation, simulate
-from server.simulation.together import vectorised_clients
-from server.strategies import client_mods
 
 Scores = dict[str, dict[str, float]]
 
@@ -57,10 +52,15 @@ class _Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str, steps: int | None = None) -> Iterator[list[str]]:
-        """Tells of a stage; what is put into the list it yields is told at its end."""
+    def stage(
+        self, name: str, steps: int | None = None, *, before_s: float = 0.0
+    ) -> Iterator[list[str]]:
+        """Tells of a stage; what is put into the list it yields is told at its end.
+
+        ``before_s`` is what it took in processes that were interrupted.
+        """
         self.emit(StageStarted(name, steps))
-        started, note = time.monotonic(), list[str]()
+        started, note = time.monotonic() - before_s, list[str]()
         yield note
         self.seconds[name] = time.monotonic() - started
         self.emit(StageFinished(name, self.seconds[name], "; ".join(note)))
@@ -73,25 +73,43 @@ def run_pipeline(
     prepared: Prepared,
     folder: Path,
     emit: Sink,
+    *,
+    command: str,
+    resumed: Checkpoint | None,
 ) -> Finished:
     """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
 
     The final test split is read once, at the end, by nothing that chooses.
 
+    Args:
+        run: The run.
+        task: Its task.
+        owner: What virtual clients keep to.
+        prepared: What it works on.
+        folder: Where its files go.
+        emit: Told what happens.
+        command: The command line that asked for this, for advice on how to go on.
+        resumed: Where an earlier process stopped; None to begin at the beginning.
+
     Raises:
         FedcoreError: whatever stops it; what was published before stands.
+        KeyboardInterrupt: the user stopped it; a checkpoint is in ``folder``.
     """
-    clients, cloud, test = prepared.clients, prepared.cloud, prepared.test
-    stages, notes = _Stages(emit), list[str]()
+    cloud, test = prepared.cloud, prepared.test
+    stages = _Stages(emit)
+    elapsed_s = resumed.elapsed_s if resumed else 0.0
+    with stages.stage("federate", run.federation.rounds, before_s=elapsed_s):
+        done = federated_part(
+            run, task, owner, prepared, folder, emit, command=command, resumed=resumed
+        )
+    outcome, state, notes = done.outcome, done.state, list(done.notes)
 
     def note(text: str) -> None:
         notes.append(text)
         emit(Noted(text))
 
-    with stages.stage("federate", run.federation.rounds):
-        outcome, simulation = _federate(run, task, owner, clients, cloud, emit, note)
     write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
-    spread = client_records(tighten(run, owner), task, outcome.model, simulation, prepared.data)
+    spread = client_records(tighten(run, owner), task, outcome.model, state, prepared.data)
 
     tuned = None
     if cloud and run.finetune.epochs:
@@ -138,6 +156,7 @@ def run_pipeline(
             noise="simulated" if run.private else "none",
             rounds=outcome.federated.rounds,
             best_round=outcome.federated.best_round,
+            training=done.training,
             clients=spread,
             candidates=compressed.records,
             chosen=compressed.chosen,
@@ -148,38 +167,6 @@ def run_pipeline(
         ),
         compressed.torch_p50_us,
     )
-
-
-def _federate(
-    run: RunConfig,
-    task: Task,
-    owner: OwnerPolicy,
-    clients: tuple[str, ...],
-    cloud: CloudData | None,
-    emit: Sink,
-    note: Callable[[str], None],
-) -> tuple[Outcome, Simulation]:
-    randomness = Simulated(run.seed)
-    outcomes: list[Outcome] = []
-
-    def on_round(record: RoundRecord) -> None:
-        emit(RoundFinished(asdict(record)))
-
-    server = server_app(
-        task,
-        run,
-        cloud=cloud,
-        randomness=randomness,
-        listener=Listener(on_note=note, on_round=on_round, on_end=outcomes.append),
-    )
-    client = client_app(
-        task, run, owner=owner, randomness=randomness, mods=client_mods(run.federation.strategy)
-    )
-    together = None
-    if run.simulation.engine == "vectorised":
-        together = vectorised_clients(Client(task, tighten(run, owner), owner, randomness))
-    simulation = simulate(server, client, clients, together=together)
-    return outcomes[0], simulation
 
 
 def _steps(emit: Sink, stage: str) -> Callable[[str], None]:

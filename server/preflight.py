@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
@@ -24,7 +27,8 @@ class Prepared:
     """What a run works on, read and checked."""
 
     data: Folder
-    clients: tuple[str, ...]
+    clients: Sequence[str]
+    """As the task gives them: a sequence that makes names up as they are asked for stays one."""
     cloud: CloudData | None
     test: Examples
 
@@ -72,9 +76,12 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
     return Prepared(data, clients, cloud, test)
 
 
-def _clients(task: Task, run: RunConfig, data: Folder) -> tuple[str, ...]:
+def _clients(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
     try:
-        clients = tuple(task.clients(data))
+        clients = task.clients(data)
+        if not isinstance(clients, Sequence) or isinstance(clients, str):
+            clients = tuple(clients)
+        different = _different(clients)
     except DataError:
         raise
     except (Exception, SystemExit) as error:  # the task's code: any failure is one of its data
@@ -82,9 +89,9 @@ def _clients(task: Task, run: RunConfig, data: Folder) -> tuple[str, ...]:
             f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
             "Nothing was trained."
         ) from error
-    if not clients or len(set(clients)) < len(clients):
+    if not clients or different < len(clients):
         raise DataError(
-            f"task {task.name!r}: it names {len(clients)} clients, {len(set(clients))} of them "
+            f"task {task.name!r}: it names {len(clients)} clients, {different} of them "
             "different; at least one, each once, is needed. Nothing was trained."
         )
     if (run.federation.cohort or 1) > len(clients):
@@ -93,6 +100,14 @@ def _clients(task: Task, run: RunConfig, data: Folder) -> tuple[str, ...]:
             "clients. Nothing was trained; lower the cohort."
         )
     return clients
+
+
+def _different(clients: Sequence[str]) -> int:
+    """How many different names there are, in 8 bytes a name: there may be millions of them."""
+    hashes = np.fromiter(map(hash, clients), np.int64, len(clients))
+    different = len(np.unique(hashes))
+    # Two names can share a hash, though hardly ever: then they are looked at themselves.
+    return different if different == len(clients) else len(set(clients))
 
 
 def _outside(path: Path, folder: Path) -> None:

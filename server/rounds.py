@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
@@ -28,10 +28,23 @@ from fedcore.updates.messages import (
     weights_record,
 )
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
+from server.aggregation.exact import ExactMean
 from server.cohort import select
-from server.inbound import Tally, accepted, check_quorum, fold, hold, payload_bytes
+from server.inbound import (
+    FoldingGrid,
+    Tally,
+    accepted,
+    carry,
+    check_quorum,
+    fold,
+    fold_in_place,
+    hold,
+    payload_bytes,
+)
+from server.progress import Forgetful, Keeper, Progress, Start
 from server.records import RoundRecord
 from server.strategies import Chosen
+from server.strategy_state import remembered
 
 Judge = Callable[[FullModel], dict[str, float]]
 
@@ -50,6 +63,9 @@ class Federation:
     """Scores a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
     on_note: Callable[[str], None]
+    keeper: Keeper = field(default_factory=Forgetful)
+    start: Start | None = None
+    """Where to go on; from the beginning when None."""
 
 
 @dataclass(frozen=True)
@@ -71,36 +87,85 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         RoundFailed: a round got fewer updates than its quorum.
         BudgetExhausted: no client's budget allows even the first round.
     """
-    run, layout = federation.run, layout_of(model.model)
-    records: list[RoundRecord] = []
-    best, best_round, most_failed = pack(model.model), 0, 0
-    for number in range(1, run.federation.rounds + 1):
-        started = time.monotonic()
-        tally, arrays, sent = _train_round(federation, model, layout, number)
-        if tally.failed > most_failed:  # not every round: a client that fails tends to fail again
-            most_failed = tally.failed
-            federation.on_note(
-                f"round {number}: {tally.failed} of {federation.cohort} clients failed. First: "
-                f"{tally.reasons[0]}"
-            )
-        if not tally.updates and tally.declined:
-            _end_early(federation, number, tally)
-            break  # what was learnt before stands
-        unpack(arrays, model.model)
-        metrics, judged_on = _judge_round(federation, model, layout, number)
-        records.append(
-            _record(federation, number, time.monotonic() - started, tally, metrics, judged_on, sent)
+    run, keeper, layout = federation.run, federation.keeper, layout_of(model.model)
+    start = federation.start or Start(_beginning(federation, model), ())
+    progress, records = start.progress, list(start.records)
+    unpack(progress.weights, model.model)
+    while keeper.goes_on(progress) and not progress.over:
+        started, number, tally = time.monotonic(), progress.round + 1, Tally()
+        words = ("round", number)
+        nodes = select(
+            federation.grid.get_node_ids(), federation.cohort, seed=run.seed, words=words
         )
+        keeper.begin(nodes)
+        try:
+            arrays, sent = _train_round(federation, progress, layout, nodes, tally)
+            if not tally.updates and tally.declined:
+                _end_early(federation, number, tally)  # what was learnt before stands
+                progress = replace(progress, over=True)
+                continue
+            unpack(arrays, model.model)
+            metrics, judged_on = _judge_round(federation, model, layout, progress)
+        except Exception:
+            keeper.fail(progress)
+            raise
+        seconds = time.monotonic() - started
+        records.append(_record(federation, number, seconds, tally, metrics, judged_on, sent))
         federation.on_round(records[-1])
-        if _is_better(federation.primary, records, best_round):
-            best, best_round = arrays, number
-        elif run.federation.patience and number - best_round >= run.federation.patience:
-            federation.on_note(
-                f"Stopped after round {number}: none was better than round {best_round} for "
-                f"federation.patience = {run.federation.patience} rounds."
-            )
-            break
-    return Federated(best, best_round, tuple(records))
+        better = _is_better(federation.primary, records, progress.best_round)
+        progress = replace(
+            progress,
+            round=number,
+            weights=arrays,
+            best=arrays if better else progress.best,
+            best_round=number if better else progress.best_round,
+            most_failed=max(progress.most_failed, tally.failed),
+            strategy=remembered(federation.chosen.strategy),
+        )
+        progress = replace(progress, over=_is_over(federation, progress))
+    return Federated(progress.best, progress.best_round, tuple(records))
+
+
+def _beginning(federation: Federation, model: FullModel) -> Progress:
+    weights = pack(model.model)
+    return Progress(
+        round=0,
+        over=False,
+        weights=weights,
+        best=weights,
+        best_round=0,
+        most_failed=0,
+        strategy=remembered(federation.chosen.strategy),
+        preprocess=preprocess_bytes(model),
+    )
+
+
+def _announce(federation: Federation, progress: Progress, tally: Tally) -> None:
+    """Says that clients failed, if more did than ever before.
+
+    Not every round: a client that fails tends to fail again.
+    """
+    if tally.failed <= progress.most_failed:
+        return
+    advice = federation.keeper.failures(progress, tally.reasons)
+    federation.on_note(
+        f"round {progress.round + 1}: {tally.failed} of {federation.cohort} clients failed. First: "
+        f"{' '.join([tally.reasons[0], *advice])}"
+    )
+
+
+def _is_over(federation: Federation, progress: Progress) -> bool:
+    """Whether the round that ended was the last; says so where more were planned."""
+    settings = federation.run.federation
+    if progress.round >= settings.rounds:
+        return True
+    if not settings.patience or progress.round - progress.best_round < settings.patience:
+        return False
+    federation.on_note(
+        f"Stopped after round {progress.round}: none was better than round {progress.best_round} "
+        f"for federation.patience = {settings.patience} rounds."
+    )
+    return True
 
 
 def _is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
@@ -125,38 +190,67 @@ def _end_early(federation: Federation, number: int, tally: Tally) -> None:
     )
 
 
-def _train_round(
-    federation: Federation, model: FullModel, layout: Layout, number: int
-) -> tuple[Tally, Vector, int]:
-    """One round of training: what came back, the new weights, and the bytes sent."""
-    run, strategy = federation.run, federation.chosen.strategy
-    words = ("round", number)
-    nodes = select(federation.grid.get_node_ids(), federation.cohort, seed=run.seed, words=words)
-    weights = pack(model.model)
-    with _streams(federation, number, "configure"):
-        messages = list(
-            strategy.configure_train(
+def instructions(
+    federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
+) -> list[Message]:
+    """What the strategy sends to ``nodes`` in the round after ``progress``."""
+    number = progress.round + 1
+    # What folds draws nothing but the cohort, and of that it is shown all there is.
+    with nullcontext() if _in_place(federation) else _streams(federation, number, "configure"):
+        return list(
+            federation.chosen.strategy.configure_train(
                 number,
-                weights_record(weights),
-                instruction_config(layout, preprocess_bytes(model)),
+                weights_record(progress.weights),
+                instruction_config(layout, progress.preprocess),
                 CohortGrid(federation.grid, nodes),
             )
         )
-    messages.sort(key=lambda message: message.metadata.dst_node_id)
-    sent = sum(payload_bytes(message) for message in messages)
-    replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
-    tally = Tally()
-    taken = accepted(replies, layout, tally)
-    uniform = run.federation.weighting == "uniform"
-    if federation.chosen.folds:
-        ready = fold(taken, layout, tally, uniform=uniform)
+
+
+def _in_place(federation: Federation) -> bool:
+    """Whether updates are added up where they are made."""
+    return federation.chosen.folds and isinstance(federation.grid, FoldingGrid)
+
+
+def _train_round(
+    federation: Federation,
+    progress: Progress,
+    layout: Layout,
+    nodes: Sequence[int],
+    tally: Tally,
+) -> tuple[Vector, int]:
+    """One round of training: the new weights, and the bytes sent; the rest is told to ``tally``."""
+    run, strategy, number = federation.run, federation.chosen.strategy, progress.round + 1
+    grid, folds = federation.grid, federation.chosen.folds
+    in_place = _in_place(federation)
+    # A strategy that folds tells every node the same: one message stands for all.
+    messages = instructions(federation, progress, layout, nodes[:1] if in_place else nodes)
+    uniform, deadline_s = run.federation.weighting == "uniform", run.federation.deadline_s
+    mean: ExactMean | None = None
+    ready: list[Message] = []
+    if isinstance(grid, FoldingGrid) and in_place:
+        sent = payload_bytes(messages[0]) * len(nodes)
+        mean = fold_in_place(
+            grid, messages[0], nodes, tally, uniform=uniform, deadline_s=deadline_s
+        )
     else:
-        ready = hold(taken, tally, uniform=uniform)
+        messages.sort(key=lambda message: message.metadata.dst_node_id)
+        sent = sum(payload_bytes(message) for message in messages)
+        taken = accepted(grid.send_and_receive(messages, timeout=deadline_s), layout, tally)
+        if folds:
+            mean = fold(taken, layout, tally, uniform=uniform)
+        else:
+            ready = hold(taken, tally, uniform=uniform)
+    _announce(federation, progress, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, number)
     if not tally.updates:
-        return tally, weights, sent
+        return progress.weights, sent
+    if mean is not None and federation.chosen.means:
+        return check_weights(mean.mean(), layout, where="aggregate"), sent
+    if mean is not None:
+        ready = [carry(mean, messages[0])]
     try:
-        with _streams(federation, number, "aggregate"):
+        with nullcontext() if in_place else _streams(federation, number, "aggregate"):
             arrays, _ = strategy.aggregate_train(number, ready)
     except FedcoreError:
         raise
@@ -166,7 +260,7 @@ def _train_round(
             f"updates: {type(error).__name__}: {error}. The global model is that of round "
             f"{number - 1}."
         ) from error
-    return tally, weights if arrays is None else _checked(arrays, layout, number), sent
+    return progress.weights if arrays is None else _checked(arrays, layout, number), sent
 
 
 def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
@@ -182,28 +276,29 @@ def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
 
 
 def _judge_round(
-    federation: Federation, model: FullModel, layout: Layout, number: int
+    federation: Federation, model: FullModel, layout: Layout, progress: Progress
 ) -> tuple[dict[str, float], str]:
+    """Metrics of ``model``, as it is after the round after ``progress``, and what on."""
     size = federation.run.federation.evaluate_cohort
     if size:
-        return _evaluate_on_clients(federation, model, layout, number, size), "clients"
+        return _evaluate_on_clients(federation, model, layout, progress, size), "clients"
     if federation.judge:
         return federation.judge(model), "cloud"
     return {}, "nothing"
 
 
 def _evaluate_on_clients(
-    federation: Federation, model: FullModel, layout: Layout, number: int, size: int
+    federation: Federation, model: FullModel, layout: Layout, progress: Progress, size: int
 ) -> dict[str, float]:
     """Means over some clients' held-out data, each weighed by its number of examples."""
-    run = federation.run
+    run, number = federation.run, progress.round + 1
     nodes = select(
         federation.grid.get_node_ids(),
         min(size, len(list(federation.grid.get_node_ids()))),
         seed=run.seed,
         words=("evaluation", number),
     )
-    config = instruction_config(layout, preprocess_bytes(model))
+    config = instruction_config(layout, progress.preprocess)
     config["server-round"] = number
     record = RecordDict({ARRAYS: weights_record(pack(model.model)), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
@@ -252,6 +347,7 @@ def _record(
         epsilon_max=tally.epsilon_max,
         bytes_up=tally.bytes_up,
         bytes_down=sent,
+        virtual=federation.grid.virtual if isinstance(federation.grid, FoldingGrid) else None,
     )
 
 

@@ -25,6 +25,8 @@ FOLDING = (
     flower.FedYogi,
 )
 """What these do depends on the weighted mean of the updates alone."""
+_MEANS = (flower.FedAvg, flower.FedProx)
+"""What these give is the weighted mean of the updates itself."""
 _CLIENT_MODS: Mapping[type[Strategy], Mod] = {
     flower.DifferentialPrivacyClientSideFixedClipping: fixedclipping_mod,
     flower.DifferentialPrivacyClientSideAdaptiveClipping: adaptiveclipping_mod,
@@ -50,6 +52,8 @@ class Chosen:
     strategy: Strategy
     folds: bool
     """Whether updates are folded in as they arrive; else all of a round's are held at once."""
+    means: bool
+    """Whether the new weights are the mean of the updates: then it need not be asked for them."""
     notes: Sequence[str]
     """What the user should know before it runs."""
 
@@ -97,9 +101,9 @@ def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: i
         arguments |= {
             "fraction_train": 1.0,
             "fraction_evaluate": 1.0,
-            "min_train_nodes": cohort,
-            "min_evaluate_nodes": cohort,
-            "min_available_nodes": cohort,
+            "min_train_nodes": 1,  # what they are shown is the cohort, and they take all of it
+            "min_evaluate_nodes": 1,
+            "min_available_nodes": 1,
             "weighted_by_key": NUM_EXAMPLES,
             "arrayrecord_key": ARRAYS,
             "configrecord_key": CONFIG,
@@ -110,7 +114,7 @@ def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: i
             f"{name} needs every update of a round at once: {cohort} x {size:,} parameters take "
             f"{cohort * size * 4 / 1e6:,.1f} MB, and up to three times that while it aggregates."
         )
-    return Chosen(_construct(cls, arguments, options), folds, notes)
+    return Chosen(_construct(cls, arguments, options), folds, cls in _MEANS, notes)
 
 
 def client_mods(name: str) -> Sequence[Mod]:

@@ -6,16 +6,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 Handler = Callable[[Message], Message]
-CohortHandler = Callable[[Sequence[Message]], Iterator[Message]]
-"""Answers all training messages of a round together."""
 
 
-class _OwnGrid(Grid):
+class OwnGrid(Grid):
     """What grids of ours have in common."""
 
     def __init__(self, run_id: int) -> None:
@@ -39,23 +37,16 @@ class _OwnGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
-class InProcessGrid(_OwnGrid):
+class InProcessGrid(OwnGrid):
     """Runs every node in this process, one after the other, as its reply is asked for.
 
     Replies are made lazily, so a server that folds them holds one at a time.
     """
 
-    def __init__(
-        self,
-        run_id: int,
-        node_ids: Sequence[int],
-        handle: Handler,
-        handle_cohort: CohortHandler | None = None,
-    ) -> None:
+    def __init__(self, run_id: int, node_ids: Sequence[int], handle: Handler) -> None:
         super().__init__(run_id)
         self._node_ids = tuple(node_ids)
         self._handle = handle
-        self._handle_cohort = handle_cohort
         self._waiting: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
@@ -78,18 +69,13 @@ class InProcessGrid(_OwnGrid):
     ) -> Iterator[Message]:
         """Replies in the order of the messages; none is begun after ``timeout`` seconds."""
         end = time.monotonic() + timeout if timeout is not None else float("inf")
-        messages = list(messages)
-        kinds = {message.metadata.message_type for message in messages}
-        if self._handle_cohort is not None and kinds == {MessageType.TRAIN}:
-            yield from self._handle_cohort(messages)
-            return
         for message in messages:
             if time.monotonic() >= end:
                 return
             yield self._handle(message)
 
 
-class CohortGrid(_OwnGrid):
+class CohortGrid(OwnGrid):
     """Shows a strategy only the nodes of one round, and sends through the grid behind.
 
     Flower's strategies draw nodes from an unseeded global generator, and wait for ever when there

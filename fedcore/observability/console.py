@@ -21,13 +21,25 @@ from fedcore.observability.events import (
     Value,
     json_line,
 )
-from fedcore.observability.words import NOTHING, epsilon_text, figure, one_line, seconds_text
+from fedcore.observability.words import (
+    NOTHING,
+    bytes_text,
+    epsilon_text,
+    figure,
+    one_line,
+    seconds_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 _ROWS = 8  # rounds in the live table: the screen keeps room for what was printed before
+_ON_DEVICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("on devices", "simulated_s", seconds_text),
+    ("late", "stragglers", lambda count: f"{count:.0f}"),
+)
+"""Headings of what a virtual clock says, its names, and how they are written."""
 _Cells = tuple[tuple[str, str], ...]
 
 
@@ -83,6 +95,7 @@ def _sentence(event: Event) -> str:
             text = f"round {number}: " + ", ".join(
                 f"{name} {cell}" for name, cell in cells if cell != NOTHING
             )
+            text += "".join(f", {part}" for part in _pace(values))
         case Noted(note):
             text = f"note: {note}"
         case _:
@@ -95,6 +108,8 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
     metrics = values.get("metrics")
     first = next(iter(metrics.items()), None) if isinstance(metrics, dict) else None
     name, metric = first or ("metric", None)
+    virtual = values.get("virtual")
+    on_devices = virtual if isinstance(virtual, dict) else {}
     return (
         ("round", f"{values.get('round')}/{values.get('rounds')}"),
         (name, figure(metric)),
@@ -102,7 +117,23 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
         ("clients", f"{values.get('updates')}/{values.get('cohort')}"),
         ("loss", figure(_number(values, "train_loss"))),
         ("time", seconds_text(_number(values, "seconds"))),
+        *(
+            (heading, text(on_devices[name]))
+            for heading, name, text in _ON_DEVICES
+            if name in on_devices
+        ),
     )
+
+
+def _pace(values: Mapping[str, Value]) -> list[str]:
+    """How fast rounds go, in how much memory, and how long they will still take; what is known."""
+    shown = (
+        ("clients_per_s", lambda rate: f"{figure(rate, 3)} clients/s"),
+        ("memory_bytes", bytes_text),
+        ("remaining_s", lambda left: f"{seconds_text(left)} left"),
+    )
+    numbers = ((_number(values, name), text) for name, text in shown)
+    return [text(number) for number, text in numbers if number is not None]
 
 
 def _number(values: Mapping[str, Value], name: str) -> float | None:
@@ -164,7 +195,7 @@ def live(console: Console) -> Iterator[Sink]:
             case StageAdvanced(_, done, note):
                 advance(done, note)
             case RoundFinished(values):
-                advance(int(_number(values, "round") or 0), "")
+                advance(int(_number(values, "round") or 0), ", ".join(_pace(values)))
                 rows.append(_round_cells(values))
                 display.update(Group(_rounds_table(rows), progress, step))
             case StageFinished():

@@ -39,6 +39,14 @@ def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Te
     return inputs, targets
 
 
+def gather_all(examples: Examples) -> tuple[Tensor, Tensor]:
+    """All examples as one batch; those of a `TensorDataset` are not copied."""
+    if isinstance(examples, TensorDataset):
+        inputs, targets = examples.tensors
+        return inputs, targets
+    return gather(examples, range(size_of(examples)))
+
+
 def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor]:
     try:
         return examples[row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fedcore.errors import TrainingDiverged
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import shuffled
+from fedcore.training.order import for_images
 
 
 class OptimizerSettings(Protocol):
@@ -74,6 +76,7 @@ def train(
         TrainingDiverged: a batch's loss is not finite; ``module`` is then not to be used.
     """
     device = next(module.parameters()).device
+    images = for_images(module)
     optimizer = make_optimizer(module, settings)
     module.train()
     mean = 0.0
@@ -81,7 +84,10 @@ def train(
         total, count = torch.zeros((), device=device), 0
         for inputs, targets in shuffled(examples, batch_size, rng):
             optimizer.zero_grad(set_to_none=True)
-            value = loss(module(inputs.to(device)), targets.to(device))
+            inputs = inputs.to(device)
+            if images and inputs.dim() == 4:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            value = loss(module(inputs), targets.to(device))
             objective = value + penalty(module) if penalty else value
             torch.autograd.backward(objective)
             optimizer.step()
@@ -94,12 +100,17 @@ def train(
 
 def check_loss(value: float, *, epoch: int, learning_rate: float) -> None:
     """Raises `TrainingDiverged` unless a loss is finite."""
-    if value != value or value in (float("inf"), float("-inf")):
-        raise TrainingDiverged(
-            f"training: the loss was {value} in local epoch {epoch + 1} at learning_rate "
-            f"{learning_rate}. No update was made; lower the learning rate, or look for inputs "
-            "that are not finite."
-        )
+    if not math.isfinite(value):
+        raise diverged(value, epoch=epoch, learning_rate=learning_rate)
+
+
+def diverged(value: float, *, epoch: int, learning_rate: float) -> TrainingDiverged:
+    """What a loss that is not finite comes to."""
+    return TrainingDiverged(
+        f"training: the loss was {value} in local epoch {epoch + 1} at learning_rate "
+        f"{learning_rate}. No update was made; lower the learning rate, or look for inputs "
+        "that are not finite."
+    )
 
 
 def proximal(module: nn.Module, mu: float) -> Callable[[nn.Module], Tensor]:

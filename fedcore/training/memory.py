@@ -13,6 +13,7 @@ from fedcore.config import Client, Privacy
 from fedcore.errors import InsufficientMemory
 
 _FLOAT_BYTES = 4
+_SMALL_BYTES = 64 << 20  # what needs less fits, or nothing else would run either
 
 
 def needed_bytes(model: nn.Module, client: Client, privacy: Privacy, *, examples: int) -> int:
@@ -56,7 +57,9 @@ def check_memory(
         InsufficientMemory: it needs more than is free, or than the device's owner allows.
     """
     needed = needed_bytes(model, client, privacy, examples=examples)
-    limits = {"free on " + str(device): free_bytes(device), "the owner's limit": owner_limit_bytes}
+    limits = {"the owner's limit": owner_limit_bytes}
+    if needed > _SMALL_BYTES:
+        limits[f"free on {device}"] = free_bytes(device)
     for name, limit in limits.items():
         if limit is not None and needed > limit:
             advice = "client.batch_size" if privacy.unit == "example" else "the model"

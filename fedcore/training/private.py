@@ -60,6 +60,11 @@ def plan(
     return PrivatePlan(Charge(round, noise, sample_rate, steps), privacy.clip_norm)
 
 
+def expected_batch_size(examples: int, plan: PrivatePlan) -> int:
+    """What a step's noised sum is divided by: a batch's size in the mean, at least 1."""
+    return max(1, round(examples * plan.charge.sample_rate))
+
+
 def train_private(
     preprocess: nn.Module,
     model: nn.Module,
@@ -106,7 +111,7 @@ def train_private(
         make_optimizer(model, settings),
         noise_multiplier=plan.charge.noise_multiplier,
         max_grad_norm=plan.clip_norm,
-        expected_batch_size=max(1, round(size_of(examples) * plan.charge.sample_rate)),
+        expected_batch_size=expected_batch_size(size_of(examples), plan),
         generator=noise,
     )
     if proximal_mu:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,17 @@ def instruction_config(layout: Layout, preprocess: bytes) -> ConfigRecord:
     return ConfigRecord({"layout": layout.digest, "preprocess": preprocess})
 
 
-def read_instruction(message: Message) -> Instruction:
-    """What a message asks for.
+def read_instruction(content: RecordDict) -> Instruction:
+    """What a message's content asks for.
 
     Raises:
         InvalidUpdate: records are missing; the message is not from a fedcore server.
     """
     try:
-        config = message.content.config_records[CONFIG]
+        config = content.config_records[CONFIG]
         return Instruction(
             round=int(str(config["server-round"])),
-            weights=array_of(message.content.array_records[ARRAYS][MODEL], where="instruction"),
+            weights=array_of(content.array_records[ARRAYS][MODEL], where="instruction"),
             layout=str(config["layout"]),
             preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
             proximal_mu=float(str(config.get("proximal-mu", 0.0))),
@@ -144,6 +145,9 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
     Raises:
         InvalidUpdate: they are not those of a NumPy array.
     """
+    vector = _float_vector(array.data)
+    if vector is not None:
+        return vector
     try:
         # Not `array.numpy()`, which takes archives for arrays, too. Pickled objects are refused.
         values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(array.data))
@@ -152,6 +156,26 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
             f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
         ) from None
     return values
+
+
+def _float_vector(data: bytes) -> Vector | None:
+    """The usual case, a float32 vector, without parsing its header; None for all else."""
+    size, rest = divmod(len(data) - _HEADER_BYTES, 4)
+    if rest or size < 1 or data[:_HEADER_BYTES] != _header(size):
+        return None
+    return np.frombuffer(data, np.float32, offset=_HEADER_BYTES)
+
+
+_HEADER_BYTES = 128  # NumPy pads a header to 64; that of a vector of any size has two of those
+
+
+@lru_cache(maxsize=16)
+def _header(size: int) -> bytes:
+    """What NumPy writes before a float32 vector."""
+    stream = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
 
 
 def check_weights(weights: Vector, layout: Layout, *, where: str) -> Vector:

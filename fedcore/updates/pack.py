@@ -58,15 +58,16 @@ def unpack(vector: Vector, model: nn.Module) -> None:
     Raises:
         InvalidUpdate: its length is not the model's.
     """
-    layout = layout_of(model)
-    if vector.shape != (layout.size,):
+    tensors = _packed(model).values()
+    size = sum(tensor.numel() for tensor in tensors)
+    if vector.shape != (size,):
         raise InvalidUpdate(
-            f"weights: got shape {vector.shape}, expected ({layout.size},) for this model. They "
-            "were not loaded; server and client must run the same task."
+            f"weights: got shape {vector.shape}, expected ({size},) for this model. They were not "
+            "loaded; server and client must run the same task."
         )
     source, start = torch.from_numpy(np.array(vector, dtype=np.float32)), 0
     with torch.no_grad():
-        for tensor in _packed(model).values():
+        for tensor in tensors:
             count = tensor.numel()
             tensor.copy_(source[start : start + count].view(tensor.shape))
             start += count

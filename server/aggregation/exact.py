@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,7 @@ from fedcore.updates.pack import Vector
 
 _SCALE = 2.0**36  # one unit is 1.5e-11, far below float32's step for weights of usual size
 _LIMIT = 2.0**62  # of 2**63: what is added is rounded, and rounding must not overflow
+_EXACT = 2.0**53  # below it float64 holds every whole number
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
 
 
@@ -44,18 +47,64 @@ class ExactMean:
         Raises:
             InvalidUpdate: the sum could leave its range; it is unchanged then.
         """
-        bound = self._bound + float(np.max(np.abs(vector), initial=0.0)) * weight * _SCALE + 1
+        peak = max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
+        bound = self._bound + peak * weight * _SCALE + 1
         if not bound < _LIMIT:
-            raise InvalidUpdate(
-                f"aggregation: values of magnitude {np.max(np.abs(vector)):.3g} at weight {weight} "
-                "leave the range of exact sums (2**26 in all). This client was not aggregated; "
-                "lower client.learning_rate, or use uniform weighting."
-            )
+            raise InvalidUpdate(out_of_range(vector, weight))
         for start in range(0, len(vector), _CHUNK):
             part = slice(start, start + _CHUNK)
-            scaled = vector[part].astype(np.float64) * (weight * _SCALE)
+            scaled = np.multiply(vector[part], weight * _SCALE, dtype=np.float64)
             self._sum[part] += np.rint(scaled, out=scaled).astype(np.int64)
         self._bound, self.weight, self.count = bound, self.weight + weight, self.count + 1
+
+    def add_rows(self, rows: NDArray[np.float32], weights: Sequence[int]) -> list[int]:
+        """Folds in many updates at once, with the bits that one after the other would give.
+
+        Args:
+            rows: Shape ``(K, D)``, finite.
+            weights: A positive whole number for each row.
+
+        Returns:
+            The places of rows that were refused, because the sum could leave its range.
+        """
+        peaks = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
+        taken: list[int] = []
+        for place, (peak, weight) in enumerate(zip(peaks, weights, strict=True)):
+            bound = self._bound + float(peak) * weight * _SCALE + 1
+            if bound < _LIMIT:
+                taken.append(place)
+                self._bound = bound
+        refused = sorted(set(range(len(rows))) - set(taken))
+        rows = rows[taken] if refused else rows
+        factors = np.array([weights[place] for place in taken], np.float64)[:, None] * _SCALE
+        small = self._bound < _EXACT  # then sums of whole numbers are exact in float64, too
+        step = max(1, _CHUNK // max(1, len(taken)))
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            scaled = np.multiply(rows[:, part], factors, dtype=np.float64)
+            np.rint(scaled, out=scaled)
+            total = scaled.sum(axis=0) if small else scaled.astype(np.int64).sum(axis=0)
+            self._sum[part] += total.astype(np.int64, copy=False)
+        self.weight += sum(weights[place] for place in taken)
+        self.count += len(taken)
+        return refused
+
+    def merge(self, other: ExactMean) -> None:
+        """Folds in everything that another sum holds.
+
+        Raises:
+            InvalidUpdate: the sum could leave its range; it is unchanged then.
+        """
+        bound = self._bound + other._bound
+        if not bound < _LIMIT:
+            raise InvalidUpdate(
+                f"aggregation: the sums of {self.count} and of {other.count} updates together "
+                "leave the range of exact sums (2**26 in all). They were not aggregated; lower "
+                "client.learning_rate, or use uniform weighting."
+            )
+        self._sum = self._sum + other._sum  # what came from another process may be read-only
+        self._bound = bound
+        self.weight, self.count = self.weight + other.weight, self.count + other.count
 
     def mean(self) -> Vector:
         """The weighted mean, shape ``(D,)``, float32; at least one update must have come in."""
@@ -65,3 +114,12 @@ class ExactMean:
             part = slice(start, start + _CHUNK)
             mean[part] = self._sum[part] / (self.weight * _SCALE)
         return mean
+
+
+def out_of_range(vector: Vector, weight: int) -> str:
+    """Why an update was refused."""
+    return (
+        f"aggregation: values of magnitude {np.max(np.abs(vector)):.3g} at weight {weight} leave "
+        "the range of exact sums (2**26 in all). This client was not aggregated; lower "
+        "client.learning_rate, or use uniform weighting."
+    )

@@ -91,6 +91,7 @@ def _rounds(record: RunRecord) -> Markup:
             ),
             class_="plots",
         ),
+        sections.training(record),
         sections.rounds_table(record),
     )
 

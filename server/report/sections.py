@@ -13,7 +13,7 @@ from fedcore.observability.words import (
     figure,
     seconds_text,
 )
-from server.records import RunRecord
+from server.records import RunRecord, VirtualRecord
 from server.report.markup import Markup, details, digest, join, table, tag
 from server.report.summary import MODELS
 
@@ -37,6 +37,7 @@ def headline(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
         _size_card(summary["model"]),
         _latency_card(summary["latency"]),
         _rounds_card(record),
+        _virtual_card(summary),
         (
             "Traffic",
             bytes_text(summary["bytes"]["up"] + summary["bytes"]["down"]),
@@ -102,6 +103,41 @@ def _rounds_card(record: RunRecord) -> tuple[str, str, str] | None:
     return "Rounds", value, f"round {record.best_round} was the best"
 
 
+def _virtual_card(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    virtual = summary["virtual"]
+    if virtual is None:
+        return None
+    return "Rounds on devices", seconds_text(virtual["simulated_s"]), "on the virtual clock"
+
+
+def training(record: RunRecord) -> Markup:
+    """How virtual clients were trained, and what their devices would have done."""
+    used, parts = record.training, []
+    if used is not None:
+        ways = {"loop": "one after the other", "vectorised": "side by side"}
+        by = f" by {counted(used.workers, 'worker')}" if used.workers else ""
+        parts.append(tag("p", f"Clients were trained {ways[used.method]}{by}: {used.reason}."))
+    virtual = [each.virtual for each in record.rounds if each.virtual]
+    if virtual:
+        total_s = sum(each.simulated_s for each in virtual)
+        lost = [
+            f"{sum(each.unavailable for each in virtual)} could not be reached",
+            f"{sum(each.dropped for each in virtual)} vanished during a round",
+            f"{sum(each.stragglers for each in virtual)} were late",
+        ]
+        wasted = bytes_text(sum(each.bytes_wasted for each in virtual))
+        moved = bytes_text(sum(each.bytes_up + each.bytes_down for each in virtual))
+        parts.append(
+            tag(
+                "p",
+                f"On their devices the rounds would have taken {seconds_text(total_s)}. Of the "
+                f"clients that were asked, {', '.join(lost[:2])} and {lost[2]}; {wasted} of the "
+                f"{moved} that crossed the network were for nothing.",
+            )
+        )
+    return join(parts)
+
+
 def scores_table(record: RunRecord) -> Markup:
     """Each metric of each model on the final test split."""
     models = [m for m in MODELS if any(m in scores for scores in record.scores.values())]
@@ -129,6 +165,8 @@ def rounds_table(record: RunRecord) -> Markup:
     """Every round, folded away."""
     metrics = list(dict.fromkeys(name for each in record.rounds for name in each.metrics))
     headings = ["round", *metrics, "loss", "epsilon", "updates", "declined", "failed"]
+    devices = ["on devices", "away", "dropped", "late", "wasted"]
+    on_devices = devices if any(each.virtual for each in record.rounds) else []
     rows = [
         [
             str(each.round),
@@ -141,11 +179,25 @@ def rounds_table(record: RunRecord) -> Markup:
             bytes_text(each.bytes_up),
             bytes_text(each.bytes_down),
             seconds_text(each.seconds),
+            *(_virtual_cells(each.virtual) if on_devices else ()),
         ]
         for each in record.rounds
     ]
-    drawn = table([*headings, "up", "down", "time"], rows, highlighted=str(record.best_round))
+    headings += ["up", "down", "time", *on_devices]
+    drawn = table(headings, rows, highlighted=str(record.best_round))
     return details(f"Every round ({len(rows)})", drawn)
+
+
+def _virtual_cells(virtual: VirtualRecord | None) -> tuple[str, ...]:
+    if virtual is None:
+        return (NOTHING,) * 5
+    return (
+        seconds_text(virtual.simulated_s),
+        str(virtual.unavailable),
+        str(virtual.dropped),
+        str(virtual.stragglers),
+        bytes_text(virtual.bytes_wasted),
+    )
 
 
 def candidates_table(record: RunRecord) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from server.records import RunRecord
@@ -58,6 +59,8 @@ def summary(
             "digest": manifest.onnx.sha256 if manifest else None,
         },
         "seconds": {**record.stages, "total": seconds},
+        "training": asdict(record.training) if record.training else None,
+        "virtual": virtual_total(record),
     }
     scores: dict[str, Any] = {
         f"{metric}_metric" if metric in fixed else metric: {
@@ -66,6 +69,12 @@ def summary(
         for metric in {record.primary: None, **record.scores}
     }
     return {name: _finite(value) for name, value in {**scores, **fixed}.items()}
+
+
+def virtual_total(record: RunRecord) -> dict[str, float] | None:
+    """The rounds on the virtual clock added up; None where no clock ran."""
+    rounds = [asdict(each.virtual) for each in record.rounds if each.virtual]
+    return {name: sum(each[name] for each in rounds) for name in rounds[0]} if rounds else None
 
 
 def epsilon_max(record: RunRecord) -> float | None:

@@ -32,6 +32,8 @@ _TAGS = {
     "bytes_up": "bytes/up",
     "bytes_down": "bytes/down",
     "seconds": "seconds/round",
+    "clients_per_s": "pace/clients_per_s",
+    "memory_bytes": "pace/memory_bytes",
 }
 
 
@@ -65,6 +67,9 @@ def _round_scalars(values: Mapping[str, Value]) -> tuple[int, dict[str, float]]:
     scalars = {tag: numbers[name] for name, tag in _TAGS.items() if name in numbers}
     for name, value in metrics.items() if isinstance(metrics, dict) else ():
         scalars[f"metrics/{name}"] = value
+    virtual = values.get("virtual")
+    for name, value in virtual.items() if isinstance(virtual, dict) else ():
+        scalars[f"virtual/{name}"] = value
     return int(numbers["round"]), scalars
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fedcore.config import RunConfig
 from fedcore.errors import DataError
 from fedcore.model import FullModel
-from fedcore.privacy.ledger import read_ledger
+from fedcore.privacy.ledger import Ledger
 from fedcore.task import Folder, Task, read_examples, size_of
 from fedcore.training.evaluate import evaluate
 from server.records import ClientRecord
-from server.simulation.engine import Simulation
+from server.simulation.state import State
 
 MOST = 1000
 """Clients that are looked at; reading every one's data again would rival the run itself."""
@@ -19,12 +19,12 @@ def client_records(
     run: RunConfig,
     task: Task,
     model: FullModel,
-    simulation: Simulation,
+    state: State,
     data: Folder,
 ) -> tuple[ClientRecord, ...]:
     """A record of each client that took part (the first `MOST`), in the order of their names."""
     records = []
-    for name in sorted(simulation.contexts)[:MOST]:
+    for name in sorted(state.rounds)[:MOST]:
         try:
             examples = read_examples(
                 lambda name=name: task.client_data(name, data),  # type: ignore[misc]
@@ -32,14 +32,14 @@ def client_records(
             )
         except DataError:
             continue  # it took no part, and the rounds said why
-        ledger = read_ledger(simulation.contexts[name])
+        ledger = state.ledgers.get(name, Ledger())
         records.append(
             ClientRecord(
                 client=name,
                 examples=size_of(examples),
                 metric=evaluate(model, examples, [task.primary])[task.primary.name],
                 epsilon=ledger.epsilon(run.privacy) if run.private else None,
-                rounds=simulation.rounds[name],
+                rounds=state.rounds[name],
             )
         )
     return tuple(records)

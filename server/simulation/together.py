@@ -1,78 +1,92 @@
-"""Answers a round's training messages by training its clients side by side."""
+"""Chooses how the clients of a model can be trained together, and keeps the group within memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from flwr.app import Message
 
-from fedcore.client_app import Client, local_data, model_of, refusal
-from fedcore.errors import ConfigError, TrainingDiverged
-from fedcore.model import build_model
-from fedcore.task import size_of
-from fedcore.training.device import available
-from fedcore.training.local import check_loss
-from fedcore.training.memory import memory_errors
-from fedcore.updates.messages import TRAIN_LOSS, Update, read_instruction, update_content
-from server.simulation.engine import Together
-from server.simulation.vectorised import LocalWork, check_vectorisable, train_cohort
+from fedcore.client_app import Client, Resident
+from fedcore.model import FullModel
+from fedcore.task import Loss, size_of
+from fedcore.training.batches import gather
+from server.simulation.chain import find_chain
+from server.simulation.dense import train_dense
+from server.simulation.slopes import is_mean
+from server.simulation.vectorised import train_cohort, what_forbids
+from server.simulation.work import LocalWork, Trained, in_order
 from server.strategies import client_mods
 
+_GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
 
-def vectorised_clients(client: Client) -> Together:
-    """What trains a cohort at once, as each client of ``client.task`` would alone.
+Trainer = Callable[[FullModel, Sequence[LocalWork], float], Trained]
+"""Trains clients side by side from one model, with FedProx's weight, in their order."""
 
-    Raises:
-        ConfigError: the model, or a mod that the strategy has clients run, does not allow it.
+
+def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Trainer | str:
+    """What trains this task's clients side by side, or why nothing can.
+
+    Args:
+        client: The task and the run.
+        resident: The task's model, on the device to train on.
+        sample: What some client brings; the task's loss and model are tried on it.
     """
-    run = client.run
-    check_vectorisable(build_model(client.task, run))
+    run, model = client.run, resident.model
+    assert client.task.loss is not None  # a Task sets it
+    loss: Loss = client.task.loss
     if client_mods(run.federation.strategy):
-        raise ConfigError(
-            f"simulation.engine = 'vectorised': clients of {run.federation.strategy} run a mod "
-            "around their training, each its own. Nothing was trained; use engine = 'loop'."
+        return f"clients of {run.federation.strategy} run a mod around their training, each its own"
+    forbidden = what_forbids(model)
+    if forbidden:
+        return (
+            f"the model holds {forbidden}: with buffers, frozen weights or random layers it cannot "
+            "be trained side by side with the result that a device would get"
         )
+    rows = range(min(2, size_of(sample.examples)))
+    inputs, targets = gather(sample.examples, rows)
+    device = next(model.model.parameters()).device
+    with torch.no_grad():
+        behind = model.preprocess(inputs.to(device))
+        outputs = model.model(behind)
+    if not is_mean(loss, outputs, targets.to(device)):
+        return "the task's loss is no mean over the examples of a batch"
+    chain = find_chain(model.model, behind)
+    if chain is not None:
+        return lambda model, work, mu: train_dense(
+            model, chain, work, loss, run.client, proximal_mu=mu
+        )
+    if run.private:
+        return "per-example gradients of more than dense layers are taken one client at a time"
+    return lambda model, work, mu: train_cohort(model, work, loss, run.client, proximal_mu=mu)
 
-    def answer(names: Sequence[str], messages: Sequence[Message]) -> Iterator[Message]:
-        work: list[LocalWork] = []
-        ready: list[tuple[str, Message]] = []
-        instruction = read_instruction(messages[0])  # a round sends the same to everyone
-        number = instruction.round
-        for name, message in zip(names, messages, strict=True):
-            try:
-                examples, _ = local_data(client, name)
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # the task's code: its failure is that client's
-                yield refusal(name, error, message)
-                continue
-            order = client.randomness.generator(torch.device("cpu"), "order", number, name)
-            work.append(LocalWork(examples, order))
-            ready.append((name, message))
-        device = available(run.client.device)
-        with memory_errors(f"round {number}: training {len(work)} clients together"):
-            trained = train_cohort(
-                model_of(client, instruction).to(device),
-                work,
-                client.task.loss_of,
-                run.client,
-                proximal_mu=instruction.proximal_mu,
-            )
-        for (name, message), one, result in zip(ready, work, trained, strict=True):
-            try:
-                check_loss(
-                    result.loss,
-                    epoch=run.client.epochs - 1,
-                    learning_rate=run.client.learning_rate,
-                )
-            except TrainingDiverged as error:
-                yield refusal(name, error, message)
-                continue
-            weights = result.weights.cpu().numpy()
-            metrics = {TRAIN_LOSS: result.loss}
-            update = Update(weights, size_of(one.examples), metrics)
-            yield Message(update_content(update), reply_to=message)
 
-    return answer
+def train_in_groups(
+    trainer: Trainer, model: FullModel, work: Sequence[LocalWork], client: Client, mu: float
+) -> Trained:
+    """Trains as many clients at once as memory is set aside for; results in the order of ``work``.
+
+    Clients of like size go together, so that little is padded.
+    """
+    return in_order(
+        (places, trainer(model, [work[place] for place in places], mu))
+        for places in _groups(model, work, client)
+    )
+
+
+def _groups(model: FullModel, work: Sequence[LocalWork], client: Client) -> Iterator[list[int]]:
+    weights = sum(p.numel() for p in model.model.parameters()) * 4 * 4  # gradients, state, noise
+    epochs = client.run.client.epochs
+    places = sorted(range(len(work)), key=lambda place: -size_of(work[place].examples))
+    numbers = client.task.example_input.numel()
+    group: list[int] = []
+    each = 0
+    for place in places:
+        if not group:  # the largest of its group
+            rows = size_of(work[place].examples) * epochs
+            each = weights + 2 * rows * numbers * 4  # twice: a step's widest batch pads all
+        group.append(place)
+        if (len(group) + 1) * each > _GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group

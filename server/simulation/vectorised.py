@@ -6,62 +6,31 @@ is one batched product. Convolutions on a CPU gain nothing from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedcore.config import Client
-from fedcore.errors import ConfigError
 from fedcore.model import FullModel
-from fedcore.task import Examples, Loss, size_of
-from fedcore.training.batches import gather
+from fedcore.task import Loss, size_of
+from fedcore.training.batches import gather_all
 from fedcore.training.local import optimizer_of
-
-_CHUNK_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
+from server.simulation.work import LocalWork, Trained, in_order
 
 Weights = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LocalWork:
-    """What one client brings to a round."""
-
-    examples: Examples
-    order: torch.Generator
-    """Draws the order of examples, as the client itself would."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What one client has learnt."""
-
-    weights: Tensor
-    """Shape ``(D,)``, float32, in the order of the model's parameters."""
-    loss: float
-    """Mean over its last epoch; not finite when this client diverged."""
-
-
-def check_vectorisable(model: FullModel) -> None:
-    """Refuses a model whose clients cannot be trained side by side with the same result.
-
-    Raises:
-        ConfigError: it holds state beyond its parameters, or draws random numbers as it trains.
-    """
+def what_forbids(model: FullModel) -> str:
+    """What in a model keeps clients from being trained side by side; empty when nothing does."""
     named = [
         f"{name or 'model'} ({type(module).__name__})"
         for name, module in model.model.named_modules()
         if list(module.buffers(recurse=False)) or isinstance(module, _RANDOM)
     ]
     frozen = [name for name, p in model.model.named_parameters() if not p.requires_grad]
-    if named or frozen:
-        raise ConfigError(
-            f"simulation.engine = 'vectorised': the model holds {', '.join(named + frozen)}: "
-            "buffers, frozen weights and random layers cannot be trained side by side with the "
-            "result that a device would get. Nothing was trained; use engine = 'loop'."
-        )
+    return ", ".join(named + frozen)
 
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -74,7 +43,7 @@ def train_cohort(
     settings: Client,
     *,
     proximal_mu: float,
-) -> list[Trained]:
+) -> Trained:
     """Trains one copy of ``model`` for each client and returns them in the order of ``work``.
 
     Guarantee:
@@ -88,25 +57,18 @@ def train_cohort(
         settings: Of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
     """
-    results: dict[int, Trained] = {}
-    for places in _groups(model, work, settings):
-        chunk = [work[place] for place in places]
-        results |= zip(places, _train(model, chunk, loss, settings, proximal_mu), strict=True)
-    return [results[place] for place in range(len(work))]
+    return in_order(
+        (places, _train(model, [work[place] for place in places], loss, settings, proximal_mu))
+        for places in _groups(work, settings)
+    )
 
 
-def _groups(model: FullModel, work: Sequence[LocalWork], settings: Client) -> Iterator[list[int]]:
-    """Clients that take equally many steps, as many together as memory is set aside for."""
-    weights = sum(p.numel() for p in model.model.parameters()) * 4 * 4  # gradients, state
+def _groups(work: Sequence[LocalWork], settings: Client) -> Iterable[list[int]]:
+    """Clients that take equally many steps."""
     steps: dict[int, list[int]] = {}
     for place, one in enumerate(work):
         steps.setdefault(-(-size_of(one.examples) // settings.batch_size), []).append(place)
-    for count, places in steps.items():
-        inputs, _ = gather(work[places[0]].examples, [0])
-        rows = count * settings.batch_size
-        most = max(1, _CHUNK_BYTES // (weights + rows * inputs.numel() * 4))
-        for start in range(0, len(places), most):
-            yield places[start : start + most]
+    return steps.values()
 
 
 def _train(
@@ -115,23 +77,25 @@ def _train(
     loss: Loss,
     settings: Client,
     proximal_mu: float,
-) -> list[Trained]:
+) -> Trained:
     """Clients of one group: all take the same number of steps."""
     clients, batch = len(work), settings.batch_size
-    counts = torch.tensor([size_of(one.examples) for one in work])
+    device = next(model.model.parameters()).device
+    counts = torch.tensor([size_of(one.examples) for one in work], device=device)
     steps = -(-int(counts[0]) // batch)
     inputs, targets = _side_by_side(model, work, steps * batch)
-    valid = torch.arange(steps * batch) < counts[:, None]
+    valid = torch.arange(steps * batch, device=device) < counts[:, None]
     full = bool(valid.all())
     weights, start = _stacked(model.model, clients)
     optimizer = optimizer_of(list(weights.values()), settings)
     step = _gradients(model.model, loss, full=full)
     rows = torch.arange(clients)[:, None]
-    losses = torch.zeros(clients)
+    losses = torch.zeros(clients, device=device)
     model.model.train()
+    rngs = [one.order() for one in work]
     for _ in range(settings.epochs):
-        order = _orders(work, steps * batch)
-        losses = torch.zeros(clients)
+        order = _orders(work, rngs, steps * batch)
+        losses = torch.zeros(clients, device=device)
         for first in range(0, steps * batch, batch):
             places = slice(first, first + batch)
             picked, mask = order[:, places], valid[:, places]
@@ -145,7 +109,7 @@ def _train(
             losses += value.detach() * mask.sum(dim=1)
     flat = torch.cat([weights[name].detach().flatten(1) for name in weights], dim=1)
     means = (losses / counts).tolist()
-    return [Trained(vector, mean) for vector, mean in zip(flat, means, strict=True)]
+    return Trained(flat, means)
 
 
 def _side_by_side(
@@ -153,10 +117,11 @@ def _side_by_side(
 ) -> tuple[Tensor, Tensor]:
     """All examples of all clients behind preprocessing: ``(K, length, ...)``, padded."""
     inputs, targets = [], []
+    device = next(model.model.parameters()).device
     with torch.no_grad():
         for one in work:
             count = size_of(one.examples)
-            x, y = gather(one.examples, list(range(count)))
+            x, y = (tensor.to(device) for tensor in gather_all(one.examples))
             padding = torch.zeros(length - count, dtype=torch.long)  # its first example, masked
             rows = torch.cat([torch.arange(count), padding])
             inputs.append(model.preprocess(x)[rows])
@@ -164,11 +129,11 @@ def _side_by_side(
     return torch.stack(inputs), torch.stack(targets)
 
 
-def _orders(work: Sequence[LocalWork], length: int) -> Tensor:
+def _orders(work: Sequence[LocalWork], rngs: Sequence[torch.Generator], length: int) -> Tensor:
     """One epoch's order for each client, ``(K, length)``; what pads stands at the end."""
     orders = torch.zeros(len(work), length, dtype=torch.long)
-    for row, one in zip(orders, work, strict=True):
-        drawn = torch.randperm(size_of(one.examples), generator=one.order)
+    for row, one, rng in zip(orders, work, rngs, strict=True):
+        drawn = torch.randperm(size_of(one.examples), generator=rng)
         row[: len(drawn)] = drawn
     return orders
 

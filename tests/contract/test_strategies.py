@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
-from fedcore.flower.grid import InProcessGrid
+from fedcore.flower.grid import CohortGrid, InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.seeds import Simulated, numpy_rng
 from fedcore.task import Task
-from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
+from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content, weights_record
 from fedcore.updates.pack import Vector, pack
+from server.aggregation.exact import ExactMean
 from server.app import Outcome
+from server.inbound import carry
 from server.rounds import Federation, run_rounds
 from server.strategies import FOLDING, make_strategy, strategy_names
 
@@ -139,6 +141,25 @@ def test_a_folding_strategy_gives_what_flowers_own_gives_of_all_replies(
     folded = after_three_rounds(name, tiny)
     stock = after_three_rounds(name, tiny, folds=False)
     assert np.abs(folded - stock).max() <= 2e-6 * np.abs(stock).max()
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_whose_new_weights_are_the_mean_says_so(name: str, tiny: Task) -> None:
+    assume_identity(1)
+    chosen = make_strategy(name, OPTIONS.get(name, {}), cohort=6, size=1000)
+    weights = pack(build_model(tiny, RunConfig(name="run", task="task.py")).model)
+    mean = ExactMean(len(weights))
+    for place in range(3):
+        mean.add(weights + numpy_rng(0, place).normal(size=len(weights)).astype(np.float32), 7)
+    record = weights_record(weights)
+    (asked,) = chosen.strategy.configure_train(
+        1, record, ConfigRecord({}), CohortGrid(InProcessGrid(1, [5], lambda m: m), [5])
+    )
+    arrays, _ = chosen.strategy.aggregate_train(1, [carry(mean, asked)])
+    assert arrays is not None
+    same = np.array_equal(arrays[MODEL].numpy(), mean.mean())
+    assert same or not chosen.means
+    assert chosen.means == (name in ("FedAvg", "FedProx"))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

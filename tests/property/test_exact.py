@@ -83,3 +83,53 @@ def test_a_sum_never_overflows(values: list[float]) -> None:
     if mean.weight:
         expected = float(taken / mean.weight)
         assert mean.mean()[0] == pytest.approx(expected, rel=2**-22, abs=2**-35)
+
+
+@given(st.lists(UPDATES, min_size=1, max_size=4))
+def test_parts_that_are_merged_give_the_bits_of_the_whole(parts: list[list[Update]]) -> None:
+    total = ExactMean(2)
+    for part in parts:
+        one = ExactMean(2)
+        for first, second, weight in part:
+            one.add(np.array([first, second], np.float32), weight)
+        total.merge(one)
+    whole = [update for part in parts for update in part]
+    assert total.mean().tobytes() == mean_of(whole).tobytes()
+    assert (total.count, total.weight) == (len(whole), sum(weight for *_, weight in whole))
+
+
+@given(UPDATES)
+def test_rows_give_the_bits_of_one_after_the_other(updates: list[Update]) -> None:
+    rows = np.array([update[:2] for update in updates], np.float32)
+    mean = ExactMean(2)
+    assert mean.add_rows(rows, [update[2] for update in updates]) == []
+    assert mean.mean().tobytes() == mean_of(updates).tobytes()
+
+
+@given(
+    st.lists(st.tuples(st.floats(-(2.0**40), 2.0**40, width=32), WEIGHTS), min_size=1, max_size=9)
+)
+def test_rows_out_of_range_are_those_that_would_be_refused_alone(
+    updates: list[tuple[float, int]],
+) -> None:
+    alone, refused = ExactMean(1), []
+    for place, (value, weight) in enumerate(updates):
+        try:
+            alone.add(np.array([value], np.float32), weight)
+        except InvalidUpdate:
+            refused.append(place)
+    together = ExactMean(1)
+    rows = np.array([[value] for value, _ in updates], np.float32)
+    assert together.add_rows(rows, [weight for _, weight in updates]) == refused
+    assert (together.count, together.weight) == (alone.count, alone.weight)
+    if alone.weight:
+        assert together.mean().tobytes() == alone.mean().tobytes()
+
+
+def test_sums_that_leave_the_range_together_are_not_merged() -> None:
+    one, other = ExactMean(1), ExactMean(1)
+    one.add(np.array([2.0**25], np.float32), 1)
+    other.add(np.array([2.0**25], np.float32), 1)
+    with pytest.raises(InvalidUpdate, match="leave the range of exact sums"):
+        one.merge(other)
+    assert one.mean()[0] == 2.0**25

@@ -7,7 +7,7 @@ import pytest
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DiskFull, ResourceError
-from server.folder import config_json, write_results
+from server.folder import clear, config_json, reopen_folder, write_results
 from server.folder import open_folder as opening
 from server.records import Finished, RoundRecord, RunRecord
 
@@ -98,6 +98,32 @@ def test_without_room_for_the_report_there_is_no_summary(
     with pytest.raises(DiskFull):
         write_results(tmp_path, FINISHED, target_delta=None, seconds=3.5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_did_not_end_is_reopened_as_it_was_left(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    (folder / "metrics.jsonl").write_text("{}")
+    with reopen_folder(RUN, tmp_path) as again:
+        assert again == folder
+        assert (folder / "metrics.jsonl").read_text() == "{}"
+        with pytest.raises(ConfigError, match="a run of this name is going on"):
+            open_folder(RUN, tmp_path)
+
+
+def test_there_must_be_a_run_to_reopen_and_it_must_not_have_ended(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none to resume"), reopen_folder(RUN, tmp_path):
+        pass
+    (open_folder(RUN, tmp_path) / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="this run is complete"), reopen_folder(RUN, tmp_path):
+        pass
+
+
+def test_what_is_kept_is_named(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    for name in ("checkpoint", ".checkpoint.half", "metrics.jsonl"):
+        (folder / name).write_text("")
+    clear(folder, keep=["checkpoint"])
+    assert {path.name for path in folder.iterdir()} == {"run.json", "checkpoint"}
 
 
 def test_a_run_of_the_same_name_that_is_going_on_is_left_alone(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def run_of(**sections: Any) -> RunConfig:
 
 def test_a_run_that_can_begin_is_prepared(tmp_path: Path) -> None:
     prepared = prepare(run_of(), TASK, OPEN_POLICY, tmp_path)
-    assert prepared.clients == ("a", "b")
+    assert list(prepared.clients) == ["a", "b"]
     assert prepared.cloud is not None
 
 

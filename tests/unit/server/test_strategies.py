@@ -26,10 +26,10 @@ def test_every_strategy_of_flower_can_be_named() -> None:
     assert all(issubclass(getattr(flower, name), Strategy) for name in names)
 
 
-def test_a_cohort_is_all_that_a_strategy_waits_for() -> None:
+def test_a_strategy_waits_for_nobody_and_takes_all_that_it_is_shown() -> None:
     strategy = make("FedAvg", cohort=5).strategy
     assert isinstance(strategy, flower.FedAvg)
-    assert strategy.min_train_nodes == strategy.min_available_nodes == 5
+    assert strategy.min_train_nodes == strategy.min_available_nodes == 1
     assert strategy.fraction_train == 1.0
 
 

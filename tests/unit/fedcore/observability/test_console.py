@@ -50,6 +50,31 @@ def test_plain_writes_one_line_an_event(finished_round: Round) -> None:
     ]
 
 
+PACE = {"clients_per_s": 1234.5, "remaining_s": 754.0, "memory_bytes": 412_000_000}
+VIRTUAL: dict[str, float] = {"simulated_s": 90.0, "stragglers": 3, "dropped": 1}
+
+
+def test_the_pace_and_the_virtual_clock_are_shown_where_they_are_known(
+    finished_round: Round,
+) -> None:
+    event = RoundFinished({**finished_round(2).values, "virtual": VIRTUAL, **PACE})
+    stream = StringIO()
+    with console.plain(stream) as sink:
+        sink(event)
+    assert stream.getvalue() == (
+        "round 2/5: accuracy 0.7000, epsilon 2.47, clients 19/20, time 0.25 s, on devices 90.0 s, "
+        "late 3, 1234 clients/s, 412 MB, 12 min 34 s left\n"
+    )
+    shown = StringIO()
+    with live(shown) as sink:
+        sink(StageStarted("federate", 5))
+        sink(event)
+    last = shown.getvalue().rsplit("round  accuracy", 1)[1].splitlines()
+    assert last[0].split()[-3:] == ["on", "devices", "late"]
+    assert last[1].split()[-3:] == ["90.0", "s", "3"]
+    assert "1234 clients/s, 412 MB, 12 min 34 s left" in shown.getvalue()
+
+
 def test_json_is_one_object_a_line(finished_round: Round) -> None:
     stream = StringIO()
     with console.as_json(stream) as sink:

@@ -18,6 +18,7 @@ from fedcore.updates.messages import (
     NUM_EXAMPLES,
     Instruction,
     Update,
+    array_of,
     check_weights,
     instruction_config,
     read_instruction,
@@ -62,7 +63,7 @@ def test_an_instruction_comes_back_as_it_was() -> None:
     config = instruction_config(LAYOUT, b"state")
     config["server-round"] = 3
     config["proximal-mu"] = 0.25
-    got = read_instruction(message(RecordDict({ARRAYS: weights_record(WEIGHTS), CONFIG: config})))
+    got = read_instruction(RecordDict({ARRAYS: weights_record(WEIGHTS), CONFIG: config}))
     assert got.weights.tobytes() == WEIGHTS.tobytes()
     assert got == Instruction(3, got.weights, LAYOUT.digest, b"state", 0.25)
 
@@ -87,7 +88,7 @@ def instructions() -> Iterator[tuple[str, RecordDict]]:
 )
 def test_what_is_no_instruction_is_refused(content: RecordDict) -> None:
     with pytest.raises(InvalidUpdate, match="lacks what a fedcore server sends"):
-        read_instruction(message(content))
+        read_instruction(content)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +192,18 @@ def test_weights_that_fit_are_handed_on() -> None:
     assert check_weights(WEIGHTS, LAYOUT, where="here") is WEIGHTS
     with pytest.raises(InvalidUpdate, match=r"here: got float64 \(3,\)"):
         check_weights(WEIGHTS.astype(np.float64), LAYOUT, where="here")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7850, 10_000_000])
+def test_a_vector_is_read_as_numpy_reads_it(size: int) -> None:
+    values = np.arange(size, dtype=np.float32)
+    read = array_of(Array(values), where="here")
+    assert read.dtype == np.float32
+    assert np.array_equal(read, values)
+
+
+def test_a_vector_with_a_byte_too_few_or_too_many_is_refused() -> None:
+    whole = Array(np.arange(5, dtype=np.float32))
+    for data in (whole.data[:-1], whole.data[:-4]):
+        with pytest.raises(InvalidUpdate, match="cannot be read"):
+            array_of(Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=data), where="")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.records import RunRecord
+from server.records import RunRecord, TrainingRecord, VirtualRecord
 from server.report import sections
 from server.report.html import report_html
 from server.report.summary import summary
@@ -202,3 +202,18 @@ def test_what_a_run_lacks_is_left_out(record: RunRecord) -> None:
 
 def test_the_same_run_gives_the_same_page(record: RunRecord) -> None:
     assert page_of(record) == page_of(record)
+
+
+def test_how_clients_were_trained_and_what_their_devices_did_is_said(record: RunRecord) -> None:
+    assert "Clients were trained" not in read(page_of(record)).text
+    assert "On their devices" not in read(page_of(record)).text
+    virtual = VirtualRecord(60.0, 1, 2, 3, 5000, 4000, 3000)
+    rounds = (record.rounds[0], *(replace(each, virtual=virtual) for each in record.rounds[1:]))
+    training = TrainingRecord("vectorised", "it is <b>quicker</b>", 0.002, 0.0005, workers=2)
+    words = read(page_of(replace(record, rounds=rounds, training=training)))
+    assert "Clients were trained side by side by 2 workers: it is <b>quicker</b>." in words.text
+    assert "b" not in words.tags
+    assert "the rounds would have taken 2 min 0 s" in words.text
+    assert "2 could not be reached, 4 vanished during a round and 6 were late" in words.text
+    assert "6 kB of the 18 kB" in words.text
+    assert "Rounds on devices" in words.text

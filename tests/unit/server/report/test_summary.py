@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 
-from server.records import RunRecord
+from server.records import RunRecord, TrainingRecord, VirtualRecord
 from server.report.summary import epsilon_max, summary
 
 
@@ -24,6 +24,8 @@ def test_a_whole_run(record: RunRecord) -> None:
         "latency": {"torch_p50_us": 70.0, "fp32_p50_us": 11.0, "released_p50_us": 9.0},
         "release": {"version": 3, "digest": "ab" * 32},
         "seconds": {"rounds": 1.5, "compression": 2.5, "total": 5.0},
+        "training": None,
+        "virtual": None,
     }
 
 
@@ -48,6 +50,38 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
         "latency": {"torch_p50_us": None, "fp32_p50_us": None, "released_p50_us": None},
         "release": {"version": None, "digest": None},
         "seconds": {"total": 1.0},
+        "training": None,
+        "virtual": None,
+    }
+
+
+def test_how_clients_were_trained_and_what_their_devices_did(record: RunRecord) -> None:
+    rounds = [
+        replace(each, virtual=VirtualRecord(60.0 * each.round, 1, 2, 3, 500, 400, 300))
+        for each in record.rounds
+    ]
+    training = TrainingRecord("vectorised", "it is quicker", 0.002, 0.0005, workers=2)
+    made = summary(
+        replace(record, rounds=tuple(rounds), training=training),
+        target_delta=1e-3,
+        torch_p50_us=None,
+        seconds=1.0,
+    )
+    assert made["training"] == {
+        "method": "vectorised",
+        "reason": "it is quicker",
+        "loop_s": 0.002,
+        "vectorised_s": 0.0005,
+        "workers": 2,
+    }
+    assert made["virtual"] == {
+        "simulated_s": 360.0,
+        "unavailable": 3,
+        "dropped": 6,
+        "stragglers": 9,
+        "bytes_down": 1500,
+        "bytes_up": 1200,
+        "bytes_wasted": 900,
     }
 
 

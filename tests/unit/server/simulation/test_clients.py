@@ -1,21 +1,21 @@
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from fedcore.config import RunConfig
 from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
-from fedcore.privacy.ledger import Ledger, write_ledger
+from fedcore.privacy.ledger import Ledger
 from fedcore.task import Task
 from server.simulation import clients
 from server.simulation.clients import client_records
-from server.simulation.engine import Simulation
+from server.simulation.state import State
 
 
 class First(nn.Module):
@@ -48,19 +48,13 @@ def task_of(parts: dict[str, Any]) -> Task:
     )
 
 
-def context(*charges: Charge) -> Context:
-    node = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    write_ledger(node, Ledger(charges))
-    return node
-
-
 def make_run(**privacy: Any) -> RunConfig:
     return RunConfig.model_validate({"name": "run", "task": "x", "privacy": privacy})
 
 
 def test_each_client_is_judged_on_its_own_data_in_the_order_of_names() -> None:
-    simulation = Simulation({"ben": context(), "anna": context()}, {"ben": 3, "anna": 1})
-    records = client_records(make_run(), task_of(PARTS), MODEL, simulation, None)
+    state = State(rounds=Counter({"ben": 3, "anna": 1}))
+    records = client_records(make_run(), task_of(PARTS), MODEL, state, None)
     assert [(r.client, r.examples, r.metric, r.rounds) for r in records] == [
         ("anna", 2, 1.0, 1),
         ("ben", 4, 0.25, 3),
@@ -70,18 +64,17 @@ def test_each_client_is_judged_on_its_own_data_in_the_order_of_names() -> None:
 
 def test_under_privacy_each_ones_own_epsilon_is_told() -> None:
     spent = Charge(1, 1.0, 0.5, 4)
-    simulation = Simulation(
-        {"ben": context(spent, spent), "anna": context(spent)}, {"ben": 2, "anna": 1}
-    )
+    ledgers = {"ben": Ledger((spent, spent)), "anna": Ledger((spent,))}
+    state = State(ledgers, Counter({"ben": 2, "anna": 1}))
     run = make_run(unit="example", target_delta=1e-3)
-    anna, ben = client_records(run, task_of(PARTS), MODEL, simulation, None)
+    anna, ben = client_records(run, task_of(PARTS), MODEL, state, None)
     assert anna.epsilon == Ledger((spent,)).epsilon(run.privacy)
     assert ben.epsilon == Ledger((spent, spent)).epsilon(run.privacy)
 
 
 def test_a_client_without_data_has_no_record() -> None:
-    simulation = Simulation({"empty": context(), "anna": context()}, {"empty": 1, "anna": 1})
-    records = client_records(make_run(), task_of(PARTS), MODEL, simulation, None)
+    state = State(rounds=Counter({"empty": 1, "anna": 1}))
+    records = client_records(make_run(), task_of(PARTS), MODEL, state, None)
     assert [record.client for record in records] == ["anna"]
 
 
@@ -89,7 +82,7 @@ def test_no_more_than_a_thousand_are_looked_at(monkeypatch: pytest.MonkeyPatch) 
     assert clients.MOST == 1000
     monkeypatch.setattr(clients, "MOST", 3)
     names = [f"client-{number}" for number in range(5)]
-    simulation = Simulation(dict.fromkeys(names, context()), dict.fromkeys(names, 1))
+    state = State(rounds=Counter(names))
     parts = dict.fromkeys([*names, "anna"], PARTS["anna"])
-    records = client_records(make_run(), task_of(parts), MODEL, simulation, None)
+    records = client_records(make_run(), task_of(parts), MODEL, state, None)
     assert [record.client for record in records] == names[:3]

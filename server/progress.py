@@ -1,0 +1,76 @@
+"""How far the rounds of a run are, and who keeps that for the day they are interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedcore.updates.pack import Vector
+from server.records import RoundRecord
+from server.strategy_state import Remembered
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What rounds need, beside their clients' state, to go on and give the same bits."""
+
+    round: int
+    """The last one that is over; 0 before the first."""
+    over: bool
+    """Whether no round follows."""
+    weights: Vector
+    """Of the global model."""
+    best: Vector
+    best_round: int
+    most_failed: int
+    """Clients that failed in the worst round so far."""
+    strategy: Remembered
+    preprocess: bytes
+    """State of the preprocessing, as safetensors."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where rounds that were interrupted go on."""
+
+    progress: Progress
+    records: tuple[RoundRecord, ...]
+    """Of the rounds that are over."""
+
+
+class Keeper(Protocol):
+    """Keeps what it takes to go on with rounds that are interrupted.
+
+    Nothing that it is given changes afterwards.
+    """
+
+    def goes_on(self, progress: Progress) -> bool:
+        """Asked before the first round and after each; False ends the rounds there."""
+
+    def begin(self, nodes: Sequence[int]) -> None:
+        """These nodes are about to be asked to train."""
+
+    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        """Clients failed for ``reasons`` in the round after ``progress``: what a user can do."""
+
+    def fail(self, progress: Progress) -> None:
+        """The round after ``progress`` failed, and with it the run."""
+
+
+class Forgetful:
+    """Keeps nothing."""
+
+    def goes_on(self, progress: Progress) -> bool:
+        """Always."""
+        return True
+
+    def begin(self, nodes: Sequence[int]) -> None:
+        """Nothing."""
+
+    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        """No advice."""
+        return ()
+
+    def fail(self, progress: Progress) -> None:
+        """Nothing."""

@@ -1,0 +1,69 @@
+"""Which way of training is quicker for this task on this machine: measured on its first clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fedcore.errors import ConfigError
+from server.simulation.orders import Asked, Method, Order
+from server.simulation.worker import Worker
+
+_LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
+_ENOUGH_S = 10.0  # what takes so long needs no second look; less may be the cost of a first time
+_MARGIN = 1.15  # a gain below it is within the noise of a machine
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How clients are trained, and why; part of a run's record, for it decides the last bits."""
+
+    method: Method
+    loop_s: float | None
+    """Seconds a client, one after the other; None where it was not measured."""
+    vectorised_s: float | None
+    """Seconds a client, side by side; None where it was not measured."""
+    reason: str
+
+
+def forced(method: Method) -> Choice:
+    """What the configuration names."""
+    return Choice(method, None, None, "as the configuration says")
+
+
+def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock) -> Choice:
+    """Trains the first clients both ways and drops the results; ledgers stay as they are.
+
+    Where both take about the same, clients go one after the other, as devices do.
+
+    Args:
+        worker: Idle; it is left so.
+        order: Of the first round.
+        asked: Clients of that round, at least one.
+        clock: Gives seconds.
+    """
+
+    def seconds(method: Method, clients: Sequence[Asked]) -> float:
+        worker.begin(replace(order, method=method))
+        started = clock()
+        worker.work(clients)
+        return (clock() - started) / len(clients)
+
+    loop_s = seconds("loop", asked[:1])
+    if loop_s < _ENOUGH_S:  # the first time, much is set up
+        loop_s = seconds("loop", asked[:_LOOP_CLIENTS])
+    try:
+        vectorised_s = seconds("vectorised", asked[:_TOGETHER_CLIENTS])
+        if vectorised_s < _ENOUGH_S:
+            vectorised_s = seconds("vectorised", asked[:_TOGETHER_CLIENTS])
+    except ConfigError as error:
+        reason = str(error).removeprefix("simulation.training = 'vectorised': ").split(". ")[0]
+        return Choice("loop", loop_s, None, reason)
+    method: Method = "vectorised" if vectorised_s * _MARGIN < loop_s else "loop"
+    measured = (
+        f"a client takes {loop_s * 1e3:.3g} ms one after the other and {vectorised_s * 1e3:.3g} ms "
+        "side by side"
+    )
+    return Choice(method, loop_s, vectorised_s, measured)

@@ -1,0 +1,66 @@
+"""A crew of workers: in this process, in processes of its own, or in Ray's actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from server.aggregation.exact import ExactMean
+from server.simulation.orders import Answer, Asked, Order
+from server.simulation.worker import Worker
+
+MakeWorker = Callable[[], Worker]
+_PIECES = 6  # a worker's share comes in so many pieces, so that workers end at about the same time
+
+
+class Crew(Protocol):
+    """Carries orders out."""
+
+    @property
+    def size(self) -> int:
+        """Workers that compute at the same time."""
+
+    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+        """Answers in the order of ``asked``, and the sum of what was folded.
+
+        Neither depends on how many workers there are, nor on which of them did what.
+        """
+
+    def close(self) -> None:
+        """Ends the workers."""
+
+
+class Alone:
+    """One worker, in this process."""
+
+    size = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+        """All of it, here and now."""
+        self.worker.begin(order)
+        return self.worker.work(asked), self.worker.hand_in()
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
+
+
+def pieces(order: Order, asked: Sequence[Asked], workers: int) -> Iterator[Sequence[Asked]]:
+    """The clients of an order in pieces: small ones where they go one by one."""
+    parts = workers if order.method == "vectorised" else workers * _PIECES
+    size = max(1, -(-len(asked) // parts))
+    for start in range(0, len(asked), size):
+        yield asked[start : start + size]
+
+
+def gathered(
+    answers: Sequence[Answer], sums: Sequence[ExactMean], asked: Sequence[Asked]
+) -> tuple[list[Answer], ExactMean]:
+    """What workers did apart, as if one had done it."""
+    total = sums[0]
+    for one in sums[1:]:
+        total.merge(one)
+    places = {one.node: place for place, one in enumerate(asked)}
+    return sorted(answers, key=lambda answer: places[answer.asked.node]), total

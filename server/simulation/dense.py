@@ -1,0 +1,193 @@
+"""Training many clients of a dense model at once by batched products, with and without privacy.
+
+One product over ten clients' batches keeps a processor busy where ten small ones do not. Gradients
+of dense layers are products of what went in and the slope of what came out, so no graph of the
+weights is built, and under privacy the norm of an example's gradient needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedcore.config import Client
+from fedcore.model import FullModel
+from fedcore.task import Loss, size_of
+from fedcore.training.private import expected_batch_size
+from server.simulation.chain import Chain, Pass, run_chain
+from server.simulation.descent import Descend, descent
+from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
+from server.simulation.slopes import example_losses
+from server.simulation.work import LocalWork, Trained, in_order
+
+_CLIP_EPS = 1e-6  # what Opacus adds to a norm before it divides by it
+
+Weights = dict[str, Tensor]
+
+
+def train_dense(
+    model: FullModel,
+    chain: Chain,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: Client,
+    *,
+    proximal_mu: float,
+) -> Trained:
+    """Trains one copy of ``model`` for each client; ``work`` is all private, or none of it.
+
+    Guarantee:
+        Each result is that of `fedcore.training.local.train`, or of
+        `fedcore.training.private.train_private` with the same noise, on the same client, up to the
+        order of float32 sums, for losses that are means over examples. Under privacy each step is
+        the same mechanism: every example's gradient over all layers is clipped to ``clip_norm``
+        before the sum, and noise of the plan's multiplier is added to the sum.
+
+    Args:
+        model: The global model, on the device to train on; not changed.
+        chain: Of ``model.model``, from `find_chain`.
+        work: Clients with at least one example each.
+        loss: Mean loss over a batch.
+        settings: Of local training.
+        proximal_mu: Weight of FedProx's penalty; 0 without.
+
+    Source:
+        Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
+        arXiv:2210.00038 (one pass back).
+    """
+    private = work[0].private is not None
+    orders = [
+        poisson_order(one)
+        if private
+        else shuffled_order(one, epochs=settings.epochs, batch_size=settings.batch_size)
+        for one in work
+    ]
+    places = sorted(range(len(work)), key=lambda place: -len(orders[place].lengths))
+    group = [work[place] for place in places]
+    device = next(model.model.parameters()).device
+    rows = lay_out(model, group, [orders[place] for place in places], device)
+    start = {name: p.detach() for name, p in model.model.named_parameters()}
+    weights = {name: p.expand(len(work), *p.shape).contiguous() for name, p in start.items()}
+    descend = descent(weights, start, chain.layers, settings, proximal_mu)
+    if private:
+        _walk_private(rows, group, chain, weights, loss, descend)
+        losses: list[float | None] = [None] * len(work)
+    else:
+        losses = list(_walk(rows, chain, weights, loss, descend, epochs=settings.epochs))
+    flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
+    return in_order([(places, Trained(flat, losses))])
+
+
+def _walk(
+    rows: Rows, chain: Chain, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
+) -> list[float]:
+    """Every step without privacy; each client's mean loss over its last epoch."""
+    told: list[Tensor] = []
+    shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
+    for step, clients in enumerate(rows.active):
+        passed, losses, slopes = _ahead(rows, step, chain, weights, loss)
+        told.append(losses)
+        if rows.full:
+            slopes.mul_(1 / rows.width)
+        else:
+            share = shares[:clients, step]
+            slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
+        descend(clients, passed.inputs, _back(passed, slopes), None)
+    each = torch.nn.utils.rnn.pad_sequence(told, batch_first=True).transpose(0, 1)  # (K, T, width)
+    last = _last_epoch(rows, epochs)
+    sums = torch.where(last.unsqueeze(2), each * rows.mask, 0.0).sum(dim=(1, 2))
+    return (sums / (rows.counts * last).sum(dim=1)).tolist()
+
+
+def _last_epoch(rows: Rows, epochs: int) -> Tensor:
+    """Whether a step of a client is one of its last epoch, ``(K, T)``."""
+    number = torch.arange(rows.counts.shape[1], device=rows.counts.device)
+    taken = rows.taken.unsqueeze(1)
+    return (number >= taken - taken // epochs) & (number < taken)
+
+
+def _walk_private(
+    rows: Rows,
+    group: Sequence[LocalWork],
+    chain: Chain,
+    weights: Weights,
+    loss: Loss,
+    descend: Descend,
+) -> None:
+    """Every step of DP-SGD."""
+    device = rows.inputs.device
+    plans = [one.private.plan for one in group if one.private is not None]
+    sizes = [
+        expected_batch_size(size_of(one.examples), plan)
+        for one, plan in zip(group, plans, strict=True)
+    ]
+    expected = torch.tensor(sizes, dtype=torch.float32, device=device)
+    norms = torch.tensor([plan.clip_norm for plan in plans], device=device).unsqueeze(1)
+    draw = _noise(group, weights, sizes)
+    shares = rows.mask / expected[:, None, None]
+    for step, clients in enumerate(rows.active):
+        passed, _, slopes = _ahead(rows, step, chain, weights, loss)
+        back = _back(passed, slopes)
+        lengths = _gradient_norms(chain, passed, back) + _CLIP_EPS
+        factors = (norms[:clients] / lengths).clamp(max=1)
+        scale = (factors * shares[:clients, step]).unsqueeze(2)
+        descend(clients, passed.inputs, [one * scale for one in back], draw(clients))
+
+
+def _ahead(
+    rows: Rows, step: int, chain: Chain, weights: Weights, loss: Loss
+) -> tuple[Pass, Tensor, Tensor]:
+    """One batch of each client that takes part in a step: the pass, the losses, their slopes."""
+    clients = rows.active[step]
+    columns = slice(step * rows.width, (step + 1) * rows.width)
+    now = {name: tensor[:clients] for name, tensor in weights.items()}
+    with torch.set_grad_enabled(len(chain.steps) > 1):  # one layer needs no way back
+        passed = run_chain(chain, now, rows.inputs[:clients, columns])
+    return passed, *example_losses(loss, passed.output, rows.targets[:clients, columns])
+
+
+def _back(passed: Pass, slopes: Tensor) -> Sequence[Tensor]:
+    """The slopes of what each dense layer gave, ``(K, B, out)``."""
+    if not passed.output.requires_grad:
+        return [slopes]
+    return torch.autograd.grad([passed.output], list(passed.sums), [slopes])
+
+
+def _gradient_norms(chain: Chain, passed: Pass, back: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all layers of each example's gradient, ``(K, B)``.
+
+    A dense layer's gradient for one example is the outer product of slope and input, so its norm
+    is the product of theirs.
+    """
+    squares = torch.zeros(())
+    for layer, inputs, slopes in zip(chain.layers, passed.inputs, back, strict=True):
+        ones = 0.0 if layer.bias is None else 1.0
+        squares = squares + slopes.square().sum(dim=2) * (inputs.square().sum(dim=2) + ones)
+    return squares.sqrt()
+
+
+def _noise(
+    group: Sequence[LocalWork], weights: Weights, sizes: Sequence[int]
+) -> Callable[[int], Weights]:
+    """Draws a step's noise for the first clients, in the order in which Opacus does.
+
+    What is drawn is divided by the expected batch size at once, as the gradient is.
+    """
+    drawn = {name: torch.empty_like(tensor) for name, tensor in weights.items()}
+    draws = [
+        (one.private.noise(drawn[name].device), one.private.plan)
+        for one in group
+        if one.private is not None
+        for name in list(drawn)[:1]
+    ]
+
+    def draw(clients: int) -> Weights:
+        for place, ((rng, plan), size) in enumerate(zip(draws[:clients], sizes, strict=False)):
+            deviation = plan.charge.noise_multiplier * plan.clip_norm
+            for tensor in drawn.values():
+                tensor[place].normal_(0.0, deviation / size, generator=rng)
+        return {name: tensor[:clients] for name, tensor in drawn.items()}
+
+    return draw

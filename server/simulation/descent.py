@@ -1,0 +1,106 @@
+"""One step of the optimiser on the stacked weights of many clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from fedcore.config import Client
+from server.simulation.chain import Dense
+
+Weights = dict[str, Tensor]
+Descend = Callable[[int, Sequence[Tensor], Sequence[Tensor], Weights | None], None]
+"""Moves the first clients' weights, given for each dense layer what went in ``(k, B, in)`` and the
+slopes of what came out ``(k, B, out)``, and what is added to the gradients, if anything."""
+
+
+def descent(
+    weights: Weights,
+    start: Weights,
+    layers: Sequence[Dense],
+    settings: Client,
+    proximal_mu: float,
+) -> Descend:
+    """What `fedcore.training.local.make_optimizer` does to one client, for all of them.
+
+    Args:
+        weights: ``(K, ...)`` each; changed in place, step by step.
+        start: The global weights, ``(...)`` each; FedProx pulls towards them.
+        layers: The model's dense layers.
+        settings: The optimiser's.
+        proximal_mu: Weight of FedProx's penalty; 0 without.
+    """
+    if settings.optimizer == "sgd" and not settings.momentum:
+        return _plain(weights, start, layers, settings, proximal_mu)
+    return _with_state(weights, start, layers, settings, proximal_mu)
+
+
+def _plain(
+    weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
+) -> Descend:
+    """SGD without momentum: gradient and step are one product."""
+    rate = settings.learning_rate
+    keep = 1.0 - rate * (settings.weight_decay + mu)
+
+    def descend(
+        clients: int, inputs: Sequence[Tensor], back: Sequence[Tensor], extra: Weights | None
+    ) -> None:
+        for layer, a, slopes in zip(layers, inputs, back, strict=True):
+            weight = weights[layer.weight][:clients]
+            weight.baddbmm_(slopes.transpose(1, 2), a, beta=keep, alpha=-rate)
+            if layer.bias is not None:
+                bias = weights[layer.bias][:clients]
+                if keep != 1.0:
+                    bias.mul_(keep)
+                bias.sub_(slopes.sum(dim=1), alpha=rate)
+        for name, tensor in weights.items():
+            if mu:
+                tensor[:clients].add_(start[name], alpha=rate * mu)
+            if extra is not None:
+                tensor[:clients].sub_(extra[name], alpha=rate)
+
+    return descend
+
+
+def _with_state(
+    weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
+) -> Descend:
+    """SGD with momentum, and Adam, by torch's own functions."""
+    first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    steps = [torch.zeros(()) for _ in weights]
+
+    def descend(
+        clients: int, inputs: Sequence[Tensor], back: Sequence[Tensor], extra: Weights | None
+    ) -> None:
+        gradients: Weights = {}
+        for layer, a, slopes in zip(layers, inputs, back, strict=True):
+            gradients[layer.weight] = torch.bmm(slopes.transpose(1, 2), a)
+            if layer.bias is not None:
+                gradients[layer.bias] = slopes.sum(dim=1)
+        for name, gradient in gradients.items():
+            if extra is not None:
+                gradient.add_(extra[name])
+            if mu:
+                gradient.add_(weights[name][:clients] - start[name], alpha=mu)
+        now = [tensor[:clients] for tensor in weights.values()]
+        slopes_of = [gradients[name] for name in weights]
+        averages = [first[name][:clients] for name in weights]
+        rate, decay = settings.learning_rate, settings.weight_decay
+        if settings.optimizer == "adam":  # with torch's own defaults, as clients use them
+            squares = [second[name][:clients] for name in weights]
+            adam(
+                now, slopes_of, averages, squares, [], steps, foreach=False, amsgrad=False,
+                beta1=0.9, beta2=0.999, eps=1e-8, lr=rate, weight_decay=decay, maximize=False,
+            )  # fmt: skip
+        else:
+            sgd(
+                now, slopes_of, [*averages], foreach=False, momentum=settings.momentum, lr=rate,
+                weight_decay=decay, dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+
+    return descend

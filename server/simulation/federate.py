@@ -1,0 +1,88 @@
+"""Trains one model over virtual clients, by the ServerApp and the ClientApp of a deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from flwr.serverapp import ServerApp
+
+from fedcore.client_app import Client, client_app
+from fedcore.config import RunConfig
+from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
+from fedcore.flower.quiet import quiet
+from fedcore.owner import OwnerPolicy, tighten
+from fedcore.seeds import Simulated
+from fedcore.task import Task, load_task
+from fedcore.training.device import available
+from server.simulation.choice import Choice
+from server.simulation.devices import Fleet
+from server.simulation.engine import RUN_ID, context_of, one_thread
+from server.simulation.grid import SimulatedGrid
+from server.simulation.process import keep_heap
+from server.simulation.staff import Staff
+from server.simulation.state import State
+from server.simulation.worker import Worker
+from server.strategies import client_mods
+
+
+def federate(
+    server: ServerApp,
+    task: Task,
+    run: RunConfig,
+    owner: OwnerPolicy,
+    clients: Sequence[str],
+    *,
+    state: State,
+    fleet: Fleet | None,
+    on_choice: Callable[[Choice, int], None],
+) -> None:
+    """Runs ``server`` over one virtual node a client; nodes stand in the order of ``clients``.
+
+    What clients do is what `fedcore.client_app` has devices do.
+
+    Args:
+        server: The ServerApp.
+        task: What clients train.
+        run: The run; its seed fixes everything.
+        owner: What every virtual client keeps to.
+        clients: Names; looked at only where one is asked for something.
+        state: What is remembered of clients; kept up to date from round to round.
+        fleet: The devices of clients on a virtual clock, if there are any.
+        on_choice: Told how clients are trained, and by how many workers.
+    """
+    staff = Staff(
+        partial(_worker, task, run, owner, fleet),
+        partial(worker_elsewhere, run.path(run.task), run, owner, fleet),
+        run.simulation,
+        state=state,
+        on_choice=on_choice,
+        gpus=torch.cuda.device_count() if _device(run, owner).type == "cuda" else 0,
+    )
+    grid = SimulatedGrid(clients, staff, state)
+    assume_identity(RUN_ID)
+    keep_heap()
+    try:
+        with one_thread():
+            server(grid, context_of(SERVER_NODE_ID, "server"))
+    finally:
+        staff.close()
+
+
+def _device(run: RunConfig, owner: OwnerPolicy) -> torch.device:
+    return available(tighten(run, owner).client.device)
+
+
+def _worker(task: Task, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None) -> Worker:
+    randomness = Simulated(run.seed)
+    mods = client_mods(run.federation.strategy)
+    app = client_app(task, run, owner=owner, randomness=randomness, mods=mods)
+    return Worker(Client(task, tighten(run, owner), owner, randomness), app, fleet)
+
+
+def worker_elsewhere(path: Path, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None) -> Worker:
+    """The same in a process that shares nothing with this one, from the task's file."""
+    quiet()
+    return _worker(load_task(path), run, owner, fleet)

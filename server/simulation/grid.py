@@ -1,0 +1,102 @@
+"""The Grid of a simulation: virtual nodes whose messages a crew of workers answers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from flwr.app import Error, Message, MessageType, RecordDict
+
+from fedcore.flower.grid import OwnGrid
+from server.aggregation.exact import ExactMean
+from server.inbound import Folded
+from server.records import VirtualRecord
+from server.simulation.devices import settle
+from server.simulation.engine import FIRST_NODE_ID, RUN_ID
+from server.simulation.orders import Answer, Asked, Order
+from server.simulation.staff import Staff
+from server.simulation.state import State
+
+
+class SimulatedGrid(OwnGrid):
+    """One virtual node a client; nodes stand in the order of ``clients``."""
+
+    def __init__(self, clients: Sequence[str], staff: Staff, state: State) -> None:
+        super().__init__(RUN_ID)
+        self._clients = clients
+        self._staff = staff
+        self._waiting: dict[str, Message] = {}
+        self._state = state
+        self.virtual: VirtualRecord | None = None
+        """The last round on it; None without device classes."""
+
+    def get_node_ids(self) -> Sequence[int]:
+        """Every node, as a range: a million of them take no memory."""
+        return range(FIRST_NODE_ID, FIRST_NODE_ID + len(self._clients))
+
+    def fold(
+        self, content: RecordDict, nodes: Sequence[int], *, uniform: bool, deadline_s: float
+    ) -> Folded:
+        """Trains these nodes and adds their updates up where they are made."""
+        order = Order(MessageType.TRAIN, content, fold=True, uniform=uniform)
+        answers, total = self._carry_out(order, nodes, deadline_s)
+        taken = [(one.num_examples, one.metrics) for one in answers if one.num_examples]
+        return Folded(total, taken, [one.error for one in answers if one.error is not None])
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keeps messages until their replies are pulled; nothing is computed before."""
+        pushed = {uuid.uuid4().hex: message for message in messages}
+        self._waiting |= pushed
+        return list(pushed)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to messages that were pushed, each once."""
+        known = [one for one in message_ids if one in self._waiting]
+        return list(self.send_and_receive([self._waiting.pop(one) for one in known]))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Replies in the order of the messages; ``timeout`` is on the virtual clock."""
+        deadline_s = float("inf") if timeout is None else timeout
+        groups: dict[tuple[str, int], list[Message]] = {}
+        for message in messages:  # strategies send all of a cohort one and the same content
+            key = (message.metadata.message_type, id(message.content))
+            groups.setdefault(key, []).append(message)
+        for (kind, _), group in groups.items():
+            asked = {message.metadata.dst_node_id: message for message in group}
+            answers, _ = self._carry_out(Order(kind, group[0].content), list(asked), deadline_s)
+            for answer in answers:
+                message = asked[answer.asked.node]
+                if answer.content is not None:
+                    yield Message(answer.content, reply_to=message)
+                elif answer.error is not None:
+                    yield Message(Error(*answer.error), reply_to=message)
+
+    def _carry_out(
+        self, order: Order, nodes: Sequence[int], deadline_s: float
+    ) -> tuple[list[Answer], ExactMean]:
+        asked = [self._asked(node) for node in nodes]
+        training = order.kind == MessageType.TRAIN
+        if training:
+            order = replace(order, clock_s=self._state.clock_s, deadline_s=deadline_s)
+            self._state.rounds.update(one.name for one in asked)
+        crew, order = self._staff.crew_for(order, asked)
+        answers, total = crew.carry_out(order, asked)
+        for answer in answers:
+            if answer.ledger is not None:
+                self._state.ledgers[answer.asked.name] = answer.ledger
+        if training:
+            self._advance(answers, deadline_s)
+        return answers, total
+
+    def _asked(self, node: int) -> Asked:
+        name = self._clients[node - FIRST_NODE_ID]
+        return Asked(node, name, self._state.ledgers.get(name))
+
+    def _advance(self, answers: Sequence[Answer], deadline_s: float) -> None:
+        fates = [answer.fate for answer in answers if answer.fate is not None]
+        if fates:
+            self.virtual = settle(fates, deadline_s=deadline_s).record
+            self._state.clock_s += self.virtual.simulated_s

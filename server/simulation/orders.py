@@ -1,0 +1,71 @@
+"""What is asked of the virtual clients of a round, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flwr.app import RecordDict
+
+from fedcore.privacy.ledger import Ledger
+from fedcore.updates.pack import Vector
+from server.simulation.devices import Fate
+
+Method = Literal["loop", "vectorised"]
+"""One client after the other by the ClientApp that devices run, or many side by side."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One virtual client that is asked for something."""
+
+    node: int
+    name: str
+    ledger: Ledger | None
+    """What it has spent so far; None where it keeps none."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a round asks of all of its clients."""
+
+    kind: str
+    """Type of the message."""
+    content: RecordDict
+    method: Method = "loop"
+    fold: bool = False
+    """Whether updates are added up where they are made, and only sums travel."""
+    uniform: bool = False
+    """Whether every update weighs the same."""
+    clock_s: float = 0.0
+    """The virtual clock at the start of the round."""
+    deadline_s: float = float("inf")
+    """On the virtual clock, from the start of the round."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one client."""
+
+    asked: Asked
+    content: RecordDict | None = None
+    """Its reply; None where it was folded into a sum, or failed."""
+    num_examples: int = 0
+    """Of an update that was folded."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of an update that was folded."""
+    error: tuple[int, str] | None = None
+    """Code and reason, where it failed or declined."""
+    ledger: Ledger | None = None
+    """What it has spent now."""
+    fate: Fate | None = None
+    """What its device did on the virtual clock; None without device classes."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One client's update on its way to a sum."""
+
+    vector: Vector
+    num_examples: int

@@ -1,0 +1,55 @@
+"""How the loss of many clients' batches changes with their outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from fedcore.task import Loss
+
+
+def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example's own loss, and its derivative by the outputs.
+
+    A loss is the mean over a batch, so an example's own is that of a batch of one.
+
+    Args:
+        loss: Mean loss over a batch.
+        outputs: ``(K, B, ...)``, detached or not; nothing flows back through this function.
+        targets: ``(K, B, ...)``.
+
+    Returns:
+        Losses ``(K, B)`` and slopes of the outputs' shape.
+    """
+    if _is_cross_entropy(loss) and targets.dtype == torch.long and outputs.dim() == 3:
+        return _cross_entropy(outputs.detach(), targets)
+    leaf = outputs.detach().requires_grad_()
+    single = vmap(vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0))))
+    losses = single(leaf, targets)
+    (slopes,) = torch.autograd.grad(losses.sum(), [leaf])
+    return losses.detach(), slopes
+
+
+def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+    """Whether a batch's loss is the mean of its examples' own: ``(B, ...)``, at least two."""
+    with torch.no_grad():
+        whole = loss(outputs, targets)
+        each = [loss(o.unsqueeze(0), t.unsqueeze(0)) for o, t in zip(outputs, targets, strict=True)]
+    return torch.allclose(torch.stack(each).mean(), whole, rtol=1e-4, atol=1e-6)
+
+
+def _is_cross_entropy(loss: Loss) -> bool:
+    if isinstance(loss, nn.CrossEntropyLoss):
+        plain = loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index < 0
+        return plain and loss.reduction == "mean"
+    return loss is nn.functional.cross_entropy
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logs = torch.log_softmax(outputs, dim=-1)
+    index = targets.unsqueeze(-1)
+    losses = logs.gather(-1, index).squeeze(-1).neg_()
+    slopes = logs.exp_()
+    slopes.scatter_add_(-1, index, slopes.new_full((), -1.0).expand(index.shape))
+    return losses, slopes

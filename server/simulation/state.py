@@ -1,0 +1,26 @@
+"""What a simulation remembers of its virtual clients between rounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fedcore.privacy.ledger import Ledger
+from server.simulation.choice import Choice
+
+
+@dataclass
+class State:
+    """Of clients that were never asked nothing is held, and of the others what they have spent.
+
+    Together with the server's own state and the seed it fixes everything that follows.
+    """
+
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    """What clients have spent, by name."""
+    rounds: Counter[str] = field(default_factory=Counter)
+    """How often each client was asked to train, by name."""
+    clock_s: float = 0.0
+    """The virtual clock."""
+    choice: Choice | None = None
+    """How clients are trained; None until the first of them are."""

@@ -1,0 +1,53 @@
+"""What clients bring to a round that are trained together, and what they take from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedcore.task import Examples
+from fedcore.training.private import PrivatePlan
+
+
+@dataclass(frozen=True)
+class PrivateWork:
+    """What a client needs to train with privacy; its ledger is charged already."""
+
+    plan: PrivatePlan
+    noise: Callable[[torch.device], torch.Generator]
+    """A fresh generator on a device, which draws the noise that the client itself would."""
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What one client brings to a round."""
+
+    examples: Examples
+    order: Callable[[], torch.Generator]
+    """A fresh generator, which draws the order of examples that the client itself would."""
+    private: PrivateWork | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What ``K`` clients have learnt."""
+
+    weights: Tensor
+    """Shape ``(K, D)``, float32, in the order of the model's parameters."""
+    losses: Sequence[float | None]
+    """Means over each one's last epoch, not finite when it diverged; None under privacy."""
+
+
+def in_order(parts: Iterable[tuple[Sequence[int], Trained]]) -> Trained:
+    """What groups of clients have learnt, each with its places, in the order of all places."""
+    found = list(parts)
+    places = [place for group, _ in found for place in group]
+    if len(found) == 1 and places == sorted(places):
+        return found[0][1]
+    weights = torch.cat([trained.weights for _, trained in found])
+    losses = [loss for _, trained in found for loss in trained.losses]
+    rows = sorted(range(len(places)), key=places.__getitem__)
+    return Trained(weights[rows], [losses[row] for row in rows])

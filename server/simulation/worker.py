@@ -1,0 +1,276 @@
+"""One worker: trains the clients that it is given, in the process that it lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from math import isfinite
+
+import numpy as np
+import torch
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedcore.client_app import Client, error_of, local_data, model_of, spend
+from fedcore.errors import (
+    BudgetExhausted,
+    ConfigError,
+    InsufficientMemory,
+    InvalidUpdate,
+    TrainingDiverged,
+)
+from fedcore.model import FullModel
+from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
+from fedcore.seeds import Randomness
+from fedcore.task import Examples, size_of
+from fedcore.training.device import available
+from fedcore.training.local import diverged
+from fedcore.training.memory import memory_errors
+from fedcore.updates.messages import (
+    ARRAYS,
+    EPSILON,
+    REFUSED,
+    TRAIN_LOSS,
+    Instruction,
+    Update,
+    read_instruction,
+    read_update,
+    update_content,
+)
+from server.aggregation.exact import ExactMean, out_of_range
+from server.simulation.devices import Fate, Fleet, begun, counts, fate
+from server.simulation.engine import RUN_ID
+from server.simulation.orders import Answer, Asked, Order
+from server.simulation.together import Trainer, find_trainer, train_in_groups
+from server.simulation.work import LocalWork, PrivateWork
+
+
+class Worker:
+    """Trains clients one order at a time; the model stays in memory from order to order.
+
+    Of a folded order only the sum of its updates is kept, until `hand_in`.
+    """
+
+    def __init__(self, client: Client, app: ClientApp, fleet: Fleet | None) -> None:
+        self._client = client
+        self._app = app
+        self._fleet = fleet
+        self._order: Order | None = None
+        self._instruction: Instruction | None = None
+        self._sum = ExactMean(0)
+
+    def begin(self, order: Order) -> None:
+        """Takes an order; what the one before left is gone."""
+        self._order = order
+        self._instruction = None
+        if order.fold:
+            self._sum = ExactMean(self._client.resident.layout.size)
+
+    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Does for these clients what the order says; answers stand in their order."""
+        order = self._order
+        assert order is not None
+        if order.kind != MessageType.TRAIN:
+            return [self._by_app(order, one, None) for one in asked]
+        reached, lost = [], []
+        for one in asked:
+            found = self._fate(order, one)
+            if found is None or counts(found, deadline_s=order.deadline_s):
+                reached.append((one, found))
+            else:
+                lost.append(self._lost(order, one, found))
+        if order.method == "vectorised":
+            answers = list(self._together(order, reached))
+        else:
+            answers = [self._by_app(order, one, found) for one, found in reached]
+        places = {one.node: place for place, one in enumerate(asked)}
+        return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
+
+    def hand_in(self) -> ExactMean:
+        """The sum of what was folded since the order began."""
+        return self._sum
+
+    def _read(self, order: Order) -> Instruction:
+        """What an order to train asks for, read once."""
+        if self._instruction is None:
+            self._instruction = read_instruction(order.content)
+        return self._instruction
+
+    def _fate(self, order: Order, one: Asked) -> Fate | None:
+        """What the client's device does on the virtual clock; None without device classes."""
+        if self._fleet is None:
+            return None
+        try:
+            examples = size_of(local_data(self._client, one.name)[0])
+        except (Exception, SystemExit):  # the client says so itself, when it is asked to train
+            return None
+        sent = sum(len(array.data) for array in order.content.array_records[ARRAYS].values())
+        return fate(
+            self._fleet,
+            one.name,
+            self._read(order).round,
+            clock_s=order.clock_s,
+            examples=examples,
+            epochs=self._client.run.client.epochs,
+            bytes_down=sent,
+            bytes_up=sent,
+        )
+
+    def _lost(self, order: Order, one: Asked, found: Fate) -> Answer:
+        """A client whose update does not arrive in time; if it began, it has charged its ledger."""
+        ledger = one.ledger
+        if self._client.run.private and begun(found):
+            examples, _ = local_data(self._client, one.name)
+            number = self._read(order).round
+            with suppress(BudgetExhausted):  # it declined, and nobody heard of it
+                _, ledger = spend(
+                    self._client, one.name, examples, ledger or Ledger(), round=number
+                )
+        return Answer(one, ledger=ledger, fate=found)
+
+    def _by_app(self, order: Order, one: Asked, found: Fate | None) -> Answer:
+        """By the ClientApp that devices run."""
+        context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
+        if one.ledger is not None:
+            write_ledger(context, one.ledger)
+        message = Message(order.content, one.node, order.kind)
+        try:
+            reply = self._app(message, context)
+        except Exception as error:  # as a node does: a mod that fails is a client that fails
+            reason = f"client {one.name!r}: its app raised {type(error).__name__}: {error}"
+            reply = Message(Error(REFUSED, reason), reply_to=message)
+        kept = read_ledger(context)
+        ledger = kept if kept.charges else None
+        if reply.has_error():
+            error_pair = (reply.error.code, reply.error.reason or f"error {reply.error.code}")
+            return Answer(one, error=error_pair, ledger=ledger, fate=found)
+        if not order.fold:
+            return Answer(one, content=reply.content, ledger=ledger, fate=found)
+        try:
+            update = read_update(reply, self._client.resident.layout)
+            self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
+        except InvalidUpdate as error:
+            return Answer(one, error=(REFUSED, str(error)), ledger=ledger, fate=found)
+        return Answer(
+            one,
+            num_examples=update.num_examples,
+            metrics=update.metrics,
+            ledger=ledger,
+            fate=found,
+        )
+
+    def _together(
+        self, order: Order, asked: Sequence[tuple[Asked, Fate | None]]
+    ) -> Iterator[Answer]:
+        """Side by side, each with the result that it would have had alone."""
+        client = self._client
+        instruction = self._read(order)
+        ready: list[tuple[Asked, Fate | None, LocalWork, Ledger | None]] = []
+        for one, found in asked:
+            try:
+                examples, _ = local_data(client, one.name)
+                private, ledger = self._spend(one, examples, instruction)
+            except (Exception, SystemExit) as error:  # the task's code: that client's failure
+                code = error_of(one.name, error)
+                yield Answer(one, error=code, ledger=one.ledger, fate=found)
+                continue
+            work = LocalWork(examples, self._stream("order", instruction, one), private)
+            ready.append((one, found, work, ledger))
+        if not ready:
+            return
+        work_of = [work for _, _, work, _ in ready]
+        trainer = self.trainer(instruction, work_of[0])
+        try:
+            with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
+                trained = train_in_groups(
+                    trainer, self._model(instruction), work_of, client, instruction.proximal_mu
+                )
+        except InsufficientMemory:
+            raise
+        except Exception:  # some client's data or loss failed: alone, it says which, and how
+            yield from (self._by_app(order, one, found) for one, found, _, _ in ready)
+            return
+        rows = trained.weights.cpu().numpy()
+        finite = np.isfinite(rows).all(axis=1)
+        errors = [self._diverged(*both) for both in zip(trained.losses, finite, strict=True)]
+        taken = [place for place, error in enumerate(errors) if error is None]
+        sizes = [size_of(work.examples) for work in work_of]
+        if order.fold:
+            weights = [1 if order.uniform else sizes[place] for place in taken]
+            fitting = rows if len(taken) == len(rows) else rows[taken]
+            for place in self._sum.add_rows(fitting, weights):
+                errors[taken[place]] = InvalidUpdate(out_of_range(fitting[place], weights[place]))
+        for place, (one, found, _, ledger) in enumerate(ready):
+            wrong = errors[place]
+            if wrong is not None:
+                yield Answer(one, error=error_of(one.name, wrong), ledger=ledger, fate=found)
+                continue
+            loss = trained.losses[place]
+            metrics = {} if loss is None else {TRAIN_LOSS: loss}
+            if ledger is not None:
+                metrics[EPSILON] = ledger.epsilon(client.run.privacy)
+            if order.fold:
+                yield Answer(
+                    one, num_examples=sizes[place], metrics=metrics, ledger=ledger, fate=found
+                )
+            else:
+                content = update_content(Update(rows[place], sizes[place], metrics))
+                yield Answer(one, content=content, ledger=ledger, fate=found)
+
+    def trainer(self, instruction: Instruction, sample: LocalWork) -> Trainer:
+        """What trains clients side by side, found with the first that is tried.
+
+        Raises:
+            ConfigError: nothing can.
+        """
+        if self._found is None:
+            self._model(instruction)
+            self._found = find_trainer(self._client, self._client.resident, sample)
+        if isinstance(self._found, str):
+            raise ConfigError(
+                f"simulation.training = 'vectorised': {self._found}. Nothing was trained; use "
+                "'loop' or 'auto'."
+            )
+        return self._found
+
+    _found: Trainer | str | None = None
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return available(self._client.run.client.device)
+
+    def _model(self, instruction: Instruction) -> FullModel:
+        return model_of(self._client, instruction).to(self._device)
+
+    def _spend(
+        self, one: Asked, examples: Examples, instruction: Instruction
+    ) -> tuple[PrivateWork | None, Ledger | None]:
+        if not self._client.run.private:
+            return None, None
+        planned, ledger = spend(
+            self._client, one.name, examples, one.ledger or Ledger(), round=instruction.round
+        )
+        randomness: Randomness = self._client.randomness
+
+        def noise(device: torch.device) -> torch.Generator:
+            return randomness.generator(device, "noise", instruction.round, one.name)
+
+        return PrivateWork(planned, noise), ledger
+
+    def _stream(
+        self, word: str, instruction: Instruction, one: Asked
+    ) -> Callable[[], torch.Generator]:
+        cpu, randomness = torch.device("cpu"), self._client.randomness
+        return lambda: randomness.generator(cpu, word, instruction.round, one.name)
+
+    def _diverged(self, loss: float | None, finite: bool) -> Exception | None:
+        settings = self._client.run.client
+        if loss is not None and not isfinite(loss):
+            return diverged(loss, epoch=settings.epochs - 1, learning_rate=settings.learning_rate)
+        if not finite:
+            return TrainingDiverged(
+                f"training: the trained weights are not finite at learning_rate "
+                f"{settings.learning_rate}. No update was sent; lower the learning rate."
+            )
+        return None

@@ -1,0 +1,140 @@
+"""What a strategy of Flower's remembers from round to round: taken out of it, and put back.
+
+Flower's strategies cannot be saved. What they remember (moments, the clipping norm, the weights of
+the round before) stands in their attributes, and those are walked here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fedcore.errors import ConfigError, DataError
+
+_PLAIN = (type(None), bool, int, float, str)
+_STORED_KINDS = "biuf"  # of NumPy arrays: booleans, whole numbers, floats
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """The attributes of a strategy, and of those that it wraps."""
+
+    tree: Any
+    """As JSON takes it; an array is an object that holds its place in ``arrays``."""
+    arrays: tuple[NDArray[Any], ...]
+
+
+def remembered(strategy: Strategy) -> Remembered:
+    """What ``strategy`` holds now. Arrays are not copied: strategies replace them.
+
+    Raises:
+        ConfigError: it holds something that cannot be stored. Nothing is left out silently.
+    """
+    arrays: list[NDArray[Any]] = []
+    tree = _taken(strategy, type(strategy).__name__, arrays)
+    return Remembered(tree, tuple(arrays))
+
+
+def remind(strategy: Strategy, what: Remembered) -> None:
+    """Puts ``what`` into a fresh strategy that was made as the remembered one was.
+
+    Raises:
+        DataError: the two are not the same strategy.
+    """
+    _put_back(strategy, what.tree, what.arrays, type(strategy).__name__)
+
+
+def _taken(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is dict:
+        pairs = [[key, _taken(item, f"{where}[{key!r}]", arrays)] for key, item in value.items()]
+        if all(type(key) in _PLAIN for key in value):
+            return {"dict": pairs}
+    elif kind in (list, tuple):
+        return {kind.__name__: [_taken(item, f"{where}[]", arrays) for item in value]}
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in _STORED_KINDS:
+        # A NumPy number is not a Python one: the type decides in which precision it multiplies.
+        form = "scalar" if isinstance(value, np.generic) else "array"
+        return {form: _kept(np.asarray(value, order="C"), arrays)}
+    elif kind is Array:
+        data = np.frombuffer(value.data, np.uint8)
+        return {"Array": [value.dtype, list(value.shape), value.stype, _kept(data, arrays)]}
+    elif kind is ArrayRecord:
+        items = [[name, _taken(array, where, arrays)] for name, array in value.items()]
+        return {"ArrayRecord": items}
+    elif isinstance(value, Strategy):
+        held = [[name, _taken(v, f"{where}.{name}", arrays)] for name, v in vars(value).items()]
+        return {"strategy": kind.__name__, "holds": held}
+    elif inspect.isroutine(value):
+        return {"function": _name(value)}
+    raise ConfigError(
+        f"federation.strategy: {where} is a {kind.__name__}, which a checkpoint cannot hold. "
+        "Nothing was lost; choose another strategy, or a version of Flower that fedcore knows."
+    )
+
+
+def _kept(array: NDArray[Any], arrays: list[NDArray[Any]]) -> int:
+    arrays.append(array)
+    return len(arrays) - 1
+
+
+def _name(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _put_back(
+    strategy: Strategy, tree: Any, arrays: Sequence[NDArray[Any]], where: str
+) -> Strategy:
+    if tree["strategy"] != type(strategy).__name__:
+        raise _other(where, tree["strategy"], type(strategy).__name__)
+    held, has = dict(tree["holds"]), vars(strategy)
+    if set(held) != set(has):
+        raise _other(where, f"attributes {sorted(held)}", f"attributes {sorted(has)}")
+    for name, item in held.items():
+        setattr(strategy, name, _made(item, has[name], arrays, f"{where}.{name}"))
+    return strategy
+
+
+def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> Any:
+    """The value that ``tree`` stands for; ``has`` is what a fresh strategy has in its place."""
+    match tree:
+        case {"dict": pairs}:
+            return {key: _made(item, None, arrays, where) for key, item in pairs}
+        case {"list": items}:
+            return [_made(item, None, arrays, where) for item in items]
+        case {"tuple": items}:
+            return tuple(_made(item, None, arrays, where) for item in items)
+        case {"array": place}:
+            return arrays[place].copy()
+        case {"scalar": place}:
+            return arrays[place][()]
+        case {"Array": [dtype, shape, stype, place]}:
+            return Array(dtype, tuple(shape), stype, arrays[place].tobytes())
+        case {"ArrayRecord": items}:
+            return ArrayRecord({name: _made(item, None, arrays, where) for name, item in items})
+        case {"strategy": name}:
+            if not isinstance(has, Strategy):
+                raise _other(where, name, type(has).__name__)
+            return _put_back(has, tree, arrays, where)
+        case {"function": name}:  # never looked up by its name: the fresh strategy brings it
+            if not inspect.isroutine(has) or _name(has) != name:
+                raise _other(where, name, repr(has))
+            return has
+    return tree
+
+
+def _other(where: str, got: str, expected: str) -> DataError:
+    return DataError(
+        f"checkpoint: {where}: got {got}, expected {expected}: it was written by another strategy "
+        "or another version of Flower. Nothing was run; resume with the version that began the "
+        "run, or begin anew without --resume."
+    )

@@ -1,0 +1,125 @@
+"""Every strategy that Flower has goes on from a checkpoint as if nobody had interrupted it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from fedcore.config import RunConfig
+from fedcore.flower.grid import InProcessGrid
+from fedcore.flower.identity import assume_identity
+from fedcore.model import build_model
+from fedcore.observability.events import RoundFinished
+from fedcore.seeds import Simulated, numpy_rng
+from fedcore.task import Task
+from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
+from server.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
+from server.progress import Forgetful, Progress, Start
+from server.rounds import Federation, run_rounds
+from server.simulation.state import State
+from server.strategies import make_strategy, strategy_names
+from server.strategy_state import remind
+
+TREES = ["FedXgbBagging", "FedXgbCyclic"]
+NETWORKS = [name for name in strategy_names() if name not in TREES]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "QFedAvg": {"client_learning_rate": 0.1},
+    "DifferentialPrivacyServerSideFixedClipping": {"noise_multiplier": 0.1, "clipping_norm": 1.0},
+    "DifferentialPrivacyClientSideFixedClipping": {"noise_multiplier": 0.1, "clipping_norm": 1.0},
+    "DifferentialPrivacyServerSideAdaptiveClipping": {
+        "noise_multiplier": 0.1,
+        "strategy": "FedAdam",
+    },
+    "DifferentialPrivacyClientSideAdaptiveClipping": {
+        "noise_multiplier": 0.1,
+        "strategy": "FedAvgM",
+    },
+    "FedAvgM": {"server_momentum": 0.9},
+    "FedProx": {"proximal_mu": 0.1},
+}
+
+
+def answer(message: Message) -> Message:
+    """An update that follows from the node, the round and the weights."""
+    node = message.metadata.dst_node_id
+    weights = message.content.array_records[ARRAYS][MODEL].numpy()
+    number = int(str(message.content.config_records["config"]["server-round"]))
+    step = numpy_rng(0, "update", node, number).standard_normal(weights.shape)
+    metrics = {"train_loss": 0.5, "norm_bit": float(node % 2)}
+    update = Update((weights + 0.1 * step).astype(np.float32), 10 * node + number, metrics)
+    return Message(update_content(update), reply_to=message)
+
+
+class Watching(Forgetful):
+    """Remembers every progress that it is shown, and stops after one of them."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self.seen: list[Progress] = []
+        self.told: list[Told] = []
+
+    def goes_on(self, progress: Progress) -> bool:
+        self.seen.append(progress)
+        return progress.round < self._last
+
+
+def rounds(name: str, task: Task, keeper: Watching, start: Start | None = None) -> Progress:
+    """Runs until ``keeper`` stops it; the last progress."""
+    assume_identity(1)
+    run = RunConfig.model_validate({"name": "run", "task": "x", "federation": {"rounds": 6}})
+    chosen = make_strategy(name, OPTIONS.get(name, {}), cohort=6, size=1)
+    if start is not None:
+        remind(chosen.strategy, start.progress.strategy)
+    federation = Federation(
+        run=run,
+        grid=InProcessGrid(1, range(10, 16), answer),
+        chosen=chosen,
+        cohort=6,
+        primary=task.primary,
+        randomness=Simulated(0),
+        judge=None,
+        on_round=lambda record: keeper.told.append(RoundFinished(asdict(record))),
+        on_note=lambda note: None,
+        keeper=keeper,
+        start=start,
+    )
+    run_rounds(federation, build_model(task, run))
+    return keeper.seen[-1]
+
+
+def bits(progress: Progress) -> Iterator[object]:
+    yield progress.round
+    yield progress.weights.tobytes()
+    yield progress.strategy.tree
+    for array in progress.strategy.arrays:
+        yield (array.dtype, array.shape, array.tobytes())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_three_rounds_and_three_more_are_six(name: str, tiny: Task, tmp_path: Path) -> None:
+    whole = rounds(name, tiny, Watching(6))
+    half = Watching(3)
+    progress = rounds(name, tiny, half)
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, Checkpoint({}, progress, half.told, State(), 0.0))
+    start = read_checkpoint(path).start
+    assert list(bits(start.progress)) == list(bits(progress))
+    again = rounds(name, tiny, Watching(6), start)
+    assert list(bits(again)) == list(bits(whole))
+    assert not np.array_equal(whole.weights, progress.weights)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_was_remembered_does_not_change_with_later_rounds(
+    name: str, tiny: Task, tmp_path: Path
+) -> None:
+    long, short = Watching(4), Watching(2)
+    rounds(name, tiny, long)
+    rounds(name, tiny, short)
+    assert list(bits(long.seen[2])) == list(bits(short.seen[2]))

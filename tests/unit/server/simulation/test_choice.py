@@ -1,0 +1,81 @@
+"""The quicker way of training is chosen by what it takes on the first clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from flwr.app import RecordDict
+
+from fedcore.errors import ConfigError
+from server.simulation.choice import choose
+from server.simulation.orders import Asked, Method, Order
+
+ASKED = [Asked(node, f"client-{node}", None) for node in range(20)]
+ORDER = Order("train", RecordDict())
+
+
+class Rigged:
+    """A worker whose clients take a given time each, and the clock that tells it."""
+
+    def __init__(self, seconds: dict[Method, float], first: float = 0.0) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+        self.first = first
+        self.seen: list[tuple[Method, int]] = []
+        self.order = ORDER
+
+    def begin(self, order: Order) -> None:
+        self.order = order
+
+    def work(self, asked: Sequence[Asked]) -> list[object]:
+        method = self.order.method
+        if method not in self.seconds:
+            raise ConfigError(
+                "simulation.training = 'vectorised': the model holds BatchNorm. Nothing was "
+                "trained; use 'loop'."
+            )
+        if method not in [seen for seen, _ in self.seen]:
+            self.now += self.first
+        self.seen.append((method, len(asked)))
+        self.now += self.seconds[method] * len(asked)
+        return []
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return lambda: self.now
+
+
+@pytest.mark.parametrize(
+    ("loop_s", "vectorised_s", "method"),
+    [(0.01, 0.001, "vectorised"), (0.01, 0.02, "loop"), (0.01, 0.0095, "loop")],
+)
+def test_the_quicker_is_chosen_and_a_tie_goes_to_what_devices_do(
+    loop_s: float, vectorised_s: float, method: str
+) -> None:
+    worker = Rigged({"loop": loop_s, "vectorised": vectorised_s})
+    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    assert choice.method == method
+    assert choice.loop_s == pytest.approx(loop_s)
+    assert choice.vectorised_s == pytest.approx(vectorised_s)
+    assert f"{loop_s * 1e3:.3g} ms" in choice.reason
+
+
+def test_what_the_first_time_costs_does_not_count() -> None:
+    worker = Rigged({"loop": 0.001, "vectorised": 0.01}, first=3.0)
+    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    assert choice.method == "loop"
+    assert choice.loop_s == pytest.approx(0.001)
+
+
+def test_clients_that_take_long_are_looked_at_once() -> None:
+    worker = Rigged({"loop": 60.0, "vectorised": 30.0})
+    assert choose(worker, ORDER, ASKED, clock=worker.clock).method == "vectorised"  # type: ignore[arg-type]
+    assert worker.seen == [("loop", 1), ("vectorised", 10)]
+
+
+def test_why_clients_cannot_go_side_by_side_is_said() -> None:
+    worker = Rigged({"loop": 0.01})
+    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    assert (choice.method, choice.vectorised_s) == ("loop", None)
+    assert choice.reason == "the model holds BatchNorm"

@@ -1,0 +1,191 @@
+"""Dense clients trained by batched products learn what each would have learnt alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from fedcore.config import Client
+from fedcore.model import FullModel
+from fedcore.privacy.accounting import Charge
+from fedcore.seeds import torch_rng
+from fedcore.task import Examples, Loss
+from fedcore.training.local import proximal, train
+from fedcore.training.private import PrivatePlan, train_private
+from fedcore.updates.pack import pack
+from server.simulation.chain import find_chain
+from server.simulation.dense import train_dense
+from server.simulation.work import LocalWork, PrivateWork
+
+Make = Callable[[int, torch.Generator], Examples]
+
+
+def classify(count: int, rng: torch.Generator) -> Examples:
+    inputs = torch.randn(count, 6, generator=rng)
+    return TensorDataset(inputs, inputs[:, :3].argmax(1))  # type: ignore[return-value]
+
+
+def images(count: int, rng: torch.Generator) -> Examples:
+    inputs = torch.randn(count, 1, 2, 3, generator=rng)
+    return TensorDataset(inputs, inputs.flatten(1)[:, :3].argmax(1))  # type: ignore[return-value]
+
+
+def regress(count: int, rng: torch.Generator) -> Examples:
+    inputs = torch.randn(count, 6, generator=rng)
+    return TensorDataset(inputs, inputs.sum(1))  # type: ignore[return-value]
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(output.reshape(target.shape), target)
+
+
+class Residual(nn.Module):
+    """As a user writes a model: layers in the constructor, functions on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        x = x + functional.relu(self.first(x))
+        return self.head(torch.tanh(self.second(x)) * 0.5)
+
+
+torch.manual_seed(0)  # what the nets below start from
+CASES: dict[str, tuple[nn.Module, Make, Loss]] = {
+    "one layer": (nn.Linear(6, 3), classify, functional.cross_entropy),
+    "no bias": (nn.Linear(6, 3, bias=False), classify, nn.CrossEntropyLoss()),
+    "in place": (
+        nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)),
+        images,
+        functional.cross_entropy,
+    ),
+    "residual": (Residual(), classify, functional.cross_entropy),
+    "regression": (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), regress, squared),
+    "smoothed": (
+        nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)),
+        classify,
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+    ),
+}
+SIZES = (20, 20, 13, 1, 20, 7, 10)
+SETTINGS = [
+    Client(batch_size=5, learning_rate=0.1),
+    Client(batch_size=5, learning_rate=0.1, weight_decay=0.05, epochs=2),
+    Client(batch_size=8, learning_rate=0.01, momentum=0.9, weight_decay=0.01, epochs=3),
+    Client(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
+]
+IDS = ["sgd", "decay", "momentum", "adam"]
+
+
+def work_of(
+    make: Make, sizes: Sequence[int], private: Callable[[int], PrivateWork | None]
+) -> list[LocalWork]:
+    return [
+        LocalWork(
+            make(size, torch_rng(0, "data", place)),
+            lambda place=place: torch_rng(0, "order", place),  # type: ignore[misc]
+            private(place),
+        )
+        for place, size in enumerate(sizes)
+    ]
+
+
+def distance(alone: nn.Module, weights: Tensor, before: Tensor) -> float:
+    """Of the update, relative to its own length."""
+    expected = torch.from_numpy(pack(alone))
+    moved = (expected - before).norm().item()
+    assert moved > 0
+    return (expected - weights).norm().item() / moved
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_each_learns_what_it_would_alone(name: str, settings: Client, mu: float) -> None:
+    net, make, loss = CASES[name]
+    model = FullModel(nn.Identity(), copy.deepcopy(net))
+    before = torch.from_numpy(pack(model.model))
+    work = work_of(make, SIZES, lambda place: None)
+    chain = find_chain(model.model, torch.stack([work[0].examples[i][0] for i in range(2)]))
+    assert chain is not None
+    together = train_dense(model, chain, work, loss, settings, proximal_mu=mu)
+    assert torch.equal(torch.from_numpy(pack(model.model)), before)
+    for place, one in enumerate(work):
+        alone = copy.deepcopy(model)
+        value = train(
+            alone,
+            one.examples,
+            loss,
+            settings,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            rng=one.order(),
+            penalty=proximal(alone.model, mu) if mu else None,
+        )
+        assert distance(alone.model, together.weights[place], before) <= 1e-5
+        assert together.losses[place] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"in place"}))  # Opacus cannot take it
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("noise", [0.7, 1e-9], ids=["noise", "no noise"])
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_each_learns_with_privacy_what_it_would_alone(
+    name: str, settings: Client, noise: float, mu: float
+) -> None:
+    net, make, loss = CASES[name]
+    model = FullModel(nn.Identity(), copy.deepcopy(net))
+    before = torch.from_numpy(pack(model.model))
+
+    def private(place: int) -> PrivateWork:
+        steps = -(-SIZES[place] // settings.batch_size)
+        charge = Charge(1, noise, 1 / steps, steps * settings.epochs)
+        return PrivateWork(
+            PrivatePlan(charge, clip_norm=0.5), lambda device: torch_rng(0, "noise", place)
+        )
+
+    work = work_of(make, SIZES, private)
+    chain = find_chain(model.model, torch.stack([work[0].examples[i][0] for i in range(2)]))
+    assert chain is not None
+    together = train_dense(model, chain, work, loss, settings, proximal_mu=mu)
+    for place, one in enumerate(work):
+        assert one.private is not None
+        alone = copy.deepcopy(model)
+        train_private(
+            alone.preprocess,
+            alone.model,
+            one.examples,
+            loss,
+            settings,
+            one.private.plan,
+            sampling=one.order(),
+            noise=one.private.noise(torch.device("cpu")),
+            proximal_mu=mu,
+        )
+        assert distance(alone.model, together.weights[place], before) <= 1e-5
+    assert together.losses == [None] * len(work)
+
+
+def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
+    net, _, loss = CASES["regression"]
+    model = FullModel(nn.Identity(), copy.deepcopy(net))
+    bad = TensorDataset(torch.full((4, 6), float("nan")), torch.zeros(4))
+    data: list[Examples] = [regress(4, torch_rng(0)), bad]  # type: ignore[list-item]
+    work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
+    chain = find_chain(model.model, torch.randn(2, 6))
+    assert chain is not None
+    trained = train_dense(model, chain, work, loss, Client(batch_size=4), proximal_mu=0.0)
+    good, lost = trained.losses
+    assert torch.isfinite(trained.weights[0]).all()
+    assert good == good
+    assert lost != lost

@@ -1,0 +1,225 @@
+"""A simulation gives the same model however, and by how many, its clients are trained."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedcore import Task
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError, DataError, RoundFailed
+from fedcore.owner import OPEN_POLICY
+from fedcore.seeds import Simulated, torch_rng
+from fedcore.task import Examples, Folder
+from fedcore.updates.pack import Vector
+from server.app import Listener, Outcome, server_app
+from server.records import RoundRecord
+from server.simulation.choice import Choice
+from server.simulation.devices import read_fleet
+from server.simulation.federate import federate
+from server.simulation.state import State
+
+NAMES = [f"client-{place}" for place in range(6)]
+
+
+def client_data(name: str, folder: Folder) -> Examples:
+    if name == "client-3":
+        raise OSError("its disk is gone")
+    count = 8 + len(name) + int(name[-1])
+    inputs = torch.randn(count, 4, generator=torch_rng(0, name))
+    if name == "client-5":
+        inputs[0] = float("nan")
+    return TensorDataset(inputs, inputs.argmax(1))  # type: ignore[return-value]
+
+
+TASK = Task(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)),
+    clients=lambda folder: NAMES,
+    client_data=client_data,
+    test_data=lambda folder: client_data("client-0", folder),
+    example_input=torch.zeros(4),
+)
+
+
+CONV = replace(
+    TASK,
+    model=lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 4)
+    ),
+)
+PRIVATE = {"unit": "example", "target_delta": 1e-3, "noise_multiplier": 0.8, "max_epsilon": 1e4}
+
+
+def run_of(simulation: dict[str, Any], privacy: Any = None, **federation: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "task": "task.py",
+            "federation": {"rounds": 4, "quorum": 0.5, **federation},
+            "client": {"epochs": 2, "batch_size": 4},
+            "privacy": privacy or {},
+            "simulation": simulation,
+        }
+    )
+
+
+@dataclass
+class Told:
+    outcome: Outcome
+    records: list[RoundRecord]
+    notes: list[str]
+    choices: list[tuple[Choice, int]]
+    state: State
+
+    @property
+    def weights(self) -> Vector:
+        return self.outcome.federated.weights
+
+
+def train(run: RunConfig, task: Task = TASK) -> Told:
+    outcomes: list[Outcome] = []
+    records: list[RoundRecord] = []
+    notes: list[str] = []
+    choices: list[tuple[Choice, int]] = []
+    listener = Listener(on_note=notes.append, on_round=records.append, on_end=outcomes.append)
+    server = server_app(task, run, cloud=None, randomness=Simulated(run.seed), listener=listener)
+    state = State()
+    federate(
+        server,
+        task,
+        run,
+        OPEN_POLICY,
+        NAMES,
+        state=state,
+        fleet=read_fleet(run, NAMES),
+        on_choice=lambda choice, workers: choices.append((choice, workers)),
+    )
+    return Told(outcomes[0], records, notes, choices, state)
+
+
+def distance(one: Vector, other: Vector) -> float:
+    return float(np.linalg.norm(one - other) / np.linalg.norm(one))
+
+
+LOOP: dict[str, Any] = {"training": "loop", "workers": 1}
+SIDE_BY_SIDE: dict[str, Any] = {"training": "vectorised", "workers": 1}
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian", "FedProx"])
+@pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])
+def test_both_ways_give_the_same_model_and_the_same_failures(
+    strategy: str, privacy: dict[str, Any] | None
+) -> None:
+    options = {"proximal_mu": 0.1} if strategy == "FedProx" else {}
+    asked = {"strategy": strategy, "strategy_options": options}
+    loop = train(run_of(LOOP, privacy, **asked))
+    side = train(run_of(SIDE_BY_SIDE, privacy, **asked))
+    assert distance(loop.weights, side.weights) <= 1e-5
+    expected = [4] * 4
+    assert [r.updates for r in loop.records] == [r.updates for r in side.records] == expected
+    assert [r.bytes_up for r in loop.records] == [r.bytes_up for r in side.records]
+    assert [r.epsilon_max for r in loop.records] == [r.epsilon_max for r in side.records]
+    assert loop.state == replace(side.state, choice=loop.state.choice)
+    for told in (loop, side):
+        assert any("client-3" in note and DataError.__name__ in note for note in told.notes)
+    losses = [record.train_loss for record in loop.records]
+    if privacy:
+        assert losses == [record.train_loss for record in side.records] == [None] * 4
+        return
+    assert [record.train_loss for record in side.records] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("way", [LOOP, SIDE_BY_SIDE], ids=["loop", "vectorised"])
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+@pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])
+def test_two_processes_give_the_bits_of_one(
+    way: dict[str, Any], strategy: str, privacy: dict[str, Any] | None
+) -> None:
+    one = train(run_of(way, privacy, strategy=strategy))
+    two = train(run_of(way | {"workers": 2}, privacy, strategy=strategy))
+    assert [workers for _, workers in one.choices + two.choices] == [1, 2]
+    if way is LOOP:
+        assert one.weights.tobytes() == two.weights.tobytes()
+    else:  # who trains beside whom decides how products are blocked
+        assert distance(one.weights, two.weights) <= 1e-5
+    assert one.state == two.state
+    assert [r.updates for r in one.records] == [r.updates for r in two.records]
+    assert multiprocessing.active_children() == []
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    one, other = train(run_of(SIDE_BY_SIDE)), train(run_of(SIDE_BY_SIDE))
+    assert one.weights.tobytes() == other.weights.tobytes()
+
+
+def test_convolutions_can_be_trained_side_by_side_without_privacy() -> None:
+    loop, side = train(run_of(LOOP), CONV), train(run_of(SIDE_BY_SIDE), CONV)
+    assert distance(loop.weights, side.weights) <= 1e-5
+    with pytest.raises(ConfigError, match="one client at a time"):
+        train(run_of(SIDE_BY_SIDE, PRIVATE), CONV)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "why"),
+    [
+        (TASK, {"strategy": "DifferentialPrivacyClientSideFixedClipping",
+                "strategy_options": {"noise_multiplier": 0.1, "clipping_norm": 1.0}}, "mod"),
+        (replace(TASK, model=lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout())), {}, "Dropout"),
+        (replace(TASK, loss=lambda o, t: nn.functional.cross_entropy(o, t, reduction="sum")), {},
+         "no mean"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_side_by_side_is_refused_or_goes_one_by_one(
+    task: Task, options: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        train(run_of(SIDE_BY_SIDE, **options), task)
+    ((choice, _),) = train(run_of({"workers": 1}, **options), task).choices
+    assert choice.method == "loop"
+    assert why in choice.reason
+
+
+def test_a_dead_worker_ends_the_run_and_is_named() -> None:
+    def die(name: str, folder: Folder) -> Examples:
+        if name == "client-2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return client_data(name, folder)
+
+    with pytest.raises(RoundFailed, match=r"SIGKILL.*client-2") as caught:
+        train(run_of(LOOP | {"workers": 2}), replace(TASK, client_data=die))
+    assert "--resume" in str(caught.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_devices_that_are_away_or_late_send_nothing_and_time_goes_by() -> None:
+    classes = (
+        {"name": "quick", "examples_per_s": 100.0},
+        {"name": "slow", "examples_per_s": 0.1, "share": 2.0},
+    )
+    simulation = {"devices": classes, "workers": 1, "training": "loop"}
+    told = train(run_of(simulation, PRIVATE, deadline_s=60.0, quorum=0.1))
+    virtual = [record.virtual for record in told.records]
+    assert all(one is not None and one.stragglers for one in virtual)
+    assert told.state.clock_s == pytest.approx(sum(one.simulated_s for one in virtual if one))
+    late = sum(one.stragglers for one in virtual if one)
+    assert sum(record.updates for record in told.records) <= 4 * 5 - late
+    # who was late had begun: under privacy it has spent what the others have
+    spent = {name: len(ledger.charges) for name, ledger in told.state.ledgers.items()}
+    assert set(spent.values()) == {4}
+    assert (
+        told.weights.tobytes()
+        == train(
+            run_of(simulation | {"workers": 2}, PRIVATE, deadline_s=60.0, quorum=0.1)
+        ).weights.tobytes()
+    )
