@@ -3,12 +3,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-device lint docs coverage constraints clean
+.PHONY: help setup demo test test-gpu test-device bench lint docs coverage constraints clean
 
 BIN := .venv/bin
 DEVICE_BIN := .venv-device/bin
 WORKERS ?= 2
 DEVICE_LIMIT_MB := 250
+NAME ?= simulation
 SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
 
 # One thread a process: models this small gain nothing from more, and pools of threads that wait for
@@ -59,6 +60,15 @@ test-device: setup .venv-device/.installed  ## the base package alone: its size,
 	rm -rf build
 	@touch $@
 
+bench: setup .venv-bench/.installed  ## a benchmark, NAME=simulation; results go to runs/bench
+	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+# The systems that fedcore is compared with, in versions that stay: no part of fedcore needs them.
+.venv-bench/.installed: benchmarks/peers/requirements.txt
+	@$(FIND_PYTHON); [ -x .venv-bench/bin/python ] || $$python -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 lint: setup  ## formatting, style, types and the layers of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,6 +97,6 @@ constraints:  ## resolve anew and write constraints.txt and constraints-device.t
 	rm -rf .venv-resolve build
 
 clean:  ## remove environments and caches; runs/ stays, for it holds keys
-	rm -rf .venv .venv-device .venv-resolve build dist htmlcov *.egg-info
+	rm -rf .venv .venv-device .venv-bench .venv-resolve build dist htmlcov *.egg-info
 	rm -rf .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""The figures of the simulation benchmark as one picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+from fedcore.files import write_atomic
+
+_PANELS = (
+    ("seconds_per_round", "seconds a round", 1.0, "log"),
+    ("peak_bytes", "peak memory, MB", 1e6, "linear"),
+)
+_FEWEST = 4  # places for bars in a panel: one bar alone is not a wall
+_OURS, _LIMIT, _OTHER = "#1b6e4b", "#b8b8b8", "#5b7fa6"
+_COLOURS = {"fedcore": _OURS, "roofline": _LIMIT}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes a PNG: medians as bars with their ranges; times on a log scale, memory from zero."""
+    workloads = list(dict.fromkeys(str(row["workload"]) for row in rows))
+    figure = Figure(figsize=(2.9 * len(workloads) + 0.6, 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(_PANELS), len(workloads), squeeze=False)
+    for across, workload in enumerate(workloads):
+        for down, (metric, label, unit, scale) in enumerate(_PANELS):
+            mine = [row for row in rows if (row["workload"], row["metric"]) == (workload, metric)]
+            _panel(panels[down][across], mine, unit, scale)
+            if across == 0:
+                panels[down][across].set_ylabel(label)
+        panels[0][across].set_title(workload)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_atomic(path, buffer.getvalue())
+
+
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], unit: float, scale: str) -> None:
+    if not rows:
+        axes.axis("off")
+        return
+    systems = [str(row["system"]) for row in rows]
+    medians = [row["median"] / unit for row in rows]
+    spread = [
+        [(row["median"] - row["min"]) / unit for row in rows],
+        [(row["max"] - row["median"]) / unit for row in rows],
+    ]
+    bars = axes.bar(
+        systems,
+        medians,
+        yerr=spread,
+        capsize=3,
+        color=[_COLOURS.get(system, _OTHER) for system in systems],
+    )
+    labels = [f"{median:.3g}" if median < 1000 else f"{median:.0f}" for median in medians]
+    axes.bar_label(bars, labels=labels, fontsize=8, padding=2)
+    axes.set_yscale(scale)
+    if scale == "log":  # whole decades: a bar's foot means nothing on a log scale
+        low, high = min(row["min"] for row in rows), max(row["max"] for row in rows)
+        decades = math.floor(math.log10(low / unit)), math.ceil(math.log10(1.5 * high / unit))
+        axes.set_ylim(10.0 ** decades[0], 10.0 ** decades[1])
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.margins(y=0.15)
+    axes.set_xlim(-0.6, max(len(rows), _FEWEST) - 0.4)
+    axes.tick_params(axis="x", rotation=45)
+    axes.spines[["top", "right"]].set_visible(False)
