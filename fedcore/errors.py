@@ -22,7 +22,12 @@
     |-- TrustError                  10   something delivered cannot be trusted
     |   |-- SignatureInvalid
     |   |-- DigestMismatch
-    |   `-- RollbackRefused
+    |   |-- RollbackRefused
+    |   |-- CertificateRefused         a certificate or key that the project does not vouch for
+    |   |-- UpdateForeign              a signed update of another run, node or purpose
+    |   |-- UpdateStale                a signed update of another round or base model
+    |   |-- UpdateExpired              a signed update after its time
+    |   `-- UpdateReplayed             a second update of a node in one round
     `-- DeviceError                 11   a device cannot serve what it was asked to
         `-- SelfTestFailed
 
@@ -137,6 +142,26 @@ class DigestMismatch(TrustError):
 
 class RollbackRefused(TrustError):
     """A version older than one already seen was offered."""
+
+
+class CertificateRefused(TrustError):
+    """A certificate or key that the project does not vouch for: foreign, expired or revoked."""
+
+
+class UpdateForeign(TrustError):
+    """A signed update that belongs to another run, node or purpose."""
+
+
+class UpdateStale(TrustError):
+    """A signed update that belongs to another round, or starts from another base model."""
+
+
+class UpdateExpired(TrustError):
+    """A signed update that arrived after its time, or claims more time than it may."""
+
+
+class UpdateReplayed(TrustError):
+    """A second update of one node in one round: the same bytes again, or others."""
 
 
 class DeviceError(FedcoreError):

@@ -79,7 +79,11 @@ def _children() -> dict[int, str]:
     """Command lines of this process's children, zombies among them (with an empty line)."""
     found = {}
     for listing in Path("/proc/self/task").glob("*/children"):
-        for child in listing.read_text().split():
+        try:
+            children = listing.read_text().split()
+        except FileNotFoundError:  # a thread that has just ended
+            continue
+        for child in children:
             try:
                 line = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             except FileNotFoundError:

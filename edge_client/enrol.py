@@ -1,0 +1,129 @@
+"""Enrolment: the key is made on the device and stays; a request goes out, a kit comes back."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedcore.crypto.certificates import certificate_sha256, parse_certificate, pem
+from fedcore.crypto.issue import make_request
+from fedcore.crypto.keys import fingerprint, load_key, new_key, public_bytes, save_key
+from fedcore.crypto.kit import (
+    KEY,
+    KIT,
+    MAX_KIT_BYTES,
+    REQUEST,
+    Certified,
+    parse_kit,
+    parse_kit_file,
+    write_kit,
+)
+from fedcore.errors import CertificateRefused, ConfigError, DataError
+from fedcore.files import disk_errors, read_bytes, write_atomic
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """A request that waits for its kit."""
+
+    request: Path
+    fingerprint: str
+    """Of the key: the operator can compare it with what `fedcore provision list` shows."""
+
+
+def enrol(folder: Path, name: str) -> Enrolled:
+    """Makes a key and a signing request in a folder; a key that is there is never replaced.
+
+    Run again before the kit has come, it makes the request anew over the same key.
+
+    Raises:
+        ConfigError: a kit is installed there already, or the name is none.
+        CertificateRefused: the key that is there is open to others, or is no key.
+        DiskFull: there was no room.
+    """
+    if (folder / KIT).exists():
+        raise ConfigError(
+            f"{folder}: an identity is installed in this folder already. Nothing was written; "
+            "choose another folder, or have its certificate renewed by the operator."
+        )
+    key = load_key(folder / KEY) if (folder / KEY).exists() else new_key()
+    request = make_request(key, name)
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (folder / KEY).exists():
+        save_key(folder / KEY, key)
+    write_atomic(folder / REQUEST, request)
+    return Enrolled(folder / REQUEST, fingerprint(public_bytes(key)))
+
+
+def install(folder: Path, file: Path, *, authority_sha256: str | None, now: datetime) -> Certified:
+    """Takes a kit for the key in a folder, the first one or a renewed one.
+
+    Args:
+        folder: As `enrol` left it.
+        file: The kit.
+        authority_sha256: The authority's fingerprint, told by the operator on another way than
+            the kit came; unchecked when None.
+        now: UTC.
+
+    Raises:
+        DataError: there is no kit, or no key to which it could belong.
+        CertificateRefused: the kit is not in force, is for another key, of another authority than
+            the one told or the one before, or older than the one installed. What was installed
+            before stays.
+    """
+    raw = read_bytes(file, max_bytes=MAX_KIT_BYTES, what="a kit")
+    kit = parse_kit(raw, now=now, where=str(file))
+    if not (folder / KEY).exists():
+        raise DataError(
+            f"{folder}: there is no key in this folder. Nothing was installed; name the folder "
+            "that `fedcore client enrol` made for this request."
+        )
+    if public_bytes(load_key(folder / KEY)) != kit.subject.public:
+        raise CertificateRefused(
+            f"{file}: this kit is for another key than the one in {folder}. Nothing was installed; "
+            f"name the folder in which {kit.subject.name!r} enrolled, or send its request again."
+        )
+    if kit.subject.role == "server":
+        raise CertificateRefused(
+            f"{file}: this kit is a server's, expected a member's. Nothing was installed."
+        )
+    got = certificate_sha256(kit.authority)
+    if authority_sha256 is not None and not hmac.compare_digest(got, _plain(authority_sha256)):
+        raise CertificateRefused(
+            f"{file}: its authority has SHA-256 {got}, expected {_plain(authority_sha256)}. "
+            "Nothing was installed: whoever made this kit is not the one you were told of; get it "
+            "anew from the operator."
+        )
+    if (folder / KIT).exists():
+        _check_successor(kit, folder, where=str(file))
+    write_kit(folder, kit.file)
+    with disk_errors(folder):
+        (folder / REQUEST).unlink(missing_ok=True)
+    return kit
+
+
+def _check_successor(new: Certified, folder: Path, *, where: str) -> None:
+    """Refuses a kit that does not follow the installed one, which may have expired by now."""
+    path = folder / KIT
+    raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="the installed kit")
+    old = parse_kit_file(raw, where=str(path))
+    before = parse_certificate(old.certificate.encode(), where=str(path))
+    if pem(new.authority) != old.authority.encode() or new.certificate.subject != before.subject:
+        raise CertificateRefused(
+            f"{where}: this kit is for {new.certificate.subject.rfc4514_string()}, and {folder} "
+            f"belongs to {before.subject.rfc4514_string()} of its own authority. Nothing was "
+            "installed; enrol in another folder."
+        )
+    if new.certificate.not_valid_before_utc < before.not_valid_before_utc:
+        raise CertificateRefused(
+            f"{where}: this kit is older than the one installed in {folder}. Nothing was "
+            "installed; the newer one stays."
+        )
+
+
+def _plain(sha256: str) -> str:
+    """A fingerprint as `certificate_sha256` writes it; OpenSSL puts colons and capitals."""
+    return sha256.replace(":", "").strip().lower()

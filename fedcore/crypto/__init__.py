@@ -1,0 +1,1 @@
+"""Keys, certificates, envelopes and sealing: thin over `cryptography`."""

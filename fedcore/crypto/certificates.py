@@ -1,0 +1,282 @@
+"""Certificates of a project: its authority's, its server's, its members'.
+
+The authority signs everything directly: there is no chain to build. A certificate says who (common
+name), in which role (organisational unit) and for which project (organisation). A role is what the
+authority wrote; what a signing request asks for beyond its key is not looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal, get_args
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP384R1,
+    EllipticCurvePublicKey,
+)
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedcore.crypto.keys import public_bytes
+from fedcore.errors import CertificateRefused, ConfigError
+
+MemberRole = Literal["device", "operator", "viewer"]
+Role = Literal["server", "device", "operator", "viewer"]
+
+SKEW = timedelta(minutes=10)
+"""How wrong a clock may be: certificates are taken so long before and after their validity."""
+
+MAX_CERTIFICATE_BYTES = 8192  # bytes: one with 30 host names, as PEM, has about 2000
+_ROLES: tuple[Role, ...] = get_args(Role)
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+UNREADABLE = (  # what `cryptography` raises for bytes that are not what they should be
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+    x509.InvalidVersion,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a certificate speaks of, once `check_certificate` has accepted it."""
+
+    project: str
+    name: str
+    role: Role
+    public: bytes
+    """The key, as `fedcore.crypto.keys.public_bytes` gives it."""
+    serial: str
+    """The serial number, in hexadecimal."""
+    not_after: datetime
+    """The end of validity, UTC."""
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """The name itself; raises `ConfigError` unless it can stand in a certificate and in a path."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r}: expected 1 to 64 of a-z, 0-9, '-' and '_', starting with a letter "
+            "or digit. Nothing was written; choose another."
+        )
+    return name
+
+
+def parse_certificate(raw: bytes, *, where: str) -> x509.Certificate:
+    """The one certificate in PEM bytes; raises `CertificateRefused` for anything else."""
+    try:
+        if len(raw) <= MAX_CERTIFICATE_BYTES and raw.count(b"-----BEGIN") == 1:
+            return x509.load_pem_x509_certificate(raw)
+    except UNREADABLE:
+        pass
+    raise CertificateRefused(
+        f"{where}: expected one certificate (PEM), found something else. It was not used; get the "
+        "file anew from the operator."
+    )
+
+
+def pem(certificate: x509.Certificate) -> bytes:
+    """A certificate as PEM."""
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def certificate_sha256(certificate: x509.Certificate) -> str:
+    """The fingerprint of a certificate, as ``openssl x509 -fingerprint -sha256`` has it.
+
+    In lower-case hexadecimal, without colons.
+    """
+    return certificate.fingerprint(SHA256()).hex()
+
+
+def check_authority(certificate: x509.Certificate, *, now: datetime, where: str) -> str:
+    """The project of an authority's certificate.
+
+    Raises:
+        CertificateRefused: it is no authority of this format, or its time has passed.
+    """
+    try:
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
+        certificate.verify_directly_issued_by(certificate)
+        project = one_of(certificate.subject, NameOID.ORGANIZATION_NAME)
+        sound = (
+            constraints.critical
+            and constraints.value == x509.BasicConstraints(ca=True, path_length=0)
+            and usage.value == key_usage(signs_certificates=True)
+            and _is_p384(certificate)
+            and _NAME.fullmatch(project) is not None
+        )
+    except UNREADABLE:
+        sound = False
+    if not sound:
+        raise CertificateRefused(
+            f"{where}: expected the certificate of a project's authority, found something else. "
+            "It was not trusted; get the file anew from the operator."
+        )
+    _check_time(certificate, now=now, where=where, remedy="make a new authority and enrol anew")
+    return project
+
+
+def subject_of(
+    certificate: x509.Certificate, authority: x509.Certificate, *, where: str
+) -> Subject:
+    """Whom a certificate speaks of, expired or not, when the authority vouches for it.
+
+    Guarantee:
+        The authority's key signed it (ECDSA on P-384, SHA-384); it is no authority itself; it
+        is for a server or for a client, as its role says, and never for both.
+
+    Args:
+        certificate: As delivered or as on disk.
+        authority: Trusted by the caller, as `check_authority` accepts it.
+        where: What to call the certificate in an error.
+
+    Raises:
+        CertificateRefused: it is another authority's, altered, or not of this form.
+    """
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except UNREADABLE:
+        raise CertificateRefused(
+            f"{where}: this certificate was not issued by the authority that is trusted here "
+            f"({authority.subject.rfc4514_string()}). It was refused; use the kit that this "
+            "project's operator made."
+        ) from None
+    try:
+        subject = _subject(certificate)
+        sound = _is_p384(certificate) and subject.project == one_of(
+            authority.subject, NameOID.ORGANIZATION_NAME
+        )
+    except UNREADABLE:
+        sound = False
+    if not sound:
+        raise CertificateRefused(
+            f"{where}: this certificate is not of the form that `fedcore provision` issues (one "
+            "name, one known role, its key usage, a P-384 key). It was refused; get one from the "
+            "operator."
+        )
+    return subject
+
+
+def check_certificate(
+    certificate: x509.Certificate, authority: x509.Certificate, *, now: datetime, where: str
+) -> Subject:
+    """As `subject_of`, and in force at ``now`` (UTC), give or take `SKEW`.
+
+    Raises:
+        CertificateRefused: as `subject_of`, or it has expired or is not valid yet.
+    """
+    subject = subject_of(certificate, authority, where=where)
+    remedy = "have it renewed with `fedcore provision renew`"
+    _check_time(certificate, now=now, where=where, remedy=remedy)
+    return subject
+
+
+def peer_public(der: bytes) -> bytes:
+    """The key of a TLS peer, as `fedcore.crypto.keys.public_bytes` gives it.
+
+    Args:
+        der: What ``ssl_object.getpeercert(binary_form=True)`` returns: TLS has verified that the
+            authority signed it and that the peer holds its private key.
+
+    Raises:
+        CertificateRefused: it is no certificate, or its key is not on P-384.
+    """
+    try:
+        public = x509.load_der_x509_certificate(der).public_key()
+    except UNREADABLE:
+        public = None
+    if not isinstance(public, EllipticCurvePublicKey) or not isinstance(public.curve, SECP384R1):
+        raise CertificateRefused(
+            "peer certificate: expected a P-384 key, found something else. The connection was "
+            "refused; use a kit that this project's operator made."
+        )
+    return public_bytes(public)
+
+
+def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """An authority signs certificates and nothing else; everyone else signs anything else."""
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def extended_key_usage(role: Role) -> x509.ExtendedKeyUsage:
+    """A device's certificate never passes for the server's, nor the other way round."""
+    server, client = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+    return x509.ExtendedKeyUsage([server if role == "server" else client])
+
+
+def _subject(certificate: x509.Certificate) -> Subject:
+    """Raises one of `UNREADABLE` unless each part is of the form that is issued here."""
+    extensions = certificate.extensions
+    constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+    usage = extensions.get_extension_for_class(x509.KeyUsage).value
+    extended = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    name = one_of(certificate.subject, NameOID.COMMON_NAME)
+    said = one_of(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
+    role = next((role for role in _ROLES if role == said), None)
+    if role is None or constraints.ca or usage != key_usage(signs_certificates=False):
+        raise ValueError("role, constraints or key usage")
+    if extended != extended_key_usage(role) or not _NAME.fullmatch(name):
+        raise ValueError("extended key usage or name")
+    public = certificate.public_key()
+    if not isinstance(public, EllipticCurvePublicKey):
+        raise TypeError("key")
+    return Subject(
+        project=one_of(certificate.subject, NameOID.ORGANIZATION_NAME),
+        name=name,
+        role=role,
+        public=public_bytes(public),
+        serial=f"{certificate.serial_number:x}",
+        not_after=certificate.not_valid_after_utc,
+    )
+
+
+def _is_p384(certificate: x509.Certificate) -> bool:
+    public = certificate.public_key()
+    return (
+        isinstance(public, EllipticCurvePublicKey)
+        and isinstance(public.curve, SECP384R1)
+        and isinstance(certificate.signature_hash_algorithm, SHA384)
+    )
+
+
+def one_of(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
+    """The only attribute of its kind; two would let readers disagree on whom it means."""
+    (attribute,) = name.get_attributes_for_oid(kind)
+    if not isinstance(attribute.value, str):
+        raise TypeError("expected text")
+    return attribute.value
+
+
+def _check_time(certificate: x509.Certificate, *, now: datetime, where: str, remedy: str) -> None:
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now < first - SKEW:
+        raise CertificateRefused(
+            f"{where}: this certificate is valid from {first:%Y-%m-%d %H:%M} UTC, and this machine "
+            f"says {now:%Y-%m-%d %H:%M} UTC. It was refused; set the clock right, and try again."
+        )
+    if now > last + SKEW:
+        raise CertificateRefused(
+            f"{where}: this certificate expired on {last:%Y-%m-%d %H:%M} UTC, and this machine "
+            f"says {now:%Y-%m-%d %H:%M} UTC. It was refused; see that the clock is right, or "
+            f"{remedy}."
+        )

@@ -1,0 +1,203 @@
+"""Issuing: what an authority signs, and the requests that it signs them for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from ipaddress import ip_address
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP384R1,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+)
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from fedcore.crypto.certificates import (
+    MAX_CERTIFICATE_BYTES,
+    SKEW,
+    UNREADABLE,
+    MemberRole,
+    Role,
+    check_name,
+    extended_key_usage,
+    key_usage,
+    one_of,
+)
+from fedcore.errors import CertificateRefused, ConfigError
+
+BACKDATE = 2 * SKEW
+"""Validity begins so long before issue: the issuer's clock may be fast and the reader's slow."""
+AUTHORITY_VALIDITY = timedelta(days=3650)
+SERVER_VALIDITY = timedelta(days=365)
+MEMBER_VALIDITY = timedelta(days=90)
+"""A key that is lost unnoticed is of use to its finder for a season at most."""
+
+_HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
+_MAX_HOSTS = 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """A signing request whose sender holds the private key."""
+
+    name: str
+    """What the sender calls itself; the operator decides."""
+    public_key: EllipticCurvePublicKey
+
+
+def check_host(host: str) -> x509.DNSName | x509.IPAddress:
+    """The name or address under which a server is reached; raises `ConfigError` for others."""
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        pass
+    # Digits and dots alone are an address that is wrong, not a name.
+    if len(host) > 253 or not _HOST.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
+        raise ConfigError(
+            f"host {host!r}: expected a DNS name or an IP address, without scheme or port, as "
+            "fl.example.org or 10.0.0.5. Nothing was written."
+        )
+    return x509.DNSName(host.lower())
+
+
+def issue_authority(
+    key: EllipticCurvePrivateKey, *, project: str, now: datetime
+) -> x509.Certificate:
+    """The self-signed certificate of a project's authority; it may sign no other authority."""
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, check_name(project, "project")),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"{project} authority"),
+        ]
+    )
+    own = key.public_key()
+    return (
+        _builder(name, name, own, own, now, now + AUTHORITY_VALIDITY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(key_usage(signs_certificates=True), critical=True)
+        .sign(key, SHA384())
+    )
+
+
+def issue_server(
+    public: EllipticCurvePublicKey,
+    *,
+    hosts: Sequence[str],
+    authority: x509.Certificate,
+    authority_key: EllipticCurvePrivateKey,
+    now: datetime,
+    validity: timedelta = SERVER_VALIDITY,
+) -> x509.Certificate:
+    """The certificate of the project's server under all of its names and addresses.
+
+    Raises:
+        ConfigError: a host is neither a DNS name nor an address, or there are none or too many.
+    """
+    if not 1 <= len(hosts) <= _MAX_HOSTS:
+        raise ConfigError(f"{len(hosts)} hosts: expected 1 to {_MAX_HOSTS}. Nothing was written.")
+    names = x509.SubjectAlternativeName([check_host(host) for host in hosts])
+    builder = _end_entity(public, "server", "server", authority, now, validity)
+    return builder.add_extension(names, critical=False).sign(authority_key, SHA384())
+
+
+def issue_member(
+    public: EllipticCurvePublicKey,
+    *,
+    name: str,
+    role: MemberRole,
+    authority: x509.Certificate,
+    authority_key: EllipticCurvePrivateKey,
+    now: datetime,
+    validity: timedelta = MEMBER_VALIDITY,
+) -> x509.Certificate:
+    """The certificate of a device, an operator or a viewer.
+
+    Raises:
+        ConfigError: the name cannot stand in a certificate.
+    """
+    builder = _end_entity(public, check_name(name), role, authority, now, validity)
+    return builder.sign(authority_key, SHA384())
+
+
+def make_request(key: EllipticCurvePrivateKey, name: str) -> bytes:
+    """A signing request (PKCS#10 PEM): the public key, a name, and proof of the private key."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_name(name))])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA384())
+    return request.public_bytes(Encoding.PEM)
+
+
+def read_request(raw: bytes, *, where: str) -> Request:
+    """Reads a signing request; only its key and common name are taken from it.
+
+    Raises:
+        CertificateRefused: it is no such request, its key is not on P-384, or whoever made it
+            does not hold the private key.
+    """
+    try:
+        request = x509.load_pem_x509_csr(raw) if len(raw) <= MAX_CERTIFICATE_BYTES else None
+        if request is not None and request.is_signature_valid:
+            public = request.public_key()
+            if isinstance(public, EllipticCurvePublicKey) and isinstance(public.curve, SECP384R1):
+                return Request(one_of(request.subject, NameOID.COMMON_NAME), public)
+    except UNREADABLE:
+        pass
+    raise CertificateRefused(
+        f"{where}: expected a signing request (PKCS#10 PEM) over a P-384 key, signed by that key, "
+        "found something else. No certificate was issued; `fedcore client enrol` makes one."
+    )
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: EllipticCurvePublicKey,
+    issuer_public: EllipticCurvePublicKey,
+    now: datetime,
+    not_after: datetime,
+) -> x509.CertificateBuilder:
+    identifier = x509.SubjectKeyIdentifier.from_public_key(public)
+    by = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_public)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(not_after)
+        .add_extension(identifier, critical=False)
+        .add_extension(by, critical=False)
+    )
+
+
+def _end_entity(
+    public: EllipticCurvePublicKey,
+    name: str,
+    role: Role,
+    authority: x509.Certificate,
+    now: datetime,
+    validity: timedelta,
+) -> x509.CertificateBuilder:
+    project = one_of(authority.subject, NameOID.ORGANIZATION_NAME)
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, project),
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
+            x509.NameAttribute(NameOID.COMMON_NAME, name),
+        ]
+    )
+    issuer_public = authority.public_key()
+    assert isinstance(issuer_public, EllipticCurvePublicKey)
+    until = min(now + validity, authority.not_valid_after_utc)
+    return (
+        _builder(subject, authority.subject, public, issuer_public, now, until)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(key_usage(signs_certificates=False), critical=True)
+        .add_extension(extended_key_usage(role), critical=True)
+    )

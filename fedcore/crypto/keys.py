@@ -1,0 +1,112 @@
+"""One key is one identity: ECDSA on P-384, the curve that Flower's node authentication uses.
+
+The same key authenticates a node with Flower, stands in the certificate that it shows in TLS, and
+signs its updates. It is made where it is used and is never sent.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP384R1,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+    generate_private_key,
+)
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from fedcore.errors import CertificateRefused
+from fedcore.files import read_bytes, sha256_hex, write_atomic
+
+MAX_KEY_BYTES = 4096  # bytes: a P-384 key as PKCS#8 PEM has 306, its public part 215
+
+
+def new_key() -> EllipticCurvePrivateKey:
+    """A fresh private key on P-384, from the operating system's randomness."""
+    return generate_private_key(SECP384R1())
+
+
+def private_bytes(key: EllipticCurvePrivateKey) -> bytes:
+    """A private key as PKCS#8 PEM, in the clear."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def save_key(path: Path, key: EllipticCurvePrivateKey) -> None:
+    """Writes a private key as PKCS#8 PEM, atomically, readable by its owner alone.
+
+    Raises:
+        DiskFull: there was no room; ``path`` is as it was.
+        ResourceError: it may not be written there.
+    """
+    write_atomic(path, private_bytes(key), mode=0o600)
+
+
+def load_key(path: Path) -> EllipticCurvePrivateKey:
+    """Reads a private key that only its owner can read.
+
+    Raises:
+        DataError: it is missing or unreadable.
+        CertificateRefused: others may read it, or it is no P-384 key.
+    """
+    raw = read_bytes(path, max_bytes=MAX_KEY_BYTES, what="a private key")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and mode & 0o077:
+        raise CertificateRefused(
+            f"{path}: this private key has mode {mode:04o}, expected 0600: others may have read "
+            "it. It was not used; if nobody has, `chmod 600` it, otherwise have this identity "
+            "revoked and enrol again."
+        )
+    return parse_key(raw, where=str(path))
+
+
+def parse_key(raw: bytes, *, where: str) -> EllipticCurvePrivateKey:
+    """The private key in PKCS#8 PEM bytes; raises `CertificateRefused` for anything else."""
+    try:
+        key = load_pem_private_key(raw, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP384R1):
+        raise CertificateRefused(
+            f"{where}: expected an ECDSA private key on P-384 (PKCS#8 PEM, no password), found "
+            "something else. It was not used; restore the key from a copy, or enrol again."
+        )
+    return key
+
+
+def public_bytes(key: EllipticCurvePrivateKey | EllipticCurvePublicKey) -> bytes:
+    """The public part as SubjectPublicKeyInfo PEM: byte for byte what Flower registers a node by.
+
+    ``openssl x509 -in CERTIFICATE -noout -pubkey`` prints the same bytes.
+    """
+    public = key.public_key() if isinstance(key, EllipticCurvePrivateKey) else key
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def parse_public(raw: bytes, *, where: str = "public key") -> EllipticCurvePublicKey:
+    """The public key in PEM bytes; raises `CertificateRefused` unless it is on P-384."""
+    try:
+        key = load_pem_public_key(raw) if len(raw) <= MAX_KEY_BYTES else None
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
+        raise CertificateRefused(
+            f"{where}: expected an ECDSA public key on P-384 (PEM), found something else. "
+            "It was not used; every identity here is such a key."
+        )
+    return key
+
+
+def fingerprint(public: bytes) -> str:
+    """The SHA-256 of what `public_bytes` returns, in hexadecimal: a short name for an identity."""
+    return sha256_hex(public)

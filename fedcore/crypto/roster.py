@@ -1,0 +1,287 @@
+"""What a server knows: its own identity, and whom it lets in."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography import x509
+from pydantic import AwareDatetime, Field, ValidationError
+
+from fedcore.config import Section
+from fedcore.crypto.certificates import SKEW, MemberRole, parse_certificate, subject_of
+from fedcore.crypto.keys import fingerprint
+from fedcore.crypto.kit import Kit, Pem, load_identity, restrict
+from fedcore.errors import CertificateRefused, FedcoreError, TrustError
+from fedcore.files import read_bytes
+
+ROSTER = "roster.json"
+MAX_ROSTER_BYTES = 32 << 20  # 32 MiB: some 25,000 members at 1.2 kB
+MAX_NUM_EXAMPLES = 1_000_000
+"""The most that one client's updates may weigh, in examples: the cap on what it committed to."""
+
+
+class Entry(Section):
+    """One member in ``roster.json``; name, role and key stand in the certificate alone."""
+
+    certificate: Pem
+    num_examples: Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)] | None = None
+    revoked_at: AwareDatetime | None = None
+
+
+class RosterFile(Section):
+    """``roster.json``: everyone who ever had a certificate, the revoked ones marked."""
+
+    format: Literal["fedcore.roster/1"] = "fedcore.roster/1"
+    version: Annotated[int, Field(ge=1)]
+    """Grows with each change."""
+    members: tuple[Entry, ...]
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Member:
+    """Someone to whom the authority issued a certificate."""
+
+    name: str
+    role: MemberRole
+    public: bytes
+    """The key, as `fedcore.crypto.keys.public_bytes` gives it."""
+    serial: str
+    """Serial number of the newest certificate, in hexadecimal."""
+    not_after: datetime
+    """When that certificate expires, UTC."""
+    num_examples: int | None
+    """What its updates weigh, committed at enrolment; None: as much as any other's."""
+    revoked_at: datetime | None
+
+    @property
+    def fingerprint(self) -> str:
+        """The key's fingerprint."""
+        return fingerprint(self.public)
+
+    def in_force(self, now: datetime) -> bool:
+        """Whether it is neither revoked nor expired by more than the allowance for clocks."""
+        return self.revoked_at is None and now <= self.not_after + SKEW
+
+
+@dataclass(frozen=True)
+class ServerIdentity:
+    """The server's own key and certificate, and where the list of members lies."""
+
+    kit: Kit
+    hosts: tuple[str, ...]
+    """The names and addresses that its certificate is for."""
+    port: int
+    """Where devices expect it."""
+    roster_path: Path
+
+
+def load_server_identity(folder: Path, *, now: datetime | None = None) -> ServerIdentity:
+    """The server's identity in the folder that `fedcore provision server` made.
+
+    Raises:
+        DataError: something is missing or unreadable.
+        CertificateRefused: as `fedcore.crypto.kit.load_identity`, or it is not a server's.
+    """
+    kit = load_identity(folder, now=now)
+    if kit.role != "server":
+        raise CertificateRefused(
+            f"{folder}: this is the identity of the {kit.role} {kit.name!r}, expected a server's. "
+            "Nothing was started; name the folder that `fedcore provision server` made."
+        )
+    certificate = x509.load_pem_x509_certificate(kit.certificate_pem)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return ServerIdentity(
+        kit=kit,
+        hosts=tuple(str(name.value) for name in names),
+        port=int(kit.servers[0].rpartition(":")[2]),
+        roster_path=folder / ROSTER,
+    )
+
+
+def server_context(identity: ServerIdentity) -> ssl.SSLContext:
+    """TLS for the network port: version 1.3, a client certificate of this project required.
+
+    Revocation is not seen here: TLS lets a revoked member's handshake through, and whoever accepts
+    the connection asks the `Roster` for the peer's key before anything else.
+    """
+    context = restrict(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), identity.kit)
+    context.num_tickets = 0  # a resumed session would skip the certificate, and its expiry
+    return context
+
+
+def parse_roster(
+    raw: bytes,
+    authority: x509.Certificate,
+    *,
+    where: str,
+    known: Mapping[str, Member] | None = None,
+) -> tuple[RosterFile, dict[str, Member]]:
+    """Reads a roster and verifies every certificate in it.
+
+    Args:
+        raw: The file's content.
+        authority: Whose certificates alone are taken.
+        where: The file, for errors.
+        known: Members by certificate (PEM) that were verified before; verifying takes about
+            0.8 ms each.
+
+    Returns:
+        The file, and its members by certificate (PEM), in the file's order.
+
+    Raises:
+        TrustError: it is no roster, or names someone whom the authority did not certify, or two
+            members in force with one name or one key.
+    """
+    try:
+        file = RosterFile.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TrustError(
+            f"{where}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. This is "
+            "no whole roster, and was not used; copy it anew from the authority's folder."
+        ) from None
+    members = {}
+    for number, entry in enumerate(file.members):
+        member = (known or {}).get(entry.certificate) or _member(
+            entry, authority, where=f"{where}: member {number}"
+        )
+        members[entry.certificate] = replace(
+            member, num_examples=entry.num_examples, revoked_at=entry.revoked_at
+        )
+    keys = [member.public for member in members.values()]
+    names = [member.name for member in members.values() if member.revoked_at is None]
+    if len({*keys}) < len(file.members) or len({*names}) < len(names):
+        raise TrustError(
+            f"{where}: two members have one key or one name. The list was not used; one key is one "
+            "identity: copy the file anew from the authority's folder."
+        )
+    return file, members
+
+
+class Roster:
+    """The members that a server lets in, read again whenever the file changes.
+
+    A lookup costs one ``stat`` while the file stays as it is. A file that cannot be read, is not
+    whole or is older than the one before is not used: the list before it stays in force and
+    `damage` says why, so that a slip in copying the file does not stop a federation. Nobody gets
+    in by a damaged file, because each entry is a certificate that the authority signed. Safe to
+    use from several threads.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        authority_pem: bytes,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Reads the roster.
+
+        Args:
+            path: ``roster.json``.
+            authority_pem: Certificate of the authority that signs its members.
+            clock: The time, UTC; expired members are left out.
+
+        Raises:
+            DataError: there is none, or it cannot be read.
+            TrustError: it is not whole (see `parse_roster`).
+        """
+        self.damage: str | None = None
+        """Why the file on disk is not the list in force, if it is not."""
+        self._path = path
+        self._authority = parse_certificate(authority_pem, where="authority")
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._version = 0
+        self._by_certificate: dict[str, Member] = {}
+        self._by_fingerprint: dict[str, Member] = {}
+        self._stamp = self._read_stamp()
+        self._read()
+
+    @property
+    def version(self) -> int:
+        """The version of the list in force."""
+        return self._version
+
+    def member(self, identity: bytes | str) -> Member | None:
+        """The member with this key, unless it is revoked or expired.
+
+        Args:
+            identity: The key as `fedcore.crypto.keys.public_bytes` gives it, or its fingerprint.
+        """
+        self._refresh()
+        name = identity if isinstance(identity, str) else fingerprint(identity)
+        member = self._by_fingerprint.get(name)
+        return member if member is not None and member.in_force(self._clock()) else None
+
+    def members(self) -> tuple[Member, ...]:
+        """Everyone who is let in now, in the order of enrolment."""
+        self._refresh()
+        now = self._clock()
+        return tuple(member for member in self._by_fingerprint.values() if member.in_force(now))
+
+    def _refresh(self) -> None:
+        stamp = self._read_stamp()
+        if stamp == self._stamp:
+            return
+        with self._lock:
+            if stamp == self._stamp:  # another thread has read it meanwhile
+                return
+            self._stamp = stamp
+            try:
+                self._read()
+            except FedcoreError as error:
+                self.damage = str(error)
+            else:
+                self.damage = None
+
+    def _read_stamp(self) -> tuple[int, ...]:
+        """What changes when the file does; empty when there is none."""
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return ()
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _read(self) -> None:
+        raw = read_bytes(self._path, max_bytes=MAX_ROSTER_BYTES, what="the roster")
+        file, members = parse_roster(
+            raw, self._authority, where=str(self._path), known=self._by_certificate
+        )
+        if file.version < self._version:
+            raise TrustError(
+                f"{self._path}: this roster has version {file.version}, and version "
+                f"{self._version} is in force: an older one would let revoked members in again. "
+                "It was not used; copy the newest from the authority's folder."
+            )
+        self._version, self._by_certificate = file.version, members
+        self._by_fingerprint = {member.fingerprint: member for member in members.values()}
+
+
+def _member(entry: Entry, authority: x509.Certificate, *, where: str) -> Member:
+    certificate = parse_certificate(entry.certificate.encode(), where=where)
+    subject = subject_of(certificate, authority, where=where)
+    if subject.role == "server":
+        raise TrustError(
+            f"{where}: this is the certificate of a server, expected a member's. The roster was "
+            "not used; copy it anew from the authority's folder."
+        )
+    return Member(
+        name=subject.name,
+        role=subject.role,
+        public=subject.public,
+        serial=subject.serial,
+        not_after=subject.not_after,
+        num_examples=None,
+        revoked_at=None,
+    )

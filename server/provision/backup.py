@@ -1,0 +1,227 @@
+"""An authority in one sealed file, and back."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from cryptography import x509
+from pydantic import AwareDatetime, ValidationError
+
+from fedcore.config import Section
+from fedcore.crypto.certificates import check_authority, parse_certificate, subject_of
+from fedcore.crypto.keys import parse_key, public_bytes
+from fedcore.crypto.kit import parse_kit_file
+from fedcore.crypto.roster import ROSTER, parse_roster
+from fedcore.crypto.sealing import is_sealed, seal, unseal
+from fedcore.errors import ConfigError, FedcoreError, TrustError
+from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from server.provision.folder import (
+    AUDIT,
+    CERTIFICATE,
+    MAX_AUDIT_BYTES,
+    PRIVATE_KEY,
+    Authority,
+    check_pair,
+    link_roster,
+    locked,
+    read_authority,
+    record,
+)
+from server.provision.issue import Act
+
+MAX_BACKUP_BYTES = 96 << 20  # 96 MiB: the largest roster and the largest audit log, in base 64
+
+FileName = Literal[
+    "authority.pem",
+    "authority.key",
+    "roster.json",
+    "audit.jsonl",
+    "server/key.pem",
+    "server/kit.json",
+]
+_REQUIRED: tuple[FileName, ...] = ("authority.pem", "authority.key", "roster.json", "audit.jsonl")
+_SERVER: tuple[FileName, ...] = ("server/key.pem", "server/kit.json")
+_PUBLIC: tuple[FileName, ...] = ("authority.pem", "roster.json", "server/kit.json")
+
+
+class Backup(Section):
+    """What is sealed: the folder's files, in base 64."""
+
+    format: Literal["fedcore.backup/1"] = "fedcore.backup/1"
+    created: AwareDatetime
+    files: dict[FileName, str]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did."""
+
+    project: str
+    members: int
+    roster: Literal["backup", "folder"]
+    """Whose list of members is in force: the newer one, so that nobody revoked comes back."""
+    before: Path | None
+    """Where the folder that was there before lies now."""
+
+
+def backup(act: Act, file: Path) -> None:
+    """Writes the whole authority to one file that only the passphrase opens.
+
+    Raises:
+        ConfigError: the file is there already, or the passphrase is missing or too short.
+        FedcoreError: the authority is not whole: a backup of it would restore to nothing.
+    """
+    if file.exists():
+        raise ConfigError(f"{file}: this file exists. Nothing was written; choose another name.")
+    passphrase = _passphrase(act)
+    with locked(act.folder):
+        record(act.folder, at=act.now, by=act.by, action="backup")
+        files = {
+            name: read_bytes(act.folder / name, max_bytes=MAX_AUDIT_BYTES, what="a file to back up")
+            for name in get_args(FileName)
+            if name in _REQUIRED or (act.folder / name).exists()
+        }
+    _verify(files, act, where=str(act.folder))
+    content = Backup(
+        created=act.now,
+        files={name: base64.b64encode(raw).decode() for name, raw in files.items()},
+    )
+    sealed = seal(content.model_dump_json().encode(), passphrase)
+    write_atomic(file, sealed, mode=0o600)
+
+
+def restore(act: Act, file: Path, *, replace: bool) -> Restored:
+    """Puts the authority in a backup into force; all of it is verified first.
+
+    Guarantee:
+        Until the new folder is whole, the old one stands; afterwards it lies beside it. When both
+        are of one authority, the newer roster of the two is kept.
+
+    Raises:
+        ConfigError: the folder holds something and ``replace`` is not set, or there is no
+            passphrase.
+        DataError: the file is missing, or larger than a backup can be.
+        TrustError: it cannot be opened, or what it holds does not fit together.
+    """
+    folder, where = act.folder, str(file)
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not replace:
+        raise ConfigError(
+            f"{folder}: expected an empty folder, or none. Nothing was restored; choose another, "
+            "or give --replace: what is there is then kept under another name."
+        )
+    sealed = read_bytes(file, max_bytes=MAX_BACKUP_BYTES, what="a backup")
+    files = _decode(unseal(sealed, _passphrase(act), where=where), where)
+    authority = _verify(files, act, where=where)
+    with ExitStack() as held:
+        if occupied and (folder / CERTIFICATE).exists():
+            held.enter_context(locked(folder))
+        there = _readable(act) if occupied else None
+        newer = (
+            there is not None
+            and there.certificate == authority.certificate
+            and there.roster.version > authority.roster.version
+        )
+        if there is not None and newer:
+            files[ROSTER] = there.roster.to_bytes()
+            files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
+        before = _place(act, files, occupied=occupied)
+    return Restored(
+        project=authority.project,
+        members=len(there.members if there is not None and newer else authority.members),
+        roster="folder" if newer else "backup",
+        before=before,
+    )
+
+
+def _passphrase(act: Act) -> str:
+    if act.passphrase is None:
+        raise ConfigError(
+            "a backup is sealed with a passphrase, and none was given. Nothing was written; name a "
+            "file with --passphrase-file, or set FEDCORE_PASSPHRASE."
+        )
+    return act.passphrase
+
+
+def _decode(raw: bytes, where: str) -> dict[str, bytes]:
+    try:
+        content = Backup.model_validate_json(raw)
+        return {name: base64.b64decode(text, validate=True) for name, text in content.files.items()}
+    except (ValidationError, binascii.Error) as error:
+        raise TrustError(
+            f"{where}: this is no backup of a known format ({str(error).splitlines()[0]}). Nothing "
+            "was restored; use the version of fedcore that made it, or another copy."
+        ) from None
+
+
+def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
+    """What the files hold, once they fit together: keys and certificates, roster and authority."""
+    missing = {*_REQUIRED} - {*files} or ({*_SERVER} - {*files} if {*_SERVER} & {*files} else set())
+    if missing:
+        raise TrustError(
+            f"{where}: {', '.join(sorted(missing))} is missing. This is no whole authority, and "
+            "nothing was changed; use another backup."
+        )
+    certificate = parse_certificate(files[CERTIFICATE], where=f"{where}: {CERTIFICATE}")
+    project = check_authority(certificate, now=act.now, where=f"{where}: {CERTIFICATE}")
+    if not is_sealed(files[PRIVATE_KEY]):
+        key = parse_key(files[PRIVATE_KEY], where=f"{where}: {PRIVATE_KEY}")
+        check_pair(key, certificate, where=f"{where}: {PRIVATE_KEY}")
+    roster, members = parse_roster(files[ROSTER], certificate, where=f"{where}: {ROSTER}")
+    if {*_SERVER} <= {*files}:
+        _verify_server(files, certificate, where=where)
+    return Authority(act.folder, project, certificate, roster, members)
+
+
+def _verify_server(files: Mapping[str, bytes], authority: x509.Certificate, *, where: str) -> None:
+    key_name, kit_name = _SERVER
+    kit = parse_kit_file(files[kit_name], where=f"{where}: {kit_name}")
+    certificate = parse_certificate(kit.certificate.encode(), where=f"{where}: {kit_name}")
+    subject = subject_of(certificate, authority, where=f"{where}: {kit_name}")
+    key = parse_key(files[key_name], where=f"{where}: {key_name}")
+    if subject.role != "server" or subject.public != public_bytes(key):
+        raise TrustError(
+            f"{where}: {key_name} and {kit_name} are not one server's. Nothing was changed; use "
+            "another backup, or make the server's identity anew."
+        )
+
+
+def _readable(act: Act) -> Authority | None:
+    """The authority that is to be replaced; None when it is damaged, which may be the reason."""
+    try:
+        return read_authority(act.folder, now=act.now)
+    except FedcoreError:
+        return None
+
+
+def _place(act: Act, files: Mapping[str, bytes], *, occupied: bool) -> Path | None:
+    """Writes the files beside the folder, then renames; returns where the old folder went."""
+    folder = act.folder.absolute()
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))  # mode 0700
+    try:
+        for name, raw in files.items():
+            write_atomic(new / name, raw, mode=0o644 if name in _PUBLIC else 0o600)
+        if (new / "server").exists():
+            link_roster(new / "server")
+        record(new, at=act.now, by=act.by, action="restore")
+        with disk_errors(folder):
+            before = None
+            if occupied:
+                before = folder.with_name(f"{folder.name}.before-{act.now:%Y%m%dT%H%M%SZ}")
+                folder.rename(before)
+            new.rename(folder)  # over an empty folder too
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return before

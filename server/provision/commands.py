@@ -1,0 +1,149 @@
+"""``fedcore provision``: what the operator of a project does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedcore.cli import Command, group
+from fedcore.crypto.certificates import certificate_sha256
+from fedcore.crypto.issue import SERVER_VALIDITY
+from server.provision.backup import backup, restore
+from server.provision.issue import initialise, provision_server
+from server.provision.member_commands import MEMBER_VERBS
+from server.provision.options import acting, days, moment, sealing, show, show_server, signing
+
+DEFAULT_PORT = 9092
+
+
+def _init_arguments(parser: argparse.ArgumentParser) -> None:
+    signing(parser)
+    parser.add_argument(
+        "--project",
+        required=True,
+        metavar="NAME",
+        help="stands in every certificate, as --project orchard",
+    )
+
+
+def _init(options: argparse.Namespace) -> int:
+    act = sealing(options, twice=True)
+    certificate = initialise(act, options.project)
+    sealed = act.passphrase is not None
+    keep = "sealed" if sealed else "not sealed: keep the folder where nobody else reads"
+    text = (
+        f"Authority: {options.authority}, project {options.project}, "
+        f"valid until {moment(certificate.not_valid_after_utc)}\n"
+        f"SHA-256:   {certificate_sha256(certificate)}\n"
+        f"Key:       {keep}\n"
+        "Next:      fedcore provision server HOST"
+    )
+    value = {
+        "authority": str(options.authority),
+        "project": options.project,
+        "authority_sha256": certificate_sha256(certificate),
+        "not_after": moment(certificate.not_valid_after_utc),
+        "sealed": sealed,
+    }
+    return show(options, text, value)
+
+
+def _server_arguments(parser: argparse.ArgumentParser) -> None:
+    signing(parser)
+    parser.add_argument(
+        "hosts",
+        nargs="+",
+        metavar="HOST",
+        help="each name and address under which devices reach the server, the preferred first",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        metavar="N",
+        help="where it listens, as --port 443 (default: %(default)s)",
+    )
+    parser.add_argument("--days", **days(SERVER_VALIDITY))
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="make a new key and certificate in place of the server's present ones",
+    )
+
+
+def _server(options: argparse.Namespace) -> int:
+    file = provision_server(
+        acting(options, signs=True),
+        options.hosts,
+        port=options.port,
+        validity=options.days,
+        again=options.replace,
+    )
+    return show_server(options, file)
+
+
+def _file_arguments(parser: argparse.ArgumentParser) -> None:
+    signing(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the sealed file")
+
+
+def _backup(options: argparse.Namespace) -> int:
+    backup(sealing(options, twice=True), options.file)
+    text = f"Backup: {options.file}, sealed; keep it and its passphrase in two places"
+    return show(options, text, {"file": str(options.file)})
+
+
+def _restore_arguments(parser: argparse.ArgumentParser) -> None:
+    _file_arguments(parser)
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="put the backup in place of what is there, which is kept under another name",
+    )
+
+
+def _restore(options: argparse.Namespace) -> int:
+    done = restore(sealing(options, twice=False), options.file, replace=options.replace)
+    newer = " (the folder's own roster was newer, and stays)" if done.roster == "folder" else ""
+    before = f"\nBefore:   {done.before}" if done.before else ""
+    text = f"Restored: {options.authority}, project {done.project}, {done.members} members{newer}"
+    value = {
+        "authority": str(options.authority),
+        "project": done.project,
+        "members": done.members,
+        "roster": done.roster,
+        "before": done.before and str(done.before),
+    }
+    return show(options, text + before, value)
+
+
+provision = group(
+    {
+        "init": Command(
+            "Make the authority of a new project.",
+            _init_arguments,
+            _init,
+            "fedcore provision init --project orchard --passphrase-file -",
+        ),
+        "server": Command(
+            "Make the server's key and certificate, under its names and addresses.",
+            _server_arguments,
+            _server,
+            "fedcore provision server fl.example.org 10.0.0.5 --port 9092",
+        ),
+        **MEMBER_VERBS,
+        "backup": Command(
+            "Write the whole authority to one sealed file.",
+            _file_arguments,
+            _backup,
+            "fedcore provision backup authority.sealed --passphrase-file -",
+        ),
+        "restore": Command(
+            "Put the authority in a sealed file into force, verified.",
+            _restore_arguments,
+            _restore,
+            "fedcore provision restore authority.sealed --passphrase-file -",
+        ),
+    },
+    "Keep a project's authority: who takes part, in which role, until when.",
+)

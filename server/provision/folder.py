@@ -1,0 +1,180 @@
+"""The authority's folder: read and changed under one lock, with a record of every change.
+
+::
+
+    authority.pem   the authority's certificate; public
+    authority.key   its private key; mode 0600, sealed when a passphrase was given
+    roster.json     everyone with a certificate; what a server reads
+    audit.jsonl     who issued or revoked what, and when; only ever appended to
+    server/         the server's identity: key.pem, kit.json, and roster.json, a link to the above
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, check_authority, parse_certificate
+from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key
+from fedcore.crypto.roster import MAX_ROSTER_BYTES, ROSTER, Entry, Member, RosterFile, parse_roster
+from fedcore.crypto.sealing import is_sealed, unseal
+from fedcore.errors import CertificateRefused, ConfigError, DataError
+from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+
+CERTIFICATE, PRIVATE_KEY, AUDIT, SERVER = "authority.pem", "authority.key", "audit.jsonl", "server"
+MAX_AUDIT_BYTES = 32 << 20  # 32 MiB: some 100,000 lines
+
+
+@dataclass(frozen=True)
+class Authority:
+    """What stands in the folder, verified; the private key stays where it is."""
+
+    folder: Path
+    project: str
+    certificate: x509.Certificate
+    roster: RosterFile
+    members: Mapping[str, Member]
+    """By certificate (PEM), in the order of enrolment."""
+
+    @property
+    def server(self) -> Path:
+        """The folder of the server's identity, whether or not it is there."""
+        return self.folder / SERVER
+
+    def find(self, name: str) -> tuple[Entry, Member] | None:
+        """The entry and member of a name, unless it is revoked or unknown."""
+        for entry in self.roster.members:
+            member = self.members[entry.certificate]
+            if member.name == name and member.revoked_at is None:
+                return entry, member
+        return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, waiting for whoever has it.
+
+    Raises:
+        DataError: there is no authority in this folder.
+    """
+    _check_there(folder)
+    with disk_errors(folder), (folder / ".lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def read_authority(folder: Path, *, now: datetime) -> Authority:
+    """Reads what is in force.
+
+    Raises:
+        DataError: a file is missing or unreadable.
+        CertificateRefused: the authority's own certificate has expired, or is none.
+        TrustError: the roster does not verify.
+    """
+    path = folder / CERTIFICATE
+    raw = read_bytes(path, max_bytes=MAX_CERTIFICATE_BYTES, what="the authority's certificate")
+    certificate = parse_certificate(raw, where=str(path))
+    project = check_authority(certificate, now=now, where=str(path))
+    raw = read_bytes(folder / ROSTER, max_bytes=MAX_ROSTER_BYTES, what="the roster")
+    roster, members = parse_roster(raw, certificate, where=str(folder / ROSTER))
+    return Authority(folder, project, certificate, roster, members)
+
+
+def key_is_sealed(folder: Path) -> bool:
+    """Whether the authority's key needs a passphrase; raises `DataError` when there is none."""
+    _check_there(folder)
+    return is_sealed(_raw_key(folder))
+
+
+def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePrivateKey:
+    """The authority's private key.
+
+    Raises:
+        DataError: it is missing or unreadable.
+        ConfigError: it is sealed, and no passphrase was given.
+        TrustError: the passphrase is another.
+        CertificateRefused: it is no key, or not the one of the authority's certificate.
+    """
+    path, raw = authority.folder / PRIVATE_KEY, _raw_key(authority.folder)
+    if is_sealed(raw):
+        if passphrase is None:
+            raise ConfigError(
+                f"{path}: this key is sealed with a passphrase, and none was given. Nothing was "
+                "signed; name a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
+            )
+        raw = unseal(raw, passphrase, where=str(path))
+    key = parse_key(raw, where=str(path))
+    check_pair(key, authority.certificate, where=str(path))
+    return key
+
+
+def check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, *, where: str) -> None:
+    """Raises `CertificateRefused` unless the key is the certificate's."""
+    if key.public_key() != certificate.public_key():
+        raise CertificateRefused(
+            f"{where}: this is not the key of the authority's certificate. Nothing was signed; "
+            "restore both from one backup."
+        )
+
+
+def write_roster(authority: Authority, members: tuple[Entry, ...]) -> None:
+    """Puts a changed list of members into force, atomically."""
+    roster = RosterFile(version=authority.roster.version + 1, members=members)
+    raw = roster.to_bytes()
+    if len(raw) > MAX_ROSTER_BYTES:
+        raise ConfigError(
+            f"{authority.folder}: the roster would have {len(raw)} bytes, more than the "
+            f"{MAX_ROSTER_BYTES} that a server reads. Nobody was added; start another project."
+        )
+    write_atomic(authority.folder / ROSTER, raw)
+
+
+def record(folder: Path, *, at: datetime, by: str, action: str, **more: object) -> None:
+    """Appends one line to the audit log, on disk before this returns.
+
+    It is written before what it tells of, so that nothing is issued unrecorded; a line whose act
+    failed afterwards is possible, and harmless.
+    """
+    entry = {"at": f"{at:%Y-%m-%dT%H:%M:%SZ}", "by": by, "action": action, **more}
+    path = folder / AUDIT
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "ab") as stream:
+            size = os.fstat(descriptor).st_size
+            # A line that a power cut left unfinished is closed first, so that it spoils no other.
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            stream.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+            stream.flush()
+            os.fsync(descriptor)
+        if not size:
+            sync_folder(folder)
+
+
+def link_roster(server: Path) -> None:
+    """Lets the server's folder show the authority's roster; elsewhere, a copy takes its place."""
+    with disk_errors(server):
+        server.mkdir(mode=0o700, exist_ok=True)
+        server.chmod(0o700)
+        if not (server / ROSTER).is_symlink():
+            (server / ROSTER).symlink_to(Path("..") / ROSTER)
+
+
+def _check_there(folder: Path) -> None:
+    if not (folder / CERTIFICATE).exists():
+        raise DataError(
+            f"{folder}: there is no authority in this folder. Nothing was changed; `fedcore "
+            "provision init` makes one, or name its folder with --authority."
+        )
+
+
+def _raw_key(folder: Path) -> bytes:
+    return read_bytes(folder / PRIVATE_KEY, max_bytes=MAX_KEY_BYTES, what="the authority's key")

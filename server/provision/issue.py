@@ -1,0 +1,355 @@
+"""What an authority does: begin, certify, renew, revoke, list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+from fedcore.crypto.certificates import (
+    MemberRole,
+    Role,
+    Subject,
+    check_name,
+    parse_certificate,
+    pem,
+    subject_of,
+)
+from fedcore.crypto.issue import (
+    check_host,
+    issue_authority,
+    issue_member,
+    issue_server,
+    read_request,
+)
+from fedcore.crypto.keys import fingerprint, new_key, private_bytes, public_bytes, save_key
+from fedcore.crypto.kit import KEY, KIT, MAX_KIT_BYTES, KitFile, parse_kit_file, write_kit
+from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Entry, Member, RosterFile
+from fedcore.crypto.sealing import seal
+from fedcore.errors import ConfigError
+from fedcore.files import disk_errors, read_bytes, write_atomic
+from server.provision.folder import (
+    CERTIFICATE,
+    PRIVATE_KEY,
+    Authority,
+    link_roster,
+    locked,
+    read_authority,
+    read_key,
+    record,
+    write_roster,
+)
+
+SERVER_NAME = "server"
+
+
+@dataclass(frozen=True)
+class Act:
+    """Who acts on an authority, with what, and when."""
+
+    folder: Path
+    """The authority's."""
+    by: str
+    """Stands in the audit log."""
+    now: datetime
+    """UTC; validity counts from here."""
+    passphrase: str | None = None
+    """Opens the authority's key when that is sealed."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Everyone who ever had a certificate."""
+
+    authority: Authority
+    server: Subject | None
+    members: tuple[Member, ...]
+    """In the order of enrolment, the revoked and the expired among them."""
+
+
+def initialise(act: Act, project: str) -> x509.Certificate:
+    """Makes an authority in an empty or new folder; its key is sealed when there is a passphrase.
+
+    Raises:
+        ConfigError: the folder is not empty, or the project's name or the passphrase will not do.
+        DiskFull: there was no room.
+    """
+    folder, key = act.folder, new_key()
+    certificate = issue_authority(key, project=project, now=act.now)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder}: expected an empty folder, or none. Nothing was written; choose another, or "
+            "use the authority that is there."
+        )
+    raw = private_bytes(key)
+    if act.passphrase is not None:
+        raw = seal(raw, act.passphrase)
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    record(folder, at=act.now, by=act.by, action="init", project=project)
+    write_atomic(folder / PRIVATE_KEY, raw, mode=0o600)
+    write_atomic(folder / ROSTER, RosterFile(version=1, members=()).to_bytes())
+    write_atomic(folder / CERTIFICATE, pem(certificate))  # last: with it the folder is whole
+    return certificate
+
+
+def provision_server(
+    act: Act, hosts: Sequence[str], *, port: int, validity: timedelta, again: bool
+) -> KitFile:
+    """Makes the server's key and certificate, in the authority's folder ``server``.
+
+    Args:
+        act: Who, where and when.
+        hosts: Every name and address under which devices reach the server, the preferred first.
+        port: Where it listens.
+        validity: Of the certificate.
+        again: Whether an identity that is there already gives way to a new one.
+
+    Raises:
+        ConfigError: there is an identity already, or a host is no host.
+        FedcoreError: the authority cannot be read, or its key not be opened.
+    """
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port {port}: expected 1 to 65535. Nothing was written.")
+    addresses = tuple(_address(host, port) for host in hosts)
+    with locked(act.folder):
+        authority = read_authority(act.folder, now=act.now)
+        if (authority.server / KIT).exists() and not again:
+            raise ConfigError(
+                f"{authority.server}: the server has an identity already. Nothing was written; "
+                "`fedcore provision renew server` extends it under the same names, --replace makes "
+                "a new key for the names given."
+            )
+        key = new_key()
+        file = _certify_server(act, authority, key.public_key(), addresses, validity, "issue")
+        link_roster(authority.server)
+        # A stop between the two leaves a pair that does not match, which is refused when loaded.
+        save_key(authority.server / KEY, key)
+        write_kit(authority.server, file)
+        return file
+
+
+def provision_member(
+    act: Act,
+    name: str,
+    role: MemberRole,
+    request: bytes,
+    *,
+    where: str,
+    validity: timedelta,
+    num_examples: int | None,
+) -> KitFile:
+    """Certifies the key in a signing request; the result goes back to whoever sent it.
+
+    Name and role are the operator's: of the request only the key counts, and its name must agree.
+
+    Raises:
+        ConfigError: the name is taken, is no name, or is not the request's; the key has a
+            certificate already, or was revoked; there is no server yet.
+        CertificateRefused: it is no valid request.
+    """
+    asked = read_request(request, where=where)
+    check_name(name)
+    if asked.name != name:
+        raise ConfigError(
+            f"{where}: this request was made by {asked.name!r}, expected {name!r}. No certificate "
+            f"was issued; give the name of whoever made the request, or the request of {name!r}."
+        )
+    if num_examples is not None and not 1 <= num_examples <= MAX_NUM_EXAMPLES:
+        raise ConfigError(
+            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no client may "
+            "weigh more. No certificate was issued."
+        )
+    with locked(act.folder):
+        authority = read_authority(act.folder, now=act.now)
+        _check_free(authority, name, public_bytes(asked.public_key))
+        addresses = _server_kit(authority).servers
+        certificate = issue_member(
+            asked.public_key,
+            name=name,
+            role=role,
+            authority=authority.certificate,
+            authority_key=read_key(authority, act.passphrase),
+            now=act.now,
+            validity=validity,
+        )
+        _record(act, "issue", certificate, authority)
+        entry = Entry(certificate=pem(certificate).decode(), num_examples=num_examples)
+        write_roster(authority, (*authority.roster.members, entry))
+        return _kit(authority, addresses, certificate)
+
+
+def renew(act: Act, name: str, *, validity: timedelta) -> KitFile:
+    """A new certificate over the same key; the server's is put into force at once.
+
+    Raises:
+        ConfigError: nobody in force has this name.
+        FedcoreError: the authority cannot be read, or its key not be opened.
+    """
+    with locked(act.folder):
+        authority = read_authority(act.folder, now=act.now)
+        old = _server_kit(authority)
+        if name == SERVER_NAME:
+            public = _public(old.certificate)
+            file = _certify_server(act, authority, public, old.servers, validity, "renew")
+            write_kit(authority.server, file)
+            return file
+        entry, member = _known(authority, name)
+        certificate = issue_member(
+            _public(entry.certificate),
+            name=name,
+            role=member.role,
+            authority=authority.certificate,
+            authority_key=read_key(authority, act.passphrase),
+            now=act.now,
+            validity=validity,
+        )
+        _record(act, "renew", certificate, authority)
+        _change(authority, entry, {"certificate": pem(certificate).decode()})
+        return _kit(authority, old.servers, certificate)
+
+
+def revoke(act: Act, name: str) -> Member:
+    """Takes a member's certificate out of force; a running server notices at its next look.
+
+    Neither the authority's key nor a passphrase is needed, so that it can be done in a hurry.
+
+    Raises:
+        ConfigError: nobody in force has this name.
+    """
+    with locked(act.folder):
+        authority = read_authority(act.folder, now=act.now)
+        entry, member = _known(authority, name)
+        certificate = parse_certificate(entry.certificate.encode(), where=name)
+        _record(act, "revoke", certificate, authority)
+        _change(authority, entry, {"revoked_at": act.now})
+        return replace(member, revoked_at=act.now)
+
+
+def listing(act: Act) -> Listing:
+    """Everyone who ever had a certificate.
+
+    Raises:
+        FedcoreError: the authority cannot be read.
+    """
+    with locked(act.folder):
+        authority = read_authority(act.folder, now=act.now)
+        server = None
+        if (authority.server / KIT).exists():
+            where = str(authority.server / KIT)
+            certificate = parse_certificate(
+                _server_kit(authority).certificate.encode(), where=where
+            )
+            server = subject_of(certificate, authority.certificate, where=where)
+        return Listing(authority, server, tuple(authority.members.values()))
+
+
+def _certify_server(
+    act: Act,
+    authority: Authority,
+    public: EllipticCurvePublicKey,
+    addresses: tuple[str, ...],
+    validity: timedelta,
+    action: str,
+) -> KitFile:
+    certificate = issue_server(
+        public,
+        hosts=[urlsplit(address).hostname or "" for address in addresses],
+        authority=authority.certificate,
+        authority_key=read_key(authority, act.passphrase),
+        now=act.now,
+        validity=validity,
+    )
+    _record(act, action, certificate, authority)
+    return _kit(authority, addresses, certificate)
+
+
+def _kit(
+    authority: Authority, addresses: tuple[str, ...], certificate: x509.Certificate
+) -> KitFile:
+    return KitFile(
+        servers=addresses,
+        certificate=pem(certificate).decode(),
+        authority=pem(authority.certificate).decode(),
+    )
+
+
+def _address(host: str, port: int) -> str:
+    name = str(check_host(host).value)
+    return f"https://[{name}]:{port}" if ":" in name else f"https://{name}:{port}"
+
+
+def _public(certificate: str) -> EllipticCurvePublicKey:
+    """The key of a certificate that has been verified."""
+    public = x509.load_pem_x509_certificate(certificate.encode()).public_key()
+    assert isinstance(public, EllipticCurvePublicKey)
+    return public
+
+
+def _record(act: Act, action: str, certificate: x509.Certificate, authority: Authority) -> None:
+    subject = subject_of(certificate, authority.certificate, where="certificate")
+    role: Role = subject.role
+    record(
+        act.folder,
+        at=act.now,
+        by=act.by,
+        action=action,
+        name=subject.name,
+        role=role,
+        serial=subject.serial,
+        fingerprint=fingerprint(subject.public),
+        not_after=f"{subject.not_after:%Y-%m-%dT%H:%M:%SZ}",
+    )
+
+
+def _server_kit(authority: Authority) -> KitFile:
+    path = authority.server / KIT
+    if not path.exists():
+        raise ConfigError(
+            f"{authority.folder}: there is no server yet, and a kit says where it is. No "
+            "certificate was issued; `fedcore provision server HOST` comes first."
+        )
+    raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="the server's kit")
+    return parse_kit_file(raw, where=str(path))
+
+
+def _known(authority: Authority, name: str) -> tuple[Entry, Member]:
+    found = authority.find(name)
+    if found is None:
+        raise ConfigError(
+            f"{authority.folder}: nobody in force is called {name!r}. Nothing was changed; "
+            "`fedcore provision list` names everyone."
+        )
+    return found
+
+
+def _check_free(authority: Authority, name: str, public: bytes) -> None:
+    if name == SERVER_NAME or authority.find(name) is not None:
+        _refuse(
+            f"{name!r} is taken",
+            "choose another name, or revoke the one that has it; a certificate "
+            "that expires is extended with `fedcore provision renew`",
+        )
+    for member in authority.members.values():
+        if member.public == public:
+            state = "was revoked" if member.revoked_at else "has a certificate already"
+            _refuse(f"the key of this request {state}, for {member.name!r}", "enrol with a new key")
+
+
+def _refuse(why: str, remedy: str) -> NoReturn:
+    raise ConfigError(f"{why}. No certificate was issued; {remedy}.")
+
+
+def _change(authority: Authority, entry: Entry, update: dict[str, object]) -> None:
+    """Puts a member's entry into force with some of its fields changed."""
+    changed = Entry.model_validate({**entry.model_dump(), **update})
+    write_roster(
+        authority, tuple(changed if old is entry else old for old in authority.roster.members)
+    )

@@ -1,0 +1,60 @@
+"""Where a passphrase comes from: a file, the environment, or the terminal; never an argument."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from pathlib import Path
+
+from fedcore.errors import ConfigError
+from fedcore.files import read_bytes
+
+VARIABLE = "FEDCORE_PASSPHRASE"
+_MAX_BYTES = 4096  # bytes of the file that holds it
+_PROMPT = "-"
+
+
+def given(file: str | None, *, twice: bool = False) -> str | None:
+    """The passphrase that the user gave, or None.
+
+    Args:
+        file: A file whose first line it is; ``-`` asks on the terminal; None looks at the
+            environment variable `VARIABLE`.
+        twice: Whether the terminal asks a second time, because nothing would notice a slip.
+
+    Raises:
+        ConfigError: there is no terminal, the two differ, or the file's first line is no text.
+        DataError: the file is missing or unreadable.
+    """
+    if file is None:
+        return os.environ.get(VARIABLE) or None
+    if file == _PROMPT:
+        return ask(twice=twice)
+    try:
+        text = read_bytes(Path(file), max_bytes=_MAX_BYTES, what="a passphrase").decode()
+    except UnicodeDecodeError:
+        text = ""
+    first = text.partition("\n")[0].rstrip("\r")
+    if not first:
+        raise ConfigError(
+            f"{file}: expected a passphrase in the first line, as UTF-8. Nothing was written."
+        )
+    return first
+
+
+def ask(*, twice: bool) -> str:
+    """Asks on the terminal, unseen.
+
+    Raises:
+        ConfigError: there is no terminal, or the two answers differ.
+    """
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "a passphrase is needed, and there is no terminal to ask on. Nothing was written; name "
+            f"a file with --passphrase-file, or set {VARIABLE}."
+        )
+    first = getpass.getpass("Passphrase: ")
+    if twice and getpass.getpass("Again: ") != first:
+        raise ConfigError("the two passphrases differ. Nothing was written; try again.")
+    return first
