@@ -1,0 +1,1 @@
+"""A device that takes part in training: one warm process that the server wakes."""

@@ -1,0 +1,209 @@
+"""A device at work: pulls what the server asks, does it with the installed app, answers."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from edge_client.node.state import DeviceFolder
+from edge_client.node.wake import Signals, watch
+from fedcore.client_app import client_app
+from fedcore.config import RunConfig
+from fedcore.crypto.kit import Kit, client_context
+from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
+from fedcore.files import sha256_hex
+from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
+from fedcore.flower.identity import assume_identity
+from fedcore.owner import OwnerPolicy
+from fedcore.rpc.hello import INSTANCE, SETTINGS, hello_of
+from fedcore.seeds import Randomness, SystemEntropy
+from fedcore.task import Task
+from fedcore.updates.messages import REFUSED
+
+log = logging.getLogger("fedcore.device")
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 30.0
+_LOOK_S = 60.0
+"""How often messages are looked for without any call; a stream that lost one costs no more."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device is made of."""
+
+    kit: Kit
+    task: Task
+    task_path: Path
+    owner: OwnerPolicy
+    folder: DeviceFolder
+    randomness: Randomness = field(default_factory=SystemEntropy)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that the server asks this device to take part in."""
+
+    name: str
+    digest: str
+    """Of its settings and instance: a reply that was made under others is no reply."""
+    app: ClientApp
+    context: Context
+
+
+def run_device(device: Device, signals: Signals) -> None:
+    """Takes part until ``signals.stop`` is set.
+
+    A server that cannot be reached is tried again for ever, with pauses that grow to 30 s.
+
+    Raises:
+        TrustError: the server does not let this device in.
+        DeviceError: versions of protocol, app or task differ; the message says what to install.
+    """
+    url, instance = device.kit.servers[0], secrets.token_hex(16)
+    link = FleetLink(
+        url,
+        client_context(device.kit),
+        public_key=device.kit.public,
+        headers=hello_of(device.task.name, device.task_path).headers(instance),
+        stop=signals.stop,
+    )
+    watcher = threading.Thread(
+        target=watch, args=(device.kit, url, instance, link, signals), name="wake", daemon=True
+    )
+    runs: dict[int, _Run] = {}
+    try:
+        _warm_up()
+        _persist(lambda: _activate(link, signals), signals)
+        watcher.start()
+        while not signals.stop.is_set():
+            _persist(lambda: _turn(device, link, signals, runs), signals)
+    finally:
+        signals.stop.set()
+        signals.work.set()
+        if watcher.is_alive():
+            watcher.join(timeout=5.0)
+        _goodbye(link)
+        link.close()
+
+
+def _warm_up() -> None:
+    """Has torch import what a first step of training imports, before the server waits for it."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.sum().backward()  # type: ignore[no-untyped-call]
+    torch.optim.SGD([weight]).step()
+
+
+def _persist(work: Callable[[], None], signals: Signals) -> None:
+    """Does ``work`` until the server has been reached for it, or this process is to end."""
+    failures = 0
+    while not signals.stop.is_set():
+        try:
+            return work()
+        except NotActivated:
+            signals.activate.set()
+        except Unreachable as error:
+            if failures == 0:
+                log.warning("the server cannot be reached: %s", error)
+        failures += 1
+        longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 2.0**failures)
+        signals.stop.wait(random.uniform(0.5, 1.0) * longest)
+    return None
+
+
+def _activate(link: FleetLink, signals: Signals) -> None:
+    signals.activate.clear()
+    link.activate()
+    log.info("activated as node %d", link.node_id)
+    signals.work.set()
+
+
+def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run]) -> None:
+    """Waits for a call, and answers every message that there is."""
+    signals.work.wait(_LOOK_S)
+    if signals.stop.is_set():
+        return
+    if signals.activate.is_set():
+        _activate(link, signals)
+    signals.work.clear()
+    try:
+        while not signals.stop.is_set() and (message := link.receive()) is not None:
+            signals.last_message = time.monotonic()
+            _answer(device, link, runs, message)
+            signals.last_message = time.monotonic()
+    except InvalidUpdate as error:  # its round is over: there is nothing to mend here
+        log.info("not taken: %s", error)
+        signals.work.set()
+
+
+def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Message) -> None:
+    """Does what a message asks, or finds that it was done before, and sends the reply.
+
+    The state, with what was spent in it, is on disk before the reply is, and the reply before any
+    of it leaves.
+    """
+    kind, started = message.metadata.message_type, time.monotonic()
+    run_id = message.metadata.run_id
+    try:
+        run = runs.get(run_id) or _open(device, link, run_id)
+    except FedcoreError as error:
+        if isinstance(error, InvalidUpdate):
+            raise
+        reason = f"client {device.kit.name!r}: {type(error).__name__}: {error}"
+        link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=message))
+        return
+    runs.clear()
+    runs[run_id] = run
+    key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
+    content, again = device.folder.reply(key), True
+    if content is None:
+        reply, again = run.app(message, run.context), False
+        if not reply.has_error():
+            device.folder.keep_state(run.name, run.context.state)
+            device.folder.keep_reply(key, reply.content)
+    else:
+        reply = Message(content, reply_to=message)
+    link.answer(reply)
+    outcome = "declined or failed" if reply.has_error() else "sent again" if again else "done"
+    log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
+
+
+def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
+    """The app for a run, built once: model, data and accelerator stay warm between rounds."""
+    told = link.settings(run_id)
+    settings = told.get(SETTINGS, "")
+    try:
+        config = RunConfig.model_validate_json(settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"run: the server's settings cannot be read ({error}). This device takes no part; "
+            "install the server's version of fedcore on it."
+        ) from None
+    assume_identity(run_id)
+    context = Context(
+        run_id=run_id,
+        node_id=link.node_id,
+        node_config={"client": device.kit.name},
+        state=device.folder.state(config.name),
+        run_config={},
+    )
+    app = client_app(device.task, config, owner=device.owner, randomness=device.randomness)
+    digest = sha256_hex(f"{told.get(INSTANCE)} {settings}".encode())
+    return _Run(config.name, digest, app, context)
+
+
+def _goodbye(link: FleetLink) -> None:
+    try:
+        if link.node_id:
+            link.deactivate()
+    except (FedcoreError, ConnectionError) as error:
+        log.debug("goodbye: %s", error)

@@ -1,0 +1,85 @@
+"""What a device keeps on its own disk: each run's state, and replies that were not yet sent."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from fedcore.errors import DeviceError
+from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.flower.records import read_record, record_bytes
+
+_MAX_STATE_BYTES = 64 * 2**20
+_MAX_REPLY_BYTES = 8 * 2**30
+_SPOOLED = 4
+"""Replies that are kept; a server asks again for the last one of a run, or for none."""
+
+
+@dataclass(frozen=True)
+class DeviceFolder:
+    """A folder that one process at a time owns (see `own`)."""
+
+    path: Path
+
+    def state(self, run: str) -> RecordDict:
+        """The state of a run, its ledger in it; empty before the first round."""
+        path = self._state_path(run)
+        if not path.exists():
+            return RecordDict()
+        raw = read_bytes(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
+        return read_record(raw, where=str(path))
+
+    def keep_state(self, run: str, state: RecordDict) -> None:
+        """Writes a run's state, durably: before anything that it accounts for may leave."""
+        write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
+
+    def reply(self, key: str) -> RecordDict | None:
+        """The reply that was made to an instruction; None when none was kept."""
+        path = self._reply_path(key)
+        if not path.exists():
+            return None
+        raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
+        return read_record(raw, where=str(path))
+
+    def keep_reply(self, key: str, content: RecordDict) -> None:
+        """Writes a reply, and drops all but the newest few."""
+        path = self._reply_path(key)
+        write_atomic(path, record_bytes(content), mode=0o600)
+        kept = sorted(path.parent.glob("*.reply"), key=lambda one: one.stat().st_mtime_ns)
+        for old in kept[:-_SPOOLED]:
+            old.unlink()
+
+    def _state_path(self, run: str) -> Path:
+        return self.path / "state" / f"{run}.state"
+
+    def _reply_path(self, key: str) -> Path:
+        return self.path / "spool" / f"{key}.reply"
+
+
+@contextmanager
+def own(path: Path) -> Iterator[DeviceFolder]:
+    """Keeps other processes out of a device's folder.
+
+    Raises:
+        DeviceError: one is at work in it.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeviceError(
+                f"{path}: another process of this device is at work in this folder. Nothing was "
+                "started; stop that one, or give this one a folder and an identity of its own."
+            ) from None
+        yield DeviceFolder(path)
+    finally:
+        os.close(lock)

@@ -1,0 +1,112 @@
+"""How a device learns that work awaits it: the server's stream, or asking, where there is none."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import grpc
+
+from fedcore.crypto.kit import Kit
+from fedcore.errors import FedcoreError
+from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
+from fedcore.rpc.wake_pb2 import WatchRequest
+from fedcore.rpc.wake_pb2_grpc import WakeStub
+
+log = logging.getLogger("fedcore.device")
+
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # 60 s unless set, whatever the one above says
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 4096),
+)
+_FAST_S, _SLOW_S = 0.5, 12.0
+"""How often a device without a stream asks: while a round is on, and when it is idle."""
+_ROUND_S = 30.0
+"""How long after its last message a device takes a round to be on."""
+_AGAIN_S = 30.0
+"""Longest pause between two attempts at a stream."""
+
+
+@dataclass
+class Signals:
+    """What the threads of a device tell each other."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    work: threading.Event = field(default_factory=threading.Event)
+    """Set when messages should be pulled."""
+    activate: threading.Event = field(default_factory=threading.Event)
+    """Set when the server does not know this process."""
+    last_message: float = float("-inf")
+    """When the last message came, on the monotonic clock."""
+
+    def pause_s(self) -> float:
+        """How long to wait before asking again, where no stream is open."""
+        on = time.monotonic() - self.last_message < _ROUND_S
+        return random.uniform(0.5, 1.0) * (_FAST_S if on else _SLOW_S)
+
+
+def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) -> None:
+    """Keeps a stream open until ``signals.stop``, and asks where there is none.
+
+    Runs in a thread of its own, so that a device that trains is still seen to be there.
+    """
+    credentials = grpc.ssl_channel_credentials(
+        kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
+    )
+    failures, next_try = 0, 0.0
+    while not signals.stop.is_set():
+        if link.wake_port and time.monotonic() >= next_try:
+            target = f"{_host(url)}:{link.wake_port}"
+            with grpc.secure_channel(target, credentials, options=_OPTIONS) as channel:
+                opened = _listen(channel, instance, signals)
+            failures = 0 if opened else failures + 1
+            pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
+            next_try = time.monotonic() + pause_s
+        _ask(link, signals)
+        signals.stop.wait(min(signals.pause_s(), max(next_try - time.monotonic(), 0.05)))
+
+
+def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:
+    """Reads the stream to its end; True when it was open."""
+    opened = False
+    calls = WakeStub(channel).Watch(WatchRequest(instance=instance))  # type: ignore[no-untyped-call]
+    watcher = threading.Thread(target=lambda: (signals.stop.wait(), calls.cancel()), daemon=True)
+    watcher.start()
+    try:
+        for _ in calls:
+            if not opened:
+                log.info("stream open")
+            opened = True
+            signals.work.set()
+    except grpc.RpcError as error:
+        code = error.code()
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            signals.activate.set()
+        if opened or code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            log.info("stream closed: %s", code.name.lower())
+    return opened
+
+
+def _ask(link: FleetLink, signals: Signals) -> None:
+    """One call in place of the stream, and a look for messages."""
+    if not link.node_id or signals.stop.is_set():
+        return
+    try:
+        link.beat()
+    except NotActivated:
+        signals.activate.set()
+    except (FedcoreError, Unreachable) as error:  # the main thread meets it, too, and decides
+        log.debug("asking: %s", error)
+    signals.work.set()
+
+
+def _host(url: str) -> str:
+    host = urlsplit(url).hostname or ""
+    return f"[{host}]" if ":" in host else host

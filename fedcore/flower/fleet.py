@@ -1,0 +1,294 @@
+"""Flower's own record of a fleet, in this process: its nodes, its run, its messages.
+
+What the network asks of it goes through `fedcore.flower.fleet_api`; what a ServerApp asks of it
+through `fedcore.flower.fleet_grid`. All three share one lock, and none of them copies a payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Error, Message
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.superlink.federation import NoOpFederationManager
+
+from fedcore.errors import TrainingError
+from fedcore.flower.fleet_store import FleetStore
+from fedcore.updates.messages import REFUSED
+
+_FOREVER = datetime.max.replace(tzinfo=UTC)
+
+
+def node_id_of(public_key: bytes) -> int:
+    """The node that a key is: the same on every server and after every restart.
+
+    63 bits of the key's SHA-256, so that the number fits a signed integer; 0 and 1 are Flower's.
+    """
+    return (int.from_bytes(hashlib.sha256(public_key).digest()[:8], "big") >> 1) | 2
+
+
+class FleetState(InMemoryLinkState):
+    """Flower's LinkState, which finds the messages of a node without looking at all others'."""
+
+    def __init__(self, store: FleetStore) -> None:
+        super().__init__(NoOpFederationManager(), store)
+        self.inbox: defaultdict[int, deque[str]] = defaultdict(deque)
+
+    def get_message_ins(
+        self, node_id: int, limit: int | None, *, run_id: int | None = None
+    ) -> list[Message]:
+        """The messages that wait for ``node_id``; none is handed out twice."""
+        found: list[Message] = []
+        with self.lock:
+            waiting = self.inbox[node_id]
+            while waiting and (limit is None or len(found) < limit):
+                message = self.message_ins_store.get(waiting.popleft())
+                if message is not None and run_id in (None, message.metadata.run_id):
+                    found.append(message)
+        return found
+
+
+@dataclass
+class Asked:
+    """A message that a node was sent and has not answered in full."""
+
+    node_id: int
+    objects: frozenset[str]
+    """What its node may pull."""
+    payload_bytes: int
+    """What its node is sent."""
+    reply: ObjectTree | None = None
+    """The reply that the node has begun to push."""
+    missing: set[str] = field(default_factory=set)
+    """Objects of the reply that have not come yet."""
+    session: str = ""
+    came_bytes: int = 0
+    """What has come of the reply."""
+
+    @property
+    def reply_limit_bytes(self) -> int:
+        """The most that a reply may hold: twice what was sent, and room for small records."""
+        return 2 * self.payload_bytes + 2**20
+
+
+class Fleet:
+    """One run at a time, over nodes that are known by their keys.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, spool: Path) -> None:
+        """Begins without nodes or messages; large payloads go to the empty folder ``spool``."""
+        self.store = FleetStore(spool)
+        self.state = FleetState(self.store)
+        self.asked: dict[str, Asked] = {}
+        self.run_id = 0
+        self._answered = threading.Condition()
+        self._ready: deque[str] = deque()
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """Held while what was asked is looked at or changed."""
+        return self.state.lock
+
+    def open_run(self, settings: Mapping[str, str]) -> int:
+        """Begins a run, whose ``settings`` every node may read, and returns its id.
+
+        Raises:
+            TrainingError: another run is going on.
+        """
+        if self.run_id:
+            raise TrainingError(
+                "start: a run is going on here. Nothing was begun; wait for its end, or start a "
+                "second server in a folder of its own."
+            )
+        state = self.state
+        self.run_id = state.create_run(
+            fab_id=None,
+            fab_version=None,
+            fab_hash=None,
+            override_config=dict(settings),
+            federation_id=NOOP_FEDERATION_ID,
+            federation_config=None,
+            flwr_aid=NOOP_FLWR_AID,
+            primary_task_type=TaskType.SERVER_APP,
+        )
+        task_id = state.run_ids[self.run_id].run.primary_task_id
+        assert task_id is not None
+        state.claim_task(task_id)
+        state.activate_task(task_id)
+        # Flower fails a run whose process sends no heartbeat. This one is in the same process.
+        state.task_token_store[task_id].active_until = _FOREVER
+        return self.run_id
+
+    def end_run(self) -> None:
+        """Ends the run and forgets its messages."""
+        with self.lock:
+            self.forget(list(self.asked))
+            self.state.stop_run(self.run_id)
+            self.run_id = 0
+
+    def enlist(self, public_key: bytes) -> int:
+        """Makes the owner of a key a node, if it is none yet, and returns its id."""
+        state, node_id = self.state, node_id_of(public_key)
+        with self.lock:
+            if node_id not in state.nodes:
+                state.nodes[node_id] = NodeInfo(
+                    node_id=node_id,
+                    owner_aid=NOOP_FLWR_AID,
+                    owner_name=NOOP_ACCOUNT_NAME,
+                    status=NodeStatus.REGISTERED,
+                    registered_at=datetime.now(UTC).isoformat(),
+                    public_key=public_key,
+                )
+                state.node_public_key_to_node_id[public_key] = node_id
+        return node_id
+
+    def abandon(self, message_id: str) -> bool:
+        """Drops what has come of a reply, unless all of it has; its node may push it anew.
+
+        Returns whether nothing of the reply is held any more.
+        """
+        with self.lock:
+            asked = self.asked.get(message_id)
+            if asked is None:
+                return True
+            if asked.missing:
+                self._drop_reply(message_id, asked)
+            return asked.reply is None
+
+    def restart(self, node_id: int) -> None:
+        """Puts back what a node was sent and has not answered: its process has come anew.
+
+        What it had begun to push is dropped; Flower would refuse its reply as a second one.
+        """
+        with self.lock:
+            waiting = self.state.inbox[node_id]
+            waiting.clear()
+            for message_id, asked in self.asked.items():
+                if asked.node_id == node_id and (asked.reply is None or asked.missing):
+                    self._drop_reply(message_id, asked)
+                    waiting.append(message_id)
+
+    def send(self, messages: Iterable[Message]) -> list[str]:
+        """Puts messages where their nodes will pull them; returns their ids, in order."""
+        sent: list[str] = []
+        sizes: dict[str, int] = {}
+        # Messages of a round share their weights: each array is hashed once, not once a node.
+        with no_object_id_recompute():
+            for message in messages:
+                message_id = message.object_id
+                message.metadata.__dict__["_message_id"] = message_id
+                objects, tree = get_all_nested_objects(message), get_object_tree(message)
+                with self.lock:
+                    state = self.state
+                    session = state.start_session(self.run_id)
+                    stored, missing = state.store_message_and_object_tree(
+                        remove_content_from_message(message), tree, session
+                    )
+                    if not stored:
+                        raise TrainingError(
+                            f"send: Flower refused a message to node "
+                            f"{message.metadata.dst_node_id}. The round was not begun; restart "
+                            "the server."
+                        )
+                    for object_id in missing:
+                        content = objects[object_id].deflate()
+                        sizes[object_id] = len(content)
+                        state.store_object(self.run_id, session, object_id, content)
+                    node_id = message.metadata.dst_node_id
+                    payload_bytes = sum(sizes.get(one, 0) for one in objects)
+                    self.asked[message_id] = Asked(node_id, frozenset(objects), payload_bytes)
+                    state.inbox[node_id].append(message_id)
+                sent.append(message_id)
+        return sent
+
+    def settle(self, message_id: str) -> None:
+        """Tells who waits that a reply has come in full."""
+        with self._answered:
+            self._ready.append(message_id)
+            self._answered.notify_all()
+
+    def wake(self) -> None:
+        """Ends the wait of `next_answered` early: who is there has changed."""
+        with self._answered:
+            self._answered.notify_all()
+
+    def next_answered(self, timeout_s: float) -> str | None:
+        """A message whose reply is there in full; None when none came in time, or on `wake`."""
+        with self._answered:
+            if not self._ready:
+                self._answered.wait(timeout_s)
+            return self._ready.popleft() if self._ready else None
+
+    def take(self, message_id: str) -> Message | None:
+        """The reply to a message, once; neither it nor the message is kept.
+
+        Its metadata are those that were checked against its sender when it came, whatever the
+        payload says of itself. A payload that cannot be read gives a reply with an error.
+        """
+        with self.lock:
+            asked = self.asked.get(message_id)
+            if asked is None or asked.reply is None or asked.missing:
+                return None
+            state, tree = self.state, asked.reply
+            bare = state.message_res_store[tree.object_id]
+            ids = [node.object_id for node in iterate_object_tree(tree)]
+            contents = {one: self.store.get(one) or b"" for one in ids}
+            self.forget([message_id])
+        try:
+            reply = inflate_object_from_contents(tree.object_id, contents)
+            if not isinstance(reply, Message):
+                raise TypeError(f"expected a Message, got {type(reply).__name__}")
+        except Exception as error:  # bytes that were made up fail in many ways
+            reason = (
+                f"update from node {asked.node_id}: it cannot be read ({type(error).__name__}: "
+                f"{error}). It was not used."
+            )
+            return make_message(metadata=bare.metadata, error=Error(REFUSED, reason))
+        if reply.has_error():
+            return make_message(metadata=bare.metadata, error=reply.error)
+        return make_message(metadata=bare.metadata, content=reply.content)
+
+    def forget(self, message_ids: Collection[str]) -> None:
+        """Drops messages, their payloads and what came in reply."""
+        with self.lock:
+            for message_id in message_ids:
+                asked = self.asked.pop(message_id, None)
+                if asked is not None:
+                    self._drop_reply(message_id, asked)
+                    self.state.object_store.delete(message_id)
+            self.state.delete_messages(set(message_ids))
+
+    def waiting_for(self, node_id: int) -> Iterator[tuple[str, Asked]]:
+        """What a node was sent and has not answered in full."""
+        return ((key, one) for key, one in self.asked.items() if one.node_id == node_id)
+
+    def _drop_reply(self, message_id: str, asked: Asked) -> None:
+        if asked.reply is None:
+            return
+        state, root = self.state, asked.reply.object_id
+        state.message_ins_id_to_message_res_id.pop(message_id, None)
+        state.message_res_store.pop(root, None)
+        state.object_store.delete(root)
+        asked.reply, asked.session, asked.came_bytes = None, "", 0
+        asked.missing.clear()

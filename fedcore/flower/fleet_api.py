@@ -1,0 +1,268 @@
+"""The Fleet API that devices call: Flower's own handlers, each behind a check of who calls.
+
+Flower's handlers trust what a request says of its sender: they take a reply in another node's name
+and give any object to whoever knows its digest. Here a caller is the key of its connection, and is
+given what was sent to it, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.superlink.servicer.fleet import fleet_handlers
+from google.protobuf.message import DecodeError, Message
+
+from fedcore.errors import DataError, InvalidUpdate, TrustError
+from fedcore.flower.fleet import Fleet
+
+_Request = TypeVar("_Request", bound=Message)
+
+CHUNK_BYTES = 6 * 2**20
+"""Most bytes of a request that carries an object: Flower cuts arrays at 5 MiB."""
+_SMALL_BYTES = 2**16
+_TREE_BYTES = 2**20
+_MAX_OBJECTS = 4096
+"""Most objects of a reply: 20 GiB of arrays."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: the node of the key that the connection was opened with."""
+
+    node_id: int
+    public_key: bytes
+    name: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """One call of the Fleet API."""
+
+    answer: Callable[[Fleet, Caller, bytes], Message]
+    max_bytes: int
+    """Most bytes of its request."""
+
+
+def _parse(kind: type[_Request], body: bytes) -> _Request:
+    try:
+        request: _Request = kind.FromString(body)
+    except DecodeError:
+        raise DataError(
+            f"{kind.__name__}: the request's {len(body)} bytes are no such message. It was "
+            "refused; client and server must run the same version."
+        ) from None
+    return request
+
+
+def _is_caller(node_id: int, caller: Caller) -> None:
+    if node_id != caller.node_id:
+        raise TrustError(
+            f"client {caller.name!r}: it is node {caller.node_id} and spoke for node {node_id}. "
+            "The call was refused."
+        )
+
+
+def _activate(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(ActivateNodeRequest, body)
+    if request.public_key != caller.public_key:
+        raise TrustError(
+            f"client {caller.name!r}: it spoke for another key than its certificate's. The call "
+            "was refused."
+        )
+    fleet.enlist(caller.public_key)
+    fleet.state.deactivate_node(caller.node_id)  # Flower refuses one that it thinks is there
+    return fleet_handlers.activate_node(request, fleet.state)
+
+
+def _deactivate(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(DeactivateNodeRequest, body)
+    _is_caller(request.node_id, caller)
+    return fleet_handlers.deactivate_node(request, fleet.state)
+
+
+def _beat(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(SendNodeHeartbeatRequest, body)
+    _is_caller(request.node.node_id, caller)
+    return fleet_handlers.send_node_heartbeat(request, fleet.state)
+
+
+def _pull_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(PullMessagesRequest, body)
+    _is_caller(request.node.node_id, caller)
+    return fleet_handlers.pull_messages(request, fleet.state, fleet.state.object_store)
+
+
+def _get_run(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(GetRunRequest, body)
+    _is_caller(request.node.node_id, caller)
+    _is_current(fleet, request.run_id, caller)
+    return fleet_handlers.get_run(request, fleet.state)
+
+
+def _pull_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(PullObjectRequest, body)
+    _is_caller(request.node.node_id, caller)
+    _is_current(fleet, request.run_id, caller)
+    with fleet.lock:
+        its = any(
+            request.object_id in asked.objects for _, asked in fleet.waiting_for(caller.node_id)
+        )
+    if not its:
+        raise InvalidUpdate(
+            f"client {caller.name!r}: asked for an object that was not sent to it, or no longer "
+            "is. Nothing was sent; it may pull its messages anew."
+        )
+    return fleet_handlers.pull_object(request, fleet.state)
+
+
+def _push_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(PushMessagesRequest, body)
+    _is_caller(request.node.node_id, caller)
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        raise _malformed(caller, "expected one message and one tree of objects")
+    metadata, tree = request.messages_list[0].metadata, request.message_object_trees[0]
+    _is_caller(metadata.src_node_id, caller)
+    _is_current(fleet, metadata.run_id, caller)
+    if tree.object_id != metadata.message_id:
+        raise _malformed(caller, "its tree of objects belongs to another message")
+    objects = {node.object_id for node in iterate_object_tree(tree)}
+    if len(objects) > _MAX_OBJECTS:
+        raise _malformed(caller, f"it has {len(objects)} objects, more than {_MAX_OBJECTS}")
+    with fleet.lock:
+        asked = fleet.asked.get(metadata.reply_to_message_id)
+        if asked is None or asked.node_id != caller.node_id:
+            raise InvalidUpdate(
+                f"update from client {caller.name!r}: it answers nothing that this client was "
+                "asked for and has not answered: it is late, or a duplicate. It was not used."
+            )
+        if asked.reply is not None and asked.reply.object_id != tree.object_id:
+            raise InvalidUpdate(
+                f"update from client {caller.name!r}: it has begun to send another reply to the "
+                "same message. The second one was not used."
+            )
+        try:
+            answer = fleet_handlers.push_messages(request, fleet.state)
+        except ValueError as error:  # digests that are none
+            raise _malformed(caller, str(error)) from None
+        missing = {one for one in objects if not fleet.store.is_there(one)}
+        # Flower answers as if all were there when it does not take a message.
+        if metadata.message_id not in fleet.state.message_res_store or missing != {
+            *answer.objects_to_push
+        }:
+            raise _malformed(caller, "Flower's own checks refuse its metadata")
+        asked.reply, asked.session, asked.missing = tree, answer.session_id, missing
+        complete = not missing
+    if complete:
+        fleet.settle(metadata.reply_to_message_id)
+    return answer
+
+
+def _push_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+    request = _parse(PushObjectRequest, body)
+    _is_caller(request.node.node_id, caller)
+    _is_current(fleet, request.run_id, caller)
+    with fleet.lock:
+        owned = [
+            pair
+            for pair in fleet.waiting_for(caller.node_id)
+            if pair[1].session and pair[1].session == request.session_id
+        ]
+        if not owned or request.object_id not in owned[0][1].missing:
+            raise InvalidUpdate(
+                f"update from client {caller.name!r}: an object that no reply of it lacks. It was "
+                "not used."
+            )
+        message_id, asked = owned[0]
+        came_bytes = asked.came_bytes + len(request.object_content)
+        if came_bytes > asked.reply_limit_bytes:
+            fleet.abandon(message_id)
+            raise InvalidUpdate(
+                f"update from client {caller.name!r}: it holds more than {came_bytes} bytes, and "
+                f"at most {asked.reply_limit_bytes} are expected. It was not used."
+            )
+        asked.came_bytes = came_bytes
+    answer = fleet_handlers.push_object(request, fleet.state)
+    with fleet.lock:
+        # Only the push of the last object settles, whichever order threads come here in.
+        last = answer.stored and asked.missing == {request.object_id}
+        if answer.stored:
+            asked.missing.discard(request.object_id)
+    if last:
+        fleet.settle(message_id)
+    return answer
+
+
+def _is_current(fleet: Fleet, run_id: int, caller: Caller) -> None:
+    if not run_id or run_id != fleet.run_id:
+        raise InvalidUpdate(
+            f"client {caller.name!r}: spoke of a run that is not going on here. The call was "
+            "refused; it may pull its messages anew."
+        )
+
+
+def _malformed(caller: Caller, why: str) -> InvalidUpdate:
+    return InvalidUpdate(f"update from client {caller.name!r}: {why}. It was not used.")
+
+
+ROUTES: Mapping[str, Route] = {
+    "/v1/fleet/activate-node": Route(_activate, _SMALL_BYTES),
+    "/v1/fleet/deactivate-node": Route(_deactivate, _SMALL_BYTES),
+    "/v1/fleet/get-run": Route(_get_run, _SMALL_BYTES),
+    "/v1/fleet/pull-messages": Route(_pull_messages, _SMALL_BYTES),
+    "/v1/fleet/pull-object": Route(_pull_object, _SMALL_BYTES),
+    "/v1/fleet/push-messages": Route(_push_messages, _TREE_BYTES),
+    "/v1/fleet/push-object": Route(_push_object, CHUNK_BYTES),
+    "/v1/fleet/send-node-heartbeat": Route(_beat, _SMALL_BYTES),
+}
+"""What faces the network. A server that knows its nodes by their certificates has no need of the
+other calls: nodes do not register and are never sent code."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A reply that a node is about to push."""
+
+    message_id: str
+    """The message that it answers."""
+    most_bytes: int
+
+
+def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
+    """What a push of messages will bring; None when it answers nothing that is waited for."""
+    request = _parse(PushMessagesRequest, body)
+    if not request.messages_list or not request.message_object_trees:
+        return None
+    message_id = request.messages_list[0].metadata.reply_to_message_id
+    objects = sum(1 for _ in iterate_object_tree(request.message_object_trees[0]))
+    with fleet.lock:
+        asked = fleet.asked.get(message_id)
+        if asked is None or asked.node_id != caller.node_id:
+            return None
+        return Upload(message_id, min(asked.payload_bytes, objects * CHUNK_BYTES))
+
+
+def call(fleet: Fleet, caller: Caller, route: Route, body: bytes) -> bytes:
+    """Answers one call of the Fleet API.
+
+    Raises:
+        DataError: the request cannot be read.
+        TrustError: it speaks for somebody else than ``caller``.
+        InvalidUpdate: it is late, a duplicate, or does not fit what the caller was asked for.
+    """
+    try:
+        return bytes(route.answer(fleet, caller, body).SerializeToString())
+    except FlowerError as error:
+        raise InvalidUpdate(f"client {caller.name!r}: {error.message}. Refused.") from None

@@ -1,0 +1,30 @@
+"""Records as bytes, for keeping them on disk."""
+
+from __future__ import annotations
+
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from google.protobuf.message import DecodeError
+
+from fedcore.errors import DataError
+
+
+def record_bytes(record: RecordDict) -> bytes:
+    """A record as Flower's protobuf."""
+    return bytes(recorddict_to_proto(record).SerializeToString(deterministic=True))
+
+
+def read_record(raw: bytes, *, where: str) -> RecordDict:
+    """The record that `record_bytes` wrote.
+
+    Raises:
+        DataError: the bytes are none.
+    """
+    try:
+        return recorddict_from_proto(RecordDictProto.FromString(raw))
+    except (DecodeError, ValueError, TypeError, KeyError):
+        raise DataError(
+            f"{where}: this file holds no record. Nothing was done with it; restore it from a "
+            "backup."
+        ) from None

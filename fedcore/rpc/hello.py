@@ -1,0 +1,81 @@
+"""What a device and a server tell each other of themselves before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcore import __version__
+from fedcore.errors import DeviceError
+from fedcore.files import read_bytes, sha256_hex
+
+PROTOCOL = 1
+"""Grows when what passes between device and server changes."""
+_MAX_TASK_BYTES = 16 * 2**20
+_PROCESS = "fedcore-instance"
+SETTINGS = "run"
+"""Under this name a server tells devices of its run: the run's configuration, as JSON."""
+INSTANCE = "instance"
+"""Under this name, which instance of that run it is."""
+WAKE_PORT = "fedcore-wake-port"
+"""Header of the answer to a device that is let in: the port of the stream that wakes it."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Versions of protocol, app and task."""
+
+    task: str
+    task_digest: str
+    """SHA-256 of the task file: both sides must have the same one installed."""
+    protocol: int = PROTOCOL
+    app: str = __version__
+
+    def headers(self, instance: str) -> dict[str, str]:
+        """As headers of a call; ``instance`` names the process that makes it."""
+        return {
+            "fedcore-protocol": str(self.protocol),
+            "fedcore-app": self.app,
+            "fedcore-task": f"{self.task} {self.task_digest}",
+            _PROCESS: instance,
+        }
+
+
+def hello_of(name: str, path: Path) -> Hello:
+    """What this side says of itself, with the task ``name`` in the file ``path``."""
+    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task")
+    return Hello(task=name, task_digest=sha256_hex(raw))
+
+
+def instance_of(headers: Mapping[str, str]) -> str:
+    """The process that makes a call; empty when it does not say."""
+    return headers.get(_PROCESS, "")[:64]
+
+
+def check_hello(headers: Mapping[str, str], server: Hello) -> None:
+    """Compares what a device says of itself with what the server is.
+
+    Raises:
+        DeviceError: they do not fit; the message says what to install on the device.
+    """
+    theirs = headers.get("fedcore-protocol", "none")
+    if theirs != str(server.protocol):
+        raise DeviceError(
+            f"handshake: this device speaks protocol {theirs[:16]}, and the server "
+            f"{server.protocol} (fedcore {server.app}). It takes no part; install "
+            f"fedcore=={server.app} on it."
+        )
+    app = headers.get("fedcore-app", "none")
+    if app.split(".")[:2] != server.app.split(".")[:2]:
+        raise DeviceError(
+            f"handshake: this device runs fedcore {app[:32]}, and the server {server.app}. It "
+            f"takes no part; install fedcore=={server.app} on it."
+        )
+    name, _, digest = headers.get("fedcore-task", "none none").partition(" ")
+    if (name, digest) != (server.task, server.task_digest):
+        raise DeviceError(
+            f"handshake: this device has task {name[:64]!r} (sha256 {digest[:16]}...), and the "
+            f"server runs task {server.task!r} (sha256 {server.task_digest[:16]}...). It takes no "
+            "part; put the server's task file on it, and name it with --task."
+        )

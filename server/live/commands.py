@@ -1,0 +1,92 @@
+"""``fedcore server``: the verbs of the machine that devices connect to."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fedcore.cli import Command, group
+from fedcore.errors import INTERRUPTED, ConfigError
+from fedcore.rpc.tls import only_tls_1_3
+from fedcore.settings import load_run
+
+
+def _start_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="the run's TOML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the file, e.g. --set federation.rounds=5; may be repeated",
+    )
+    parser.add_argument(
+        "--identity",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder that `fedcore provision server` made, as --identity server",
+    )
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="where devices connect, as --listen 0.0.0.0:9092 (default: every address, and the "
+        "port that the kits name)",
+    )
+    parser.add_argument(
+        "--wake-port",
+        type=int,
+        metavar="PORT",
+        help="where devices are woken, as --wake-port 9093 (default: the port after)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder that results go below (default: runs)",
+    )
+    parser.add_argument("--json", action="store_true", help="print events as JSON lines")
+
+
+def _start(options: argparse.Namespace) -> int:
+    run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
+    host, port = _address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
+    only_tls_1_3()  # before Flower, which imports grpc
+    from fedcore.flower.quiet import quiet
+    from fedcore.observability.lines import log_lines
+    from server.live.run import Deployment, run_deployment
+
+    quiet()
+    log_lines(sys.stderr)
+    deployment = Deployment(
+        run=run,
+        identity=options.identity,
+        host=host,
+        port=port,
+        wake_port=options.wake_port,
+        runs=options.runs,
+        json=options.json,
+    )
+    return 0 if run_deployment(deployment, sys.stdout) else INTERRUPTED
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdigit() or not 0 <= int(port) < 2**16:
+        raise ConfigError(
+            f"--listen {text}: expected HOST:PORT, as 0.0.0.0:9092 or [::]:9092. Nothing was "
+            "started."
+        )
+    return host.strip("[]"), int(port)
+
+
+start = Command(
+    help="train over the devices that connect, as the run's file says",
+    arguments=_start_arguments,
+    run=_start,
+    example="fedcore server start run.toml --identity server",
+)
+
+server = group({"start": start}, "run the server that devices connect to")

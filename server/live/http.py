@@ -1,0 +1,69 @@
+"""The HTTP server in front of the Fleet API: uvicorn, on a socket of ours, over TLS 1.3."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from fedcore.crypto.roster import ServerIdentity, server_context
+from fedcore.errors import ResourceError
+from server.live.gate import Gate
+from server.live.peer import PeerProtocol
+
+_BACKLOG = 1024
+_IDLE_S = 90
+"""How long a connection may lie idle; a device that is woken within it shakes hands no second
+time."""
+
+
+def http_server(gate: Gate, identity: ServerIdentity) -> uvicorn.Server:
+    """A server that answers by ``gate`` and shows ``identity``; it is not started."""
+    return _Http(
+        uvicorn.Config(
+            gate,
+            http=PeerProtocol,
+            ssl_context_factory=lambda config, default: server_context(identity),
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=_IDLE_S,
+            timeout_graceful_shutdown=5,
+        )
+    )
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, which leaves signals to whoever runs it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ResourceError: the port is in use, or may not be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Where the protocol is not named, asyncio leaves Nagle's algorithm on: 40 ms more a call.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ResourceError(
+            f"server: port {port} of {host} cannot be listened on ({error.strerror}). Nothing was "
+            "started; stop what uses it, or choose another with --listen."
+        ) from None
+    return listener

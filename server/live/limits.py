@@ -1,0 +1,174 @@
+"""How much one device, and all of them together, may ask of a server at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedcore.flower.fleet_api import Upload
+
+log = logging.getLogger("fedcore.server")
+
+TOLD_S = 10.0
+"""A peer that is refused again and again is told of once in so many seconds."""
+_MOST_TOLD = 10_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server grants."""
+
+    uploads_bytes: int = 16 * 2**30
+    """Updates that are held at a time, on disk, from the first object to aggregation."""
+    bodies: int = 2
+    """Large request bodies that are read at a time."""
+    answers: int = 12
+    """Objects that are being sent at a time, of up to 5 MiB each."""
+    calls_per_s: float = 50.0
+    """Calls that one identity may make a second, in the long run."""
+    burst: int = 400
+    """Calls that it may make at once."""
+    body_s: float = 60.0
+    """Seconds within which a request's body must have come, or an object must have been taken."""
+    upload_wait_s: float = 20.0
+    """Seconds that an upload waits for room before it is told to come again."""
+    stall_s: float = 15.0
+    """Seconds without progress after which an upload gives its room to one that waits."""
+
+
+class Rates:
+    """A token bucket for each identity."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._buckets: dict[int, tuple[float, float]] = {}
+
+    def wait_s(self, node_id: int) -> float:
+        """Counts a call; 0 when it is granted, else the seconds until one would be."""
+        now, limits = self._clock(), self._limits
+        tokens, then = self._buckets.get(node_id, (float(limits.burst), now))
+        tokens = min(float(limits.burst), tokens + (now - then) * limits.calls_per_s)
+        granted = tokens >= 1.0
+        self._buckets[node_id] = (tokens - 1.0 if granted else tokens, now)
+        return 0.0 if granted else (1.0 - tokens) / limits.calls_per_s
+
+
+class Refusals:
+    """The log of what was refused: one line for each peer and kind in a while, with a count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: dict[tuple[str, int], tuple[float, int]] = {}
+
+    def note(self, peer: str, status: int, text: str) -> None:
+        """Logs a refusal, unless one like it was logged less than `TOLD_S` ago."""
+        now, key = self._clock(), (peer, status)
+        last, silent = self._told.get(key, (-TOLD_S, 0))
+        if now - last < TOLD_S:
+            self._told[key] = (last, silent + 1)
+            return
+        if len(self._told) >= _MOST_TOLD:
+            self._told.clear()
+        self._told[key] = (now, 0)
+        more = f" ({silent} more since the last such line)" if silent else ""
+        log.warning("refused %s: %d: %s%s", peer, status, text, more)
+
+
+@dataclass
+class _Held:
+    node_id: int
+    room_bytes: int
+    progress: float
+
+
+class Uploads:
+    """Room for updates that are on their way or wait to be aggregated.
+
+    Belongs to the event loop that it is used in; `released` alone may be called from any thread.
+    One upload is always let in, however large. Those that wait are let in in turn.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        abandon: Callable[[str], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins empty.
+
+        ``abandon`` drops what has come of an upload, and says whether it did: one that has come in
+        full stays until it is aggregated, and keeps its room.
+        """
+        self._limits = limits
+        self._abandon = abandon
+        self._clock = clock
+        self._held: dict[str, _Held] = {}
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    async def enter(self, node_id: int, upload: Upload) -> bool:
+        """Waits for room; False when there was none within the time that the limits grant."""
+        if upload.message_id in self._held:
+            self.progress(upload.message_id)
+            return True
+        try:
+            async with asyncio.timeout(self._limits.upload_wait_s), self._turn:
+                while not self._fits(upload.most_bytes):
+                    self._freed.clear()
+                    self._evict()
+                    if not self._freed.is_set():
+                        await self._wait()
+                self._held[upload.message_id] = _Held(node_id, upload.most_bytes, self._clock())
+                return True
+        except TimeoutError:
+            return False
+
+    def progress(self, message_id: str) -> None:
+        """Notes that an upload goes on."""
+        held = self._held.get(message_id)
+        if held is not None:
+            held.progress = self._clock()
+
+    def progress_of(self, node_id: int) -> None:
+        """Notes that the uploads of a node go on."""
+        for held in self._held.values():
+            if held.node_id == node_id:
+                held.progress = self._clock()
+
+    def leave(self, message_id: str) -> None:
+        """Gives an upload's room back."""
+        if self._held.pop(message_id, None) is not None:
+            self._freed.set()
+
+    def released(self, message_id: str) -> None:
+        """As `leave`, from any thread."""
+        self._loop.call_soon_threadsafe(self.leave, message_id)
+
+    def gone(self, node_id: int) -> None:
+        """Gives back the room of a device that is gone."""
+        for message_id in [key for key, held in self._held.items() if held.node_id == node_id]:
+            if self._abandon(message_id):
+                self.leave(message_id)
+
+    def _fits(self, most_bytes: int) -> bool:
+        held = sum(one.room_bytes for one in self._held.values())
+        return not self._held or held + most_bytes <= self._limits.uploads_bytes
+
+    def _evict(self) -> None:
+        before = self._clock() - self._limits.stall_s
+        for message_id in [key for key, held in self._held.items() if held.progress < before]:
+            if self._abandon(message_id):
+                self.leave(message_id)
+
+    async def _wait(self) -> None:
+        """Until room is freed, or it is time to look again for uploads that stall."""
+        try:
+            async with asyncio.timeout(1.0):
+                await self._freed.wait()
+        except TimeoutError:
+            return

@@ -1,0 +1,162 @@
+"""The server's process: the network on one event loop, the ServerApp in a thread beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.files import disk_errors
+from fedcore.flower.fleet import Fleet
+from fedcore.flower.fleet_grid import FleetGrid, Stopped
+from fedcore.flower.identity import assume_identity
+from fedcore.rpc.hello import Hello
+from server.live.gate import Gate
+from server.live.http import bind, http_server
+from server.live.limits import Limits, Rates, Refusals, Uploads
+from server.live.presence import Presence
+from server.live.wake import Wakeups, put_out_strangers, serve_wakeups
+
+log = logging.getLogger("fedcore.server")
+
+_ROSTER_S = 1.0
+"""How long a device that was revoked may keep its stream."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens; port 0 lets the system choose."""
+
+    host: str
+    port: int
+    wake_port: int
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server that is up."""
+
+    fleet: Fleet
+    presence: Presence
+    uploads: Uploads
+    address: Address
+    """As it came out, with the ports that the system chose."""
+    stopping: threading.Event
+    """Ends what waits on the grid, once it is set."""
+
+    def grid(self) -> FleetGrid:
+        """A grid for the run that is open."""
+        return FleetGrid(
+            self.fleet, self.presence, consumed=self.uploads.released, stopping=self.stopping
+        )
+
+    def stop(self) -> None:
+        """Ends what waits on the grid."""
+        self.stopping.set()
+        self.fleet.wake()
+
+
+@asynccontextmanager
+async def listen(
+    identity: ServerIdentity,
+    hello: Hello,
+    address: Address,
+    *,
+    settings: Mapping[str, str],
+    spool: Path,
+    limits: Limits | None = None,
+) -> AsyncIterator[Listening]:
+    """Opens a run and both ports, and closes them again.
+
+    Args:
+        identity: The server's key and certificate, and where its members are listed.
+        hello: The versions that devices must have.
+        address: Where to listen.
+        settings: What devices are told of the run.
+        spool: Folder that payloads lie in while they are on their way; it is emptied.
+        limits: What devices are granted.
+
+    Raises:
+        ResourceError: a port is in use.
+    """
+    limits = limits or Limits()
+    roster = Roster(identity.roster_path, identity.kit.authority_pem)
+    with disk_errors(spool):
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True, mode=0o700)
+    fleet = Fleet(spool)
+    assume_identity(fleet.open_run(settings))
+    presence = Presence(fleet.wake)
+    uploads = Uploads(limits, fleet.abandon)
+    listener = bind(address.host, address.port)
+    try:
+        wakeups = Wakeups(presence, roster, uploads)
+        wake, wake_port = await serve_wakeups(
+            wakeups, identity, host=address.host, port=address.wake_port
+        )
+    except BaseException:
+        listener.close()
+        raise
+    gate = Gate(
+        fleet=fleet,
+        roster=roster,
+        presence=presence,
+        uploads=uploads,
+        rates=Rates(limits),
+        limits=limits,
+        hello=hello,
+        bodies=asyncio.Semaphore(limits.bodies),
+        answers=asyncio.Semaphore(limits.answers),
+        wake_port=wake_port,
+        refusals=Refusals(),
+    )
+    http = http_server(gate, identity)
+    bound = Address(address.host, listener.getsockname()[1], wake_port)
+    listening = Listening(fleet, presence, uploads, bound, threading.Event())
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    watching = asyncio.create_task(put_out_strangers(presence, roster, uploads, every_s=_ROSTER_S))
+    while not http.started and not serving.done():
+        await asyncio.sleep(0.01)
+    log.info("listening on %s:%d, wakes on %d", bound.host, bound.port, bound.wake_port)
+    try:
+        yield listening
+    finally:
+        listening.stop()
+        watching.cancel()
+        http.should_exit = True
+        presence.close()
+        await wake.stop(grace=1.0)
+        await serving
+        fleet.end_run()
+        shutil.rmtree(spool, ignore_errors=True)
+        log.info("stopped")
+
+
+async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool:
+    """Runs ``work``, a ServerApp, in a thread over the server's grid, until it or the server ends.
+
+    SIGTERM and SIGINT end it where it next asks the grid. Returns whether it came to its own end.
+
+    Raises:
+        FedcoreError: whatever ``work`` raised.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, listening.stop)
+    try:
+        await asyncio.to_thread(work, listening.grid())
+    except Stopped:
+        return False
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    return True

@@ -1,0 +1,126 @@
+"""The stream that wakes devices, and by which the server sees at once that one is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fedcore.crypto.certificates import peer_public
+from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.errors import ResourceError, TrustError
+from fedcore.flower.fleet import node_id_of
+from fedcore.rpc.wake_pb2 import Call, WatchRequest
+from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
+from server.live.limits import Uploads
+from server.live.presence import Presence
+
+log = logging.getLogger("fedcore.server")
+
+_PING_S, _PONG_S = 2, 3
+"""A device that is cut off is noticed within the sum of the two, and half a second."""
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", _PING_S * 1000),
+    ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
+    ("grpc.http2.ping_timeout_ms", _PONG_S * 1000),  # 60 s unless set, whatever the one above says
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.max_receive_message_length", 4096),
+    ("grpc.max_metadata_size", 8192),
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True)
+class Wakeups(WakeServicer):
+    """Serves the streams of devices."""
+
+    presence: Presence
+    roster: Roster
+    uploads: Uploads
+
+    async def Watch(  # noqa: N802 - the name of the service's method
+        self, request: WatchRequest, context: grpc.aio.ServicerContext[WatchRequest, Call]
+    ) -> AsyncIterator[Call]:
+        """Says that the stream is open, and then each time that there is work."""
+        public = _peer(context)
+        member = self.roster.member(public) if public is not None else None
+        if public is None or member is None or member.role != "device":
+            log.warning("refused %s: stream: no member", member.name if member else context.peer())
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a device of this project")
+        assert public is not None
+        assert member is not None
+        node_id = node_id_of(public)
+        stream = self.presence.watch(node_id, request.instance)
+        if stream is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this process was not activated")
+        assert stream is not None
+        log.info("device %s: stream open", member.name)
+        try:
+            yield Call(kind=Call.OPEN)
+            while True:
+                await stream.wait()
+                stream.clear()
+                if not self.presence.watched_by(node_id, stream):
+                    return
+                yield Call(kind=Call.WORK)
+        finally:
+            if self.presence.watched_by(node_id, stream):
+                log.info("device %s: stream closed", member.name)
+                self.presence.unwatch(node_id, stream)
+                self.uploads.gone(node_id)
+
+
+def _peer(context: grpc.aio.ServicerContext[WatchRequest, Call]) -> bytes | None:
+    pem = context.auth_context().get("x509_pem_cert", (b"",))[0]
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        return peer_public(certificate.public_bytes(Encoding.DER))
+    except (ValueError, TrustError):
+        return None
+
+
+async def serve_wakeups(
+    wakeups: Wakeups, identity: ServerIdentity, *, host: str, port: int
+) -> tuple[grpc.aio.Server, int]:
+    """Starts the gRPC server; returns it and the port that it has.
+
+    Raises:
+        ResourceError: the port is in use.
+    """
+    kit = identity.kit
+    credentials = grpc.ssl_server_credentials(
+        [(kit.key_path.read_bytes(), kit.certificate_pem)],
+        root_certificates=kit.authority_pem,
+        require_client_auth=True,
+    )
+    server = grpc.aio.server(options=_OPTIONS)
+    add_WakeServicer_to_server(wakeups, server)  # type: ignore[no-untyped-call]
+    try:
+        bound = server.add_secure_port(f"{host}:{port}", credentials)
+    except RuntimeError:
+        raise ResourceError(
+            f"server: port {port} of {host} is in use, or may not be used. Nothing was started; "
+            "stop what uses it, or choose another with --wake-port."
+        ) from None
+    await server.start()
+    return server, bound
+
+
+async def put_out_strangers(
+    presence: Presence, roster: Roster, uploads: Uploads, *, every_s: float
+) -> None:
+    """Ends the streams of devices that are members no more, for ever."""
+    while True:
+        await asyncio.sleep(every_s)
+        for node_id, public in presence.keys().items():
+            if roster.member(public) is None:
+                log.warning("device %s: no longer a member; put out", node_id)
+                presence.remove(node_id)
+                uploads.gone(node_id)

@@ -1,0 +1,97 @@
+"""Devices and servers that are killed, stopped or start again, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcore.errors import INTERRUPTED
+
+NAMES = ("edge-0", "edge-1")
+pytestmark = pytest.mark.slow
+
+
+def rounds(log: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == "round_finished"]
+
+
+def slow(project: Any, seconds: float) -> None:
+    """Has every device take so long to read its data, once a round."""
+    text = project.task.read_text()
+    line = f"    import time\n    time.sleep({seconds})\n"
+    project.task.write_text(
+        text.replace("    return TensorDataset", f"{line}    return TensorDataset")
+    )
+
+
+def test_a_run_goes_its_way_and_leaves_its_model(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    devices = [launch_device(name) for name in NAMES]
+    server = launch_server("federation.cohort=2")
+    assert server.end() == 0, server.log.read_text()
+    assert [record["updates"] for record in rounds(server.log)] == [2, 2]
+    assert (project.root / "runs/trial/global.safetensors").stat().st_size > 100
+    for device in devices:
+        device.send(signal.SIGTERM)
+    assert [device.end() for device in devices] == [0, 0]
+    assert "Traceback" not in "".join(one.log.read_text() for one in (server, *devices))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_device_that_is_gone_holds_up_its_round_for_ten_seconds_at_most(
+    project: Any, launch_server: Any, launch_device: Any, number: signal.Signals
+) -> None:
+    slow(project, 2.0)
+    devices = [launch_device(name) for name in NAMES]
+    server = launch_server("federation.cohort=2", "federation.quorum=0.5", "federation.rounds=1")
+    for device in devices:
+        device.wait_for("stream open")
+    time.sleep(0.8)  # both train now
+    started = time.monotonic()
+    devices[0].send(number)
+    server.wait_for("round_finished")
+    assert time.monotonic() - started < 10.0
+    assert server.end() == 0, server.log.read_text()
+    assert [record["updates"] for record in rounds(server.log)] == [1]
+
+
+def test_a_device_that_was_restarted_takes_up_its_round_again(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    slow(project, 8.0)
+    devices = [launch_device(name) for name in NAMES]
+    server = launch_server("federation.cohort=2", "federation.rounds=1")
+    for device in devices:
+        device.wait_for("stream open")
+    time.sleep(0.5)
+    devices[0].send(signal.SIGKILL)
+    devices[0].end()
+    again = launch_device("edge-0")
+    server.wait_for("device edge-0: activated", times=2)
+    # From the first byte that it could send: an interpreter with torch takes seconds to start.
+    assert again.wait_for("activated as node", seconds=5.0) < 5.0
+    assert server.end(40) == 0, server.log.read_text()
+    assert [record["updates"] for record in rounds(server.log)] == [2]
+
+
+def test_a_server_that_is_told_to_stop_stops_at_once(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    slow(project, 5.0)
+    device = launch_device("edge-0")
+    server = launch_server("federation.cohort=1")
+    device.wait_for("stream open")
+    time.sleep(0.5)
+    started = time.monotonic()
+    server.send(signal.SIGTERM)
+    assert server.end() == INTERRUPTED
+    assert time.monotonic() - started < 5.0
+    assert "Traceback" not in server.log.read_text()
+    assert device.process.poll() is None, "a device outlives its server, and waits for the next"

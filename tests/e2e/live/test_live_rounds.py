@@ -1,0 +1,212 @@
+"""Whole runs over live TLS: a ServerApp beside the server's state, and warm devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from flwr.app import Message, RecordDict
+
+from edge_client.node import loop, wake
+from fedcore.client_app import STATISTICS
+from fedcore.errors import DeviceError, TrustError
+from fedcore.seeds import Simulated
+from fedcore.task import load_task
+from server.app import Listener, server_app
+from server.records import RoundRecord
+
+NAMES = ("edge-0", "edge-1")
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> float:
+    started = time.monotonic()
+    while not what():
+        assert time.monotonic() - started < seconds, "it did not come to pass"
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+def all_awake(served: Any, count: int) -> bool:
+    devices = served.listening.presence.devices()
+    return sum(device.awake for device in devices) == count
+
+
+def federate(project: Any, served: Any, run: Any) -> list[RoundRecord]:
+    records: list[RoundRecord] = []
+    app = server_app(
+        load_task(project.task),
+        run,
+        cloud=None,
+        randomness=Simulated(run.seed),
+        listener=Listener(lambda note: None, records.append, lambda outcome: None),
+    )
+    app(served.listening.grid(), None)  # type: ignore[arg-type]
+    return records
+
+
+def test_devices_train_and_are_evaluated(project: Any, serve: Any, start: Any) -> None:
+    run = project.run(rounds=3, cohort=2, evaluate_cohort=2, holdout=0.3)
+    with serve(run) as served:
+        devices = [start(name) for name in NAMES]
+        wait_for(lambda: all_awake(served, 2))
+        records = federate(project, served, run)
+        fleet = served.listening.fleet
+        assert not fleet.asked
+        assert len(fleet.state.object_store) == 0, "payloads of a round are kept after it"
+        assert fleet.state.num_message_res() == 0
+        for device in devices:
+            device.stop()
+            assert device.errors == []
+    assert [record.updates for record in records] == [2, 2, 2]
+    assert all("accuracy" in record.metrics for record in records)
+    assert records[1].seconds < 2.0, "a warm round of two small clients takes a tenth of a second"
+
+
+def test_a_second_run_of_the_same_devices_finds_their_state(
+    project: Any, serve: Any, start: Any
+) -> None:
+    start("edge-0")
+    run = project.run(rounds=1, cohort=1)
+    for _ in range(2):
+        with serve(run) as served:
+            wait_for(lambda served=served: all_awake(served, 1), 15)
+            assert federate(project, served, run)[0].updates == 1
+    assert (project.root / "edge-0-data/state/trial.state").is_file()
+    kept = list((project.root / "edge-0-data/spool").glob("*.reply"))
+    assert len(kept) == 1, "the same instruction of the same run is answered once, and sent again"
+
+
+def test_a_call_reaches_an_idle_device_at_once(project: Any, serve: Any, start: Any) -> None:
+    with serve() as served:
+        start("edge-0")
+        wait_for(lambda: all_awake(served, 1))
+        time.sleep(0.3)  # idle: nothing is on its way
+        (node,) = served.listening.presence.nodes()
+        grid = served.listening.grid()
+        started = time.monotonic()
+        message = Message(RecordDict(), node, STATISTICS)
+        (reply,) = grid.send_and_receive([message], timeout=10)
+        assert time.monotonic() - started < 1.0
+        assert reply.metadata.src_node_id == node
+
+
+def test_without_a_stream_a_device_asks(
+    project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wake, "_listen", lambda *arguments: False)
+    monkeypatch.setattr(wake, "_SLOW_S", 0.4)
+    run = project.run(rounds=2, cohort=1)
+    with serve(run) as served:
+        start("edge-0")
+        wait_for(lambda: len(served.listening.presence.nodes()) == 1)
+        assert not all_awake(served, 1)
+        assert [record.updates for record in federate(project, served, run)] == [1, 1]
+
+
+def test_a_device_with_another_task_is_told_what_to_install(
+    project: Any, serve: Any, start: Any
+) -> None:
+    other = project.root / "other.py"
+    other.write_text(project.task.read_text() + "\n# another version\n")
+    with serve():
+        device = start("edge-0", task=other)
+        device.thread.join(20)
+    (error,) = device.errors
+    assert isinstance(error, DeviceError)
+    assert "put the server's task file on it" in str(error)
+
+
+def test_a_device_that_is_revoked_is_put_out(project: Any, serve: Any, start: Any) -> None:
+    with serve() as served:
+        device = start("edge-0")
+        wait_for(lambda: all_awake(served, 1))
+        project.revoke("edge-0")
+        wait_for(lambda: not served.listening.presence.nodes(), 3)
+        device.thread.join(10)
+    (error,) = device.errors
+    assert isinstance(error, TrustError)
+    assert "no longer" in str(error)
+
+
+def test_an_operators_identity_is_no_device(project: Any, serve: Any, start: Any) -> None:
+    project.device("edge-0", role="operator")
+    with serve() as served:
+        device = start("edge-0")
+        device.thread.join(20)
+        assert served.listening.presence.nodes() == []
+    assert isinstance(device.errors[0], TrustError)
+
+
+def test_of_two_devices_with_one_identity_the_first_is_put_out(
+    project: Any, serve: Any, start: Any
+) -> None:
+    with serve() as served:
+        first = start("edge-0", folder="one")
+        wait_for(lambda: all_awake(served, 1))
+        second = start("edge-0", folder="two")
+        first.thread.join(20)
+        wait_for(lambda: all_awake(served, 1))
+        assert second.thread.is_alive()
+    assert "another process with this identity" in str(first.errors[0])
+
+
+def test_one_folder_is_for_one_process(project: Any, serve: Any, start: Any) -> None:
+    with serve() as served:
+        start("edge-0", folder="shared")
+        wait_for(lambda: all_awake(served, 1))
+        second = start("edge-0", folder="shared")
+        second.thread.join(20)
+    assert isinstance(second.errors[0], DeviceError)
+
+
+def test_a_kit_of_another_project_is_refused(
+    project: Any, serve: Any, start: Any, tmp_path: Path
+) -> None:
+    other = type(project)(tmp_path / "other", port=project.port)
+    project.root.joinpath("edge-0").mkdir()
+    other.device("edge-0")
+    for name in ("key.pem", "kit.json"):
+        data = (other.root / "edge-0" / name).read_bytes()
+        path = project.root / "edge-0" / name
+        path.write_bytes(data)
+        path.chmod(0o600)
+    with serve() as served:
+        device = start("edge-0")
+        device.thread.join(20)
+        assert served.listening.presence.nodes() == []
+    assert isinstance(device.errors[0], TrustError)
+
+
+def test_a_port_in_use_is_said_so(project: Any, serve: Any) -> None:
+    with serve(), pytest.raises(Exception, match="cannot be listened on") as caught, serve():
+        pass
+    assert caught.type.__name__ == "ResourceError"
+
+
+def test_a_device_takes_up_with_a_server_that_was_restarted(
+    project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_LAST_PAUSE_S", 1.0)
+    device = start("edge-0")
+    for _ in range(3):
+        with serve() as served:
+            wait_for(lambda served=served: all_awake(served, 1), 15)
+    assert device.errors == []
+
+
+def test_the_stream_is_not_for_processes_that_were_not_let_in(project: Any, serve: Any) -> None:
+    kit = project.device("edge-0")
+    with serve() as served:
+        credentials = grpc.ssl_channel_credentials(
+            kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
+        )
+        target = f"127.0.0.1:{served.listening.address.wake_port}"
+        with grpc.secure_channel(target, credentials) as channel:
+            calls = wake.WakeStub(channel).Watch(wake.WatchRequest(instance="nobody"))
+            with pytest.raises(grpc.RpcError) as caught:
+                next(calls)
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
