@@ -186,6 +186,33 @@ def error_of(name: str, error: Exception | SystemExit) -> tuple[int, str]:
 def train_client(client: Client, name: str, message: Message, context: Context) -> RecordDict:
     """Trains one client as a message asks; whatever fails is raised as it is."""
     instruction = read_instruction(message.content)
+    ledger = read_ledger(context) if client.run.private else Ledger()
+    update = learn(
+        client, name, instruction, ledger, on_spend=lambda spent: write_ledger(context, spent)
+    )
+    return update_content(update)
+
+
+def learn(
+    client: Client,
+    name: str,
+    instruction: Instruction,
+    ledger: Ledger,
+    *,
+    on_spend: Callable[[Ledger], None],
+) -> Update:
+    """One client's local training, whatever its messages travel by.
+
+    Args:
+        client: The task and the limits.
+        name: Whose data is trained on.
+        instruction: What the server asks for.
+        ledger: What the client has spent; looked at under privacy alone.
+        on_spend: Gets the charged ledger before anything is trained.
+
+    Raises:
+        FedcoreError: whatever stops it; what was spent stays spent.
+    """
     run, number = client.run, instruction.round
     examples, _ = local_data(client, name)
     device = available(run.client.device)
@@ -209,7 +236,7 @@ def train_client(client: Client, name: str, message: Message, context: Context) 
         metrics: dict[str, float] = {}
         if run.private:
             metrics[EPSILON] = _train_private(
-                client, name, model, examples, context, instruction, order
+                client, name, model, examples, ledger, on_spend, instruction, order
             )
         else:
             metrics[TRAIN_LOSS] = train(
@@ -230,7 +257,7 @@ def train_client(client: Client, name: str, message: Message, context: Context) 
             f"round {number}: the trained weights are not finite at learning_rate "
             f"{run.client.learning_rate}. No update was sent; lower the learning rate."
         )
-    return update_content(Update(weights, size_of(examples), metrics))
+    return Update(weights, size_of(examples), metrics)
 
 
 def _train_private(
@@ -238,7 +265,8 @@ def _train_private(
     name: str,
     model: FullModel,
     examples: Examples,
-    context: Context,
+    ledger: Ledger,
+    on_spend: Callable[[Ledger], None],
     instruction: Instruction,
     order: torch.Generator,
 ) -> float:
@@ -246,8 +274,8 @@ def _train_private(
     run, number = client.run, instruction.round
     check_layers(model.model)
     device = next(model.model.parameters()).device
-    planned, ledger = spend(client, name, examples, read_ledger(context), round=number)
-    write_ledger(context, ledger)  # spend before release
+    planned, ledger = spend(client, name, examples, ledger, round=number)
+    on_spend(ledger)  # spend before release
     train_private(
         model.preprocess,
         model.model,

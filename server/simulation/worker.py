@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedcore.client_app import Client, error_of, local_data, model_of, spend
+from fedcore.client_app import Client, error_of, learn, local_data, model_of, spend
 from fedcore.errors import (
     BudgetExhausted,
     ConfigError,
@@ -35,7 +35,6 @@ from fedcore.updates.messages import (
     Instruction,
     Update,
     read_instruction,
-    read_update,
     update_content,
 )
 from server.aggregation.exact import ExactMean, out_of_range
@@ -83,7 +82,7 @@ class Worker:
         if order.method == "vectorised":
             answers = list(self._together(order, reached))
         else:
-            answers = [self._by_app(order, one, found) for one, found in reached]
+            answers = [self._alone(order, one, found) for one, found in reached]
         places = {one.node: place for place, one in enumerate(asked)}
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
 
@@ -129,8 +128,32 @@ class Worker:
                 )
         return Answer(one, ledger=ledger, fate=found)
 
+    def _alone(self, order: Order, one: Asked, found: Fate | None) -> Answer:
+        """One client's training; without messages, where only the sum of updates is asked for."""
+        if not order.fold:
+            return self._by_app(order, one, found)
+        instruction, ledgers = self._read(order), [one.ledger]
+        try:
+            update = learn(
+                self._client,
+                one.name,
+                instruction,
+                one.ledger or Ledger(),
+                on_spend=ledgers.append,
+            )
+            self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
+        except (Exception, SystemExit) as error:  # the task's code: that client's failure
+            return Answer(one, error=error_of(one.name, error), ledger=ledgers[-1], fate=found)
+        return Answer(
+            one,
+            num_examples=update.num_examples,
+            metrics=update.metrics,
+            ledger=ledgers[-1],
+            fate=found,
+        )
+
     def _by_app(self, order: Order, one: Asked, found: Fate | None) -> Answer:
-        """By the ClientApp that devices run."""
+        """By the ClientApp that devices run, mods included."""
         context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
         if one.ledger is not None:
             write_ledger(context, one.ledger)
@@ -143,22 +166,9 @@ class Worker:
         kept = read_ledger(context)
         ledger = kept if kept.charges else None
         if reply.has_error():
-            error_pair = (reply.error.code, reply.error.reason or f"error {reply.error.code}")
-            return Answer(one, error=error_pair, ledger=ledger, fate=found)
-        if not order.fold:
-            return Answer(one, content=reply.content, ledger=ledger, fate=found)
-        try:
-            update = read_update(reply, self._client.resident.layout)
-            self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
-        except InvalidUpdate as error:
-            return Answer(one, error=(REFUSED, str(error)), ledger=ledger, fate=found)
-        return Answer(
-            one,
-            num_examples=update.num_examples,
-            metrics=update.metrics,
-            ledger=ledger,
-            fate=found,
-        )
+            code = (reply.error.code, reply.error.reason or f"error {reply.error.code}")
+            return Answer(one, error=code, ledger=ledger, fate=found)
+        return Answer(one, content=reply.content, ledger=ledger, fate=found)
 
     def _together(
         self, order: Order, asked: Sequence[tuple[Asked, Fate | None]]
@@ -189,7 +199,7 @@ class Worker:
         except InsufficientMemory:
             raise
         except Exception:  # some client's data or loss failed: alone, it says which, and how
-            yield from (self._by_app(order, one, found) for one, found, _, _ in ready)
+            yield from (self._alone(order, one, found) for one, found, _, _ in ready)
             return
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
