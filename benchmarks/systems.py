@@ -124,10 +124,13 @@ def _fedcore(workload: Workload, rounds: int, seed: int, place: Place) -> Measur
     failed = sum(event["failed"] for _, event in ended)
     if failed:
         raise ProgramFailed(f"{' '.join(command)}: {failed} clients failed: {' '.join(notes)}")
-    last = ended[-1][1]
+    # Rounds of a few milliseconds are told together: when each ended it says itself. The last one
+    # is told as the rounds end.
+    when, last = ended[-1]
+    began_s = when - last["elapsed_s"]
     return Measured(
         observed=observed,
-        ends_s=tuple(when for when, _ in ended),
+        ends_s=tuple(began_s + event["elapsed_s"] for _, event in ended),
         accuracy=_last_object(observed, command)["accuracy"]["federated"],
         bytes_per_round=last["bytes_up"] + last["bytes_down"],
         epsilon=ended[0][1]["epsilon_max"],  # after one round: of one participation

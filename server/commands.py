@@ -68,7 +68,7 @@ def _simulate(options: argparse.Namespace) -> int:
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     from fedcore.flower.quiet import quiet
     from fedcore.observability.console import choose
-    from fedcore.observability.events import tee
+    from fedcore.observability.events import tee, unhurried
     from fedcore.observability.jsonl import json_lines
     from fedcore.task import load_task
     from server.checkpoint import CHECKPOINT
@@ -97,6 +97,7 @@ def _simulate(options: argparse.Namespace) -> int:
                     json_lines(folder / "metrics.jsonl") as lines,
                     tensorboard_events(folder / "tensorboard") as board,
                     choose(out, json=options.json) as shown,
+                    unhurried(tee(lines, board, shown)) as emit,
                 ):
                     files = tee(lines, board)
                     for event in resumed.told if resumed else ():
@@ -107,7 +108,7 @@ def _simulate(options: argparse.Namespace) -> int:
                         owner,
                         prepared,
                         folder,
-                        tee(files, shown),
+                        emit,
                         command=command,
                         resumed=resumed,
                     )

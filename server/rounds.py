@@ -104,8 +104,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
                 _end_early(federation, number, tally)  # what was learnt before stands
                 progress = replace(progress, over=True)
                 continue
-            unpack(arrays, model.model)
-            metrics, judged_on = _judge_round(federation, model, layout, progress)
+            metrics, judged_on = _judge_round(federation, model, layout, progress, arrays)
         except Exception:
             keeper.fail(progress)
             raise
@@ -123,6 +122,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             strategy=remembered(federation.chosen.strategy),
         )
         progress = replace(progress, over=_is_over(federation, progress))
+    unpack(progress.weights, model.model)
     return Federated(progress.best, progress.best_round, tuple(records))
 
 
@@ -276,19 +276,20 @@ def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
 
 
 def _judge_round(
-    federation: Federation, model: FullModel, layout: Layout, progress: Progress
+    federation: Federation, model: FullModel, layout: Layout, progress: Progress, weights: Vector
 ) -> tuple[dict[str, float], str]:
-    """Metrics of ``model``, as it is after the round after ``progress``, and what on."""
+    """Metrics of ``weights``, which the round after ``progress`` gave, and what on."""
     size = federation.run.federation.evaluate_cohort
     if size:
-        return _evaluate_on_clients(federation, model, layout, progress, size), "clients"
+        return _evaluate_on_clients(federation, weights, layout, progress, size), "clients"
     if federation.judge:
+        unpack(weights, model.model)
         return federation.judge(model), "cloud"
     return {}, "nothing"
 
 
 def _evaluate_on_clients(
-    federation: Federation, model: FullModel, layout: Layout, progress: Progress, size: int
+    federation: Federation, weights: Vector, layout: Layout, progress: Progress, size: int
 ) -> dict[str, float]:
     """Means over some clients' held-out data, each weighed by its number of examples."""
     run, number = federation.run, progress.round + 1
@@ -300,7 +301,7 @@ def _evaluate_on_clients(
     )
     config = instruction_config(layout, progress.preprocess)
     config["server-round"] = number
-    record = RecordDict({ARRAYS: weights_record(pack(model.model)), CONFIG: config})
+    record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
     sums: dict[str, float] = {}
     total, reasons = 0, []

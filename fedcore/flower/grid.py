@@ -83,7 +83,7 @@ class CohortGrid(OwnGrid):
     """
 
     def __init__(self, behind: Grid, cohort: Sequence[int]) -> None:
-        super().__init__(behind.run.run_id)
+        self._run = behind.run
         self._behind = behind
         self._cohort = tuple(cohort)
 

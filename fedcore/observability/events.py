@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,6 +82,45 @@ def tee(*sinks: Sink) -> Sink:
             one(event)
 
     return sink
+
+
+@contextmanager
+def unhurried(sink: Sink, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Sink]:
+    """A sink that hands short rounds on a tenth of a second at a time, in their order.
+
+    Writing a round down can take as long as one of a few milliseconds does, and nobody watches
+    closer than that. Anything else, a longer round among it, is handed on at once, and what still
+    waits at the end, however that comes.
+    """
+    waiting: list[Event] = []
+    handed_on_s = clock()
+
+    def hand_on() -> None:
+        nonlocal handed_on_s
+        handed_on_s = clock()
+        events = waiting.copy()
+        waiting.clear()
+        for event in events:
+            sink(event)
+
+    def take(event: Event) -> None:
+        waiting.append(event)
+        short = isinstance(event, RoundFinished) and _seconds(event) < _SHORT_S
+        if not short or clock() - handed_on_s >= _PATIENCE_S:
+            hand_on()
+
+    try:
+        yield take
+    finally:
+        hand_on()
+
+
+_SHORT_S, _PATIENCE_S = 0.05, 0.1
+
+
+def _seconds(event: RoundFinished) -> float:
+    seconds = event.values.get("seconds")
+    return seconds if isinstance(seconds, float) else math.inf
 
 
 def json_line(event: Event) -> str:

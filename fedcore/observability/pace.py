@@ -17,6 +17,7 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._began_s = clock()
         self._round_s = 0.0
         self._rounds = 0
         self._looked_s = float("-inf")
@@ -31,8 +32,8 @@ class Pace:
             left: Rounds that are planned after it.
 
         Returns:
-            ``clients_per_s`` and ``remaining_s`` (an upper bound where rounds may end early), both
-            from a moving mean, and ``memory_bytes`` (None where the system does not tell).
+            ``elapsed_s`` since this began to watch; ``clients_per_s`` and ``remaining_s`` (an upper
+            bound where rounds may end early), both from a moving mean, and ``memory_bytes`` (None where the system does not tell).
         """
         self._rounds += 1
         weight = max(_WEIGHT, 1 / self._rounds)
@@ -41,6 +42,7 @@ class Pace:
         if now_s - self._looked_s >= _AGAIN_S:
             self._looked_s, self._memory = now_s, memory_bytes()
         return {
+            "elapsed_s": now_s - self._began_s,
             "clients_per_s": cohort / self._round_s if self._round_s else None,
             "remaining_s": left * self._round_s,
             "memory_bytes": self._memory,

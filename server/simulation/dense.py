@@ -57,6 +57,18 @@ def train_dense(
         Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
         arXiv:2210.00038 (one pass back).
     """
+    with torch.inference_mode(len(chain.steps) == 1):  # one layer needs no way back
+        return _train(model, chain, work, loss, settings, proximal_mu)
+
+
+def _train(
+    model: FullModel,
+    chain: Chain,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: Client,
+    proximal_mu: float,
+) -> Trained:
     private = work[0].private is not None
     orders = [
         poisson_order(one)
@@ -142,9 +154,9 @@ def _ahead(
     """One batch of each client that takes part in a step: the pass, the losses, their slopes."""
     clients = rows.active[step]
     columns = slice(step * rows.width, (step + 1) * rows.width)
-    now = {name: tensor[:clients] for name, tensor in weights.items()}
-    with torch.set_grad_enabled(len(chain.steps) > 1):  # one layer needs no way back
-        passed = run_chain(chain, now, rows.inputs[:clients, columns])
+    all_of_them = clients == len(rows.inputs)
+    now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
+    passed = run_chain(chain, now, rows.inputs[:clients, columns])
     return passed, *example_losses(loss, passed.output, rows.targets[:clients, columns])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcore.model import FullModel
 from fedcore.task import size_of
@@ -77,11 +77,14 @@ def lay_out(
     steps = [len(order.lengths) for order in orders]
     width = max(max(order.lengths) for order in orders) or 1
     columns = steps[0] * width
+    as_it_is = type(model.preprocess) is nn.Identity
     inputs = targets = torch.empty(0)
     for place, (one, order) in enumerate(zip(work, orders, strict=True)):
         x, y = gather_all(one.examples)
-        with torch.no_grad():
-            x = model.preprocess(x.to(device))
+        x = x.to(device)
+        if not as_it_is:
+            with torch.no_grad():
+                x = model.preprocess(x)
         if not place:
             inputs = x.new_empty((len(work), columns, *x.shape[1:]))
             targets = y.new_empty((len(work), columns, *y.shape[1:]), device=device)

@@ -24,10 +24,11 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
     """
     if _is_cross_entropy(loss) and targets.dtype == torch.long and outputs.dim() == 3:
         return _cross_entropy(outputs.detach(), targets)
-    leaf = outputs.detach().requires_grad_()
-    single = vmap(vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0))))
-    losses = single(leaf, targets)
-    (slopes,) = torch.autograd.grad(losses.sum(), [leaf])
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = outputs.detach().clone().requires_grad_()
+        single = vmap(vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0))))
+        losses = single(leaf, targets.clone())
+        (slopes,) = torch.autograd.grad(losses.sum(), [leaf])
     return losses.detach(), slopes
 
 

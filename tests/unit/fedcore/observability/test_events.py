@@ -14,6 +14,7 @@ from fedcore.observability.events import (
     StageStarted,
     json_line,
     tee,
+    unhurried,
 )
 
 
@@ -57,3 +58,35 @@ def test_tee_hands_each_event_to_every_sink_in_order() -> None:
     sink(Noted("one"))
     sink(Noted("two"))
     assert seen == [(name, Noted(text)) for text in ("one", "two") for name in "ab"]
+
+
+def test_short_rounds_are_handed_on_together_and_anything_else_at_once() -> None:
+    seen: list[Event] = []
+    now = [0.0]
+    short = [RoundFinished({"round": n, "seconds": 0.001}) for n in range(4)]
+    long, note = RoundFinished({"round": 9, "seconds": 1.0}), Noted("something")
+    with unhurried(seen.append, clock=lambda: now[0]) as sink:
+        sink(short[0])
+        sink(short[1])
+        assert seen == []
+        now[0] = 0.2
+        sink(short[2])
+        assert seen == short[:3]
+        sink(short[3])
+        sink(note)
+        assert seen == [*short, note]
+        sink(long)
+        assert seen == [*short, note, long]
+        sink(short[0])
+    assert seen == [*short, note, long, short[0]]
+
+
+def test_what_waits_is_handed_on_when_the_run_fails() -> None:
+    seen: list[Event] = []
+    event = RoundFinished({"round": 1, "seconds": 0.001})
+    with unhurried(seen.append) as sink:
+        sink(event)
+        with pytest.raises(KeyError):
+            _ = {}["a run that fails"]
+        assert seen == []
+    assert seen == [event]

@@ -1,0 +1,152 @@
+"""A reply under its node's signature: over everything in it, and over what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fedcore.crypto.envelope import Envelope, open_envelope, seal_update
+from fedcore.errors import SignatureInvalid
+from fedcore.files import sha256_hex
+from fedcore.rpc.hello import INSTANCE, SETTINGS
+from fedcore.updates.messages import ARRAYS, CONFIG
+
+ENVELOPE = "envelope"
+"""Name of the record that carries the signature, and of the value in it."""
+VALIDITY_S = 24 * 3600
+"""How long a reply may be on its way."""
+
+
+def run_digest(told: Mapping[str, str]) -> str:
+    """Which run a signature is for: another for other settings, and for each new beginning.
+
+    Args:
+        told: What the server tells devices of the run.
+    """
+    return sha256_hex(f"{told.get(INSTANCE)} {told.get(SETTINGS, '')}".encode())
+
+
+def round_of(asked: RecordDict) -> int:
+    """The round that an instruction is of; 0 where it belongs to none."""
+    config = asked.get(CONFIG)
+    number = config.get("server-round", 0) if isinstance(config, ConfigRecord) else 0
+    return number if isinstance(number, int) and number > 0 else 0
+
+
+def base_digest(asked: RecordDict) -> str:
+    """The weights that an instruction came with, as a digest of their bytes."""
+    return content_digest(RecordDict({ARRAYS: asked[ARRAYS]} if ARRAYS in asked else {}))
+
+
+def content_digest(content: RecordDict) -> str:
+    """SHA-256 over every record but the signature, in hexadecimal.
+
+    Arrays go in as the bytes that travel, without a copy. Each part is preceded by its length, so
+    no two contents give the same stream.
+    """
+    digest = hashlib.sha256()
+
+    def feed(parts: Iterable[str | bytes]) -> None:
+        for part in parts:
+            raw = part.encode() if isinstance(part, str) else part
+            digest.update(len(raw).to_bytes(8, "big"))
+            digest.update(raw)
+
+    for name in sorted(content):
+        record = content[name]
+        if name == ENVELOPE:
+            continue
+        feed((type(record).__name__, name, str(len(record))))
+        for key in sorted(record):
+            value = record[key]
+            if isinstance(record, ArrayRecord):
+                array = record[key]
+                feed((key, array.dtype, repr(tuple(array.shape)), array.stype, array.data))
+            else:
+                feed((key, _text(value)))
+    return digest.hexdigest()
+
+
+def _text(value: object) -> str:
+    """A metric or setting: the same text on both sides of the network."""
+    if isinstance(value, list):
+        return f"list {' '.join(map(_text, value))}"
+    kind = next((one for one in (bool, int, float, str, bytes) if isinstance(value, one)), None)
+    return f"{kind.__name__} {kind(value)!r}" if kind is not None else repr(value)
+
+
+def seal(
+    content: RecordDict,
+    asked: RecordDict,
+    *,
+    purpose: str,
+    run_id: str,
+    node_id: int,
+    key: EllipticCurvePrivateKey,
+    now_s: float,
+) -> None:
+    """Signs a reply, with a fresh nonce, and puts the signature beside its records.
+
+    Args:
+        content: The reply.
+        asked: The instruction that it answers.
+        purpose: The instruction's message type.
+        run_id: As `run_digest` gives it.
+        node_id: The node that answers.
+        key: Its key.
+        now_s: Its clock, seconds since 1970 (UTC).
+    """
+    raw = seal_update(
+        content_digest(content),
+        key=key,
+        purpose=purpose,
+        run_id=run_id,
+        round=round_of(asked),
+        node_id=node_id,
+        base_sha256=base_digest(asked),
+        now_s=now_s,
+        validity_s=VALIDITY_S,
+    )
+    content[ENVELOPE] = ConfigRecord({ENVELOPE: raw})
+
+
+def unseal(
+    content: RecordDict,
+    *,
+    purpose: str,
+    run_id: str,
+    round: int,
+    node_id: int,
+    base_sha256: str,
+    public_key: bytes,
+    now_s: float,
+) -> Envelope:
+    """The signature of a reply that is what it should be; it is taken out of ``content``.
+
+    Raises:
+        SignatureInvalid: there is none, or it is malformed or another key's.
+        TrustError: it is for something else, or too old: see `open_envelope`.
+    """
+    record = content.get(ENVELOPE)
+    raw = record.get(ENVELOPE) if isinstance(record, ConfigRecord) else None
+    if not isinstance(raw, bytes):
+        raise SignatureInvalid(
+            f"round {round}: the update of node {node_id} is not signed. It was not aggregated; a "
+            "node signs each update with the key in its kit."
+        )
+    envelope = open_envelope(
+        raw,
+        public_key=public_key,
+        purpose=purpose,
+        run_id=run_id,
+        round=round,
+        node_id=node_id,
+        base_sha256=base_sha256,
+        payload_sha256=content_digest(content),
+        now_s=now_s,
+    )
+    del content[ENVELOPE]
+    return envelope
