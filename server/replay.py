@@ -21,6 +21,7 @@ from fedcore.errors import ConfigError, DataError, FedcoreError, TaskError
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
+from fedcore.mods import client_mods
 from fedcore.observability.words import bytes_text, figure, seconds_text
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import Ledger, write_ledger
@@ -39,7 +40,7 @@ from server.progress import Forgetful, Progress
 from server.rounds import Federation, instructions
 from server.simulation.engine import FIRST_NODE_ID, RUN_ID, context_of, one_thread
 from server.simulation.state import State
-from server.strategies import client_mods, make_strategy
+from server.strategies import make_strategy
 from server.strategy_state import remind
 
 

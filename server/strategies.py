@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import flwr.serverapp.strategy as flower
-from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
-from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
 
 from fedcore.errors import ConfigError
@@ -27,10 +25,6 @@ FOLDING = (
 """What these do depends on the weighted mean of the updates alone."""
 _MEANS = (flower.FedAvg, flower.FedProx)
 """What these give is the weighted mean of the updates itself."""
-_CLIENT_MODS: Mapping[type[Strategy], Mod] = {
-    flower.DifferentialPrivacyClientSideFixedClipping: fixedclipping_mod,
-    flower.DifferentialPrivacyClientSideAdaptiveClipping: adaptiveclipping_mod,
-}
 _TREES = (flower.FedXgbBagging, flower.FedXgbCyclic)
 _CLIENT_DP = (
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
@@ -115,11 +109,6 @@ def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: i
             f"{cohort * size * 4 / 1e6:,.1f} MB, and up to three times that while it aggregates."
         )
     return Chosen(_construct(cls, arguments, options), folds, cls in _MEANS, notes)
-
-
-def client_mods(name: str) -> Sequence[Mod]:
-    """Flower mods that clients run around their training, for strategies that need them."""
-    return [mod for cls, mod in _CLIENT_MODS.items() if cls.__name__ == name]
 
 
 def _find(name: str) -> type[Strategy]:

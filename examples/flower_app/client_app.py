@@ -11,7 +11,7 @@ from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated
 from fedcore.settings import load_run
 from fedcore.task import load_task
-from server.strategies import client_mods
+from fedcore.mods import client_mods
 
 app = ClientApp()
 

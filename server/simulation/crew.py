@@ -10,7 +10,6 @@ from server.simulation.orders import Answer, Asked, Order
 from server.simulation.worker import Worker
 
 MakeWorker = Callable[[], Worker]
-_PIECES = 6  # a worker's share comes in so many pieces, so that workers end at about the same time
 
 
 class Crew(Protocol):
@@ -48,11 +47,20 @@ class Alone:
 
 
 def pieces(order: Order, asked: Sequence[Asked], workers: int) -> Iterator[Sequence[Asked]]:
-    """The clients of an order in pieces: small ones where they go one by one."""
-    parts = workers if order.method == "vectorised" else workers * _PIECES
-    size = max(1, -(-len(asked) // parts))
-    for start in range(0, len(asked), size):
+    """The clients of an order in pieces: where they go one by one, ever smaller ones.
+
+    So workers end within about one client of each other, and few messages go to and fro.
+
+    Source:
+        Polychronopoulos and Kuck 1987, doi:10.1109/TC.1987.5009495 (guided self-scheduling).
+    """
+    start = 0
+    while start < len(asked):
+        left = len(asked) - start
+        whole = order.method == "vectorised"
+        size = -(-len(asked) // workers) if whole else -(-left // (2 * workers))
         yield asked[start : start + size]
+        start += size
 
 
 def gathered(

@@ -13,6 +13,7 @@ from fedcore.client_app import Client, client_app
 from fedcore.config import RunConfig
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.flower.quiet import quiet
+from fedcore.mods import client_mods
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.seeds import Simulated
 from fedcore.task import Task, load_task
@@ -25,7 +26,6 @@ from server.simulation.process import keep_heap
 from server.simulation.staff import Staff
 from server.simulation.state import State
 from server.simulation.worker import Worker
-from server.strategies import client_mods
 
 
 def federate(

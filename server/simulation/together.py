@@ -8,6 +8,7 @@ import torch
 
 from fedcore.client_app import Client, Resident
 from fedcore.model import FullModel
+from fedcore.mods import client_mods
 from fedcore.task import Loss, size_of
 from fedcore.training.batches import gather
 from server.simulation.chain import find_chain
@@ -15,7 +16,6 @@ from server.simulation.dense import train_dense
 from server.simulation.slopes import is_mean
 from server.simulation.vectorised import train_cohort, what_forbids
 from server.simulation.work import LocalWork, Trained, in_order
-from server.strategies import client_mods
 
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
 

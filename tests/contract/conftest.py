@@ -13,12 +13,12 @@ from torch.utils.data import TensorDataset
 
 from fedcore.client_app import client_app
 from fedcore.config import RunConfig
+from fedcore.mods import client_mods
 from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
 from fedcore.task import Task
 from server.app import Listener, Outcome, server_app
 from server.simulation.engine import simulate
-from server.strategies import client_mods
 
 CLIENTS = [f"client-{number}" for number in range(6)]
 Federate = Callable[..., Outcome]

@@ -8,7 +8,8 @@ from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.serverapp.strategy import Strategy
 
 from fedcore.errors import ConfigError
-from server.strategies import Chosen, client_mods, make_strategy, strategy_names
+from fedcore.mods import client_mods
+from server.strategies import Chosen, make_strategy, strategy_names
 
 FIXED = "DifferentialPrivacyServerSideFixedClipping"
 CLIPPING = {"noise_multiplier": 0.5, "clipping_norm": 1.0}
