@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_SAMPLE_S = 0.2
+_SAMPLE_S = 1.0
 _SAMPLING_SHARE = 0.02  # of the time, at most: what is measured shares the cores with the sampler
 
 
@@ -126,6 +127,14 @@ def tree(root: int) -> set[int]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+def processor() -> str:
+    """What the machine computes with."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def pss_bytes(process: int) -> int:

@@ -14,7 +14,9 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from fedcore.files import write_atomic
 
-_PANELS = (
+Panel = tuple[str, str, float, str]
+"""A metric, its label, what it is divided by, and the scale."""
+_PANELS: tuple[Panel, ...] = (
     ("seconds_per_round", "seconds a round", 1.0, "log"),
     ("peak_bytes", "peak memory, MB", 1e6, "linear"),
 )
@@ -23,19 +25,22 @@ _OURS, _LIMIT, _OTHER = "#1b6e4b", "#b8b8b8", "#5b7fa6"
 _COLOURS = {"fedcore": _OURS, "roofline": _LIMIT}
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot(
+    rows: Sequence[Mapping[str, Any]], path: Path, *, panels: Sequence[Panel] = _PANELS
+) -> None:
     """Writes a PNG: medians as bars with their ranges; times on a log scale, memory from zero."""
-    workloads = list(dict.fromkeys(str(row["workload"]) for row in rows))
+    drawn = [row for row in rows if row["metric"] in {panel[0] for panel in panels}]
+    workloads = list(dict.fromkeys(str(row["workload"]) for row in drawn))
     figure = Figure(figsize=(2.9 * len(workloads) + 0.6, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(_PANELS), len(workloads), squeeze=False)
+    axes = figure.subplots(len(panels), len(workloads), squeeze=False)
     for across, workload in enumerate(workloads):
-        for down, (metric, label, unit, scale) in enumerate(_PANELS):
+        for down, (metric, label, unit, scale) in enumerate(panels):
             mine = [row for row in rows if (row["workload"], row["metric"]) == (workload, metric)]
-            _panel(panels[down][across], mine, unit, scale)
+            _panel(axes[down][across], mine, unit, scale)
             if across == 0:
-                panels[down][across].set_ylabel(label)
-        panels[0][across].set_title(workload)
+                axes[down][across].set_ylabel(label)
+        axes[0][across].set_title(workload)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_atomic(path, buffer.getvalue())

@@ -27,7 +27,7 @@ from benchmarks.campaign import (
     run_plan,
 )
 from benchmarks.figures import Check, Row, Run, row, rows_of
-from benchmarks.measure import observe
+from benchmarks.measure import observe, processor
 from benchmarks.partitions import prepare
 from benchmarks.plot import plot
 from benchmarks.systems import BARE, FEDCORE, ROOT, Place
@@ -155,7 +155,7 @@ def _floor_rows(roofline: dict[str, Any], runs: Sequence[Run]) -> list[Row]:
 
 def _machine(place: Place) -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load": os.getloadavg()[0],
@@ -166,13 +166,6 @@ def _machine(place: Place) -> dict[str, Any]:
         },
         "peers": _peer_versions(place),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _peer_versions(place: Place) -> dict[str, str]:

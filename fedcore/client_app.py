@@ -35,7 +35,7 @@ from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.layers import check_layers
 from fedcore.privacy.ledger import Ledger, charge, read_ledger, write_ledger
 from fedcore.seeds import Randomness, derive
-from fedcore.task import Examples, Task, data_folder, read_examples, size_of
+from fedcore.task import Examples, Folder, Task, data_folder, read_examples, size_of
 from fedcore.training.batches import in_order, split
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
@@ -69,6 +69,11 @@ class Client:
     run: RunConfig
     owner: OwnerPolicy
     randomness: Randomness
+
+    @cached_property
+    def folder(self) -> Folder:
+        """Where its data is: where the owner says, or ``FEDCORE_DATA``."""
+        return self.owner.data_folder or data_folder()
 
     @cached_property
     def resident(self) -> Resident:
@@ -344,7 +349,7 @@ def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
     Raises:
         DataError: it cannot be read, or is empty.
     """
-    folder = client.owner.data_folder or data_folder()
+    folder = client.folder
     examples = read_examples(
         lambda: client.task.client_data(name, folder), what=f"data of client {name!r}"
     )

@@ -104,10 +104,12 @@ def _walk(
         if rows.full:
             slopes.mul_(1 / rows.width)
         else:
-            share = shares[:clients, step]
+            share = shares[:clients, step, : rows.widest[step]]
             slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
         descend(clients, passed.inputs, _back(passed, slopes), None)
-    each = torch.nn.utils.rnn.pad_sequence(told, batch_first=True).transpose(0, 1)  # (K, T, width)
+    each = torch.zeros(rows.mask.shape, device=rows.mask.device)
+    for step, losses in enumerate(told):
+        each[: rows.active[step], step, : rows.widest[step]] = losses
     last = _last_epoch(rows, epochs)
     sums = torch.where(last.unsqueeze(2), each * rows.mask, 0.0).sum(dim=(1, 2))
     return (sums / (rows.counts * last).sum(dim=1)).tolist()
@@ -144,7 +146,7 @@ def _walk_private(
         back = _back(passed, slopes)
         lengths = _gradient_norms(chain, passed, back) + _CLIP_EPS
         factors = (norms[:clients] / lengths).clamp(max=1)
-        scale = (factors * shares[:clients, step]).unsqueeze(2)
+        scale = (factors * shares[:clients, step, : rows.widest[step]]).unsqueeze(2)
         descend(clients, passed.inputs, [one * scale for one in back], draw(clients))
 
 
@@ -153,7 +155,7 @@ def _ahead(
 ) -> tuple[Pass, Tensor, Tensor]:
     """One batch of each client that takes part in a step: the pass, the losses, their slopes."""
     clients = rows.active[step]
-    columns = slice(step * rows.width, (step + 1) * rows.width)
+    columns = slice(step * rows.width, step * rows.width + rows.widest[step])
     all_of_them = clients == len(rows.inputs)
     now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
     passed = run_chain(chain, now, rows.inputs[:clients, columns])
@@ -176,7 +178,8 @@ def _gradient_norms(chain: Chain, passed: Pass, back: Sequence[Tensor]) -> Tenso
     squares = torch.zeros(())
     for layer, inputs, slopes in zip(chain.layers, passed.inputs, back, strict=True):
         ones = 0.0 if layer.bias is None else 1.0
-        squares = squares + slopes.square().sum(dim=2) * (inputs.square().sum(dim=2) + ones)
+        lengths = torch.linalg.vector_norm(inputs, dim=2).square_()
+        squares = squares + slopes.square().sum(dim=2) * (lengths + ones)
     return squares.sqrt()
 
 

@@ -22,7 +22,7 @@ from server.simulation.choice import Choice
 from server.simulation.devices import Fleet
 from server.simulation.engine import RUN_ID, context_of, one_thread
 from server.simulation.grid import SimulatedGrid
-from server.simulation.process import keep_heap
+from server.simulation.process import keep_heap, settled_objects
 from server.simulation.staff import Staff
 from server.simulation.state import State
 from server.simulation.worker import Worker
@@ -65,7 +65,7 @@ def federate(
     assume_identity(RUN_ID)
     keep_heap()
     try:
-        with one_thread():
+        with one_thread(), settled_objects():
             server(grid, context_of(SERVER_NODE_ID, "server"))
     finally:
         staff.close()

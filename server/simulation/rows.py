@@ -19,7 +19,7 @@ from server.simulation.work import LocalWork
 class Rows:
     """Batches of ``K`` clients, those with the most steps first, each ``width`` rows wide.
 
-    Step ``t`` is columns ``t * width`` to ``(t + 1) * width`` of the first ``active[t]`` clients.
+    Step ``t`` begins at column ``t * width`` and is of the first ``active[t]`` clients.
     """
 
     inputs: Tensor
@@ -33,6 +33,8 @@ class Rows:
     taken: Tensor
     """Steps of each client, ``(K,)``."""
     width: int
+    widest: tuple[int, ...]
+    """Rows of the largest batch of each step: what stands behind them pads for every client."""
     full: bool
     """Whether no row pads."""
 
@@ -99,6 +101,7 @@ def lay_out(
         active=tuple(sum(step < taken for taken in steps) for step in range(steps[0])),
         taken=torch.tensor(steps, device=device),
         width=width,
+        widest=tuple(map(max, zip(*lengths, strict=True))),
         full=all(length == width for row in lengths for length in row),
     )
 

@@ -1,0 +1,311 @@
+"""Deployment: real servers and devices over mutual TLS, and stock Flower's beside them.
+
+``make bench NAME=deployment`` runs it; ``runs/bench/deployment.json`` has the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks import deployment_flower as flower
+from benchmarks.deployment_project import Program, device, load, make_project, server
+from benchmarks.figures import Check, Row, at_least, at_most, row, slope
+from benchmarks.measure import ProgramFailed, processor
+from benchmarks.plot import plot
+from fedcore.files import write_json
+
+MB = 1_000_000
+PARTS = ("rounds", "memory", "fleet", "soak")
+OURS, STOCK = "fedcore", "flower"
+ROUNDS, NODES = 3, 2
+PARAMETERS = 10_000_000
+_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the parts are."""
+
+    repeats: int
+    cohort: int
+    fleet: int
+    idle_s: float
+    soak_rounds: int
+    """Each is two messages a device."""
+    stock: bool
+
+
+FULL = Sizes(repeats=3, cohort=64, fleet=500, idle_s=30.0, soak_rounds=500, stock=True)
+QUICK = Sizes(repeats=1, cohort=8, fleet=40, idle_s=5.0, soak_rounds=25, stock=False)
+
+
+@dataclass
+class Found:
+    """What the parts have measured so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 1 when a check does not hold or a part failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks.deployment", description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="small sizes, and without Flower")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args(arguments)
+    sizes, found = QUICK if options.quick else FULL, Found()
+    scratch = (options.out / "deployment").resolve()
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    steps: dict[str, Callable[[Path, Sizes, Found], None]] = {
+        "rounds": measure_rounds,
+        "memory": measure_memory,
+        "fleet": measure_fleet,
+        "soak": measure_soak,
+    }
+    for part in options.parts:
+        try:
+            steps[part](scratch / part, sizes, found)
+        except ProgramFailed as error:
+            found.failures.append(f"{part}: {error}")
+    result = {
+        "machine": _machine(),
+        "sizes": asdict(sizes),
+        "rows": [asdict(each) for each in found.rows],
+        "checks": [asdict(each) for each in found.checks],
+        "failures": found.failures,
+    }
+    write_json(options.out / "deployment.json", result)
+    print(table(found))
+    if found.rows:
+        plot(result["rows"], options.out / "deployment.png", panels=PANELS)
+    broken = [check for check in found.checks if not check.holds]
+    return 1 if broken or found.failures else 0
+
+
+PANELS = (
+    ("seconds_per_round", "seconds a round", 1.0, "log"),
+    ("risen_bytes", "memory above idle, MB", 1e6, "linear"),
+)
+"""Of the picture."""
+
+
+def measure_rounds(root: Path, sizes: Sizes, found: Found) -> None:
+    """Training and evaluation of a small net on two nodes: what a round costs beside them."""
+    ours, theirs = [], []
+    for repeat in range(sizes.repeats):
+        ours.append(_rounds(root / f"fedcore-{repeat}"))
+        if sizes.stock:
+            stock = root / f"flower-{repeat}"
+            theirs.append(flower.seconds_per_round(stock, rounds=ROUNDS, nodes=NODES))
+    found.rows.append(row(OURS, "two nodes", "seconds_per_round", "s", ours))
+    found.checks.append(at_most("a round of two nodes, s", ours, 0.5))
+    if theirs:
+        found.rows.append(row(STOCK, "two nodes", "seconds_per_round", "s", theirs))
+        times = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
+        found.checks.append(at_least("Flower's round over ours", times, 40.0))
+
+
+def _rounds(root: Path) -> float:
+    project = make_project(root, NODES)
+    settings = {"rounds": ROUNDS, "cohort": NODES, "evaluate_cohort": NODES, "holdout": 0.2}
+    with ExitStack() as stack:
+        ours = stack.enter_context(server(project, "trial", **settings))
+        ours.wait_for("listening on")
+        for name in project.names:
+            stack.enter_context(device(project, name))
+        _wait_for_rounds(ours, ROUNDS)
+        return statistics.fmean(event["seconds"] for event in ours.events("round_finished"))
+
+
+def measure_memory(root: Path, sizes: Sizes, found: Found) -> None:
+    """Updates of ten million parameters, all sent at once: how far the server's memory rises.
+
+    From its size with the model loaded, all devices but one there, and no round on.
+    """
+    cohort = sizes.cohort
+    workload = f"{cohort} updates"
+    project = make_project(root / "fedcore", cohort, parameters=PARAMETERS)
+    settings = {"rounds": 1, "cohort": cohort, "deadline_s": _LIMIT_S}
+    with ExitStack() as stack:
+        ours = stack.enter_context(server(project, "trial", **settings))
+        ours.wait_for("listening on")
+        most = stack.enter_context(load(project, "most", count=cohort - 1, parameters=PARAMETERS))
+        _wait_for_devices(most, "there", cohort - 1)
+        time.sleep(5.0)
+        before_bytes = peak_bytes = ours.pss_bytes()
+        stack.enter_context(load(project, "last", first=cohort - 1, count=1, parameters=PARAMETERS))
+        end = time.monotonic() + _LIMIT_S
+        while not ours.events("round_finished"):
+            peak_bytes = max(peak_bytes, ours.pss_bytes())
+            _go_on(ours, end)
+            time.sleep(0.01)
+        (event,) = ours.events("round_finished")
+    if event["updates"] != cohort:
+        raise ProgramFailed(f"{event['updates']} of {cohort} updates were taken: {event}")
+    risen = peak_bytes - before_bytes
+    for metric, value in (("idle_bytes", before_bytes), ("risen_bytes", risen)):
+        found.rows.append(row(OURS, workload, metric, "bytes", [value]))
+    found.rows.append(row(OURS, workload, "seconds", "s", [event["seconds"]]))
+    found.checks.append(at_most(f"memory above idle with {workload}, MB", [risen / MB], 200.0))
+    if sizes.stock:
+        theirs = flower.memory(root / "flower", cohort=cohort, parameters=PARAMETERS)
+        risen = theirs.peak_bytes - theirs.before_bytes
+        for metric, value in (("idle_bytes", theirs.before_bytes), ("risen_bytes", risen)):
+            found.rows.append(row(STOCK, workload, metric, "bytes", [value]))
+        found.rows.append(row(STOCK, workload, "seconds", "s", [theirs.seconds]))
+
+
+def measure_fleet(root: Path, sizes: Sizes, found: Found) -> None:
+    """Many devices that wait: what they cost, how soon all are woken, when all have answered."""
+    count, workload = sizes.fleet, f"{sizes.fleet} devices"
+    project = make_project(root, count)
+    settings = {"rounds": 1, "cohort": count, "deadline_s": _LIMIT_S}
+    with ExitStack() as stack:
+        ours = stack.enter_context(server(project, "trial", **settings))
+        ours.wait_for("listening on")
+        most = stack.enter_context(load(project, "most", count=count - 1))
+        came_s = _wait_for_devices(most, "there", count - 1) - _wait_for_devices(most, "there", 1)
+        time.sleep(5.0)
+        began, spent_s = time.monotonic(), ours.cpu_s()
+        time.sleep(sizes.idle_s)
+        share = (ours.cpu_s() - spent_s) / (time.monotonic() - began)
+        last = stack.enter_context(load(project, "last", first=count - 1, count=1))
+        _wait_for_rounds(ours, 1)
+        (event,) = ours.events("round_finished")
+        all_there_s = _wait_for_devices(last, "there", 1)
+        woken = [_devices(most, "woken", count - 1), _devices(last, "woken", 1)]
+    times = [at_s for at_s in woken if at_s is not None]
+    if event["updates"] != count or len(times) < len(woken):
+        raise ProgramFailed(f"{event['updates']} of {count} devices completed the round: {event}")
+    woken_s = max(times) - all_there_s
+    for metric, unit, value in (
+        ("idle_cpu", "cores", share),
+        ("woken_s", "s", woken_s),
+        ("seconds_per_round", "s", float(event["seconds"])),
+        ("came_s", "s", came_s),
+    ):
+        found.rows.append(row(OURS, workload, metric, unit, [value]))
+    found.checks.append(at_most(f"CPU of the server with {workload} idle, cores", [share], 0.15))
+    found.checks.append(at_most(f"all of {workload} woken, s", [woken_s], 2.0))
+
+
+def measure_soak(root: Path, sizes: Sizes, found: Found) -> None:
+    """Many messages to each device: processes that are left behind, and memory that grows."""
+    rounds, messages = sizes.soak_rounds, 2 * sizes.soak_rounds
+    project = make_project(root, NODES)
+    settings = {"rounds": rounds, "cohort": NODES, "evaluate_cohort": NODES, "holdout": 0.2}
+    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in project.names}
+    zombies = 0
+    with ExitStack() as stack:
+        ours = stack.enter_context(server(project, "trial", **settings))
+        ours.wait_for("listening on")
+        devices = {name: stack.enter_context(device(project, name)) for name in project.names}
+        end, done = time.monotonic() + _LIMIT_S, 0
+        while done < rounds:
+            _go_on(ours, end)
+            time.sleep(0.1)
+            done = len(ours.events("round_finished"))
+            if done < rounds // 5:  # what the first messages allocate is no growth
+                continue
+            for name, one in devices.items():
+                samples[name].append((2.0 * done, one.pss_bytes()))
+                zombies = max(zombies, sum(map(_is_zombie, one.family())))
+    grown = [slope(*zip(*sizes_of, strict=True)) * 1000 for sizes_of in samples.values()]
+    workload = f"{messages} messages"
+    peaks = [max(size for _, size in sizes_of) for sizes_of in samples.values()]
+    found.rows.append(row(OURS, workload, "device_bytes", "bytes", peaks))
+    found.rows.append(row(OURS, workload, "growth_per_1000", "bytes", grown))
+    found.rows.append(row(OURS, workload, "zombies", "processes", [zombies]))
+    if messages >= 1000:
+        found.checks.append(
+            at_most("growth of a device over 1,000 messages, MB", [one / MB for one in grown], 4.0)
+        )
+    found.checks.append(at_most("zombies of a device", [zombies], 0))
+
+
+def _is_zombie(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:  # it has ended, and was waited for
+        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"
+
+
+def _wait_for_rounds(ours: Program, rounds: int) -> None:
+    end = time.monotonic() + _LIMIT_S
+    while len(ours.events("round_finished")) < rounds:
+        _go_on(ours, end)
+        time.sleep(0.05)
+
+
+def _go_on(ours: Program, end: float) -> None:
+    if ours.process.poll() not in (None, 0) or time.monotonic() > end:
+        raise ProgramFailed(f"the server did not finish: {ours.last_words()}")
+
+
+def _wait_for_devices(process: Program, what: str, count: int) -> float:
+    """Waits until ``count`` have come so far; returns when, on the monotonic clock."""
+    end = time.monotonic() + _LIMIT_S
+    while (at_s := _devices(process, what, count)) is None:
+        if process.process.poll() is not None or time.monotonic() > end:
+            raise ProgramFailed(f"not all devices were {what}: {process.last_words()}")
+        time.sleep(0.1)
+    return at_s
+
+
+def _devices(process: Program, what: str, count: int) -> float | None:
+    """When the device that makes it ``count`` was so far."""
+    return next(
+        (float(one["at_s"]) for one in process.events(what) if one["devices"] == count), None
+    )
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": os.getloadavg()[0],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("fedcore", "torch", "flwr", "grpcio")},
+        },
+    }
+
+
+def table(found: Found) -> str:
+    """Rows and checks as text."""
+    lines = [
+        f"{'workload':15} {'system':8} {'metric':18} {'median':>12} {'min':>12} {'max':>12}  n"
+    ]
+    for each in found.rows:
+        lines.append(
+            f"{each.workload:15} {each.system:8} {each.metric:18} {each.median:12.5g} "
+            f"{each.min:12.5g} {each.max:12.5g}  {each.repeats}  {each.unit}"
+        )
+    for check in found.checks:
+        lines.append(
+            f"{'holds ' if check.holds else 'BROKEN'} {check.name}: {check.value:.4g} "
+            f"({check.min:.4g} to {check.max:.4g}), bound {check.bound:.4g}"
+        )
+    lines += [f"FAILED {failure}" for failure in found.failures]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

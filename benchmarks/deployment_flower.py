@@ -1,0 +1,163 @@
+"""Stock Flower for the deployment benchmark: its own SuperLink, SuperNodes and command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from benchmarks.deployment_project import ONE_THREAD, Program, running
+from benchmarks.measure import ProgramFailed
+
+APP = Path(__file__).parent / "peers" / "deployment_app"
+_BIN = Path(sys.executable).parent
+_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A SuperLink that is up."""
+
+    root: Path
+    address: str
+    program: Program
+    environment: dict[str, str]
+
+    @property
+    def notes(self) -> Path:
+        """Where the ServerApp writes what it does."""
+        return self.root / "notes.jsonl"
+
+    def noted(self, event: str) -> list[dict[str, Any]]:
+        """What it has written of one kind."""
+        if not self.notes.exists():
+            return []
+        lines = [json.loads(line) for line in self.notes.read_text().splitlines()]
+        return [line for line in lines if line["event"] == event]
+
+    def wait_for(self, event: str, *others: Program) -> dict[str, Any]:
+        """Waits until the ServerApp has noted ``event``, and returns the last such note."""
+        end = time.monotonic() + _LIMIT_S
+        while not (found := self.noted(event)):
+            ended = [one for one in (self.program, *others) if one.process.poll() not in (None, 0)]
+            if ended or time.monotonic() > end:
+                said = " / ".join(one.last_words() for one in (self.program, *others))
+                raise ProgramFailed(f"Flower: no {event!r} was noted. It said: {said}")
+            time.sleep(0.02)
+        return found[-1]
+
+
+@contextmanager
+def superlink(root: Path) -> Iterator[Stock]:
+    """Flower's server on a free port of this machine, without TLS."""
+    root.mkdir(parents=True)
+    port = _free_port()
+    address = f"127.0.0.1:{port}"
+    connection = {"address": address, "insecure": True}
+    (root / "config.toml").write_text(tomli_w.dumps({"superlink": {"here": connection}}))
+    environment = {
+        **ONE_THREAD,
+        "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",  # it starts its own programs by name
+        "FLWR_HOME": str(root),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    listen = ("--host", "127.0.0.1", "--port", str(port))
+    command = [_BIN / "flower-superlink", "--insecure", *listen]
+    with running(command, root, "superlink", environment=environment) as program:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield Stock(root, address, program, environment)
+
+
+def supernode(stock: Stock, place: int) -> Any:
+    """Flower's client process, as a context of its `Program`."""
+    command = [
+        *(_BIN / "flower-supernode", "--insecure", "--superlink", stock.address),
+        *("--host", "127.0.0.1", "--port", str(_free_port())),
+    ]
+    name = f"supernode-{place}"
+    return running(command, stock.root, name, environment=stock.environment)
+
+
+def start_run(stock: Stock, **config: object) -> Any:
+    """Types ``flwr run``, as a context of its `Program`."""
+    values = {"out": str(stock.notes), **config}
+    text = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+    command = [_BIN / "flwr", "run", APP, "here", "--stream", "--run-config", text]
+    return running(command, stock.root, "flwr-run", environment=stock.environment)
+
+
+def seconds_per_round(root: Path, *, rounds: int, nodes: int) -> float:
+    """Mean time of a round of training and evaluation over real SuperNodes."""
+    with superlink(root) as stock, ExitStack() as stack:
+        for place in range(nodes):
+            stack.enter_context(supernode(stock, place))
+        time.sleep(5.0)  # they have come
+        run = stack.enter_context(start_run(stock, rounds=rounds, nodes=nodes, evaluate=True))
+        stock.wait_for("over", run)
+        began, ended = stock.noted("began"), stock.noted("ended")
+    if len(ended) != rounds:
+        raise ProgramFailed(f"Flower: {len(ended)} rounds of {rounds} came to their end")
+    return float(ended[-1]["at_s"] - began[0]["at_s"]) / rounds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of all of a server's processes."""
+
+    before_bytes: int
+    """With the global model loaded and no round on."""
+    peak_bytes: int
+    seconds: float
+
+
+def memory(root: Path, *, cohort: int, parameters: int) -> Memory:
+    """A round of as many updates as ``cohort``, sent at once by nodes that train nothing.
+
+    The ServerApp has the global model and waits for the last of its nodes when the first figure is
+    taken.
+    """
+    with superlink(root) as stock, ExitStack() as stack:
+        config = {"rounds": 1, "nodes": cohort, "evaluate": False, "parameters": parameters}
+        run = stack.enter_context(start_run(stock, **config))
+        stock.wait_for("loaded", run)
+        stack.enter_context(_nodes(stock, "most", cohort - 1))
+        time.sleep(15.0)
+        before_bytes = peak_bytes = stock.program.pss_bytes()
+        started = time.monotonic()
+        stack.enter_context(_nodes(stock, "last", 1))
+        while not stock.noted("ended"):
+            peak_bytes = max(peak_bytes, stock.program.pss_bytes())
+            if run.process.poll() is not None or time.monotonic() - started > _LIMIT_S:
+                raise ProgramFailed(f"Flower: the round did not end: {run.last_words()}")
+            time.sleep(0.05)
+        return Memory(before_bytes, peak_bytes, time.monotonic() - started)
+
+
+def _nodes(stock: Stock, name: str, count: int) -> Any:
+    command = [
+        *(sys.executable, "-m", "benchmarks.peers.deployment_nodes"),
+        *("--superlink", stock.address, "--count", str(count)),
+    ]
+    environment = stock.environment | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return running(command, stock.root, name, environment=environment)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])

@@ -1,0 +1,81 @@
+"""SuperNodes of stock Flower in threads of one process, over Flower's own connection.
+
+They train nothing: each answers with the weights that it got, a little changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from fedcore.flower.identity import assume_identity
+
+
+def node(address: str, place: int) -> None:
+    """Answers what it is asked, for ever."""
+    with http_request_response(address, insecure=True) as connection:
+        _, receive, send, _, _, pull, push, confirm = connection
+        while True:
+            found = receive()
+            if found is None:
+                time.sleep(1.0)
+                continue
+            bare, tree = found
+            run_id = bare.metadata.run_id
+            contents = {
+                one.object_id: pull(run_id, one.object_id) for one in iterate_object_tree(tree)
+            }
+            confirm(run_id, tree.object_id)
+            content = inflate_object_from_contents(tree.object_id, contents).content
+            reply = Message(_changed(content, place), reply_to=bare)
+            with no_object_id_recompute():
+                reply.metadata.__dict__["_message_id"] = reply.object_id
+                objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+            wanted, session = send(reply, tree, 0.0)
+            for object_id, each in objects.items():
+                if object_id in wanted:
+                    push(run_id, session, object_id, each.deflate())
+
+
+def _changed(content: RecordDict, place: int) -> RecordDict:
+    rng = np.random.default_rng(place)
+    arrays = ArrayRecord(
+        {
+            name: Array(rng.random(array.shape, np.float32))
+            for name, array in content["arrays"].items()
+        }
+    )
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 100})})
+
+
+def main() -> None:
+    """Runs until it is killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--superlink", required=True)
+    parser.add_argument("--count", type=int, required=True)
+    options = parser.parse_args()
+    assume_identity(1)
+    threads = [
+        threading.Thread(target=node, args=(options.superlink, place))
+        for place in range(options.count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
