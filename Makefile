@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-device bench lint docs coverage constraints clean
+.PHONY: help setup demo test test-gpu test-device campaign bench lint docs coverage constraints clean
 
 BIN := .venv/bin
 DEVICE_BIN := .venv-device/bin
@@ -14,7 +14,7 @@ SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
 
 # One thread a process: models this small gain nothing from more, and pools of threads that wait for
 # each other lose a lot where the cores are shared, by test workers or by another program.
-demo test test-gpu test-device coverage: export OMP_NUM_THREADS := 1
+demo test test-gpu test-device campaign coverage: export OMP_NUM_THREADS := 1
 
 # The first interpreter that runs and is new enough; a shim that fails when called is passed over.
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3; do \
@@ -59,6 +59,9 @@ test-device: setup .venv-device/.installed  ## the base package alone: its size,
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check -c constraints-device.txt .
 	rm -rf build
 	@touch $@
+
+campaign: setup  ## kill, stop, cut off, tear and fill whatever runs; results go to runs/campaign
+	$(BIN)/python -m tests.campaign.run $(ARGS)
 
 bench: setup .venv-bench/.installed  ## a benchmark, NAME=simulation; results go to runs/bench
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)

@@ -232,9 +232,7 @@ def _device(root: Path, place: int, parameters: int) -> Device:
     headers["content-type"] = "application/x-protobuf"
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     port = int(kit.servers[0].rpartition(":")[2])
-    wire = Wire(
-        port, client_context(kit), lines.encode()
-    )
+    wire = Wire(port, client_context(kit), lines.encode())
     return Device(kit, load_key(kit.key_path), wire, instance, parameters, place)
 
 

@@ -48,7 +48,13 @@ def kind(schema: dict[str, object]) -> str:
         return f"list of {kind(schema['items'])}"  # type: ignore[arg-type]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
-    words = {"integer": "whole number", "number": "number", "string": "text", "object": "table"}
+    words = {
+        "boolean": "true or false",
+        "integer": "whole number",
+        "number": "number",
+        "object": "table",
+        "string": "text",
+    }
     return " ".join([words[str(schema["type"])], *([", ".join(bounds)] if bounds else [])])
 
 
@@ -83,6 +89,8 @@ def plain(value: object) -> str:
         return f'"{value}"'
     if isinstance(value, tuple):
         return "[" + ", ".join(map(plain, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "{}" if value == {} else str(value)
 
 

@@ -14,26 +14,26 @@ from fedcore.cli import Command, group
 from fedcore.crypto.certificates import certificate_sha256
 
 
-def _folder(parser: argparse.ArgumentParser) -> None:
+def _kit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--folder",
+        "--kit",
         type=Path,
         required=True,
         metavar="DIR",
-        help="where this machine keeps its key and kit, as --folder /var/lib/fedcore/kit",
+        help="where this machine keeps its key and kit, as --kit /var/lib/fedcore/kit",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
 
 
 def _enrol_arguments(parser: argparse.ArgumentParser) -> None:
-    _folder(parser)
+    _kit(parser)
     parser.add_argument("name", metavar="NAME", help="as edge-017; unique in the project")
 
 
 def _enrol(options: argparse.Namespace) -> int:
-    done = enrol(options.folder, options.name)
+    done = enrol(options.kit, options.name)
     text = (
-        f"Key:     made in {options.folder}, where it stays\n"
+        f"Key:     made in {options.kit}, where it stays\n"
         f"Request: {done.request}; send it to the operator, who answers with a kit\n"
         f"SHA-256: {done.fingerprint} (of the key)"
     )
@@ -42,8 +42,8 @@ def _enrol(options: argparse.Namespace) -> int:
 
 
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
-    _folder(parser)
-    parser.add_argument("kit", type=Path, metavar="KIT", help="what the operator sent back")
+    _kit(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help="what the operator sent back")
     parser.add_argument(
         "--authority",
         metavar="SHA256",
@@ -54,7 +54,7 @@ def _install_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _install(options: argparse.Namespace) -> int:
     now = datetime.now(UTC)
-    kit = install(options.folder, options.kit, authority_sha256=options.authority, now=now)
+    kit = install(options.kit, options.file, authority_sha256=options.authority, now=now)
     subject, sha256 = kit.subject, certificate_sha256(kit.authority)
     checked = "as told" if options.authority else "compare it with what the operator tells you"
     text = (
@@ -85,13 +85,13 @@ client = group(
             "Make this machine's key, and a request for the operator.",
             _enrol_arguments,
             _enrol,
-            "fedcore client enrol edge-017 --folder kit",
+            "fedcore client enrol edge-017 --kit kit",
         ),
         "install": Command(
             "Take the kit that the operator sent back, or a renewed one.",
             _install_arguments,
             _install,
-            "fedcore client install edge-017.kit --folder kit --authority 3f9a...",
+            "fedcore client install edge-017.kit --kit kit --authority 3f9a...",
         ),
         "start": start,
     },

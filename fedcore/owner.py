@@ -11,6 +11,9 @@ from fedcore.config import Count, DeviceChoice, Positive, RunConfig, Section
 from fedcore.errors import PrivacyError
 from fedcore.settings import load
 
+Hours = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
 
 class OwnerPolicy(Section):
     """``owner.toml``: limits that no server can lift."""
@@ -26,6 +29,21 @@ class OwnerPolicy(Section):
     max_threads: Count | None = None
     device: DeviceChoice | None = None
     """Pins where this device trains."""
+    tasks: tuple[Digest, ...] | None = None
+    """SHA-256 of each task file that may run here; any that is installed when unset."""
+    hours: tuple[Hours, ...] | None = None
+    """When this device takes part, by its own clock, as ``["22:00-06:00"]``; always when unset.
+    What was begun within the hours is finished."""
+    max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000)] | None = None
+    """Most bytes a second, to and from the server together, over a transfer as a whole."""
+    min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    """On battery, this device takes no part below that charge."""
+    on_mains_only: bool = False
+    """This device takes no part while it runs on its battery."""
+    max_gpu_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The share of a GPU's memory that training may take; more ends as too little memory does."""
+    free_gpu_between_rounds: bool = False
+    """Gives the GPU's memory back after each round; the next one takes longer to begin."""
 
     @property
     def data_folder(self) -> Path | None:

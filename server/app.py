@@ -12,13 +12,11 @@ from flwr.serverapp import Grid, ServerApp
 from fedcore.config import RunConfig
 from fedcore.errors import RoundFailed
 from fedcore.model import FullModel, build_model, load_preprocess, warm_start
-from fedcore.privacy.layers import check_layers
 from fedcore.seeds import Randomness
 from fedcore.task import Task
 from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
-from server.normalisation import normalise
 from server.progress import Forgetful, Keeper, Start
 from server.records import RoundRecord
 from server.rounds import Federated, Federation, run_rounds
@@ -72,10 +70,15 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         model = build_model(task, run)
-        if run.private:
+        if run.private and start is None:
+            # Imported here: Opacus takes seconds, which a server that goes on has no time for.
+            from fedcore.privacy.layers import check_layers
+
             check_layers(model.model)  # here, and not by every client in turn
-        cohort = run.federation.cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
-        _wait_for_nodes(grid, cohort, run.federation.deadline_s)
+        cohort = start.cohort if start is not None else None
+        if cohort is None:
+            cohort = run.federation.cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
+            _wait_for_nodes(grid, cohort, run.federation.deadline_s)
         chosen = make_strategy(
             run.federation.strategy,
             run.federation.strategy_options,
@@ -85,6 +88,8 @@ def server_app(
         if start is None:
             for note in chosen.notes:
                 listener.on_note(note)
+            from server.normalisation import normalise  # brings Opacus, too
+
             warm_start(run, model)
             normalise(run, model, grid, cloud)
         else:

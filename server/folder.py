@@ -14,8 +14,6 @@ from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import disk_errors, write_atomic, write_json
 from server.records import Finished
-from server.report.html import report_html
-from server.report.summary import summary
 
 _MARK, _SUMMARY = "run.json", "summary.json"
 
@@ -99,6 +97,10 @@ def write_results(
     folder: Path, finished: Finished, *, target_delta: float | None, seconds: float
 ) -> dict[str, Any]:
     """Writes ``summary.json`` and ``report.html``; the summary last, as the mark of a whole run."""
+    # Imported here: they draw plots, and not everyone who opens a folder does.
+    from server.report.html import report_html
+    from server.report.summary import summary
+
     figures = summary(
         finished.record,
         target_delta=target_delta,

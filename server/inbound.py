@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.updates.messages import (
@@ -96,7 +96,7 @@ class Tally:
 def accepted(
     replies: Iterable[Message], layout: Layout, tally: Tally
 ) -> Iterator[tuple[Message, Update]]:
-    """Replies that passed every check, as they arrive."""
+    """Replies that passed every check, as they arrive; none is held here while the next comes."""
     for reply in replies:
         if reply.has_error():
             tally.failure(reply.error.code, reply.error.reason or f"error {reply.error.code}")
@@ -106,8 +106,10 @@ def accepted(
             update = read_update(reply, layout)
         except InvalidUpdate as error:
             tally.refuse(str(error))
+            del reply
             continue
         yield reply, update
+        del reply, update
 
 
 def hold(taken: Iterator[tuple[Message, Update]], tally: Tally, *, uniform: bool) -> list[Message]:
@@ -135,13 +137,14 @@ def fold(
 ) -> ExactMean:
     """The exact weighted mean of all updates; the server holds one of them at a time."""
     mean = ExactMean(layout.size)
-    for _, update in taken:
+    for reply, update in taken:
         try:
             mean.add(update.weights, 1 if uniform else update.num_examples)
         except InvalidUpdate as error:
             tally.refuse(str(error))
-            continue
-        tally.count(update.num_examples, update.metrics)
+        else:
+            tally.count(update.num_examples, update.metrics)
+        del reply, update  # the next one is read while this frame waits
     return mean
 
 
@@ -196,5 +199,9 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
 
 def payload_bytes(message: Message) -> int:
     """Bytes of the arrays in a message."""
-    arrays = message.content.array_records.values()
-    return sum(len(array.data) for record in arrays for array in record.values())
+    return sum(
+        len(array.data)
+        for record in message.content.values()
+        if isinstance(record, ArrayRecord)
+        for array in record.values()
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,8 @@ class Start:
     progress: Progress
     records: tuple[RoundRecord, ...]
     """Of the rounds that are over."""
+    cohort: int | None = None
+    """How many each round asks; as the run says, and as there are clients, when None."""
 
 
 class Keeper(Protocol):
@@ -47,6 +49,9 @@ class Keeper(Protocol):
 
     def goes_on(self, progress: Progress) -> bool:
         """Asked before the first round and after each; False ends the rounds there."""
+
+    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        """Whom a round asks with messages of ``kind``: as ``draw`` says, or said before."""
 
     def begin(self, nodes: Sequence[int]) -> None:
         """These nodes are about to be asked to train."""
@@ -64,6 +69,10 @@ class Forgetful:
     def goes_on(self, progress: Progress) -> bool:
         """Always."""
         return True
+
+    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        """As ``draw`` says."""
+        return draw()
 
     def begin(self, nodes: Sequence[int]) -> None:
         """Nothing."""

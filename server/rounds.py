@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
@@ -67,6 +68,17 @@ class Federation:
     start: Start | None = None
     """Where to go on; from the beginning when None."""
 
+    @cached_property
+    def folding(self) -> FoldingGrid | None:
+        """The grid, where it adds updates up itself and the strategy lets it."""
+        grid = self.grid
+        return grid if self.chosen.folds and isinstance(grid, FoldingGrid) else None
+
+    @cached_property
+    def virtual(self) -> FoldingGrid | None:
+        """The grid, where it may have a virtual clock."""
+        return self.grid if isinstance(self.grid, FoldingGrid) else None
+
 
 @dataclass(frozen=True)
 class Federated:
@@ -87,16 +99,13 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         RoundFailed: a round got fewer updates than its quorum.
         BudgetExhausted: no client's budget allows even the first round.
     """
-    run, keeper, layout = federation.run, federation.keeper, layout_of(model.model)
+    keeper, layout = federation.keeper, layout_of(model.model)
     start = federation.start or Start(_beginning(federation, model), ())
     progress, records = start.progress, list(start.records)
     unpack(progress.weights, model.model)
     while keeper.goes_on(progress) and not progress.over:
         started, number, tally = time.monotonic(), progress.round + 1, Tally()
-        words = ("round", number)
-        nodes = select(
-            federation.grid.get_node_ids(), federation.cohort, seed=run.seed, words=words
-        )
+        nodes = keeper.asked(MessageType.TRAIN, partial(_drawn, federation, number))
         keeper.begin(nodes)
         try:
             arrays, sent = _train_round(federation, progress, layout, nodes, tally)
@@ -124,6 +133,15 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         progress = replace(progress, over=_is_over(federation, progress))
     unpack(progress.weights, model.model)
     return Federated(progress.best, progress.best_round, tuple(records))
+
+
+def _drawn(federation: Federation, number: int) -> list[int]:
+    return select(
+        federation.grid.get_node_ids(),
+        federation.cohort,
+        seed=federation.run.seed,
+        words=("round", number),
+    )
 
 
 def _beginning(federation: Federation, model: FullModel) -> Progress:
@@ -196,7 +214,7 @@ def instructions(
     """What the strategy sends to ``nodes`` in the round after ``progress``."""
     number = progress.round + 1
     # What folds draws nothing but the cohort, and of that it is shown all there is.
-    with nullcontext() if _in_place(federation) else _streams(federation, number, "configure"):
+    with nullcontext() if federation.folding else _streams(federation, number, "configure"):
         return list(
             federation.chosen.strategy.configure_train(
                 number,
@@ -205,11 +223,6 @@ def instructions(
                 CohortGrid(federation.grid, nodes),
             )
         )
-
-
-def _in_place(federation: Federation) -> bool:
-    """Whether updates are added up where they are made."""
-    return federation.chosen.folds and isinstance(federation.grid, FoldingGrid)
 
 
 def _train_round(
@@ -222,16 +235,16 @@ def _train_round(
     """One round of training: the new weights, and the bytes sent; the rest is told to ``tally``."""
     run, strategy, number = federation.run, federation.chosen.strategy, progress.round + 1
     grid, folds = federation.grid, federation.chosen.folds
-    in_place = _in_place(federation)
+    in_place = federation.folding
     # A strategy that folds tells every node the same: one message stands for all.
     messages = instructions(federation, progress, layout, nodes[:1] if in_place else nodes)
     uniform, deadline_s = run.federation.weighting == "uniform", run.federation.deadline_s
     mean: ExactMean | None = None
     ready: list[Message] = []
-    if isinstance(grid, FoldingGrid) and in_place:
+    if in_place:
         sent = payload_bytes(messages[0]) * len(nodes)
         mean = fold_in_place(
-            grid, messages[0], nodes, tally, uniform=uniform, deadline_s=deadline_s
+            in_place, messages[0], nodes, tally, uniform=uniform, deadline_s=deadline_s
         )
     else:
         messages.sort(key=lambda message: message.metadata.dst_node_id)
@@ -293,17 +306,18 @@ def _evaluate_on_clients(
 ) -> dict[str, float]:
     """Means over some clients' held-out data, each weighed by its number of examples."""
     run, number = federation.run, progress.round + 1
-    nodes = select(
-        federation.grid.get_node_ids(),
-        min(size, len(list(federation.grid.get_node_ids()))),
-        seed=run.seed,
-        words=("evaluation", number),
-    )
+
+    def draw() -> list[int]:
+        there = list(federation.grid.get_node_ids())
+        words = ("evaluation", number)
+        return select(there, min(size, len(there)), seed=run.seed, words=words)
+
+    nodes = federation.keeper.asked(MessageType.EVALUATE, draw)
     config = instruction_config(layout, progress.preprocess)
     config["server-round"] = number
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
-    sums: dict[str, float] = {}
+    parts: dict[str, list[float]] = {}
     total, reasons = 0, []
     for reply in federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s):
         if reply.has_error():
@@ -316,13 +330,14 @@ def _evaluate_on_clients(
             continue
         total += count
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * count
+            parts.setdefault(name, []).append(value * count)
     if not total:
         raise RoundFailed(
             f"round {number}: none of {len(nodes)} clients could be evaluated. First: "
             f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
         )
-    return {name: value / total for name, value in sums.items()}
+    # Summed as if with infinite precision: the order in which clients answer must not show.
+    return {name: math.fsum(values) / total for name, values in sorted(parts.items())}
 
 
 def _record(
@@ -348,7 +363,7 @@ def _record(
         epsilon_max=tally.epsilon_max,
         bytes_up=tally.bytes_up,
         bytes_down=sent,
-        virtual=federation.grid.virtual if isinstance(federation.grid, FoldingGrid) else None,
+        virtual=federation.virtual.virtual if federation.virtual else None,
     )
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedcore.cli import Command
-from fedcore.crypto.kit import load_kit
+from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
-from fedcore.owner import OPEN_POLICY, load_owner
+from fedcore.owner import OPEN_POLICY, OwnerPolicy, load_owner
+from fedcore.rpc.proxy import one_spelling
 from fedcore.rpc.tls import only_tls_1_3
+
+if TYPE_CHECKING:
+    from edge_client.node.state import DeviceFolder
+    from edge_client.node.wake import Signals
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +42,18 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         "--owner", type=Path, help="what the owner of this device allows, as --owner owner.toml"
     )
     parser.add_argument(
-        "--folder",
+        "--state",
         type=Path,
         metavar="DIR",
-        help="where this device keeps its ledger and finished updates (default: DIR/device in the "
-        "folder of the kit)",
+        help="where this device keeps its ledger and finished updates, as --state "
+        "/var/lib/fedcore/device (default: `device` in the folder of the kit)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="write the log here, in files of 10 MiB of which six are kept, as --log device.log "
+        "(default: standard error)",
     )
 
 
@@ -48,22 +66,48 @@ def _start(options: argparse.Namespace) -> int:
         )
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     only_tls_1_3()  # before Flower, which imports grpc
-    from edge_client.node.loop import Device, run_device
+    one_spelling(os.environ)
+    from edge_client.node.announce import announce
+    from edge_client.node.policy import check_task, reason_to_rest, take_part
     from edge_client.node.state import own
-    from edge_client.node.wake import Signals
     from fedcore.flower.quiet import quiet
     from fedcore.observability.lines import log_lines
-    from fedcore.task import load_task
 
     quiet()
-    log_lines(sys.stderr)
-    task = load_task(options.task)
-    with own(options.folder or options.kit / "device") as folder:
+    log_lines(options.log or sys.stderr)
+    check_task(owner, options.task)
+    with own(options.state or options.kit / "device") as folder:
         try:
-            run_device(Device(kit, task, options.task, owner, folder), Signals())
+            instance = secrets.token_hex(16)
+            if reason_to_rest(owner) is None:
+                announce(kit, options.task, instance)  # before torch is imported: that takes long
+            take_part(_sessions(kit, owner, options.task, folder, instance), owner)
         except KeyboardInterrupt:  # SIGTERM, too: how a device is told to stop, and no failure
             return 0
     return 0
+
+
+def _sessions(
+    kit: Kit, owner: OwnerPolicy, path: Path, folder: DeviceFolder, instance: str
+) -> Callable[[Signals], None]:
+    """What a device does while its owner lets it; ``instance`` names the first session."""
+    from edge_client.node.loop import Device, run_device
+    from edge_client.node.policy import Pace, free_gpu, limit_gpu
+    from fedcore.task import load_task
+
+    limit_gpu(owner)
+    rate = owner.max_bandwidth_bytes_per_s
+    device = Device(
+        kit,
+        load_task(path),
+        path,
+        owner,
+        folder,
+        passed=Pace(rate).passed if rate else None,
+        between_rounds=free_gpu if owner.free_gpu_between_rounds else None,
+    )
+    names = chain([instance], iter(lambda: secrets.token_hex(16), ""))
+    return lambda signals: run_device(replace(device, instance=next(names)), signals)
 
 
 start = Command(

@@ -19,16 +19,18 @@ from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
 from fedcore.client_app import client_app
 from fedcore.config import RunConfig
+from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit, client_context
 from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
 from fedcore.flower.identity import assume_identity
 from fedcore.owner import OwnerPolicy
-from fedcore.rpc.hello import INSTANCE, SETTINGS, hello_of
+from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from fedcore.task import Task
 from fedcore.updates.messages import REFUSED
+from fedcore.updates.seal import run_digest, seal
 
 log = logging.getLogger("fedcore.device")
 
@@ -47,6 +49,12 @@ class Device:
     owner: OwnerPolicy
     folder: DeviceFolder
     randomness: Randomness = field(default_factory=SystemEntropy)
+    instance: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Names this process, or this session of it, to the server."""
+    passed: Callable[[int], None] | None = None
+    """Hears how many bytes each call has moved, and may wait."""
+    between_rounds: Callable[[], None] | None = None
+    """Called when nothing is left to answer, after the run's model has been let go."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,14 @@ def run_device(device: Device, signals: Signals) -> None:
         TrustError: the server does not let this device in.
         DeviceError: versions of protocol, app or task differ; the message says what to install.
     """
-    url, instance = device.kit.servers[0], secrets.token_hex(16)
+    url, instance = device.kit.servers[0], device.instance
     link = FleetLink(
         url,
         client_context(device.kit),
         public_key=device.kit.public,
         headers=hello_of(device.task.name, device.task_path).headers(instance),
         stop=signals.stop,
+        passed=device.passed,
     )
     watcher = threading.Thread(
         target=watch, args=(device.kit, url, instance, link, signals), name="wake", daemon=True
@@ -90,6 +99,7 @@ def run_device(device: Device, signals: Signals) -> None:
     finally:
         signals.stop.set()
         signals.work.set()
+        signals.anew.set()
         if watcher.is_alive():
             watcher.join(timeout=5.0)
         _goodbye(link)
@@ -114,8 +124,9 @@ def _persist(work: Callable[[], None], signals: Signals) -> None:
         except Unreachable as error:
             if failures == 0:
                 log.warning("the server cannot be reached: %s", error)
+            signals.work.set()  # what it was at is asked for anew
         failures += 1
-        longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 2.0**failures)
+        longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 1.25**failures)
         signals.stop.wait(random.uniform(0.5, 1.0) * longest)
     return None
 
@@ -124,6 +135,7 @@ def _activate(link: FleetLink, signals: Signals) -> None:
     signals.activate.clear()
     link.activate()
     log.info("activated as node %d", link.node_id)
+    signals.anew.set()
     signals.work.set()
 
 
@@ -138,15 +150,34 @@ def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Ru
     try:
         while not signals.stop.is_set() and (message := link.receive()) is not None:
             signals.last_message = time.monotonic()
-            _answer(device, link, runs, message)
+            _answer_or_say_why(device, link, runs, message)
             signals.last_message = time.monotonic()
+        if device.between_rounds is not None and runs:
+            runs.clear()
+            device.between_rounds()
     except InvalidUpdate as error:  # its round is over: there is nothing to mend here
         log.info("not taken: %s", error)
+        signals.stop.wait(_FIRST_PAUSE_S)
         signals.work.set()
 
 
+def _answer_or_say_why(
+    device: Device, link: FleetLink, runs: dict[int, _Run], message: Message
+) -> None:
+    """Answers; where the server does not take it, tells it not to wait for this device.
+
+    A message that is left unanswered would come again with the next pull.
+    """
+    try:
+        _answer(device, link, runs, message)
+    except InvalidUpdate as error:
+        reason = f"client {device.kit.name!r}: its reply was not taken: {error}"
+        link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=message))
+        log.warning("not taken: %s", error)
+
+
 def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Message) -> None:
-    """Does what a message asks, or finds that it was done before, and sends the reply.
+    """Does what a message asks, or finds that it was done before, signs the reply and sends it.
 
     The state, with what was spent in it, is on disk before the reply is, and the reply before any
     of it leaves.
@@ -164,14 +195,23 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
     runs.clear()
     runs[run_id] = run
     key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
-    content, again = device.folder.reply(key), True
+    content, again = device.folder.reply(key, run.context.state), True
     if content is None:
         reply, again = run.app(message, run.context), False
         if not reply.has_error():
-            device.folder.keep_state(run.name, run.context.state)
-            device.folder.keep_reply(key, reply.content)
+            device.folder.keep(run.name, run.context.state, key, reply.content)
     else:
         reply = Message(content, reply_to=message)
+    if not reply.has_error():
+        seal(
+            reply.content,
+            message.content,
+            purpose=kind,
+            run_id=run.digest,
+            node_id=link.node_id,
+            key=load_key(device.kit.key_path),
+            now_s=time.time(),
+        )
     link.answer(reply)
     outcome = "declined or failed" if reply.has_error() else "sent again" if again else "done"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
@@ -197,8 +237,7 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
         run_config={},
     )
     app = client_app(device.task, config, owner=device.owner, randomness=device.randomness)
-    digest = sha256_hex(f"{told.get(INSTANCE)} {settings}".encode())
-    return _Run(config.name, digest, app, context)
+    return _Run(config.name, run_digest(told), app, context)
 
 
 def _goodbye(link: FleetLink) -> None:

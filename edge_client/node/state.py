@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedcore.errors import DeviceError
 from fedcore.files import disk_errors, read_bytes, write_atomic
@@ -17,6 +17,7 @@ from fedcore.flower.records import read_record, record_bytes
 
 _MAX_STATE_BYTES = 64 * 2**20
 _MAX_REPLY_BYTES = 8 * 2**30
+_ANSWERED, _KEYS = "fedcore.answered", "keys"
 _SPOOLED = 4
 """Replies that are kept; a server asks again for the last one of a run, or for none."""
 
@@ -35,23 +36,30 @@ class DeviceFolder:
         raw = read_bytes(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
         return read_record(raw, where=str(path))
 
-    def keep_state(self, run: str, state: RecordDict) -> None:
-        """Writes a run's state, durably: before anything that it accounts for may leave."""
-        write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
+    def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
+        """Writes a reply and the run's state after it, durably: before any of it may leave.
 
-    def reply(self, key: str) -> RecordDict | None:
-        """The reply that was made to an instruction; None when none was kept."""
+        The reply counts once the state is there: whatever this process dies of, what an
+        instruction costs is charged once for each reply that can ever leave.
+        """
+        kept = [*_answered(state), key][-_SPOOLED:]
+        write_atomic(self._reply_path(key), record_bytes(reply), mode=0o600)
+        state[_ANSWERED] = ConfigRecord({_KEYS: kept})
+        write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
+        self._drop_old()
+
+    def reply(self, key: str, state: RecordDict) -> RecordDict | None:
+        """The reply that was made to an instruction, with its state; None when none was kept."""
         path = self._reply_path(key)
-        if not path.exists():
+        if key not in _answered(state) or not path.exists():
             return None
         raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
         return read_record(raw, where=str(path))
 
-    def keep_reply(self, key: str, content: RecordDict) -> None:
-        """Writes a reply, and drops all but the newest few."""
-        path = self._reply_path(key)
-        write_atomic(path, record_bytes(content), mode=0o600)
-        kept = sorted(path.parent.glob("*.reply"), key=lambda one: one.stat().st_mtime_ns)
+    def _drop_old(self) -> None:
+        """Drops all replies but the newest few."""
+        spool = self.path / "spool"
+        kept = sorted(spool.glob("*.reply"), key=lambda one: one.stat().st_mtime_ns)
         for old in kept[:-_SPOOLED]:
             old.unlink()
 
@@ -60,6 +68,13 @@ class DeviceFolder:
 
     def _reply_path(self, key: str) -> Path:
         return self.path / "spool" / f"{key}.reply"
+
+
+def _answered(state: RecordDict) -> list[str]:
+    """The instructions whose cost the state accounts for, the latest last."""
+    record = state.get(_ANSWERED)
+    keys = record.get(_KEYS, []) if isinstance(record, ConfigRecord) else []
+    return [str(key) for key in keys] if isinstance(keys, list) else []
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Signals:
     """Set when messages should be pulled."""
     activate: threading.Event = field(default_factory=threading.Event)
     """Set when the server does not know this process."""
+    anew: threading.Event = field(default_factory=threading.Event)
+    """Set when the server has let this process in: a stream may open at once."""
     last_message: float = float("-inf")
     """When the last message came, on the monotonic clock."""
 
@@ -62,6 +64,9 @@ def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) 
     )
     failures, next_try = 0, 0.0
     while not signals.stop.is_set():
+        if signals.anew.is_set():
+            signals.anew.clear()
+            failures, next_try = 0, 0.0
         if link.wake_port and time.monotonic() >= next_try:
             target = f"{_host(url)}:{link.wake_port}"
             with grpc.secure_channel(target, credentials, options=_OPTIONS) as channel:
@@ -70,7 +75,7 @@ def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) 
             pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
             next_try = time.monotonic() + pause_s
         _ask(link, signals)
-        signals.stop.wait(min(signals.pause_s(), max(next_try - time.monotonic(), 0.05)))
+        signals.anew.wait(min(signals.pause_s(), max(next_try - time.monotonic(), 0.05)))
 
 
 def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flwr.app import Error, Message
+from flwr.app import Array, Error, Message
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.proto.message_pb2 import ObjectTree
@@ -25,13 +25,12 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.federation import NoOpFederationManager
 
 from fedcore.errors import TrainingError
+from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.updates.messages import REFUSED
 
@@ -156,7 +155,7 @@ class Fleet:
                     node_id=node_id,
                     owner_aid=NOOP_FLWR_AID,
                     owner_name=NOOP_ACCOUNT_NAME,
-                    status=NodeStatus.REGISTERED,
+                    status=NodeStatus.OFFLINE,  # may be sent messages before it calls
                     registered_at=datetime.now(UTC).isoformat(),
                     public_key=public_key,
                 )
@@ -192,7 +191,6 @@ class Fleet:
     def send(self, messages: Iterable[Message]) -> list[str]:
         """Puts messages where their nodes will pull them; returns their ids, in order."""
         sent: list[str] = []
-        sizes: dict[str, int] = {}
         # Messages of a round share their weights: each array is hashed once, not once a node.
         with no_object_id_recompute():
             for message in messages:
@@ -213,10 +211,12 @@ class Fleet:
                         )
                     for object_id in missing:
                         content = objects[object_id].deflate()
-                        sizes[object_id] = len(content)
                         state.store_object(self.run_id, session, object_id, content)
                     node_id = message.metadata.dst_node_id
-                    payload_bytes = sum(sizes.get(one, 0) for one in objects)
+                    # As many as the values take: chunks that are equal are sent once.
+                    payload_bytes = sum(
+                        len(one.data) for one in objects.values() if isinstance(one, Array)
+                    )
                     self.asked[message_id] = Asked(node_id, frozenset(objects), payload_bytes)
                     state.inbox[node_id].append(message_id)
                 sent.append(message_id)
@@ -250,24 +250,26 @@ class Fleet:
             asked = self.asked.get(message_id)
             if asked is None or asked.reply is None or asked.missing:
                 return None
-            state, tree = self.state, asked.reply
-            bare = state.message_res_store[tree.object_id]
-            ids = [node.object_id for node in iterate_object_tree(tree)]
-            contents = {one: self.store.get(one) or b"" for one in ids}
-            self.forget([message_id])
+            tree = asked.reply
+            metadata = self.state.message_res_store[tree.object_id].metadata
         try:
-            reply = inflate_object_from_contents(tree.object_id, contents)
-            if not isinstance(reply, Message):
-                raise TypeError(f"expected a Message, got {type(reply).__name__}")
-        except Exception as error:  # bytes that were made up fail in many ways
+            content, error = read_message(self.store, tree, limit_bytes=asked.reply_limit_bytes)
+        except Exception as failure:  # bytes that were made up fail in many ways
             reason = (
-                f"update from node {asked.node_id}: it cannot be read ({type(error).__name__}: "
-                f"{error}). It was not used."
+                f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
+                f"{failure}). It was not used."
             )
-            return make_message(metadata=bare.metadata, error=Error(REFUSED, reason))
-        if reply.has_error():
-            return make_message(metadata=bare.metadata, error=reply.error)
-        return make_message(metadata=bare.metadata, content=reply.content)
+            content, error = None, Error(REFUSED, reason)
+        self.forget([message_id])
+        if error is not None:
+            return make_message(metadata=metadata, error=error)
+        return make_message(metadata=metadata, content=content)
+
+    def key_of(self, node_id: int) -> bytes | None:
+        """The key that a node is; None when there is no such node."""
+        with self.lock:
+            node = self.state.nodes.get(node_id)
+            return node.public_key if node is not None else None
 
     def forget(self, message_ids: Collection[str]) -> None:
         """Drops messages, their payloads and what came in reply."""

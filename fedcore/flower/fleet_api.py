@@ -7,9 +7,10 @@ given what was sent to it, nothing else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -18,7 +19,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -27,15 +28,14 @@ from google.protobuf.message import DecodeError, Message
 
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.flower.fleet import Fleet
+from fedcore.flower.fleet_payload import MAX_OBJECTS
 
 _Request = TypeVar("_Request", bound=Message)
 
 CHUNK_BYTES = 6 * 2**20
 """Most bytes of a request that carries an object: Flower cuts arrays at 5 MiB."""
 _SMALL_BYTES = 2**16
-_TREE_BYTES = 2**20
-_MAX_OBJECTS = 4096
-"""Most objects of a reply: 20 GiB of arrays."""
+_TREE_BYTES = 2**19
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,20 @@ class Caller:
 
 
 @dataclass(frozen=True)
+class Large:
+    """An answer that is sent from a file, in pieces: ``head``, then all of ``file``."""
+
+    head: bytes
+    file: BinaryIO
+    size_bytes: int
+    """Of both."""
+
+
+@dataclass(frozen=True)
 class Route:
     """One call of the Fleet API."""
 
-    answer: Callable[[Fleet, Caller, bytes], Message]
+    answer: Callable[[Fleet, Caller, bytes], Message | Large]
     max_bytes: int
     """Most bytes of its request."""
 
@@ -102,6 +112,9 @@ def _beat(fleet: Fleet, caller: Caller, body: bytes) -> Message:
 def _pull_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
     request = _parse(PullMessagesRequest, body)
     _is_caller(request.node.node_id, caller)
+    # A node asks when it has nothing to do: what it was given before did not reach it, or what it
+    # answered did not arrive.
+    fleet.restart(caller.node_id)
     return fleet_handlers.pull_messages(request, fleet.state, fleet.state.object_store)
 
 
@@ -112,7 +125,7 @@ def _get_run(fleet: Fleet, caller: Caller, body: bytes) -> Message:
     return fleet_handlers.get_run(request, fleet.state)
 
 
-def _pull_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _pull_object(fleet: Fleet, caller: Caller, body: bytes) -> Message | Large:
     request = _parse(PullObjectRequest, body)
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
@@ -125,7 +138,26 @@ def _pull_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
             f"client {caller.name!r}: asked for an object that was not sent to it, or no longer "
             "is. Nothing was sent; it may pull its messages anew."
         )
-    return fleet_handlers.pull_object(request, fleet.state)
+    file = fleet.store.open(request.object_id)
+    if file is None:
+        return fleet_handlers.pull_object(request, fleet.state)
+    size_bytes = os.fstat(file.fileno()).st_size
+    # What protobuf writes for these fields, and last of all the content, which is in the file.
+    head = PullObjectResponse(object_found=True, object_available=True).SerializeToString()
+    head += bytes((_CONTENT_TAG,)) + _varint(size_bytes)
+    return Large(head, file, len(head) + size_bytes)
+
+
+_CONTENT_TAG = PullObjectResponse.DESCRIPTOR.fields_by_name["object_content"].number << 3 | 2
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf writes lengths: seven bits a byte, the last without the high bit."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*encoded, number))
 
 
 def _push_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
@@ -139,8 +171,8 @@ def _push_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
     if tree.object_id != metadata.message_id:
         raise _malformed(caller, "its tree of objects belongs to another message")
     objects = {node.object_id for node in iterate_object_tree(tree)}
-    if len(objects) > _MAX_OBJECTS:
-        raise _malformed(caller, f"it has {len(objects)} objects, more than {_MAX_OBJECTS}")
+    if len(objects) > MAX_OBJECTS:
+        raise _malformed(caller, f"it has {len(objects)} objects, more than {MAX_OBJECTS}")
     with fleet.lock:
         asked = fleet.asked.get(metadata.reply_to_message_id)
         if asked is None or asked.node_id != caller.node_id:
@@ -186,7 +218,7 @@ def _push_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
                 "not used."
             )
         message_id, asked = owned[0]
-        came_bytes = asked.came_bytes + len(request.object_content)
+        came_bytes = asked.came_bytes + request.ByteSize()
         if came_bytes > asked.reply_limit_bytes:
             fleet.abandon(message_id)
             raise InvalidUpdate(
@@ -254,7 +286,7 @@ def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
         return Upload(message_id, min(asked.payload_bytes, objects * CHUNK_BYTES))
 
 
-def call(fleet: Fleet, caller: Caller, route: Route, body: bytes) -> bytes:
+def call(fleet: Fleet, caller: Caller, route: Route, body: bytes) -> bytes | Large:
     """Answers one call of the Fleet API.
 
     Raises:
@@ -263,6 +295,7 @@ def call(fleet: Fleet, caller: Caller, route: Route, body: bytes) -> bytes:
         InvalidUpdate: it is late, a duplicate, or does not fit what the caller was asked for.
     """
     try:
-        return bytes(route.answer(fleet, caller, body).SerializeToString())
+        answer = route.answer(fleet, caller, body)
+        return answer if isinstance(answer, Large) else bytes(answer.SerializeToString())
     except FlowerError as error:
         raise InvalidUpdate(f"client {caller.name!r}: {error.message}. Refused.") from None

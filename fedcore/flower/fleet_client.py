@@ -79,6 +79,7 @@ class FleetLink:
         public_key: bytes,
         headers: Mapping[str, str],
         stop: threading.Event,
+        passed: Callable[[int], None] | None = None,
     ) -> None:
         """Connects to nothing yet.
 
@@ -88,10 +89,12 @@ class FleetLink:
             public_key: The key of that certificate.
             headers: Go with every call.
             stop: Ends waiting for a busy server when it is set.
+            passed: Hears how many bytes each call has moved, and may wait.
         """
         self._public_key = public_key
         self._headers = dict(headers)
         self._stop = stop
+        self._passed = passed
         self._client = FleetHttpClient(url, interceptors=[self], verify=context, timeout=_TIMEOUT_S)
         self._node = Node()
         self.wake_port = 0
@@ -102,6 +105,9 @@ class FleetLink:
         context.request.headers.update(self._headers)
         response = call_next(context)
         self.wake_port = int(response.headers.get(WAKE_PORT, self.wake_port))
+        if self._passed is not None:
+            came = int(response.headers.get("content-length", 0))
+            self._passed(len(context.request.content) + came)
         return response
 
     @property

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.app.message import make_message
 
+from fedcore.errors import FedcoreError
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.grid import OwnGrid
+from fedcore.updates.messages import REFUSED
 
 GRACE_S = 3.0
 """How long a round waits for a device that is gone to come back, before it goes on without it."""
@@ -35,13 +38,25 @@ class Presence(Protocol):
         """Seconds since a node was last there; 0 while it is."""
 
 
+Check = Callable[[Message], None]
+"""Looks at a reply before anything of it is used; raises a FedcoreError when it is refused."""
+
+
+class Inspector(Protocol):
+    """Knows what the reply to each message must be."""
+
+    def expect(self, messages: Sequence[Message]) -> Sequence[Check]:
+        """A check for the reply to each message, in order."""
+
+
 class FleetGrid(OwnGrid):
     """Hands messages to the fleet in this process, and replies back as they come in.
 
     A device that is gone for `GRACE_S` is waited for no longer, and is silent in its round. What
     is left unanswered at the end of a round is forgotten; a reply to it is refused as late.
 
-    Replies are inflated one at a time, as they are asked for.
+    Replies are inflated and checked one at a time, as they are asked for, and none is held here
+    after that. One that is refused gives a reply with an error: its client failed.
     """
 
     def __init__(
@@ -49,6 +64,7 @@ class FleetGrid(OwnGrid):
         fleet: Fleet,
         presence: Presence,
         *,
+        inspector: Inspector,
         consumed: Callable[[str], None],
         stopping: threading.Event,
     ) -> None:
@@ -57,12 +73,15 @@ class FleetGrid(OwnGrid):
         Args:
             fleet: The server's record of nodes and messages.
             presence: Who is there.
+            inspector: Checks replies.
             consumed: Hears of each message whose reply is done with, or waited for no longer.
             stopping: Once it is set, whoever asks the grid gets `Stopped`; wake ``fleet`` then.
         """
         super().__init__(fleet.run_id)
         self._fleet = fleet
         self._presence = presence
+        self._inspector = inspector
+        self._checks: dict[str, Check] = {}
         self._consumed = consumed
         self._stopping = stopping
 
@@ -73,16 +92,13 @@ class FleetGrid(OwnGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends, and wakes those who are to answer."""
-        messages = list(messages)
-        sent = self._fleet.send(messages)
-        self._presence.wake(message.metadata.dst_node_id for message in messages)
-        return sent
+        return list(self._send(list(messages)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come in full, each once."""
         replies = []
         for message_id in message_ids:
-            reply = self._fleet.take(message_id)
+            reply = self._take(message_id)
             if reply is not None:
                 self._consumed(message_id)
                 replies.append(reply)
@@ -95,11 +111,8 @@ class FleetGrid(OwnGrid):
 
         ``timeout`` is in seconds.
         """
-        messages = list(messages)
         end = time.monotonic() + timeout if timeout is not None else float("inf")
-        nodes = [message.metadata.dst_node_id for message in messages]
-        waiting = dict(zip(self._fleet.send(messages), nodes, strict=True))
-        self._presence.wake(nodes)
+        waiting = self._send(list(messages))
         del messages
         looked = time.monotonic()
         try:
@@ -107,12 +120,13 @@ class FleetGrid(OwnGrid):
                 self._go_on()
                 now = time.monotonic()
                 answered = self._fleet.next_answered(min(_LOOK_S, max(end - now, 0.0)))
-                reply = self._fleet.take(answered) if answered in waiting else None
+                reply = self._take(answered) if answered in waiting else None
                 if answered is not None and reply is not None:
                     del waiting[answered]
                     try:
                         yield reply
                     finally:
+                        del reply  # the next one is read while this frame waits
                         self._consumed(answered)
                     continue
                 now = time.monotonic()
@@ -126,7 +140,32 @@ class FleetGrid(OwnGrid):
         finally:
             self._fleet.forget(list(waiting))
             for message_id in waiting:
+                self._checks.pop(message_id, None)
                 self._consumed(message_id)
+
+    def _send(self, messages: list[Message]) -> dict[str, int]:
+        """Sends, wakes, and returns the node of each message by the message's id."""
+        checks = self._inspector.expect(messages)
+        nodes = [message.metadata.dst_node_id for message in messages]
+        sent = self._fleet.send(messages)
+        self._checks.update(zip(sent, checks, strict=True))
+        self._presence.wake(nodes)
+        return dict(zip(sent, nodes, strict=True))
+
+    def _take(self, message_id: str) -> Message | None:
+        """A reply that passed its check, or one with an error in its place."""
+        reply = self._fleet.take(message_id)
+        if reply is None:
+            return None
+        check = self._checks.pop(message_id)
+        if reply.has_error():
+            return reply
+        try:
+            check(reply)
+        except FedcoreError as error:
+            code = REFUSED + error.exit_code
+            return make_message(metadata=reply.metadata, error=Error(code, str(error)))
+        return reply
 
     def _go_on(self) -> None:
         if self._stopping.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
@@ -44,6 +45,17 @@ class FleetStore(InMemoryObjectStore):
             if entry.is_available and not entry.content:
                 return self._path(object_id).read_bytes()
             return entry.content
+
+    def open(self, object_id: str) -> BinaryIO | None:
+        """An object that lies in a file, to be read in pieces; None when it does not.
+
+        Whoever reads it closes it. It can be read to its end even if it is deleted meanwhile.
+        """
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            if entry is None or not entry.is_available or entry.content:
+                return None
+            return self._path(object_id).open("rb")
 
     def is_there(self, object_id: str) -> bool:
         """Whether an object has come."""

@@ -33,7 +33,8 @@ class Pace:
 
         Returns:
             ``elapsed_s`` since this began to watch; ``clients_per_s`` and ``remaining_s`` (an upper
-            bound where rounds may end early), both from a moving mean, and ``memory_bytes`` (None where the system does not tell).
+            bound where rounds may end early), both from a moving mean, and ``memory_bytes`` (None
+            where the system does not tell).
         """
         self._rounds += 1
         weight = max(_WEIGHT, 1 / self._rounds)

@@ -61,8 +61,10 @@ class Update:
 
 
 def weights_record(weights: Vector) -> ArrayRecord:
-    """Weights as the one array of a record."""
-    return ArrayRecord({MODEL: Array(weights)})
+    """Weights as the one array of a record, copied once."""
+    raw = np.ascontiguousarray(weights, np.float32).view(np.uint8)
+    data = b"".join((_header(len(weights)), raw.data))
+    return ArrayRecord({MODEL: Array("float32", weights.shape, "numpy.ndarray", data)})
 
 
 def instruction_config(layout: Layout, preprocess: bytes) -> ConfigRecord:
@@ -109,10 +111,11 @@ def read_update(message: Message, layout: Layout) -> Update:
     """
     where = f"update from node {message.metadata.src_node_id}"
     count, values = read_metrics(message, where=where)
-    try:
-        array = message.content.array_records[ARRAYS][MODEL]
-    except KeyError as error:
-        raise InvalidUpdate(f"{where}: no record {error}. It was not used.") from None
+    # Not `content.array_records`: a cycle in it keeps every update until the next collection.
+    record = message.content.get(ARRAYS)
+    array = record.get(MODEL) if isinstance(record, ArrayRecord) else None
+    if array is None:
+        raise InvalidUpdate(f"{where}: no record {ARRAYS!r} with {MODEL!r} in it. It was not used.")
     return Update(check_weights(array_of(array, where=where), layout, where=where), count, values)
 
 
@@ -123,11 +126,13 @@ def read_metrics(message: Message, *, where: str) -> tuple[int, dict[str, float]
         InvalidUpdate: there are none; a number of examples that is no positive whole number below
             2**31; a metric that is not finite.
     """
-    try:
-        metrics = dict(message.content.metric_records[METRICS])
-        count = metrics.pop(NUM_EXAMPLES)
-    except KeyError as error:
-        raise InvalidUpdate(f"{where}: no record {error}. It was not used.") from None
+    record = message.content.get(METRICS)
+    metrics = dict(record) if isinstance(record, MetricRecord) else {}
+    count = metrics.pop(NUM_EXAMPLES, None)
+    if count is None:
+        raise InvalidUpdate(
+            f"{where}: no record {METRICS!r} with {NUM_EXAMPLES!r} in it. It was not used."
+        )
     if not isinstance(count, int) or not 0 < count < 2**31:
         raise InvalidUpdate(
             f"{where}: num-examples = {count!r}, expected a whole number from 1 to 2147483647. It "
@@ -189,7 +194,8 @@ def check_weights(weights: Vector, layout: Layout, *, where: str) -> Vector:
             f"{where}: got {weights.dtype} {weights.shape}, expected float32 ({layout.size},). It "
             "was not used."
         )
-    if not np.isfinite(weights).all():
+    # In float64 no sum of finite float32 values overflows, and one that is not finite stays so.
+    if not np.isfinite(weights.sum(dtype=np.float64)):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. It was not used; a lower "
             "client.learning_rate usually mends this."

@@ -74,8 +74,9 @@ def _text(value: object) -> str:
     """A metric or setting: the same text on both sides of the network."""
     if isinstance(value, list):
         return f"list {' '.join(map(_text, value))}"
-    kind = next((one for one in (bool, int, float, str, bytes) if isinstance(value, one)), None)
-    return f"{kind.__name__} {kind(value)!r}" if kind is not None else repr(value)
+    if isinstance(value, float):
+        return f"float {float(value)!r}"  # NumPy's has a name of its own
+    return f"{type(value).__name__} {value!r}"
 
 
 def seal(

@@ -10,6 +10,7 @@ from fedcore.cli import Command, group
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.rpc.tls import only_tls_1_3
 from fedcore.settings import load_run
+from server.live.operator_commands import OPERATOR_VERBS
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,10 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--identity",
         type=Path,
-        required=True,
+        default=Path("authority/server"),
         metavar="DIR",
-        help="the folder that `fedcore provision server` made, as --identity server",
+        help="the folder that `fedcore provision server` made, as --identity server (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--listen",
@@ -47,7 +49,23 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs"),
         help="folder that results go below (default: runs)",
     )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="write the log here, in files of 10 MiB of which six are kept, as --log server.log "
+        "(default: standard error)",
+    )
     parser.add_argument("--json", action="store_true", help="print events as JSON lines")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted; begins it where there is none",
+    )
+    again.add_argument(
+        "--fresh", action="store_true", help="begin anew, and drop a run that was interrupted"
+    )
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -56,10 +74,12 @@ def _start(options: argparse.Namespace) -> int:
     only_tls_1_3()  # before Flower, which imports grpc
     from fedcore.flower.quiet import quiet
     from fedcore.observability.lines import log_lines
+    from server.live.control import Control
+    from server.live.operate import sole
     from server.live.run import Deployment, run_deployment
 
     quiet()
-    log_lines(sys.stderr)
+    log_lines(options.log or sys.stderr)
     deployment = Deployment(
         run=run,
         identity=options.identity,
@@ -68,8 +88,12 @@ def _start(options: argparse.Namespace) -> int:
         wake_port=options.wake_port,
         runs=options.runs,
         json=options.json,
+        resume=options.resume,
+        fresh=options.fresh,
     )
-    return 0 if run_deployment(deployment, sys.stdout) else INTERRUPTED
+    with sole(options.identity):
+        control = Control(run, identity=options.identity, results=options.runs / run.name)
+        return 0 if run_deployment(deployment, control, sys.stdout) else INTERRUPTED
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -89,4 +113,6 @@ start = Command(
     example="fedcore server start run.toml --identity server",
 )
 
-server = group({"start": start}, "run the server that devices connect to")
+server = group(
+    {"start": start, **OPERATOR_VERBS}, "Run the server that devices connect to, and steer it."
+)

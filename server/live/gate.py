@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from fedcore.crypto.roster import Member, Roster
 from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, TrustError
+from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
-from fedcore.flower.fleet_api import ROUTES, Caller, Route, call, upload_of
+from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
 from fedcore.rpc.hello import WAKE_PORT, Hello, check_hello, instance_of
 from server.live.limits import Limits, Rates, Refusals, Uploads
 from server.live.peer import key_of
@@ -23,12 +26,12 @@ log = logging.getLogger("fedcore.server")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
-PULL_OBJECT = "/v1/fleet/pull-object"
 PUSH, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
-_INLINE_BYTES = 2**18
-"""Requests up to so many bytes are answered at once; larger ones in a thread."""
+_MEMORY_BYTES = 2**16
+"""So much of a request's body is kept in memory while it comes in; a longer one goes to a file."""
 _PIECE_BYTES = 2**17
 _STATUS: tuple[tuple[type[FedcoreError], int], ...] = (
     (DataError, 400),
@@ -62,25 +65,25 @@ class Gate:
     rates: Rates
     limits: Limits
     hello: Hello
+    spool: Path
+    """Where bodies lie while they come in."""
     bodies: asyncio.Semaphore
-    answers: asyncio.Semaphore
     wake_port: int
     refusals: Refusals
+    operate: Operate | None = None
+    """Answers operators and viewers; they are refused when None."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         if scope["type"] != "http":
-            return
+            return None
         peer = str((scope.get("client") or ("?",))[0])
         try:
             member = self._member(scope)
             peer = member.name
-            if scope["path"] == PULL_OBJECT:  # what it answers with may be large
-                async with self.answers:
-                    await _send_pieces(
-                        send, await self._answer(scope, receive, member), self.limits
-                    )
-                return
+            if member.role != "device" and self.operate is not None:
+                self._keep_to_rate(node_id_of(member.public))
+                return await self.operate(scope, receive, send, member)
             answer = await self._answer(scope, receive, member)
         except _Refusal as refusal:
             await self._refuse(send, peer, scope["path"], refusal)
@@ -88,6 +91,9 @@ class Gate:
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
         else:
+            if isinstance(answer, Large):
+                await _send_pieces(send, answer, self.limits)
+                return None
             wake = (
                 [(WAKE_PORT.encode(), b"%d" % self.wake_port)] if scope["path"] == ACTIVATE else []
             )
@@ -98,18 +104,21 @@ class Gate:
         member = self.roster.member(public) if public is not None else None
         if member is None:
             raise _Refusal(403, "this certificate is not, or no longer, a member's")
-        if member.role != "device":
+        if member.role != "device" and self.operate is None:
             raise _Refusal(403, f"{member.name!r} is no device but {member.role!r}")
         return member
 
-    async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes:
+    def _keep_to_rate(self, node_id: int) -> None:
+        wait_s = self.rates.wait_s(node_id)
+        if wait_s > 0:
+            raise _Refusal(429, "too many calls", retry_after_s=wait_s)
+
+    async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | Large:
         path, route = scope["path"], ROUTES.get(scope["path"])
         if route is None or scope["method"] != "POST":
             raise _Refusal(404, "no such call")
         caller = Caller(node_id_of(member.public), member.public, member.name)
-        wait_s = self.rates.wait_s(caller.node_id)
-        if wait_s > 0:
-            raise _Refusal(429, "too many calls", retry_after_s=wait_s)
+        self._keep_to_rate(caller.node_id)
         headers = {
             key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
         }
@@ -119,20 +128,33 @@ class Gate:
         elif not self.presence.call(caller.node_id, instance):
             raise _Refusal(401, "this process was not activated")
         body = await self._body(headers, receive, route)
+        if isinstance(body, bytes):
+            await self._before(path, caller, instance, body)
+            return call(self.fleet, caller, route, body)
+        with body:
+            if path == PUSH_OBJECT:
+                self.uploads.progress_of(caller.node_id)
+                async with self.bodies:  # what is parsed takes several times its size
+                    return await asyncio.to_thread(
+                        lambda: call(self.fleet, caller, route, body.read())
+                    )
+            raw = body.read()
+            await self._before(path, caller, instance, raw)
+            return await asyncio.to_thread(call, self.fleet, caller, route, raw)
+
+    async def _before(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
+        """What the server notes before Flower's handlers see a call."""
         if path == ACTIVATE:
-            if self.presence.arrive(caller.node_id, instance, member.name, member.public):
+            if self.presence.arrive(caller.node_id, instance, caller.name, caller.public_key):
                 self.fleet.restart(caller.node_id)
-                log.info("device %s: activated (%s)", member.name, instance[:8])
+                log.info("device %s: activated (%s)", caller.name, instance[:8])
         elif path == DEACTIVATE:
             self.presence.leave(caller.node_id)
-            log.info("device %s: left", member.name)
+            log.info("device %s: left", caller.name)
         elif path == PUSH:
             await self._admit(caller, body)
         elif path == PUSH_OBJECT:
             self.uploads.progress_of(caller.node_id)
-        if len(body) > _INLINE_BYTES:
-            return await asyncio.to_thread(call, self.fleet, caller, route, body)
-        return call(self.fleet, caller, route, body)
 
     async def _admit(self, caller: Caller, body: bytes) -> None:
         upload = upload_of(self.fleet, caller, body)
@@ -143,23 +165,22 @@ class Gate:
         if upload.message_id not in self.fleet.asked:  # its round ended while it waited
             self.uploads.leave(upload.message_id)
 
-    async def _body(self, headers: dict[str, str], receive: Receive, route: Route) -> bytes:
-        """Reads a request's body, counting.
+    async def _body(
+        self, headers: dict[str, str], receive: Receive, route: Route
+    ) -> bytes | BinaryIO:
+        """Reads a request's body, counting: what is longer than a piece comes back as a file.
 
         Guarantee:
-            At most ``route.max_bytes`` and one piece of the connection's buffer are held, whatever
-            the peer announces or sends; large bodies are read a few at a time.
+            `_MEMORY_BYTES` and one piece of the connection's buffer are held at most, whatever the
+            peer announces or sends, and no more than ``route.max_bytes`` on disk. A peer that is
+            slow holds up no other.
         """
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced) > route.max_bytes:
             raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
-        large = not announced.isdigit() or int(announced) > _INLINE_BYTES
         try:
             async with asyncio.timeout(self.limits.body_s):
-                if not large:
-                    return await _read(receive, route.max_bytes)
-                async with self.bodies:
-                    return await _read(receive, route.max_bytes)
+                return await _read(receive, route.max_bytes, self.spool)
         except TimeoutError:
             raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
 
@@ -173,34 +194,49 @@ class Gate:
         await _respond(send, refusal.status, b"application/json", body, headers)
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes:
-    pieces, size = [], 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise _Refusal(400, "the peer went away while it sent")
-        piece = event.get("body", b"")
-        size += len(piece)
-        if size > max_bytes:
-            raise _Refusal(413, f"more than the {max_bytes} bytes that are taken")
-        pieces.append(piece)
-        if not event.get("more_body"):
-            return b"".join(pieces)
-
-
-async def _send_pieces(send: Send, body: bytes, limits: Limits) -> None:
-    """Sends a large answer no faster than its peer reads, so that few are held at a time."""
-    length = (b"content-length", str(len(body)).encode())
-    head = [(b"content-type", b"application/x-protobuf"), length]
+async def _read(receive: Receive, max_bytes: int, spool: Path) -> bytes | BinaryIO:
+    pieces: list[bytes] = []
+    size, file = 0, None
     try:
-        async with asyncio.timeout(limits.body_s):
-            await send({"type": "http.response.start", "status": 200, "headers": head})
-            for start in range(0, len(body), _PIECE_BYTES):
-                piece = body[start : start + _PIECE_BYTES]
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-    except TimeoutError:
-        return  # uvicorn hangs up on an answer that was not finished
+        while True:
+            event = await receive()
+            if event["type"] == "http.disconnect":
+                raise _Refusal(400, "the peer went away while it sent")
+            pieces.append(event.get("body", b""))
+            size += len(pieces[-1])
+            if size > max_bytes:
+                raise _Refusal(413, f"more than the {max_bytes} bytes that are taken")
+            if size > _MEMORY_BYTES:
+                with disk_errors(spool):
+                    file = file or tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 - its reader's
+                    file.writelines(pieces)
+                pieces.clear()
+            if not event.get("more_body"):
+                break
+    except BaseException:
+        if file is not None:
+            file.close()
+        raise
+    if file is None:
+        return b"".join(pieces)
+    file.seek(0)
+    return file
+
+
+async def _send_pieces(send: Send, answer: Large, limits: Limits) -> None:
+    """Sends a large answer no faster than its peer reads, and holds a piece of it at a time."""
+    length = (b"content-length", str(answer.size_bytes).encode())
+    head = [(b"content-type", b"application/x-protobuf"), length]
+    with answer.file as file:
+        try:
+            async with asyncio.timeout(limits.body_s):
+                await send({"type": "http.response.start", "status": 200, "headers": head})
+                await send({"type": "http.response.body", "body": answer.head, "more_body": True})
+                while piece := file.read(_PIECE_BYTES):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            return  # uvicorn hangs up on an answer that was not finished
 
 
 async def _respond(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def http_server(gate: Gate, identity: ServerIdentity) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            date_header=False,
+            date_header=True,  # devices compare their clocks with it
             timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=5,
         )
@@ -45,6 +46,22 @@ class _Http(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Captures none."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends connections, those too that were shaking hands when it began."""
+        closing = asyncio.create_task(self._close_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
+    async def _close_late(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -23,10 +23,8 @@ class Limits:
 
     uploads_bytes: int = 16 * 2**30
     """Updates that are held at a time, on disk, from the first object to aggregation."""
-    bodies: int = 2
-    """Large request bodies that are read at a time."""
-    answers: int = 12
-    """Objects that are being sent at a time, of up to 5 MiB each."""
+    bodies: int = 1
+    """Objects that are taken in from the disk at a time, of up to 5 MiB each."""
     calls_per_s: float = 50.0
     """Calls that one identity may make a second, in the long run."""
     burst: int = 400

@@ -62,6 +62,7 @@ class Presence:
         self._clock = clock
         self._lock = threading.RLock()
         self._sessions: dict[int, _Session] = {}
+        self._drained: frozenset[int] = frozenset()
         self._loop = asyncio.get_running_loop()
 
     def arrive(self, node_id: int, instance: str, name: str, public_key: bytes) -> bool:
@@ -152,10 +153,16 @@ class Presence:
         for node_id in self.keys():
             self.remove(node_id)
 
+    def drain(self, node_ids: Iterable[int]) -> None:
+        """From now on these nodes, and no others, are left out of rounds."""
+        self._drained = frozenset(node_ids)
+        self._on_change()
+
     def nodes(self) -> list[int]:
-        """The nodes that are there now."""
+        """The nodes that are there now and may be asked."""
         with self._lock:
-            return [key for key, one in self._sessions.items() if self._left(one) is None]
+            there = [key for key, one in self._sessions.items() if self._left(one) is None]
+        return [key for key in there if key not in self._drained]
 
     def devices(self) -> list[Device]:
         """Everyone who has called, by name."""

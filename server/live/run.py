@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -12,21 +13,28 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
-from fedcore.crypto.roster import ServerIdentity, load_server_identity
+from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
+from fedcore.errors import FedcoreError, ResourceError
 from fedcore.files import write_atomic
+from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.identity import SERVER_NODE_ID
 from fedcore.model import checkpoint_bytes
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, Sink, tee
 from fedcore.observability.jsonl import json_lines
 from fedcore.rpc.hello import hello_of
-from fedcore.seeds import SystemEntropy
+from fedcore.seeds import Randomness, SystemEntropy
 from fedcore.task import Task, data_folder, load_task
 from server.app import Listener, Outcome, server_app
 from server.cloud import read_cloud_data
-from server.folder import open_folder
+from server.journal import Journal, Reached, nothing
+from server.live.control import Control
+from server.live.journal_keeper import REJOIN_S, Admit, JournalGrid, JournalKeeper
+from server.live.operate import operated, over_network
+from server.live.resume import open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
+from server.records import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,10 @@ class Deployment:
     """The one after ``port``, when None."""
     runs: Path
     json: bool
+    resume: bool = False
+    """Go on with a run that did not end, where there is one."""
+    fresh: bool = False
+    """Begin anew, whatever there is."""
 
     def address(self, identity: ServerIdentity) -> Address:
         """Where to listen."""
@@ -50,58 +62,103 @@ class Deployment:
         return Address(self.host, port, wake_port)
 
 
-def run_deployment(deployment: Deployment, out: TextIO) -> bool:
+def run_deployment(
+    deployment: Deployment,
+    control: Control,
+    out: TextIO,
+    *,
+    randomness: Randomness | None = None,
+    reached: Reached = nothing,
+) -> bool:
     """Serves until the run is over; False when it was stopped before.
 
     The best model lies in the run's folder as ``global.safetensors``.
 
+    Args:
+        deployment: What is to be done.
+        control: Steers it.
+        out: Where events are shown.
+        randomness: Of the server; the operating system's when None.
+        reached: Hears of the journal's points.
+
     Raises:
-        FedcoreError: whatever stops it.
+        FedcoreError: whatever stops it. What the journal holds stands.
     """
     run = deployment.run
     identity = load_server_identity(deployment.identity)
     path = run.path(run.task)
     task = load_task(path)
     with (
-        open_folder(run, deployment.runs) as folder,
+        open_run(
+            run, deployment.runs, resume=deployment.resume, fresh=deployment.fresh, reached=reached
+        ) as (folder, journal),
         json_lines(folder / "metrics.jsonl") as lines,
         choose(out, json=deployment.json) as shown,
     ):
-        emit = tee(lines, shown)
+        kept = tee(lines, control.sink)
+        emit = tee(kept, shown)
+        for record in journal.start.records if journal.start else ():
+            kept(_finished(record))
+        for note in _resumed(journal):
+            emit(Noted(note))
 
-        def work(grid: Grid) -> None:
-            _federate(run, task, grid, folder, emit)
+        def work(admit: Admit, grid: Grid) -> None:
+            over = _journaled(grid, run, journal, admit)
+            _federate(run, task, over, journal, folder, emit, control, randomness)
 
         async def serve() -> bool:
-            instance = secrets.token_hex(8)
             hello = hello_of(task.name, path)
             address, settings = (
                 deployment.address(identity),
-                device_settings(run, instance=instance),
+                device_settings(run, instance=journal.instance),
             )
             spool = folder / "incoming"
-            async with listen(
-                identity, hello, address, settings=settings, spool=spool
-            ) as listening:
-                return await run_beside(work, listening)
+            operate = over_network(control)
+            async with (
+                listen(
+                    identity, hello, address, settings=settings, spool=spool, operate=operate
+                ) as listening,
+                operated(control, identity, listening),
+            ):
+                roster = Roster(identity.roster_path, identity.kit.authority_pem)
+                admit = partial(_admit, roster, listening.fleet)
+                return await run_beside(partial(work, admit), listening)
 
         return asyncio.run(serve())
 
 
-def _federate(run: RunConfig, task: Task, grid: Grid, folder: Path, emit: Sink) -> None:
+def _federate(
+    run: RunConfig,
+    task: Task,
+    grid: Grid,
+    journal: Journal,
+    folder: Path,
+    emit: Sink,
+    control: Control,
+    randomness: Randomness | None,
+) -> None:
     cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
+    settings, start = run.federation, journal.start
 
     def keep(outcome: Outcome) -> None:
         path = folder / "global.safetensors"
         write_atomic(path, checkpoint_bytes(outcome.model))
+        journal.end()
         emit(Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}"))
 
-    listener = Listener(
-        on_note=lambda text: emit(Noted(text)),
-        on_round=lambda record: emit(RoundFinished(asdict(record))),
-        on_end=keep,
+    keeper = JournalKeeper(
+        journal, tell=lambda record: emit(_finished(record)), deadline_s=settings.deadline_s
     )
-    app = server_app(task, run, cloud=cloud, randomness=SystemEntropy(), listener=listener)
+    listener = Listener(on_note=lambda text: emit(Noted(text)), on_round=keeper.record, on_end=keep)
+    app = server_app(
+        task,
+        run,
+        cloud=cloud,
+        randomness=randomness or SystemEntropy(),
+        listener=listener,
+        keeper=control.steered(keeper),
+        start=start,
+    )
     context = Context(
         run_id=grid.run.run_id,
         node_id=SERVER_NODE_ID,
@@ -109,4 +166,37 @@ def _federate(run: RunConfig, task: Task, grid: Grid, folder: Path, emit: Sink) 
         state=RecordDict(),
         run_config={},
     )
-    app(grid, context)
+    try:
+        app(grid, context)
+    except ResourceError:
+        raise  # this machine's: the round goes on as it was once that is mended
+    except FedcoreError:
+        journal.drop()  # whoever resumes asks those who are there then
+        raise
+
+
+def _journaled(grid: Grid, run: RunConfig, journal: Journal, admit: Admit) -> JournalGrid:
+    rejoin_s = REJOIN_S if journal.start else 0.0
+    return JournalGrid(grid, journal, admit=admit, quorum=run.federation.quorum, rejoin_s=rejoin_s)
+
+
+def _admit(roster: Roster, fleet: Fleet, nodes: Collection[int]) -> Collection[int]:
+    """Enlists those of ``nodes`` who are members, and returns them."""
+    keys = {
+        node_id_of(member.public): member.public
+        for member in roster.members()
+        if member.role == "device"
+    }
+    return {fleet.enlist(keys[node]) for node in nodes if node in keys}
+
+
+def _finished(record: RoundRecord) -> RoundFinished:
+    return RoundFinished(asdict(record))
+
+
+def _resumed(journal: Journal) -> list[str]:
+    """What is to be said of a run that goes on."""
+    notes = [journal.mended] if journal.mended else []
+    if journal.start is not None:
+        notes.append(f"Resumed after round {journal.round}.")
+    return notes

@@ -20,10 +20,13 @@ from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_grid import FleetGrid, Stopped
 from fedcore.flower.identity import assume_identity
 from fedcore.rpc.hello import Hello
-from server.live.gate import Gate
+from fedcore.updates.seal import run_digest
+from server.live.gate import Gate, Operate
 from server.live.http import bind, http_server
 from server.live.limits import Limits, Rates, Refusals, Uploads
+from server.live.memory import give_back_early
 from server.live.presence import Presence
+from server.live.seals import Seals
 from server.live.wake import Wakeups, put_out_strangers, serve_wakeups
 
 log = logging.getLogger("fedcore.server")
@@ -48,6 +51,7 @@ class Listening:
     fleet: Fleet
     presence: Presence
     uploads: Uploads
+    seals: Seals
     address: Address
     """As it came out, with the ports that the system chose."""
     stopping: threading.Event
@@ -56,7 +60,11 @@ class Listening:
     def grid(self) -> FleetGrid:
         """A grid for the run that is open."""
         return FleetGrid(
-            self.fleet, self.presence, consumed=self.uploads.released, stopping=self.stopping
+            self.fleet,
+            self.presence,
+            inspector=self.seals,
+            consumed=self.uploads.released,
+            stopping=self.stopping,
         )
 
     def stop(self) -> None:
@@ -74,6 +82,7 @@ async def listen(
     settings: Mapping[str, str],
     spool: Path,
     limits: Limits | None = None,
+    operate: Operate | None = None,
 ) -> AsyncIterator[Listening]:
     """Opens a run and both ports, and closes them again.
 
@@ -84,10 +93,12 @@ async def listen(
         settings: What devices are told of the run.
         spool: Folder that payloads lie in while they are on their way; it is emptied.
         limits: What devices are granted.
+        operate: Answers operators and viewers; they are refused when None.
 
     Raises:
         ResourceError: a port is in use.
     """
+    give_back_early()
     limits = limits or Limits()
     roster = Roster(identity.roster_path, identity.kit.authority_pem)
     with disk_errors(spool):
@@ -97,6 +108,8 @@ async def listen(
     assume_identity(fleet.open_run(settings))
     presence = Presence(fleet.wake)
     uploads = Uploads(limits, fleet.abandon)
+    refusals = Refusals()
+    seals = Seals(roster, fleet.key_of, run_id=run_digest(settings), refusals=refusals)
     listener = bind(address.host, address.port)
     try:
         wakeups = Wakeups(presence, roster, uploads)
@@ -114,14 +127,15 @@ async def listen(
         rates=Rates(limits),
         limits=limits,
         hello=hello,
+        spool=spool,
         bodies=asyncio.Semaphore(limits.bodies),
-        answers=asyncio.Semaphore(limits.answers),
         wake_port=wake_port,
-        refusals=Refusals(),
+        refusals=refusals,
+        operate=operate,
     )
     http = http_server(gate, identity)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
-    listening = Listening(fleet, presence, uploads, bound, threading.Event())
+    listening = Listening(fleet, presence, uploads, seals, bound, threading.Event())
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     watching = asyncio.create_task(put_out_strangers(presence, roster, uploads, every_s=_ROSTER_S))
     while not http.started and not serving.done():

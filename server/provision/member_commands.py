@@ -63,7 +63,7 @@ def _person_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `fedcore client enrol NAME` made on that person's machine",
     )
     where.add_argument(
-        "--folder",
+        "--kit",
         type=Path,
         metavar="DIR",
         help="make the key here, in this folder, for a person who works on this machine",
@@ -101,11 +101,11 @@ def _certify(options: argparse.Namespace, role: MemberRole, examples: int | None
 
 
 def _person(options: argparse.Namespace, role: MemberRole) -> int:
-    folder = options.folder
+    folder = options.kit
     if folder is None:
         return _certify(options, role, None)
     if options.out is not None:
-        raise ConfigError("--out and --folder exclude each other. Nothing was written.")
+        raise ConfigError("--out and --kit exclude each other. Nothing was written.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"{folder}: expected an empty folder, or none. Nothing was written; choose another."
@@ -134,7 +134,7 @@ def _show_kit(options: argparse.Namespace, file: KitFile, kit: Path) -> int:
     text = (
         f"Kit:     {kit}, {said['role']} {said['name']}, valid until "
         f"{said['not_after']}; it holds no secret\n"
-        f"Next:    fedcore client install {kit} --folder KIT --authority "
+        f"Next:    fedcore client install {kit} --kit DIR --authority "
         f"{said['authority_sha256']}"
     )
     return show(options, text, {**said, "kit": str(kit)})
@@ -228,7 +228,7 @@ MEMBER_VERBS = {
         "Certify a person who may steer the server.",
         _person_arguments,
         _operator,
-        "fedcore provision operator anna --folder anna",
+        "fedcore provision operator anna --kit anna",
     ),
     "viewer": Command(
         "Certify a person who may look at the server.",

@@ -9,6 +9,7 @@ import ast
 import inspect
 import ssl
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from fedcore.errors import DataError, InvalidUpdate, TrainingError
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import CHUNK_BYTES, ROUTES, Caller, call
-from fedcore.flower.fleet_grid import FleetGrid, Stopped
+from fedcore.flower.fleet_grid import Check, FleetGrid, Stopped
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.flower.records import read_record, record_bytes
 
@@ -31,6 +32,7 @@ FILES = (
     "fleet_api.py",
     "fleet_client.py",
     "fleet_grid.py",
+    "fleet_payload.py",
     "fleet_store.py",
     "records.py",
 )
@@ -52,24 +54,28 @@ PRIVATE = {
     "flwr.proto.heartbeat_pb2.SendNodeHeartbeatRequest",
     *(
         f"flwr.proto.message_pb2.{name}"
-        for name in ("ObjectTree", "PullObjectRequest", "PushObjectRequest")
+        for name in ("ObjectTree", "PullObjectRequest", "PullObjectResponse", "PushObjectRequest")
     ),
     *("flwr.proto.node_pb2.Node", "flwr.proto.node_pb2.NodeInfo"),
     *("flwr.proto.recorddict_pb2.RecordDict", "flwr.proto.run_pb2.GetRunRequest"),
     "flwr.server.superlink.linkstate.in_memory_linkstate.InMemoryLinkState",
     *(
         f"flwr.supercore.constant.{name}"
-        for name in ("NOOP_FEDERATION_ID", "NodeStatus", "TaskType")
+        for name in ("HEAD_BODY_DIVIDER", "NOOP_FEDERATION_ID", "NodeStatus", "TaskType")
     ),
     "flwr.supercore.error.FlowerError",
     *(
         f"flwr.supercore.inflatable.inflatable_object.{name}"
         for name in (
-            *("get_all_nested_objects", "get_object_tree"),
+            *("InflatableObject", "get_all_nested_objects", "get_object_tree"),
+            "get_object_head_values_from_object_content",
             *("iterate_object_tree", "no_object_id_recompute"),
         )
     ),
-    "flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents",
+    *(
+        f"flwr.supercore.inflatable.inflatable_utils.{name}"
+        for name in ("inflatable_class_registry", "inflate_object_from_contents")
+    ),
     "flwr.supercore.object_store.in_memory_object_store.InMemoryObjectStore",
     "flwr.supercore.protobuf.client.ProtobufCall",
     "flwr.supercore.protobuf.client.ProtobufRequestContext",
@@ -261,6 +267,13 @@ def test_records_come_back_as_they_were() -> None:
         read_record(b"\xff\xff", where="here")
 
 
+class Trusting:
+    """Takes every reply as it is."""
+
+    def expect(self, messages: Sequence[Message]) -> list[Check]:
+        return [lambda reply: None for _ in messages]
+
+
 class Nobody:
     """A presence in which every device has been gone for long."""
 
@@ -276,7 +289,9 @@ class Nobody:
 
 def test_a_grid_waits_for_nobody_who_is_gone(fleet: Fleet) -> None:
     done: list[str] = []
-    grid = FleetGrid(fleet, Nobody(), consumed=done.append, stopping=threading.Event())
+    grid = FleetGrid(
+        fleet, Nobody(), inspector=Trusting(), consumed=done.append, stopping=threading.Event()
+    )
     assert list(grid.send_and_receive([ask()], timeout=30)) == []
     assert len(done) == 1
     assert not fleet.asked
@@ -284,7 +299,9 @@ def test_a_grid_waits_for_nobody_who_is_gone(fleet: Fleet) -> None:
 
 def test_a_grid_ends_with_its_server(fleet: Fleet) -> None:
     stopping = threading.Event()
-    grid = FleetGrid(fleet, Nobody(), consumed=lambda one: None, stopping=stopping)
+    grid = FleetGrid(
+        fleet, Nobody(), inspector=Trusting(), consumed=lambda one: None, stopping=stopping
+    )
     stopping.set()
     with pytest.raises(Stopped):
         list(grid.send_and_receive([ask()]))

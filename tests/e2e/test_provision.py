@@ -79,13 +79,13 @@ def test_from_nothing_to_a_connection_and_out_again(tmp_path: Path, forked: Fedc
 
     made = machine("provision", "init", "--project", "orchard")
     run("provision", "server", "127.0.0.1")
-    asked = machine("client", "enrol", "edge-1", "--folder", "device")
+    asked = machine("client", "enrol", "edge-1", "--kit", "device")
     run("provision", "device", "edge-1", "--request", asked["request"], "--examples", 600)
-    install = ("client", "install", "edge-1.kit", "--folder", "device", "--authority")
+    install = ("client", "install", "edge-1.kit", "--kit", "device", "--authority")
     done = run(*install, "0" * 64, code=10)
     assert done.stderr.startswith("CertificateRefused: edge-1.kit: its authority has SHA-256")
     run(*install, made["authority_sha256"])
-    run("provision", "operator", "anna", "--folder", "anna")
+    run("provision", "operator", "anna", "--kit", "anna")
 
     door = Door(here / "authority" / "server")
     device, anna = load_kit(here / "device"), load_kit(here / "anna")
@@ -119,7 +119,7 @@ def test_many_at_once_lose_nothing(tmp_path: Path, fedcore: Fedcore) -> None:
     threads = [
         threading.Thread(
             target=lambda n=n: fedcore(
-                "provision", "viewer", f"v-{n}", "--folder", f"v-{n}", cwd=tmp_path
+                "provision", "viewer", f"v-{n}", "--kit", f"v-{n}", cwd=tmp_path
             )
         )
         for n in range(4)

@@ -66,6 +66,44 @@ def test_devices_train_and_are_evaluated(project: Any, serve: Any, start: Any) -
     assert records[1].seconds < 2.0, "a warm round of two small clients takes a tenth of a second"
 
 
+def test_weights_of_many_pieces_arrive_as_they_were_sent(
+    project: Any, serve: Any, start: Any
+) -> None:
+    text = project.task.read_text().replace("WEIGHTS = 0", "WEIGHTS = 3_000_000")
+    project.task.write_text(text.replace("torch.zeros(WEIGHTS)", "torch.randn(WEIGHTS)"))
+    run = project.run(rounds=2, cohort=2)
+    with serve(run) as served:
+        for name in NAMES:
+            start(name)
+        wait_for(lambda: all_awake(served, 2), 15)
+        records = federate(project, served, run)
+        assert list((project.root / "incoming").iterdir()) == [], "a payload was left behind"
+    assert [(record.updates, record.failed) for record in records] == [(2, 0), (2, 0)]
+    assert records[0].bytes_up > 2 * 12_000_000
+
+
+def test_an_update_that_was_cut_off_is_sent_again(
+    project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, cut = loop.FleetLink._push, [0]
+
+    def cutting(self: Any, *arguments: Any) -> None:
+        cut[0] += 1
+        if cut[0] in (1, 3):
+            raise loop.Unreachable("the line was cut")
+        push(self, *arguments)
+
+    monkeypatch.setattr(loop.FleetLink, "_push", cutting)
+    run = project.run(rounds=1, cohort=1)
+    with serve(run) as served:
+        start("edge-0")
+        wait_for(lambda: all_awake(served, 1), 15)
+        started = time.monotonic()
+        assert [record.updates for record in federate(project, served, run)] == [1]
+        assert time.monotonic() - started < 10
+    assert cut[0] > 3
+
+
 def test_a_second_run_of_the_same_devices_finds_their_state(
     project: Any, serve: Any, start: Any
 ) -> None:

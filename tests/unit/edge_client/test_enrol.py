@@ -182,20 +182,20 @@ def run(*arguments: object) -> int:
 
 def test_the_verbs_say_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "kit"
-    assert run("enrol", "edge-1", "--folder", folder, "--json") == 0
+    assert run("enrol", "edge-1", "--kit", folder, "--json") == 0
     value = json.loads(capsys.readouterr().out)
     assert value["request"] == str(folder / "request.pem")
     sent = answer(folder)
-    assert run("install", sent, "--folder", folder) == 0
+    assert run("install", sent, "--kit", folder) == 0
     shown = capsys.readouterr().out
     assert "device edge-1 of project orchard" in shown
     assert "compare it with what the operator tells you" in shown
-    assert run("install", sent, "--folder", folder, "--json", "--authority", SHA) == 0
+    assert run("install", sent, "--kit", folder, "--json", "--authority", SHA) == 0
     assert json.loads(capsys.readouterr().out)["servers"] == ["https://localhost:9092"]
 
 
 def test_enrolment_shows_no_private_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("enrol", "edge-1", "--folder", tmp_path / "kit")
+    run("enrol", "edge-1", "--kit", tmp_path / "kit")
     secret = (tmp_path / "kit" / "key.pem").read_text().splitlines()[1]
     shown = capsys.readouterr()
     assert secret not in shown.out + shown.err

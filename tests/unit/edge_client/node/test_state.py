@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+import edge_client.node.state as state_module
 from edge_client.node.state import own
 from fedcore.errors import DataError, DeviceError
 
@@ -26,19 +27,19 @@ def content(value: int = 1) -> RecordDict:
 def test_state_and_replies_come_back_as_they_were(tmp_path: Path) -> None:
     with own(tmp_path / "device") as folder:
         assert list(folder.state("run")) == []
-        assert folder.reply("key") is None
-        folder.keep_state("run", content(2))
-        folder.keep_reply("key", content(3))
+        state = content(2)
+        assert folder.reply("key", state) is None
+        folder.keep("run", state, "key", content(3))
     with own(tmp_path / "device") as folder:
-        assert folder.state("run") == content(2)
-        assert folder.reply("key") == content(3)
+        state = folder.state("run")
+        assert {name: state[name] for name in content(2)} == dict(content(2))
+        assert folder.reply("key", state) == content(3)
         assert list(folder.state("other run")) == []
 
 
 def test_what_is_kept_is_for_its_owner_alone(tmp_path: Path) -> None:
     with own(tmp_path / "device") as folder:
-        folder.keep_state("run", content())
-        folder.keep_reply("key", content())
+        folder.keep("run", content(), "key", content())
     files = [path for path in (tmp_path / "device").rglob("*") if path.is_file()]
     assert len(files) == 2
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
@@ -46,9 +47,10 @@ def test_what_is_kept_is_for_its_owner_alone(tmp_path: Path) -> None:
 
 def test_only_the_newest_replies_are_kept(tmp_path: Path) -> None:
     with own(tmp_path) as folder:
+        state = RecordDict()
         for number in range(10):
-            folder.keep_reply(str(number), content(number))
-        assert [folder.reply(str(number)) is not None for number in range(10)] == [
+            folder.keep("run", state, str(number), content(number))
+        assert [folder.reply(str(number), state) is not None for number in range(10)] == [
             *[False] * 6,
             *[True] * 4,
         ]
@@ -56,7 +58,7 @@ def test_only_the_newest_replies_are_kept(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_record_is_said_so(tmp_path: Path) -> None:
     with own(tmp_path) as folder:
-        folder.keep_state("run", content())
+        folder.keep("run", content(), "key", content())
         (tmp_path / "state" / "run.state").write_bytes(b"\xff\xff garbage")
         with pytest.raises(DataError, match="holds no record"):
             folder.state("run")
@@ -71,3 +73,32 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         pass
     with own(tmp_path / "device"):
         pass
+
+
+class Died(Exception):
+    pass
+
+
+def test_a_reply_whose_cost_is_not_on_disk_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies between the two files: the instruction is followed anew, and charged once."""
+    with own(tmp_path) as folder:
+        folder.keep("run", state := content(1), "before", content(3))
+        write = state_module.write_atomic
+
+        def dying(path: Path, data: bytes, *, mode: int) -> None:
+            if path.suffix == ".state":
+                raise Died
+            write(path, data, mode=mode)
+
+        monkeypatch.setattr(state_module, "write_atomic", dying)
+        with pytest.raises(Died):
+            folder.keep("run", state, "key", content(4))
+    monkeypatch.undo()
+    with own(tmp_path) as folder:
+        state = folder.state("run")
+        assert folder.reply("key", state) is None
+        assert folder.reply("before", state) == content(3)
+        folder.keep("run", state, "key", content(5))
+        assert folder.reply("key", folder.state("run")) == content(5)

@@ -89,7 +89,7 @@ def test_the_server_is_described(begun: None, capsys: pytest.CaptureFixture[str]
 def test_a_device_gets_a_kit(begun: None, capsys: pytest.CaptureFixture[str], here: Path) -> None:
     run("device", "edge-1", "--request", request("edge-1"), "--examples", 600)
     shown = capsys.readouterr().out
-    assert "Next:    fedcore client install edge-1.kit --folder KIT --authority " in shown
+    assert "Next:    fedcore client install edge-1.kit --kit DIR --authority " in shown
     kit = KitFile.model_validate_json((here / "edge-1.kit").read_bytes())
     assert kit.servers == ("https://localhost:9092", "https://127.0.0.1:9092")
     run("list", "--json")
@@ -120,15 +120,15 @@ def test_a_kit_is_never_overwritten(begun: None, here: Path) -> None:
 def test_a_person_on_this_machine_needs_one_step(
     begun: None, here: Path, role: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(role, "anna", "--folder", "anna", "--json")
+    run(role, "anna", "--kit", "anna", "--json")
     assert said(capsys)["folder"] == "anna"
     kit = load_kit(here / "anna")
     assert (kit.name, kit.role) == ("anna", role)
     assert stat.S_IMODE((here / "anna").stat().st_mode) == 0o700
     with pytest.raises(ConfigError, match="expected an empty folder"):
-        run(role, "bruno", "--folder", "anna")
-    with pytest.raises(ConfigError, match="--out and --folder exclude"):
-        run(role, "bruno", "--folder", "bruno", "--out", "bruno.kit")
+        run(role, "bruno", "--kit", "anna")
+    with pytest.raises(ConfigError, match="--out and --kit exclude"):
+        run(role, "bruno", "--kit", "bruno", "--out", "bruno.kit")
     assert not (here / "bruno").exists()
 
 
@@ -138,15 +138,15 @@ def test_a_person_elsewhere_sends_a_request(begun: None, here: Path) -> None:
 
 
 def test_a_refused_person_leaves_no_key(begun: None, here: Path) -> None:
-    run("operator", "anna", "--folder", "anna")
+    run("operator", "anna", "--kit", "anna")
     with pytest.raises(ConfigError, match="'anna' is taken"):
-        run("viewer", "anna", "--folder", "again")
+        run("viewer", "anna", "--kit", "again")
     assert not (here / "again").exists()
 
 
 def test_revocation_and_the_list(begun: None, capsys: pytest.CaptureFixture[str]) -> None:
-    run("operator", "anna", "--folder", "anna")
-    run("viewer", "bruno", "--folder", "bruno")
+    run("operator", "anna", "--kit", "anna")
+    run("viewer", "bruno", "--kit", "bruno")
     capsys.readouterr()
     run("revoke", "anna")
     assert "operator anna: revoked" in capsys.readouterr().out
@@ -177,7 +177,7 @@ def test_backup_and_restore(
     assert said(capsys) == {"file": "b"}
     run("restore", "b", "--authority", "other")
     assert capsys.readouterr().out == "Restored: other, project orchard, 0 members\n"
-    run("viewer", "bruno", "--folder", "bruno")
+    run("viewer", "bruno", "--kit", "bruno")
     capsys.readouterr()
     run("restore", "b", "--replace", "--json")
     value = said(capsys)

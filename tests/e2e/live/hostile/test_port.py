@@ -10,116 +10,29 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import httpx
 import pytest
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
-    ActivateNodeResponse,
     DeactivateNodeRequest,
     PullMessagesRequest,
-    PullMessagesResponse,
     PushMessagesRequest,
     PushMessagesResponse,
 )
 from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest, PushObjectResponse
-from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedcore.crypto.kit import Kit, client_context
-from fedcore.flower.fleet import node_id_of
-from fedcore.flower.fleet_grid import Stopped
-from fedcore.rpc.hello import hello_of
+from fedcore.crypto.kit import client_context
 from fedcore.updates.messages import REFUSED
 from server.live.limits import Limits
 
 FLEET = "/v1/fleet"
-
-
-@dataclass
-class Rogue:
-    """A device with a valid certificate that says what it likes."""
-
-    kit: Kit
-    client: httpx.Client
-    headers: dict[str, str]
-
-    @property
-    def node(self) -> Node:
-        return Node(node_id=node_id_of(self.kit.public))
-
-    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        content = body if isinstance(body, bytes) else body.SerializeToString()
-        kind = {"content-type": "application/x-protobuf"}
-        return self.client.post(path, content=content, headers=self.headers | kind | headers)
-
-    def activate(self) -> int:
-        request = ActivateNodeRequest(public_key=self.kit.public, heartbeat_interval=60)
-        response = self.post(f"{FLEET}/activate-node", request)
-        assert response.status_code == 200, response.text
-        return int(ActivateNodeResponse.FromString(response.content).node_id)
-
-    def pull(self) -> PullMessagesResponse:
-        response = self.post(f"{FLEET}/pull-messages", PullMessagesRequest(node=self.node))
-        assert response.status_code == 200, response.text
-        return PullMessagesResponse.FromString(response.content)
-
-    def push(self, reply: Message, **changes: Any) -> httpx.Response:
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        proto = message_to_proto(remove_content_from_message(reply))
-        for name, value in changes.items():
-            setattr(proto.metadata, name, value)
-        request = PushMessagesRequest(
-            node=self.node, messages_list=[proto], message_object_trees=[get_object_tree(reply)]
-        )
-        return self.post(f"{FLEET}/push-messages", request)
-
-
-@pytest.fixture
-def rogue(project: Any) -> Iterator[Any]:
-    clients: list[httpx.Client] = []
-
-    def making(name: str = "edge-0") -> Rogue:
-        kit = project.device(name)
-        client = httpx.Client(
-            base_url=f"https://127.0.0.1:{project.port}", verify=client_context(kit), timeout=30
-        )
-        clients.append(client)
-        headers = hello_of("tiny", project.task).headers(f"instance-{name}")
-        return Rogue(kit, client, headers)
-
-    yield making
-    for client in clients:
-        client.close()
-
-
-def ask(served: Any, node: int, timeout: float = 20.0) -> tuple[threading.Thread, list[Message]]:
-    """Sends one message to a node and collects what the server takes as its answer."""
-    answers: list[Message] = []
-    message = Message(RecordDict({"c": ConfigRecord({"x": 1})}), node, MessageType.TRAIN)
-    grid = served.listening.grid()
-
-    def collect() -> None:
-        with contextlib.suppress(Stopped):
-            answers.extend(grid.send_and_receive([message], timeout=timeout))
-
-    thread = threading.Thread(target=collect)
-    thread.start()
-    while not served.listening.fleet.asked:
-        time.sleep(0.01)
-    return thread, answers
-
-
-def reply_to(rogue: Rogue, **content: float) -> Message:
-    (proto,) = rogue.pull().messages_list
-    asked = message_from_proto(proto)
-    return Message(RecordDict({"m": MetricRecord(dict(content))}), reply_to=asked)
 
 
 def test_what_comes_without_a_certificate_gets_nowhere(project: Any, serve: Any) -> None:
@@ -194,12 +107,12 @@ def test_a_caller_speaks_for_itself_alone(serve: Any, rogue: Any) -> None:
         assert codes == dict.fromkeys(calls, 403)
 
 
-def test_a_reply_is_taken_from_the_node_that_was_asked(serve: Any, rogue: Any) -> None:
+def test_a_reply_is_taken_from_the_node_that_was_asked(serve: Any, rogue: Any, ask: Any) -> None:
     with serve() as served:
         one, other = rogue(), rogue("edge-1")
         asked, spare = one.activate(), other.activate()
         thread, answers = ask(served, asked)
-        reply = reply_to(one, loss=0.5)
+        reply = one.reply(loss=0.5)
         assert other.pull().messages_list == []
         # In another's name, to a message of another, and for another run.
         assert other.push(reply).status_code == 403
@@ -232,15 +145,15 @@ def test_a_reply_is_taken_from_the_node_that_was_asked(serve: Any, rogue: Any) -
             assert PushObjectResponse.FromString(response.content).stored
         thread.join(10)
         (answer,) = answers
-        assert answer.content.metric_records["m"]["loss"] == 0.5
+        assert answer.content.metric_records["metrics"]["loss"] == 0.5
         assert one.push(reply).status_code == 409, "a duplicate"
 
 
-def test_what_a_payload_says_of_itself_is_not_believed(serve: Any, rogue: Any) -> None:
+def test_what_a_payload_says_of_itself_is_not_believed(serve: Any, rogue: Any, ask: Any) -> None:
     with serve() as served:
         one = rogue()
         thread, answers = ask(served, one.activate())
-        reply = reply_to(one, loss=0.5)
+        reply = one.reply(loss=0.5)
         reply.metadata.__dict__["_src_node_id"] = 4711  # inside the object, in its own bytes
         response = one.push(reply, src_node_id=one.node.node_id)
         begun = PushMessagesResponse.FromString(response.content)
@@ -257,11 +170,13 @@ def test_what_a_payload_says_of_itself_is_not_believed(serve: Any, rogue: Any) -
         assert answers[0].metadata.src_node_id == one.node.node_id
 
 
-def test_an_update_that_cannot_be_read_is_an_error_of_its_client(serve: Any, rogue: Any) -> None:
+def test_an_update_that_cannot_be_read_is_an_error_of_its_client(
+    serve: Any, rogue: Any, ask: Any
+) -> None:
     with serve() as served:
         one = rogue()
         thread, answers = ask(served, one.activate())
-        reply = reply_to(one, loss=0.5)
+        reply = one.reply(loss=0.5)
         # The tree leaves out what the objects refer to.
         tree = get_object_tree(reply)
         del tree.children[:]
@@ -284,13 +199,13 @@ def test_an_update_that_cannot_be_read_is_an_error_of_its_client(serve: Any, rog
         assert answers[0].error.code == REFUSED
 
 
-def test_of_a_thousand_mutated_replies_none_is_taken(serve: Any, rogue: Any) -> None:
+def test_of_a_thousand_mutated_replies_none_is_taken(serve: Any, rogue: Any, ask: Any) -> None:
     rng = random.Random(7)
     limits = Limits(calls_per_s=1e6, burst=10**6)
     with serve(limits=limits) as served:
         one = rogue()
         thread, answers = ask(served, one.activate(), timeout=60)
-        reply = reply_to(one, loss=0.5)
+        reply = one.reply(loss=0.5)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         proto = message_to_proto(remove_content_from_message(reply))
         sound = PushMessagesRequest(
@@ -341,6 +256,17 @@ def test_a_body_that_is_too_large_is_not_read(project: Any, launch_server: Any, 
                     assert response.status_code == 413
                 except httpx.TransportError:
                     pass  # it hung up while the body was being sent
+        bare = ssl.create_default_context(cadata=project.server().kit.authority_pem.decode())
+        with (
+            contextlib.suppress(ssl.SSLError, ConnectionError),
+            socket.create_connection(("127.0.0.1", project.port)) as raw,
+            bare.wrap_socket(raw, server_hostname="127.0.0.1") as tls,
+        ):
+            tls.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n")
+            tls.sendall(b"content-length: 419430400\r\n\r\n")
+            for piece in body():
+                tls.sendall(piece)
+            pytest.fail("the whole body of a peer without a certificate was taken in")
     finally:
         done.set()
         watcher.join()

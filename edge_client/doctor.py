@@ -1,0 +1,159 @@
+"""What `fedcore doctor` looks at on a device."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import socket
+import ssl
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import unquote, urlsplit
+from urllib.request import proxy_bypass
+
+from fedcore.crypto.kit import Kit, client_context, load_kit
+from fedcore.doctor import Finding, disk, expiry, proxy_of
+from fedcore.errors import FedcoreError
+
+_TIMEOUT_S = 10.0
+_SKEW_S = 600.0
+_MAX_HEAD_BYTES = 1 << 15
+
+
+def examine(options: argparse.Namespace) -> Iterator[Finding]:
+    """A device's findings."""
+    try:
+        kit = load_kit(options.kit)
+    except FedcoreError as error:
+        yield Finding(
+            "kit",
+            "fail",
+            str(error),
+            "`fedcore client enrol` makes a request, `client install` takes the operator's kit",
+        )
+    else:
+        remedy = "ask the operator to renew it, and `fedcore client install` what comes back"
+        yield expiry(f"{kit.role} {kit.name} of {kit.project}", kit.not_after, remedy=remedy)
+        yield from _connection(kit)
+    yield disk(options.kit)
+
+
+def _connection(kit: Kit) -> Iterator[Finding]:
+    """The proxy, the server's port, the clock, and the port that wakes."""
+    parts = urlsplit(kit.servers[0])
+    host, port = parts.hostname or "", parts.port or 443
+    proxy = None if proxy_bypass(host) else proxy_of()
+    yield Finding("proxy", "ok", _safe(proxy) if proxy else "none")
+    try:
+        status, date = _ask(kit, host, port, proxy)
+    except (OSError, ValueError) as error:
+        yield _unreachable(host, port, proxy, error)
+        return
+    if status == 403:
+        yield Finding(
+            "server",
+            "fail",
+            f"{host}:{port} does not let this device in: it is no member, or no longer",
+            "ask the operator: `fedcore provision list` shows who was revoked or has expired",
+        )
+    else:
+        yield Finding("server", "ok", f"{host}:{port} answers over TLS 1.3, both sides known")
+    if date is not None:
+        yield _clock(date)
+    try:
+        with (
+            _connect(host, port + 1, proxy) as plain,
+            client_context(kit).wrap_socket(plain, server_hostname=host),
+        ):
+            yield Finding("wake-up", "ok", f"{host}:{port + 1} answers")
+    except (OSError, ValueError) as error:
+        yield Finding(
+            "wake-up",
+            "warn",
+            f"{host}:{port + 1}: {error}; the device will ask now and then instead",
+            "let this port through firewalls and proxies, unless the server has another",
+        )
+
+
+def _clock(theirs: datetime) -> Finding:
+    off_s = (datetime.now(UTC) - theirs).total_seconds()
+    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's"
+    remedy = "set the clock; NTP keeps it right (timedatectl set-ntp true)"
+    if abs(off_s) > _SKEW_S:
+        return Finding("clock", "fail", f"{told}, more than the {_SKEW_S:.0f} s allowed", remedy)
+    return Finding("clock", "warn" if abs(off_s) > _SKEW_S / 5 else "ok", told, remedy)
+
+
+def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> Finding:
+    through = f" through {_safe(proxy)}" if proxy else ""
+    told = f"{host}:{port}{through}: {error}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        remedy = "this is not the kit's server, or its certificate has expired: ask the operator"
+    elif isinstance(error, ssl.SSLError):
+        remedy = "ask the operator for a new kit: the server does not take this certificate"
+    elif isinstance(error, socket.gaierror):
+        remedy = "see that the name resolves here; the operator may provision another name"
+    else:
+        remedy = "see that the server runs and that firewalls and proxies let this port through"
+    return Finding("server", "fail", told, remedy)
+
+
+def _ask(kit: Kit, host: str, port: int, proxy: str | None) -> tuple[int, datetime | None]:
+    """The status and the time of the server's answer to a call that it does not know."""
+    with (
+        _connect(host, port, proxy) as plain,
+        client_context(kit).wrap_socket(plain, server_hostname=host) as secure,
+    ):
+        secure.sendall(b"GET / HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n" % host.encode())
+        head = _read_head(secure)
+    lines = head.split("\r\n")
+    status = int(lines[0].split(" ")[1])
+    for line in lines[1:]:
+        name, _, value = line.partition(":")
+        if name.lower() == "date":
+            return status, parsedate_to_datetime(value.strip())
+    return status, None
+
+
+def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
+    """A connection, by an HTTP proxy where there is one.
+
+    Raises:
+        OSError: there is none to be had.
+    """
+    if proxy is None:
+        return socket.create_connection((host, port), timeout=_TIMEOUT_S)
+    parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    plain = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=_TIMEOUT_S)
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+    if parts.username is not None:
+        words = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        lines.append(f"Proxy-Authorization: Basic {base64.b64encode(words.encode()).decode()}")
+    try:
+        plain.sendall("\r\n".join([*lines, "", ""]).encode())
+        first = _read_head(plain).split("\r\n")[0]
+        if first.split(" ")[1:2] != ["200"]:
+            raise ConnectionError(f"the proxy answered {first!r}")
+    except BaseException:
+        plain.close()
+        raise
+    return plain
+
+
+def _read_head(connection: socket.socket) -> str:
+    head = b""
+    while b"\r\n\r\n" not in head and len(head) < _MAX_HEAD_BYTES:
+        # One byte at a time through a proxy: what follows its answer belongs to TLS.
+        piece = connection.recv(1)
+        if not piece:
+            raise ConnectionError("closed without an answer")
+        head += piece
+    return head.decode("latin-1").partition("\r\n\r\n")[0]
+
+
+def _safe(proxy: str) -> str:
+    """A proxy's address without the password."""
+    parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    return f"{parts.hostname}:{parts.port or 80}"

@@ -1,0 +1,201 @@
+"""``fedcore doctor``: what on this machine would keep a server or a device from its work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+from urllib.request import getproxies
+
+from fedcore import __version__
+from fedcore.cli import Command
+from fedcore.errors import FedcoreError, ResourceError
+
+_SOON = timedelta(days=14)
+_LITTLE_BYTES, _TOO_LITTLE_BYTES = 2 << 30, 200 << 20
+_NEEDED = {"flwr": "1.41.0"}
+"""Exact versions: parts of these that are nobody's API are used."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, and what to do where it is not as it should be."""
+
+    check: str
+    verdict: Literal["ok", "warn", "fail"]
+    detail: str
+    remedy: str = ""
+
+
+Examine = Callable[[argparse.Namespace], Iterable[Finding]]
+
+
+def guarded(check: str, work: Callable[[], Finding], *, remedy: str) -> Finding:
+    """What ``work`` finds; an error of this project is a finding, too."""
+    try:
+        return work()
+    except FedcoreError as error:
+        return Finding(check, "fail", str(error), remedy)
+
+
+def versions() -> Finding:
+    """Python, fedcore, and what must fit it exactly."""
+    found = {name: _version(name) for name in ("flwr", "torch", "grpcio", "onnxruntime")}
+    told = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items())
+    told = f"fedcore {__version__}, Python {platform.python_version()}, {told}"
+    wrong = [name for name, needed in _NEEDED.items() if found[name] not in (needed, None)]
+    if sys.version_info < (3, 11) or wrong:
+        pins = " ".join(f"{name}=={_NEEDED[name]}" for name in wrong) or "Python 3.11"
+        return Finding("versions", "fail", told, f"install {pins}")
+    if found["flwr"] is None or found["torch"] is None:
+        remedy = "`pip install 'fedcore[train]'` for a device that trains, `[server]` for a server"
+        return Finding("versions", "warn", f"{told}: this machine can infer only", remedy)
+    return Finding("versions", "ok", told)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def expiry(what: str, not_after: datetime, *, remedy: str, now: datetime | None = None) -> Finding:
+    """How long a certificate is valid still."""
+    left = not_after - (now or datetime.now(UTC))
+    told = f"{what} until {not_after:%Y-%m-%d %H:%M} UTC ({left.days} days)"
+    if left <= timedelta(0):
+        return Finding("certificate", "fail", f"{told}: expired", remedy)
+    if left < _SOON:
+        return Finding("certificate", "warn", f"{told}: expires soon", remedy)
+    return Finding("certificate", "ok", told)
+
+
+def disk(folder: Path) -> Finding:
+    """Room where files will be written."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    told = f"{free / 2**30:.1f} GiB free at {there}"
+    remedy = f"free space there, or put the folder {folder} on another disk"
+    if not os.access(there, os.W_OK):
+        return Finding("disk", "fail", f"{there} may not be written by this user", remedy)
+    if free < _TOO_LITTLE_BYTES:
+        return Finding("disk", "fail", told, remedy)
+    return Finding("disk", "warn" if free < _LITTLE_BYTES else "ok", told, remedy)
+
+
+def proxy_of(url_scheme: str = "https") -> str | None:
+    """The outbound proxy that the environment names."""
+    return getproxies().get(url_scheme)
+
+
+def gpu() -> Finding:
+    """Whether torch sees the accelerator that the machine has."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return Finding("gpu", "ok", "torch is not installed; nothing trains here")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        return Finding("gpu", "ok", f"{', '.join(names)}; {free:.1f} GiB free on the first")
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "gpu",
+            "warn",
+            f"torch {torch.__version__} sees none, though NVIDIA's driver is installed",
+            "install the CUDA build of torch, and see that `nvidia-smi` lists a GPU",
+        )
+    return Finding("gpu", "ok", "none; training runs on the CPU")
+
+
+def providers() -> Finding:
+    """What ONNX Runtime can run models on."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return Finding("onnxruntime", "fail", "not installed", "`pip install onnxruntime`")
+    found = onnxruntime.get_available_providers()
+    told = f"{onnxruntime.__version__}: {', '.join(found)}"
+    if "CPUExecutionProvider" not in found:
+        remedy = "reinstall onnxruntime: released models are tested on its CPU provider"
+        return Finding("onnxruntime", "fail", told, remedy)
+    return Finding("onnxruntime", "ok", told)
+
+
+def task_layers(path: Path) -> Finding:
+    """Whether the task loads, and privacy can take its layers."""
+    from fedcore.errors import UnsupportedLayer
+    from fedcore.privacy.layers import check_layers
+    from fedcore.task import load_task
+
+    task = load_task(path)
+    try:
+        check_layers(task.model())
+    except UnsupportedLayer as error:
+        return Finding(
+            "task",
+            "warn",
+            f"{task.name}: {error}",
+            "needed with privacy.unit = 'example' alone: replace the layers that are named",
+        )
+    return Finding("task", "ok", f"{task.name}: every layer can be trained with privacy")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    side = parser.add_mutually_exclusive_group(required=True)
+    side.add_argument(
+        "--kit", type=Path, metavar="DIR", help="look at a device, whose kit is here, as --kit kit"
+    )
+    side.add_argument(
+        "--identity",
+        type=Path,
+        metavar="DIR",
+        help="look at a server, whose identity is here, as --identity authority/server",
+    )
+    parser.add_argument("--task", type=Path, help="look at a task, too, as --task churn/task.py")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="where a server's results go (default: runs)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    side = "device" if options.kit else "server"
+    (entry,) = entry_points(group="fedcore.doctors", name=side)
+    examine: Examine = entry.load()
+    findings = [versions(), *examine(options), gpu(), providers()]
+    if options.task:
+        remedy = "`fedcore check` says more of a task"
+        findings.append(guarded("task", lambda: task_layers(options.task), remedy=remedy))
+    failed = any(finding.verdict == "fail" for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": not failed, "findings": list(map(asdict, findings))}, indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.verdict.upper():<5}{finding.check:<12} {finding.detail}")
+            if finding.verdict != "ok":
+                print(f"     {'':<12} -> {finding.remedy}")
+        print("This would fail." if failed else f"This {side} is ready.")
+    return ResourceError.exit_code if failed else 0
+
+
+doctor = Command(
+    help="look for what would keep a server or a device from its work, and say what to do",
+    arguments=_arguments,
+    run=_doctor,
+    example="fedcore doctor --kit kit --task task.py",
+)

@@ -1,0 +1,111 @@
+"""What `fedcore doctor` looks at on a server."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedcore.crypto.certificates import parse_certificate
+from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
+from fedcore.doctor import Finding, disk, expiry, guarded, proxy_of
+from fedcore.errors import FedcoreError, ResourceError
+from server.live.audit import AUDIT, check_audit
+
+_SOON_DAYS = 14
+
+
+def examine(options: argparse.Namespace) -> Iterator[Finding]:
+    """A server's findings."""
+    try:
+        identity = load_server_identity(options.identity)
+    except FedcoreError as error:
+        yield Finding(
+            "identity",
+            "fail",
+            str(error),
+            "`fedcore provision server HOST` makes one, `provision renew server` extends it",
+        )
+    else:
+        remedy = "`fedcore provision renew server`, and start the server anew"
+        yield expiry("the server's certificate", identity.kit.not_after, remedy=remedy)
+        yield _clock(identity)
+        remedy = "copy roster.json anew from the authority's folder"
+        yield guarded("roster", lambda: _roster(identity), remedy=remedy)
+        yield _ports(identity)
+        yield guarded("audit", lambda: _audit(options.identity), remedy="look who may write to it")
+    yield disk(options.runs)
+    proxy = proxy_of()
+    told = f"{proxy}; a server needs none, operators who ask it may" if proxy else "none"
+    yield Finding("proxy", "ok", told)
+
+
+def _clock(identity: ServerIdentity) -> Finding:
+    certificate = parse_certificate(identity.kit.certificate_pem, where="certificate")
+    now, begins = datetime.now(UTC), certificate.not_valid_before_utc
+    told = f"{now:%Y-%m-%d %H:%M:%S} UTC"
+    if now < begins:
+        return Finding(
+            "clock",
+            "fail",
+            f"{told}, before the certificate was issued ({begins:%Y-%m-%d %H:%M})",
+            "set the clock; NTP keeps it right (timedatectl set-ntp true)",
+        )
+    return Finding("clock", "ok", told)
+
+
+def _roster(identity: ServerIdentity) -> Finding:
+    roster = Roster(identity.roster_path, identity.kit.authority_pem)
+    members = roster.members()
+    now = datetime.now(UTC)
+    soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]
+    devices = sum(one.role == "device" for one in members)
+    told = f"version {roster.version}: {devices} devices, {len(members) - devices} others"
+    if not devices:
+        return Finding("roster", "warn", told, "`fedcore provision device NAME --request FILE`")
+    if soon:
+        names = ", ".join(soon[:5]) + (", ..." if len(soon) > 5 else "")
+        told = f"{told}; {len(soon)} expire within {_SOON_DAYS} days: {names}"
+        remedy = "`fedcore provision renew NAME`, and install what it makes"
+        return Finding("roster", "warn", told, remedy)
+    return Finding("roster", "ok", told)
+
+
+def _ports(identity: ServerIdentity) -> Finding:
+    from server.live.reach import ask_here
+
+    wanted = (identity.port, identity.port + 1)
+    try:
+        said = ask_here(identity.kit.folder, {"verb": "status"})
+        told = f"a server is running: {said['run']} on {said['listens']}, wakes on {said['wakes']}"
+        return Finding("ports", "ok", told)
+    except ResourceError:
+        taken = [port for port in wanted if not _is_free(port)]
+    if taken:
+        return Finding(
+            "ports",
+            "fail",
+            f"port {' and '.join(map(str, taken))} is in use by something else, or forbidden",
+            "stop what uses it (ss -ltnp), or choose others with --listen and --wake-port",
+        )
+    told = f"{wanted[0]} and {wanted[1]} are free; let both through firewalls"
+    return Finding("ports", "ok", told)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError):
+            return False
+    return True
+
+
+def _audit(folder: Path) -> Finding:
+    if not (folder / AUDIT).exists():
+        return Finding("audit", "ok", "no server has run with this identity yet")
+    lines = check_audit(folder / AUDIT)
+    return Finding("audit", "ok", f"{lines} lines, each follows the one before")

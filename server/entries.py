@@ -1,0 +1,189 @@
+"""Entries of a journal: small documents with arrays, each with its own digest, in SQLite."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import DataError, DiskFull, FedcoreError, ResourceError
+from fedcore.files import disk_errors
+
+_SCHEMA = """
+create table if not exists entry (
+    kind text not null, round integer not null, node integer not null,
+    doc text not null, data blob not null, sha256 text not null,
+    primary key (kind, round, node)
+) without rowid
+"""
+_FIELDS = "kind, round, node, doc, data, sha256"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that came to pass. Its kind, round and node name it: nothing comes to pass twice.
+
+    ``sha256`` covers all of the rest, so that damage shows in whatever part.
+    """
+
+    kind: str
+    round: int
+    node: int
+    """0 where it is no node's."""
+    doc: str
+    """A JSON object."""
+    data: bytes
+    """Small arrays that the document tells the places of."""
+    sha256: str
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The document."""
+        values: dict[str, Any] = json.loads(self.doc)
+        return values
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it is what was written."""
+        return self.sha256 == _digest(self.kind, self.round, self.node, self.doc, self.data)
+
+
+def new_entry(
+    kind: str, number: int, node: int, values: Mapping[str, Any], data: bytes = b""
+) -> Entry:
+    """An entry over ``values``, as JSON; every float is kept to its last bit, NaN too."""
+    doc = json.dumps(values)
+    return Entry(kind, number, node, doc, data, _digest(kind, number, node, doc, data))
+
+
+def _digest(kind: str, number: int, node: int, doc: str, data: bytes) -> str:
+    head = json.dumps([kind, number, node, doc]).encode()
+    found = hashlib.sha256(len(head).to_bytes(8, "big") + head)
+    found.update(data)
+    return found.hexdigest()
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turns what SQLite says into errors of ours.
+
+    Raises:
+        DiskFull: there was no room.
+        DataError: the file is damaged.
+        ResourceError: it cannot be read or written for another reason.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _as_ours(path, error) from error
+
+
+def _as_ours(path: Path, error: sqlite3.Error) -> FedcoreError:
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
+        return DiskFull(
+            f"{path}: the disk has no room for the journal ({error}). What it holds stands, and "
+            "nothing else was done; free space there, and go on with --resume."
+        )
+    if code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        return ResourceError(
+            f"{path}: the journal cannot be read or written ({error}). What it holds stands; make "
+            "the disk work again, and go on with --resume."
+        )
+    return DataError(f"{path}: the journal is damaged ({error}).")
+
+
+class Entries:
+    """A file of entries. Every change is with the disk when its method returns.
+
+    One process at a time opens it. Methods may be called from one thread at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens ``path``, or makes it.
+
+        Raises:
+            DataError: its structure is damaged.
+            DiskFull: there is no room.
+        """
+        self.path = path
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with sqlite_errors(path):
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        with sqlite_errors(self.path):
+            # Durable with one fsync a transaction; a process that dies leaves the last whole one.
+            self._connection.execute("pragma journal_mode = wal")
+            self._connection.execute("pragma synchronous = full")
+            (found,) = self._connection.execute("pragma integrity_check(1)").fetchone()
+            if found != "ok":
+                raise DataError(f"{self.path}: the journal is damaged ({found}).")
+            self._connection.execute(_SCHEMA)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+    def write(
+        self, new: Sequence[Entry] = (), *, drop: Sequence[tuple[str, int, int]] = ()
+    ) -> None:
+        """Drops entries and adds others, all or none; one of the same name is replaced.
+
+        Args:
+            new: What to add.
+            drop: Kinds, with the first and last round whose entries go.
+        """
+        with sqlite_errors(self.path):
+            self._connection.execute("begin immediate")
+            try:
+                for kind, first, last in drop:
+                    self._connection.execute(
+                        "delete from entry where kind = ? and round between ? and ?",
+                        (kind, first, last),
+                    )
+                for entry in new:
+                    self._connection.execute(
+                        f"insert or replace into entry ({_FIELDS}) values (?, ?, ?, ?, ?, ?)",  # noqa: S608
+                        (entry.kind, entry.round, entry.node, entry.doc, entry.data, entry.sha256),
+                    )
+                self._connection.execute("commit")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("rollback")
+                raise
+
+    def of(self, kind: str) -> list[Entry]:
+        """Every entry of a kind, by round and node."""
+        with sqlite_errors(self.path):
+            rows = self._connection.execute(
+                f"select {_FIELDS} from entry where kind = ? order by round, node",  # noqa: S608
+                (kind,),
+            ).fetchall()
+        return [Entry(*row) for row in rows]
+
+    def one(self, kind: str, number: int, node: int) -> Entry | None:
+        """The entry of that name."""
+        with sqlite_errors(self.path):
+            row = self._connection.execute(
+                f"select {_FIELDS} from entry where kind = ? and round = ? and node = ?",  # noqa: S608
+                (kind, number, node),
+            ).fetchone()
+        return Entry(*row) if row else None
+
+    def damaged(self) -> list[Entry]:
+        """Entries that are not what was written."""
+        with sqlite_errors(self.path):
+            rows = self._connection.execute(f"select {_FIELDS} from entry")  # noqa: S608
+            return [entry for entry in (Entry(*row) for row in rows) if not entry.is_intact]

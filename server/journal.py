@@ -1,0 +1,354 @@
+"""The truth of a run over devices: who was asked, what came back, and each round's outcome.
+
+Every line of it is with the disk before anything follows from it, so a process that dies at any
+moment leaves a run that goes on: a round that is over stays over, and an update that was accepted
+is neither asked for again nor counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedcore.errors import DataError
+from fedcore.flower.records import read_record, record_bytes
+from server.blobs import Blobs, as_bytes
+from server.entries import Entries, Entry, new_entry
+from server.journal_head import (
+    ASKED,
+    COMMIT,
+    END,
+    JOURNAL,
+    RECORD,
+    REPLY,
+    RUN,
+    open_mended,
+    write_head,
+)
+from server.progress import Progress, Start
+from server.records import RoundRecord
+from server.strategy_state import Remembered
+
+SELECTING, SELECTED = "selecting", "selected"
+ACCEPTING, ACCEPTED = "accepting", "accepted"
+COMMITTING, COMMITTED, COPIED = "committing", "committed", "copied"
+POINTS = (SELECTING, SELECTED, ACCEPTING, ACCEPTED, COMMITTING, COMMITTED, COPIED)
+"""Moments at which a change has not begun or has just become durable; see `Reached`."""
+Reached = Callable[[str], None]
+"""Hears of each of `POINTS` as it is reached."""
+
+_BLOBS = "values"
+_FORMAT = 1
+_INLINE_BYTES = 2**16
+_FIRST, _LAST = 0, 2**62
+_TRAIN = "train"
+
+
+def nothing(point: str) -> None:
+    """What most who hear of a point do."""
+
+
+class Journal:
+    """The journal of one run, in a folder that one process at a time owns.
+
+    Memory is that of one value at a time. Values of more than 64 KiB are files beside the journal,
+    named by their digests: weights that are the best ones too are written once.
+    """
+
+    def __init__(
+        self, folder: Path, entries: Entries, mended: str, *, reached: Reached = nothing
+    ) -> None:
+        """Use `create` or `reopen`."""
+        self._folder = folder
+        self._entries = entries
+        self._reached = reached
+        self._blobs = Blobs(folder / _BLOBS)
+        self.mended = mended
+        """What was damaged and is mended, in a sentence; empty where nothing was."""
+        self.start = start = self._last_whole()
+        """Where rounds went on, or go on, in this process; None where they had not begun."""
+        self._begun = start is not None
+        self.round = start.progress.round if start else 0
+        """The last round that is over."""
+        self._over = start.progress.over if start else False
+        self._sweep()
+
+    def close(self) -> None:
+        """Closes it."""
+        self._entries.close()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What fixes the run, see `server.identity`."""
+        identity: Mapping[str, Any] = self._run()["identity"]
+        return identity
+
+    @property
+    def instance(self) -> str:
+        """The same from the beginning of the run to its end, whatever dies meanwhile."""
+        return str(self._run()["instance"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run came to its end and left its results."""
+        return self._entries.one(END, 0, 0) is not None
+
+    def end(self) -> None:
+        """Notes that the run's results are written."""
+        self._entries.write([new_entry(END, 0, 0, {})])
+        write_head(self._folder, self._entries)
+
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Makes a round's outcome durable, and drops what led to it. Once, however often called.
+
+        Args:
+            progress: After the round; or before the first one.
+            record: Of the round; None where there was none.
+
+        Raises:
+            DiskFull: there was no room; the round before stands, and what was accepted since.
+        """
+        if self._begun and (progress.round, progress.over) == (self.round, self._over):
+            return
+        packed = _Packing(self._blobs)
+        doc = _progress_doc(progress, packed)
+        new = [new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))]
+        if record is not None:
+            new.append(new_entry(RECORD, record.round, 0, asdict(record)))
+        # The round before stays: it is what is gone back to where this one's values are damaged.
+        stale = [(COMMIT, _FIRST, progress.round - 2)]
+        stale += [(kind, _FIRST, progress.round) for kind in self._kinds()]
+        self._reached(COMMITTING)
+        self._entries.write(new, drop=stale)
+        self._reached(COMMITTED)
+        write_head(self._folder, self._entries)
+        self._reached(COPIED)
+        self._begun, self.round, self._over = True, progress.round, progress.over
+        self._sweep()
+
+    def asked(self, kind: str) -> list[int] | None:
+        """Whom the round that goes on asks for ``kind``; None where nobody was asked yet."""
+        entry = self._entries.one(ASKED + kind, self.round + 1, 0)
+        return None if entry is None else [int(node) for node in entry.values["nodes"]]
+
+    def ask(self, kind: str, nodes: Sequence[int]) -> None:
+        """Notes whom the round asks, before any of them is sent anything."""
+        self._reached(SELECTING)
+        self._entries.write([new_entry(ASKED + kind, self.round + 1, 0, {"nodes": list(nodes)})])
+        self._reached(SELECTED)
+
+    def drop(self) -> None:
+        """Forgets whom the round that goes on asks, so that it asks others; replies stay."""
+        number = self.round + 1
+        kinds = [kind for kind in self._kinds() if kind.startswith(ASKED)]
+        self._entries.write(drop=[(kind, number, number) for kind in kinds])
+
+    def accept(self, reply: Message) -> None:
+        """Makes a reply of the round that goes on durable; it holds no error.
+
+        Raises:
+            DiskFull: there was no room; it was not kept.
+        """
+        metadata, packed = reply.metadata, _Packing(self._blobs)
+        doc = _content_doc(reply.content, packed)
+        self._reached(ACCEPTING)
+        kind = REPLY + metadata.message_type
+        self._entries.write(
+            [new_entry(kind, self.round + 1, metadata.src_node_id, doc, bytes(packed.data))]
+        )
+        self._reached(ACCEPTED)
+
+    def reply(self, message: Message) -> Message | None:
+        """The reply that was accepted to ``message`` of the round that goes on.
+
+        None where there was none, or it is damaged: then its node is to be asked again.
+        """
+        metadata = message.metadata
+        kind = REPLY + metadata.message_type
+        entry = self._entries.one(kind, self.round + 1, metadata.dst_node_id)
+        if entry is None or not entry.is_intact:
+            return None
+        try:
+            content = self._content(entry)
+        except DataError:
+            return None
+        return Message(content, reply_to=message)
+
+    def _run(self) -> dict[str, Any]:
+        entry = self._entries.one(RUN, 0, 0)
+        assert entry is not None
+        return entry.values
+
+    def _kinds(self) -> list[str]:
+        return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, "evaluate")]
+
+    def _content(self, entry: Entry) -> RecordDict:
+        values = entry.values
+        start, end = values["rest"]
+        content = read_record(entry.data[start:end], where=str(self._folder / JOURNAL))
+        arrays: dict[str, dict[str, Array]] = {name: {} for name in values["records"]}
+        for name, key, dtype, shape, stype, place in values["arrays"]:
+            data = _unpacked(place, entry.data, self._blobs)
+            arrays[name][key] = Array(dtype, tuple(shape), stype, data)
+        for name, held in arrays.items():
+            content[name] = ArrayRecord(held)
+        return content
+
+    def _last_whole(self) -> Start | None:
+        """Where the run goes on: after the last commit whose values are what was written."""
+        commits = self._entries.of(COMMIT)
+        records = [RoundRecord(**entry.values) for entry in self._entries.of(RECORD)]
+        for entry in reversed(commits):
+            try:
+                progress = _progress(entry, self._blobs)
+            except DataError as error:
+                self.mended = " ".join(filter(None, (self.mended, str(error))))
+                continue
+            if entry is not commits[-1]:
+                self._go_back(entry.round)
+            whole = tuple(record for record in records if record.round <= entry.round)
+            return Start(progress, whole, cohort=self._cohort(entry.round, whole))
+        if commits:
+            raise DataError(
+                f"{self.mended} No round's weights are whole. Nothing was run; restore the folder "
+                "from a backup and go on with --resume, or begin the run anew with --fresh."
+            )
+        return None
+
+    def _go_back(self, number: int) -> None:
+        """Drops what came after a round. Devices answer again with what they have kept."""
+        after = (number + 1, _LAST)
+        self._entries.write(drop=[(kind, *after) for kind in (COMMIT, RECORD, *self._kinds())])
+        write_head(self._folder, self._entries)
+        self.mended += f" The run goes on after round {number}, whose weights are whole."
+
+    def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
+        entry = self._entries.one(ASKED + _TRAIN, number + 1, 0)
+        if entry is not None:
+            return len(entry.values["nodes"])
+        return records[-1].cohort if records else None
+
+    def _sweep(self) -> None:
+        """Removes values that nothing refers to."""
+        kinds = [COMMIT, *(kind for kind in self._kinds() if kind.startswith(REPLY))]
+        self._blobs.keep_only(
+            {digest for kind in kinds for one in self._entries.of(kind) for digest in _digests(one)}
+        )
+
+
+def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
+    """Begins the journal of a run in ``folder``, which must hold none."""
+    entries = Entries(folder / JOURNAL)
+    values = {"format": _FORMAT, "identity": identity, "instance": secrets.token_hex(8)}
+    entries.write([new_entry(RUN, 0, 0, values)])
+    write_head(folder, entries)
+    return Journal(folder, entries, "", reached=reached)
+
+
+def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
+    """The journal in ``folder``, mended where it was damaged; None where no run was begun.
+
+    Raises:
+        DataError: it is damaged, and nothing is left to mend it from.
+    """
+    if not (folder / JOURNAL).exists():
+        return None
+    entries, mended = open_mended(folder)
+    run = entries.one(RUN, 0, 0)
+    if run is None:  # it died before anything was begun
+        entries.close()
+        return None
+    try:
+        found = run.values["format"]
+        if found != _FORMAT:
+            raise DataError(
+                f"{entries.path}: format {found}, expected {_FORMAT}: another version of fedcore "
+                "wrote this journal. Nothing was run; go on with that version."
+            )
+        return Journal(folder, entries, mended, reached=reached)
+    except BaseException:
+        entries.close()
+        raise
+
+
+class _Packing:
+    """Puts values where an entry finds them again: beside it, or into a file where large."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self.data = bytearray()
+
+    def add(self, values: bytes | NDArray[Any]) -> list[Any]:
+        raw = as_bytes(values)
+        if len(raw) > _INLINE_BYTES:
+            return [self._blobs.put(raw), len(raw)]
+        start = len(self.data)
+        self.data += raw.data
+        return [start, len(self.data)]
+
+
+def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
+    first, last = place
+    return blobs.get(first, last) if isinstance(first, str) else data[first:last]
+
+
+def _digests(entry: Entry) -> list[str]:
+    """The files that an entry refers to."""
+    places = [described[-1] for described in entry.values.get("arrays", ())]
+    return [place[0] for place in places if isinstance(place[0], str)]
+
+
+def _content_doc(content: RecordDict, packed: _Packing) -> dict[str, Any]:
+    arrays = {name: one for name, one in content.items() if isinstance(one, ArrayRecord)}
+    rest = RecordDict({name: one for name, one in content.items() if name not in arrays})
+    start = len(packed.data)
+    packed.data += record_bytes(rest)
+    return {
+        "rest": [start, len(packed.data)],
+        "records": list(arrays),
+        "arrays": [
+            [name, key, array.dtype, list(array.shape), array.stype, packed.add(array.data)]
+            for name, record in arrays.items()
+            for key, array in record.items()
+        ],
+    }
+
+
+def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
+    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *progress.strategy.arrays]
+    described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
+    preprocess = ["|u1", [len(progress.preprocess)], packed.add(progress.preprocess)]
+    return {
+        "round": progress.round,
+        "over": progress.over,
+        "best_round": progress.best_round,
+        "most_failed": progress.most_failed,
+        "strategy": progress.strategy.tree,
+        "arrays": [preprocess, *described],
+    }
+
+
+def _progress(entry: Entry, blobs: Blobs) -> Progress:
+    values = json.loads(entry.doc)
+    preprocess, weights, best, *rest = [
+        np.frombuffer(_unpacked(place, entry.data, blobs), np.dtype(dtype)).reshape(shape).copy()
+        for dtype, shape, place in values["arrays"]
+    ]
+    return Progress(
+        round=values["round"],
+        over=values["over"],
+        weights=weights,
+        best=best,
+        best_round=values["best_round"],
+        most_failed=values["most_failed"],
+        strategy=Remembered(values["strategy"], tuple(rest)),
+        preprocess=preprocess.tobytes(),
+    )

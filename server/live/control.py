@@ -1,0 +1,369 @@
+"""What operators steer of a run that goes on, and what they and viewers see of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fedcore import __version__
+from fedcore.config import RunConfig
+from fedcore.crypto.roster import Member, Roster, ServerIdentity
+from fedcore.errors import ConfigError, DataError, FedcoreError, TrustError
+from fedcore.files import read_bytes, write_json
+from fedcore.flower.fleet import node_id_of
+from fedcore.flower.fleet_grid import Stopped
+from fedcore.observability.events import Event, Noted, RoundFinished, json_line
+from server.live.audit import AUDIT, Audit
+from server.live.backup import back_up
+from server.live.request import LOOKING, Asker, Request, parse_request
+from server.live.serve import Listening
+from server.progress import Keeper, Progress
+
+_DRAINED = "drained.json"
+_MAX_DRAINED_BYTES = 4 << 20
+_ROUNDS_SHOWN = 1000
+_LOOK_S = 0.25
+"""How often a paused run looks whether the server is told to stop."""
+
+_State = Literal["waiting", "running", "paused", "finishing", "ended"]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is there once the server is up."""
+
+    identity: ServerIdentity
+    listening: Listening
+    roster: Roster
+
+
+class Control:
+    """Steers one run. Every method may be called from any thread."""
+
+    def __init__(self, run: RunConfig, *, identity: Path, results: Path) -> None:
+        """Begins with a run that goes on.
+
+        Args:
+            run: The run's configuration.
+            identity: The server's folder: the audit log and the list of drained devices lie there.
+            results: The run's own folder.
+
+        Raises:
+            DiskFull: there is no room for the audit log.
+            DataError: the list of drained devices is no such list.
+        """
+        self._run, self._folder, self._results = run, identity, results
+        self._audit = Audit(identity / AUDIT)
+        self._changed = threading.Condition()
+        self._rounds: deque[dict[str, Any]] = deque(maxlen=_ROUNDS_SHOWN)
+        self._notes: deque[str] = deque(maxlen=20)
+        self._state: _State = "waiting"
+        self._pause = self._stop = False
+        self._holds = 0
+        """How many wait for the round to be over, or copy what it left."""
+        self._started = time.monotonic()
+        self._drained = _read_drained(identity / _DRAINED)
+        self._site: _Site | None = None
+
+    def sink(self, event: Event) -> None:
+        """Takes in what happens, for those who look."""
+        with self._changed:
+            if isinstance(event, RoundFinished):
+                self._rounds.append(json.loads(json_line(event)))
+            elif isinstance(event, Noted):
+                self._notes.append(event.text)
+
+    def open(self, identity: ServerIdentity, listening: Listening) -> None:
+        """The server is up."""
+        roster = Roster(identity.roster_path, identity.kit.authority_pem)
+        self._site = _Site(identity, listening, roster)
+        self._tell_drained(self._site)
+        self._audit.record(by="server", action="start", outcome="done", run=self._run.name)
+
+    def close(self) -> None:
+        """The server is down."""
+        with self._changed:
+            self._show("ended")
+            self._site = None
+        last = self._rounds[-1]["round"] if self._rounds else 0
+        self._audit.record(
+            by="server", action="end", outcome="done", run=self._run.name, round=last
+        )
+        self._audit.close()
+
+    def steered(self, keeper: Keeper) -> Keeper:
+        """``keeper``, and after each round that it has kept, what operators asked for."""
+        return _Steered(keeper, self._goes_on)
+
+    def answer(self, raw: bytes, asker: Asker) -> dict[str, Any]:
+        """Does what is asked, and says so; what may not be done is answered, not raised."""
+        try:
+            return {"ok": True, **self._answer(parse_request(raw), asker)}
+        except FedcoreError as error:
+            return {"ok": False, "error": type(error).__name__, "message": str(error)}
+
+    def _answer(self, request: Request, asker: Asker) -> dict[str, Any]:
+        site = self._site
+        if site is None:
+            raise ConfigError("the server is not up yet. Nothing was done; ask again.")
+        if request.verb in LOOKING:
+            return self._look(request, site)
+        more = request.model_dump(exclude={"verb"}, exclude_defaults=True)
+
+        def told(outcome: str) -> None:
+            self._audit.record(by=asker.by, action=request.verb, outcome=outcome, **more)
+
+        try:
+            if asker.role != "operator":
+                raise TrustError(
+                    f"{asker.by}: a {asker.role} may look, and only an operator may "
+                    f"{request.verb}. Nothing was done; ask an operator."
+                )
+            act = self._act(request, asker, site)
+            told("accepted")  # on disk before anything is done
+            answer = act()
+        except FedcoreError as error:
+            told(f"refused: {error}")
+            raise
+        if request.verb == "backup":
+            told("done")
+        return answer
+
+    def _look(self, request: Request, site: _Site) -> dict[str, Any]:
+        if request.verb == "devices":
+            return {"devices": self._devices(site)}
+        with self._changed:
+            rounds = list(self._rounds)
+        if request.verb == "rounds":
+            return {"run": self._run.name, "rounds": rounds}
+        return self._status(site, rounds)
+
+    def _status(self, site: _Site, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        devices = self._devices(site)
+        address, kit = site.listening.address, site.identity.kit
+        return {
+            "run": self._run.name,
+            "state": self._described(),
+            "round": rounds[-1]["round"] if rounds else 0,
+            "rounds": self._run.federation.rounds,
+            "last": rounds[-1] if rounds else None,
+            "notes": list(self._notes),
+            "devices": {
+                "members": len(devices),
+                "there": sum(device["there"] for device in devices),
+                "drained": len(self._drained),
+            },
+            "project": kit.project,
+            "listens": f"{address.host}:{address.port}",
+            "wakes": address.wake_port,
+            "certificate_not_after": f"{kit.not_after:%Y-%m-%dT%H:%M:%SZ}",
+            "roster": {"version": site.roster.version, "damage": site.roster.damage},
+            "up_s": round(time.monotonic() - self._started, 1),
+            "version": __version__,
+        }
+
+    def _described(self) -> str:
+        with self._changed:
+            if self._stop and self._state != "ended":
+                return "stopping"
+            if self._pause and self._state in ("waiting", "running"):
+                return "pausing"
+            return self._state
+
+    def _devices(self, site: _Site) -> list[dict[str, Any]]:
+        seen = {device.node_id: device for device in site.listening.presence.devices()}
+        found = []
+        for member in site.roster.members():
+            if member.role != "device":
+                continue
+            node_id = node_id_of(member.public)
+            device = seen.get(node_id)
+            found.append(
+                {
+                    "name": member.name,
+                    "node_id": node_id,
+                    "there": device is not None and device.there,
+                    "awake": device is not None and device.awake,
+                    "drained": member.name in self._drained,
+                    "num_examples": member.num_examples,
+                    "certificate_not_after": f"{member.not_after:%Y-%m-%dT%H:%M:%SZ}",
+                }
+            )
+        return sorted(found, key=lambda one: str(one["name"]))
+
+    def _act(self, request: Request, asker: Asker, site: _Site) -> Callable[[], dict[str, Any]]:
+        """What is to be done, once nothing speaks against it; nothing is done yet."""
+        if request.verb == "drain":
+            return self._drain(request, site)
+        if request.verb == "backup":
+            return self._backup(request, asker)
+        if self._state == "ended":
+            raise ConfigError(f"{self._run.name}: the run has ended. Nothing was done.")
+        if request.verb == "pause":
+            return lambda: self._set(pause=True, stop=self._stop)
+        if request.verb == "resume":
+            return lambda: self._set(pause=False, stop=self._stop)
+
+        def stop() -> dict[str, Any]:
+            if self._state == "waiting":  # nothing has begun that could end
+                site.listening.stop()
+            return self._set(pause=False, stop=True)
+
+        return stop
+
+    def _set(self, *, pause: bool, stop: bool) -> dict[str, Any]:
+        with self._changed:
+            self._pause, self._stop = pause, stop
+            self._changed.notify_all()
+        if not pause and not stop:
+            with self._changed:
+                self._changed.wait_for(lambda: self._state != "paused", timeout=2 * _LOOK_S)
+        return {"run": self._run.name, "state": self._described()}
+
+    def _drain(self, request: Request, site: _Site) -> Callable[[], dict[str, Any]]:
+        known = {m.name: m for m in site.roster.members() if m.role == "device"}
+        name = request.device or ""
+        if name not in known and not (request.undo and name in self._drained):
+            raise ConfigError(
+                f"{name or 'drain'}: no device of this project has this name. Nothing was done; "
+                "`fedcore server devices` lists them."
+            )
+        if not request.undo:
+            self._check_enough(self._drained | {name}, site)
+
+        def act() -> dict[str, Any]:
+            with self._changed:  # another operator may drain at the same time
+                wanted = self._drained - {name} if request.undo else self._drained | {name}
+                write_json(self._folder / _DRAINED, sorted(wanted))
+                self._drained = wanted
+            self._tell_drained(site)
+            return {"device": name, "drained": not request.undo}
+
+        return act
+
+    def _check_enough(self, drained: frozenset[str], site: _Site) -> None:
+        """Refuses to leave a run fewer devices than each of its rounds asks for."""
+        with self._changed:
+            last = self._rounds[-1] if self._rounds else None
+        needed = self._run.federation.cohort or (last["cohort"] if last else 1)
+        left = sum(
+            device.there and device.name not in drained
+            for device in site.listening.presence.devices()
+        )
+        there = sum(device.there for device in site.listening.presence.devices())
+        if left < needed <= there:
+            raise ConfigError(
+                f"drain: {left} devices would be left, and each round of {self._run.name!r} asks "
+                f"{needed}. Nothing was done; stop the run, and start it with a lower "
+                "federation.cohort, or wait for more devices."
+            )
+
+    def _tell_drained(self, site: _Site) -> None:
+        members: dict[str, Member] = {member.name: member for member in site.roster.members()}
+        nodes = [node_id_of(members[name].public) for name in self._drained if name in members]
+        site.listening.presence.drain(nodes)
+
+    def _backup(self, request: Request, asker: Asker) -> Callable[[], dict[str, Any]]:
+        file = Path(request.file or "")
+        if not asker.local:
+            raise ConfigError(
+                "backup: it is written on the server's own machine, and asked for there. Nothing "
+                "was written; log in there, and name the server's folder with --identity."
+            )
+        if not file.is_absolute() or file.exists():
+            raise ConfigError(
+                f"{file}: expected the whole path of a file that does not exist. Nothing was "
+                "written; choose another name."
+            )
+
+        def act() -> dict[str, Any]:
+            with self._between_rounds():
+                return asdict(back_up(self._results, file, now=datetime.now(UTC)))
+
+        return act
+
+    @contextmanager
+    def _between_rounds(self) -> Iterator[None]:
+        """Waits until no round is on, and lets none begin meanwhile."""
+        with self._changed:
+            self._holds += 1
+            self._changed.wait_for(lambda: self._state != "running")
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holds -= 1
+                self._changed.notify_all()
+
+    def _goes_on(self, progress: Progress) -> bool:
+        """Waits while the run is paused.
+
+        Raises:
+            Stopped: an operator stopped the run, or the server stops.
+        """
+        stopping = self._site.listening.stopping if self._site else None
+        with self._changed:
+            if progress.over:
+                self._show("finishing")
+                return True
+            while self._holds or (self._pause and not self._stop):
+                self._show("paused")
+                self._changed.wait(_LOOK_S)
+                if stopping is not None and stopping.is_set():
+                    raise Stopped("the server stops")
+            if self._stop:
+                raise Stopped("an operator stopped the run")
+            self._show("running")
+        return True
+
+    def _show(self, state: _State) -> None:
+        if self._state != state:
+            self._state = state
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Steered:
+    """A keeper whose run operators steer."""
+
+    keeper: Keeper
+    may_go_on: Callable[[Progress], bool]
+
+    def goes_on(self, progress: Progress) -> bool:
+        """What is over is kept first."""
+        return self.keeper.goes_on(progress) and self.may_go_on(progress)
+
+    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        return self.keeper.asked(kind, draw)
+
+    def begin(self, nodes: Sequence[int]) -> None:
+        self.keeper.begin(nodes)
+
+    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        return self.keeper.failures(progress, reasons)
+
+    def fail(self, progress: Progress) -> None:
+        self.keeper.fail(progress)
+
+
+def _read_drained(path: Path) -> frozenset[str]:
+    if not path.exists():
+        return frozenset()
+    raw = read_bytes(path, max_bytes=_MAX_DRAINED_BYTES, what="the list of drained devices")
+    try:
+        names = json.loads(raw)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a list of names")
+    except ValueError as error:
+        raise DataError(
+            f"{path}: {error}. Nothing was started; remove the file, and drain anew who should be."
+        ) from None
+    return frozenset(names)

@@ -1,0 +1,187 @@
+"""Rounds over devices, kept in a journal as they go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from fedcore.errors import RoundFailed
+from fedcore.flower.grid import OwnGrid
+from server.journal import Journal
+from server.progress import Progress
+from server.records import RoundRecord
+
+REJOIN_S = 40.0
+"""How long after its own restart a server waits for devices that it asked before: they look for it
+every 30 s at least."""
+_LOOK_S = 0.2
+Admit = Callable[[Collection[int]], Collection[int]]
+"""Has the grid behind know nodes, which after a restart have not called yet; those who are no
+members any more are left out of what it gives back."""
+_ROUNDS = (MessageType.TRAIN, MessageType.EVALUATE)
+
+
+class JournalKeeper:
+    """Commits each round to the journal before anyone is told of it."""
+
+    def __init__(
+        self, journal: Journal, *, tell: Callable[[RoundRecord], None], deadline_s: float
+    ) -> None:
+        """Goes on where ``journal`` ends.
+
+        Args:
+            journal: Of the run.
+            tell: Told of each round once it is over for good.
+            deadline_s: How long a round that lacks devices waits before it fails.
+        """
+        self._journal = journal
+        self._tell = tell
+        self._deadline_s = deadline_s
+        self._record: RoundRecord | None = None
+
+    def record(self, record: RoundRecord) -> None:
+        """A round is over, but for the journal."""
+        self._record = record
+
+    def goes_on(self, progress: Progress) -> bool:
+        """Commits what is over; always goes on."""
+        record, self._record = self._record, None
+        self._journal.commit(progress, record)
+        if record is not None:
+            self._tell(record)
+        return True
+
+    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        """Whom the round asked before it was interrupted; else whom ``draw`` names, noted down.
+
+        Raises:
+            RoundFailed: there were too few devices until the deadline.
+        """
+        known = self._journal.asked(kind)
+        if known is not None:
+            return known
+        nodes = self._drawn(draw)
+        self._journal.ask(kind, nodes)
+        return nodes
+
+    def begin(self, nodes: Sequence[int]) -> None:
+        """Nothing: they are noted by `asked`."""
+
+    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        """No advice: each device has its own log."""
+        return ()
+
+    def fail(self, progress: Progress) -> None:
+        """Nothing: the journal holds what came before, and what was accepted since."""
+
+    def _drawn(self, draw: Callable[[], list[int]]) -> list[int]:
+        end = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                return draw()
+            except RoundFailed:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(_LOOK_S)
+
+
+class JournalGrid(OwnGrid):
+    """Sends through the grid behind what the journal has no reply to, and keeps what comes back.
+
+    A device that is gone is asked again when it comes back, as long as the round needs it: until
+    enough others have answered, or, after a restart of the server, until it had the time to find
+    the server again.
+    """
+
+    def __init__(
+        self,
+        behind: Grid,
+        journal: Journal,
+        *,
+        admit: Admit,
+        quorum: float,
+        rejoin_s: float = 0.0,
+    ) -> None:
+        """A grid for the run of ``journal``.
+
+        Args:
+            behind: Reaches the devices.
+            journal: Keeps replies to what rounds ask.
+            admit: Asked before nodes are sent anything.
+            quorum: The share of a cohort whose updates a round needs.
+            rejoin_s: How long from now on devices that were not seen yet are waited for.
+        """
+        super().__init__(behind.run.run_id)
+        self._behind = behind
+        self._journal = journal
+        self._admit = admit
+        self._quorum = quorum
+        self._rejoin_until = time.monotonic() + rejoin_s
+        self._seen: set[int] = set()
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are there."""
+        there = set(self._behind.get_node_ids())
+        self._seen |= there
+        return sorted(there)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Through the grid behind: what is asked outside rounds is not kept."""
+        return self._behind.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Through the grid behind."""
+        return self._behind.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Replies that were kept, then the others as they come in and are kept.
+
+        ``timeout`` is in seconds.
+        """
+        end = time.monotonic() + timeout if timeout is not None else float("inf")
+        waiting = {message.metadata.dst_node_id: message for message in messages}
+        if any(message.metadata.message_type not in _ROUNDS for message in waiting.values()):
+            yield from self._behind.send_and_receive(waiting.values(), timeout=timeout)
+            return
+        asked, came = len(waiting), 0
+        for node in list(waiting):
+            kept = self._journal.reply(waiting[node])
+            if kept is not None:
+                del waiting[node]
+                came += 1
+                yield kept
+                del kept
+        members = self._admit(waiting)
+        waiting = {node: message for node, message in waiting.items() if node in members}
+        while waiting:
+            left_s = end - time.monotonic() if timeout is not None else None
+            for reply in self._behind.send_and_receive(list(waiting.values()), timeout=left_s):
+                del waiting[reply.metadata.src_node_id]
+                if reply.has_error():  # it declined, or failed: asked again after a restart
+                    asked -= 1
+                else:
+                    self._journal.accept(reply)
+                    came += 1
+                yield reply
+                del reply  # the next one is read while this frame waits
+            if not self._back(waiting, end, enough=came >= self._quorum * asked):
+                return
+            for node, message in waiting.items():  # one message is sent once
+                waiting[node] = Message(message.content, node, message.metadata.message_type)
+
+    def _back(self, waiting: Iterable[int], end: float, *, enough: bool) -> bool:
+        """Waits until one of those who are gone is back; False when the round ends without them."""
+        gone = set(waiting)
+        while gone and time.monotonic() < end:
+            there = gone & set(self.get_node_ids())
+            if there:
+                return True
+            if enough and (not gone - self._seen or time.monotonic() >= self._rejoin_until):
+                return False
+            time.sleep(_LOOK_S)
+        return False

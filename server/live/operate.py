@@ -1,0 +1,178 @@
+"""Where a server hears its operators: a Unix socket, and the network with their certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import pwd
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedcore.crypto.roster import Member, ServerIdentity
+from fedcore.errors import ResourceError
+from fedcore.files import disk_errors
+from server.live.control import Control
+from server.live.gate import Operate, Receive, Scope, Send
+from server.live.reach import OPERATE, SOCKET, reachable
+from server.live.request import MAX_REQUEST_BYTES, Asker
+from server.live.serve import Listening
+
+_ASK_S = 10.0
+"""Seconds within which a request must have come."""
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+@contextmanager
+def sole(folder: Path) -> Iterator[None]:
+    """Keeps a second server out of a server's folder.
+
+    Raises:
+        ResourceError: one is running with it.
+    """
+    with disk_errors(folder):
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(
+                f"{folder}: a server is running with this identity. Nothing was started; wait for "
+                "the end of its run (`fedcore server status`), stop it (`fedcore server stop`), or "
+                "run another with a project and an identity of its own."
+            ) from None
+        yield
+    finally:
+        os.close(held)
+
+
+@asynccontextmanager
+async def operated(
+    control: Control, identity: ServerIdentity, listening: Listening
+) -> AsyncIterator[None]:
+    """Lets operators on this machine steer, for as long as the server is up.
+
+    Raises:
+        ResourceError: the socket cannot be made.
+        DiskFull: there is no room for the audit log.
+    """
+    control.open(identity, listening)
+    path = identity.kit.folder / SOCKET
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _serve_one(control, reader, writer)
+
+    try:
+        server = await asyncio.start_unix_server(serve, sock=_bind(path), limit=MAX_REQUEST_BYTES)
+        try:
+            yield
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+    finally:
+        control.close()
+
+
+def over_network(control: Control) -> Operate:
+    """Answers operators and viewers who call over TLS with their certificates."""
+
+    async def operate(scope: Scope, receive: Receive, send: Send, member: Member) -> None:
+        if scope["path"] != OPERATE or scope["method"] != "POST":
+            return await _respond(send, 404, {"detail": "no such call"})
+        raw = b""
+        try:
+            async with asyncio.timeout(_ASK_S):
+                more = True
+                while more and len(raw) <= MAX_REQUEST_BYTES:
+                    event = await receive()
+                    raw += event.get("body", b"")
+                    more = event["type"] == "http.request" and event.get("more_body", False)
+        except TimeoutError:
+            return await _respond(send, 408, {"detail": f"it took longer than {_ASK_S:g} s"})
+        if len(raw) > MAX_REQUEST_BYTES:
+            return await _respond(send, 413, {"detail": f"more than {MAX_REQUEST_BYTES} bytes"})
+        peer = (scope.get("client") or ("?",))[0]
+        asker = Asker(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
+        return await _respond(send, 200, await asyncio.to_thread(control.answer, raw, asker))
+
+    return operate
+
+
+async def _respond(send: Send, status: int, value: dict[str, Any]) -> None:
+    body = json.dumps(value).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if status != 200:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _bind(path: Path) -> socket.socket:
+    """A socket that only this user opens; one that a killed server left gives way."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        path.unlink(missing_ok=True)
+        with reachable(path) as short:
+            listener.bind(short)
+        listener.listen(16)
+    except OSError as error:
+        listener.close()
+        raise ResourceError(
+            f"{path}: this socket cannot be made ({error.strerror or error}). Nothing was started; "
+            "the server's folder must be on a file system of this machine, and writable."
+        ) from None
+    finally:
+        os.umask(mask)
+    return listener
+
+
+async def _serve_one(
+    control: Control, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answers one line with one line."""
+    try:
+        asker = _asker(writer.get_extra_info("socket"))
+        try:
+            async with asyncio.timeout(_ASK_S):
+                raw = await reader.readline()
+        except (TimeoutError, ValueError):  # ValueError: a line past the limit
+            return
+        if asker is None:
+            told: dict[str, Any] = {
+                "ok": False,
+                "error": "TrustError",
+                "message": "this user is not the server's, nor root. Nothing was done.",
+            }
+        else:
+            told = await asyncio.to_thread(control.answer, raw, asker)
+        writer.write(json.dumps(told).encode() + b"\n")
+        await writer.drain()
+    except ConnectionError:
+        return  # whoever asked did not wait
+    finally:
+        writer.close()
+
+
+def _asker(connection: socket.socket) -> Asker | None:
+    """Whoever is at the other end, as the kernel tells; None when it may not ask."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:  # not Linux: the socket's mode has let its owner in, and root
+        return Asker(f"uid {os.getuid()}", "operator", True)
+    raw = connection.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid not in (0, os.getuid()):
+        return None
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = "unknown"
+    return Asker(f"{name} (uid {uid}, pid {pid})", "operator", True)

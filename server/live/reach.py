@@ -1,0 +1,111 @@
+"""How somebody asks a running server: by its Unix socket, or over the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fedcore import errors
+from fedcore.crypto.kit import Kit, client_context
+from fedcore.errors import DataError, FedcoreError, ResourceError, TrustError
+
+SOCKET = "control.sock"
+OPERATE = "/v1/operate"
+_MAX_ANSWER_BYTES = 64 << 20  # 64 MiB: 100,000 devices
+_TIMEOUT_S = 60.0
+_LONGEST_PATH_BYTES = 100
+"""What fits into a socket's address, on every system."""
+
+
+def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Asks the server whose folder this is, on this machine.
+
+    Raises:
+        ResourceError: none is running, or this user may not ask it.
+        FedcoreError: what the server answered.
+    """
+    path = folder / SOCKET
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        # A backup waits for the end of the round that is on.
+        connection.settimeout(None if request["verb"] == "backup" else _TIMEOUT_S)
+        try:
+            with reachable(path) as short:
+                connection.connect(short)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as stream:
+                raw = stream.read(_MAX_ANSWER_BYTES)
+        except PermissionError:
+            raise ResourceError(
+                f"{path}: only the server's own user and root may use this socket. Nothing was "
+                "asked; become one of them, or ask with an operator's certificate (--kit)."
+            ) from None
+        except OSError:
+            raise ResourceError(
+                f"{folder}: no server is running with this identity. Nothing was asked; "
+                "`fedcore server start` starts one."
+            ) from None
+    return _read(raw, where=str(folder))
+
+
+def ask_there(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
+    """Asks the server of a kit over the network, as the operator or viewer whose kit it is.
+
+    Raises:
+        TrustError: the two sides do not trust each other, or this role may not ask.
+        ResourceError: the server cannot be reached.
+        FedcoreError: what the server answered.
+    """
+    url = kit.servers[0]
+    try:
+        answer = httpx.post(
+            url + OPERATE, json=request, verify=client_context(kit), timeout=_TIMEOUT_S
+        )
+    except httpx.HTTPError as error:
+        raise ResourceError(
+            f"{url}: the server cannot be reached ({error}). Nothing was asked; see that it runs "
+            "(`fedcore server status` on its machine) and that this certificate is in force."
+        ) from None
+    if answer.status_code != 200:
+        raise TrustError(
+            f"{url}: the server refused {kit.role} {kit.name!r} (HTTP {answer.status_code}: "
+            f"{answer.text[:200]}). Nothing was done."
+        )
+    return _read(answer.content, where=url)
+
+
+@contextmanager
+def reachable(path: Path) -> Iterator[str]:
+    """A socket's path in few enough bytes for its address, however deep its folder lies."""
+    plain = os.fsencode(path)
+    if len(plain) <= _LONGEST_PATH_BYTES:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def _read(raw: bytes, *, where: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(raw)
+        told = answer.pop("ok")
+    except (ValueError, KeyError, AttributeError):
+        raise DataError(
+            f"{where}: the server's answer of {len(raw)} bytes cannot be read. Whether it did what "
+            "was asked, `fedcore server status` shows; use its own version of fedcore."
+        ) from None
+    if not told:
+        kind = getattr(errors, str(answer.get("error")), None)
+        if not (isinstance(kind, type) and issubclass(kind, FedcoreError)):
+            kind = ResourceError
+        raise kind(str(answer.get("message")))
+    return dict(answer)

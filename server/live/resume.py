@@ -1,0 +1,80 @@
+"""Whether a run over devices begins, goes on, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError
+from fedcore.owner import OPEN_POLICY
+from server.folder import clear, open_folder, reopen_folder
+from server.identity import check_same, identity_of
+from server.journal import Journal, Reached, create, nothing, reopen
+from server.journal_head import JOURNAL
+
+_FOLDER = "journal"
+
+
+@contextmanager
+def open_run(
+    run: RunConfig, runs: Path, *, resume: bool, fresh: bool, reached: Reached = nothing
+) -> Iterator[tuple[Path, Journal]]:
+    """The folder ``runs/<name>`` and the journal in it, which no other process has meanwhile.
+
+    Args:
+        run: The run as it is asked for now.
+        runs: Where its folder is.
+        resume: Go on with a run that did not end; begin one where there is none.
+        fresh: Begin one, whatever there is.
+        reached: Hears of the journal's points.
+
+    Raises:
+        ConfigError: a run did not end, and neither is asked for; it was another run; it did end,
+            and was to be resumed; or it is still going on.
+        DataError: its journal is damaged, and nothing is left to mend it from.
+    """
+    found = None
+    if not fresh and (runs / run.name / _FOLDER / JOURNAL).exists():
+        with reopen_folder(run, runs) as folder:
+            found = _unfinished(folder, run, resume=resume, reached=reached)
+            if found is not None:
+                try:
+                    clear(folder, keep=(_FOLDER,))
+                    yield folder, found
+                finally:
+                    found.close()
+                return
+    with open_folder(run, runs) as folder:
+        begun = create(folder / _FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
+        try:
+            yield folder, begun
+        finally:
+            begun.close()
+
+
+def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
+    """The journal of a run that goes on; None where one is to be begun."""
+    journal = reopen(folder / _FOLDER, reached=reached)
+    if journal is None:
+        return None
+    try:
+        if journal.ended and resume:
+            raise ConfigError(
+                f"{folder}: this run is complete: its model is in global.safetensors. Nothing was "
+                "run; leave --resume out to run it again."
+            )
+        if journal.ended:
+            journal.close()
+            return None
+        if not resume:
+            raise ConfigError(
+                f"{folder}: this run was interrupted after round {journal.round}, and starting it "
+                "would drop that. Nothing was run; go on with --resume, or begin anew with --fresh."
+            )
+        check_same(folder / _FOLDER, journal.identity, identity_of(run, OPEN_POLICY))
+    except ConfigError:
+        journal.close()
+        raise
+    return journal

@@ -1,0 +1,94 @@
+"""A server that dies at a point it is told, and says when it reaches each: for the campaign alone.
+
+Everything else is the product's: `run_deployment` takes randomness and a listener as arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+BORN = time.time()
+SENT = "sent"
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, ("#", f"{time.time():.4f}", *words))) + "\n").encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("config", "identity", "runs"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("host")
+    parser.add_argument("port", type=int)
+    parser.add_argument("wake_port", type=int)
+    parser.add_argument("--die", default="", help="POINT:COUNT")
+    parser.add_argument("--largest-file", type=int, help="bytes; stands for a full disk")
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    from fedcore.rpc.tls import only_tls_1_3
+
+    only_tls_1_3()
+    from fedcore.errors import FedcoreError
+    from fedcore.flower.quiet import quiet
+    from fedcore.observability.lines import log_lines
+    from fedcore.seeds import Simulated
+    from fedcore.settings import load_run
+    from server.live.control import Control
+    from server.live.presence import Presence
+    from server.live.run import Deployment, run_deployment
+
+    quiet()
+    log_lines(sys.stderr)
+    say("imported", f"{time.time() - BORN:.3f}")
+    if options.largest_file:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options.largest_file,) * 2)
+    fatal, _, count = options.die.partition(":")
+    left = int(count or 1)
+
+    def reached(point: str) -> None:
+        nonlocal left
+        say(point)
+        if point == fatal:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    wake = Presence.wake
+
+    def waking(self: Presence, node_ids: object) -> None:
+        wake(self, node_ids)  # type: ignore[arg-type]
+        reached(SENT)
+
+    Presence.wake = waking  # type: ignore[assignment, method-assign]
+    run = load_run(options.config, [])
+    deployment = Deployment(
+        run=run,
+        identity=options.identity,
+        host=options.host,
+        port=options.port,
+        wake_port=options.wake_port,
+        runs=options.runs,
+        json=True,
+        resume=options.resume,
+    )
+    control = Control(run, identity=options.identity, results=options.runs / run.name)
+    try:
+        whole = run_deployment(
+            deployment, control, sys.stdout, randomness=Simulated(run.seed), reached=reached
+        )
+    except FedcoreError as error:
+        say("refused", type(error).__name__, error)
+        return error.exit_code
+    return 0 if whole else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Operators at work: on the server's machine, over the network, and where they may not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fedcore.crypto.kit import client_context
+from fedcore.errors import ConfigError, ResourceError, TrustError
+from server.live.audit import check_audit
+from server.live.reach import OPERATE, SOCKET, ask_here, ask_there, reachable
+from server.live.request import MAX_REQUEST_BYTES
+
+
+def status(project: Any) -> dict[str, Any]:
+    return ask_here(project.root / "server", {"verb": "status"})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def audit(project: Any) -> list[dict[str, Any]]:
+    path = project.root / "server" / "audit.jsonl"
+    check_audit(path)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def raw(project: Any, line: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        with reachable(project.root / "server" / SOCKET) as path:
+            connection.connect(path)
+        connection.sendall(line)
+        with connection.makefile("rb") as stream:
+            return stream.read()
+
+
+def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    folder = project.root / "server"
+    names = ("edge-0", "edge-1", "edge-2")
+    for name in names:
+        project.device(name)
+    server = launch_server("federation.rounds=100000", "federation.cohort=2")
+    for name in names:
+        launch_device(name)
+    wait_for(lambda: status(project)["round"] >= 2 and status(project)["devices"]["there"] == 3, 60)
+    said = status(project)
+    assert (said["run"], said["state"], said["rounds"]) == ("trial", "running", 100_000)
+    assert said["last"]["cohort"] == 2
+
+    assert ask_here(folder, {"verb": "pause"})["state"] in ("pausing", "paused")
+    wait_for(lambda: status(project)["state"] == "paused")
+    number = status(project)["round"]
+    backup = project.root / "b.tar"
+    done = ask_here(folder, {"verb": "backup", "file": str(backup)})
+    with tarfile.open(backup) as tar:
+        assert "trial/run.json" in tar.getnames()
+        assert len(tar.getnames()) == done["files"]
+    time.sleep(0.5)
+    assert status(project)["round"] == number, "a paused run began a round"
+    assert ask_here(folder, {"verb": "resume"})["state"] == "running"
+    wait_for(lambda: status(project)["round"] > number)
+
+    assert ask_here(folder, {"verb": "drain", "device": "edge-1"}) == {
+        "device": "edge-1",
+        "drained": True,
+    }
+    drained = {one["name"]: one for one in ask_here(folder, {"verb": "devices"})["devices"]}
+    assert [drained[name]["drained"] for name in names] == [False, True, False]
+    assert drained["edge-1"]["there"]
+    with pytest.raises(ConfigError, match="1 devices would be left, and each round"):
+        ask_here(folder, {"verb": "drain", "device": "edge-2"})
+    with pytest.raises(ConfigError, match="no device of this project has this name"):
+        ask_here(folder, {"verb": "drain", "device": "edge-9"})
+    # The round that was on may have asked it still; those that follow do not.
+    settled = status(project)["round"] + 1
+    wait_for(lambda: status(project)["round"] > settled)
+    log = project.root / "2.log"
+    answered = log.read_text().count("trial train")
+    wait_for(lambda: status(project)["round"] > settled + 5)
+    assert log.read_text().count("trial train") == answered
+
+    rounds = ask_here(folder, {"verb": "rounds"})["rounds"]
+    assert [one["round"] for one in rounds[:3]] == [1, 2, 3]
+    assert ask_here(folder, {"verb": "stop"})["state"] == "stopping"
+    assert server.end() == 130
+    assert not (folder / SOCKET).exists()
+    with pytest.raises(ResourceError, match="no server is running"):
+        status(project)
+    told = [(line["action"], line["outcome"].partition(":")[0]) for line in audit(project)]
+    assert told == [
+        ("start", "done"),
+        ("pause", "accepted"),
+        ("backup", "accepted"),
+        ("backup", "done"),
+        ("resume", "accepted"),
+        ("drain", "accepted"),
+        ("drain", "refused"),
+        ("drain", "refused"),
+        ("stop", "accepted"),
+        ("end", "done"),
+    ]
+    assert f"(uid {os.getuid()}, pid {os.getpid()})" in audit(project)[1]["by"]
+
+    # The next server of this folder still leaves the drained device out, until that is undone.
+    launch_server("federation.rounds=3", "federation.cohort=3", name="next")
+    wait_for(lambda: status(project)["devices"]["there"] == 3, 60)
+    assert status(project)["round"] == 0
+    assert status(project)["devices"]["drained"] == 1
+    ask_here(folder, {"verb": "drain", "device": "edge-1", "undo": True})
+    wait_for(lambda: not (folder / SOCKET).exists(), 60)
+    assert audit(project)[-1]["round"] == 3
+
+
+def test_over_the_network_viewers_look_and_operators_steer(
+    project: Any, launch_server: Any
+) -> None:
+    anna, bruno = project.device("anna", role="operator"), project.device("bruno", role="viewer")
+    device = project.device("edge-0")
+    server = launch_server()
+    assert ask_there(bruno, {"verb": "status"})["state"] == "waiting"
+    assert [one["name"] for one in ask_there(bruno, {"verb": "devices"})["devices"]] == ["edge-0"]
+    for verb in ("pause", "resume", "stop"):
+        with pytest.raises(TrustError, match=f"a viewer may look, and only an operator may {verb}"):
+            ask_there(bruno, {"verb": verb})
+    with pytest.raises(ConfigError, match="written on the server's own machine"):
+        ask_there(anna, {"verb": "backup", "file": "/tmp/x.tar"})
+    with pytest.raises(TrustError, match="HTTP 404"):
+        ask_there(device, {"verb": "status"})
+    assert ask_there(anna, {"verb": "pause"})["state"] == "pausing"
+    project.revoke("anna")
+    with pytest.raises(TrustError, match="HTTP 403"):
+        ask_there(anna, {"verb": "resume"})
+    told = [(line["action"], line["by"].split(" ")[0]) for line in audit(project)]
+    assert told[1:] == [
+        ("pause", "bruno"),
+        ("resume", "bruno"),
+        ("stop", "bruno"),
+        ("backup", "anna"),
+        ("pause", "anna"),
+    ]
+    ask_here(project.root / "server", {"verb": "stop"})  # nothing has begun: it ends at once
+    assert server.end() == 130
+
+
+def test_whatever_else_is_asked_is_refused_and_changes_nothing(
+    project: Any, launch_server: Any
+) -> None:
+    server = launch_server()
+    anna = project.device("anna", role="operator")
+    lines = [
+        b"\n",
+        b"no json\n",
+        b'{"verb": "destroy"}\n',
+        b'{"verb": "pause", "more": 1}\n',
+        b'{"verb": "drain"}\n',
+        b'{"verb": "backup", "file": "relative.tar"}\n',
+        b'{"verb": "backup", "file": "/etc/passwd"}\n',
+        b"\xff\xfe\n",
+        b"[" * 4000 + b"\n",
+    ]
+    for line in lines:
+        answer = json.loads(raw(project, line))
+        assert answer["ok"] is False, line
+        assert answer["error"] == "ConfigError"
+    assert raw(project, b"x" * (MAX_REQUEST_BYTES + 10) + b"\n") == b""
+    url = anna.servers[0] + OPERATE
+    with httpx.Client(verify=client_context(anna)) as client:
+        assert client.post(url, content=b"x" * (MAX_REQUEST_BYTES + 1)).status_code == 413
+        assert client.get(url).status_code == 404
+        assert client.post(anna.servers[0] + "/v1/fleet/pull-messages").status_code == 404
+        assert client.post(url, content=b"{").json()["error"] == "ConfigError"
+    assert status(project)["state"] == "waiting"
+    server.send(signal.SIGTERM)
+    assert server.end() == 130
+
+
+def test_the_socket_is_its_users_alone_and_a_killed_server_leaves_none_in_the_way(
+    project: Any, launch_server: Any
+) -> None:
+    server = launch_server()
+    path = project.root / "server" / SOCKET
+    assert path.stat().st_mode & 0o777 == 0o600
+    server.send(signal.SIGKILL)
+    server.end()
+    assert path.exists()
+    with pytest.raises(ResourceError, match="no server is running"):
+        status(project)
+    launch_server(name="second")
+    assert status(project)["run"] == "second"
+
+
+def test_a_second_server_with_the_same_identity_is_refused(
+    project: Any, launch_server: Any
+) -> None:
+    launch_server()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fedcore.cli", "server", "start", "run.toml"),
+            *("--identity", "server", "--listen", "127.0.0.1:0"),
+        ],
+        cwd=project.root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7, done.stderr
+    assert "a server is running with this identity" in done.stderr
+    assert status(project)["state"] == "waiting"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_refused_even_where_the_socket_is_open(
+    project: Any, launch_server: Any
+) -> None:
+    launch_server()
+    with reachable(project.root / "server" / SOCKET) as path:
+        Path(path).chmod(0o666)
+        code = (
+            "import os, socket, sys\n"
+            "os.chdir(sys.argv[1]); os.setuid(65534)\n"
+            "s = socket.socket(socket.AF_UNIX); s.connect('control.sock')\n"
+            's.sendall(b\'{"verb": "stop"}\\n\'); print(s.makefile().read())\n'
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(project.root / "server")],
+            capture_output=True,
+            text=True,
+        )
+    assert "this user is not the server's, nor root" in done.stdout, done.stderr
+    assert status(project)["state"] == "waiting"
+
+
+def test_a_log_in_a_file_and_each_verb_on_the_command_line(
+    project: Any, launch: Any, launch_server: Any
+) -> None:
+    launch_server()
+    for verb, shown in (
+        ("status", "Run:     trial, waiting"),
+        ("rounds", "No round is over yet."),
+        ("devices", "No device is a member yet."),
+        ("pause", "trial: pausing"),
+        ("resume", "trial: waiting"),
+    ):
+        program = launch(
+            "server.live.commands:server",
+            *("server", verb, "--identity", str(project.root / "server")),
+        )
+        assert program.end() == 0, program.log.read_text()
+        assert shown in program.log.read_text()

@@ -1,0 +1,57 @@
+"""What an owner decides, on a device that runs."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+from fedcore.files import sha256_hex
+from server.live.reach import ask_here
+
+
+def there(project: Any) -> int:
+    devices = ask_here(project.root / "server", {"verb": "status"})["devices"]
+    return int(devices["there"])
+
+
+def test_outside_its_hours_a_device_does_not_come(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    now = datetime.now()
+    begins, ends = (now + timedelta(hours=hours) for hours in (2, 3))
+    owner = project.root / "owner.toml"
+    owner.write_text(f'hours = ["{begins:%H:%M}-{ends:%H:%M}"]\n')
+    project.device("edge-0")
+    launch_server("federation.cohort=1")
+    device = launch_device("edge-0", "--owner", str(owner))
+    device.wait_for("rests: it is", 60)
+    time.sleep(0.5)
+    assert there(project) == 0
+    assert "authenticated" not in device.log.read_text()
+
+
+def test_a_task_that_the_owner_does_not_know_is_not_run(project: Any, launch_device: Any) -> None:
+    owner = project.root / "owner.toml"
+    owner.write_text(f'tasks = ["{"0" * 64}"]\n')
+    project.task.write_text("open('it was run', 'w').close()\n")
+    device = launch_device("edge-0", "--owner", str(owner))
+    assert device.end(60) == 2
+    assert sha256_hex(project.task.read_bytes()) in device.log.read_text()
+    assert not (project.root / "it was run").exists()
+
+
+def test_bandwidth_is_kept_to_and_memory_is_given_back(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    project.task.write_text(project.task.read_text().replace("WEIGHTS = 0", "WEIGHTS = 10_000"))
+    owner = project.root / "owner.toml"
+    owner.write_text("max_bandwidth_bytes_per_s = 80_000\nfree_gpu_between_rounds = true\n")
+    server = launch_server("federation.rounds=3", "federation.cohort=1")
+    device = launch_device("edge-0", "--owner", str(owner))
+    device.wait_for("trial train: done", 60)
+    started = time.monotonic()
+    assert server.end(60) == 0
+    # Two further rounds of 40 kB each way, and the reply of the first.
+    assert time.monotonic() - started > 2.0
+    assert device.log.read_text().count("trial train: done") == 3

@@ -1,0 +1,125 @@
+"""A reply's signature covers everything in it, and nothing else fits it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedcore.crypto.keys import new_key, public_bytes
+from fedcore.errors import DigestMismatch, SignatureInvalid, UpdateForeign, UpdateStale
+from fedcore.flower.records import read_record, record_bytes
+from fedcore.updates.messages import weights_record
+from fedcore.updates.seal import (
+    ENVELOPE,
+    base_digest,
+    content_digest,
+    round_of,
+    run_digest,
+    seal,
+    unseal,
+)
+
+KEY = new_key()
+ASKED = RecordDict(
+    {
+        "arrays": weights_record(np.arange(5, dtype=np.float32)),
+        "config": ConfigRecord({"server-round": 4}),
+    }
+)
+
+
+def reply(**metrics: int | float) -> RecordDict:
+    return RecordDict(
+        {
+            "arrays": weights_record(np.ones(5, np.float32)),
+            "metrics": MetricRecord({"num-examples": 3, "loss": 0.1, **metrics}),
+        }
+    )
+
+
+def sealed(content: RecordDict) -> RecordDict:
+    seal(content, ASKED, purpose="train", run_id="run", node_id=7, key=KEY, now_s=1e9)
+    return content
+
+
+def opened(content: RecordDict, **changed: object) -> None:
+    expected: dict[str, object] = {
+        "purpose": "train",
+        "run_id": "run",
+        "round": 4,
+        "node_id": 7,
+        "base_sha256": base_digest(ASKED),
+        "public_key": public_bytes(KEY),
+        "now_s": 1e9,
+    }
+    unseal(content, **(expected | changed))  # type: ignore[arg-type]
+
+
+def test_a_true_one_opens_and_is_taken_out() -> None:
+    content = sealed(reply())
+    opened(content)
+    assert set(content) == {"arrays", "metrics"}
+
+
+def test_it_opens_after_it_has_travelled() -> None:
+    content = sealed(reply(accuracy=1 / 3, tiny=1e-300))
+    opened(read_record(record_bytes(content), where="here"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arrays": weights_record(np.full(5, 2, np.float32))},
+        {"arrays": ArrayRecord({"model": Array(np.ones((5, 1), np.float32))})},
+        {"arrays": ArrayRecord({"other": Array(np.ones(5, np.float32))})},
+        {"metrics": MetricRecord({"num-examples": 4, "loss": 0.1})},
+        {"metrics": MetricRecord({"num-examples": 3.0, "loss": 0.1})},
+        {"metrics": MetricRecord({"num-examples": 3, "loss": [0.1]})},
+        {"metrics": MetricRecord({"num-examples": 3})},
+        {"more": MetricRecord({})},
+    ],
+)
+def test_every_record_is_covered(change: dict[str, ArrayRecord | MetricRecord]) -> None:
+    content = sealed(reply())
+    content.update(change)
+    with pytest.raises(DigestMismatch):
+        opened(content)
+
+
+def test_names_and_values_do_not_run_into_each_other() -> None:
+    one = RecordDict({"m": MetricRecord({"a": 1, "b": 2})})
+    other = RecordDict({"m": MetricRecord({"a": 1}), "mb": MetricRecord({"b": 2})})
+    assert content_digest(one) != content_digest(other)
+
+
+def test_what_it_was_not_made_for_it_does_not_open() -> None:
+    for changed, kind in (
+        ({"round": 5}, UpdateStale),
+        ({"base_sha256": "0" * 64}, UpdateStale),
+        ({"run_id": "other"}, UpdateForeign),
+        ({"purpose": "evaluate"}, UpdateForeign),
+        ({"node_id": 8}, UpdateForeign),
+        ({"public_key": public_bytes(new_key())}, SignatureInvalid),
+    ):
+        with pytest.raises(kind):
+            opened(sealed(reply()), **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("record", [None, ConfigRecord({}), ConfigRecord({ENVELOPE: "text"})])
+def test_without_a_signature_nothing_opens(record: ConfigRecord | None) -> None:
+    content = reply()
+    if record is not None:
+        content[ENVELOPE] = record
+    with pytest.raises(SignatureInvalid, match="is not signed"):
+        opened(content)
+
+
+def test_a_question_outside_rounds_has_round_0() -> None:
+    assert round_of(RecordDict()) == 0
+    assert round_of(RecordDict({"config": ConfigRecord({"server-round": "x"})})) == 0
+    assert round_of(ASKED) == 4
+
+
+def test_another_beginning_is_another_run() -> None:
+    assert run_digest({"run": "a", "instance": "1"}) != run_digest({"run": "a", "instance": "2"})

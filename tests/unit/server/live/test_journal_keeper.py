@@ -1,0 +1,183 @@
+"""Rounds over a journal: who is asked, who is not asked again, and who is waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
+
+from fedcore.errors import RoundFailed
+from fedcore.flower.grid import OwnGrid
+from fedcore.flower.identity import assume_identity
+from server.journal import Journal, create, reopen
+from server.live import journal_keeper
+from server.live.journal_keeper import JournalGrid, JournalKeeper
+
+NODES = (4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    assume_identity(1)
+    monkeypatch.setattr(journal_keeper, "_LOOK_S", 0.01)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with closing(create(tmp_path, {})) as made:
+        yield made
+
+
+class Devices(OwnGrid):
+    """Devices that are there, or are gone for some looks at who is."""
+
+    def __init__(self, gone: dict[int, int] | None = None, failing: Iterable[int] = ()) -> None:
+        super().__init__(1)
+        self.gone = gone or {}
+        self.failing = set(failing)
+        self.asked: list[list[int]] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        there = [node for node in NODES if not self.gone.get(node)]
+        self.gone = {node: left - 1 for node, left in self.gone.items() if left}
+        return there
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        messages = list(messages)
+        self.asked.append([message.metadata.dst_node_id for message in messages])
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node in self.failing:
+                yield Message(Error(1100, "its disk is gone"), reply_to=message)
+            elif not self.gone.get(node):
+                metrics = MetricRecord({"num-examples": node})
+                yield Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def messages(kind: str = MessageType.TRAIN) -> list[Message]:
+    return [Message(RecordDict(), node, kind) for node in NODES]
+
+
+def answered(replies: Iterable[Message]) -> list[int]:
+    return sorted(reply.metadata.src_node_id for reply in replies if not reply.has_error())
+
+
+def test_who_has_answered_is_not_asked_again(journal: Journal) -> None:
+    first = JournalGrid(Devices(), journal, admit=set, quorum=1.0)
+    replies = first.send_and_receive(messages(), timeout=5)
+    assert next(iter(replies)).metadata.src_node_id == 4
+    replies.close()  # type: ignore[attr-defined]
+    devices = Devices()
+    again = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    found = list(again.send_and_receive(messages(), timeout=5))
+    assert answered(found) == [4, 5, 6]
+    assert devices.asked == [[5, 6]]
+    assert [reply.content["metrics"]["num-examples"] for reply in found] == [4, 5, 6]  # type: ignore[index]
+
+
+def test_training_and_evaluation_are_answered_apart(journal: Journal) -> None:
+    devices = Devices()
+    grid = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    list(grid.send_and_receive(messages(), timeout=5))
+    assert answered(grid.send_and_receive(messages(MessageType.EVALUATE), timeout=5)) == [4, 5, 6]
+    assert devices.asked == [[4, 5, 6], [4, 5, 6]]
+
+
+def test_what_is_asked_outside_rounds_is_not_kept(journal: Journal) -> None:
+    devices = Devices()
+    grid = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    for _ in range(2):
+        assert answered(grid.send_and_receive(messages("query.statistics"))) == [4, 5, 6]
+    assert len(devices.asked) == 2
+
+
+def test_a_device_that_failed_is_asked_again_after_a_restart_alone(journal: Journal) -> None:
+    devices = Devices(failing=[5])
+    grid = JournalGrid(devices, journal, admit=set, quorum=0.5)
+    assert len(list(grid.send_and_receive(messages(), timeout=5))) == 3
+    assert devices.asked == [[4, 5, 6]]
+    devices.failing.clear()
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+    assert devices.asked[1:] == [[5]]
+
+
+def test_a_device_that_the_round_needs_is_waited_for(journal: Journal) -> None:
+    devices = Devices(gone={6: 5})
+    grid = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5, 6]
+    assert devices.asked == [[4, 5, 6], [6]]
+
+
+def test_a_device_that_the_round_does_not_need_is_not_waited_for(journal: Journal) -> None:
+    devices = Devices(gone={6: 1000})
+    grid = JournalGrid(devices, journal, admit=set, quorum=0.6)
+    assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5]
+
+
+def test_after_a_restart_a_device_has_time_to_come_back(journal: Journal) -> None:
+    devices = Devices(gone={6: 5})
+    grid = JournalGrid(devices, journal, admit=set, quorum=0.6, rejoin_s=30.0)
+    assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5, 6]
+
+
+@pytest.mark.parametrize(("quorum", "rejoin_s"), [(1.0, 0.0), (0.5, 30.0)])
+def test_nobody_is_waited_for_past_the_deadline(
+    journal: Journal, quorum: float, rejoin_s: float
+) -> None:
+    grid = JournalGrid(
+        Devices(gone={6: 10**6}), journal, admit=set, quorum=quorum, rejoin_s=rejoin_s
+    )
+    started = time.monotonic()
+    assert answered(grid.send_and_receive(messages(), timeout=0.3)) == [4, 5]
+    assert 0.2 < time.monotonic() - started < 5.0
+
+
+def drawing(*draws: list[int] | None) -> Callable[[], list[int]]:
+    left = list(draws)
+
+    def draw() -> list[int]:
+        drawn = left.pop(0)
+        if drawn is None:
+            raise RoundFailed("too few are there")
+        return drawn
+
+    return draw
+
+
+def keeper_of(journal: Journal, deadline_s: float = 30.0) -> JournalKeeper:
+    return JournalKeeper(journal, tell=lambda record: None, deadline_s=deadline_s)
+
+
+def test_a_cohort_is_drawn_once(tmp_path: Path, journal: Journal) -> None:
+    assert keeper_of(journal).asked("train", drawing([4, 6])) == [4, 6]
+    journal.close()
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again):
+        assert keeper_of(again).asked("train", drawing([5, 6])) == [4, 6]
+        assert keeper_of(again).asked("evaluate", drawing([5])) == [5]
+
+
+def test_a_round_waits_for_its_devices_until_the_deadline(journal: Journal) -> None:
+    assert keeper_of(journal).asked("train", drawing(None, None, [4])) == [4]
+    with pytest.raises(RoundFailed, match="too few"):
+        keeper_of(journal, deadline_s=-1.0).asked("evaluate", drawing(None, [4]))
+
+
+def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
+    devices = Devices()
+    grid = JournalGrid(devices, journal, admit=lambda nodes: {*nodes} - {5}, quorum=1.0)
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 6]
+    assert devices.asked == [[4, 6]]
