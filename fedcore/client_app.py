@@ -218,6 +218,20 @@ def learn(
     Raises:
         FedcoreError: whatever stops it; what was spent stays spent.
     """
+    try:
+        return _learn(client, name, instruction, ledger, on_spend)
+    except BaseException:  # whatever a half-trained model holds, the next message begins without it
+        client.__dict__.pop("resident", None)
+        raise
+
+
+def _learn(
+    client: Client,
+    name: str,
+    instruction: Instruction,
+    ledger: Ledger,
+    on_spend: Callable[[Ledger], None],
+) -> Update:
     run, number = client.run, instruction.round
     examples, _ = local_data(client, name)
     device = available(run.client.device)

@@ -56,7 +56,7 @@ class Federation(Section):
     weighting: Literal["examples", "uniform"] = "examples"
     """Whether an update weighs as many examples as its client has, or as much as any other. On a
     live run that is the number that each client committed to when it was enrolled, whatever it
-    reports later; unless every client of a cohort has committed to one, all weigh the same."""
+    reports later; unless every device of the project has committed to one, all weigh the same."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The share of a cohort whose updates a round needs."""
     deadline_s: Positive = 3600.0

@@ -60,15 +60,17 @@ class Seals:
     def expect(self, messages: Sequence[Message]) -> list[Check]:
         """A check for the reply to each message, in order.
 
-        What a client weighs is what it committed to at enrolment, if every one of those asked
-        did; else all weigh the same. What a reply says of it is not used.
+        What a client weighs is what it committed to at enrolment, if every device of the project
+        did; else all weigh the same. What a reply says of it is not used. Those asked do not
+        decide: a round that goes on after a restart asks fewer, and must weigh as before.
         """
-        members = [self._member(message.metadata.dst_node_id) for message in messages]
-        committed = [member.num_examples if member else None for member in members]
+        devices = [member for member in self._roster.members() if member.role == "device"]
+        committed = all(member.num_examples is not None for member in devices)
         bases: dict[int, str] = {}  # messages of a round share their content
         checks = []
-        for message, weight in zip(messages, committed, strict=True):
-            content = message.content
+        for message in messages:
+            content, member = message.content, self._member(message.metadata.dst_node_id)
+            weight = member.num_examples if member and committed else None
             if id(content) not in bases:
                 bases[id(content)] = base_digest(content)
             expected = _Expected(
@@ -76,7 +78,7 @@ class Seals:
                 round=round_of(content),
                 node_id=message.metadata.dst_node_id,
                 base_sha256=bases[id(content)],
-                weight=weight if weight is not None and None not in committed else 1,
+                weight=weight or 1,
             )
             checks.append(self._check(expected, self._replays_of(expected)))
         return checks

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from flwr.app import RecordDict
+
 from fedcore.errors import ConfigError
-from server.simulation.orders import Asked, Method, Order
+from fedcore.updates.messages import ARRAYS, MODEL, array_of
+from fedcore.updates.pack import Vector
+from server.simulation.orders import Answer, Asked, Method, Order
 from server.simulation.worker import Worker
 
 _LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
 _ENOUGH_S = 10.0  # what takes so long needs no second look; less may be the cost of a first time
+_GAP, _ROUNDING = 1e-4, 1e-6  # of an update, and of the weights: both far above what rounding gives
+_METHODS: tuple[Method, Method] = ("loop", "vectorised")
 _MARGIN = 1.15  # a gain below it is within the noise of a machine
 
 Clock = Callable[[], float]
@@ -67,3 +74,38 @@ def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock
         "side by side"
     )
     return Choice(method, loop_s, vectorised_s, measured)
+
+
+def difference(worker: Worker, order: Order, asked: Sequence[Asked]) -> str | None:
+    """Why clients may not go side by side, where these learn something else then; None if not.
+
+    What a model or a loss does with a batch can hide from every look at it but this one. Results
+    are dropped, and ledgers stay as they are.
+
+    Args:
+        worker: Idle; it is left so.
+        order: Of the first round.
+        asked: Clients of that round.
+    """
+    found: list[list[Answer]] = []
+    for method in _METHODS:
+        worker.begin(replace(order, method=method, fold=False))
+        found.append(worker.work(asked))
+    start = _weights(order.content)
+    for alone, beside in zip(*found, strict=True):
+        if alone.content is None or beside.content is None:
+            if (alone.content is None) != (beside.content is None):
+                return f"client {alone.asked.name!r} fails in one way of training alone"
+            continue
+        one, other = _weights(alone.content), _weights(beside.content)
+        gap, moved = np.linalg.norm(one - other), np.linalg.norm(one - start)
+        if not gap <= _GAP * moved + _ROUNDING * np.linalg.norm(start):
+            return (
+                f"client {alone.asked.name!r} learns something else side by side: its update "
+                f"differs by {gap / moved if moved else np.inf:.2g} of its length"
+            )
+    return None
+
+
+def _weights(content: RecordDict) -> Vector:
+    return array_of(content[ARRAYS][MODEL], where="comparison")  # type: ignore[arg-type]

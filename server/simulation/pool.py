@@ -21,6 +21,7 @@ from server.simulation.engine import RUN_ID
 from server.simulation.orders import Answer, Asked, Order
 from server.simulation.process import die_with_parent, keep_heap
 
+_KILLED = " That usually means that memory ran out: take fewer simulation.workers."
 _END_S = 0.5  # more than an idle process needs to end
 
 
@@ -47,7 +48,7 @@ class Pool:
                 args=(there, [] if gpus else [*self._connections, here], make),
                 kwargs={"gpu": number % gpus if gpus else None},
                 name=f"fedcore-worker-{number}",
-                daemon=True,
+                daemon=False,  # a task's loader may have processes of its own
             )
             process.start()
             there.close()
@@ -135,8 +136,8 @@ class Pool:
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return RoundFailed(
             f"simulation: worker {process.name} died ({how}) while it trained {_named(piece)}. The "
-            "round was dropped. SIGKILL usually means that memory ran out: take fewer "
-            "simulation.workers. `fedcore simulate --resume` continues from the last checkpoint."
+            f"round was dropped.{_KILLED if code == -signal.SIGKILL else ''} `fedcore simulate "
+            "--resume` continues from the last checkpoint."
         )
 
 

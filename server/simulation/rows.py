@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.task import size_of
 from fedcore.training.batches import gather_all
@@ -87,12 +88,18 @@ def lay_out(
         if not as_it_is:
             with torch.no_grad():
                 x = model.preprocess(x)
+        y = y.to(device)
+        if place and (_kind(x) != _kind(inputs[0]) or _kind(y) != _kind(targets[0])):
+            raise DataError(
+                f"data: examples are {_kind(x)} with targets {_kind(y)}, those of another client "
+                f"{_kind(inputs[0])} with {_kind(targets[0])}. They were not trained together."
+            )
         if not place:
             inputs = x.new_empty((len(work), columns, *x.shape[1:]))
             targets = y.new_empty((len(work), columns, *y.shape[1:]), device=device)
         index = _padded(order, width, columns).to(device)
         torch.index_select(x, 0, index, out=inputs[place])
-        torch.index_select(y.to(device), 0, index, out=targets[place])
+        torch.index_select(y, 0, index, out=targets[place])
     lengths = [[*order.lengths, *[0] * (steps[0] - len(order.lengths))] for order in orders]
     return Rows(
         inputs,
@@ -104,6 +111,11 @@ def lay_out(
         widest=tuple(map(max, zip(*lengths, strict=True))),
         full=all(length == width for row in lengths for length in row),
     )
+
+
+def _kind(batch: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Of what one example in a batch is."""
+    return batch.dtype, tuple(batch.shape[1:])
 
 
 def _padded(order: Order, width: int, columns: int) -> Tensor:

@@ -32,11 +32,16 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
     return losses.detach(), slopes
 
 
-def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
-    """Whether a batch's loss is the mean of its examples' own: ``(B, ...)``, at least two."""
+def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:
+    """Whether a batch's loss is the mean of its examples' own, ``(B, ...)``.
+
+    None where it is not finite, and nobody can tell.
+    """
     with torch.no_grad():
         whole = loss(outputs, targets)
         each = [loss(o.unsqueeze(0), t.unsqueeze(0)) for o, t in zip(outputs, targets, strict=True)]
+    if not torch.isfinite(whole):
+        return None
     return torch.allclose(torch.stack(each).mean(), whole, rtol=1e-4, atol=1e-6)
 
 

@@ -10,12 +10,15 @@ from dataclasses import replace
 from flwr.app import MessageType
 
 from fedcore.config import Simulation
-from server.simulation.choice import Choice, Clock, choose, forced
+from fedcore.errors import ConfigError
+from server.simulation.choice import Choice, Clock, choose, difference, forced
 from server.simulation.crew import Alone, Crew, MakeWorker
 from server.simulation.orders import Asked, Order
 from server.simulation.pool import Pool
 from server.simulation.state import State
 
+_COMPARED = 4  # clients that are trained both ways, to see that they learn the same
+_LONG_S = 1.0  # one is enough then
 _WORTH_S = 0.02  # rounds shorter than that gain nothing from other processes
 
 
@@ -65,9 +68,20 @@ class Staff:
             self._crew.close()
 
     def _choose(self, order: Order, asked: Sequence[Asked]) -> Choice:
-        if self._settings.training == "auto":
-            return choose(self._here.worker, order, asked, clock=self._clock)
-        return forced(self._settings.training)
+        wanted, worker = self._settings.training, self._here.worker
+        if wanted == "auto":
+            choice = choose(worker, order, asked, clock=self._clock)
+        else:
+            choice = forced(wanted)
+        if choice.method == "loop":
+            return choice
+        long = choice.loop_s is not None and choice.loop_s > _LONG_S
+        why = difference(worker, order, asked[: 1 if long else _COMPARED])
+        if why is not None and wanted == "vectorised":
+            raise ConfigError(
+                f"simulation.training = 'vectorised': {why}. Nothing was trained; use 'loop'."
+            )
+        return choice if why is None else replace(choice, method="loop", reason=why)
 
     def _hire(self, choice: Choice, cohort: int) -> Crew:
         if self._settings.engine == "ray":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from fedcore.client_app import Client, Resident
+from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.mods import client_mods
 from fedcore.task import Loss, size_of
@@ -17,6 +18,7 @@ from server.simulation.slopes import is_mean
 from server.simulation.vectorised import train_cohort, what_forbids
 from server.simulation.work import LocalWork, Trained, in_order
 
+_LOOKED_AT = 32  # examples that the loss and the model are tried on
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
 
 Trainer = Callable[[FullModel, Sequence[LocalWork], float], Trained]
@@ -30,6 +32,9 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         client: The task and the run.
         resident: The task's model, on the device to train on.
         sample: What some client brings; the task's loss and model are tried on it.
+
+    Raises:
+        Exception: whatever the task's code raises on this client's data; another's may do.
     """
     run, model = client.run, resident.model
     assert client.task.loss is not None  # a Task sets it
@@ -39,16 +44,20 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
     forbidden = what_forbids(model)
     if forbidden:
         return (
-            f"the model holds {forbidden}: with buffers, frozen weights or random layers it cannot "
-            "be trained side by side with the result that a device would get"
+            f"the model holds {forbidden}: with buffers, frozen or tied weights, random layers or "
+            "layers that mix examples it cannot be trained side by side with the result that a "
+            "device would get"
         )
-    rows = range(min(2, size_of(sample.examples)))
+    rows = range(min(_LOOKED_AT, size_of(sample.examples)))
     inputs, targets = gather(sample.examples, rows)
     device = next(model.model.parameters()).device
     with torch.no_grad():
         behind = model.preprocess(inputs.to(device))
         outputs = model.model(behind)
-    if not is_mean(loss, outputs, targets.to(device)):
+    mean = is_mean(loss, outputs, targets.to(device))
+    if mean is None:
+        raise DataError("data: the loss of these examples is not finite. Others were tried.")
+    if not mean:
         return "the task's loss is no mean over the examples of a batch"
     chain = find_chain(model.model, behind)
     if chain is not None:

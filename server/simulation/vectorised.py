@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedcore.config import Client
 from fedcore.model import FullModel
@@ -27,12 +28,20 @@ def what_forbids(model: FullModel) -> str:
     named = [
         f"{name or 'model'} ({type(module).__name__})"
         for name, module in model.model.named_modules()
-        if list(module.buffers(recurse=False)) or isinstance(module, _RANDOM)
+        if list(module.buffers(recurse=False)) or isinstance(module, _RANDOM + _MIXING)
     ]
-    frozen = [name for name, p in model.model.named_parameters() if not p.requires_grad]
-    return ", ".join(named + frozen)
+    before = [
+        f"{name or 'preprocess'} ({type(module).__name__})"
+        for name, module in model.preprocess.named_modules()
+        if isinstance(module, _RANDOM + _MIXING)
+    ]
+    parameters = dict(model.model.named_parameters())
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    tied = sorted(model.model.state_dict().keys() - parameters.keys()) if not named else []
+    return ", ".join(named + before + frozen + [f"{name} (tied)" for name in tied])
 
 
+_MIXING = (_BatchNorm,)  # examples of a batch, with statistics of its own or without
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 

@@ -16,6 +16,8 @@ from fedcore.client_app import Client, error_of, learn, local_data, model_of, sp
 from fedcore.errors import (
     BudgetExhausted,
     ConfigError,
+    DataError,
+    FedcoreError,
     InsufficientMemory,
     InvalidUpdate,
     TrainingDiverged,
@@ -190,8 +192,10 @@ class Worker:
         if not ready:
             return
         work_of = [work for _, _, work, _ in ready]
-        trainer = self.trainer(instruction, work_of[0])
+        trainer = self._trainer(instruction, work_of)
         try:
+            if trainer is None:
+                raise DataError("data: the task could not be tried on that of any of these clients")
             with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
                 trained = train_in_groups(
                     trainer, self._model(instruction), work_of, client, instruction.proximal_mu
@@ -228,15 +232,25 @@ class Worker:
                 content = update_content(Update(rows[place], sizes[place], metrics))
                 yield Answer(one, content=content, ledger=ledger, fate=found)
 
-    def trainer(self, instruction: Instruction, sample: LocalWork) -> Trainer:
-        """What trains clients side by side, found with the first that is tried.
+    def _trainer(self, instruction: Instruction, work: Sequence[LocalWork]) -> Trainer | None:
+        """What trains clients side by side, found with the first whose data the task takes.
+
+        None where it takes none of theirs.
 
         Raises:
-            ConfigError: nothing can.
+            ConfigError: nothing can, whatever the data.
         """
-        if self._found is None:
-            self._model(instruction)
-            self._found = find_trainer(self._client, self._client.resident, sample)
+        for sample in work if self._found is None else ():
+            try:
+                self._model(instruction)
+                self._found = find_trainer(self._client, self._client.resident, sample)
+            except FedcoreError as error:
+                if not isinstance(error, DataError):
+                    raise
+                continue
+            except Exception:  # noqa: S112 - trained alone, this client says what is wrong
+                continue
+            break
         if isinstance(self._found, str):
             raise ConfigError(
                 f"simulation.training = 'vectorised': {self._found}. Nothing was trained; use "

@@ -223,3 +223,91 @@ def test_devices_that_are_away_or_late_send_nothing_and_time_goes_by() -> None:
             run_of(simulation | {"workers": 2}, PRIVATE, deadline_s=60.0, quorum=0.1)
         ).weights.tobytes()
     )
+
+
+class Detached(nn.Module):
+    """Its first layer is not trained, which no look at its layers shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = torch.relu(self.first(x))
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+class Centred(nn.Module):
+    """Examples of a batch are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = self.layer(x)
+        return outputs - outputs.mean(0)  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.tanh(self.one(x)))  # type: ignore[no-any-return]
+
+
+NORM = nn.BatchNorm1d(4, track_running_stats=False)
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 20.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        replace(TASK, model=Detached),
+        replace(TASK, model=Centred),
+        replace(TASK, model=Tied),
+        replace(TASK, model=lambda: nn.Sequential(nn.Linear(4, 4), NORM)),
+        replace(TASK, loss=WEIGHTED),
+        replace(TASK, preprocess=nn.Dropout),
+    ],
+    ids=["no_grad", "mixing", "tied", "batch norm", "weighted loss", "dropout before"],
+)  # fmt: skip
+def test_what_would_learn_something_else_side_by_side_goes_one_by_one(task: Task) -> None:
+    told = train(run_of({"workers": 1}), task)
+    assert told.choices[0][0].method == "loop"
+    assert told.weights.tobytes() == train(run_of(LOOP), task).weights.tobytes()
+    with pytest.raises(ConfigError, match=r"learns something else|no mean|the model holds"):
+        train(run_of(SIDE_BY_SIDE), task)
+
+
+@pytest.mark.parametrize("bad", ["width", "label", "nan"])
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])
+def test_one_clients_bad_data_is_its_own_failure(
+    bad: str, place: int, privacy: dict[str, Any] | None
+) -> None:
+    def data(name: str, folder: Folder) -> Examples:
+        if name != f"client-{place}":
+            return client_data(name, folder)
+        inputs = torch.randn(12, 5 if bad == "width" else 4)
+        targets = torch.full((12,), 9 if bad == "label" else 1)
+        return TensorDataset(inputs * (torch.nan if bad == "nan" else 1), targets)  # type: ignore[return-value]
+
+    task = replace(TASK, client_data=data)
+    found = {}
+    for name, simulation in (
+        ("loop", LOOP),
+        ("side", SIDE_BY_SIDE),
+        ("two", LOOP | {"workers": 2}),
+    ):
+        told = train(run_of(simulation, privacy), task)
+        assert [record.updates for record in told.records] == [3] * 4
+        found[name] = told.weights
+    assert found["loop"].tobytes() == found["two"].tobytes()
+    assert distance(found["loop"], found["side"]) <= 1e-5
