@@ -36,7 +36,7 @@ from fedcore.training.evaluate import evaluate
 from fedcore.training.private import plan
 from server.app import Listener, Outcome, server_app
 from server.cloud import read_cloud_data
-from server.simulation.engine import Simulation, simulate
+from server.simulation.engine import Visited, simulate
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +147,7 @@ def flwr_run(environment: Mapping[str, str], runs: Path, run: Path, *, nodes: in
     return done.stdout
 
 
-def in_process(task: Task, run: RunConfig) -> tuple[Outcome, Simulation]:
+def in_process(task: Task, run: RunConfig) -> tuple[Outcome, Visited]:
     """The same run over fedcore's own engine, on one thread, as Ray gives each client one."""
     outcomes: list[Outcome] = []
     randomness = Simulated(run.seed)

@@ -114,7 +114,7 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-_TIMES = {"seconds", "clients_per_s", "remaining_s", "memory_bytes"}
+_TIMES = {"seconds", "elapsed_s", "clients_per_s", "remaining_s", "memory_bytes"}
 
 
 class Started:

@@ -48,18 +48,17 @@ def test_a_run_goes_its_way_and_leaves_its_model(
 def test_a_device_that_is_gone_holds_up_its_round_for_ten_seconds_at_most(
     project: Any, launch_server: Any, launch_device: Any, number: signal.Signals
 ) -> None:
-    slow(project, 2.0)
+    slow(project, 4.0)
     devices = [launch_device(name) for name in NAMES]
-    server = launch_server("federation.cohort=2", "federation.quorum=0.5", "federation.rounds=1")
-    for device in devices:
-        device.wait_for("stream open")
-    time.sleep(0.8)  # both train now
+    server = launch_server("federation.cohort=2", "federation.quorum=0.5", "federation.rounds=2")
+    server.wait_for("round_finished")
+    time.sleep(1.0)  # both train in the second round now
     started = time.monotonic()
     devices[0].send(number)
-    server.wait_for("round_finished")
+    server.wait_for("round_finished", times=2)
     assert time.monotonic() - started < 10.0
     assert server.end() == 0, server.log.read_text()
-    assert [record["updates"] for record in rounds(server.log)] == [1]
+    assert [record["updates"] for record in rounds(server.log)] == [2, 1]
 
 
 def test_a_device_that_was_restarted_takes_up_its_round_again(
@@ -74,9 +73,7 @@ def test_a_device_that_was_restarted_takes_up_its_round_again(
     devices[0].send(signal.SIGKILL)
     devices[0].end()
     again = launch_device("edge-0")
-    server.wait_for("device edge-0: activated", times=2)
-    # From the first byte that it could send: an interpreter with torch takes seconds to start.
-    assert again.wait_for("activated as node", seconds=5.0) < 5.0
+    again.wait_for("authenticated as node", seconds=5.0)
     assert server.end(40) == 0, server.log.read_text()
     assert [record["updates"] for record in rounds(server.log)] == [2]
 
