@@ -25,6 +25,7 @@ from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
 from fedcore.flower.identity import assume_identity
+from fedcore.mods import client_mods
 from fedcore.owner import OwnerPolicy
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
@@ -236,7 +237,13 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
         state=device.folder.state(config.name),
         run_config={},
     )
-    app = client_app(device.task, config, owner=device.owner, randomness=device.randomness)
+    app = client_app(
+        device.task,
+        config,
+        owner=device.owner,
+        randomness=device.randomness,
+        mods=client_mods(config.federation.strategy),
+    )
     return _Run(config.name, run_digest(told), app, context)
 
 

@@ -17,9 +17,9 @@ from fedcore.errors import (
     BudgetExhausted,
     ConfigError,
     DataError,
-    FedcoreError,
     InsufficientMemory,
     InvalidUpdate,
+    TaskError,
     TrainingDiverged,
 )
 from fedcore.model import FullModel
@@ -240,15 +240,15 @@ class Worker:
         Raises:
             ConfigError: nothing can, whatever the data.
         """
+        failures: list[Exception] = []  # trained alone, these clients say what is wrong
         for sample in work if self._found is None else ():
             try:
                 self._model(instruction)
                 self._found = find_trainer(self._client, self._client.resident, sample)
-            except FedcoreError as error:
-                if not isinstance(error, DataError):
-                    raise
-                continue
-            except Exception:  # noqa: S112 - trained alone, this client says what is wrong
+            except (ConfigError, InsufficientMemory, InvalidUpdate, TaskError):
+                raise
+            except Exception as error:
+                failures.append(error)
                 continue
             break
         if isinstance(self._found, str):

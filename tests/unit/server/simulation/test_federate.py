@@ -262,7 +262,10 @@ class Tied(nn.Module):
         return self.two(torch.tanh(self.one(x)))  # type: ignore[no-any-return]
 
 
-NORM = nn.BatchNorm1d(4, track_running_stats=False)
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+
+
 WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 20.0, 1.0]))
 
 
@@ -272,7 +275,7 @@ WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 20.0, 1.0]))
         replace(TASK, model=Detached),
         replace(TASK, model=Centred),
         replace(TASK, model=Tied),
-        replace(TASK, model=lambda: nn.Sequential(nn.Linear(4, 4), NORM)),
+        replace(TASK, model=normed),
         replace(TASK, loss=WEIGHTED),
         replace(TASK, preprocess=nn.Dropout),
     ],
