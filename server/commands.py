@@ -15,6 +15,7 @@ from fedcore.cli import Command
 from fedcore.errors import INTERRUPTED
 from fedcore.owner import OPEN_POLICY, load_owner, tighten
 from fedcore.settings import load_run
+from server.options import run_options
 from server.registry.commands import release
 
 __all__ = ["check", "release", "simulate"]
@@ -22,15 +23,7 @@ _RUNS = Path("runs")
 
 
 def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="the run's TOML file")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override a value of the file, e.g. --set federation.rounds=5; may be repeated",
-    )
+    run_options(parser)
     parser.add_argument(
         "--owner",
         type=Path,

@@ -11,18 +11,11 @@ from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.rpc.tls import only_tls_1_3
 from fedcore.settings import load_run
 from server.live.operator_commands import OPERATOR_VERBS
+from server.options import run_options
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="the run's TOML file")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override a value of the file, e.g. --set federation.rounds=5; may be repeated",
-    )
+    run_options(parser)
     parser.add_argument(
         "--identity",
         type=Path,

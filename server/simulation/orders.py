@@ -9,7 +9,6 @@ from typing import Literal
 from flwr.app import RecordDict
 
 from fedcore.privacy.ledger import Ledger
-from fedcore.updates.pack import Vector
 from server.simulation.devices import Fate
 
 Method = Literal["loop", "vectorised"]
@@ -61,11 +60,3 @@ class Answer:
     """What it has spent now."""
     fate: Fate | None = None
     """What its device did on the virtual clock; None without device classes."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One client's update on its way to a sum."""
-
-    vector: Vector
-    num_examples: int

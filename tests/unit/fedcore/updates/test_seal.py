@@ -63,8 +63,10 @@ def test_a_true_one_opens_and_is_taken_out() -> None:
 
 
 def test_it_opens_after_it_has_travelled() -> None:
-    content = sealed(reply(accuracy=1 / 3, tiny=1e-300))
-    opened(read_record(record_bytes(content), where="here"))
+    content = read_record(record_bytes(sealed(reply(accuracy=1 / 3, tiny=1e-300))), where="here")
+    opened(content)
+    assert set(content) == {"arrays", "metrics"}
+    assert content_digest(content) == content_digest(reply(accuracy=1 / 3, tiny=1e-300))
 
 
 @pytest.mark.parametrize(
