@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import DataError, DiskFull, ResourceError
+from fedcore.errors import DataError, DiskFull, FedcoreError, ResourceError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
@@ -116,3 +117,23 @@ def read_bytes(path: Path, *, max_bytes: int, what: str) -> bytes:
 def sha256_hex(data: bytes) -> str:
     """The SHA-256 digest of ``data``, in lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def held_alone(folder: Path, otherwise: FedcoreError) -> Iterator[None]:
+    """Holds a folder that exists for this process alone; whatever ends the process lets go of it.
+
+    Raises:
+        FedcoreError: ``otherwise``, where another process holds it.
+        ResourceError: the folder cannot be opened.
+    """
+    with disk_errors(folder):
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise otherwise from None
+        yield
+    finally:
+        os.close(held)

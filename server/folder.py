@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from typing import Any
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, write_atomic, write_json
+from fedcore.files import disk_errors, held_alone, write_atomic, write_json
 from server.records import Finished
 
 _MARK, _SUMMARY = "run.json", "summary.json"
@@ -66,18 +64,12 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or "
-                "choose another `name`."
-            ) from None
+    refused = ConfigError(
+        f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or choose "
+        "another `name`."
+    )
+    with held_alone(folder, refused):
         yield
-    finally:
-        os.close(held)
 
 
 def clear(folder: Path, *, keep: Collection[str] = ()) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, RecordDict
 
 from fedcore.errors import DeviceError
-from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.files import disk_errors, held_alone, read_bytes, write_atomic
 from fedcore.flower.records import read_record, record_bytes
 
 _MAX_STATE_BYTES = 64 * 2**20
@@ -86,15 +84,9 @@ def own(path: Path) -> Iterator[DeviceFolder]:
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeviceError(
-                f"{path}: another process of this device is at work in this folder. Nothing was "
-                "started; stop that one, or give this one a folder and an identity of its own."
-            ) from None
+    refused = DeviceError(
+        f"{path}: another process of this device is at work in this folder. Nothing was started; "
+        "stop that one, or give this one a folder and an identity of its own."
+    )
+    with held_alone(path, refused):
         yield DeviceFolder(path)
-    finally:
-        os.close(lock)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import pwd
@@ -16,7 +15,7 @@ from typing import Any
 
 from fedcore.crypto.roster import Member, ServerIdentity
 from fedcore.errors import ResourceError
-from fedcore.files import disk_errors
+from fedcore.files import held_alone
 from server.live.control import Control
 from server.live.gate import Operate, Receive, Scope, Send
 from server.live.reach import OPERATE, SOCKET, reachable
@@ -35,20 +34,13 @@ def sole(folder: Path) -> Iterator[None]:
     Raises:
         ResourceError: one is running with it.
     """
-    with disk_errors(folder):
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResourceError(
-                f"{folder}: a server is running with this identity. Nothing was started; wait for "
-                "the end of its run (`fedcore server status`), stop it (`fedcore server stop`), or "
-                "run another with a project and an identity of its own."
-            ) from None
+    refused = ResourceError(
+        f"{folder}: a server is running with this identity. Nothing was started; wait for the end "
+        "of its run (`fedcore server status`), stop it (`fedcore server stop`), or run another "
+        "with a project and an identity of its own."
+    )
+    with held_alone(folder, refused):
         yield
-    finally:
-        os.close(held)
 
 
 @asynccontextmanager
