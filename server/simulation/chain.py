@@ -1,31 +1,18 @@
-"""Finds in a model a chain of dense layers, which many clients can run through at once."""
+"""A model as a chain of products, which many clients can run through at once."""
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor
+
+from server.simulation.images import Window, back_to_image, largest, patches
 
 Elementwise = Callable[..., Tensor]
-
-_MODULES = (
-    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
-)
-"""Layers that treat each number alone, so that a further dimension changes nothing."""
-_FUNCTIONS = (
-    *(torch.relu, torch.tanh, torch.sigmoid, torch.sin, torch.abs, torch.square),
-    *(functional.relu, functional.tanh, functional.sigmoid, functional.gelu, functional.silu),
-    *(functional.leaky_relu, functional.elu, functional.softplus),
-    *(operator.add, operator.sub, operator.mul, operator.neg, torch.add, torch.mul),
-)
-_METHODS = ("relu", "tanh", "sigmoid", "abs", "square")
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,25 +24,19 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Conv(Dense):
+    """One convolution, its weight ``(out, C, kh, kw)``, with the pooling behind it."""
+
+    window: Window
+
+
+@dataclass(frozen=True)
 class Step:
-    """Applies ``apply`` to results of earlier steps (an int is a step's place) and constants."""
+    """Applies ``apply`` to results of earlier steps (a `Place` among the arguments)."""
 
     apply: Dense | Elementwise
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A model as steps; the input is place 0, step ``i`` gives place ``i + 1``."""
-
-    steps: tuple[Step, ...]
-    output: int
-
-    @property
-    def layers(self) -> tuple[Dense, ...]:
-        """The dense layers, in the order in which they run."""
-        return tuple(step.apply for step in self.steps if isinstance(step.apply, Dense))
 
 
 @dataclass(frozen=True)
@@ -65,147 +46,138 @@ class Place:
     index: int
 
 
-def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
-    """The chain that ``model`` is, or None when it is anything else.
+@dataclass(frozen=True)
+class Chain:
+    """A model as steps; the input is place 0, step ``i`` gives place ``i + 1``."""
 
-    A chain holds dense layers, each used once, and between them only functions that treat each
-    number alone. What is found is run beside the model on ``example`` and must answer the same.
+    steps: tuple[Step, ...]
+    output: int
+    numbers: int = 0
+    """The most that a layer is given or makes of one example."""
 
-    Args:
-        model: On any device.
-        example: A batch behind preprocessing, shape ``(B, ...)``, on the model's device.
-    """
-    chain = _traced(model)
-    if chain is None:
-        return None
-    named = dict(model.named_parameters())
-    used = [name for one in chain.layers for name in (one.weight, one.bias) if name is not None]
-    if sorted(used) != sorted(named) or list(model.buffers()):
-        return None  # shared, unused or other weights
-    stacked = {name: p.detach().unsqueeze(0) for name, p in named.items()}
-    try:
-        with torch.no_grad():
-            expected = model(example)
-            found = run_chain(chain, stacked, example.unsqueeze(0)).output.squeeze(0)
-    except (RuntimeError, TypeError, ValueError):
-        return None  # the model will say what is wrong when it is trained by itself
-    same = found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
-    return chain if same else None
+    @property
+    def layers(self) -> tuple[Dense, ...]:
+        """The layers with weights, in the order in which they run."""
+        return tuple(step.apply for step in self.steps if isinstance(step.apply, Dense))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a run through the chain leaves for the way back."""
+    """What a run through the chain leaves for the way back.
+
+    A dense layer has one row an example, a convolution several.
+    """
 
     output: Tensor
     """``(K, B, ...)``."""
     inputs: Sequence[Tensor]
-    """What each dense layer was given, ``(K, B, in)``."""
-    sums: Sequence[Tensor]
-    """What each dense layer gave, ``(K, B, out)``."""
+    """What each layer's weights were multiplied with, ``(K, B, in)`` or ``(K, B, R, in)``."""
+    products: Sequence[Tensor]
+    """What that gave, ``(K, B, out)`` or ``(K, B, R, out)``."""
+    results: Sequence[Tensor]
+    """With the bias, and pooled: ``(K, B, out)`` or ``(K, B, P, out)``."""
 
 
-def run_chain(chain: Chain, weights: dict[str, Tensor], x: Tensor) -> Pass:
+def stacked(chain: Chain, weights: Weights, clients: int) -> Weights:
+    """A copy of the weights for each of ``clients``, in the memory that `matrix` needs."""
+    copies = {}
+    convolutions = {one.weight for one in chain.layers if isinstance(one, Conv)}
+    for name, tensor in weights.items():
+        if name in convolutions:
+            rows = tensor.permute(0, 2, 3, 1)
+            copies[name] = _repeated(rows, clients).permute(0, 1, 4, 2, 3)
+        else:
+            copies[name] = _repeated(tensor, clients)
+    return copies
+
+
+def _repeated(tensor: Tensor, clients: int) -> Tensor:
+    """Copies, never the tensor itself: one client's would be, if it were only stretched."""
+    return tensor.new_empty((clients, *tensor.shape)).copy_(tensor)
+
+
+def matrix(layer: Dense, weight: Tensor) -> Tensor:
+    """A layer's stacked weights ``(K, ...)`` as the matrices of its products, ``(K, out, in)``."""
+    if isinstance(layer, Conv):
+        return weight.permute(0, 1, 3, 4, 2).view(*weight.shape[:2], -1)
+    return weight
+
+
+def like_weight(layer: Dense, products: Tensor, weight: Tensor) -> Tensor:
+    """Matrices ``(K, out, in)`` in the shape of a layer's stacked weights; undoes `matrix`."""
+    if isinstance(layer, Conv):
+        clients, out, channels, high, wide = weight.shape
+        return products.view(clients, out, high, wide, channels).permute(0, 1, 4, 2, 3)
+    return products.view(weight.shape)
+
+
+def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
     """Runs ``K`` clients' batches through ``K`` copies of the weights.
 
     Args:
-        chain: From `find_chain`.
-        weights: ``(K, ...)`` each, by their names in the model; no gradient reaches them.
+        chain: From `server.simulation.graph.find_chain`.
+        weights: From `stacked`, by their names in the model; no gradient reaches them.
         x: ``(K, B, ...)``.
     """
     places: list[Tensor] = [x]
     inputs: list[Tensor] = []
-    sums: list[Tensor] = []
+    products: list[Tensor] = []
+    results: list[Tensor] = []
     for step in chain.steps:
-        if not isinstance(step.apply, Dense):
+        layer = step.apply
+        if not isinstance(layer, Dense):
             args = [places[a.index] if isinstance(a, Place) else a for a in step.args]
-            places.append(step.apply(*args, **step.kwargs))
+            places.append(layer(*args, **step.kwargs))
             continue
         a = places[step.args[0].index]
-        weight = weights[step.apply.weight].transpose(1, 2)
-        if step.apply.bias is None:
-            z = torch.bmm(a, weight)
+        if isinstance(layer, Conv):
+            rows, z, result = _convolved(layer, weights, a)
+            cells = layer.window.cells(*a.shape[3:])
+            places.append(result.view(*a.shape[:2], *cells, -1).permute(_IMAGE))
         else:
-            z = torch.baddbmm(weights[step.apply.bias].unsqueeze(1), a, weight)
-        if not z.requires_grad and torch.is_grad_enabled():
-            z.requires_grad_()
-        inputs.append(a.detach())
-        sums.append(z)
-        places.append(z)
-    return Pass(places[chain.output], inputs, sums)
+            rows, z = a.detach(), _dense(layer, weights, a)
+            result = z
+            places.append(result)
+        inputs.append(rows)
+        products.append(z)
+        results.append(result)
+    return Pass(places[chain.output], inputs, products, results)
 
 
-def _traced(model: nn.Module) -> Chain | None:
-    if isinstance(model, nn.Linear):  # tracing a layer looks inside it
-        model = nn.Sequential(model)
-        prefix = ""
-    else:
-        prefix = None
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception:  # the user's code, run on stand-ins for tensors: anything can happen
-        return None
-    modules = dict(model.named_modules())
-    places: dict[fx.Node, int] = {}
-    steps: list[Step] = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if places:
-                return None
-            places[node] = 0
-        elif node.op == "output":
-            (result,) = node.args
-            return Chain(tuple(steps), places[result]) if result in places else None
-        else:
-            step = _step(node, modules, places, prefix)
-            if step is None:
-                return None
-            steps.append(step)
-            places[node] = len(steps)
-    return None
+_IMAGE = (0, 1, 4, 2, 3)  # of results (K, B, H, W, C)
 
 
-def _step(
-    node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], prefix: str | None
-) -> Step | None:
-    if any(isinstance(a, fx.Node) and a not in places for a in node.all_input_nodes):
-        return None
-    args = tuple(Place(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
-    kwargs = dict(node.kwargs)
-    if any(isinstance(value, fx.Node) for value in kwargs.values()):
-        return None
-    if node.op == "call_module":
-        layer = modules[str(node.target)]
-        name = str(node.target) if prefix is None else prefix
-        if type(layer) is nn.Linear:
-            dot = f"{name}." if name else ""
-            return Step(
-                Dense(f"{dot}weight", f"{dot}bias" if layer.bias is not None else None), args, {}
-            )
-        if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-            return Step(_flatten, args, {})
-        if type(layer) in _MODULES:
-            return Step(_pure(layer), args, kwargs)
-    if node.op == "call_function" and not kwargs.get("inplace"):
-        if node.target is torch.flatten and node.args[1:] == (1,) and not kwargs:
-            return Step(_flatten, args[:1], {})
-        if any(node.target is one for one in _FUNCTIONS):
-            return Step(node.target, args, kwargs)  # type: ignore[arg-type]
-    if node.op == "call_method":
-        if node.target == "flatten" and node.args[1:] == (1,) and not kwargs:
-            return Step(_flatten, args[:1], {})
-        if node.target in _METHODS:
-            return Step(getattr(Tensor, str(node.target)), args, kwargs)
-    return None
+def _dense(layer: Dense, weights: Weights, a: Tensor) -> Tensor:
+    """``(K, B, in)`` through a dense layer: ``(K, B, out)``, from which slopes flow."""
+    weight = weights[layer.weight].transpose(1, 2)
+    if layer.bias is None:
+        return _anchored(torch.bmm(a, weight))
+    return _anchored(torch.baddbmm(weights[layer.bias].unsqueeze(1), a, weight))
 
 
-def _flatten(x: Tensor) -> Tensor:
-    return x.flatten(2)
+def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(K, B, C, H, W)`` through a convolution: what was looked at, products, results.
+
+    The bias comes behind the pooling, where fewer numbers are left for it: rounding keeps order, so
+    the largest sum is that of the largest.
+    """
+    window, weight = layer.window, matrix(layer, weights[layer.weight])
+    rows = patches(image.detach(), window)
+    z = torch.bmm(rows.flatten(1, 2), weight.transpose(1, 2)).view(*rows.shape[:3], -1)
+    if image.requires_grad:
+        z = back_to_image(image, z, weight, window)
+    z = result = _anchored(z)
+    if window.pool != (1, 1):
+        result = z.view(*z.shape[:2], *window.pool, -1, z.shape[3])
+        for axis in (3, 2):  # the first of each row, then the first row
+            result = largest(result, axis)
+    if layer.bias is not None:
+        result = result + weights[layer.bias][:, None, None]
+    return rows, z, result
 
 
-def _pure(layer: nn.Module) -> Elementwise:
-    """The layer, never in place: what went in is needed on the way back."""
-    layer = copy.copy(layer)
-    if getattr(layer, "inplace", False):
-        layer.__dict__["inplace"] = False
-    return layer
+def _anchored(z: Tensor) -> Tensor:
+    """``z`` as something that slopes flow back to."""
+    if not z.requires_grad and torch.is_grad_enabled():
+        z.requires_grad_()
+    return z

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,12 +11,24 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.config import Client
-from server.simulation.chain import Dense
+from server.simulation.chain import Dense, Weights, like_weight, matrix
 
-Weights = dict[str, Tensor]
-Descend = Callable[[int, Sequence[Tensor], Sequence[Tensor], Weights | None], None]
-"""Moves the first clients' weights, given for each dense layer what went in ``(k, B, in)`` and the
-slopes of what came out ``(k, B, out)``, and what is added to the gradients, if anything."""
+
+@dataclass(frozen=True)
+class Gradient:
+    """Of one layer, for the first ``k`` clients."""
+
+    left: Tensor
+    """``(k, N, p)``."""
+    right: Tensor
+    """``(k, N, q)``: that of the weight is ``left^T right``, read as the weight's matrix."""
+    bias: Tensor
+    """``(k, out)``; of no use to a layer without one."""
+
+
+Descend = Callable[[int, Sequence[Gradient], Weights | None], None]
+"""Moves the first clients' weights by the gradients of the layers, in their order, and by what is
+added to the gradients, if anything."""
 
 
 def descent(
@@ -30,7 +43,7 @@ def descent(
     Args:
         weights: ``(K, ...)`` each; changed in place, step by step.
         start: The global weights, ``(...)`` each; FedProx pulls towards them.
-        layers: The model's dense layers.
+        layers: Those of the model's chain.
         settings: The optimiser's.
         proximal_mu: Weight of FedProx's penalty; 0 without.
     """
@@ -45,18 +58,17 @@ def _plain(
     """SGD without momentum: gradient and step are one product."""
     rate = settings.learning_rate
     keep = 1.0 - rate * (settings.weight_decay + mu)
+    matrices = [matrix(layer, weights[layer.weight]) for layer in layers]
 
-    def descend(
-        clients: int, inputs: Sequence[Tensor], back: Sequence[Tensor], extra: Weights | None
-    ) -> None:
-        for layer, a, slopes in zip(layers, inputs, back, strict=True):
-            weight = weights[layer.weight][:clients]
-            weight.baddbmm_(slopes.transpose(1, 2), a, beta=keep, alpha=-rate)
+    def descend(clients: int, gradients: Sequence[Gradient], extra: Weights | None) -> None:
+        for layer, whole, one in zip(layers, matrices, gradients, strict=True):
+            weight = whole[:clients].view(clients, one.left.shape[2], -1)
+            weight.baddbmm_(one.left.transpose(1, 2), one.right, beta=keep, alpha=-rate)
             if layer.bias is not None:
                 bias = weights[layer.bias][:clients]
                 if keep != 1.0:
                     bias.mul_(keep)
-                bias.sub_(slopes.sum(dim=1), alpha=rate)
+                bias.sub_(one.bias, alpha=rate)
         for name, tensor in weights.items():
             if mu:
                 tensor[:clients].add_(start[name], alpha=rate * mu)
@@ -74,14 +86,13 @@ def _with_state(
     second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     steps = [torch.zeros(()) for _ in weights]
 
-    def descend(
-        clients: int, inputs: Sequence[Tensor], back: Sequence[Tensor], extra: Weights | None
-    ) -> None:
+    def descend(clients: int, given: Sequence[Gradient], extra: Weights | None) -> None:
         gradients: Weights = {}
-        for layer, a, slopes in zip(layers, inputs, back, strict=True):
-            gradients[layer.weight] = torch.bmm(slopes.transpose(1, 2), a)
+        for layer, one in zip(layers, given, strict=True):
+            products = torch.bmm(one.left.transpose(1, 2), one.right)
+            gradients[layer.weight] = like_weight(layer, products, weights[layer.weight][:clients])
             if layer.bias is not None:
-                gradients[layer.bias] = slopes.sum(dim=1)
+                gradients[layer.bias] = one.bias
         for name, gradient in gradients.items():
             if extra is not None:
                 gradient.add_(extra[name])

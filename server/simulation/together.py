@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from fedcore.client_app import Client, Resident
+from fedcore.client_app import Client
 from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.mods import client_mods
+from fedcore.resident import Resident
 from fedcore.task import Loss, size_of
 from fedcore.training.batches import gather
-from server.simulation.chain import find_chain
-from server.simulation.dense import train_dense
+from server.simulation.chained import train_chained
+from server.simulation.graph import find_chain
 from server.simulation.slopes import is_mean
 from server.simulation.vectorised import train_cohort, what_forbids
 from server.simulation.work import LocalWork, Trained, in_order
 
 _LOOKED_AT = 32  # examples that the loss and the model are tried on
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
+_STEP_BYTES = 4 << 20  # 4 MiB: what a core's own cache about holds of a step's largest layer
 
-Trainer = Callable[[FullModel, Sequence[LocalWork], float], Trained]
-"""Trains clients side by side from one model, with FedProx's weight, in their order."""
+
+@dataclass(frozen=True)
+class Trainer:
+    """What trains the clients of a task side by side."""
+
+    train: Callable[[FullModel, Sequence[LocalWork], float], Trained]
+    """Trains clients from one model, with FedProx's weight, in their order."""
+    numbers: int
+    """The most that a layer makes of one example; 0 where it is not known."""
 
 
 def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Trainer | str:
@@ -61,12 +71,19 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         return "the task's loss is no mean over the examples of a batch"
     chain = find_chain(model.model, behind)
     if chain is not None:
-        return lambda model, work, mu: train_dense(
-            model, chain, work, loss, run.client, proximal_mu=mu
-        )
+
+        def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
+            return train_chained(model, chain, work, loss, run.client, proximal_mu=mu)
+
+        return Trainer(train, chain.numbers)
     if run.private:
-        return "per-example gradients of more than dense layers are taken one client at a time"
-    return lambda model, work, mu: train_cohort(model, work, loss, run.client, proximal_mu=mu)
+        return (
+            "per-example gradients of more than dense layers and convolutions are taken one client "
+            "at a time"
+        )
+    return Trainer(
+        lambda model, work, mu: train_cohort(model, work, loss, run.client, proximal_mu=mu), 0
+    )
 
 
 def train_in_groups(
@@ -77,24 +94,34 @@ def train_in_groups(
     Clients of like size go together, so that little is padded.
     """
     return in_order(
-        (places, trainer(model, [work[place] for place in places], mu))
-        for places in _groups(model, work, client)
+        (places, trainer.train(model, [work[place] for place in places], mu))
+        for places in _groups(trainer, model, work, client)
     )
 
 
-def _groups(model: FullModel, work: Sequence[LocalWork], client: Client) -> Iterator[list[int]]:
-    weights = sum(p.numel() for p in model.model.parameters()) * 4 * 4  # gradients, state, noise
-    epochs = client.run.client.epochs
+def _groups(
+    trainer: Trainer, model: FullModel, work: Sequence[LocalWork], client: Client
+) -> Iterator[list[int]]:
+    run = client.run
+    parameters = sum(p.numel() for p in model.model.parameters()) * 4
+    weights = 4 * parameters  # gradients, state, noise
+    if run.private:
+        weights += run.client.batch_size * parameters  # examples' own gradients
+    step = run.client.batch_size * trainer.numbers * 4
+    most = len(work)
+    if step and next(model.model.parameters()).device.type == "cpu":
+        most = max(1, _STEP_BYTES // step)
     places = sorted(range(len(work)), key=lambda place: -size_of(work[place].examples))
     numbers = client.task.example_input.numel()
     group: list[int] = []
     each = 0
     for place in places:
         if not group:  # the largest of its group
-            rows = size_of(work[place].examples) * epochs
-            each = weights + 2 * rows * numbers * 4  # twice: a step's widest batch pads all
+            rows = size_of(work[place].examples) * run.client.epochs
+            # Twice: a step's widest batch pads all. Eight: what a step's layers make, and slopes.
+            each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)
-        if (len(group) + 1) * each > _GROUP_BYTES:
+        if len(group) == most or (len(group) + 1) * each > _GROUP_BYTES:
             yield group
             group = []
     if group:

@@ -1,7 +1,7 @@
 """Training many virtual clients at once: their weights stacked, their batches side by side.
 
-A dense layer over a batch of ten is too small to keep a processor busy; over ten clients at once it
-is one batched product. Convolutions on a CPU gain nothing from it.
+For models that are no chain of products, see `server.simulation.chained`: whatever operation they
+hold is made one for all clients.
 """
 
 from __future__ import annotations

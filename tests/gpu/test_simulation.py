@@ -18,8 +18,8 @@ from fedcore.task import Examples
 from fedcore.training.local import train
 from fedcore.training.private import PrivatePlan, train_private
 from fedcore.updates.pack import pack
-from server.simulation.chain import find_chain
-from server.simulation.dense import train_dense
+from server.simulation.chained import train_chained
+from server.simulation.graph import find_chain
 from server.simulation.vectorised import train_cohort
 from server.simulation.work import LocalWork, PrivateWork, Trained
 
@@ -67,7 +67,8 @@ def test_without_privacy(way: str) -> None:
     if way == "dense":
         chain = find_chain(before.model, torch.randn(2, 6, device=CUDA))
         assert chain is not None
-        got = train_dense(before, chain, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
+        loss = functional.cross_entropy
+        got = train_chained(before, chain, asked, loss, SETTINGS, proximal_mu=0.0)
     else:
         got = train_cohort(before, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
     alone = []
@@ -84,7 +85,7 @@ def test_with_privacy_and_the_same_noise() -> None:
     before, asked = model(), work(private=True)
     chain = find_chain(before.model, torch.randn(2, 6, device=CUDA))
     assert chain is not None
-    got = train_dense(before, chain, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
+    got = train_chained(before, chain, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
     alone = []
     for one in asked:
         assert one.private is not None

@@ -1,13 +1,13 @@
-"""Training many clients of a dense model at once by batched products, with and without privacy.
+"""Training many clients of a chain of products at once, with and without privacy.
 
 One product over ten clients' batches keeps a processor busy where ten small ones do not. Gradients
-of dense layers are products of what went in and the slope of what came out, so no graph of the
-weights is built, and under privacy the norm of an example's gradient needs no gradient.
+of dense layers and convolutions are products of what went in and the slope of what came out, so no
+graph of the weights is built, and under privacy no hooks are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.task import Loss, size_of
 from fedcore.training.private import expected_batch_size
-from server.simulation.chain import Chain, Pass, run_chain
+from server.simulation.chain import Chain, Pass, Weights, run_chain, stacked
+from server.simulation.clipping import batch_gradient, example_gradients
 from server.simulation.descent import Descend, descent
 from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
 from server.simulation.slopes import example_losses
@@ -24,10 +25,8 @@ from server.simulation.work import LocalWork, Trained, in_order
 
 _CLIP_EPS = 1e-6  # what Opacus adds to a norm before it divides by it
 
-Weights = dict[str, Tensor]
 
-
-def train_dense(
+def train_chained(
     model: FullModel,
     chain: Chain,
     work: Sequence[LocalWork],
@@ -81,7 +80,7 @@ def _train(
     device = next(model.model.parameters()).device
     rows = lay_out(model, group, [orders[place] for place in places], device)
     start = {name: p.detach() for name, p in model.model.named_parameters()}
-    weights = {name: p.expand(len(work), *p.shape).contiguous() for name, p in start.items()}
+    weights = stacked(chain, start, len(work))
     descend = descent(weights, start, chain.layers, settings, proximal_mu)
     if private:
         _walk_private(rows, group, chain, weights, loss, descend)
@@ -106,7 +105,7 @@ def _walk(
         else:
             share = shares[:clients, step, : rows.widest[step]]
             slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
-        descend(clients, passed.inputs, _back(passed, slopes), None)
+        descend(clients, [batch_gradient(*one) for one in _back(passed, slopes)], None)
     each = torch.zeros(rows.mask.shape, device=rows.mask.device)
     for step, losses in enumerate(told):
         each[: rows.active[step], step, : rows.widest[step]] = losses
@@ -143,11 +142,14 @@ def _walk_private(
     shares = rows.mask / expected[:, None, None]
     for step, clients in enumerate(rows.active):
         passed, _, slopes = _ahead(rows, step, chain, weights, loss)
-        back = _back(passed, slopes)
-        lengths = _gradient_norms(chain, passed, back) + _CLIP_EPS
-        factors = (norms[:clients] / lengths).clamp(max=1)
-        scale = (factors * shares[:clients, step, : rows.widest[step]]).unsqueeze(2)
-        descend(clients, passed.inputs, [one * scale for one in back], draw(clients))
+        each = [
+            example_gradients(*one, bias=layer.bias is not None)
+            for layer, one in zip(chain.layers, _back(passed, slopes), strict=True)
+        ]
+        lengths = torch.stack([one.squares for one in each]).sum(dim=0).sqrt_() + _CLIP_EPS
+        scale = (norms[:clients] / lengths).clamp_(max=1)
+        scale *= shares[:clients, step, : rows.widest[step]]
+        descend(clients, [one.weighted(scale) for one in each], draw(clients))
 
 
 def _ahead(
@@ -162,25 +164,13 @@ def _ahead(
     return passed, *example_losses(loss, passed.output, rows.targets[:clients, columns])
 
 
-def _back(passed: Pass, slopes: Tensor) -> Sequence[Tensor]:
-    """The slopes of what each dense layer gave, ``(K, B, out)``."""
+def _back(passed: Pass, slopes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each layer what went in, the slopes of its products, and those of its results."""
     if not passed.output.requires_grad:
-        return [slopes]
-    return torch.autograd.grad([passed.output], list(passed.sums), [slopes])
-
-
-def _gradient_norms(chain: Chain, passed: Pass, back: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all layers of each example's gradient, ``(K, B)``.
-
-    A dense layer's gradient for one example is the outer product of slope and input, so its norm
-    is the product of theirs.
-    """
-    squares = torch.zeros(())
-    for layer, inputs, slopes in zip(chain.layers, passed.inputs, back, strict=True):
-        ones = 0.0 if layer.bias is None else 1.0
-        lengths = torch.linalg.vector_norm(inputs, dim=2).square_()
-        squares = squares + slopes.square().sum(dim=2) * (lengths + ones)
-    return squares.sqrt()
+        return zip(passed.inputs, [slopes], [slopes], strict=True)
+    anchors = [*passed.products, *passed.results]
+    found = torch.autograd.grad([passed.output], anchors, [slopes])
+    return zip(passed.inputs, found[: len(found) // 2], found[len(found) // 2 :], strict=True)
 
 
 def _noise(
@@ -190,7 +180,7 @@ def _noise(
 
     What is drawn is divided by the expected batch size at once, as the gradient is.
     """
-    drawn = {name: torch.empty_like(tensor) for name, tensor in weights.items()}
+    drawn = {name: tensor.new_empty(tensor.shape) for name, tensor in weights.items()}
     draws = [
         (one.private.noise(drawn[name].device), one.private.plan)
         for one in group

@@ -1,0 +1,226 @@
+"""Finds in a model a chain of products, by tracing it."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from server.simulation.chain import Chain, Conv, Dense, Elementwise, Place, Step, run_chain, stacked
+from server.simulation.images import Pair, Window
+
+_MODULES = (
+    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
+    *(nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
+)
+"""Layers that treat each number alone, so that a further dimension changes nothing."""
+_FUNCTIONS = (
+    *(torch.relu, torch.tanh, torch.sigmoid, torch.sin, torch.abs, torch.square),
+    *(functional.relu, functional.tanh, functional.sigmoid, functional.gelu, functional.silu),
+    *(functional.leaky_relu, functional.elu, functional.softplus),
+    *(operator.add, operator.sub, operator.mul, operator.neg, torch.add, torch.mul),
+)
+_METHODS = ("relu", "tanh", "sigmoid", "abs", "square")
+_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+"""Layers that treat each image alone."""
+_RELU = (functional.relu, torch.relu, Tensor.relu)
+
+
+def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
+    """The chain that ``model`` is, or None when it is anything else.
+
+    A chain holds dense layers and convolutions, each used once, and between them only pooling and
+    functions that treat each number alone. What is found is run beside the model on ``example`` and
+    must answer the same.
+
+    Args:
+        model: On any device.
+        example: A batch behind preprocessing, shape ``(B, ...)``, on the model's device.
+    """
+    chain = _traced(model)
+    if chain is None:
+        return None
+    chain = _with_pooling(chain)
+    named = dict(model.named_parameters())
+    used = [name for one in chain.layers for name in (one.weight, one.bias) if name is not None]
+    if sorted(used) != sorted(named) or list(model.buffers()):
+        return None  # shared, unused or other weights
+    try:
+        with torch.no_grad():
+            weights = stacked(chain, {name: p.detach() for name, p in named.items()}, 1)
+            expected = model(example)
+            passed = run_chain(chain, weights, example.unsqueeze(0))
+            found = passed.output.squeeze(0)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None  # the model will say what is wrong when it is trained by itself
+    same = found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+    if not same:
+        return None
+    numbers = max((t[0, 0].numel() for t in (*passed.inputs, *passed.products)), default=0)
+    return replace(chain, numbers=numbers)
+
+
+@dataclass(frozen=True)
+class _EachImage:
+    """Applies a layer for ``(N, C, H, W)`` to ``(K, B, C, H, W)``."""
+
+    layer: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x.flatten(0, 1))
+        return found.view(*x.shape[:2], *found.shape[1:])
+
+
+def _traced(model: nn.Module) -> Chain | None:
+    prefix = None
+    if isinstance(model, nn.Linear | nn.Conv2d):  # tracing a layer looks inside it
+        model = nn.Sequential(model)
+        prefix = ""
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception:  # the user's code, run on stand-ins for tensors: anything can happen
+        return None
+    modules = dict(model.named_modules())
+    places: dict[fx.Node, int] = {}
+    steps: list[Step] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if places:
+                return None
+            places[node] = 0
+        elif node.op == "output":
+            (result,) = node.args
+            return Chain(tuple(steps), places[result]) if result in places else None
+        else:
+            step = _step(node, modules, places, prefix)
+            if step is None:
+                return None
+            steps.append(step)
+            places[node] = len(steps)
+    return None
+
+
+def _step(
+    node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], prefix: str | None
+) -> Step | None:
+    if any(isinstance(a, fx.Node) and a not in places for a in node.all_input_nodes):
+        return None
+    args = tuple(Place(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
+    kwargs = dict(node.kwargs)
+    if any(isinstance(value, fx.Node) for value in kwargs.values()):
+        return None
+    if node.op == "call_module":
+        apply = _of_module(modules[str(node.target)], str(node.target) if prefix is None else "")
+        return None if apply is None else Step(apply, args, kwargs)
+    if node.op == "call_function" and not kwargs.get("inplace"):
+        if node.target is torch.flatten and node.args[1:] == (1,) and not kwargs:
+            return Step(_flatten, args[:1], {})
+        if node.target is functional.max_pool2d and not kwargs.get("return_indices"):
+            pooling = nn.MaxPool2d(*args[1:], **kwargs)  # type: ignore[arg-type]
+            return Step(_EachImage(pooling), args[:1], {})
+        if any(node.target is one for one in _FUNCTIONS):
+            return Step(node.target, args, kwargs)  # type: ignore[arg-type]
+    if node.op == "call_method":
+        if node.target == "flatten" and node.args[1:] == (1,) and not kwargs:
+            return Step(_flatten, args[:1], {})
+        if node.target in _METHODS:
+            return Step(getattr(Tensor, str(node.target)), args, kwargs)
+    return None
+
+
+def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:
+    dot = f"{name}." if name else ""
+    weight, bias = (
+        f"{dot}weight",
+        f"{dot}bias" if getattr(layer, "bias", None) is not None else None,
+    )
+    if type(layer) is nn.Linear:
+        return Dense(weight, bias)
+    if type(layer) is nn.Conv2d:
+        window = _window(layer)
+        return None if window is None else Conv(weight, bias, window)
+    if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
+        return _flatten
+    if type(layer) in _MODULES:
+        return _pure(layer)
+    if type(layer) in _POOLING and not getattr(layer, "return_indices", False):
+        return _EachImage(layer)
+    return None
+
+
+def _window(layer: nn.Conv2d) -> Window | None:
+    """What a convolution looks at; None where that is no plain rectangle."""
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    if not plain or isinstance(layer.padding, str):
+        return None
+    return Window(_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding))
+
+
+def _with_pooling(chain: Chain) -> Chain:
+    """Has convolutions do the pooling behind them, with a ReLU between the two moved behind both.
+
+    What is thrown away is then not computed. See `fedcore.training.order` for why ReLU may move.
+    """
+    steps = list(chain.steps)
+    readers: dict[int, list[int]] = {}
+    for place, step in enumerate(steps):
+        for arg in (*step.args, *step.kwargs.values()):
+            if isinstance(arg, Place):
+                readers.setdefault(arg.index, []).append(place)
+    readers.setdefault(chain.output, []).append(len(steps))
+
+    def reader(place: int) -> int | None:
+        """The only step that reads what step ``place`` gives."""
+        found = readers.get(place + 1, [])
+        return found[0] if len(found) == 1 and found[0] < len(steps) else None
+
+    for place, step in enumerate(steps):
+        if not isinstance(step.apply, Conv):
+            continue
+        behind = reader(place)
+        relu = behind if behind is not None and _is_relu(steps[behind].apply) else None
+        last = reader(relu) if relu is not None else behind
+        block = _block(steps[last].apply) if last is not None else None
+        if last is None or block is None:
+            continue
+        steps[place] = replace(step, apply=replace(step.apply, window=_pooled(step.apply, block)))
+        steps[last] = replace(steps[last], apply=nn.Identity())
+    return replace(chain, steps=tuple(steps))
+
+
+def _pooled(layer: Conv, block: Pair) -> Window:
+    return replace(layer.window, pool=block)
+
+
+def _is_relu(apply: Dense | Elementwise) -> bool:
+    return type(apply) is nn.ReLU or any(apply is one for one in _RELU)
+
+
+def _block(apply: Dense | Elementwise) -> Pair | None:
+    """The blocks of which a max-pooling keeps the largest; None where it is anything else."""
+    layer = apply.layer if isinstance(apply, _EachImage) else None
+    if type(layer) is not nn.MaxPool2d or layer.ceil_mode or _pair(layer.dilation) != (1, 1):
+        return None
+    block = _pair(layer.kernel_size)
+    return block if _pair(layer.stride) == block and _pair(layer.padding) == (0, 0) else None
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _flatten(x: Tensor) -> Tensor:
+    return x.flatten(2)
+
+
+def _pure(layer: nn.Module) -> Elementwise:
+    """The layer, never in place: what went in is needed on the way back."""
+    layer = copy.copy(layer)
+    if getattr(layer, "inplace", False):
+        layer.__dict__["inplace"] = False
+    return layer

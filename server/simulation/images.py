@@ -1,0 +1,175 @@
+"""Convolutions over many clients' batches as products, and the pooling behind them.
+
+A convolution is one product once each place that it looks at lies in a row of its own. The products
+of a client's whole batch keep a processor twice as busy as direct convolutions of ten images do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Pair = tuple[int, int]
+_FEW_CHANNELS = 8  # rows of fewer are too short to be copied one by one
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution looks at, each as (height, width), and the pooling that follows it."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    pool: Pair = (1, 1)
+    """Of each such block of results only the largest is kept; what no whole block covers is not
+    computed."""
+
+    def cells(self, height: int, width: int) -> Pair:
+        """How many blocks there are, down and across, over an image of that size."""
+        sizes = []
+        for place, length in enumerate((height, width)):
+            room = length + 2 * self.padding[place] - self.kernel[place]
+            sizes.append((room // self.stride[place] + 1) // self.pool[place])
+        return sizes[0], sizes[1]
+
+
+def patches(x: Tensor, window: Window) -> Tensor:
+    """What a convolution looks at, a row for each result that is wanted.
+
+    Args:
+        x: ``(K, B, C, H, W)``; fastest where channels lie innermost, or are few.
+        window: Of the convolution.
+
+    Returns:
+        ``(K, B, q * P, F)``: ``q`` places in a block times ``P`` blocks, and ``F`` numbers each, in
+        the order (kernel's height, its width, channel).
+    """
+    x = _padded(x, window)
+    clients, batch, channels = x.shape[:3]
+    if channels < _FEW_CHANNELS:  # long runs along the image, then seen from the other side
+        rows = _looked_at(x, window).permute(0, 6, 7, 8, 1, 2, 3, 4, 5)
+        numbers = rows.shape[1] * rows.shape[2] * rows.shape[3]
+        return rows.reshape(clients, numbers, batch, -1).permute(0, 2, 3, 1)
+    x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    rows = _looked_at(x, window)
+    numbers = rows.shape[6] * rows.shape[7] * rows.shape[8]
+    return rows.reshape(clients, batch, -1, numbers)
+
+
+def back_to_image(x: Tensor, z: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """``z``, with the way back from its slopes to those of ``x``.
+
+    Args:
+        x: What a convolution was given, ``(K, B, C, H, W)``.
+        z: What its products gave, ``(K, B, q * P, out)``, which have no way back.
+        weight: ``(K, out, F)``.
+        window: Of the convolution.
+    """
+    found: Tensor = _BackToImage.apply(x, z, weight, window)  # type: ignore[no-untyped-call]
+    return found
+
+
+def largest(z: Tensor, axis: int) -> Tensor:
+    """The largest along an axis; where several are, slopes go back to the first, as torch has it.
+
+    Args:
+        z: Any shape.
+        axis: Short: each place on it is looked at by itself.
+    """
+    if z.shape[axis] == 1:
+        return z.squeeze(axis)
+    found: Tensor = _Largest.apply(z, axis)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _padded(x: Tensor, window: Window) -> Tensor:
+    down, across = window.padding
+    return functional.pad(x, (across, across, down, down)) if down or across else x
+
+
+def _looked_at(x: Tensor, window: Window) -> Tensor:
+    """A view of ``x``, padded: ``(K, B, q down, q across, P down, P across, kh, kw, C)``.
+
+    The block's height and width stand before the blocks, so that what is compared by pooling lies
+    in runs as long as an image has blocks.
+    """
+    client, example, channel, down, across = x.stride()
+    (high, wide), (step_down, step_across) = window.pool, window.stride
+    cells_down, cells_across = replace(window, padding=(0, 0)).cells(x.shape[3], x.shape[4])
+    return x.as_strided(
+        (*x.shape[:2], high, wide, cells_down, cells_across, *window.kernel, x.shape[2]),
+        (
+            *(client, example, step_down * down, step_across * across),
+            *(high * step_down * down, wide * step_across * across),
+            *(down, across, channel),
+        ),
+        x.storage_offset(),
+    )
+
+
+class _BackToImage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, window: Window) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.window, ctx.shape = window, x.shape
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
+        """Each place of the kernel by itself: its products lie as the image does, and are added.
+
+        All at once they would not stay in a core's cache.
+        """
+        (weight,) = ctx.saved_tensors
+        window: Window = ctx.window
+        clients, batch, channels, height, width = ctx.shape
+        kernel, (down, across) = window.kernel, window.padding
+        cells = window.cells(height, width)
+        rows = slopes[0].view(clients, batch, *window.pool, *cells, -1)
+        size = cells[0] * window.pool[0], cells[1] * window.pool[1]
+        rows = rows.permute(0, 1, 4, 2, 5, 3, 6).reshape(clients, batch * size[0] * size[1], -1)
+        places = weight.view(clients, -1, kernel[0] * kernel[1], channels).transpose(1, 2)
+        whole = weight.new_zeros((clients, batch, height + 2 * down, width + 2 * across, channels))
+        one = weight.new_empty((rows.shape[1], channels))
+        image = one.view(batch, *size, channels)
+        strides = whole.stride()
+        step = strides[1], window.stride[0] * strides[2], window.stride[1] * strides[3], 1
+        for client in range(clients):
+            for place, part in enumerate(places[client].unbind()):
+                torch.mm(rows[client], part, out=one)
+                y, x = divmod(place, kernel[1])
+                start = client * strides[0] + y * strides[2] + x * strides[3]
+                whole.as_strided(image.shape, step, start).add_(image)
+        inside = whole[:, :, down : down + height, across : across + width]
+        return inside.permute(0, 1, 4, 2, 3), None, None, None
+
+
+class _Largest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, axis: int) -> Tensor:
+        first, *others = z.unbind(axis)
+        for other in others:
+            first = torch.maximum(first, other)
+        ctx.axis = axis
+        ctx.save_for_backward(z)
+        return first
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        """From the last place to the first: slopes stay where what stands exceeds all before."""
+        (z,) = ctx.saved_tensors
+        given, left = torch.empty_like(z), slopes[0]
+        parts, shares = z.unbind(ctx.axis), given.unbind(ctx.axis)
+        before = [parts[0]]
+        for part in parts[1:-1]:
+            before.append(torch.maximum(before[-1], part))
+        passed_on = torch.ops.aten.threshold_backward.grad_input
+        for place in range(len(parts) - 1, 0, -1):
+            gap = torch.sub(parts[place], before[place - 1])
+            share = passed_on(left, gap, 0.0, grad_input=shares[place])  # where the gap is above 0
+            left = torch.sub(left, share, out=shares[0]) if place == 1 else left - share
+        return given, None

@@ -1,0 +1,77 @@
+"""Convolutions as products and pooling give what torch's own give, forth and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from server.simulation.images import Window, back_to_image, largest, patches
+
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+def convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """As the chain does it, for one client: ``(1, B, P, out)``."""
+    matrix = weight.permute(0, 2, 3, 1).flatten(1).unsqueeze(0)
+    rows = patches(x.detach(), window)
+    z = torch.matmul(rows, matrix.transpose(1, 2))
+    z = back_to_image(x, z, matrix, window)
+    z = z.view(*z.shape[:2], *window.pool, -1, z.shape[3])
+    return largest(largest(z, 3), 2)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    kernel=PAIRS,
+    stride=PAIRS,
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    pool=PAIRS,
+    size=st.tuples(st.integers(6, 12), st.integers(6, 12)),
+    channels=st.sampled_from([1, 3, 7, 8, 12]),
+    seed=st.integers(0, 9),
+)
+def test_any_rectangle(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    pool: tuple[int, int],
+    size: tuple[int, int],
+    channels: int,
+    seed: int,
+) -> None:
+    window = Window(kernel, stride, padding, pool)
+    if min(window.cells(*size)) < 1:
+        return
+    rng = torch.Generator().manual_seed(seed)
+    double = {"generator": rng, "dtype": torch.float64}
+    x = torch.randn(2, channels, *size, **double).requires_grad_()  # type: ignore[call-overload]
+    weight = torch.randn(5, channels, *kernel, **double)  # type: ignore[call-overload]
+    expected = functional.conv2d(x, weight, stride=stride, padding=padding)
+    expected = functional.max_pool2d(expected, pool)
+    found = convolved(x.unsqueeze(0), weight, window)[0]
+    as_image = found.transpose(1, 2).reshape(2, 5, *window.cells(*size))
+    assert torch.allclose(as_image, expected, atol=1e-10)
+    slopes = torch.randn(expected.shape, **double)  # type: ignore[call-overload]
+    (way_back,) = torch.autograd.grad([expected], [x], [slopes])
+    (ours,) = torch.autograd.grad([as_image], [x], [slopes])
+    assert torch.allclose(ours, way_back, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "values", [(1.0, 1.0, 1.0, 1.0), (0.0, 2.0, 2.0, 1.0), (3.0, 1.0, 3.0, 3.0)]
+)
+def test_of_several_largest_the_first_gets_the_slope(values: tuple[float, ...]) -> None:
+    block = torch.tensor(values).view(1, 1, 2, 2).requires_grad_()
+    (expected,) = torch.autograd.grad([functional.max_pool2d(block, 2).sum()], [block])
+    z = torch.tensor(values).view(2, 2).requires_grad_()
+    (found,) = torch.autograd.grad([largest(largest(z, 1), 0)], [z])
+    assert torch.equal(found, expected.view(2, 2))
+
+
+def test_what_no_whole_block_covers_is_not_looked_at() -> None:
+    x = torch.randn(1, 2, 8, 13, 13)
+    assert patches(x, Window((3, 3), (1, 1), (0, 0), (2, 2))).shape == (1, 2, 4 * 25, 72)

@@ -1,0 +1,85 @@
+"""How many clients are trained at once: as many as memory can hold, or a cache large layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedcore import Task
+from fedcore.client_app import Client
+from fedcore.config import RunConfig
+from fedcore.model import FullModel
+from fedcore.owner import OPEN_POLICY
+from fedcore.seeds import Simulated, torch_rng
+from server.simulation.together import Trainer, find_trainer, train_in_groups
+from server.simulation.work import LocalWork, Trained
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def large() -> nn.Module:
+    """Its second convolution looks at 121 times 288 numbers in an image."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 4, 3), nn.Flatten()),
+        nn.Linear(484, 10),
+    )
+
+
+def data(client: str, folder: object) -> TensorDataset:
+    rng = torch_rng(0, client)
+    return TensorDataset(torch.randn(20, 1, 28, 28, generator=rng), torch.zeros(20).long())
+
+
+def client_of(model: object, *, private: bool = False) -> Client:
+    task = Task(
+        name="groups",
+        kind="classification",
+        model=model,  # type: ignore[arg-type]
+        clients=lambda folder: ["0"],
+        client_data=data,  # type: ignore[arg-type]
+        test_data=lambda folder: data("0", folder),  # type: ignore[arg-type,return-value]
+        example_input=torch.zeros(1, 28, 28),
+    )
+    privacy = {"unit": "example", "target_delta": 1e-3, "noise_multiplier": 1.0, "max_epsilon": 9}
+    values = {
+        "name": "groups",
+        "task": "task.py",
+        "federation": {"rounds": 1},
+        "client": {"batch_size": 10},
+        "privacy": privacy if private else {},
+    }
+    return Client(task, RunConfig.model_validate(values), OPEN_POLICY, Simulated(1))
+
+
+def sizes_of_groups(client: Client, count: int) -> list[int]:
+    sample = LocalWork(data("0", None), lambda: torch_rng(0))  # type: ignore[arg-type]
+    found = find_trainer(client, client.resident, sample)
+    assert isinstance(found, Trainer)
+    sizes: list[int] = []
+
+    def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
+        sizes.append(len(work))
+        return Trained(torch.zeros(len(work), 1), [0.0] * len(work))
+
+    noting = Trainer(train, found.numbers)
+    train_in_groups(noting, client.resident.model, [sample] * count, client, 0.0)
+    return sizes
+
+
+def test_a_small_models_clients_go_all_at_once() -> None:
+    assert sizes_of_groups(client_of(small), 40) == [40]
+
+
+def test_of_a_large_one_so_many_as_a_cache_holds() -> None:
+    assert sizes_of_groups(client_of(large), 10) == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("model", [small, large])
+def test_privacy_is_trained_side_by_side_too(model: object) -> None:
+    assert sum(sizes_of_groups(client_of(model, private=True), 5)) == 5
