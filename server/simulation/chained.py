@@ -16,7 +16,7 @@ from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.task import Loss, size_of
 from fedcore.training.private import expected_batch_size
-from server.simulation.chain import Chain, Pass, Weights, run_chain, stacked
+from server.simulation.chain import Chain, Dense, Pass, Weights, run_chain, stacked
 from server.simulation.clipping import batch_gradient, example_gradients
 from server.simulation.descent import Descend, descent
 from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
@@ -56,8 +56,12 @@ def train_chained(
         Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
         arXiv:2210.00038 (one pass back).
     """
-    with torch.inference_mode(len(chain.steps) == 1):  # one layer needs no way back
+    with torch.inference_mode(_is_one_layer(chain)):  # it needs no way back
         return _train(model, chain, work, loss, settings, proximal_mu)
+
+
+def _is_one_layer(chain: Chain) -> bool:
+    return len(chain.steps) == 1 and type(chain.steps[0].apply) is Dense
 
 
 def _train(

@@ -35,7 +35,8 @@ class Rows:
     """Steps of each client, ``(K,)``."""
     width: int
     widest: tuple[int, ...]
-    """Rows of the largest batch of each step: what stands behind them pads for every client."""
+    """Rows of the largest batch of each step, at least 1: what stands behind them pads for every
+    client."""
     full: bool
     """Whether no row pads."""
 
@@ -108,7 +109,7 @@ def lay_out(
         active=tuple(sum(step < taken for taken in steps) for step in range(steps[0])),
         taken=torch.tensor(steps, device=device),
         width=width,
-        widest=tuple(map(max, zip(*lengths, strict=True))),
+        widest=tuple(max(1, *step) for step in zip(*lengths, strict=True)),
         full=all(length == width for row in lengths for length in row),
     )
 

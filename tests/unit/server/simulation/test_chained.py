@@ -46,6 +46,11 @@ def regress(count: int, rng: torch.Generator) -> Examples:
     return TensorDataset(inputs, inputs.sum(1))  # type: ignore[return-value]
 
 
+def borders(count: int, rng: torch.Generator) -> Examples:
+    inputs = torch.randn(count, 2, 6, 6, generator=rng)
+    return TensorDataset(inputs, inputs[:, :1, 2:, 1:-1])  # type: ignore[return-value]
+
+
 def squared(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output.reshape(target.shape), target)
 
@@ -114,6 +119,7 @@ CASES: dict[str, tuple[nn.Module, Make, Loss]] = {
         photos,
         functional.cross_entropy,
     ),
+    "one convolution": (nn.Conv2d(2, 1, 3), borders, squared),
     "photos": (Photos(), photos, functional.cross_entropy),
 }
 SIZES = (20, 20, 13, 1, 20, 7, 10)
@@ -226,6 +232,27 @@ def test_one_client_alone_leaves_the_global_model_as_it_was(name: str) -> None:
     trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     assert not torch.equal(trained.weights[0], before)
+
+
+@pytest.mark.parametrize("name", ["residual", "strided", "one layer", "one convolution"])
+def test_a_step_of_an_empty_batch_is_one_of_noise(name: str) -> None:
+    net, make, loss = CASES[name]
+    model = FullModel(nn.Identity(), copy.deepcopy(net))
+    before = torch.from_numpy(pack(model.model))
+    plan = PrivatePlan(Charge(1, 0.7, 1e-6, 2), clip_norm=0.5)  # so rare that nobody is drawn
+    work = work_of(make, [3], lambda place: PrivateWork(plan, lambda device: torch_rng(1)))
+    chain = find_chain(model.model, work[0].examples[0][0].unsqueeze(0))
+    assert chain is not None
+    trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0)
+    rng = torch_rng(1)
+    steps = [
+        torch.cat(
+            [torch.normal(0, 0.35, p.shape, generator=rng).flatten() for p in net.parameters()]
+        )
+        for _ in range(2)
+    ]
+    moved = -SETTINGS[0].learning_rate * torch.stack(steps).sum(0)
+    assert torch.allclose(trained.weights[0] - before, moved, atol=1e-6)
 
 
 def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
