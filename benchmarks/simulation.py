@@ -27,6 +27,7 @@ from benchmarks.campaign import (
     run_plan,
 )
 from benchmarks.figures import Check, Row, Run, row, rows_of
+from benchmarks.gpu import has_gpu, run_gpu
 from benchmarks.measure import observe, processor
 from benchmarks.partitions import prepare
 from benchmarks.plot import plot
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if MILLION in options.workloads and FEDCORE.name in options.systems:
         outcomes.append(run_million(place))
+    if has_gpu() and FEDCORE.name in options.systems and not options.quick:
+        outcomes.append(run_gpu(place, options.workloads))
     result = _result(outcomes, place, [plan.workload for plan in plans], quick=options.quick)
     write_json(options.out / "simulation.json", result)
     print(table(result))

@@ -63,15 +63,21 @@ class Measured:
 
 
 def measure(
-    system: System, workload: Workload, *, rounds: int, seed: int, place: Place
+    system: System,
+    workload: Workload,
+    *,
+    rounds: int,
+    seed: int,
+    place: Place,
+    settings: Sequence[str] = (),
 ) -> Measured:
-    """Runs a system in a process of its own.
+    """Runs a system in a process of its own; fedcore with ``settings`` over its run file.
 
     Raises:
         ProgramFailed: it failed, or its answer is not what was asked for.
     """
     if system.program is None:
-        measured = _fedcore(workload, rounds, seed, place)
+        measured = _fedcore(workload, rounds, seed, place, settings)
     else:
         measured = _peer(system, workload, rounds, seed, place)
     if len(measured.ends_s) != rounds:
@@ -109,12 +115,15 @@ def _peer(system: System, workload: Workload, rounds: int, seed: int, place: Pla
     )
 
 
-def _fedcore(workload: Workload, rounds: int, seed: int, place: Place) -> Measured:
+def _fedcore(
+    workload: Workload, rounds: int, seed: int, place: Place, settings: Sequence[str]
+) -> Measured:
     """Fedcore by its command line alone: its events, as they arrive, are what is timed."""
     command = [
         *(sys.executable, "-m", "fedcore.cli", "simulate", str(run_file(workload.name))),
         *("--json", "--runs", str((place.scratch / "runs").resolve())),
         *("--set", f"federation.rounds={rounds}", "--set", f"seed={seed}"),
+        *(word for setting in settings for word in ("--set", setting)),
     ]
     environment = {"FEDCORE_DATA": str(place.data.resolve()), "PYTHONPATH": str(ROOT)}
     observed = observe(command, environment=environment, folder=place.scratch, limit_s=_LIMIT_S)

@@ -107,7 +107,7 @@ def _groups(
     weights = 4 * parameters  # gradients, state, noise
     if run.private:
         weights += run.client.batch_size * parameters  # examples' own gradients
-    step = run.client.batch_size * trainer.numbers * 4
+    step = run.client.batch_size * trainer.numbers * (8 if run.private else 4)
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
         most = max(1, _STEP_BYTES // step)
@@ -118,7 +118,7 @@ def _groups(
     for place in places:
         if not group:  # the largest of its group
             rows = size_of(work[place].examples) * run.client.epochs
-            # Twice: a step's widest batch pads all. Eight: what a step's layers make, and slopes.
+            # Twice: a step's widest batch pads all. Eight: all that a step's layers make.
             each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)
         if len(group) == most or (len(group) + 1) * each > _GROUP_BYTES:
