@@ -6,6 +6,7 @@ of a client's whole batch keep a processor twice as busy as direct convolutions 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,32 +121,43 @@ class _BackToImage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
-        """Each place of the kernel by itself: its products lie as the image does, and are added.
-
-        All at once they would not stay in a core's cache.
-        """
         (weight,) = ctx.saved_tensors
-        window: Window = ctx.window
-        clients, batch, channels, height, width = ctx.shape
-        kernel, (down, across) = window.kernel, window.padding
-        cells = window.cells(height, width)
-        rows = slopes[0].view(clients, batch, *window.pool, *cells, -1)
-        size = cells[0] * window.pool[0], cells[1] * window.pool[1]
-        rows = rows.permute(0, 1, 4, 2, 5, 3, 6).reshape(clients, batch * size[0] * size[1], -1)
-        places = weight.view(clients, -1, kernel[0] * kernel[1], channels).transpose(1, 2)
-        whole = weight.new_zeros((clients, batch, height + 2 * down, width + 2 * across, channels))
-        one = weight.new_empty((rows.shape[1], channels))
-        image = one.view(batch, *size, channels)
-        strides = whole.stride()
-        step = strides[1], window.stride[0] * strides[2], window.stride[1] * strides[3], 1
-        for client in range(clients):
-            for place, part in enumerate(places[client].unbind()):
-                torch.mm(rows[client], part, out=one)
-                y, x = divmod(place, kernel[1])
-                start = client * strides[0] + y * strides[2] + x * strides[3]
-                whole.as_strided(image.shape, step, start).add_(image)
-        inside = whole[:, :, down : down + height, across : across + width]
-        return inside.permute(0, 1, 4, 2, 3), None, None, None
+        at_once = ctx.shape[0] if weight.is_cuda else 1  # more would not stay in a core's cache
+        return slopes_of_image(slopes[0], weight, ctx.window, ctx.shape, at_once), None, None, None
+
+
+def slopes_of_image(
+    slopes: Tensor, weight: Tensor, window: Window, shape: Sequence[int], at_once: int
+) -> Tensor:
+    """Each place of the kernel by itself: its products lie as the image does, and are added.
+
+    Args:
+        slopes: Of a convolution's results, ``(K, B, q * P, out)``.
+        weight: ``(K, out, F)``.
+        window: Of the convolution.
+        shape: Of what it was given, ``(K, B, C, H, W)``; so is what comes out.
+        at_once: Clients whose products are computed together.
+    """
+    clients, batch, channels, height, width = shape
+    kernel, (down, across), cells = window.kernel, window.padding, window.cells(height, width)
+    rows = slopes.view(clients, batch, *window.pool, *cells, -1)
+    size = cells[0] * window.pool[0], cells[1] * window.pool[1]
+    rows = rows.permute(0, 1, 4, 2, 5, 3, 6).reshape(clients, batch * size[0] * size[1], -1)
+    places = weight.view(clients, -1, kernel[0] * kernel[1], channels).permute(2, 0, 1, 3)
+    whole = weight.new_zeros((clients, batch, height + 2 * down, width + 2 * across, channels))
+    client, example, line, column, _ = whole.stride()
+    steps = client, example, window.stride[0] * line, window.stride[1] * column, 1
+    for first in range(0, clients, at_once):
+        some = slice(first, first + at_once)
+        of_them = rows[some]
+        one = weight.new_empty((len(of_them), rows.shape[1], channels))
+        image = one.view(len(of_them), batch, *size, channels)
+        for number, part in enumerate(places[:, some].unbind()):
+            torch.bmm(of_them, part, out=one)
+            y, x = divmod(number, kernel[1])
+            start = first * client + y * line + x * column
+            whole.as_strided(image.shape, steps, start).add_(image)
+    return whole[:, :, down : down + height, across : across + width].permute(0, 1, 4, 2, 3)
 
 
 class _Largest(torch.autograd.Function):

@@ -30,8 +30,8 @@ SIZES = (20, 13, 7)
 
 
 def data(place: int) -> Examples:
-    inputs = torch.randn(SIZES[place], 6, generator=torch_rng(0, place))
-    return TensorDataset(inputs, inputs[:, :3].argmax(1))  # type: ignore[return-value]
+    inputs = torch.randn(SIZES[place], 1, 6, 6, generator=torch_rng(0, place))
+    return TensorDataset(inputs, inputs.flatten(1)[:, :3].argmax(1))  # type: ignore[return-value]
 
 
 def work(*, private: bool) -> list[LocalWork]:
@@ -46,10 +46,18 @@ def work(*, private: bool) -> list[LocalWork]:
     return [one(place) for place in range(len(SIZES))]
 
 
-def model() -> FullModel:
+NETS = {
+    "dense": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 3)),
+    "cnn": lambda: nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 2), nn.Flatten()),
+        nn.Linear(8, 3),
+    ),
+}
+
+
+def model(net: str) -> FullModel:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-    return FullModel(nn.Identity(), net).to(CUDA)
+    return FullModel(nn.Identity(), NETS[net]()).to(CUDA)
 
 
 def distances(before: FullModel, together: Trained, alone: list[FullModel]) -> list[float]:
@@ -61,11 +69,12 @@ def distances(before: FullModel, together: Trained, alone: list[FullModel]) -> l
     return found
 
 
-@pytest.mark.parametrize("way", ["dense", "vmap"])
-def test_without_privacy(way: str) -> None:
-    before, asked = model(), work(private=False)
-    if way == "dense":
-        chain = find_chain(before.model, torch.randn(2, 6, device=CUDA))
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("way", ["chain", "vmap"])
+def test_without_privacy(way: str, net: str) -> None:
+    before, asked = model(net), work(private=False)
+    if way == "chain":
+        chain = find_chain(before.model, torch.randn(2, 1, 6, 6, device=CUDA))
         assert chain is not None
         loss = functional.cross_entropy
         got = train_chained(before, chain, asked, loss, SETTINGS, proximal_mu=0.0)
@@ -81,9 +90,10 @@ def test_without_privacy(way: str) -> None:
     assert max(distances(before, got, alone)) <= 1e-4
 
 
-def test_with_privacy_and_the_same_noise() -> None:
-    before, asked = model(), work(private=True)
-    chain = find_chain(before.model, torch.randn(2, 6, device=CUDA))
+@pytest.mark.parametrize("net", NETS)
+def test_with_privacy_and_the_same_noise(net: str) -> None:
+    before, asked = model(net), work(private=True)
+    chain = find_chain(before.model, torch.randn(2, 1, 6, 6, device=CUDA))
     assert chain is not None
     got = train_chained(before, chain, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
     alone = []

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from server.simulation.images import Window, back_to_image, largest, patches
+from server.simulation.images import (
+    Window,
+    back_to_image,
+    largest,
+    patches,
+    slopes_of_image,
+)
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -75,3 +81,14 @@ def test_of_several_largest_the_first_gets_the_slope(values: tuple[float, ...]) 
 def test_what_no_whole_block_covers_is_not_looked_at() -> None:
     x = torch.randn(1, 2, 8, 13, 13)
     assert patches(x, Window((3, 3), (1, 1), (0, 0), (2, 2))).shape == (1, 2, 4 * 25, 72)
+
+
+def test_clients_at_once_or_one_by_one_are_the_same() -> None:
+    window, shape = Window((3, 2), (2, 1), (1, 0), (1, 2)), (3, 2, 4, 7, 6)
+    rng = torch.Generator().manual_seed(0)
+    down, across = window.cells(7, 6)
+    slopes = torch.randn(3, 2, 2 * down * across, 5, generator=rng)
+    weight = torch.randn(3, 5, 6 * 4, generator=rng)
+    one_by_one = slopes_of_image(slopes, weight, window, shape, 1)
+    assert one_by_one.shape == shape
+    assert torch.allclose(slopes_of_image(slopes, weight, window, shape, 3), one_by_one, atol=1e-5)
