@@ -22,10 +22,12 @@ from fedcore.training.batches import gather
 from fedcore.training.local import check_loss, make_optimizer
 from server.cloud import read_cloud_data
 from server.finetune.job import Job, trained
+from server.parent import die_with_parent
 
 
 def work(job: Job) -> None:
     """Entry point of each process; torchrun has set RANK, LOCAL_RANK and WORLD_SIZE."""
+    die_with_parent()
     rank = int(os.environ["LOCAL_RANK"])
     try:
         _train_all(job, rank)

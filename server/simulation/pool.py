@@ -16,10 +16,11 @@ import torch
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.identity import assume_identity
 from server.aggregation.exact import ExactMean
+from server.parent import die_with_parent
 from server.simulation.crew import MakeWorker, gathered, pieces
 from server.simulation.engine import RUN_ID
 from server.simulation.orders import Answer, Asked, Order
-from server.simulation.process import die_with_parent, keep_heap
+from server.simulation.process import keep_heap
 
 _KILLED = " That usually means that memory ran out: take fewer simulation.workers."
 _END_S = 0.5  # more than an idle process needs to end

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_PR_SET_PDEATHSIG = 1  # prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_BYTES = 32 << 20  # the most that glibc takes
 _TRIM_BYTES = 512 << 20
@@ -27,12 +25,6 @@ def keep_heap() -> None:
     if hasattr(libc, "mallopt"):  # musl has none
         libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
-
-
-def die_with_parent() -> None:
-    """Has the system kill this process when its parent dies, in the middle of a client, too."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

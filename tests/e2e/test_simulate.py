@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,35 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
     if stage == "federate":
         simulate(fedcore, folder, *SHORT)
         check_results(results)
+
+
+def test_fine_tuning_does_not_outlive_a_killed_run(
+    fedcore: Fedcore, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    assert fedcore("new", "work", cwd=tmp_path).returncode == 0
+    long = ["--set", "federation.rounds=1", "--set", "finetune.epochs=100000"]
+    process = start(
+        "simulate", "run.toml", *long, "--set", "finetune.processes=2", cwd=tmp_path / "work"
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[finetune] started"):
+            break
+    wait_until(lambda: len(trainers(process.pid)) == 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    wait_until(lambda: running(process.pid) == [])
+
+
+def trainers(session: int) -> list[str]:
+    return [line for line in running(session) if "spawn_main" in line]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def running(session: int) -> list[str]:
