@@ -1,11 +1,13 @@
 """Deployment: real servers and devices over mutual TLS, and stock Flower's beside them.
 
-``make bench NAME=deployment`` runs it; ``runs/bench/deployment.json`` has the figures.
+``make bench NAME=deployment`` runs it; ``runs/bench/deployment.json`` has the figures. A part that
+is run alone leaves those of the others as they were.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -14,16 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks import deployment_flower as flower
-from benchmarks.deployment_project import Program, device, load, make_project, server
+from benchmarks.deployment_project import Memory, Program, device, load, make_project, server
 from benchmarks.figures import Check, Row, at_least, at_most, row, slope
 from benchmarks.measure import ProgramFailed, processor
-from benchmarks.plot import plot
+from benchmarks.plot import plot_in_a_row
 from fedcore.files import write_json
 
 MB = 1_000_000
@@ -39,7 +42,8 @@ class Sizes:
     """How large the parts are."""
 
     repeats: int
-    cohort: int
+    cohorts: tuple[int, ...]
+    """Of updates that are sent at once."""
     fleet: int
     idle_s: float
     soak_rounds: int
@@ -47,8 +51,8 @@ class Sizes:
     stock: bool
 
 
-FULL = Sizes(repeats=3, cohort=64, fleet=500, idle_s=30.0, soak_rounds=500, stock=True)
-QUICK = Sizes(repeats=1, cohort=8, fleet=40, idle_s=5.0, soak_rounds=25, stock=False)
+FULL = Sizes(repeats=3, cohorts=(16, 64), fleet=500, idle_s=30.0, soak_rounds=500, stock=True)
+QUICK = Sizes(repeats=1, cohorts=(8,), fleet=40, idle_s=5.0, soak_rounds=25, stock=False)
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What Flower could not do; nothing is promised of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,9 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.deployment", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small sizes, and without Flower")
+    parser.add_argument("--repeats", type=int, help="of the part that compares rounds")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
-    sizes, found = QUICK if options.quick else FULL, Found()
+    sizes = QUICK if options.quick else FULL
+    sizes = replace(sizes, repeats=options.repeats or sizes.repeats)
     scratch = (options.out / "deployment").resolve()
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -77,24 +85,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fleet": measure_fleet,
         "soak": measure_soak,
     }
+    all_hold = True
     for part in options.parts:
+        found, machine = Found(), _machine()
         try:
             steps[part](scratch / part, sizes, found)
         except ProgramFailed as error:
             found.failures.append(f"{part}: {error}")
-    result = {
-        "machine": _machine(),
-        "sizes": asdict(sizes),
-        "rows": [asdict(each) for each in found.rows],
-        "checks": [asdict(each) for each in found.checks],
-        "failures": found.failures,
-    }
-    write_json(options.out / "deployment.json", result)
-    print(table(found))
-    if found.rows:
-        plot(result["rows"], options.out / "deployment.png", panels=PANELS)
-    broken = [check for check in found.checks if not check.holds]
-    return 1 if broken or found.failures else 0
+        write_part(options.out, part, {"machine": machine, "sizes": asdict(sizes), **asdict(found)})
+        print(table(found), flush=True)
+        all_hold = all_hold and not found.failures and all(one.holds for one in found.checks)
+    return 0 if all_hold else 1
+
+
+def write_part(out: Path, part: str, result: dict[str, Any]) -> None:
+    """Puts what a part found beside what others did, and draws all of it."""
+    path = out / "deployment.json"
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts[part] = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), **result}
+    parts = {name: parts[name] for name in PARTS if name in parts}
+    write_json(path, {"parts": parts})
+    rows = [row for each in parts.values() for row in each["rows"]]
+    plot_in_a_row(rows, out / "deployment.png", panels=PANELS)
 
 
 PANELS = (
@@ -138,9 +150,24 @@ def measure_memory(root: Path, sizes: Sizes, found: Found) -> None:
 
     From its size with the model loaded, all devices but one there, and no round on.
     """
-    cohort = sizes.cohort
-    workload = f"{cohort} updates"
-    project = make_project(root / "fedcore", cohort, parameters=PARAMETERS)
+    for cohort in sizes.cohorts:
+        ours, workload = _memory(root / f"fedcore-{cohort}", cohort), f"{cohort} updates"
+        _note_memory(found, OURS, workload, ours)
+        risen = [ours.risen_bytes / MB]
+        found.checks.append(at_most(f"memory above idle with {workload}, MB", risen, 200.0))
+        if not sizes.stock:
+            continue
+        stock = root / f"flower-{cohort}"
+        try:
+            theirs = flower.memory(stock, cohort=cohort, parameters=PARAMETERS)
+        except ProgramFailed as error:
+            found.notes.append(f"{workload}: {error}")
+        else:
+            _note_memory(found, STOCK, workload, theirs)
+
+
+def _memory(root: Path, cohort: int) -> Memory:
+    project = make_project(root, cohort, parameters=PARAMETERS)
     settings = {"rounds": 1, "cohort": cohort, "deadline_s": _LIMIT_S}
     with ExitStack() as stack:
         ours = stack.enter_context(server(project, "trial", **settings))
@@ -151,24 +178,24 @@ def measure_memory(root: Path, sizes: Sizes, found: Found) -> None:
         before_bytes = peak_bytes = ours.pss_bytes()
         stack.enter_context(load(project, "last", first=cohort - 1, count=1, parameters=PARAMETERS))
         end = time.monotonic() + _LIMIT_S
-        while not ours.events("round_finished"):
+        while ours.process.poll() is None:  # to its end: the model is written after the round
             peak_bytes = max(peak_bytes, ours.pss_bytes())
             _go_on(ours, end)
             time.sleep(0.01)
+        _wait_for_rounds(ours, 1)
         (event,) = ours.events("round_finished")
     if event["updates"] != cohort:
         raise ProgramFailed(f"{event['updates']} of {cohort} updates were taken: {event}")
-    risen = peak_bytes - before_bytes
-    for metric, value in (("idle_bytes", before_bytes), ("risen_bytes", risen)):
-        found.rows.append(row(OURS, workload, metric, "bytes", [value]))
-    found.rows.append(row(OURS, workload, "seconds", "s", [event["seconds"]]))
-    found.checks.append(at_most(f"memory above idle with {workload}, MB", [risen / MB], 200.0))
-    if sizes.stock:
-        theirs = flower.memory(root / "flower", cohort=cohort, parameters=PARAMETERS)
-        risen = theirs.peak_bytes - theirs.before_bytes
-        for metric, value in (("idle_bytes", theirs.before_bytes), ("risen_bytes", risen)):
-            found.rows.append(row(STOCK, workload, metric, "bytes", [value]))
-        found.rows.append(row(STOCK, workload, "seconds", "s", [theirs.seconds]))
+    return Memory(before_bytes, peak_bytes, event["seconds"])
+
+
+def _note_memory(found: Found, system: str, workload: str, memory: Memory) -> None:
+    for metric, unit, value in (
+        ("idle_bytes", "bytes", memory.before_bytes),
+        ("risen_bytes", "bytes", memory.risen_bytes),
+        ("seconds", "s", memory.seconds),
+    ):
+        found.rows.append(row(system, workload, metric, unit, [value]))
 
 
 def measure_fleet(root: Path, sizes: Sizes, found: Found) -> None:
@@ -187,13 +214,13 @@ def measure_fleet(root: Path, sizes: Sizes, found: Found) -> None:
         share = (ours.cpu_s() - spent_s) / (time.monotonic() - began)
         last = stack.enter_context(load(project, "last", first=count - 1, count=1))
         _wait_for_rounds(ours, 1)
-        ended_s = time.monotonic()
         (event,) = ours.events("round_finished")
+        began_s = _wait_for_devices(last, "there", 1)
         woken = [_devices(most, "woken", count - 1), _devices(last, "woken", 1)]
     times = [at_s for at_s in woken if at_s is not None]
     if event["updates"] != count or len(times) < len(woken):
         raise ProgramFailed(f"{event['updates']} of {count} devices completed the round: {event}")
-    woken_s = max(times) - (ended_s - event["seconds"])
+    woken_s = max(times) - began_s
     for metric, unit, value in (
         ("idle_cpu", "cores", share),
         ("woken_s", "s", woken_s),
@@ -305,6 +332,7 @@ def table(found: Found) -> str:
             f"({check.min:.4g} to {check.max:.4g}), bound {check.bound:.4g}"
         )
     lines += [f"FAILED {failure}" for failure in found.failures]
+    lines += [f"NOTE   {note}" for note in found.notes]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from benchmarks.deployment_project import ONE_THREAD, Program, running
+from benchmarks.deployment_project import ONE_THREAD, Memory, Program, running
 from benchmarks.measure import ProgramFailed
 
 APP = Path(__file__).parent / "peers" / "deployment_app"
@@ -116,16 +116,6 @@ def seconds_per_round(root: Path, *, rounds: int, nodes: int) -> float:
     return float(ended[-1]["at_s"] - ended[0]["at_s"]) / rounds
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Of all of a server's processes."""
-
-    before_bytes: int
-    """With the global model loaded and no round on."""
-    peak_bytes: int
-    seconds: float
-
-
 def memory(root: Path, *, cohort: int, parameters: int) -> Memory:
     """A round of as many updates as ``cohort``, sent at once by nodes that train nothing.
 
@@ -141,12 +131,23 @@ def memory(root: Path, *, cohort: int, parameters: int) -> Memory:
         before_bytes = peak_bytes = stock.program.pss_bytes()
         started = time.monotonic()
         stack.enter_context(_nodes(stock, "last", 1))
-        while not stock.noted("ended"):
+        while not stock.noted("over"):
             peak_bytes = max(peak_bytes, stock.program.pss_bytes())
             if run.process.poll() is not None or time.monotonic() - started > _LIMIT_S:
-                raise ProgramFailed(f"Flower: the round did not end: {run.last_words()}")
+                raise ProgramFailed(
+                    f"Flower: the round did not end, after {time.monotonic() - started:.0f} s and "
+                    f"a rise by {(peak_bytes - before_bytes) / 1e6:.0f} MB: {_last_error(run)}"
+                )
             time.sleep(0.05)
+        if (taken := stock.noted("over")[-1]["updates"]) != cohort:
+            raise ProgramFailed(f"Flower: {taken} of {cohort} updates were taken")
         return Memory(before_bytes, peak_bytes, time.monotonic() - started)
+
+
+def _last_error(run: Program) -> str:
+    """What ``flwr run`` showed of the failure of its ServerApp."""
+    lines = run.said.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if "Error: " in line), "it does not say why")
 
 
 def _nodes(stock: Stock, name: str, count: int) -> Any:

@@ -133,6 +133,22 @@ def make_project(root: Path, devices: int, *, parameters: int = SMALL_PARAMETERS
     return project
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Of all of a server's processes."""
+
+    before_bytes: int
+    """With the global model loaded and no round on."""
+    peak_bytes: int
+    seconds: float
+    """From then on, until all updates were aggregated."""
+
+    @property
+    def risen_bytes(self) -> int:
+        """How far it rose."""
+        return self.peak_bytes - self.before_bytes
+
+
 @dataclass
 class Program:
     """A process that is watched from outside."""

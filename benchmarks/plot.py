@@ -1,4 +1,4 @@
-"""The figures of the simulation benchmark as one picture."""
+"""The figures of a benchmark as one picture."""
 
 from __future__ import annotations
 
@@ -25,22 +25,53 @@ _OURS, _LIMIT, _OTHER = "#1b6e4b", "#b8b8b8", "#5b7fa6"
 _COLOURS = {"fedcore": _OURS, "roofline": _LIMIT}
 
 
-def plot(
-    rows: Sequence[Mapping[str, Any]], path: Path, *, panels: Sequence[Panel] = _PANELS
-) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Writes a PNG: medians as bars with their ranges; times on a log scale, memory from zero."""
-    drawn = [row for row in rows if row["metric"] in {panel[0] for panel in panels}]
+    drawn = [row for row in rows if row["metric"] in {panel[0] for panel in _PANELS}]
     workloads = list(dict.fromkeys(str(row["workload"]) for row in drawn))
     figure = Figure(figsize=(2.9 * len(workloads) + 0.6, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), len(workloads), squeeze=False)
+    axes = figure.subplots(len(_PANELS), len(workloads), squeeze=False)
     for across, workload in enumerate(workloads):
-        for down, (metric, label, unit, scale) in enumerate(panels):
+        for down, (metric, label, unit, scale) in enumerate(_PANELS):
             mine = [row for row in rows if (row["workload"], row["metric"]) == (workload, metric)]
             _panel(axes[down][across], mine, unit, scale)
             if across == 0:
                 axes[down][across].set_ylabel(label)
         axes[0][across].set_title(workload)
+    _write(figure, path)
+
+
+def plot_in_a_row(
+    rows: Sequence[Mapping[str, Any]], path: Path, *, panels: Sequence[Panel]
+) -> None:
+    """Writes a PNG as `plot` does, with the panels side by side, and none where there are no rows.
+
+    For workloads that have few metrics in common.
+    """
+    found = [
+        (workload, panel, mine)
+        for workload in dict.fromkeys(str(row["workload"]) for row in rows)
+        for panel in panels
+        if (
+            mine := [
+                row for row in rows if (row["workload"], row["metric"]) == (workload, panel[0])
+            ]
+        )
+    ]
+    if not found:
+        return
+    figure = Figure(figsize=(2.9 * len(found) + 0.6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for across, (workload, (_, label, unit, scale), mine) in enumerate(found):
+        _panel(axes[across], mine, unit, scale)
+        axes[across].set_ylabel(label)
+        axes[across].set_title(workload)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_atomic(path, buffer.getvalue())

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import BinaryIO
 
 from fedcore.errors import DataError
 from fedcore.files import disk_errors, read_bytes, sync_folder
 
 _NEW = ".new"
-Bytes = NDArray[np.uint8]
-
-
-def as_bytes(values: bytes | NDArray[Any]) -> Bytes:
-    """The bytes of an array, or those of ``values`` themselves; nothing is copied."""
-    if isinstance(values, bytes):
-        return np.frombuffer(values, np.uint8)
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+Pieces = Callable[[], Iterable[bytes | memoryview]]
+"""Gives a value's bytes from the first to the last, each time that it is called."""
 
 
 class Blobs:
@@ -34,13 +25,18 @@ class Blobs:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def put(self, values: Bytes) -> str:
+    def put(self, value: Pieces) -> str:
         """Writes a value and returns its digest; it survives a power cut from then on.
+
+        A piece of it is in memory at a time, where it is not there already.
 
         Raises:
             DiskFull: there was no room; nothing half-written is left.
         """
-        digest = hashlib.sha256(values.data).hexdigest()
+        found = hashlib.sha256()
+        for piece in value():
+            found.update(piece)
+        digest = found.hexdigest()
         path = self._folder / digest
         if path.is_file() and _digest_of(path) == digest:
             return digest
@@ -48,9 +44,10 @@ class Blobs:
         with disk_errors(path):
             try:
                 with temporary.open("wb", buffering=0) as stream:
-                    written = 0
-                    while written < len(values):  # a disk that fills up takes a part first
-                        written += stream.write(values[written:].data)
+                    for piece in value():
+                        left = memoryview(piece)
+                        while left:  # a disk that fills up takes a part first
+                            left = left[stream.write(left) :]
                     os.fsync(stream.fileno())
                 temporary.replace(path)
             except BaseException:
@@ -68,11 +65,28 @@ class Blobs:
         path = self._folder / digest
         raw = read_bytes(path, max_bytes=size, what="a value of the journal")
         if hashlib.sha256(raw).hexdigest() != digest:
-            raise DataError(
-                f"{path}: its bytes do not match the digest that it is named by: it is damaged, "
-                "and was not used."
-            )
+            raise _damaged(path)
         return raw
+
+    def open(self, digest: str) -> BinaryIO:
+        """The value that was written under ``digest``, as a file for its reader to close.
+
+        It can be read to its end even if it is removed meanwhile, and is never written to.
+
+        Raises:
+            DataError: it is not there, or not what was written.
+        """
+        path = self._folder / digest
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise DataError(
+                f"{path}: a value of the journal cannot be read ({error.strerror})."
+            ) from error
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            file.close()
+            raise _damaged(path)
+        return file
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Removes every other value, and what was half-written when a process died."""
@@ -80,6 +94,13 @@ class Blobs:
             for path in self._folder.iterdir():
                 if path.name not in digests:
                     path.unlink()
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(
+        f"{path}: its bytes do not match the digest that it is named by: it is damaged, and was "
+        "not used."
+    )
 
 
 def _digest_of(path: Path) -> str:

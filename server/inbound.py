@@ -10,15 +10,18 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.updates.messages import (
+    ARRAYS,
     DECLINED,
     EPSILON,
     TRAIN_LOSS,
+    Arrived,
     Update,
-    read_update,
+    arrived_update,
     refused_as,
     update_content,
 )
 from fedcore.updates.pack import Layout
+from fedcore.updates.pieces import size_of
 from server.aggregation.exact import ExactMean
 from server.records import VirtualRecord
 
@@ -52,6 +55,7 @@ class FoldingGrid(Protocol):
 class Tally:
     """What came back in one round, beside the updates themselves."""
 
+    asked: int
     updates: int = 0
     declined: int = 0
     failed: int = 0
@@ -94,31 +98,43 @@ class Tally:
 
 
 def accepted(
-    replies: Iterable[Message], layout: Layout, tally: Tally
-) -> Iterator[tuple[Message, Update]]:
-    """Replies that passed every check, as they arrive; none is held here while the next comes."""
+    replies: Iterable[Message], layout: Layout, tally: Tally, *, first: int
+) -> Iterator[tuple[Message, Arrived]]:
+    """Replies that passed every check, as they arrive; none is held here while the next comes.
+
+    After ``first`` of them that whoever takes them has not refused, no other is waited for.
+    """
+    taken = 0
     for reply in replies:
         if reply.has_error():
             tally.failure(reply.error.code, reply.error.reason or f"error {reply.error.code}")
             continue
         tally.bytes_up += payload_bytes(reply)
         try:
-            update = read_update(reply, layout)
+            update = arrived_update(reply, layout)
         except InvalidUpdate as error:
             tally.refuse(str(error))
             del reply
             continue
+        failed = tally.failed
         yield reply, update
         del reply, update
+        taken += tally.failed == failed
+        if taken == first:
+            return
 
 
-def hold(taken: Iterator[tuple[Message, Update]], tally: Tally, *, uniform: bool) -> list[Message]:
+def hold(taken: Iterator[tuple[Message, Arrived]], tally: Tally, *, uniform: bool) -> list[Message]:
     """Every update of the round, in the order of the cohort.
 
     Flower refuses a whole round over one metric that not every client sends, so what some do not
     send is left out.
     """
-    held = sorted(taken, key=lambda pair: pair[0].metadata.src_node_id)
+    held = []
+    for reply, arrived in taken:
+        held.append((reply, arrived.whole()))
+        del reply.content[ARRAYS], arrived  # weights are in memory now, once
+    held.sort(key=lambda pair: pair[0].metadata.src_node_id)
     common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
     for reply, update in held:
         tally.count(update.num_examples, update.metrics)
@@ -133,13 +149,13 @@ def hold(taken: Iterator[tuple[Message, Update]], tally: Tally, *, uniform: bool
 
 
 def fold(
-    taken: Iterator[tuple[Message, Update]], layout: Layout, tally: Tally, *, uniform: bool
+    taken: Iterator[tuple[Message, Arrived]], layout: Layout, tally: Tally, *, uniform: bool
 ) -> ExactMean:
-    """The exact weighted mean of all updates; the server holds one of them at a time."""
+    """The exact weighted mean of all updates; one that came as a file is held by pieces."""
     mean = ExactMean(layout.size)
     for reply, update in taken:
         try:
-            mean.add(update.weights, 1 if uniform else update.num_examples)
+            mean.add_parts(update.parts, 1 if uniform else update.num_examples)
         except InvalidUpdate as error:
             tally.refuse(str(error))
         else:
@@ -183,24 +199,24 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
         RoundFailed: clients failed for different reasons, or were silent.
         FedcoreError: of the kind that every client failed with, where it is one kind.
     """
-    asked = cohort - tally.declined
-    needed = quorum * asked
+    willing = tally.asked - tally.declined
+    needed = quorum * min(willing, cohort)
     if tally.updates >= needed:
         return
-    silent = cohort - tally.updates - tally.declined - tally.failed
+    silent = willing - tally.updates - tally.failed
     reasons = "; ".join(tally.reasons[:3]) or "no reason was given"
     kind = tally.kinds.pop() if len(tally.kinds) == 1 and not silent else RoundFailed
     raise kind(
-        f"round {number}: {tally.updates} of {asked} clients sent an update, and federation.quorum "
-        f"= {quorum:g} needs {needed:.3g} ({tally.failed} failed, {silent} silent at the "
-        f"deadline). The round was dropped. First: {reasons}"
+        f"round {number}: {tally.updates} of {willing} clients sent an update, and "
+        f"federation.quorum = {quorum:g} needs {needed:.3g} ({tally.failed} failed, {silent} "
+        f"silent at the deadline). The round was dropped. First: {reasons}"
     )
 
 
 def payload_bytes(message: Message) -> int:
     """Bytes of the arrays in a message."""
     return sum(
-        len(array.data)
+        size_of(array)
         for record in message.content.values()
         if isinstance(record, ArrayRecord)
         for array in record.values()

@@ -8,13 +8,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fedcore.client_app import STATISTICS
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, InvalidUpdate, RoundFailed
 from fedcore.model import FullModel, standardise_of
 from fedcore.training.batches import in_order
 from fedcore.training.evaluate import BATCH_SIZE
-from fedcore.updates.messages import ARRAYS, CONFIG, array_of, read_metrics
+from fedcore.updates.messages import ARRAYS, CONFIG, STATISTICS, array_of, read_metrics
 from server.cloud import CloudData
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import threading
 import time
+from functools import partial
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -17,10 +18,16 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_objects,
+)
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedcore.flower.identity import assume_identity
+
+_one_at_a_time = threading.Lock()
+"""Making a reply takes several copies of it; so many nodes in one process would take them all."""
 
 
 def node(address: str, place: int) -> None:
@@ -34,19 +41,21 @@ def node(address: str, place: int) -> None:
                 continue
             bare, tree = found
             run_id = bare.metadata.run_id
-            contents = {
-                one.object_id: pull(run_id, one.object_id) for one in iterate_object_tree(tree)
-            }
+            sent = [one.object_id for one in iterate_object_tree(tree)]
+            contents = pull_objects(sent, partial(pull, run_id))  # comes again for what is late
             confirm(run_id, tree.object_id)
-            content = inflate_object_from_contents(tree.object_id, contents).content
-            reply = Message(_changed(content, place), reply_to=bare)
-            with no_object_id_recompute():
-                reply.metadata.__dict__["_message_id"] = reply.object_id
-                objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+            with _one_at_a_time:
+                content = inflate_object_from_contents(tree.object_id, contents).content
+                reply = Message(_changed(content, place), reply_to=bare)
+                del content, contents
+                with no_object_id_recompute():
+                    reply.metadata.__dict__["_message_id"] = reply.object_id
+                    objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
             wanted, session = send(reply, tree, 0.0)
             for object_id, each in objects.items():
                 if object_id in wanted:
                     push(run_id, session, object_id, each.deflate())
+            del reply, objects
 
 
 def _changed(content: RecordDict, place: int) -> RecordDict:

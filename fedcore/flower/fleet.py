@@ -29,7 +29,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.superlink.federation import NoOpFederationManager
 
-from fedcore.errors import TrainingError
+from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.updates.messages import REFUSED
@@ -101,6 +101,7 @@ class Fleet:
         self.state = FleetState(self.store)
         self.asked: dict[str, Asked] = {}
         self.run_id = 0
+        self._sent: defaultdict[int, int] = defaultdict(int)
         self._answered = threading.Condition()
         self._ready: deque[str] = deque()
 
@@ -219,8 +220,13 @@ class Fleet:
                     )
                     self.asked[message_id] = Asked(node_id, frozenset(objects), payload_bytes)
                     state.inbox[node_id].append(message_id)
+                    self._sent[node_id] += len(objects)
                 sent.append(message_id)
         return sent
+
+    def objects_sent(self, node_id: int) -> int:
+        """How many objects a node was ever sent; those of a message count for each node."""
+        return self._sent.get(node_id, 0)
 
     def settle(self, message_id: str) -> None:
         """Tells who waits that a reply has come in full."""
@@ -245,6 +251,9 @@ class Fleet:
 
         Its metadata are those that were checked against its sender when it came, whatever the
         payload says of itself. A payload that cannot be read gives a reply with an error.
+
+        Raises:
+            DiskFull: there was no room to put its arrays together.
         """
         with self.lock:
             asked = self.asked.get(message_id)
@@ -254,6 +263,8 @@ class Fleet:
             metadata = self.state.message_res_store[tree.object_id].metadata
         try:
             content, error = read_message(self.store, tree, limit_bytes=asked.reply_limit_bytes)
+        except ResourceError:
+            raise  # this machine's, and no fault of the node's
         except Exception as failure:  # bytes that were made up fail in many ways
             reason = (
                 f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "

@@ -57,21 +57,27 @@ class Large:
     """Of both."""
 
 
+Body = bytes | BinaryIO
+"""Of a request: itself, or a file that holds it."""
+
+
 @dataclass(frozen=True)
 class Route:
     """One call of the Fleet API."""
 
-    answer: Callable[[Fleet, Caller, bytes], Message | Large]
+    answer: Callable[[Fleet, Caller, Body], Message | Large]
     max_bytes: int
     """Most bytes of its request."""
 
 
-def _parse(kind: type[_Request], body: bytes) -> _Request:
+def _parse(kind: type[_Request], body: Body) -> _Request:
+    """The request in a body; one that came as a file is in memory no longer than it is parsed."""
+    raw = body if isinstance(body, bytes) else body.read()
     try:
-        request: _Request = kind.FromString(body)
+        request: _Request = kind.FromString(raw)
     except DecodeError:
         raise DataError(
-            f"{kind.__name__}: the request's {len(body)} bytes are no such message. It was "
+            f"{kind.__name__}: the request's {len(raw)} bytes are no such message. It was "
             "refused; client and server must run the same version."
         ) from None
     return request
@@ -85,7 +91,7 @@ def _is_caller(node_id: int, caller: Caller) -> None:
         )
 
 
-def _activate(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _activate(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(ActivateNodeRequest, body)
     if request.public_key != caller.public_key:
         raise TrustError(
@@ -97,19 +103,19 @@ def _activate(fleet: Fleet, caller: Caller, body: bytes) -> Message:
     return fleet_handlers.activate_node(request, fleet.state)
 
 
-def _deactivate(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _deactivate(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(DeactivateNodeRequest, body)
     _is_caller(request.node_id, caller)
     return fleet_handlers.deactivate_node(request, fleet.state)
 
 
-def _beat(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _beat(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(SendNodeHeartbeatRequest, body)
     _is_caller(request.node.node_id, caller)
     return fleet_handlers.send_node_heartbeat(request, fleet.state)
 
 
-def _pull_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _pull_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(PullMessagesRequest, body)
     _is_caller(request.node.node_id, caller)
     # A node asks when it has nothing to do: what it was given before did not reach it, or what it
@@ -118,14 +124,14 @@ def _pull_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
     return fleet_handlers.pull_messages(request, fleet.state, fleet.state.object_store)
 
 
-def _get_run(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _get_run(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(GetRunRequest, body)
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
     return fleet_handlers.get_run(request, fleet.state)
 
 
-def _pull_object(fleet: Fleet, caller: Caller, body: bytes) -> Message | Large:
+def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | Large:
     request = _parse(PullObjectRequest, body)
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
@@ -160,7 +166,7 @@ def _varint(number: int) -> bytes:
     return bytes((*encoded, number))
 
 
-def _push_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(PushMessagesRequest, body)
     _is_caller(request.node.node_id, caller)
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
@@ -202,7 +208,7 @@ def _push_messages(fleet: Fleet, caller: Caller, body: bytes) -> Message:
     return answer
 
 
-def _push_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
+def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(PushObjectRequest, body)
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
@@ -218,7 +224,7 @@ def _push_object(fleet: Fleet, caller: Caller, body: bytes) -> Message:
                 "not used."
             )
         message_id, asked = owned[0]
-        came_bytes = asked.came_bytes + request.ByteSize()
+        came_bytes = asked.came_bytes + len(request.object_content)
         if came_bytes > asked.reply_limit_bytes:
             fleet.abandon(message_id)
             raise InvalidUpdate(
@@ -286,7 +292,7 @@ def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
         return Upload(message_id, min(asked.payload_bytes, objects * CHUNK_BYTES))
 
 
-def call(fleet: Fleet, caller: Caller, route: Route, body: bytes) -> bytes | Large:
+def call(fleet: Fleet, caller: Caller, route: Route, body: Body) -> bytes | Large:
     """Answers one call of the Fleet API.
 
     Raises:

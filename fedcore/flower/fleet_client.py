@@ -36,7 +36,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, TrustError
-from fedcore.rpc.hello import WAKE_PORT
+from fedcore.rpc.hello import WAKE_PORT, again_in
 
 HEARTBEAT_S = 1800
 """What a node announces to Flower: the most that it allows. Whether a node is there is seen
@@ -124,8 +124,12 @@ class FleetLink:
         """Says goodbye."""
         self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
-    def beat(self) -> None:
-        """Tells the server that this process is still there."""
+    def beat(self, again_s: float) -> None:
+        """Tells the server that this process is there, and calls again within ``again_s`` seconds.
+
+        Other calls repeat that, until the next beat.
+        """
+        self._headers |= again_in(again_s)
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
         self._call(self._client.SendNodeHeartbeat, request)
 

@@ -1,4 +1,4 @@
-"""A reply that was spooled, read back with one copy of its arrays in memory.
+"""A reply that was spooled, read back with its large arrays left on disk.
 
 Flower's own way holds every chunk, then their concatenation, then a copy of that; and it takes an
 array's word for how often a chunk is repeated.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+from typing import IO
 
-from flwr.app import Array, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
@@ -19,7 +20,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
-from fedcore.flower.fleet_store import FleetStore
+from fedcore.files import disk_errors
+from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
+from fedcore.updates.pieces import FileArray
 
 MAX_OBJECTS = 4096
 """Most objects of a reply: 20 GiB of arrays."""
@@ -31,7 +34,10 @@ def read_message(
 ) -> tuple[RecordDict | None, Error | None]:
     """The content of a message whose objects are all in ``store``, or its error.
 
+    Arrays of more than `LARGE_BYTES` are files of their own, and stay when the store drops theirs.
+
     Raises:
+        DiskFull: there was no room for these.
         ValueError: objects refer to others than those of ``tree``, or their arrays take more than
             ``limit_bytes``. Made-up bytes raise anything else that Flower's parsers raise.
     """
@@ -62,33 +68,62 @@ class _Reader:
         kind, children, _ = get_object_head_values_from_object_content(content)
         if kind == Array.__qualname__:
             self._read[object_id] = self._array(content, children)
+        elif kind == ArrayRecord.__qualname__:
+            self._read[object_id] = self._record(content, children)
         else:
             parts = {child: self.read(child) for child in children}
             self._read[object_id] = inflatable_class_registry[kind].inflate(content, parts)
         return self._read[object_id]
 
+    def _record(self, content: bytes, children: list[str]) -> ArrayRecord:
+        record, places = ArrayRecord(), json.loads(bytes(_body(content)))
+        if set(places.values()) != set(children):
+            raise ValueError("a record's arrays are others than those that it names")
+        for name, place in places.items():  # given as a whole, they would be read and copied
+            array = self.read(place)
+            if not isinstance(array, Array):
+                raise TypeError(f"expected an Array, got {type(array).__name__}")
+            record[name] = array
+        return record
+
     def _array(self, content: bytes, children: list[str]) -> Array:
         described = json.loads(bytes(_body(content)))
-        places, buffer = described["arraychunk_ids"], io.BytesIO()
+        # It refuses what is no description of an array.
+        form = Array(described["dtype"], tuple(described["shape"]), described["stype"], b"")
+        places = described["arraychunk_ids"]
         if len(places) > MAX_OBJECTS:
             raise ValueError(f"an array is cut into {len(places)} chunks")
-        for place in places:
-            chunk = self._content(children[place])
-            if get_object_head_values_from_object_content(chunk)[0] != _CHUNK:
-                raise ValueError("an array is made of something else than chunks")
-            part = _body(chunk)
-            self._left_bytes -= len(part)
-            if self._left_bytes < 0:
-                raise ValueError("its arrays take more bytes than an update may have")
-            buffer.write(part)
-            del chunk, part
-        # `getvalue` of a buffer that nobody else holds hands its bytes over without a copy.
-        return Array(
-            str(described["dtype"]),
-            tuple(described["shape"]),
-            str(described["stype"]),
-            buffer.getvalue(),
-        )
+        file = self._together([children[place] for place in places])
+        if isinstance(file, io.BytesIO):
+            form.data = file.getvalue()
+            return form
+        return FileArray(form.dtype, form.shape, form.stype, file)
+
+    def _together(self, chunks: list[str]) -> IO[bytes]:
+        """Chunks one after the other: in memory, or in a file where they are large."""
+        file: IO[bytes] = io.BytesIO()
+        try:
+            with disk_errors(self._store.folder):
+                for each in chunks:
+                    file.write(self._part(each))
+                    if isinstance(file, io.BytesIO) and file.tell() > LARGE_BYTES:
+                        begun, file = file, self._store.scratch()
+                        file.write(begun.getbuffer())
+                file.flush()
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _part(self, object_id: str) -> memoryview:
+        chunk = self._content(object_id)
+        if get_object_head_values_from_object_content(chunk)[0] != _CHUNK:
+            raise ValueError("an array is made of something else than chunks")
+        part = _body(chunk)
+        self._left_bytes -= len(part)
+        if self._left_bytes < 0:
+            raise ValueError("its arrays take more bytes than an update may have")
+        return part
 
     def _content(self, object_id: str) -> bytes:
         content = self._store.get(object_id) if object_id in self._known else None

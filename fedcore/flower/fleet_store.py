@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
@@ -21,7 +22,7 @@ class FleetStore(InMemoryObjectStore):
     def __init__(self, folder: Path) -> None:
         """An empty store over an empty folder."""
         super().__init__()
-        self._folder = folder
+        self.folder = folder
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Keeps an object that was announced, once its digest was verified."""
@@ -57,6 +58,15 @@ class FleetStore(InMemoryObjectStore):
                 return None
             return self._path(object_id).open("rb")
 
+    def scratch(self) -> IO[bytes]:
+        """A file for what is put together from objects; it is gone once it is closed.
+
+        Raises:
+            DiskFull: there was no room.
+        """
+        with disk_errors(self.folder):
+            return tempfile.TemporaryFile(dir=self.folder)
+
     def is_there(self, object_id: str) -> bool:
         """Whether an object has come."""
         with self.lock_store:
@@ -71,4 +81,4 @@ class FleetStore(InMemoryObjectStore):
                 self._path(object_id).unlink(missing_ok=True)
 
     def _path(self, object_id: str) -> Path:
-        return self._folder / object_id
+        return self.folder / object_id

@@ -7,7 +7,7 @@ those works unchanged.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.updates.pack import Layout, Vector
+from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
 NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
 
+STATISTICS = "query.statistics"
+"""Message type that asks for sums over a client's inputs."""
 DECLINED = 1001
 """Error code of a reply from a client whose budget is spent."""
 REFUSED = 1100
@@ -60,11 +63,51 @@ class Update:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """An update that was checked, and whose weights lie where they came in."""
+
+    array: Array
+    num_examples: int
+    metrics: Mapping[str, float]
+
+    def parts(self) -> Iterator[Vector]:
+        """The weights from the first to the last, so many at a time as the cache holds."""
+        return _parts(self.array, where="update")
+
+    def whole(self) -> Update:
+        """The update with its weights in memory."""
+        weights = array_of(self.array, where="update")
+        return Update(weights, self.num_examples, self.metrics)
+
+
 def weights_record(weights: Vector) -> ArrayRecord:
-    """Weights as the one array of a record, copied once."""
+    """Weights as the one array of a record: copied, unless they are `sendable`."""
+    return ArrayRecord({MODEL: Array("float32", weights.shape, "numpy.ndarray", _sent(weights))})
+
+
+def sendable(weights: Vector) -> Vector:
+    """The same values, read-only, in the memory that messages take them from.
+
+    Who keeps these, and sends them, holds one copy instead of two.
+    """
+    return np.frombuffer(_sent(weights), np.float32, offset=_HEADER_BYTES)
+
+
+def _sent(weights: Vector) -> bytes:
+    """Weights as they travel; without a copy where they lie in such bytes."""
+    base: object = weights.base
+    if isinstance(base, bytes) and weights.flags.c_contiguous:
+        known = _float_vector(base)
+        if known is not None and known.size == weights.size and _place(known) == _place(weights):
+            return base
     raw = np.ascontiguousarray(weights, np.float32).view(np.uint8)
-    data = b"".join((_header(len(weights)), raw.data))
-    return ArrayRecord({MODEL: Array("float32", weights.shape, "numpy.ndarray", data)})
+    return b"".join((_header(len(weights)), raw.data))
+
+
+def _place(values: Vector) -> int:
+    place: int = values.__array_interface__["data"][0]
+    return place
 
 
 def instruction_config(layout: Layout, preprocess: bytes) -> ConfigRecord:
@@ -103,6 +146,11 @@ def update_content(update: Update) -> RecordDict:
 
 
 def read_update(message: Message, layout: Layout) -> Update:
+    """The update in a reply, in memory; the checks are those of `arrived_update`."""
+    return arrived_update(message, layout).whole()
+
+
+def arrived_update(message: Message, layout: Layout) -> Arrived:
     """The update in a reply, checked before anything is done with it.
 
     Raises:
@@ -116,7 +164,13 @@ def read_update(message: Message, layout: Layout) -> Update:
     array = record.get(MODEL) if isinstance(record, ArrayRecord) else None
     if array is None:
         raise InvalidUpdate(f"{where}: no record {ARRAYS!r} with {MODEL!r} in it. It was not used.")
-    return Update(check_weights(array_of(array, where=where), layout, where=where), count, values)
+    if (size := _usual_size(array)) is not None:
+        _check_form((size,), np.dtype(np.float32), layout, where=where)
+        total = sum(float(part.sum(dtype=np.float64)) for part in _parts(array, where=where))
+        _check_finite(total, where=where)
+    else:
+        check_weights(array_of(array, where=where), layout, where=where)
+    return Arrived(array, count, values)
 
 
 def read_metrics(message: Message, *, where: str) -> tuple[int, dict[str, float]]:
@@ -150,12 +204,13 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
     Raises:
         InvalidUpdate: they are not those of a NumPy array.
     """
-    vector = _float_vector(array.data)
+    data = array.data
+    vector = _float_vector(data)
     if vector is not None:
         return vector
     try:
         # Not `array.numpy()`, which takes archives for arrays, too. Pickled objects are refused.
-        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(array.data))
+        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data))
     except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
@@ -169,6 +224,22 @@ def _float_vector(data: bytes) -> Vector | None:
     if rest or size < 1 or data[:_HEADER_BYTES] != _header(size):
         return None
     return np.frombuffer(data, np.float32, offset=_HEADER_BYTES)
+
+
+def _usual_size(array: Array) -> int | None:
+    """The length of a float32 vector as NumPy writes it; None for all else."""
+    size, rest = divmod(size_of(array) - _HEADER_BYTES, 4)
+    if rest or size < 1 or bytes(next(pieces(array))[:_HEADER_BYTES]) != _header(size):
+        return None
+    return size
+
+
+def _parts(array: Array, *, where: str) -> Iterator[Vector]:
+    if _usual_size(array) is not None:
+        yield from (np.frombuffer(piece, np.float32) for piece in pieces(array, _HEADER_BYTES))
+        return
+    values, step = array_of(array, where=where), PIECE_BYTES // 4
+    yield from (values[start : start + step] for start in range(0, len(values), step))
 
 
 _HEADER_BYTES = 128  # NumPy pads a header to 64; that of a vector of any size has two of those
@@ -189,15 +260,24 @@ def check_weights(weights: Vector, layout: Layout, *, where: str) -> Vector:
     Raises:
         InvalidUpdate: wrong shape or dtype, or a value that is not finite.
     """
-    if weights.shape != (layout.size,) or weights.dtype != np.float32:
+    _check_form(weights.shape, weights.dtype, layout, where=where)
+    _check_finite(float(weights.sum(dtype=np.float64)), where=where)
+    return weights
+
+
+def _check_form(
+    shape: tuple[int, ...], dtype: np.dtype[Any], layout: Layout, *, where: str
+) -> None:
+    if shape != (layout.size,) or dtype != np.float32:
         raise InvalidUpdate(
-            f"{where}: got {weights.dtype} {weights.shape}, expected float32 ({layout.size},). It "
-            "was not used."
+            f"{where}: got {dtype} {shape}, expected float32 ({layout.size},). It was not used."
         )
-    # In float64 no sum of finite float32 values overflows, and one that is not finite stays so.
-    if not np.isfinite(weights.sum(dtype=np.float64)):
+
+
+def _check_finite(total: float, *, where: str) -> None:
+    """In float64 no sum of finite float32 values overflows, and one that is not finite stays so."""
+    if not np.isfinite(total):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. It was not used; a lower "
             "client.learning_rate usually mends this."
         )
-    return weights

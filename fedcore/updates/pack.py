@@ -6,14 +6,16 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from fedcore.errors import InvalidUpdate
 from fedcore.files import sha256_hex
+
+if TYPE_CHECKING:  # a server hears devices before it has imported torch, which takes seconds
+    from torch import Tensor, nn
 
 Vector = NDArray[np.float32]
 
@@ -48,6 +50,8 @@ def layout_of(model: nn.Module) -> Layout:
 
 def pack(model: nn.Module) -> Vector:
     """The model's weights, shape ``(D,)``, float32, a copy."""
+    import torch
+
     flat = [tensor.detach().float().cpu().flatten() for tensor in _packed(model).values()]
     return torch.cat(flat).numpy() if flat else np.zeros(0, np.float32)
 
@@ -58,6 +62,8 @@ def unpack(vector: Vector, model: nn.Module) -> None:
     Raises:
         InvalidUpdate: its length is not the model's.
     """
+    import torch
+
     tensors = _packed(model).values()
     size = sum(tensor.numel() for tensor in tensors)
     if vector.shape != (size,):

@@ -13,6 +13,7 @@ from fedcore.errors import SignatureInvalid
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import INSTANCE, SETTINGS
 from fedcore.updates.messages import ARRAYS, CONFIG
+from fedcore.updates.pieces import pieces, size_of
 
 ENVELOPE = "envelope"
 """Name of the record that carries the signature, and of the value in it."""
@@ -44,8 +45,8 @@ def base_digest(asked: RecordDict) -> str:
 def content_digest(content: RecordDict) -> str:
     """SHA-256 over every record but the signature, in hexadecimal.
 
-    Arrays go in as the bytes that travel, without a copy. Each part is preceded by its length, so
-    no two contents give the same stream.
+    Arrays go in as the bytes that travel, a piece at a time. Each part is preceded by its length,
+    so no two contents give the same stream.
     """
     digest = hashlib.sha256()
 
@@ -64,7 +65,10 @@ def content_digest(content: RecordDict) -> str:
             value = record[key]
             if isinstance(record, ArrayRecord):
                 array = record[key]
-                feed((key, array.dtype, repr(tuple(array.shape)), array.stype, array.data))
+                feed((key, array.dtype, repr(tuple(array.shape)), array.stype))
+                digest.update(size_of(array).to_bytes(8, "big"))
+                for piece in pieces(array):
+                    digest.update(piece)
             else:
                 feed((key, _text(value)))
     return digest.hexdigest()

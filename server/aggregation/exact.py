@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ _SCALE = 2.0**36  # one unit is 1.5e-11, far below float32's step for weights of
 _LIMIT = 2.0**62  # of 2**63: what is added is rounded, and rounding must not overflow
 _EXACT = 2.0**53  # below it float64 holds every whole number
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
+Parts = Callable[[], Iterable[Vector]]
+"""Gives a vector from its first element to its last, part by part, each time that it is called."""
 
 
 class ExactMean:
@@ -47,14 +49,29 @@ class ExactMean:
         Raises:
             InvalidUpdate: the sum could leave its range; it is unchanged then.
         """
-        peak = max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
+
+        def parts() -> Iterable[Vector]:
+            return (vector[start : start + _CHUNK] for start in range(0, len(vector), _CHUNK))
+
+        self.add_parts(parts, weight)
+
+    def add_parts(self, parts: Parts, weight: int) -> None:
+        """As `add`, where the vector need not be in memory as a whole.
+
+        Raises:
+            InvalidUpdate: the sum could leave its range; it is unchanged then.
+        """
+        peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
+        peak = float(np.max(peaks, initial=0.0))
         bound = self._bound + peak * weight * _SCALE + 1
         if not bound < _LIMIT:
-            raise InvalidUpdate(out_of_range(vector, weight))
-        for start in range(0, len(vector), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            scaled = np.multiply(vector[part], weight * _SCALE, dtype=np.float64)
-            self._sum[part] += np.rint(scaled, out=scaled).astype(np.int64)
+            raise InvalidUpdate(out_of_range(peak, weight))
+        start = 0
+        for part in parts():
+            end = start + len(part)
+            scaled = np.multiply(part, weight * _SCALE, dtype=np.float64)
+            self._sum[start:end] += np.rint(scaled, out=scaled).astype(np.int64)
+            start = end
         self._bound, self.weight, self.count = bound, self.weight + weight, self.count + 1
 
     def add_rows(self, rows: NDArray[np.float32], weights: Sequence[int]) -> list[int]:
@@ -116,10 +133,10 @@ class ExactMean:
         return mean
 
 
-def out_of_range(vector: Vector, weight: int) -> str:
-    """Why an update was refused."""
+def out_of_range(peak: float, weight: int) -> str:
+    """Why an update was refused whose largest magnitude is ``peak``."""
     return (
-        f"aggregation: values of magnitude {np.max(np.abs(vector)):.3g} at weight {weight} leave "
+        f"aggregation: values of magnitude {peak:.3g} at weight {weight} leave "
         "the range of exact sums (2**26 in all). This client was not aggregated; lower "
         "client.learning_rate, or use uniform weighting."
     )

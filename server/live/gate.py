@@ -16,7 +16,7 @@ from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, 
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
-from fedcore.rpc.hello import WAKE_PORT, Hello, check_hello, instance_of
+from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
 from server.live.limits import Limits, Rates, Refusals, Uploads
 from server.live.peer import key_of
 from server.live.presence import Presence
@@ -32,7 +32,7 @@ ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
 PUSH, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
 _MEMORY_BYTES = 2**16
 """So much of a request's body is kept in memory while it comes in; a longer one goes to a file."""
-_PIECE_BYTES = 2**17
+_PIECE_BYTES = 2**15
 _STATUS: tuple[tuple[type[FedcoreError], int], ...] = (
     (DataError, 400),
     (TrustError, 403),
@@ -125,7 +125,7 @@ class Gate:
         instance = instance_of(headers)
         if path == ACTIVATE:
             check_hello(headers, self.hello)
-        elif not self.presence.call(caller.node_id, instance):
+        elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
             raise _Refusal(401, "this process was not activated")
         body = await self._body(headers, receive, route)
         if isinstance(body, bytes):
@@ -135,9 +135,7 @@ class Gate:
             if path == PUSH_OBJECT:
                 self.uploads.progress_of(caller.node_id)
                 async with self.bodies:  # what is parsed takes several times its size
-                    return await asyncio.to_thread(
-                        lambda: call(self.fleet, caller, route, body.read())
-                    )
+                    return await asyncio.to_thread(call, self.fleet, caller, route, body)
             raw = body.read()
             await self._before(path, caller, instance, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)

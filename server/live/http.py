@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,8 +21,14 @@ _IDLE_S = 90
 time."""
 
 
+_TLS_BYTES = 2**16
+"""What a connection reads at a time: four TLS records."""
+
+
 def http_server(gate: Gate, identity: ServerIdentity) -> uvicorn.Server:
     """A server that answers by ``gate`` and shows ``identity``; it is not started."""
+    # asyncio's 256 KiB are held up to three times, by every connection and to its end.
+    SSLProtocol.max_size = _TLS_BYTES
     return _Http(
         uvicorn.Config(
             gate,

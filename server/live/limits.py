@@ -26,9 +26,13 @@ class Limits:
     bodies: int = 1
     """Objects that are taken in from the disk at a time, of up to 5 MiB each."""
     calls_per_s: float = 50.0
-    """Calls that one identity may make a second, in the long run."""
+    """Calls that one identity may make a second beside its work, in the long run."""
     burst: int = 400
-    """Calls that it may make at once."""
+    """Calls that it may have saved up."""
+    calls_per_object: int = 4
+    """Calls that it may make for each object of a message that it was sent. A message to train has
+    6 objects or more, and takes 16 calls: to pull it, to push the reply, and to ask for the next.
+    """
     body_s: float = 60.0
     """Seconds within which a request's body must have come, or an object must have been taken."""
     upload_wait_s: float = 20.0
@@ -37,21 +41,44 @@ class Limits:
     """Seconds without progress after which an upload gives its room to one that waits."""
 
 
-class Rates:
-    """A token bucket for each identity."""
+@dataclass(frozen=True)
+class _Bucket:
+    tokens: float
+    filled: float
+    """When it was, by the clock."""
+    sent: int
+    """Objects that its owner had been sent by then."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+
+class Rates:
+    """A token bucket for each identity, which fills with time and with work.
+
+    However short rounds are, a device that does what it is asked is not held up; one that calls
+    without being asked gets no more than the limits say.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        sent: Callable[[int], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins with full buckets; ``sent`` counts the objects that a node was ever sent."""
         self._limits = limits
+        self._sent = sent
         self._clock = clock
-        self._buckets: dict[int, tuple[float, float]] = {}
+        self._buckets: dict[int, _Bucket] = {}
 
     def wait_s(self, node_id: int) -> float:
         """Counts a call; 0 when it is granted, else the seconds until one would be."""
-        now, limits = self._clock(), self._limits
-        tokens, then = self._buckets.get(node_id, (float(limits.burst), now))
-        tokens = min(float(limits.burst), tokens + (now - then) * limits.calls_per_s)
+        now, sent, limits = self._clock(), self._sent(node_id), self._limits
+        last = self._buckets.get(node_id, _Bucket(limits.burst, now, 0))
+        earned = (sent - last.sent) * limits.calls_per_object
+        tokens = last.tokens + (now - last.filled) * limits.calls_per_s + earned
+        # What is saved up ends at the burst; one message may need more than that.
+        tokens = min(tokens, max(limits.burst, earned, last.tokens))
         granted = tokens >= 1.0
-        self._buckets[node_id] = (tokens - 1.0 if granted else tokens, now)
+        self._buckets[node_id] = _Bucket(tokens - 1.0 if granted else tokens, now, sent)
         return 0.0 if granted else (1.0 - tokens) / limits.calls_per_s
 
 

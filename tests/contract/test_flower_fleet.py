@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import ssl
 import threading
 from collections.abc import Sequence
@@ -18,13 +19,25 @@ import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
 
-from fedcore.errors import DataError, InvalidUpdate, TrainingError
+from fedcore.errors import DataError, DiskFull, InvalidUpdate, TrainingError
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import CHUNK_BYTES, ROUTES, Caller, call
 from fedcore.flower.fleet_grid import Check, FleetGrid, Stopped
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.flower.records import read_record, record_bytes
+from fedcore.updates.messages import weights_record
+from fedcore.updates.pieces import FileArray
 
 ROOM = Path(__file__).parents[2] / "fedcore" / "flower"
 FILES = (
@@ -243,6 +256,77 @@ def test_what_was_forgotten_leaves_nothing_behind(fleet: Fleet) -> None:
     assert state.num_message_ins() == 0
     assert state.get_message_ins(CALLER.node_id, None) == []
     assert fleet.take(sent[0]) is None
+
+
+def push(fleet: Fleet, asked: Message, weights: int) -> bytes:
+    """Answers as a node does, bodies of objects being files; returns the bytes of the weights."""
+    values = np.random.default_rng(0).random(weights, np.float32)
+    reply = Message(RecordDict({"arrays": weights_record(values)}), reply_to=asked)
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+    node = Node(node_id=CALLER.node_id)
+    begin = PushMessagesRequest(
+        node=node,
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[tree],
+        clientapp_runtime_list=[0.0],
+    )
+    raw = call(fleet, CALLER, ROUTES["/v1/fleet/push-messages"], begin.SerializeToString())
+    assert isinstance(raw, bytes)
+    for object_id, found in objects.items():
+        request = PushObjectRequest(
+            node=node,
+            run_id=fleet.run_id,
+            object_id=object_id,
+            object_content=found.deflate(),
+            session_id=PushMessagesResponse.FromString(raw).session_id,
+        )
+        body = io.BytesIO(request.SerializeToString())
+        call(fleet, CALLER, ROUTES["/v1/fleet/push-object"], body)
+    return bytes(reply.content["arrays"]["model"].data)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("weights", [10, 3_000_000], ids=["small", "of three chunks"])
+def test_a_reply_is_taken_once_and_what_is_large_of_it_stays_in_a_file(
+    fleet: Fleet, weights: int, tmp_path: Path
+) -> None:
+    asked = ask(weights)
+    (message_id,) = fleet.send([asked])
+    raw = push(fleet, asked, weights)
+    assert fleet.next_answered(0.0) == message_id
+    taken = fleet.take(message_id)
+    assert taken is not None
+    assert list((tmp_path / "spool").iterdir()) == []
+    array = taken.content["arrays"]["model"]  # type: ignore[index]
+    assert isinstance(array, FileArray) == (weights > 10)
+    assert (array.shape, array.data) == ((weights,), raw)
+    assert fleet.take(message_id) is None
+
+
+def test_a_disk_without_room_is_no_fault_of_a_node(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise DiskFull("no room")
+
+    asked = ask(100_000)
+    (message_id,) = fleet.send([asked])
+    push(fleet, asked, 100_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(fleet.store, "scratch", full)
+        with pytest.raises(DiskFull):
+            fleet.take(message_id)
+    assert fleet.take(message_id) is not None, "it is still there once there is room"
+
+
+def test_objects_that_a_node_was_sent_are_counted(fleet: Fleet) -> None:
+    assert fleet.objects_sent(CALLER.node_id) == 0
+    for count in (1, 2):
+        (message_id,) = fleet.send([ask()])
+        assert fleet.objects_sent(CALLER.node_id) == 6 * count
+        fleet.forget([message_id])
+    assert fleet.objects_sent(7) == 0
 
 
 def test_garbage_is_an_error_of_data(fleet: Fleet) -> None:

@@ -37,10 +37,17 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedcore.client_app import STATISTICS
 from fedcore.flower.grid import CohortGrid, InProcessGrid
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
-from fedcore.updates.messages import ARRAYS, CONFIG, DECLINED, METRICS, NUM_EXAMPLES, REFUSED
+from fedcore.updates.messages import (
+    ARRAYS,
+    CONFIG,
+    DECLINED,
+    METRICS,
+    NUM_EXAMPLES,
+    REFUSED,
+    STATISTICS,
+)
 from server import strategies
 
 ROOT = Path(__file__).parents[2]

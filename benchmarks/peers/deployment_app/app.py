@@ -35,13 +35,13 @@ class Timed(FedAvg):
 
     out: Path
     last = "train"
+    updates = 0
 
     def note(self, event: str, number: int) -> None:
         """Appends a line."""
+        line = {"event": event, "round": number, "at_s": time.monotonic(), "updates": self.updates}
         with self.out.open("a") as stream:
-            stream.write(
-                json.dumps({"event": event, "round": number, "at_s": time.monotonic()}) + "\n"
-            )
+            stream.write(json.dumps(line) + "\n")
 
     def configure_train(self, server_round, arrays, config, grid):  # type: ignore[no-untyped-def]
         """Flower's own, timed."""
@@ -50,6 +50,8 @@ class Timed(FedAvg):
 
     def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
         """Flower's own, timed."""
+        replies = list(replies)
+        self.updates = sum(not reply.has_error() for reply in replies)
         found = super().aggregate_train(server_round, replies)
         if self.last == "train":
             self.note("ended", server_round)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.deployment import PANELS, Found, table
+from benchmarks.deployment import PANELS, Found, table, write_part
 from benchmarks.deployment_project import make_project, running
 from benchmarks.figures import at_most, row
 from benchmarks.measure import ProgramFailed
-from benchmarks.plot import plot
+from benchmarks.plot import plot_in_a_row
 from fedcore.crypto.kit import load_kit
 from fedcore.crypto.roster import Roster, load_server_identity
 
@@ -58,9 +59,27 @@ def test_what_was_found_is_told_and_drawn(tmp_path: Path) -> None:
         rows=[row("fedcore", "two nodes", "seconds_per_round", "s", [0.1, 0.2])],
         checks=[at_most("a round of two nodes, s", [0.6], 0.5)],
         failures=["memory: it fell over"],
+        notes=["64 updates: Flower: the round did not end"],
     )
     text = table(found)
     assert "BROKEN a round of two nodes" in text
     assert "FAILED memory: it fell over" in text
-    plot([vars(each) for each in found.rows], tmp_path / "one.png", panels=PANELS)
+    assert "NOTE   64 updates: Flower: the round did not end" in text
+    plot_in_a_row([vars(each) for each in found.rows], tmp_path / "one.png", panels=PANELS)
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    plot_in_a_row([], tmp_path / "none.png", panels=PANELS)
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_part_that_is_run_alone_leaves_the_others(tmp_path: Path) -> None:
+    def part(value: float) -> dict[str, object]:
+        one = vars(row("fedcore", "two nodes", "seconds_per_round", "s", [value]))
+        return {"rows": [one], "checks": [], "failures": [], "notes": []}
+
+    write_part(tmp_path, "fleet", part(3.0))
+    write_part(tmp_path, "rounds", part(1.0))
+    write_part(tmp_path, "rounds", part(2.0))
+    parts = json.loads((tmp_path / "deployment.json").read_text())["parts"]
+    assert list(parts) == ["rounds", "fleet"]
+    assert [each["rows"][0]["median"] for each in parts.values()] == [2.0, 3.0]
+    assert (tmp_path / "deployment.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,15 +20,18 @@ from fedcore.updates.messages import (
     Instruction,
     Update,
     array_of,
+    arrived_update,
     check_weights,
     instruction_config,
     read_instruction,
     read_metrics,
     read_update,
+    sendable,
     update_content,
     weights_record,
 )
-from fedcore.updates.pack import Layout
+from fedcore.updates.pack import Layout, Vector
+from fedcore.updates.pieces import PIECE_BYTES, FileArray
 
 LAYOUT = Layout(("weight",), ((3,),))
 WEIGHTS = np.array([1.0, -2.0, 3.0], np.float32)
@@ -207,3 +211,70 @@ def test_a_vector_with_a_byte_too_few_or_too_many_is_refused() -> None:
     for data in (whole.data[:-1], whole.data[:-4]):
         with pytest.raises(InvalidUpdate, match="cannot be read"):
             array_of(Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=data), where="")
+
+
+def test_weights_that_are_sendable_are_held_once() -> None:
+    weights = sendable(WEIGHTS)
+    assert weights.tobytes() == WEIGHTS.tobytes()
+    sent = weights_record(weights)[MODEL]
+    assert sent.data is weights_record(weights)[MODEL].data
+    assert sent.data == weights_record(WEIGHTS)[MODEL].data
+    assert np.shares_memory(sendable(weights), weights)
+    with pytest.raises(ValueError, match="read-only"):
+        weights[0] = 1.0  # it would change what is on its way
+
+
+@pytest.mark.parametrize("part", [slice(1, None), slice(None, None, -1), slice(0, 2)])
+def test_a_part_of_sendable_weights_is_sent_as_what_it_is(part: slice) -> None:
+    weights = sendable(WEIGHTS)[part]
+    assert weights_record(weights)[MODEL].numpy().tolist() == WEIGHTS[part].tolist()
+
+
+def in_file(array: Array) -> Array:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the array closes it
+    file.write(array.data)
+    file.flush()
+    return FileArray(array.dtype, array.shape, array.stype, file)
+
+
+LONG = Layout(("weight",), ((PIECE_BYTES // 4 + 3,),))
+
+
+def long_reply(values: Vector, *, version: tuple[int, int] = (1, 0)) -> Message:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, values, version=version)
+    content = records()
+    content[ARRAYS][MODEL] = in_file(  # type: ignore[index]
+        Array("float32", values.shape, "numpy.ndarray", stream.getvalue())
+    )
+    return reply(content)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)], ids=["usual", "another header"])
+def test_an_update_in_a_file_is_read_by_parts(version: tuple[int, int]) -> None:
+    values = np.arange(LONG.size, dtype=np.float32)
+    found = arrived_update(long_reply(values, version=version), LONG)
+    for _ in range(2):  # as often as it is asked for
+        parts = list(found.parts())
+        assert [len(part) for part in parts] == [PIECE_BYTES // 4, 3]
+        assert np.concatenate(parts).tobytes() == values.tobytes()
+    assert found.whole().weights.tobytes() == values.tobytes()
+    assert found.whole().num_examples == found.num_examples == 7
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)], ids=["usual", "another header"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_value_in_the_last_part_that_is_not_finite_is_found(
+    wrong: float, version: tuple[int, int]
+) -> None:
+    values = np.zeros(LONG.size, np.float32)
+    values[-1] = wrong
+    with pytest.raises(InvalidUpdate, match="not finite"):
+        arrived_update(long_reply(values, version=version), LONG)
+
+
+def test_an_update_in_a_file_has_the_layouts_length_and_type() -> None:
+    with pytest.raises(InvalidUpdate, match=r"got float32 \(65538,\), expected .* \(65539,\)"):
+        arrived_update(long_reply(np.zeros(LONG.size - 1, np.float32)), LONG)
+    with pytest.raises(InvalidUpdate, match="got float64"):
+        arrived_update(long_reply(np.zeros(LONG.size, np.float64)), LONG)  # type: ignore[arg-type]

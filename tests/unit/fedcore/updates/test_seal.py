@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -10,6 +12,7 @@ from fedcore.crypto.keys import new_key, public_bytes
 from fedcore.errors import DigestMismatch, SignatureInvalid, UpdateForeign, UpdateStale
 from fedcore.flower.records import read_record, record_bytes
 from fedcore.updates.messages import weights_record
+from fedcore.updates.pieces import FileArray
 from fedcore.updates.seal import (
     ENVELOPE,
     base_digest,
@@ -125,3 +128,17 @@ def test_a_question_outside_rounds_has_round_0() -> None:
 
 def test_another_beginning_is_another_run() -> None:
     assert run_digest({"run": "a", "instance": "1"}) != run_digest({"run": "a", "instance": "2"})
+
+
+def test_an_array_in_a_file_is_signed_as_one_in_memory(tmp_path: Path) -> None:
+    content = sealed(reply())
+    array = content["arrays"]["model"]  # type: ignore[index]
+    path = tmp_path / "array"
+    path.write_bytes(array.data)
+    content["arrays"]["model"] = FileArray(  # type: ignore[index]
+        array.dtype, array.shape, array.stype, path.open("rb")
+    )
+    assert content_digest(content) == content_digest(reply())
+    path.write_bytes(array.data[:-1] + bytes([array.data[-1] ^ 1]))
+    with pytest.raises(DigestMismatch):
+        opened(content)

@@ -47,6 +47,24 @@ def test_reversing_the_order_changes_no_bit_where_floats_would() -> None:
     assert (floats[0] != floats[1]).any()
 
 
+def test_parts_of_any_length_give_the_bits_of_the_whole() -> None:
+    vector = vectors(1)[0]
+    whole, parted = ExactMean(LARGE), ExactMean(LARGE)
+    whole.add(vector, 3)
+    parted.add_parts(lambda: np.split(vector, [1, 70, 40_000]), 3)
+    assert whole.mean().tobytes() == parted.mean().tobytes()
+    assert (parted.weight, parted.count) == (3, 1)
+
+
+def test_what_is_out_of_range_in_its_last_part_changes_nothing() -> None:
+    mean = exact([np.ones(4, np.float32)], [1])
+    for wrong in (2.0**26, np.nan):
+        parts = [np.full(3, 5, np.float32), np.array([wrong], np.float32)]
+        with pytest.raises(InvalidUpdate, match="leave the range"):
+            mean.add_parts(lambda parts=parts: parts, 1)  # type: ignore[misc]
+    assert mean.mean().tolist() == [1.0] * 4
+
+
 def test_the_update_itself_is_left_alone() -> None:
     vector = vectors(1)[0]
     before = vector.copy()

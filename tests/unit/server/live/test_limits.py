@@ -20,9 +20,13 @@ class Clock:
         return self.now
 
 
+def unasked(node_id: int) -> int:
+    return 0
+
+
 def test_a_burst_is_granted_and_then_the_rate() -> None:
     clock = Clock()
-    rates = Rates(Limits(calls_per_s=10, burst=3), clock)
+    rates = Rates(Limits(calls_per_s=10, burst=3), unasked, clock)
     assert [rates.wait_s(1) for _ in range(3)] == [0.0] * 3
     assert rates.wait_s(1) == pytest.approx(0.1)
     assert rates.wait_s(2) == 0.0, "one identity's calls are no other's"
@@ -33,9 +37,40 @@ def test_a_burst_is_granted_and_then_the_rate() -> None:
 
 def test_calls_that_are_refused_do_not_lengthen_the_wait() -> None:
     clock = Clock()
-    rates = Rates(Limits(calls_per_s=10, burst=1), clock)
+    rates = Rates(Limits(calls_per_s=10, burst=1), unasked, clock)
     rates.wait_s(1)
     assert [rates.wait_s(1) for _ in range(5)] == pytest.approx([0.1] * 5)
+
+
+def granted(rates: Rates, calls: int) -> int:
+    return [rates.wait_s(1) for _ in range(calls)].count(0.0)
+
+
+def test_what_is_asked_of_a_device_grants_it_calls_however_soon_it_comes() -> None:
+    clock, sent = Clock(), [0]
+    rates = Rates(Limits(calls_per_s=1, burst=20, calls_per_object=4), lambda node: sent[0], clock)
+    assert granted(rates, 100) == 20
+    for _ in range(50):  # rounds without a moment between them
+        sent[0] += 6
+        assert granted(rates, 100) == 24
+
+
+def test_calls_that_work_granted_are_not_saved_up_beyond_the_burst() -> None:
+    clock, sent = Clock(), [0]
+    rates = Rates(Limits(calls_per_s=1, burst=20, calls_per_object=4), lambda node: sent[0], clock)
+    for _ in range(50):  # messages that it does not answer, and asks for all the time
+        sent[0] += 3
+        rates.wait_s(1)
+    assert granted(rates, 1000) <= 20
+    assert granted(rates, 1000) == 0
+
+
+def test_one_large_message_grants_more_than_the_burst() -> None:
+    clock, sent = Clock(), [0]
+    rates = Rates(Limits(calls_per_s=1, burst=20, calls_per_object=4), lambda node: sent[0], clock)
+    assert granted(rates, 30) == 20
+    sent[0] += 1000
+    assert granted(rates, 10_000) == 4000
 
 
 def test_a_peer_is_told_of_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:

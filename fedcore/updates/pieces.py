@@ -1,0 +1,68 @@
+"""Arrays by pieces: what is large is looked at, kept and added up without being held as a whole."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from typing import IO
+
+from flwr.app import Array
+
+PIECE_BYTES = 2**18
+"""Of a piece: small enough for the processor's cache."""
+
+
+class FileArray(Array):
+    """An array whose bytes lie in a file, and are read each time that they are asked for.
+
+    The file is this array's own, and is closed with it. Whoever asks for ``data`` gets all of it in
+    memory; `pieces` gives the same bytes one piece at a time.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, file: IO[bytes]) -> None:
+        """Takes ``file`` over; all of it, to its end, is the array's bytes."""
+        self.dtype, self.shape, self.stype = dtype, shape, stype
+        self.file = file
+        self.size_bytes = os.fstat(file.fileno()).st_size
+        weakref.finalize(self, file.close)
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """All bytes, read anew."""
+        return self.read(0, self.size_bytes)
+
+    def deflate(self) -> bytes:
+        """What stands for it on the wire: the same as for an array in memory."""
+        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
+
+    def read(self, start: int, count: int) -> bytes:
+        """``count`` bytes from ``start`` on.
+
+        Raises:
+            OSError: the file cannot be read, or has become shorter.
+        """
+        read = os.pread(self.file.fileno(), count, start)
+        while len(read) < count:  # the system may give less than it was asked for
+            more = os.pread(self.file.fileno(), count - len(read), start + len(read))
+            if not more:
+                raise OSError(f"an array's file ends after {start + len(read)} bytes")
+            read += more
+        return read
+
+
+def size_of(array: Array) -> int:
+    """Bytes of an array as it travels."""
+    return array.size_bytes if isinstance(array, FileArray) else len(array.data)
+
+
+def pieces(array: Array, start: int = 0) -> Iterator[bytes | memoryview]:
+    """The bytes of an array from ``start`` on, `PIECE_BYTES` at a time; the last may be shorter."""
+    if not isinstance(array, FileArray):
+        whole = memoryview(array.data)
+        yield from (
+            whole[place : place + PIECE_BYTES] for place in range(start, len(whole), PIECE_BYTES)
+        )
+        return
+    for place in range(start, array.size_bytes, PIECE_BYTES):
+        yield array.read(place, min(PIECE_BYTES, array.size_bytes - place))

@@ -1,0 +1,124 @@
+"""What comes back from clients, where it lies in files: added up by pieces, or held once."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+
+from fedcore.flower.identity import assume_identity
+from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
+from fedcore.updates.pack import Layout, Vector
+from fedcore.updates.pieces import FileArray
+from server.inbound import Tally, accepted, fold, hold
+from server.journal import create, reopen
+
+SIZE = 1_000_000
+LAYOUT = Layout(("weight",), ((SIZE,),))
+NODES = (4, 5, 6)
+MB = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    assume_identity(1)
+
+
+def weights(node: int) -> Vector:
+    return np.random.default_rng(node).standard_normal(SIZE).astype(np.float32)
+
+
+def asked(node: int) -> Message:
+    return Message(RecordDict(), node, "train")
+
+
+def reply(node: int, values: Vector | None = None) -> Message:
+    """A reply whose weights are in a file, as a server makes them of what was spooled."""
+    update = Update(weights(node) if values is None else values, node, {"train_loss": 0.5})
+    message = Message(update_content(update), reply_to=asked(node))
+    array = message.content[ARRAYS][MODEL]  # type: ignore[index]
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the array closes it
+    file.write(array.data)
+    file.flush()
+    message.content[ARRAYS][MODEL] = FileArray(  # type: ignore[index]
+        array.dtype, array.shape, array.stype, file
+    )
+    return message
+
+
+def risen_mb(base: int) -> float:
+    return (tracemalloc.get_traced_memory()[1] - base) / MB
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    gc.collect()
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+def test_updates_in_files_are_added_up_by_pieces(traced: None) -> None:
+    tally, replies = Tally(len(NODES)), [reply(node) for node in NODES]
+    base = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    mean = fold(accepted(iter(replies), LAYOUT, tally, first=3), LAYOUT, tally, uniform=False)
+    assert risen_mb(base) < 8 * SIZE / MB + 3, "more than the sum and some pieces were held"
+    expected = np.average([weights(node) for node in NODES], axis=0, weights=NODES)
+    assert np.abs(mean.mean() - expected).max() < 1e-6
+    assert (tally.updates, tally.examples) == (3, sum(NODES))
+    assert tally.bytes_up == 3 * (4 * SIZE + 128)
+
+
+def test_an_update_in_a_file_that_is_not_finite_counts_as_failed() -> None:
+    wrong = weights(5)
+    wrong[-1] = np.inf
+    tally = Tally(len(NODES))
+    taken = accepted(iter([reply(4), reply(5, wrong)]), LAYOUT, tally, first=3)
+    mean = fold(taken, LAYOUT, tally, uniform=True)
+    assert (mean.count, tally.updates, tally.failed) == (1, 1, 1)
+    assert np.abs(mean.mean() - weights(4)).max() < 1e-6
+
+
+def test_what_is_held_for_a_strategy_is_held_once_and_no_file_with_it(traced: None) -> None:
+    replies = [reply(node) for node in reversed(NODES)]
+    files = [message.content[ARRAYS][MODEL].file for message in replies]  # type: ignore[index]
+    tally, base = Tally(len(NODES)), tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    held = hold(accepted(iter(replies), LAYOUT, tally, first=3), tally, uniform=False)
+    gc.collect()
+    assert risen_mb(base) < (len(NODES) + 1) * 4 * SIZE / MB
+    assert all(file.closed for file in files)
+    assert [message.metadata.src_node_id for message in held] == list(NODES)
+    for message, node in zip(held, NODES, strict=True):
+        array = message.content[ARRAYS][MODEL]  # type: ignore[index]
+        assert array.numpy().tobytes() == weights(node).tobytes()
+
+
+def test_a_journal_keeps_an_update_that_is_in_a_file_by_pieces(
+    tmp_path: Path, traced: None
+) -> None:
+    with closing(create(tmp_path, {})) as journal:
+        journal.ask("train", NODES)
+        message = reply(4)
+        base = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        journal.accept(message)
+        assert risen_mb(base) < 1.5
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again) as journal:
+        base = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        kept = journal.reply(asked(4))
+        assert kept is not None
+        assert risen_mb(base) < 1.5
+        array = kept.content[ARRAYS][MODEL]  # type: ignore[index]
+        assert array.numpy().tobytes() == weights(4).tobytes()
