@@ -60,7 +60,7 @@ test-device: setup .venv-device/.installed  ## the base package alone: its size,
 	rm -rf build
 	@touch $@
 
-campaign: setup  ## kill, stop, cut off, tear and fill whatever runs; results go to runs/campaign
+campaign: setup  ## kill, stop, cut off, tear, fill and forge; results go to runs/campaign
 	$(BIN)/python -m tests.campaign.run $(ARGS)
 
 bench: setup .venv-bench/.installed  ## a benchmark, NAME=simulation; results go to runs/bench

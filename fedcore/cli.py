@@ -78,12 +78,17 @@ def _add(
     command.arguments(parser)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every installed verb."""
+def build_parser(first: str | None = None) -> argparse.ArgumentParser:
+    """The parser with every installed verb, or with that alone which ``first`` names.
+
+    Some verbs import what takes long; a server that is started again has no time for those.
+    """
     parser = _Parser(prog="fedcore", description="One model over devices' data and the cloud's.")
     parser.add_argument("--version", action="version", version=f"fedcore {__version__}")
     below = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for entry in sorted(entry_points(group="fedcore.commands"), key=lambda entry: entry.name):
+    installed = sorted(entry_points(group="fedcore.commands"), key=lambda entry: entry.name)
+    named = [entry for entry in installed if entry.name == first]
+    for entry in named or installed:
         _add(below, entry.name, entry.load(), "run_verb")
     return parser
 
@@ -95,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # closed by whoever started this
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
     try:
-        options = build_parser().parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        options = build_parser(next(iter(words), None)).parse_args(words)
         return int(options.run_verb(options))
     except FedcoreError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from edge_client.node.ledger import MARK, DeviceLedger
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
 from fedcore.client_app import client_app
@@ -26,10 +27,11 @@ from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
-from fedcore.owner import OwnerPolicy
+from fedcore.owner import OwnerPolicy, tighten
+from fedcore.privacy.ledger import NO_OTHER_RUNS
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
-from fedcore.task import Task
+from fedcore.task import Task, data_folder
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.seal import run_digest, seal
 
@@ -67,6 +69,8 @@ class _Run:
     """Of its settings and instance: a reply that was made under others is no reply."""
     app: ClientApp
     context: Context
+    ledger: DeviceLedger | None
+    """None where nothing is charged."""
 
 
 def run_device(device: Device, signals: Signals) -> None:
@@ -150,9 +154,11 @@ def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Ru
     signals.work.clear()
     try:
         while not signals.stop.is_set() and (message := link.receive()) is not None:
-            signals.last_message = time.monotonic()
-            _answer_or_say_why(device, link, runs, message)
-            signals.last_message = time.monotonic()
+            signals.last_message, signals.busy = time.monotonic(), True
+            try:
+                _answer_or_say_why(device, link, runs, message)
+            finally:
+                signals.last_message, signals.busy = time.monotonic(), False
         if device.between_rounds is not None and runs:
             runs.clear()
             device.between_rounds()
@@ -191,6 +197,7 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
         if isinstance(error, InvalidUpdate):
             raise
         reason = f"client {device.kit.name!r}: {type(error).__name__}: {error}"
+        log.warning("run %d: takes no part: %s", run_id, error)
         link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=message))
         return
     runs.clear()
@@ -199,8 +206,7 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
     content, again = device.folder.reply(key, run.context.state), True
     if content is None:
         reply, again = run.app(message, run.context), False
-        if not reply.has_error():
-            device.folder.keep(run.name, run.context.state, key, reply.content)
+        _keep(device, run, key, reply)
     else:
         reply = Message(content, reply_to=message)
     if not reply.has_error():
@@ -214,8 +220,22 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
             now_s=time.time(),
         )
     link.answer(reply)
-    outcome = "declined or failed" if reply.has_error() else "sent again" if again else "done"
+    outcome = "sent again" if again else "done"
+    if reply.has_error():
+        outcome = f"declined or failed: {reply.error.reason}"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
+
+
+def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
+    """Has a reply on disk, and what it cost: a failure may have cost something, too."""
+    state = run.context.state
+    charged = run.ledger is not None and run.ledger.label(state)
+    if not reply.has_error():
+        device.folder.keep(run.name, state, key, reply.content)
+    elif charged:
+        device.folder.keep_state(run.name, state)
+    if run.ledger is not None and charged:
+        run.ledger.copy(state)
 
 
 def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
@@ -230,11 +250,21 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
             "install the server's version of fedcore on it."
         ) from None
     assume_identity(run_id)
+    state, ledger, others = device.folder.state(config.name), None, NO_OTHER_RUNS
+    if config.private:
+        ledger = DeviceLedger(
+            device.folder,
+            device.kit.folder / MARK,
+            config.name,
+            device.owner.data_folder or data_folder(),
+            tighten(config, device.owner).privacy.target_delta,
+        )
+        others = ledger.open(state)
     context = Context(
         run_id=run_id,
         node_id=link.node_id,
         node_config={"client": device.kit.name},
-        state=device.folder.state(config.name),
+        state=state,
         run_config={},
     )
     app = client_app(
@@ -243,8 +273,9 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
         owner=device.owner,
         randomness=device.randomness,
         mods=client_mods(config.federation.strategy),
+        others=others,
     )
-    return _Run(config.name, run_digest(told), app, context)
+    return _Run(config.name, run_digest(told), app, context, ledger)
 
 
 def _goodbye(link: FleetLink) -> None:

@@ -19,19 +19,24 @@ from fedcore.rpc.wake_pb2_grpc import WakeStub
 
 log = logging.getLogger("fedcore.device")
 
+_CONNECT_S = 2.5
+"""How long an attempt at a stream may take."""
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),  # 60 s unless set, whatever the one above says
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.min_reconnect_backoff_ms", int(_CONNECT_S * 1000)),  # also bounds an attempt: 20 s else
     ("grpc.max_receive_message_length", 4096),
 )
-_FAST_S, _SLOW_S = 0.5, 12.0
-"""How often a device without a stream asks: while a round is on, and when it is idle."""
+_FAST_S, _BUSY_S, _SLOW_S = 0.5, 1.0, 12.0
+"""How often a device without a stream asks: while a round is on, while it trains, when it idles."""
 _ROUND_S = 30.0
 """How long after its last message a device takes a round to be on."""
 _AGAIN_S = 30.0
 """Longest pause between two attempts at a stream."""
+_CANCEL_S = 5.0
+"""How long after a stream's end the thread that would have ended it stays."""
 
 
 @dataclass
@@ -47,11 +52,13 @@ class Signals:
     """Set when the server has let this process in: a stream may open at once."""
     last_message: float = float("-inf")
     """When the last message came, on the monotonic clock."""
+    busy: bool = False
+    """Whether a message is being answered."""
 
     def pause_s(self) -> float:
         """How long to wait before asking again, where no stream is open."""
         on = time.monotonic() - self.last_message < _ROUND_S
-        return random.uniform(0.5, 1.0) * (_FAST_S if on else _SLOW_S)
+        return random.uniform(0.5, 1.0) * (_FAST_S if on else _BUSY_S if self.busy else _SLOW_S)
 
 
 def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) -> None:
@@ -59,31 +66,54 @@ def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) 
 
     Runs in a thread of its own, so that a device that trains is still seen to be there.
     """
-    credentials = grpc.ssl_channel_credentials(
-        kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
-    )
     failures, next_try = 0, 0.0
     while not signals.stop.is_set():
         if signals.anew.is_set():
             signals.anew.clear()
             failures, next_try = 0, 0.0
         if link.wake_port and time.monotonic() >= next_try:
-            target = f"{_host(url)}:{link.wake_port}"
-            with grpc.secure_channel(target, credentials, options=_OPTIONS) as channel:
+            with _channel(kit, url, link.wake_port) as channel:
                 opened = _listen(channel, instance, signals)
             failures = 0 if opened else failures + 1
             pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
             next_try = time.monotonic() + pause_s
-        _ask(link, signals)
-        signals.anew.wait(min(signals.pause_s(), max(next_try - time.monotonic(), 0.05)))
+        soon_s = max(next_try - time.monotonic(), 0.05)
+        pause_s = min(signals.pause_s(), soon_s)
+        _ask(link, signals, pause_s + (_CONNECT_S if link.wake_port and pause_s == soon_s else 0.0))
+        signals.anew.wait(pause_s)
+
+
+def hold_stream(kit: Kit, url: str, wake_port: int, instance: str) -> None:
+    """Keeps a stream open, in a thread of its own, until this process opens its next one.
+
+    So a server sees at once when a process dies that has not got as far as `watch`.
+    """
+
+    def hold() -> None:
+        with _channel(kit, url, wake_port) as channel:
+            _listen(channel, instance, Signals())
+
+    threading.Thread(target=hold, name="early wake", daemon=True).start()
+
+
+def _channel(kit: Kit, url: str, wake_port: int) -> grpc.Channel:
+    credentials = grpc.ssl_channel_credentials(
+        kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
+    )
+    return grpc.secure_channel(f"{_host(url)}:{wake_port}", credentials, options=_OPTIONS)
 
 
 def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:
     """Reads the stream to its end; True when it was open."""
-    opened = False
+    opened, over = False, threading.Event()
     calls = WakeStub(channel).Watch(WatchRequest(instance=instance))  # type: ignore[no-untyped-call]
-    watcher = threading.Thread(target=lambda: (signals.stop.wait(), calls.cancel()), daemon=True)
-    watcher.start()
+
+    def cancel() -> None:
+        while not signals.stop.wait(_CANCEL_S) and not over.is_set():
+            continue
+        calls.cancel()
+
+    threading.Thread(target=cancel, daemon=True).start()
     try:
         for _ in calls:
             if not opened:
@@ -96,15 +126,20 @@ def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:
             signals.activate.set()
         if opened or code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             log.info("stream closed: %s", code.name.lower())
+    finally:
+        over.set()
     return opened
 
 
-def _ask(link: FleetLink, signals: Signals) -> None:
-    """One call in place of the stream, and a look for messages."""
+def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
+    """One call in place of the stream, and a look for messages.
+
+    ``again_s`` is the seconds within which the next one follows, or a stream opens.
+    """
     if not link.node_id or signals.stop.is_set():
         return
     try:
-        link.beat()
+        link.beat(again_s)
     except NotActivated:
         signals.activate.set()
     except (FedcoreError, Unreachable) as error:  # the main thread meets it, too, and decides

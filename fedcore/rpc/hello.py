@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ SETTINGS = "run"
 """Under this name a server tells devices of its run: the run's configuration, as JSON."""
 INSTANCE = "instance"
 """Under this name, which instance of that run it is."""
+_AGAIN = "fedcore-again-s"
 WAKE_PORT = "fedcore-wake-port"
 """Header of the answer to a device that is let in: the port of the stream that wakes it."""
 
@@ -48,9 +50,58 @@ def hello_of(name: str, path: Path) -> Hello:
     return Hello(task=name, task_digest=sha256_hex(raw))
 
 
+def declared_name(path: Path) -> str | None:
+    """The name in ``task = Task(name="...")``, without running the file; None when it is computed.
+
+    Loading a task imports torch, which takes seconds; the two sides find each other before.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task")
+    try:
+        module = ast.parse(raw)
+    except (SyntaxError, ValueError):
+        return None  # loading it will tell
+    if sum(_binds_task(node) for node in ast.walk(module)) != 1:
+        return None  # which of them counts, only running it tells
+    for statement in module.body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Call):
+            continue
+        if [ast.unparse(target) for target in statement.targets] != ["task"]:
+            continue
+        for keyword in statement.value.keywords:
+            if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
+                return str(keyword.value.value)
+    return None
+
+
+def _binds_task(node: ast.AST) -> bool:
+    """Whether something may be called ``task`` from here on."""
+    if isinstance(node, ast.alias):
+        return (node.asname or node.name) in ("task", "*")
+    if isinstance(node, ast.Global):
+        return "task" in node.names
+    return isinstance(node, ast.Name) and node.id == "task" and isinstance(node.ctx, ast.Store)
+
+
 def instance_of(headers: Mapping[str, str]) -> str:
     """The process that makes a call; empty when it does not say."""
     return headers.get(_PROCESS, "")[:64]
+
+
+def again_in(seconds: float) -> dict[str, str]:
+    """As a header: this device calls again within so many seconds, if it is still there."""
+    return {_AGAIN: f"{seconds:.2f}"}
+
+
+def again_s_of(headers: Mapping[str, str]) -> float | None:
+    """Within how many seconds a device calls again; None when it does not say."""
+    try:
+        seconds = float(headers.get(_AGAIN, ""))
+    except ValueError:
+        return None
+    return seconds if 0.0 <= seconds < float("inf") else None
 
 
 def check_hello(headers: Mapping[str, str], server: Hello) -> None:

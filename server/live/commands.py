@@ -10,6 +10,7 @@ from fedcore.cli import Command, group
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.rpc.tls import only_tls_1_3
 from fedcore.settings import load_run
+from server.live.memory import loading
 from server.live.operator_commands import OPERATOR_VERBS
 from server.options import run_options
 
@@ -65,11 +66,12 @@ def _start(options: argparse.Namespace) -> int:
     run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
     host, port = _address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
     only_tls_1_3()  # before Flower, which imports grpc
-    from fedcore.flower.quiet import quiet
-    from fedcore.observability.lines import log_lines
-    from server.live.control import Control
-    from server.live.operate import sole
-    from server.live.run import Deployment, run_deployment
+    with loading():
+        from fedcore.flower.quiet import quiet
+        from fedcore.observability.lines import log_lines
+        from server.live.control import Control
+        from server.live.operate import sole
+        from server.live.run import Deployment, run_deployment
 
     quiet()
     log_lines(options.log or sys.stderr)

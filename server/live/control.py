@@ -83,7 +83,7 @@ class Control:
 
     def open(self, identity: ServerIdentity, listening: Listening) -> None:
         """The server is up."""
-        roster = Roster(identity.roster_path, identity.kit.authority_pem)
+        roster = identity.roster()
         self._site = _Site(identity, listening, roster)
         self._tell_drained(self._site)
         self._audit.record(by="server", action="start", outcome="done", run=self._run.name)

@@ -14,6 +14,8 @@ from fedcore.errors import TrustError
 PUBLIC_KEY = "fedcore.public_key"
 """Where a request's scope holds the key that its connection was opened with."""
 _MAX_HEADER_BYTES = 2**15
+_WAITING_BYTES = 2**16
+"""What may wait in a connection for its other end, each way, before more is asked for."""
 
 
 class PeerProtocol(HttpToolsProtocol):
@@ -28,7 +30,11 @@ class PeerProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Reads the key out of the peer's certificate, once a connection."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(_WAITING_BYTES)
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            # OpenSSL keeps what its buffers have once grown to, by default 1 MiB a connection.
+            transport.set_read_buffer_limits(_WAITING_BYTES)  # type: ignore[attr-defined]
         certificate = tls.getpeercert(binary_form=True) if tls is not None else None
         try:
             public: bytes | None = peer_public(certificate) if certificate is not None else None

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from fedcore.errors import TrustError
 
 BEATS_S = 30.0
-"""How long a device without a stream counts as there after its last call."""
+"""How long a device counts as there after its last call that has no stream, and has not said when
+it calls again."""
+LATE_S = 3.0
+"""How much later than it has said it may call."""
 
 _REPLACED = 64
 """How many processes of a device that were there before are known again."""
@@ -29,6 +32,8 @@ class _Session:
     """Set when there is work; None while no stream is open."""
     left: float | None = None
     """When its stream ended, or it said goodbye."""
+    silent_s: float = BEATS_S
+    """How long it counts as there after its last call, without a stream."""
     replaced: tuple[str, ...] = ()
     """Processes of this device that were there before."""
 
@@ -90,13 +95,18 @@ class Presence:
         self._on_change()
         return True
 
-    def call(self, node_id: int, instance: str) -> bool:
-        """Notes a call; False when it is not from the process that was let in last."""
+    def call(self, node_id: int, instance: str, again_s: float | None = None) -> bool:
+        """Notes a call; False when it is not from the process that was let in last.
+
+        ``again_s`` is within how many seconds it calls again, where it says so.
+        """
         with self._lock:
             session = self._sessions.get(node_id)
             if session is None or session.instance != instance:
                 return False
             session.seen = self._clock()
+            if again_s is not None:
+                session.silent_s = min(again_s + LATE_S, BEATS_S)
             if session.stream is None:
                 session.left = None
             return True
@@ -128,6 +138,7 @@ class Presence:
             if session is None or session.stream is not stream:
                 return
             session.stream, session.left = None, self._clock()
+            session.silent_s = LATE_S  # if it is there after all, it says so, and opens another
         self._on_change()
 
     def leave(self, node_id: int) -> None:
@@ -208,7 +219,7 @@ class Presence:
             return None
         if session.left is not None:
             return session.left
-        until = session.seen + BEATS_S
+        until = session.seen + session.silent_s
         return until if self._clock() > until else None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.crypto.roster import ServerIdentity
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_grid import FleetGrid, Stopped
@@ -100,7 +100,7 @@ async def listen(
     """
     give_back_early()
     limits = limits or Limits()
-    roster = Roster(identity.roster_path, identity.kit.authority_pem)
+    roster = identity.roster()
     with disk_errors(spool):
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True, mode=0o700)
@@ -124,7 +124,7 @@ async def listen(
         roster=roster,
         presence=presence,
         uploads=uploads,
-        rates=Rates(limits),
+        rates=Rates(limits, fleet.objects_sent),
         limits=limits,
         hello=hello,
         spool=spool,

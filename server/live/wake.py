@@ -119,6 +119,7 @@ async def put_out_strangers(
     """Ends the streams of devices that are members no more, for ever."""
     while True:
         await asyncio.sleep(every_s)
+        roster.refresh()  # a newer list is remembered, even while nobody calls
         for node_id, public in presence.keys().items():
             if roster.member(public) is None:
                 log.warning("device %s: no longer a member; put out", node_id)

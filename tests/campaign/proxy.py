@@ -98,9 +98,10 @@ class Proxy:
                 if self.mode == "delay":
                     await asyncio.sleep(0.2)
                 for place, writer in enumerate(writers):
-                    try:
+                    if writer.transport.is_closing():
+                        if place == 0:
+                            return
+                        continue
+                    with suppress(OSError):
                         writer.write(piece)
                         await writer.drain()
-                    except OSError:
-                        if place == 0:
-                            raise

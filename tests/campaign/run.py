@@ -2,21 +2,27 @@
 
 ::
 
-    python -m tests.campaign.run --server-kills 200 --device-kills 100 --out runs/campaign
+    python -m tests.campaign.run --server-kills 200 --device-kills 100 --minutes 90
+
+Each call adds to ``campaign.json``, so that several short ones make a long one. What faults are
+left when the minutes are over is not begun; what has begun ends as it should.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,136 +31,246 @@ import numpy as np
 
 from fedcore import __version__
 from tests.campaign import scenarios
-from tests.campaign.scenarios import Outcome, compare, extra_charges
-from tests.campaign.site import Site, site
+from tests.campaign.compare import compare, extra_charges
+from tests.campaign.hostile import send_hostile
+from tests.campaign.scenarios import Outcome
+from tests.campaign.site import NAMES, ROOT, site
 
-WITHIN_S = 5.0
-Scenario = Callable[[Site], Outcome]
+RESUMED_S, BACK_S, HELD_UP_S = 5.0, 5.0, 10.0
+"""Bounds: a server's and a device's return (95th percentile), and the longest that a round waits
+for a device that is gone."""
+_BATCH = 25
+"""Kills in one run; the next run begins in a folder of its own."""
+_CLOCK_OFF_S = 600.0
+Scenario = Callable[[Any], Outcome]
 
 
-def campaign(options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Runs every scenario that is asked for, each against an undisturbed run of as many rounds."""
+@dataclass(frozen=True)
+class Planned:
+    """A run, and what is done to it."""
+
+    name: str
+    rounds: int
+    scenario: Scenario
+    place: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
+    """Whether it must give the bits of an undisturbed run: no round ends without a device."""
+
+
+def planned(options: argparse.Namespace, enough: Callable[[], bool]) -> Iterator[Planned]:
+    """One run after the other, until every count is reached or it is ``enough``."""
     rng = random.Random(options.seed)
-    server_kills, device_kills, times = options.server_kills, options.device_kills, options.others
-    planned: list[tuple[str, int, Scenario, dict[str, Any]]] = []
-    if server_kills:
-        rounds = server_kills + 4
-        kill = lambda place: scenarios.kill_servers(place, server_kills, rng)  # noqa: E731
-        planned.append(("server killed", rounds, kill, {}))
-    if device_kills:
-        rounds = 3 * device_kills + 4
-        kill = lambda place: scenarios.kill_devices(place, device_kills, rng)  # noqa: E731
-        planned.append(("device killed", rounds, kill, {"slow_s": 0.3}))
-    if times:
-        behind = {"server_host": "127.0.0.3"}
-        planned += [
-            ("stopped", 8, lambda place: scenarios.stop_and_go_on(place, rng), {"slow_s": 0.3}),
-            ("network", 30, lambda place: scenarios.bad_network(place, rng), behind),
-            (
-                *("journal torn", 3 * times + 4),
-                lambda place: scenarios.tear_journals(place, times, rng),
-                {"private": False},
-            ),
-            ("disk full", times + 6, lambda place: scenarios.fill_disks(place, 2), {}),
-            ("clock fast", 3, scenarios.wrong_clocks, {"clock_off_s": 590.0}),
-            ("clock slow", 3, scenarios.wrong_clocks, {"clock_off_s": -590.0}),
-        ]
-    expected: dict[tuple[int, bool], dict[str, Any]] = {}
-    results = []
-    for name, rounds, scenario, more in planned:
-        key = (rounds, more.get("private", True))
-        if key not in expected:
-            where = root / f"undisturbed-{len(expected)}"
-            with site(where, rounds, slow_s=0.0, private=key[1]) as place:
+    behind, slow = {"proxied": NAMES}, {"slow_s": 0.3}
+    for kills in _batches(options.server_kills):
+        yield Planned(
+            *("server killed", 2 * _BATCH + 6),
+            lambda place, kills=kills: scenarios.kill_servers(place, kills, rng, enough),
+        )
+    for kills in _batches(options.device_kills):
+        yield Planned(
+            *("device killed", 2 * _BATCH + 6),
+            lambda place, kills=kills: scenarios.kill_devices(place, kills, rng, enough),
+            slow,
+        )
+    if options.buried:
+        yield Planned(
+            *("device gone", 3 * options.buried + 2),
+            lambda place: scenarios.bury_devices(place, options.buried, rng, enough),
+            {"proxied": NAMES[:1], "quorum": 0.6, "slow_s": 1.0},
+            exact=False,
+        )
+    if not options.others:
+        return
+    times = options.others
+    yield Planned("stopped", 8, lambda place: scenarios.stop_and_go_on(place, rng), slow)
+    yield Planned("network", 80, lambda place: scenarios.bad_network(place, rng), behind)
+    yield Planned(
+        *("journal torn", 3 * times + 4),
+        lambda place: scenarios.tear_journals(place, times, rng),
+        {"private": False},
+    )
+    yield Planned("disk full", 10, lambda place: scenarios.fill_disks(place, 2))
+    yield Planned(
+        *("after the rounds", 2),
+        lambda place: scenarios.kill_finishing(place, times, rng, enough),
+        {"releases": True},
+    )
+    for which in ("clock_off_s", "server_clock_off_s"):
+        for off_s in (_CLOCK_OFF_S, -_CLOCK_OFF_S):
+            yield Planned("clock wrong", 3, scenarios.wrong_clocks, {which: off_s})
+
+
+def _batches(kills: int) -> Iterator[int]:
+    while kills > 0:
+        yield min(kills, _BATCH)
+        kills -= _BATCH
+
+
+def campaign(options: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    """What came of each run. An undisturbed one of as many rounds is run where there was none."""
+    end = time.monotonic() + 60 * options.minutes
+    expected: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def enough() -> bool:
+        return time.monotonic() >= end
+
+    for number, plan in enumerate(planned(options, enough)):
+        if enough():
+            return
+        same = {name: plan.place[name] for name in ("private", "releases") if name in plan.place}
+        key = (plan.rounds, *same.items())
+        if plan.exact and key not in expected:
+            folder = root / f"undisturbed-{number}"
+            with site(folder, plan.rounds, slow_s=0.0, **same) as place:
                 scenarios.undisturbed(place)
                 expected[key] = place.result()
-        results.append(_one(root, name, rounds, scenario, more, expected[key]))
-        print(_line(results[-1]), flush=True)
-    return {
-        "version": __version__,
-        "machine": {"system": platform.platform(), "python": platform.python_version()},
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": {key: value for key, value in vars(options).items() if key != "out"},
-        "passed": not any(result["wrong"] for result in results),
-        "scenarios": results,
-    }
+        yield _one(root / f"{number}-{plan.name.replace(' ', '-')}", plan, expected.get(key))
+    if options.hostile and not enough():
+        yield send_hostile(options.hostile, root / "hostile.json")
 
 
-def _one(
-    root: Path,
-    name: str,
-    rounds: int,
-    scenario: Scenario,
-    more: dict[str, Any],
-    expected: dict[str, Any],
-) -> dict[str, Any]:
-    started = time.monotonic()
+def _one(folder: Path, plan: Planned, expected: dict[str, Any] | None) -> dict[str, Any]:
+    started, load = time.monotonic(), os.getloadavg()[0]
     outcome, extra = Outcome(), None
     try:
-        with site(root / name.replace(" ", "-"), rounds, **more) as place:
-            outcome = scenario(place)
+        with site(folder, plan.rounds, **plan.place) as place:
+            outcome = plan.scenario(place)
             found = place.result()
-            outcome.wrong += compare(found, expected, rounds)
-            extra = extra_charges(found, rounds)
+        bits = expected if plan.exact else None
+        outcome.wrong += compare(found, plan.rounds, bits, whole=plan.exact)
+        extra = extra_charges(found, plan.rounds)
     except (AssertionError, OSError) as error:
-        outcome.wrong.append(str(error))
-    resumed = figures(outcome.resumed_s)
-    if resumed and resumed["p95"] > WITHIN_S:
-        outcome.wrong.append(f"resumed in {resumed['p95']:.2f} s (p95), bound {WITHIN_S:g} s")
+        outcome.wrong.append(f"{folder}: {error}")
     return {
-        "name": name,
-        "rounds": rounds,
+        "name": plan.name,
+        "rounds": plan.rounds,
         "seconds": round(time.monotonic() - started, 1),
-        "counts": outcome.counts,
-        "resumed_s": resumed,
-        "imports_s": figures(outcome.imports_s),
-        "back_s": figures(outcome.back_s),
+        "load_before": round(load, 1),
+        "same_bits": not outcome.wrong if plan.exact else None,
         "charges_beyond_one_a_round": extra,
-        "wrong": outcome.wrong,
-        "samples": {key: value for key, value in asdict(outcome).items() if key.endswith("_s")},
+        **asdict(outcome),
     }
 
 
-def figures(samples: Sequence[float]) -> dict[str, float] | None:
+def totals(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all runs of a name came to, and what is wrong with them together."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(one["name"] for one in results):
+        runs = [one for one in results if one["name"] == name]
+        samples: dict[str, list[float]] = {}
+        counts: dict[str, int] = {}
+        for one in runs:
+            held = {f"held_up_s, {how}": some for how, some in one.get("held_up_s", {}).items()}
+            flat = {key: some for key, some in one.items() if key.endswith("_s") and some}
+            flat.pop("held_up_s", None)
+            for key, some in (flat | held).items():
+                samples.setdefault(key, []).extend(some)
+            for key, number in one["counts"].items():
+                counts[key] = counts.get(key, 0) + number
+        wrong = [text for one in runs for text in one["wrong"]]
+        taken = {key: figures(some) for key, some in samples.items()}
+        for key, which, bound_s in (
+            ("resumed_s", "p95", RESUMED_S),
+            ("back_s", "p95", BACK_S),
+            *((key, "max", HELD_UP_S) for key in taken if key.startswith("held_up_s")),
+        ):
+            if key in taken and taken[key][which] > bound_s:
+                wrong.append(f"{key}: {taken[key][which]:.2f} s ({which}), bound {bound_s:g} s")
+        found[name] = {
+            "runs": len(runs),
+            "faults": sum(counts.values()),
+            "counts": counts,
+            "runs_compared": len([one for one in runs if one.get("same_bits") is not None]),
+            "runs_with_the_same_bits": len([one for one in runs if one.get("same_bits")]),
+            "charges_beyond_one_a_round": sum(
+                one.get("charges_beyond_one_a_round") or 0 for one in runs
+            ),
+            **taken,
+            "wrong": wrong,
+        }
+    return found
+
+
+def figures(samples: Sequence[float]) -> dict[str, float]:
     """Count, median, 95th percentile and maximum, in seconds."""
-    if not samples:
-        return None
     p50, p95 = np.percentile(samples, [50, 95])
     values = {"p50": float(p50), "p95": float(p95), "max": max(samples)}
     return {"n": len(samples)} | {key: round(value, 3) for key, value in values.items()}
 
 
-def _line(result: dict[str, Any]) -> str:
-    def seconds(which: str) -> str:
-        held = result[which]
-        return f"{held['p50']:.2f}/{held['p95']:.2f}/{held['max']:.2f}" if held else "-"
+def code_digest() -> str:
+    """Of all code that a campaign runs: results of another are not added to."""
+    digest = hashlib.sha256()
+    for folder in ("fedcore", "edge_client", "server", "tests/campaign"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
-    return (
-        f"{result['name']:<14} {sum(result['counts'].values()):>5} {seconds('resumed_s'):>18} "
-        f"{seconds('back_s'):>18} {result['charges_beyond_one_a_round']!s:>7} "
-        f"{result['seconds']:>7.0f} s  {'; '.join(result['wrong']) or 'ok'}"
-    )
+
+def earlier(path: Path, code: str) -> list[dict[str, Any]]:
+    """The results that a file holds, of the same code."""
+    if not path.is_file():
+        return []
+    held = json.loads(path.read_text())
+    return list(held["results"]) if held["code"] == code else []
+
+
+def _table(found: dict[str, Any]) -> Iterator[str]:
+    for name, one in found.items():
+        same = f"{one['runs_with_the_same_bits']} of {one['runs_compared']} runs bit for bit"
+        yield f"{name}: {one['faults']} faults, {same}: {'; '.join(one['wrong']) or 'ok'}"
+        for key, value in one.items():
+            if isinstance(value, dict) and "p50" in value:
+                yield (
+                    f"    {key:<28} n {value['n']:>4}   p50 {value['p50']:>6.2f}   "
+                    f"p95 {value['p95']:>6.2f}   max {value['max']:>6.2f}"
+                )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server-kills", type=int, default=200)
     parser.add_argument("--device-kills", type=int, default=100)
+    parser.add_argument("--buried", type=int, default=8, help="devices that die, stop, are cut off")
     parser.add_argument("--others", type=int, default=8, help="torn journals; 0 for kills alone")
+    parser.add_argument("--hostile", type=int, default=1300, help="messages of each hostile class")
+    parser.add_argument("--minutes", type=float, default=120.0, help="no fault begins after them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"))
     options = parser.parse_args(arguments)
-    print("scenario       faults  resumed p50/p95/max    back p50/p95/max   extra    took  outcome")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)  # what runs is ended, too
     root = Path(tempfile.mkdtemp(prefix="fedcore-campaign-"))
-    result = campaign(options, root)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "campaign.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{'passed' if result['passed'] else 'FAILED'}: {options.out / 'campaign.json'}")
-    if result["passed"]:
+    path, code = options.out / "campaign.json", code_digest()
+    results, passed = earlier(path, code), True
+    for result in campaign(options, root):
+        arguments_ = {key: value for key, value in vars(options).items() if key != "out"}
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        results.append(result | {"when": when, "arguments": arguments_})
+        found = totals(results)
+        passed = not any(one["wrong"] for one in found.values())
+        written = {
+            "version": __version__,
+            "code": code,
+            "machine": {
+                "system": platform.platform(),
+                "python": platform.python_version(),
+                "cores": os.cpu_count(),
+            },
+            "passed": passed,
+            "totals": found,
+            "results": results,
+        }
+        path.write_text(json.dumps(written, indent=1) + "\n")
+        print(f"{result['name']}: {result['seconds']:.0f} s, {result['wrong'] or 'ok'}", flush=True)
+    print("\n".join(_table(totals(results))))
+    print(f"{'passed' if passed else 'FAILED'}: {path}")
+    if passed:
         shutil.rmtree(root)
     else:
         print(f"logs are kept in {root}")
-    return 0 if result["passed"] else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

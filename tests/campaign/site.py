@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedcore.files import read_bytes
 from fedcore.flower.records import read_record
-from tests.e2e.live.conftest import TASK, Project, free_port
+from tests.e2e.live.conftest import TASK, Project
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+BEHIND = "127.0.0.3"
+"""Where a server listens that devices reach through a proxy."""
 NAMES = ("edge-0", "edge-1", "edge-2")
 PATIENCE_S = 120.0
 
@@ -31,7 +36,7 @@ seed = 1
 [federation]
 rounds = {rounds}
 cohort = 3
-quorum = 1.0
+quorum = {quorum}
 deadline_s = 600.0
 strategy = "FedAdam"
 {evaluation}
@@ -40,7 +45,29 @@ batch_size = 8
 {privacy}
 """
 _EVALUATION = "evaluate_cohort = 3\nholdout = 0.3\n"
+_RELEASE = """
+[finetune]
+epochs = 5
+max_metric_drop = 1.0
+
+[compression]
+candidates = ["fp32", "int8_dynamic"]
+timing_runs = 100
+
+[release]
+repository = "releases"
+keys = "keys"
+"""
+_CLOUD = '    cloud_data=lambda folder: data("cloud"),\n    example_input'
 _PRIVACY = '[privacy]\nunit = "example"\nmax_epsilon = 1e6\nnoise_multiplier = 1.0'
+
+
+def _port() -> int:
+    """A free one that no connection is given by chance while the server is down."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @dataclass
@@ -50,6 +77,8 @@ class Started:
     process: subprocess.Popen[bytes]
     log: Path
     born: float
+    patience_s: float
+    """How long its end is waited for."""
 
     def said(self, *words: str) -> list[tuple[float, list[str]]]:
         """Moments and words of its lines that begin with one of ``words``."""
@@ -59,6 +88,12 @@ class Started:
             if len(parts) > 2 and parts[0] == "#" and parts[2] in words:
                 found.append((float(parts[1]), parts[2:]))
         return found
+
+    def logged(self, text: str) -> list[float]:
+        """Moments of the lines of its log that hold ``text``."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        stamps = [line.split(" ", 1)[0] for line in lines if text in line]
+        return [datetime.fromisoformat(stamp).timestamp() for stamp in stamps]
 
     def until(self, what: Callable[[], Any], *, dead: bool = False) -> Any:
         """Waits until ``what`` holds, or, where ``dead`` is allowed, until the process is dead."""
@@ -70,11 +105,22 @@ class Started:
                 raise AssertionError(f"it ended ({self.process.returncode}): {self.tail()}")
             if time.monotonic() > end:
                 raise AssertionError(f"it did not come to pass: {self.tail()}")
-            time.sleep(0.005)
+            time.sleep(0.02)  # moments are those that the process itself has noted
         return found
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
+
+    def below(self) -> list[int]:
+        """The processes that it has started, and they."""
+        found, new = [], [self.process.pid]
+        while new:
+            pid = new.pop()
+            with suppress(OSError):
+                text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+                new += [int(word) for word in text.split()]
+                found += [int(word) for word in text.split()]
+        return found
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -83,7 +129,11 @@ class Started:
         self.process.wait(30)
 
     def end(self) -> int:
-        return self.process.wait(PATIENCE_S)
+        """Its exit code."""
+        try:
+            return self.process.wait(self.patience_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not end: {self.tail()}") from None
 
 
 @dataclass
@@ -93,28 +143,45 @@ class Site:
     root: Path
     rounds: int
     slow_s: float = 0.15
-    server_host: str = "127.0.0.1"
+    proxied: tuple[str, ...] = ()
+    """Devices that reach the server through 127.0.0.1, where a proxy is; the server is behind."""
+    quorum: float = 1.0
     clock_off_s: float = 0.0
+    """How wrong the clocks of devices are."""
+    server_clock_off_s: float = 0.0
     private: bool = True
     """Whether clients train with privacy and keep a ledger; else they evaluate, too."""
+    releases: bool = False
+    """Whether fine-tuning, compression and a release follow the rounds."""
     started: list[Started] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True)
-        self.project = Project(self.root)
-        self.wake_port = free_port()
+        self.project = Project(self.root, _port())
+        self.wake_port = _port()
         text = TASK.replace("nn.Linear(5, 8)", "nn.Linear(5, 4000)")
         text = text.replace("nn.Linear(8, 3)", "nn.Linear(4000, 3)")
         slow = f"    import time\n    time.sleep({self.slow_s})\n    return TensorDataset"
-        self.project.task.write_text(text.replace("    return TensorDataset", slow))
+        text = text.replace("    return TensorDataset", slow)
+        if self.releases:
+            text = text.replace("    example_input", _CLOUD)
+            self.fedcore("release", "init", "--repository", "releases", "--keys", "keys")
+        self.project.task.write_text(text)
         text = _RUN.format(
             rounds=self.rounds,
+            quorum=self.quorum,
             evaluation="" if self.private else _EVALUATION,
             privacy=_PRIVACY if self.private else "",
         )
-        (self.root / "run.toml").write_text(text)
+        (self.root / "run.toml").write_text(text + (_RELEASE if self.releases else ""))
         for name in NAMES:
-            self.project.device(name)
+            behind = self.server_host if name not in self.proxied else "127.0.0.1"
+            self.project.device(name, host=behind)
+
+    @property
+    def server_host(self) -> str:
+        """Where the server listens."""
+        return BEHIND if self.proxied else "127.0.0.1"
 
     @property
     def folder(self) -> Path:
@@ -126,13 +193,15 @@ class Site:
             *(self.root / "run.toml", self.root / "server", self.root / "runs"),
             *(self.server_host, self.project.port, self.wake_port),
             *(["--die", die] if die else []),
+            *("--clock-off-s", self.server_clock_off_s),
             *arguments,
         )
 
-    def device(self, name: str) -> Started:
+    def device(self, name: str, *, die: str = "") -> Started:
         return self._start(
             "device_main.py",
             *(self.root / name, self.project.task, self.root / f"{name}-data"),
+            *(["--die", die] if die else []),
             *("--clock-off-s", self.clock_off_s),
         )
 
@@ -149,9 +218,23 @@ class Site:
                 stderr=stream,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             )
-        one = Started(process, log, time.time())
+        one = Started(process, log, time.time(), PATIENCE_S + 6.0 * self.rounds)
         self.started.append(one)
         return one
+
+    def fedcore(self, *words: str) -> str:
+        """What a verb prints."""
+        command = [sys.executable, "-m", "fedcore.cli", *words]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
+        if done.returncode:
+            raise AssertionError(f"{' '.join(words)}: {done.stderr}")
+        return done.stdout
+
+    def published(self) -> list[dict[str, Any]]:
+        """The models that were released."""
+        told = ("--repository", "releases", "--keys", "keys", "--json")
+        found: list[dict[str, Any]] = json.loads(self.fedcore("release", "list", *told))
+        return found
 
     def result(self) -> dict[str, Any]:
         """What the run left: its model, its rounds, and what each device's ledger says."""

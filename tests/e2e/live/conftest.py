@@ -101,7 +101,7 @@ class Project:
         key = new_key()
         certificate = issue_server(
             key.public_key(),
-            hosts=["127.0.0.1", "localhost"],
+            hosts=["127.0.0.1", "localhost", "127.0.0.3"],
             authority=self.authority,
             authority_key=self.key,
             now=self.now,
@@ -112,12 +112,16 @@ class Project:
         self.task.write_text(TASK)
 
     def _install(
-        self, folder: Path, key: EllipticCurvePrivateKey, certificate: x509.Certificate
+        self,
+        folder: Path,
+        key: EllipticCurvePrivateKey,
+        certificate: x509.Certificate,
+        host: str = "127.0.0.1",
     ) -> None:
         folder.mkdir(parents=True)
         save_key(folder / "key.pem", key)
         file = KitFile(
-            servers=(f"https://127.0.0.1:{self.port}",),
+            servers=(f"https://{host}:{self.port}",),
             certificate=pem(certificate).decode(),
             authority=pem(self.authority).decode(),
         )
@@ -131,7 +135,7 @@ class Project:
     def server(self) -> ServerIdentity:
         return load_server_identity(self.root / "server")
 
-    def device(self, name: str, *, role: str = "device") -> Kit:
+    def device(self, name: str, *, role: str = "device", host: str = "127.0.0.1") -> Kit:
         folder = self.root / name
         if not folder.exists():
             key = new_key()
@@ -144,7 +148,7 @@ class Project:
                 now=self.now,
                 validity=timedelta(days=1),
             )
-            self._install(folder, key, certificate)
+            self._install(folder, key, certificate, host)
             self.members[name] = Entry(certificate=pem(certificate).decode())
             self.write_roster()
         return load_kit(folder)

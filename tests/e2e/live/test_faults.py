@@ -78,6 +78,27 @@ def test_a_device_that_was_restarted_takes_up_its_round_again(
     assert [record["updates"] for record in rounds(server.log)] == [2]
 
 
+def test_a_device_that_dies_while_it_starts_is_missed_at_once(
+    project: Any, launch_server: Any, launch_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = project.task.read_text()
+    project.task.write_text(f"{_SLOW_TO_LOAD}{text}")
+    server = launch_server("federation.cohort=1")
+    monkeypatch.setenv("SLOW_TO_LOAD", "30")
+    device = launch_device("edge-0")
+    server.wait_for("device edge-0: stream open")
+    assert "activated as node" not in device.log.read_text(), "its task is not loaded yet"
+    device.send(signal.SIGKILL)
+    assert server.wait_for("device edge-0: stream closed") < 2.0
+
+
+_SLOW_TO_LOAD = """import os
+import time
+
+time.sleep(float(os.environ.get("SLOW_TO_LOAD", "0")))
+"""
+
+
 def test_a_server_that_is_told_to_stop_stops_at_once(
     project: Any, launch_server: Any, launch_device: Any
 ) -> None:

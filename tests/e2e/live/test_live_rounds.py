@@ -12,10 +12,10 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from edge_client.node import loop, wake
-from fedcore.client_app import STATISTICS
 from fedcore.errors import DeviceError, TrustError
 from fedcore.seeds import Simulated
 from fedcore.task import load_task
+from fedcore.updates.messages import STATISTICS
 from server.app import Listener, server_app
 from server.records import RoundRecord
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedcore.errors import INTERRUPTED, ConfigError
+from fedcore.errors import INTERRUPTED, ConfigError, TaskError
+from tests.campaign.run import earlier, totals
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
@@ -22,20 +23,60 @@ pytestmark = pytest.mark.slow
 def test_whoever_is_killed_the_run_ends_as_if_nobody_was(
     tmp_path: Path, servers: int, devices: int
 ) -> None:
-    kills = ["--server-kills", str(servers), "--device-kills", str(devices), "--others", "0"]
+    kills = ["--server-kills", str(servers), "--device-kills", str(devices)]
+    rest = ["--buried", "0", "--others", "0", "--hostile", "0", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.campaign.run", *kills, "--out", str(tmp_path)],
+        [sys.executable, "-m", "tests.campaign.run", *kills, *rest],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=270,
     )
     result = json.loads((tmp_path / "campaign.json").read_text())
-    (scenario,) = result["scenarios"]
-    # How long it took depends on who else uses the machine: the campaign judges that.
-    assert [text for text in scenario["wrong"] if "(p95)" not in text] == [], done.stdout
+    (scenario,) = result["results"]
+    # How long it took depends on who else uses the machine: the campaign's totals judge that.
+    assert scenario["wrong"] == [], done.stdout
+    assert scenario["same_bits"]
     assert sum(scenario["counts"].values()) == servers + devices
     assert scenario["charges_beyond_one_a_round"] == 0
+
+
+def test_results_of_the_same_code_add_up(tmp_path: Path) -> None:
+    one = {"name": "server killed", "counts": {"at any time": 2}, "wrong": [], "same_bits": True}
+    one |= {"resumed_s": [1.0, 2.0], "held_up_s": {"killed": [3.0]}, "back_s": []}
+    found = totals([one, one | {"resumed_s": [9.0], "wrong": ["a round was lost"]}])
+    both = found["server killed"]
+    assert (both["faults"], both["runs"], both["counts"]) == (4, 2, {"at any time": 4})
+    assert both["resumed_s"]["n"] == 3
+    assert both["held_up_s, killed"]["max"] == 3.0
+    assert both["wrong"] == ["a round was lost", "resumed_s: 8.30 s (p95), bound 5 s"]
+    path = tmp_path / "campaign.json"
+    path.write_text(json.dumps({"code": "a", "results": [one]}))
+    assert earlier(path, "a") == [one]
+    assert earlier(path, "b") == []
+
+
+def test_a_task_that_loads_no_more_stops_the_server_before_devices_are_asked(
+    project: Any, launch_server: Any, launch_device: Any, launch: Any
+) -> None:
+    (project.root / "helper.py").write_text("")
+    project.task.write_text(f"import helper\n{project.task.read_text()}")
+    device = launch_device("edge-0")
+    server = launch_server("federation.cohort=1", "federation.rounds=100000")
+    server.wait_for("round_finished", times=3)
+    server.send(signal.SIGKILL)
+    server.end()
+    (project.root / "helper.py").write_text("raise ValueError('changed since')")
+    again = start(launch, project, "--resume")
+    assert again.end() == TaskError.exit_code
+    text = again.log.read_text()
+    assert "importing this task failed: ValueError: changed since" in text
+    assert "listening on" in text
+    assert "round_finished" not in text
+    assert "Traceback" not in text
+    (project.root / "helper.py").write_text("")
+    start(launch, project, "--resume").wait_for("round_finished")
+    assert device.process.poll() is None
 
 
 def test_an_interrupted_run_is_neither_dropped_nor_repeated_by_accident(

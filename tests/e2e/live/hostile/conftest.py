@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -168,3 +172,45 @@ def ask() -> Callable[..., tuple[threading.Thread, list[Message]]]:
         return thread, answers
 
     return asking
+
+
+_FIRST = 40
+"""So many messages warm up what every message needs; memory is compared from then on."""
+
+
+@dataclass
+class Sent:
+    """How many messages of a class were sent, and what they did to this process's memory."""
+
+    number: int = 0
+    before_bytes: int = 0
+
+    def one(self) -> None:
+        """One more was sent."""
+        self.number += 1
+        if self.number == _FIRST:
+            self.before_bytes = _memory_bytes()
+
+
+def _memory_bytes() -> int:
+    """What this process, server and rogues, holds in memory."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def sent(request: pytest.FixtureRequest) -> Iterator[Sent]:
+    """Counts; writes a line to the file that ``FEDCORE_HOSTILE_TOLD`` names, once all is over."""
+    counted = Sent()
+    yield counted
+    told = os.environ.get("FEDCORE_HOSTILE_TOLD")
+    if told:
+        line = {
+            "class": request.node.name.removeprefix("test_"),
+            "sent": counted.number,
+            "memory_before_bytes": counted.before_bytes,
+            "memory_after_bytes": _memory_bytes(),
+        }
+        with Path(told).open("a") as stream:
+            stream.write(json.dumps(line) + "\n")

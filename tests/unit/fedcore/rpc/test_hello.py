@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import DataError, DeviceError
-from fedcore.rpc.hello import Hello, check_hello, hello_of, instance_of
+from fedcore.rpc.hello import (
+    Hello,
+    again_in,
+    again_s_of,
+    check_hello,
+    declared_name,
+    hello_of,
+    instance_of,
+)
 
 HELLO = Hello(task="digits", task_digest="a" * 64, app="1.4.2")
 
@@ -49,6 +57,13 @@ def test_what_a_peer_says_is_not_repeated_at_length() -> None:
     assert len(instance_of({"fedcore-instance": "x" * 10_000})) == 64
 
 
+@pytest.mark.parametrize("text", ["", "x", "-1", "nan", "inf"])
+def test_a_device_says_when_it_calls_again_or_says_nothing(text: str) -> None:
+    assert again_s_of(again_in(1.25)) == 1.25
+    assert again_s_of({"fedcore-again-s": text}) is None
+    assert again_s_of({}) is None
+
+
 def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "task.py"
     path.write_text("task = 1\n")
@@ -57,3 +72,32 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
     assert hello_of("digits", path).task_digest != first.task_digest
     with pytest.raises(DataError):
         hello_of("digits", tmp_path / "none.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("task = Task(name='digits', kind='x')", "digits"),
+        ("import a\nraise SystemExit\ntask = fedcore.Task(kind='x', name='y')", "y"),
+        ("NAME = 'z'\ntask = Task(name=NAME)", None),
+        ("other = Task(name='digits')", None),
+        ("task = make()", None),
+        ("task = Task(name='a')\ntask = replace(task, name='b')", None),
+        ("task = Task(name='a')\nif x:\n    from y import task", None),
+        ("def f():\n    global task\ntask = Task(name='a')", None),
+        ("task = (", None),
+        ("", None),
+        ("\0", None),
+    ],
+)
+def test_a_name_is_read_without_running_the_file(
+    tmp_path: Path, text: str, name: str | None
+) -> None:
+    path = tmp_path / "task.py"
+    path.write_text(text)
+    assert declared_name(path) == name
+
+
+def test_a_task_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the task does not exist"):
+        declared_name(tmp_path / "task.py")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from fedcore.errors import TrustError
-from server.live.presence import BEATS_S, Presence
+from server.live.presence import BEATS_S, LATE_S, Presence
 
 Scenario = Callable[[Presence, list[float], list[int]], Awaitable[None]]
 
@@ -40,6 +40,38 @@ def test_a_device_is_there_while_its_stream_is_open() -> None:
         now[0] += 2.0
         assert presence.nodes() == []
         assert presence.absent_s(7) == 2.0
+
+    run(scenario)
+
+
+def test_a_device_that_says_when_it_calls_again_is_missed_when_it_does_not() -> None:
+    async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
+        presence.arrive(7, "a", "edge", b"key")
+        presence.call(7, "a", 0.5)
+        now[0] = 0.5 + LATE_S
+        assert presence.nodes() == [7]
+        now[0] += 0.1
+        assert presence.nodes() == []
+        presence.call(7, "a", 1e9)
+        now[0] += BEATS_S
+        assert presence.nodes() == [7]
+        now[0] += 0.1
+        assert presence.nodes() == []
+
+    run(scenario)
+
+
+def test_a_call_after_the_end_of_a_stream_does_not_count_for_long() -> None:
+    async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
+        presence.arrive(7, "a", "edge", b"key")
+        stream = presence.watch(7, "a")
+        assert stream is not None
+        presence.unwatch(7, stream)
+        assert presence.nodes() == []
+        presence.call(7, "a")  # was on its way when the connection broke
+        assert presence.nodes() == [7]
+        now[0] += LATE_S + 0.1
+        assert presence.nodes() == []
 
     run(scenario)
 

@@ -1,0 +1,112 @@
+"""From rounds over devices to a model that devices fetch: real processes, killed on the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLOUD = '    cloud_data=lambda folder: data("cloud"),\n    example_input'
+
+
+def fedcore(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fedcore.cli", *words],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def published(root: Path) -> list[dict[str, Any]]:
+    done = fedcore(root, "release", "list", "--repository", "releases", "--keys", "keys", "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def command(project: Any, *more: str) -> tuple[str, ...]:
+    return (
+        "server.live.commands:server",
+        *("server", "start", "run.toml", "--identity", "server", "--json"),
+        *("--listen", f"127.0.0.1:{project.port}", "--wake-port", "0", *more),
+    )
+
+
+@pytest.mark.slow
+def test_a_release_survives_kills_and_reaches_a_device(
+    project: Any, launch: Any, launch_device: Any
+) -> None:
+    root = project.root
+    project.task.write_text(project.task.read_text().replace("    example_input", CLOUD))
+    assert (
+        fedcore(root, "release", "init", "--repository", "releases", "--keys", "keys").returncode
+        == 0
+    )
+    (root / "run.toml").write_text(
+        'name = "trial"\ntask = "task.py"\n'
+        "[federation]\nrounds = 2\ncohort = 2\n[client]\nbatch_size = 8\n"
+        "[finetune]\nepochs = 2\nmax_metric_drop = 1.0\n"
+        '[compression]\ncandidates = ["fp32", "int8_dynamic"]\ntiming_runs = 100\n'
+        '[release]\nrepository = "releases"\nkeys = "keys"\n'
+    )
+    for name in ("edge-0", "edge-1"):
+        launch_device(name)
+
+    server = launch(*command(project))
+    server.wait_for('"stage_started"', 120)
+    server.send(signal.SIGKILL)  # in fine-tuning
+    server.end()
+    assert published(root) == []
+    refused = launch(*command(project))
+    assert refused.end(60) == 2
+    assert "this run was interrupted after round 2" in refused.log.read_text()
+
+    server = launch(*command(project, "--resume"))
+    server.wait_for('"stage": "compress"', 120)
+    server.send(signal.SIGKILL)
+    server.end()
+    server = launch(*command(project, "--resume"))
+    assert server.end(120) == 0, server.log.read_text()
+    assert "listening on" not in server.log.read_text(), "the rounds were over"
+    (release,) = published(root)
+    assert release["version"] == 1
+
+    again = launch(*command(project, "--resume"))
+    assert again.end(60) == 2
+    assert "this run is complete: its results are in summary.json" in again.log.read_text()
+    assert len(published(root)) == 1
+    summary = json.loads((root / "runs" / "trial" / "summary.json").read_text())
+    assert summary["release"]["version"] == 1
+    assert summary["rounds"] == 2
+    events = [json.loads(line) for line in (root / "runs/trial/metrics.jsonl").open()]
+    assert [e["round"] for e in events if e["event"] == "round_finished"] == [1, 2]
+
+    told = ("--model", "trial", "--store", "store")
+    done = fedcore(
+        root, "device", "update", "--repository", "releases", "--root", "keys/root.json", *told
+    )
+    assert done.returncode == 0, done.stderr
+    (root / "input.json").write_text("[[0.0, 1.0, 0.0, 0.0, 0.0]]")
+    done = fedcore(root, "device", "infer", *told[2:], *told[:2], "--input", "input.json", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "outputs" in json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_released_is_said_before_a_device_is_asked(
+    project: Any, launch: Any
+) -> None:
+    (project.root / "run.toml").write_text(
+        'name = "trial"\ntask = "task.py"\n[release]\nrepository = "releases"\nkeys = "keys"\n'
+    )
+    server = launch(*command(project))
+    assert server.end(60) == 9, server.log.read_text()
+    assert "listening on" not in server.log.read_text()
+    assert not (project.root / "runs").exists()
