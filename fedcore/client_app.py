@@ -30,10 +30,18 @@ from fedcore.errors import (
     TaskError,
     TrainingDiverged,
 )
-from fedcore.model import FullModel, build_model, load_preprocess
+from fedcore.model import FullModel, build_model
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.layers import check_layers
-from fedcore.privacy.ledger import Ledger, charge, read_ledger, write_ledger
+from fedcore.privacy.ledger import (
+    NO_OTHER_RUNS,
+    Ledger,
+    OtherRuns,
+    charge,
+    read_ledger,
+    write_ledger,
+)
+from fedcore.resident import Resident
 from fedcore.seeds import Randomness, derive
 from fedcore.task import Examples, Folder, Task, data_folder, read_examples, size_of
 from fedcore.training.batches import in_order, split
@@ -55,10 +63,7 @@ from fedcore.updates.messages import (
     read_instruction,
     update_content,
 )
-from fedcore.updates.pack import layout_of, pack, unpack
-
-STATISTICS = "query.statistics"
-"""Message type that asks for sums over a client's inputs."""
+from fedcore.updates.pack import pack
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Client:
     run: RunConfig
     owner: OwnerPolicy
     randomness: Randomness
+    others: OtherRuns = NO_OTHER_RUNS
+    """What other runs have spent on the same data."""
 
     @cached_property
     def folder(self) -> Folder:
@@ -81,34 +88,6 @@ class Client:
         return Resident(build_model(self.task, self.run))
 
 
-class Resident:
-    """A model that stays in memory from message to message, and begins each one as if new."""
-
-    def __init__(self, model: FullModel) -> None:
-        self.model = model
-        self.layout = layout_of(model.model)
-        # What does not travel: counters, and buffers that are kept out of the state dict.
-        self._kept = {
-            name: buffer.clone()
-            for name, buffer in model.model.named_buffers()
-            if name not in self.layout.names
-        }
-        self._preprocess: bytes | None = None
-
-    def load(self, instruction: Instruction) -> FullModel:
-        """The model with the weights that a server sent, and nothing of the message before."""
-        if instruction.preprocess != self._preprocess:
-            load_preprocess(instruction.preprocess, self.model)
-            self._preprocess = instruction.preprocess
-        unpack(instruction.weights, self.model.model)
-        if self._kept:
-            for name, buffer in self.model.model.named_buffers():
-                if name in self._kept:
-                    buffer.copy_(self._kept[name])
-        self.model.zero_grad(set_to_none=True)
-        return self.model
-
-
 def client_app(
     task: Task,
     run: RunConfig,
@@ -116,6 +95,7 @@ def client_app(
     owner: OwnerPolicy,
     randomness: Randomness,
     mods: Sequence[Mod] = (),
+    others: OtherRuns = NO_OTHER_RUNS,
 ) -> ClientApp:
     """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
 
@@ -125,8 +105,9 @@ def client_app(
         owner: What the owner of this device allows; it tightens ``run``.
         randomness: The seed of a simulation, or the operating system's entropy.
         mods: Flower mods around training, as some strategies need.
+        others: What other runs have spent on the same data, as a device knows.
     """
-    client = Client(task, tighten(run, owner), owner, randomness)
+    client = Client(task, tighten(run, owner), owner, randomness, others)
     app = ClientApp()
 
     @app.train(mods=list(mods))
@@ -320,7 +301,15 @@ def spend(
     run = client.run
     participations = run.privacy.participations or run.federation.rounds
     planned = plan(examples, run.client, run.privacy, round=round, participations=participations)
-    return planned, charge(ledger, planned.charge, run.privacy, client=name)
+    after = charge(
+        ledger,
+        planned.charge,
+        run.privacy,
+        client=name,
+        owner=client.owner,
+        others=client.others,
+    )
+    return planned, after
 
 
 def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:

@@ -57,6 +57,9 @@ class Federation(Section):
     """Whether an update weighs as many examples as its client has, or as much as any other. On a
     live run that is the number that each client committed to when it was enrolled, whatever it
     reports later; unless every device of the project has committed to one, all weigh the same."""
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
+    """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
+    the others are told that they are late. At 1.3 three of thirteen may be slow."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The share of a cohort whose updates a round needs."""
     deadline_s: Positive = 3600.0
@@ -297,7 +300,12 @@ def _contradictions(run: RunConfig) -> list[str]:
             f"simulation.trace = {run.simulation.trace!r} contradicts simulation.devices: either a "
             "trace says what each client is, or classes do. Keep one of the two."
         )
-    answering = _answering(run.simulation.devices)
+    if federation.over_selection > 1 and federation.cohort is None:
+        found.append(
+            f"federation.over_selection = {federation.over_selection:g} needs federation.cohort: "
+            "without it every client is asked, and nobody is left to ask in addition."
+        )
+    answering = _answering(run.simulation.devices) * federation.over_selection
     if answering < federation.quorum:
         found.append(
             f"federation.quorum = {federation.quorum:g} contradicts simulation.devices: by their "

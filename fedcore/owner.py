@@ -21,7 +21,8 @@ class OwnerPolicy(Section):
     data: str | None = None
     """Folder of the local data, handed to the task in place of its default."""
     max_epsilon: Positive | None = None
-    """No update leaves once it would take this device past so much, whatever the server allows."""
+    """No update leaves once it would take this device past so much, whatever the server allows,
+    over all runs on the same data."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The delta at which ``max_epsilon`` is counted, when stricter than the server's."""
     max_memory_bytes: Count | None = None

@@ -17,6 +17,7 @@ from fedcore.task import Task
 from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
+from server.normalisation import normalise
 from server.progress import Forgetful, Keeper, Start
 from server.records import RoundRecord
 from server.rounds import Federated, Federation, run_rounds
@@ -75,9 +76,9 @@ def server_app(
             from fedcore.privacy.layers import check_layers
 
             check_layers(model.model)  # here, and not by every client in turn
-        cohort = start.cohort if start is not None else None
-        if cohort is None:
-            cohort = run.federation.cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
+        cohort = run.federation.cohort or (start.cohort if start is not None else None)
+        if cohort is None or start is None:
+            cohort = cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
             _wait_for_nodes(grid, cohort, run.federation.deadline_s)
         chosen = make_strategy(
             run.federation.strategy,
@@ -88,8 +89,6 @@ def server_app(
         if start is None:
             for note in chosen.notes:
                 listener.on_note(note)
-            from server.normalisation import normalise  # brings Opacus, too
-
             warm_start(run, model)
             normalise(run, model, grid, cloud)
         else:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+from fedcore.config import RunConfig
 from fedcore.errors import RoundFailed
 from fedcore.seeds import numpy_rng
+
+_ROUNDING = 1e-9  # 100 times 1.1 is a little more than 110 in floating point
+
+
+def asked_for(run: RunConfig, cohort: int, *, simulated: bool) -> int:
+    """How many clients a round asks, where so many are there, to get ``cohort`` updates in time.
+
+    In a simulation without devices nobody is late, so nobody is asked in addition.
+    """
+    if simulated and not (run.simulation.devices or run.simulation.trace):
+        return cohort
+    return math.ceil(cohort * run.federation.over_selection - _ROUNDING)
 
 
 def select(

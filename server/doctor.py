@@ -9,7 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedcore.crypto.certificates import parse_certificate
-from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
+from fedcore.crypto.roster import (
+    SEEN,
+    Roster,
+    ServerIdentity,
+    load_server_identity,
+    seen_version,
+)
 from fedcore.doctor import Finding, disk, expiry, guarded, proxy_of
 from fedcore.errors import FedcoreError, ResourceError
 from server.live.audit import AUDIT, check_audit
@@ -57,7 +63,12 @@ def _clock(identity: ServerIdentity) -> Finding:
 
 
 def _roster(identity: ServerIdentity) -> Finding:
+    # As whoever runs this may not be who runs the server, nothing is written.
     roster = Roster(identity.roster_path, identity.kit.authority_pem)
+    seen = seen_version(identity.kit.folder / SEEN)
+    if roster.version < seen:
+        told = f"version {roster.version}, and version {seen} was in force: the server refuses it"
+        return Finding("roster", "fail", told, "copy the newest roster.json from the authority")
     members = roster.members()
     now = datetime.now(UTC)
     soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]

@@ -23,7 +23,7 @@ from server.identity import identity_of
 from server.interrupt import asked_to_stop
 from server.keeper import CheckpointKeeper
 from server.preflight import Prepared
-from server.progress import Keeper
+from server.progress import Keeper, Start
 from server.records import RoundRecord, TrainingRecord
 from server.rounds import Federated
 from server.simulation.choice import Choice
@@ -78,7 +78,7 @@ def federated_part(
     if resumed:
         tell(Noted(f"Resumed after round {resumed.progress.round}."))
     if resumed and resumed.progress.over:
-        outcome = _outcome(run, task, resumed)
+        outcome = outcome_of(run, task, resumed.start)
     else:
         with asked_to_stop(_say_stopping) as stopping:
             keeper = CheckpointKeeper(
@@ -161,13 +161,13 @@ def choice_text(choice: Choice, workers: int) -> str:
     )
 
 
-def _outcome(run: RunConfig, task: Task, checkpoint: Checkpoint) -> Outcome:
-    """What the rounds that are over left."""
-    progress = checkpoint.progress
+def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
+    """What the rounds that are over have left."""
+    progress = start.progress
     model = build_model(task, run)
     load_preprocess(progress.preprocess, model)
     unpack(progress.best, model.model)
-    federated = Federated(progress.best, progress.best_round, checkpoint.start.records)
+    federated = Federated(progress.best, progress.best_round, start.records)
     return Outcome(model.eval(), federated)
 
 

@@ -54,12 +54,17 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
             "was run; leave --resume out, or name the folder that it is below by --runs."
         )
     with _held(folder):
-        if (folder / _SUMMARY).is_file():
+        if is_complete(folder):
             raise ConfigError(
                 f"{folder}: this run is complete: its results are in {_SUMMARY}. Nothing was run; "
                 "leave --resume out to run it again."
             )
         yield folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run came to its end here, with all of its results."""
+    return (folder / _SUMMARY).is_file()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,19 @@ def identity_of(run: RunConfig, owner: OwnerPolicy) -> dict[str, Any]:
     }
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, in words; empty where the same run goes on."""
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = ()
+) -> list[str]:
+    """What differs between two identities, in words; empty where the same run goes on.
+
+    Settings of the run whose names begin with one of ``free`` may differ.
+    """
     old, new = dict(_flat(before)), dict(_flat(now))
     found = []
     for key in sorted(old.keys() | new.keys()):
         if key in _FREE or old.get(key) == new.get(key):
+            continue
+        if any(key.startswith(f"run.{one}") for one in free):
             continue
         if isinstance(old.get(key), str) and key in (TASK, "trace"):
             found.append(f"the {key}")
@@ -49,13 +56,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with a run that was begun otherwise.
+def check_same(
+    where: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = ()
+) -> None:
+    """Refuses to go on with a run that was begun otherwise, but for what is ``free``.
 
     Raises:
         ConfigError: they differ; says in what.
     """
-    if found := changes(before, now):
+    if found := changes(before, now, free=free):
         raise ConfigError(
             f"{where}: this checkpoint was written by another run: {', '.join(found)} differ. "
             "Nothing was run; set back what was changed, or begin anew without --resume."

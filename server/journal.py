@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from fedcore.errors import DataError
 from fedcore.flower.records import read_record, record_bytes
-from server.blobs import Blobs, as_bytes
+from fedcore.updates.pieces import FileArray, pieces, size_of
+from server.blobs import Blobs, Pieces
 from server.entries import Entries, Entry, new_entry
 from server.journal_head import (
     ASKED,
@@ -45,11 +46,12 @@ POINTS = (SELECTING, SELECTED, ACCEPTING, ACCEPTED, COMMITTING, COMMITTED, COPIE
 Reached = Callable[[str], None]
 """Hears of each of `POINTS` as it is reached."""
 
-_BLOBS = "values"
+VALUES = "values"
+"""Folder of what is too large for the database."""
 _FORMAT = 1
 _INLINE_BYTES = 2**16
 _FIRST, _LAST = 0, 2**62
-_TRAIN = "train"
+_TRAIN, _EVALUATE = "train", "evaluate"
 
 
 def nothing(point: str) -> None:
@@ -70,7 +72,7 @@ class Journal:
         self._folder = folder
         self._entries = entries
         self._reached = reached
-        self._blobs = Blobs(folder / _BLOBS)
+        self._blobs = Blobs(folder / VALUES)
         self.mended = mended
         """What was damaged and is mended, in a sentence; empty where nothing was."""
         self.start = start = self._last_whole()
@@ -188,18 +190,21 @@ class Journal:
         return entry.values
 
     def _kinds(self) -> list[str]:
-        return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, "evaluate")]
+        return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, _EVALUATE)]
 
     def _content(self, entry: Entry) -> RecordDict:
         values = entry.values
         start, end = values["rest"]
         content = read_record(entry.data[start:end], where=str(self._folder / JOURNAL))
-        arrays: dict[str, dict[str, Array]] = {name: {} for name in values["records"]}
-        for name, key, dtype, shape, stype, place in values["arrays"]:
-            data = _unpacked(place, entry.data, self._blobs)
-            arrays[name][key] = Array(dtype, tuple(shape), stype, data)
-        for name, held in arrays.items():
-            content[name] = ArrayRecord(held)
+        # A record that is made of all its arrays at once reads and copies them.
+        records = {name: ArrayRecord() for name in values["records"]}
+        for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
+            records[name][key] = (
+                FileArray(dtype, tuple(shape), stype, self._blobs.open(first))
+                if isinstance(first, str)
+                else Array(dtype, tuple(shape), stype, entry.data[first:last])
+            )
+        content.update(records)
         return content
 
     def _last_whole(self) -> Start | None:
@@ -238,10 +243,13 @@ class Journal:
 
     def _sweep(self) -> None:
         """Removes values that nothing refers to."""
-        kinds = [COMMIT, *(kind for kind in self._kinds() if kind.startswith(REPLY))]
-        self._blobs.keep_only(
-            {digest for kind in kinds for one in self._entries.of(kind) for digest in _digests(one)}
-        )
+        self._blobs.keep_only(values_of(self._entries))
+
+
+def values_of(entries: Entries) -> set[str]:
+    """The names of the values that entries refer to."""
+    kinds = [COMMIT, *(REPLY + kind for kind in (_TRAIN, _EVALUATE))]
+    return {digest for kind in kinds for one in entries.of(kind) for digest in _digests(one)}
 
 
 def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
@@ -286,12 +294,19 @@ class _Packing:
         self._blobs = blobs
         self.data = bytearray()
 
-    def add(self, values: bytes | NDArray[Any]) -> list[Any]:
-        raw = as_bytes(values)
-        if len(raw) > _INLINE_BYTES:
-            return [self._blobs.put(raw), len(raw)]
+    def add(self, values: NDArray[Any]) -> list[Any]:
+        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        return self._add(lambda: (raw,), len(raw))
+
+    def add_array(self, array: Array) -> list[Any]:
+        return self._add(lambda: pieces(array), size_of(array))
+
+    def _add(self, value: Pieces, size_bytes: int) -> list[Any]:
+        if size_bytes > _INLINE_BYTES:
+            return [self._blobs.put(value), size_bytes]
         start = len(self.data)
-        self.data += raw.data
+        for piece in value():
+            self.data += piece
         return [start, len(self.data)]
 
 
@@ -315,7 +330,7 @@ def _content_doc(content: RecordDict, packed: _Packing) -> dict[str, Any]:
         "rest": [start, len(packed.data)],
         "records": list(arrays),
         "arrays": [
-            [name, key, array.dtype, list(array.shape), array.stype, packed.add(array.data)]
+            [name, key, array.dtype, list(array.shape), array.stype, packed.add_array(array)]
             for name, record in arrays.items()
             for key, array in record.items()
         ],
@@ -325,7 +340,8 @@ def _content_doc(content: RecordDict, packed: _Packing) -> dict[str, Any]:
 def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
     vectors: list[NDArray[Any]] = [progress.weights, progress.best, *progress.strategy.arrays]
     described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
-    preprocess = ["|u1", [len(progress.preprocess)], packed.add(progress.preprocess)]
+    raw = np.frombuffer(progress.preprocess, np.uint8)
+    preprocess = ["|u1", [len(raw)], packed.add(raw)]
     return {
         "round": progress.round,
         "over": progress.over,
@@ -337,9 +353,12 @@ def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
 
 
 def _progress(entry: Entry, blobs: Blobs) -> Progress:
-    values = json.loads(entry.doc)
+    values, raw = json.loads(entry.doc), dict[str, bytes]()
+    for *_, place in values["arrays"]:  # weights that are the best ones too are held once
+        key = json.dumps(place)
+        raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
     preprocess, weights, best, *rest = [
-        np.frombuffer(_unpacked(place, entry.data, blobs), np.dtype(dtype)).reshape(shape).copy()
+        np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
         for dtype, shape, place in values["arrays"]
     ]
     return Progress(

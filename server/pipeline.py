@@ -1,4 +1,4 @@
-"""The whole loop, from virtual clients to a signed release, step by step."""
+"""The whole loop, from clients to a signed release, step by step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import Lineage, PrivacyStatement
+from fedcore.artifacts.manifest import Lineage, Manifest, PrivacyStatement
 from fedcore.config import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
-from fedcore.model import checkpoint_bytes
+from fedcore.model import FullModel, checkpoint_bytes
 from fedcore.observability.events import (
     Noted,
     Sink,
@@ -31,13 +32,14 @@ from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
 from server.app import Outcome
 from server.checkpoint import Checkpoint
+from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
 from server.federated_part import federated_part
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
 from server.preflight import Prepared
-from server.records import ClientRecord, Finished, RunRecord
+from server.records import ClientRecord, Finished, RunRecord, TrainingRecord
 from server.release import Draft, publish
 from server.simulation.clients import client_records
 
@@ -45,11 +47,12 @@ Scores = dict[str, dict[str, float]]
 
 
 @dataclass
-class _Stages:
-    """Runs stages one after the other and keeps their times."""
+class Story:
+    """Runs stages one after the other, and keeps their times and what is to be noted."""
 
     emit: Sink
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def stage(
@@ -65,6 +68,36 @@ class _Stages:
         self.seconds[name] = time.monotonic() - started
         self.emit(StageFinished(name, self.seconds[name], "; ".join(note)))
 
+    def note(self, text: str) -> None:
+        """Tells what the report says, too."""
+        self.notes.append(text)
+        self.emit(Noted(text))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What rounds hand to the steps after them, wherever their clients are."""
+
+    outcome: Outcome
+    clients: tuple[ClientRecord, ...]
+    """Those of a simulation; real ones keep that to themselves."""
+    training: TrainingRecord | None
+    device: str
+    """What they trained on."""
+    noise: Literal["none", "simulated", "system"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the long steps after the rounds are done, and the one that must be done once."""
+
+    fine_tune: Callable[[Task, RunConfig, FullModel, CloudData], Finetuned] = fine_tune
+    compress: Callable[..., Compressed] = compress
+    publish: Callable[..., Manifest] = publish
+
+
+AT_ONCE = Steps()
+
 
 def run_pipeline(
     run: RunConfig,
@@ -78,8 +111,6 @@ def run_pipeline(
     resumed: Checkpoint | None,
 ) -> Finished:
     """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
-
-    The final test split is read once, at the end, by nothing that chooses.
 
     Args:
         run: The run.
@@ -95,50 +126,83 @@ def run_pipeline(
         FedcoreError: whatever stops it; what was published before stands.
         KeyboardInterrupt: the user stopped it; a checkpoint is in ``folder``.
     """
-    cloud, test = prepared.cloud, prepared.test
-    stages = _Stages(emit)
+    story = Story(emit)
     elapsed_s = resumed.elapsed_s if resumed else 0.0
-    with stages.stage("federate", run.federation.rounds, before_s=elapsed_s):
+    with story.stage("federate", run.federation.rounds, before_s=elapsed_s):
         done = federated_part(
             run, task, owner, prepared, folder, emit, command=command, resumed=resumed
         )
-    outcome, state, notes = done.outcome, done.state, list(done.notes)
+    story.notes.extend(done.notes)
+    model, data = done.outcome.model, prepared.data
+    trained = Trained(
+        done.outcome,
+        client_records(tighten(run, owner), task, model, done.state, data),
+        done.training,
+        str(available(run.client.device)),
+        "simulated" if run.private else "none",
+    )
+    return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
-    def note(text: str) -> None:
-        notes.append(text)
-        emit(Noted(text))
 
+def after_rounds(
+    run: RunConfig,
+    task: Task,
+    cloud: CloudData | None,
+    test: Examples,
+    trained: Trained,
+    folder: Path,
+    story: Story,
+    *,
+    steps: Steps = AT_ONCE,
+) -> Finished:
+    """Fine-tunes, compresses, tests and publishes what rounds have left.
+
+    The final test split is read once, at the end, by nothing that chooses.
+
+    Args:
+        run: The run.
+        task: Its task.
+        cloud: The cloud's data, if there are any.
+        test: The final test split.
+        trained: What rounds have left.
+        folder: Where files go.
+        story: Told what happens.
+        steps: How the steps are done.
+
+    Raises:
+        FedcoreError: whatever stops it; what was published before stands.
+    """
+    outcome = trained.outcome
     write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
-    spread = client_records(tighten(run, owner), task, outcome.model, state, prepared.data)
 
     tuned = None
     if cloud and run.finetune.epochs:
-        with stages.stage("finetune") as said:
-            tuned = fine_tune(task, run, outcome.model, cloud)
+        with story.stage("finetune") as said:
+            tuned = steps.fine_tune(task, run, outcome.model, cloud)
             said.append(_gate_note(tuned, task.primary))
         if tuned.kept:
             write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
         else:
-            note(f"The fine-tuned model was not kept: {_gate_note(tuned, task.primary)}.")
+            story.note(f"The fine-tuned model was not kept: {_gate_note(tuned, task.primary)}.")
     model = tuned.model if tuned else outcome.model
 
-    with stages.stage("compress") as said:
-        compressed = compress(run, task, model, cloud, progress=_steps(emit, "compress"))
+    with story.stage("compress") as said:
+        progress = _steps(story.emit, "compress")
+        compressed = steps.compress(run, task, model, cloud, progress=progress)
         said.append(f"chose {compressed.chosen}")
         for name, onnx in compressed.files.items():
             write_atomic(folder / "candidates" / f"{name}.onnx", onnx)
     for text in compressed.notes:
-        note(text)
+        story.note(text)
 
-    with stages.stage("test"):
+    with story.stage("test"):
         scores = _final_scores(task, test, outcome, tuned, compressed, run.serving.threads)
 
     manifest = None
     if run.release.repository is not None and run.release.keys is not None:
-        with stages.stage("release") as said:
-            draft = _draft(run, task, outcome, spread, tuned, compressed, parent)
-            manifest = publish(
-                draft,
+        with story.stage("release") as said:
+            manifest = steps.publish(
+                _draft(run, task, trained, tuned, compressed, parent),
                 repository=run.path(run.release.repository),
                 keys=run.path(run.release.keys),
                 created=datetime.now(UTC),
@@ -152,18 +216,18 @@ def run_pipeline(
             kind=task.kind,
             primary=task.primary.name,
             higher_is_better=task.primary.higher_is_better,
-            device=str(available(run.client.device)),
-            noise="simulated" if run.private else "none",
+            device=trained.device,
+            noise=trained.noise,
             rounds=outcome.federated.rounds,
             best_round=outcome.federated.best_round,
-            training=done.training,
-            clients=spread,
+            training=trained.training,
+            clients=trained.clients,
             candidates=compressed.records,
             chosen=compressed.chosen,
             manifest=manifest,
             scores=scores,
-            stages=stages.seconds,
-            notes=tuple(notes),
+            stages=story.seconds,
+            notes=tuple(story.notes),
         ),
         compressed.torch_p50_us,
     )
@@ -209,13 +273,17 @@ def _final_scores(
 def _draft(
     run: RunConfig,
     task: Task,
-    outcome: Outcome,
-    spread: tuple[ClientRecord, ...],
+    trained: Trained,
     tuned: Finetuned | None,
     compressed: Compressed,
     parent: bytes,
 ) -> Draft:
-    spent = [client.epsilon for client in spread if client.epsilon is not None]
+    federated = trained.outcome.federated
+    told = (
+        *(client.epsilon for client in trained.clients),
+        *(each.epsilon_max for each in federated.rounds),
+    )
+    spent = [epsilon for epsilon in told if epsilon is not None]
     return Draft(
         model=run.model_name,
         onnx=compressed.files[compressed.chosen],
@@ -227,7 +295,7 @@ def _draft(
         golden_tolerance=compressed.golden_tolerance,
         lineage=Lineage(
             run=run.name,
-            round=outcome.federated.best_round,
+            round=federated.best_round,
             parent_sha256=sha256_hex(parent),
             finetuned=bool(tuned and tuned.kept),
             candidate=compressed.chosen,
@@ -239,7 +307,7 @@ def _draft(
             unit=run.privacy.unit,
             epsilon=max(spent) if run.private and spent else None,
             target_delta=run.privacy.target_delta if run.private else None,
-            noise="simulated" if run.private else "none",
+            noise=trained.noise,
         ),
         parity=compressed.parity,
     )

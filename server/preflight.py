@@ -61,6 +61,17 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
         cohort=run.federation.cohort or len(clients),
         size=layout_of(model.model).size,
     )
+    cloud, test = read_for_release(run, task, data)
+    return Prepared(data, clients, cloud, test)
+
+
+def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudData | None, Examples]:
+    """The cloud's data and the final test split, which the steps after the rounds work on.
+
+    Raises:
+        ReleaseError: what will be made could not be published.
+        FedcoreError: the data cannot be read, or are not like the task's example.
+    """
     if run.release.repository is not None and run.release.keys is not None:
         check_publishable(
             run.model_name,
@@ -73,7 +84,7 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
     check_inputs(task, test, what=f"task {task.name!r}: test data")
     if cloud is not None:
         check_inputs(task, cloud.heldout, what=f"task {task.name!r}: cloud data")
-    return Prepared(data, clients, cloud, test)
+    return cloud, test
 
 
 def _clients(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
@@ -81,6 +92,7 @@ def _clients(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
         clients = task.clients(data)
         if not isinstance(clients, Sequence) or isinstance(clients, str):
             clients = tuple(clients)
+        odd = next((one for one in clients if not isinstance(one, str)), None)
         different = _different(clients)
     except DataError:
         raise
@@ -89,6 +101,11 @@ def _clients(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
             f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
             "Nothing was trained."
         ) from error
+    if odd is not None:
+        raise DataError(
+            f"task {task.name!r}: it names a client {odd!r} of type {type(odd).__name__}; names "
+            "are strings. Nothing was trained."
+        )
     if not clients or different < len(clients):
         raise DataError(
             f"task {task.name!r}: it names {len(clients)} clients, {different} of them "

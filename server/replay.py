@@ -30,7 +30,7 @@ from fedcore.task import Task
 from fedcore.updates.messages import read_update
 from fedcore.updates.pack import layout_of
 from server.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
-from server.cohort import select
+from server.cohort import asked_for, select
 from server.federated_part import rounds
 from server.identity import TASK, changes, check_same, identity_of
 from server.inbound import payload_bytes
@@ -103,10 +103,8 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
         )
     planned = run.federation.rounds
     if not 1 <= int(number) <= planned:
-        raise ConfigError(
-            f"--replay {text}: this run has rounds 1 to {planned}. Nothing was run; name one of "
-            "these."
-        )
+        has = f"rounds 1 to {planned}" if planned else "no rounds"
+        raise ConfigError(f"--replay {text}: this run has {has}. Nothing was run.")
     if client not in clients:
         near = difflib.get_close_matches(client, clients, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -115,6 +113,7 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
         )
     nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients))
     size = run.federation.cohort or len(clients)
+    size = min(asked_for(run, size, simulated=True), len(clients))
     cohort = select(nodes, size, seed=run.seed, words=("round", int(number)))
     node = FIRST_NODE_ID + clients.index(client)
     if node not in cohort:

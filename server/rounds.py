@@ -26,11 +26,12 @@ from fedcore.updates.messages import (
     check_weights,
     instruction_config,
     read_metrics,
+    sendable,
     weights_record,
 )
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.aggregation.exact import ExactMean
-from server.cohort import select
+from server.cohort import asked_for, select
 from server.inbound import (
     FoldingGrid,
     Tally,
@@ -71,8 +72,13 @@ class Federation:
     @cached_property
     def folding(self) -> FoldingGrid | None:
         """The grid, where it adds updates up itself and the strategy lets it."""
-        grid = self.grid
-        return grid if self.chosen.folds and isinstance(grid, FoldingGrid) else None
+        folds = self.chosen.folds and self.asked == self.cohort
+        return self.grid if folds and isinstance(self.grid, FoldingGrid) else None
+
+    @cached_property
+    def asked(self) -> int:
+        """How many clients a round asks, where so many are there; ``cohort`` updates are enough."""
+        return asked_for(self.run, self.cohort, simulated=self.virtual is not None)
 
     @cached_property
     def virtual(self) -> FoldingGrid | None:
@@ -100,15 +106,18 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         BudgetExhausted: no client's budget allows even the first round.
     """
     keeper, layout = federation.keeper, layout_of(model.model)
-    start = federation.start or Start(_beginning(federation, model), ())
-    progress, records = start.progress, list(start.records)
+    start = federation.start
+    progress = _held_once(start.progress if start else _beginning(federation, model))
+    records = list(start.records) if start else []
     unpack(progress.weights, model.model)
     while keeper.goes_on(progress) and not progress.over:
-        started, number, tally = time.monotonic(), progress.round + 1, Tally()
+        started, number = time.monotonic(), progress.round + 1
         nodes = keeper.asked(MessageType.TRAIN, partial(_drawn, federation, number))
+        tally = Tally(len(nodes))
         keeper.begin(nodes)
         try:
             arrays, sent = _train_round(federation, progress, layout, nodes, tally)
+            arrays = sendable(arrays)
             if not tally.updates and tally.declined:
                 _end_early(federation, number, tally)  # what was learnt before stands
                 progress = replace(progress, over=True)
@@ -136,12 +145,10 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
 
 
 def _drawn(federation: Federation, number: int) -> list[int]:
-    return select(
-        federation.grid.get_node_ids(),
-        federation.cohort,
-        seed=federation.run.seed,
-        words=("round", number),
-    )
+    found = federation.grid.get_node_ids()
+    there = found if isinstance(found, Sequence) else list(found)
+    size = max(federation.cohort, min(federation.asked, len(there)))
+    return select(there, size, seed=federation.run.seed, words=("round", number))
 
 
 def _beginning(federation: Federation, model: FullModel) -> Progress:
@@ -158,6 +165,13 @@ def _beginning(federation: Federation, model: FullModel) -> Progress:
     )
 
 
+def _held_once(progress: Progress) -> Progress:
+    """The same, with weights that are sent from where they lie."""
+    weights = sendable(progress.weights)
+    best = weights if progress.best is progress.weights else progress.best
+    return replace(progress, weights=weights, best=best)
+
+
 def _announce(federation: Federation, progress: Progress, tally: Tally) -> None:
     """Says that clients failed, if more did than ever before.
 
@@ -167,7 +181,7 @@ def _announce(federation: Federation, progress: Progress, tally: Tally) -> None:
         return
     advice = federation.keeper.failures(progress, tally.reasons)
     federation.on_note(
-        f"round {progress.round + 1}: {tally.failed} of {federation.cohort} clients failed. First: "
+        f"round {progress.round + 1}: {tally.failed} of {tally.asked} clients failed. First: "
         f"{' '.join([tally.reasons[0], *advice])}"
     )
 
@@ -249,7 +263,9 @@ def _train_round(
     else:
         messages.sort(key=lambda message: message.metadata.dst_node_id)
         sent = sum(payload_bytes(message) for message in messages)
-        taken = accepted(grid.send_and_receive(messages, timeout=deadline_s), layout, tally)
+        replies = grid.send_and_receive(messages, timeout=deadline_s)
+        taken = accepted(replies, layout, tally, first=federation.cohort)
+        del replies  # whoever is late is forgotten once enough are taken
         if folds:
             mean = fold(taken, layout, tally, uniform=uniform)
         else:
@@ -353,7 +369,7 @@ def _record(
         round=number,
         rounds=federation.run.federation.rounds,
         seconds=seconds,
-        cohort=federation.cohort,
+        cohort=tally.asked,
         updates=tally.updates,
         declined=tally.declined,
         failed=tally.failed,

@@ -43,8 +43,16 @@ class DeviceFolder:
         kept = [*_answered(state), key][-_SPOOLED:]
         write_atomic(self._reply_path(key), record_bytes(reply), mode=0o600)
         state[_ANSWERED] = ConfigRecord({_KEYS: kept})
-        write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
+        self.keep_state(run, state)
         self._drop_old()
+
+    def keep_state(self, run: str, state: RecordDict) -> None:
+        """Writes a run's state, durably, where there is no reply to go with it."""
+        write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
+
+    def runs(self) -> list[str]:
+        """The runs that have a state."""
+        return sorted(path.stem for path in (self.path / "state").glob("[!.]*.state"))
 
     def reply(self, key: str, state: RecordDict) -> RecordDict | None:
         """The reply that was made to an instruction, with its state; None when none was kept."""

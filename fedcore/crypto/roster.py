@@ -17,11 +17,12 @@ from fedcore.config import Section
 from fedcore.crypto.certificates import SKEW, MemberRole, parse_certificate, subject_of
 from fedcore.crypto.keys import fingerprint
 from fedcore.crypto.kit import Kit, Pem, load_identity, restrict
-from fedcore.errors import CertificateRefused, FedcoreError, TrustError
-from fedcore.files import read_bytes
+from fedcore.errors import CertificateRefused, FedcoreError, RollbackRefused, TrustError
+from fedcore.files import read_bytes, write_atomic
 
-ROSTER = "roster.json"
+ROSTER, SEEN = "roster.json", "roster.seen"
 MAX_ROSTER_BYTES = 32 << 20  # 32 MiB: some 25,000 members at 1.2 kB
+_MAX_SEEN_BYTES = 1 << 10
 MAX_NUM_EXAMPLES = 1_000_000
 """The most that one client's updates may weigh, in examples: the cap on what it committed to."""
 
@@ -32,6 +33,13 @@ class Entry(Section):
     certificate: Pem
     num_examples: Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)] | None = None
     revoked_at: AwareDatetime | None = None
+
+
+class _Seen(Section):
+    """``roster.seen``: what a server remembers of the lists that it has had in force."""
+
+    format: Literal["fedcore.seen/1"] = "fedcore.seen/1"
+    version: Annotated[int, Field(ge=1)]
 
 
 class RosterFile(Section):
@@ -83,6 +91,16 @@ class ServerIdentity:
     port: int
     """Where devices expect it."""
     roster_path: Path
+
+    def roster(self) -> Roster:
+        """The members, in no older a version than this server has ever seen.
+
+        Raises:
+            DataError: as `Roster`.
+            TrustError: as `Roster`.
+        """
+        seen = self.kit.folder / SEEN
+        return Roster(self.roster_path, self.kit.authority_pem, seen=seen)
 
 
 def load_server_identity(folder: Path, *, now: datetime | None = None) -> ServerIdentity:
@@ -184,6 +202,7 @@ class Roster:
         authority_pem: bytes,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        seen: Path | None = None,
     ) -> None:
         """Reads the roster.
 
@@ -191,9 +210,12 @@ class Roster:
             path: ``roster.json``.
             authority_pem: Certificate of the authority that signs its members.
             clock: The time, UTC; expired members are left out.
+            seen: Remembers the highest version from one process to the next; nothing does when
+                None.
 
         Raises:
             DataError: there is none, or it cannot be read.
+            RollbackRefused: it is older than one that was in force before.
             TrustError: it is not whole (see `parse_roster`).
         """
         self.damage: str | None = None
@@ -202,7 +224,9 @@ class Roster:
         self._authority = parse_certificate(authority_pem, where="authority")
         self._clock = clock
         self._lock = threading.Lock()
+        self._seen = seen
         self._version = 0
+        self._least = seen_version(seen) if seen is not None else 0
         self._by_certificate: dict[str, Member] = {}
         self._by_fingerprint: dict[str, Member] = {}
         self._stamp = self._read_stamp()
@@ -219,18 +243,19 @@ class Roster:
         Args:
             identity: The key as `fedcore.crypto.keys.public_bytes` gives it, or its fingerprint.
         """
-        self._refresh()
+        self.refresh()
         name = identity if isinstance(identity, str) else fingerprint(identity)
         member = self._by_fingerprint.get(name)
         return member if member is not None and member.in_force(self._clock()) else None
 
     def members(self) -> tuple[Member, ...]:
         """Everyone who is let in now, in the order of enrolment."""
-        self._refresh()
+        self.refresh()
         now = self._clock()
         return tuple(member for member in self._by_fingerprint.values() if member.in_force(now))
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Reads the file again where it has changed; every look at a member does so, too."""
         stamp = self._read_stamp()
         if stamp == self._stamp:
             return
@@ -258,14 +283,37 @@ class Roster:
         file, members = parse_roster(
             raw, self._authority, where=str(self._path), known=self._by_certificate
         )
-        if file.version < self._version:
-            raise TrustError(
+        if file.version < self._least:
+            raise RollbackRefused(
                 f"{self._path}: this roster has version {file.version}, and version "
-                f"{self._version} is in force: an older one would let revoked members in again. "
-                "It was not used; copy the newest from the authority's folder."
+                f"{self._least} was in force: an older one would let revoked members in again. "
+                "It was not used; copy the newest from the authority's folder. Where that is lost, "
+                f"revoke anew who was revoked since, and remove {SEEN} from the server's folder."
             )
         self._version, self._by_certificate = file.version, members
         self._by_fingerprint = {member.fingerprint: member for member in members.values()}
+        newer, self._least = file.version > self._least, file.version
+        if newer and self._seen is not None:  # in force by now, even where the disk is full
+            raw = _Seen(version=file.version).model_dump_json().encode() + b"\n"
+            write_atomic(self._seen, raw, mode=0o600)
+
+
+def seen_version(path: Path) -> int:
+    """The highest version that was in force by what ``roster.seen`` says; 0 where there is none.
+
+    Raises:
+        TrustError: it says nothing of the kind.
+    """
+    if not path.exists():
+        return 0
+    raw = read_bytes(path, max_bytes=_MAX_SEEN_BYTES, what="the version of the roster")
+    try:
+        return _Seen.model_validate_json(raw).version
+    except ValidationError:
+        raise TrustError(
+            f"{path}: this does not tell which version of the roster was in force. Nothing was "
+            "started; see that roster.json is the newest, and remove this file."
+        ) from None
 
 
 def _member(entry: Entry, authority: x509.Certificate, *, where: str) -> Member:

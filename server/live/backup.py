@@ -1,4 +1,9 @@
-"""A run's folder in one file, taken while the run goes on."""
+"""A run's folder in one file, taken while the run goes on.
+
+The journal refers to values that lie in files of their own, and each commit removes those that it
+needs no more. So they are held by links first, then the journal is copied, and then it is looked
+whether all that the copy refers to is held.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,22 @@ import sqlite3
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fedcore.errors import DataError
+from fedcore.errors import DataError, ResourceError
 from fedcore.files import disk_errors, sync_folder
+from server.entries import Entries
+from server.journal import VALUES, values_of
+from server.journal_head import JOURNAL, write_head
+from server.live.resume import FOLDER
 
-_LEFT_OUT = {"incoming", "tensorboard"}
-"""Payloads on their way, and what can be drawn again."""
-_SQLITE = b"SQLite format 3\x00"
-_BESIDE = ("-wal", "-shm", "-journal")
-"""What SQLite keeps beside a database; a copy that it made itself needs none of them."""
+_LEFT_OUT = {FOLDER, "incoming", "tensorboard"}
+"""What is copied otherwise, payloads on their way, and what can be drawn again."""
+_ATTEMPTS = 20
+"""Each holds what those before it have held, too, so few are needed however quick commits are."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +43,31 @@ class BackedUp:
 def back_up(results: Path, file: Path, *, now: datetime) -> BackedUp:
     """Writes the folder ``results`` to a tar file, readable by its owner alone.
 
-    No round may be on: what a round leaves in several files then fits together. Databases are
-    copied by SQLite, which reads what lies beside them, too.
+    Guarantee:
+        Whatever is committed meanwhile, the journal in the file is that of one moment, and every
+        value that it refers to is there.
 
     Raises:
-        DataError: there is no such run, or a database is damaged.
+        DataError: there is no such run, or its journal is damaged.
         DiskFull: there was no room; nothing half-written is left.
+        ResourceError: the journal changed too quickly to be copied.
     """
-    if not results.is_dir():
+    if not (results / FOLDER / JOURNAL).is_file():
         raise DataError(f"{results}: there is no such run. Nothing was written.")
-    with disk_errors(file), tempfile.TemporaryDirectory(dir=file.parent, prefix=".backup.") as made:
-        partial = Path(made) / "backup.tar"
-        count = 0
+    with (
+        disk_errors(file),
+        tempfile.TemporaryDirectory(dir=file.parent, prefix=".backup.") as made,
+        tempfile.TemporaryDirectory(
+            dir=results, prefix=".backup."
+        ) as held,  # links reach no further
+    ):
+        partial, count = Path(made) / "backup.tar", 0
+        _hold(results / FOLDER, Path(held))
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as tar:
-                for path in _files(results):
-                    name = f"{results.name}/{path.relative_to(results).as_posix()}"
-                    tar.add(_still(path, Path(made)), arcname=name, recursive=False)
-                    count += 1
+                for name, path in (*_files(Path(held), FOLDER), *_files(results, "")):
+                    count += _add(tar, path, f"{results.name}/{name}")
             stream.flush()
             os.fsync(stream.fileno())
         size = partial.stat().st_size
@@ -62,37 +76,67 @@ def back_up(results: Path, file: Path, *, now: datetime) -> BackedUp:
     return BackedUp(str(file), count, size, f"{now:%Y-%m-%dT%H:%M:%SZ}")
 
 
-def _files(results: Path) -> Iterator[Path]:
-    """What a run's folder holds."""
-    for path in sorted(results.rglob("*")):
-        inner = path.relative_to(results)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        if hidden or inner.parts[0] in _LEFT_OUT or path.name.endswith(_BESIDE):
-            continue
-        if path.is_file() and not path.is_symlink():
-            yield path
+def _hold(journal: Path, held: Path) -> None:
+    """Puts a journal of one moment into ``held``, with what it refers to and nothing else."""
+    values = held / VALUES
+    values.mkdir()
+    for _ in range(_ATTEMPTS):
+        _link(journal / VALUES, values)
+        _copy(journal / JOURNAL, held / JOURNAL)
+        _link(journal / VALUES, values)  # what came in between
+        with closing(Entries(held / JOURNAL)) as entries:
+            needed = values_of(entries)
+            if needed <= {path.name for path in values.iterdir()}:
+                write_head(held, entries)  # the copy beside the journal may be of another moment
+                break
+    else:
+        raise ResourceError(
+            f"{journal}: it changed {_ATTEMPTS} times while it was copied. No backup was made; "
+            "pause the run (`fedcore server pause`), and try again."
+        )
+    for path in values.iterdir():
+        if path.name not in needed:
+            path.unlink()
 
 
-def _still(path: Path, folder: Path) -> Path:
-    """The file itself, or a copy of a database that nothing changes any more."""
-    if not _is_database(path):
-        return path
-    copy = folder / path.name
+def _link(values: Path, held: Path) -> None:
+    for path in values.iterdir():
+        if not path.suffix:  # one that is being written has one
+            with suppress(FileExistsError, FileNotFoundError):  # held by now, or swept by now
+                (held / path.name).hardlink_to(path)
+
+
+def _copy(database: Path, copy: Path) -> None:
+    """As SQLite copies: what lies beside a database is read, too, and it is of one moment."""
     copy.unlink(missing_ok=True)
     try:
         with (
-            closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as there,
+            closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as there,
             closing(sqlite3.connect(copy)) as here,
         ):
             there.backup(here)
     except sqlite3.Error as error:
         raise DataError(
-            f"{path}: this database cannot be copied ({error}). No backup was made; see that the "
-            "disk is sound."
+            f"{database}: this database cannot be copied ({error}). No backup was made; see that "
+            "the disk is sound."
         ) from None
-    return copy
 
 
-def _is_database(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(len(_SQLITE)) == _SQLITE
+def _files(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """What a folder holds, by the names that it gets below ``name``."""
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        if not hidden and inner.parts[0] not in _LEFT_OUT:
+            yield str(Path(name) / inner), path
+
+
+def _add(tar: tarfile.TarFile, path: Path, name: str) -> bool:
+    """Adds a file as it is now; says whether it is still there."""
+    try:
+        with path.open("rb") as stream:  # opened first: its name may be given to another meanwhile
+            info = tar.gettarinfo(arcname=name, fileobj=stream)
+            tar.addfile(info, stream)
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    return True

@@ -6,15 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedcore.config import RunConfig
+from fedcore.config import Finetune, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.owner import OPEN_POLICY
-from server.folder import clear, open_folder, reopen_folder
+from server.folder import clear, is_complete, open_folder, reopen_folder
 from server.identity import check_same, identity_of
 from server.journal import Journal, Reached, create, nothing, reopen
 from server.journal_head import JOURNAL
 
-_FOLDER = "journal"
+FOLDER = "journal"
+"""Folder of a run's journal."""
+AFTER_ROUNDS = (
+    *("compression.", "release.", "serving."),
+    *(f"finetune.{name}" for name in Finetune.model_fields if name != "holdout"),
+)
+"""Settings that nothing depends on before the rounds are over; what is held out judges them."""
+STEPS = "steps"
+"""Folder of what the steps after the rounds have come to so far."""
+
+
+def has_journal(run: RunConfig, runs: Path) -> bool:
+    """Whether a run of this name was begun below ``runs``, and may have to go on."""
+    return (runs / run.name / FOLDER / JOURNAL).exists()
 
 
 @contextmanager
@@ -36,18 +49,18 @@ def open_run(
         DataError: its journal is damaged, and nothing is left to mend it from.
     """
     found = None
-    if not fresh and (runs / run.name / _FOLDER / JOURNAL).exists():
+    if not fresh and has_journal(run, runs) and (resume or not is_complete(runs / run.name)):
         with reopen_folder(run, runs) as folder:
             found = _unfinished(folder, run, resume=resume, reached=reached)
             if found is not None:
                 try:
-                    clear(folder, keep=(_FOLDER,))
+                    clear(folder, keep=(FOLDER, STEPS))
                     yield folder, found
                 finally:
                     found.close()
                 return
     with open_folder(run, runs) as folder:
-        begun = create(folder / _FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
+        begun = create(folder / FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
         try:
             yield folder, begun
         finally:
@@ -56,16 +69,17 @@ def open_run(
 
 def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
     """The journal of a run that goes on; None where one is to be begun."""
-    journal = reopen(folder / _FOLDER, reached=reached)
+    journal = reopen(folder / FOLDER, reached=reached)
     if journal is None:
         return None
     try:
-        if journal.ended and resume:
+        over = journal.ended and run.release.repository is None
+        if over and resume:
             raise ConfigError(
                 f"{folder}: this run is complete: its model is in global.safetensors. Nothing was "
                 "run; leave --resume out to run it again."
             )
-        if journal.ended:
+        if over:
             journal.close()
             return None
         if not resume:
@@ -73,7 +87,8 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
                 f"{folder}: this run was interrupted after round {journal.round}, and starting it "
                 "would drop that. Nothing was run; go on with --resume, or begin anew with --fresh."
             )
-        check_same(folder / _FOLDER, journal.identity, identity_of(run, OPEN_POLICY))
+        free = AFTER_ROUNDS if journal.ended else ()
+        check_same(folder / FOLDER, journal.identity, identity_of(run, OPEN_POLICY), free=free)
     except ConfigError:
         journal.close()
         raise

@@ -1,40 +1,45 @@
-"""A run over devices that connect: what ``fedcore server start`` does."""
+"""A run over devices that connect: what ``fedcore server start`` does.
+
+Nothing imported at the top of this file brings torch: that takes seconds, and a server that goes on
+with a run answers its devices before. What rounds need is imported in their own thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
 from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
-from fedcore.errors import FedcoreError, ResourceError
+from fedcore.errors import FedcoreError, ResourceError, TaskError
 from fedcore.files import write_atomic
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.identity import SERVER_NODE_ID
-from fedcore.model import checkpoint_bytes
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, Sink, tee
 from fedcore.observability.jsonl import json_lines
-from fedcore.rpc.hello import hello_of
+from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
-from fedcore.task import Task, data_folder, load_task
-from server.app import Listener, Outcome, server_app
-from server.cloud import read_cloud_data
 from server.journal import Journal, Reached, nothing
 from server.live.control import Control
 from server.live.journal_keeper import REJOIN_S, Admit, JournalGrid, JournalKeeper
+from server.live.memory import loading
 from server.live.operate import operated, over_network
-from server.live.resume import open_run
+from server.live.resume import has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
 from server.records import RoundRecord
+
+if TYPE_CHECKING:
+    from fedcore.task import Task
+    from server.app import Outcome
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,12 @@ def run_deployment(
 ) -> bool:
     """Serves until the run is over; False when it was stopped before.
 
-    The best model lies in the run's folder as ``global.safetensors``.
+    The best model lies in the run's folder as ``global.safetensors``. Where the run names a
+    repository, what `server.live.finish` does follows, once no device is served any more.
+
+    A run that begins has its task loaded before a folder is emptied or a port opened, so that a
+    mistake in it disturbs nobody. One that goes on was begun with the same task file, and answers
+    devices while that is loaded; none of them is asked anything before.
 
     Args:
         deployment: What is to be done.
@@ -87,7 +97,15 @@ def run_deployment(
     run = deployment.run
     identity = load_server_identity(deployment.identity)
     path = run.path(run.task)
-    task = load_task(path)
+    load = cache(partial(_load, path))
+    goes_on = deployment.resume and has_journal(run, deployment.runs)
+    name = (declared_name(path) if goes_on else None) or load().name
+    releases = run.release.repository is not None
+    if releases and not goes_on:
+        from server.live.finish import check_finish
+
+        check_finish(run, load())
+    outcomes: list[Outcome] = []
     with (
         open_run(
             run, deployment.runs, resume=deployment.resume, fresh=deployment.fresh, reached=reached
@@ -95,6 +113,8 @@ def run_deployment(
         json_lines(folder / "metrics.jsonl") as lines,
         choose(out, json=deployment.json) as shown,
     ):
+        if journal.start is None:
+            load()  # it died before its first round was whole: as if it had not begun
         kept = tee(lines, control.sink)
         emit = tee(kept, shown)
         for record in journal.start.records if journal.start else ():
@@ -104,10 +124,10 @@ def run_deployment(
 
         def work(admit: Admit, grid: Grid) -> None:
             over = _journaled(grid, run, journal, admit)
-            _federate(run, task, over, journal, folder, emit, control, randomness)
+            _federate(run, load(), over, journal, folder, emit, control, randomness, outcomes)
 
         async def serve() -> bool:
-            hello = hello_of(task.name, path)
+            hello = hello_of(name, path)
             address, settings = (
                 deployment.address(identity),
                 device_settings(run, instance=journal.instance),
@@ -120,11 +140,41 @@ def run_deployment(
                 ) as listening,
                 operated(control, identity, listening),
             ):
-                roster = Roster(identity.roster_path, identity.kit.authority_pem)
+                roster = identity.roster()
                 admit = partial(_admit, roster, listening.fleet)
                 return await run_beside(partial(work, admit), listening)
 
-        return asyncio.run(serve())
+        if not (journal.ended or asyncio.run(serve())):
+            return False
+        if releases:
+            from server.federated_part import outcome_of
+            from server.live.finish import finish
+
+            if not outcomes:
+                assert journal.start is not None  # its rounds ended in a process before
+                outcomes.append(outcome_of(run, load(), journal.start))
+            finish(run, load(), outcomes[0], folder, emit)
+        return True
+
+
+def _load(path: Path) -> Task:
+    """The task, which is called what devices are told while it is being loaded.
+
+    Raises:
+        TaskError: it cannot be loaded, or goes by another name than its file says.
+    """
+    with loading():
+        import server.app  # noqa: F401 - what rounds need, beside the task itself
+        from fedcore.task import load_task
+
+        task = load_task(path)
+    declared = declared_name(path)
+    if declared not in (None, task.name):
+        raise TaskError(
+            f"{path}: the file says `task = Task(name={declared!r}, ...)`, and the task is called "
+            f"{task.name!r}. Nothing was trained; write its name out there, and start anew."
+        )
+    return task
 
 
 def _federate(
@@ -136,7 +186,13 @@ def _federate(
     emit: Sink,
     control: Control,
     randomness: Randomness | None,
+    outcomes: list[Outcome],
 ) -> None:
+    from fedcore.model import checkpoint_bytes
+    from fedcore.task import data_folder
+    from server.app import Listener, server_app
+    from server.cloud import read_cloud_data
+
     cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
     settings, start = run.federation, journal.start
 
@@ -144,6 +200,7 @@ def _federate(
         path = folder / "global.safetensors"
         write_atomic(path, checkpoint_bytes(outcome.model))
         journal.end()
+        outcomes.append(outcome)
         emit(Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}"))
 
     keeper = JournalKeeper(
@@ -177,7 +234,8 @@ def _federate(
 
 def _journaled(grid: Grid, run: RunConfig, journal: Journal, admit: Admit) -> JournalGrid:
     rejoin_s = REJOIN_S if journal.start else 0.0
-    return JournalGrid(grid, journal, admit=admit, quorum=run.federation.quorum, rejoin_s=rejoin_s)
+    quorum = run.federation.quorum / run.federation.over_selection  # of all who are asked
+    return JournalGrid(grid, journal, admit=admit, quorum=quorum, rejoin_s=rejoin_s)
 
 
 def _admit(roster: Roster, fleet: Fleet, nodes: Collection[int]) -> Collection[int]:

@@ -207,7 +207,15 @@ def fate(
     )
 
 
-def settle(fates: Sequence[Fate], *, deadline_s: float) -> VirtualRound:
+def first_of(fates: Sequence[Fate], count: int, *, deadline_s: float) -> list[Fate]:
+    """Those whose updates are the first to arrive in time, ``count`` at most, by their arrival."""
+    in_time = [one for one in fates if counts(one, deadline_s=deadline_s)]
+    return sorted(in_time, key=lambda one: one.finish_s)[:count]
+
+
+def settle(
+    fates: Sequence[Fate], *, deadline_s: float, enough: Sequence[Fate] = ()
+) -> VirtualRound:
     """How the round of these clients ends: who counts, how long it took, what it moved.
 
     The server waits as one in a deployment does: for every client until it answers, until it has
@@ -216,9 +224,17 @@ def settle(fates: Sequence[Fate], *, deadline_s: float) -> VirtualRound:
     Args:
         fates: One for each client that was asked; of a client at most one.
         deadline_s: ``federation.deadline_s``, on the virtual clock; may be infinite.
+        enough: Those with whose updates the round ended, see `first_of`; others are then late.
+            Empty where it waited for all.
     """
-    counted = [one for one in fates if counts(one, deadline_s=deadline_s)]
-    others = [one for one in fates if not counts(one, deadline_s=deadline_s)]
+    if enough:
+        deadline_s = enough[-1].finish_s
+        names = {one.client for one in enough}
+        counted = [one for one in fates if one.client in names]
+    else:
+        counted = [one for one in fates if counts(one, deadline_s=deadline_s)]
+        names = {one.client for one in counted}
+    others = [one for one in fates if one.client not in names]
     late = [one for one in others if one.outcome == "done"]
     answers_s = [one.finish_s for one in fates if one.outcome == "done"]
     losses_s = [one.lost_s + SILENCE_S for one in fates if one.outcome != "done"]

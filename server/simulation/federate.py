@@ -61,7 +61,8 @@ def federate(
         on_choice=on_choice,
         gpus=torch.cuda.device_count() if _device(run, owner).type == "cuda" else 0,
     )
-    grid = SimulatedGrid(clients, staff, state)
+    first = run.federation.cohort if run.federation.over_selection > 1 else None
+    grid = SimulatedGrid(clients, staff, state, first=first)
     assume_identity(RUN_ID)
     keep_heap()
     try:

@@ -12,7 +12,7 @@ from fedcore.flower.grid import OwnGrid
 from server.aggregation.exact import ExactMean
 from server.inbound import Folded
 from server.records import VirtualRecord
-from server.simulation.devices import settle
+from server.simulation.devices import Fate, first_of, settle
 from server.simulation.engine import FIRST_NODE_ID, RUN_ID
 from server.simulation.orders import Answer, Asked, Order
 from server.simulation.staff import Staff
@@ -22,8 +22,19 @@ from server.simulation.state import State
 class SimulatedGrid(OwnGrid):
     """One virtual node a client; nodes stand in the order of ``clients``."""
 
-    def __init__(self, clients: Sequence[str], staff: Staff, state: State) -> None:
+    def __init__(
+        self, clients: Sequence[str], staff: Staff, state: State, *, first: int | None = None
+    ) -> None:
+        """A grid for one run.
+
+        Args:
+            clients: Their names.
+            staff: Who does their work.
+            state: What is remembered of them.
+            first: With so many updates a round on the virtual clock ends, if more are asked.
+        """
         super().__init__(RUN_ID)
+        self._first = first
         self._clients = clients
         self._staff = staff
         self._waiting: dict[str, Message] = {}
@@ -88,15 +99,30 @@ class SimulatedGrid(OwnGrid):
             if answer.ledger is not None:
                 self._state.ledgers[answer.asked.name] = answer.ledger
         if training:
-            self._advance(answers, deadline_s)
+            answers = self._advance(answers, deadline_s)
         return answers, total
 
     def _asked(self, node: int) -> Asked:
         name = self._clients[node - FIRST_NODE_ID]
         return Asked(node, name, self._state.ledgers.get(name))
 
-    def _advance(self, answers: Sequence[Answer], deadline_s: float) -> None:
+    def _advance(self, answers: Sequence[Answer], deadline_s: float) -> list[Answer]:
+        """Moves the virtual clock; what arrives after the round has ended is left out."""
         fates = [answer.fate for answer in answers if answer.fate is not None]
-        if fates:
-            self.virtual = settle(fates, deadline_s=deadline_s).record
-            self._state.clock_s += self.virtual.simulated_s
+        if not fates:
+            return list(answers)
+        enough: list[Fate] = []
+        if self._first is not None and self._first < len(answers):
+            updates = [one.fate for one in answers if one.fate is not None and not one.error]
+            enough = first_of(updates, self._first, deadline_s=deadline_s)
+            if len(enough) < self._first:
+                enough = []  # whoever else may come is waited for
+        self.virtual = settle(fates, deadline_s=deadline_s, enough=enough).record
+        self._state.clock_s += self.virtual.simulated_s
+        if not enough:
+            return list(answers)
+        names = {one.client for one in enough}
+        return [
+            one if one.error or one.asked.name in names else replace(one, content=None)
+            for one in answers
+        ]

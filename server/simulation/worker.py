@@ -214,7 +214,8 @@ class Worker:
             weights = [1 if order.uniform else sizes[place] for place in taken]
             fitting = rows if len(taken) == len(rows) else rows[taken]
             for place in self._sum.add_rows(fitting, weights):
-                errors[taken[place]] = InvalidUpdate(out_of_range(fitting[place], weights[place]))
+                peak = float(np.abs(fitting[place]).max())
+                errors[taken[place]] = InvalidUpdate(out_of_range(peak, weights[place]))
         for place, (one, found, _, ledger) in enumerate(ready):
             wrong = errors[place]
             if wrong is not None:

@@ -226,6 +226,12 @@ def test_the_command_line_is_parsed_without_torch_or_flower() -> None:
     assert not loaded & {"torch", "flwr", "opacus", "sklearn", "matplotlib"}
 
 
+def test_a_verb_loads_nothing_of_the_others() -> None:
+    loaded = loaded_by("from fedcore.cli import build_parser\nbuild_parser('server')")
+    assert "server" in loaded
+    assert not loaded & {"onnxruntime", "tuf", "edge_client"}
+
+
 def test_each_verb_explains_its_options() -> None:
     names = {entry.name for entry in entry_points(group="fedcore.commands")}
     assert {"check", "client", "device", "new", "provision", "release", "simulate"} <= names

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from fedcore.client_app import STATISTICS, client_app
+from fedcore.client_app import client_app
 from fedcore.config import RunConfig
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model, preprocess_bytes
@@ -27,6 +27,7 @@ from fedcore.updates.messages import (
     METRICS,
     NUM_EXAMPLES,
     REFUSED,
+    STATISTICS,
     TRAIN_LOSS,
     Update,
     instruction_config,

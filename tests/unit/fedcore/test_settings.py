@@ -153,6 +153,10 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
         ("[federation]\nevaluate_cohort = 2", "evaluate_cohort needs federation.holdout above 0"),
         ("[federation]\nholdout = 0.1", "federation.holdout = 0.1 keeps data from training"),
         (
+            "[federation]\nover_selection = 1.3",
+            "federation.over_selection = 1.3 needs federation.cohort",
+        ),
+        (
             "[federation]\nrounds = 3\n[privacy]\nparticipations = 4",
             "privacy.participations = 4 is more than federation.rounds = 3",
         ),

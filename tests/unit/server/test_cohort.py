@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedcore.config import RunConfig
 from fedcore.errors import RoundFailed
-from server.cohort import select
+from server.cohort import asked_for, select
 
 NODES = [101, 7, 55, 23, 88, 42]
 
@@ -46,3 +47,18 @@ def test_every_node_is_drawn_as_often_as_any_other() -> None:
 def test_too_few_nodes_are_an_error_with_both_numbers() -> None:
     with pytest.raises(RoundFailed, match=r"round 3: 6 clients are there, and .* asks for 7"):
         draw(7, number=3)
+
+
+@pytest.mark.parametrize(
+    ("over", "cohort", "asked"),
+    [(1.0, 7, 7), (1.3, 10, 13), (1.1, 100, 110), (1.01, 10, 11), (1.5, 1, 2), (10.0, 3, 30)],
+)
+def test_so_many_more_are_asked_as_the_run_says(over: float, cohort: int, asked: int) -> None:
+    federation = {"over_selection": over, "cohort": cohort}
+    values = {"name": "run", "task": "task.py", "federation": federation}
+    run = RunConfig.model_validate(values)
+    assert asked_for(run, cohort, simulated=False) == asked
+    assert asked_for(run, cohort, simulated=True) == cohort, "nobody is late without devices"
+    classes = {"devices": ({"name": "phone", "examples_per_s": 10.0},)}
+    clocked = RunConfig.model_validate(values | {"simulation": classes})
+    assert asked_for(clocked, cohort, simulated=True) == asked

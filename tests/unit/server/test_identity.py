@@ -56,3 +56,11 @@ def test_workers_may_change(folder: Path) -> None:
 def test_another_run_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"seed \(0 then, 1 now\)"):
         check_same(folder / "checkpoint", made(folder), made(folder, seed=1))
+
+
+def test_what_is_free_may_differ_and_nothing_else(folder: Path) -> None:
+    before = made(folder)
+    now = made(folder, finetune={"epochs": 3, "holdout": 0.2}, compression={"max_bytes": 10})
+    free = ("compression.", "finetune.epochs")
+    assert changes(before, now, free=free) == ["finetune.holdout (0.3 then, 0.2 now)"]
+    check_same(folder, before, now, free=(*free, "finetune.holdout"))

@@ -147,7 +147,8 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, size: int) -> None:
         assert reply.metadata.src_node_id == 5
         assert journal.reply(asked(4)) is None, "what it sent in the round before is no answer"
         assert journal.reply(asked(5, "evaluate")) is None
-        start.progress.weights[0] = 1.0  # rounds may write to what they are given
+        once = np.shares_memory(start.progress.weights, start.progress.best)
+        assert once == (size == LARGE), "weights that are the best ones too are held once"
 
 
 def test_the_instance_outlives_a_restart_and_no_new_beginning(tmp_path: Path) -> None:

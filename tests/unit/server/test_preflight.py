@@ -72,6 +72,7 @@ def leave() -> None:
         ({}, {"example_input": torch.zeros(4).double()}, TaskError, "float64"),
         ({}, {"cloud_data": lambda folder: examples(3)}, TaskError, "cloud data"),
         ({}, {"clients": lambda folder: leave()}, DataError, "SystemExit"),
+        ({}, {"clients": lambda folder: ["a", 7]}, DataError, "names a client 7 of type int"),
         ({}, {"test_data": lambda folder: leave()}, DataError, "SystemExit"),
         (
             {"privacy": {"unit": "example"}},

@@ -272,6 +272,46 @@ def declines_from(last: int) -> Answer:
     return answer
 
 
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_the_first_updates_are_taken_and_nobody_is_waited_for_after_them(strategy: str) -> None:
+    story = Story(adds(), strategy=strategy, rounds=1, cohort=3, over_selection=1.6)
+    story.run()
+    (record,) = story.records
+    assert (record.cohort, record.updates, record.failed) == (5, 3, 0)
+    assert len(story.asked) == 3, "the others were not even heard: this grid asks one by one"
+    assert pack(story.model.model).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_those_asked_in_addition_stand_in_for_who_fails_or_declines(strategy: str) -> None:
+    answer = mixed(
+        adds(),
+        n10=lambda *asked: Error(REFUSED, "no"),
+        n11=lambda *asked: Error(DECLINED, "spent"),
+        n12=adds(float("nan")),
+    )
+    story = Story(answer, strategy=strategy, rounds=1, cohort=2, over_selection=2.5, quorum=1.0)
+    story.run()
+    (record,) = story.records
+    assert (record.cohort, record.updates, record.failed, record.declined) == (5, 2, 2, 1)
+
+
+def test_the_quorum_is_of_the_cohort_and_not_of_all_who_are_asked() -> None:
+    silent = {f"n{node}": lambda *asked: Error(REFUSED, "no") for node in (10, 11, 12)}
+    story = Story(mixed(adds(), **silent), rounds=1, cohort=3, over_selection=1.6, quorum=0.66)
+    story.run()
+    assert story.records[0].updates == 2
+    story = Story(mixed(adds(), **silent), rounds=1, cohort=3, over_selection=1.6, quorum=0.7)
+    with pytest.raises(RoundFailed, match=r"2 of 5 clients sent an update, and .* needs 2\.1"):
+        story.run()
+
+
+def test_fewer_than_are_to_be_asked_are_asked_all() -> None:
+    story = Story(adds(), rounds=1, cohort=5, over_selection=3.0)
+    story.run()
+    assert (story.records[0].cohort, story.records[0].updates) == (5, 5)
+
+
 def test_clients_whose_budget_is_spent_do_not_count_against_the_quorum() -> None:
     answer = mixed(declines_from(1), n14=adds(epsilon=1.0))
     done = Story(answer).run()

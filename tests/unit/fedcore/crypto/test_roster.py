@@ -13,14 +13,16 @@ from fedcore.crypto.certificates import pem
 from fedcore.crypto.keys import fingerprint, new_key, public_bytes
 from fedcore.crypto.roster import (
     ROSTER,
+    SEEN,
     Entry,
     Member,
     Roster,
     RosterFile,
     load_server_identity,
     parse_roster,
+    seen_version,
 )
-from fedcore.errors import CertificateRefused, DataError, TrustError
+from fedcore.errors import CertificateRefused, DataError, RollbackRefused, TrustError
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +133,7 @@ def test_an_older_list_lets_nobody_back_in(
     roster = open_roster(write(tmp_path, 2, revoked(entries[0], now)), project)
     write(tmp_path, 1, entries[0])
     assert roster.member(public_bytes(keys[0])) is None
-    assert "version 1, and version 2 is in force" in str(roster.damage)
+    assert "version 1, and version 2 was in force" in str(roster.damage)
 
 
 def test_a_list_that_is_damaged_from_the_start_starts_nothing(
@@ -269,3 +271,58 @@ def test_whether_a_member_is_in_force(now: datetime) -> None:
     assert member.in_force(now + timedelta(minutes=10))
     assert not member.in_force(now + timedelta(minutes=11))
     assert not Member("edge-1", "device", b"", "1", now, None, now).in_force(now)
+
+
+def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+) -> None:
+    seen, public = tmp_path / SEEN, public_bytes(keys[0])
+
+    def start() -> Roster:
+        return Roster(tmp_path / ROSTER, pem(project.authority), seen=seen)
+
+    write(tmp_path, 4, *entries)
+    roster = start()
+    assert roster.member(public) is not None
+    write(tmp_path, 5, revoked(entries[0], now), *entries[1:])
+    assert roster.member(public) is None
+    assert seen_version(seen) == 5
+    assert seen.stat().st_mode & 0o777 == 0o600
+
+    write(tmp_path, 4, *entries)  # while it runs, and after it was started anew
+    assert roster.member(public) is None
+    assert roster.damage is not None
+    assert "version 4, and version 5 was in force" in roster.damage
+    with pytest.raises(RollbackRefused, match="version 4, and version 5 was in force"):
+        start()
+    assert seen_version(seen) == 5
+
+    write(tmp_path, 5, revoked(entries[0], now), *entries[1:])
+    assert start().member(public) is None
+    seen.unlink()  # what the message says to do where the newest is lost
+    write(tmp_path, 4, *entries)
+    assert start().member(public) is not None
+    assert seen_version(seen) == 4
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"7", b'{"version": 0}', b"\xff"])
+def test_a_memory_that_cannot_be_read_stops_the_server(
+    tmp_path: Path, project: Any, entries: list[Entry], raw: bytes
+) -> None:
+    write(tmp_path, 4, *entries)
+    (tmp_path / SEEN).write_bytes(raw)
+    with pytest.raises(TrustError, match="does not tell which version of the roster"):
+        Roster(tmp_path / ROSTER, pem(project.authority), seen=tmp_path / SEEN)
+
+
+def test_a_revocation_is_in_force_even_where_it_cannot_be_remembered(
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    write(tmp_path, 4, *entries)
+    roster = Roster(tmp_path / ROSTER, pem(project.authority), seen=tmp_path / SEEN)
+    roster._seen = tmp_path / "file" / SEEN  # as where the disk is full by now
+    write(tmp_path, 5, revoked(entries[0], now), *entries[1:])
+    assert roster.member(public_bytes(keys[0])) is None
+    assert roster.damage is not None
+    assert "cannot be written" in roster.damage

@@ -1,51 +1,205 @@
+"""A backup goes back to a run that goes on, whatever was committed while it was made."""
+
 from __future__ import annotations
 
-import sqlite3
 import tarfile
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedcore.errors import DataError
+import server.live.backup as backup_module
+from fedcore.errors import DataError, DiskFull, ResourceError
+from server.journal import VALUES, Journal, create, reopen
+from server.journal_head import HEAD, JOURNAL
 from server.live.backup import back_up
+from server.live.resume import FOLDER
+from server.progress import Progress
+from server.records import RoundRecord
+from server.strategy_state import Remembered
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
+SIZE = 20_000
+"""Weights of 80 kB: too many for the database, so that they lie in files of their own."""
 
 
-def test_a_database_in_use_and_plain_files_come_back(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "orchard"
-    (run / "incoming").mkdir(parents=True)
-    (run / "incoming" / "payload").write_bytes(b"x")
-    (run / "values").mkdir()
-    (run / "values" / "w.safetensors").write_bytes(b"weights")
-    (run / ".half").write_bytes(b"being written")
-    with closing(sqlite3.connect(run / "journal.sqlite")) as journal:
-        journal.execute("PRAGMA journal_mode=WAL")
-        journal.execute("CREATE TABLE rounds (number INTEGER)")
-        journal.executemany("INSERT INTO rounds VALUES (?)", [(n,) for n in range(100)])
-        journal.commit()
+def progress(number: int) -> Progress:
+    weights = np.full(SIZE, number, np.float32)
+    return Progress(
+        round=number,
+        over=False,
+        weights=weights,
+        best=weights,
+        best_round=number,
+        most_failed=0,
+        strategy=Remembered(None, ()),
+        preprocess=b"",
+    )
+
+
+def record(number: int) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        rounds=100,
+        seconds=1.0,
+        cohort=1,
+        updates=1,
+        declined=0,
+        failed=0,
+        train_loss=None,
+        metrics={},
+        judged_on="nothing",
+        epsilon_max=None,
+        bytes_up=0,
+        bytes_down=0,
+    )
+
+
+def commit(journal: Journal, number: int) -> None:
+    journal.commit(progress(number), record(number) if number else None)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "orchard"
+
+
+@contextmanager
+def begun(run: Path, *, rounds: int = 3) -> Iterator[Journal]:
+    with closing(create(run / FOLDER, {"run": "orchard"})) as journal:
+        for number in range(rounds + 1):
+            commit(journal, number)
+        yield journal
+
+
+def restored(file: Path, into: Path) -> tuple[Path, Progress]:
+    with tarfile.open(file) as tar:
+        tar.extractall(into, filter="data")
+    with closing(reopen(into / "orchard" / FOLDER) or pytest.fail("no journal")) as journal:
+        assert journal.mended == ""
+        assert journal.start is not None
+        assert [one.round for one in journal.start.records] == list(range(1, journal.round + 1))
+        return into / "orchard", journal.start.progress
+
+
+def test_a_run_comes_back_with_what_its_journal_refers_to(run: Path, tmp_path: Path) -> None:
+    with begun(run):
+        (run / "incoming").mkdir()
+        (run / "incoming" / "payload").write_bytes(b"x")
+        (run / ".half").write_bytes(b"being written")
+        (run / FOLDER / VALUES / ("0" * 64)).write_bytes(b"nothing refers to it")
+        (run / FOLDER / VALUES / ("1" * 64 + ".new")).write_bytes(b"being written")
+        (run / "metrics.jsonl").write_text("{}\n")
         done = back_up(run, tmp_path / "b.tar", now=NOW)
-    assert (done.files, done.created) == (2, "2026-05-01T00:00:00Z")
     assert done.bytes == (tmp_path / "b.tar").stat().st_size
+    assert done.created == "2026-05-01T00:00:00Z"
     assert (tmp_path / "b.tar").stat().st_mode & 0o777 == 0o600
-    with tarfile.open(tmp_path / "b.tar") as tar:
-        tar.extractall(tmp_path / "again", filter="data")
-    again = tmp_path / "again" / "orchard"
-    found = sorted(str(path.relative_to(again)) for path in again.rglob("*") if path.is_file())
-    assert found == ["journal.sqlite", "values/w.safetensors"]
-    assert (again / "values" / "w.safetensors").read_bytes() == b"weights"
-    with closing(sqlite3.connect(again / "journal.sqlite")) as journal:
-        assert journal.execute("SELECT count(*) FROM rounds").fetchone() == (100,)
+    again, there = restored(tmp_path / "b.tar", tmp_path / "again")
+    assert (there.round, there.weights.tolist()) == (3, [3.0] * SIZE)
+    found = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
+    values = {name for name in found if name.startswith(f"{FOLDER}/{VALUES}/")}
+    assert len(values) == 2, "of the last two rounds"
+    assert found - values == {f"{FOLDER}/{JOURNAL}", f"{FOLDER}/{HEAD}", "metrics.jsonl"}
+    assert done.files == len(found)
+    left = {path.name for path in run.iterdir()}
+    assert left == {FOLDER, "incoming", ".half", "metrics.jsonl"}
 
 
-def test_no_run_and_a_damaged_database_leave_nothing_behind(tmp_path: Path) -> None:
+def test_backups_are_whole_while_rounds_are_committed(run: Path, tmp_path: Path) -> None:
+    with begun(run) as journal:
+        ending = threading.Event()
+
+        def go_on() -> None:
+            number = 4
+            while not ending.is_set():
+                commit(journal, number)
+                number += 1
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            for number in range(25):
+                back_up(run, tmp_path / f"{number}.tar", now=NOW)
+        finally:
+            ending.set()
+            thread.join()
+        last = journal.round
+    seen = set()
+    for number in range(25):
+        _, there = restored(tmp_path / f"{number}.tar", tmp_path / str(number))
+        assert set(there.weights.tolist()) == {float(there.round)}
+        seen.add(there.round)
+    assert len(seen) > 5, "commits went on meanwhile"
+    assert max(seen) <= last
+
+
+@pytest.mark.parametrize("moment", ["_link", "_copy"])
+def test_a_commit_at_the_worst_moments_is_seen_and_made_good(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Two commits sweep everything that was there before them."""
+    with begun(run) as journal:
+        real, calls = getattr(backup_module, moment), 0
+
+        def disturbed(one: Path, other: Path) -> None:
+            nonlocal calls
+            calls += 1
+            for _ in range(2 if calls <= 4 else 0):
+                commit(journal, journal.round + 1)
+            real(one, other)
+            for _ in range(2 if calls <= 4 else 0):
+                commit(journal, journal.round + 1)
+
+        monkeypatch.setattr(backup_module, moment, disturbed)
+        back_up(run, tmp_path / "b.tar", now=NOW)
+    assert calls > 2, "once was not enough"
+    _, there = restored(tmp_path / "b.tar", tmp_path / "again")
+    assert set(there.weights.tolist()) == {float(there.round)}
+    assert there.round > 3
+
+
+def test_a_journal_that_never_rests_is_not_backed_up(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begun(run) as journal:
+        real = backup_module._copy
+
+        def disturbed(one: Path, other: Path) -> None:
+            for _ in range(3):
+                commit(journal, journal.round + 1)
+            real(one, other)
+            for _ in range(3):
+                commit(journal, journal.round + 1)
+
+        monkeypatch.setattr(backup_module, "_copy", disturbed)
+        with pytest.raises(ResourceError, match="pause the run"):
+            back_up(run, tmp_path / "b.tar", now=NOW)
+    assert not (tmp_path / "b.tar").exists()
+    assert {path.name for path in run.iterdir()} == {FOLDER}
+
+
+def test_no_run_a_damaged_journal_and_a_full_disk_leave_nothing_behind(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="there is no such run"):
-        back_up(tmp_path / "none", tmp_path / "b.tar", now=NOW)
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "journal.sqlite").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
+        back_up(run, tmp_path / "b.tar", now=NOW)
+    with begun(run):
+        pass
+    whole = (run / FOLDER / JOURNAL).read_bytes()
+    (run / FOLDER / JOURNAL).write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
     with pytest.raises(DataError, match=r"journal\.sqlite: this database cannot be copied"):
         back_up(run, tmp_path / "b.tar", now=NOW)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (run / FOLDER / JOURNAL).write_bytes(whole)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("server.live.backup.os.fsync", full)
+    with pytest.raises(DiskFull):
+        back_up(run, tmp_path / "b.tar", now=NOW)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert {path.name for path in run.iterdir()} == {FOLDER}

@@ -21,6 +21,7 @@ from server.simulation.devices import (
     class_of,
     device_of,
     fate,
+    first_of,
     is_reached,
     read_fleet,
     settle,
@@ -196,6 +197,26 @@ def test_a_straggler_keeps_the_round_waiting_until_the_deadline() -> None:
     assert ended.record.stragglers == 1
     assert ended.record.bytes_up == 30  # the straggler's upload crossed the network for nothing
     assert ended.record.bytes_wasted == 110
+
+
+def test_the_first_updates_end_a_round_that_asked_more() -> None:
+    fates = [done("a", 50.0), away("b"), done("c", 7.0), done("d", 70.0), done("e", 9.0)]
+    enough = first_of(fates, 2, deadline_s=60.0)
+    assert [one.client for one in enough] == ["c", "e"]
+    ended = settle(fates, deadline_s=60.0, enough=enough)
+    assert ended.finishers == ("c", "e")
+    assert ended.begun_in_vain == ("a", "d")
+    assert ended.record.simulated_s == 9.0, "nobody else is waited for"
+    assert (ended.record.stragglers, ended.record.unavailable) == (2, 1)
+    assert ended.record.bytes_wasted == 220
+    assert [one.client for one in first_of(fates, 9, deadline_s=60.0)] == ["c", "e", "a"]
+
+
+def test_of_updates_that_arrive_together_those_asked_first_are_taken() -> None:
+    fates = [done(name, 5.0) for name in "abc"]
+    ended = settle(fates, deadline_s=60.0, enough=first_of(fates, 2, deadline_s=60.0))
+    assert ended.finishers == ("a", "b")
+    assert ended.record.stragglers == 1
 
 
 def test_a_lost_device_keeps_the_round_waiting_until_its_silence_is_noticed() -> None:

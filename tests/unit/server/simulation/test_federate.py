@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedcore.seeds import Simulated, torch_rng
 from fedcore.task import Examples, Folder
 from fedcore.updates.pack import Vector
 from server.app import Listener, Outcome, server_app
+from server.cohort import select
 from server.records import RoundRecord
 from server.simulation.choice import Choice
 from server.simulation.devices import read_fleet
@@ -223,6 +225,36 @@ def test_devices_that_are_away_or_late_send_nothing_and_time_goes_by() -> None:
             run_of(simulation | {"workers": 2}, PRIVATE, deadline_s=60.0, quorum=0.1)
         ).weights.tobytes()
     )
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_over_selection_takes_the_first_and_charges_the_late(strategy: str) -> None:
+    simulation = LOOP | {"devices": ({"name": "phone", "examples_per_s": 1.0},)}
+    run = run_of(simulation, PRIVATE, strategy=strategy, cohort=2, over_selection=2.0, rounds=6)
+    told = train(run)
+    asked: Counter[str] = Counter()
+    for number, record in enumerate(told.records, start=1):
+        nodes = select(range(1, 7), 4, seed=0, words=("round", number))
+        names = [NAMES[node - 1] for node in nodes]
+        asked.update(names)
+        assert (record.cohort, record.updates) == (4, 2)
+        assert record.virtual is not None
+        well = [int(name[-1]) for name in names if name not in ("client-3", "client-5")]
+        # Two epochs at an example a second; the quickest are those with the fewest examples.
+        assert record.virtual.simulated_s == pytest.approx(2 * (16 + well[1]), abs=0.1)
+    spent = {name: len(ledger.charges) for name, ledger in told.state.ledgers.items()}
+    assert spent == {name: count for name, count in asked.items() if name != "client-3"}
+    again = train(
+        run.model_copy(update={"simulation": run.simulation.model_copy(update={"workers": 2})})
+    )
+    assert told.weights.tobytes() == again.weights.tobytes()
+
+
+def test_without_devices_nobody_is_late_and_nobody_asked_in_addition() -> None:
+    plain = train(run_of(LOOP, cohort=2))
+    over = train(run_of(LOOP, cohort=2, over_selection=2.0))
+    assert [record.cohort for record in over.records] == [2] * 4
+    assert plain.weights.tobytes() == over.weights.tobytes()
 
 
 class Detached(nn.Module):

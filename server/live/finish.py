@@ -1,0 +1,293 @@
+"""After the rounds over devices: fine-tuning, compression and release, each of them once.
+
+What a step came to is kept in ``steps/`` until the run is complete. Whatever is killed meanwhile,
+``--resume`` goes on with the step that it was at, and what was published is not published again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
+from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
+from fedcore.config import RunConfig, Section
+from fedcore.errors import DataError
+from fedcore.files import read_bytes, sha256_hex, write_atomic
+from fedcore.model import (
+    MAX_CHECKPOINT_BYTES,
+    FullModel,
+    build_model,
+    checkpoint_bytes,
+    load_checkpoint,
+)
+from fedcore.observability.events import Sink
+from fedcore.task import Task, data_folder
+from server.app import Outcome
+from server.cloud import CloudData
+from server.compression.compress import Compressed, compress
+from server.finetune.launch import Finetuned, fine_tune
+from server.folder import write_results
+from server.live.resume import STEPS
+from server.pipeline import Steps, Story, Trained, after_rounds
+from server.preflight import read_for_release
+from server.records import CandidateRecord
+from server.release import Draft, history, publish
+
+_MAX_BYTES = 16 << 20
+_FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"
+_TUNED = ("candidate", "cloud_alone")
+_GOLDEN = "golden.safetensors"
+_Note = TypeVar("_Note", bound="_Kept")
+
+
+class _Kept(BaseModel):
+    """What is noted of a step, once all of its files are there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    made_from: Digest
+    """Of the model that it began with, and of the settings that it went by."""
+
+
+class _Tuned(_Kept):
+    kept: bool
+    before: float
+    after: float
+    files: dict[str, Digest]
+
+
+class _Candidates(_Kept):
+    records: tuple[CandidateRecord, ...]
+    chosen: str
+    torch_p50_us: float
+    parity: Parity
+    golden: Digest
+    golden_tolerance: float
+    calibration: str
+    notes: tuple[str, ...]
+
+
+class _Publishing(_Kept):
+    version: Annotated[int, Field(ge=1)]
+    """The first that what is published can have."""
+
+
+def check_finish(run: RunConfig, task: Task) -> None:
+    """Refuses what could only fail after the rounds, while no device was asked anything.
+
+    Raises:
+        ReleaseError: what will be made could not be published.
+        FedcoreError: the cloud's data or the test split cannot be used.
+    """
+    if run.release.repository is not None:
+        read_for_release(run, task, data_folder())
+
+
+def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sink) -> None:
+    """Does what is left of the steps after the rounds, and completes the run's folder.
+
+    Args:
+        run: The run, which names a repository.
+        task: Its task.
+        outcome: What its rounds have left.
+        folder: Where its files go.
+        emit: Told what happens.
+
+    Raises:
+        FedcoreError: whatever stops it; what was published before stands.
+        KeyboardInterrupt: SIGTERM or SIGINT; what is done stays done.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the event loop had its own
+    started = time.monotonic()
+    cloud, test = read_for_release(run, task, data_folder())
+    steps = folder / STEPS
+    story = Story(emit)
+    story.seconds["federate"] = sum(each.seconds for each in outcome.federated.rounds)
+    trained = Trained(
+        outcome,
+        clients=(),
+        training=None,
+        device="devices",
+        noise="system" if run.private else "none",
+    )
+    finished = after_rounds(
+        run,
+        task,
+        cloud,
+        test,
+        trained,
+        folder,
+        story,
+        steps=Steps(
+            partial(_fine_tuned, steps), partial(_compressed, steps), partial(_published, steps)
+        ),
+    )
+    taken_s = story.seconds["federate"] + time.monotonic() - started
+    delta = run.privacy.target_delta if run.private else None
+    write_results(folder, finished, target_delta=delta, seconds=taken_s)
+    shutil.rmtree(steps, ignore_errors=True)
+
+
+def _fine_tuned(
+    folder: Path, task: Task, run: RunConfig, model: FullModel, cloud: CloudData
+) -> Finetuned:
+    """Fine-tuning, or what it came to before."""
+    origin = _origin(model, run.finetune)
+    noted = _noted(folder / _FINETUNE, _Tuned, origin)
+    if noted is not None:
+        candidate, alone = (
+            _model(folder, name, noted.files[name], build_model(task, run)) for name in _TUNED
+        )
+        if candidate is not None and alone is not None:
+            kept = candidate if noted.kept else model
+            return Finetuned(kept, candidate, alone, noted.kept, noted.before, noted.after)
+    tuned = fine_tune(task, run, model, cloud)
+    files = {}
+    for name, one in zip(_TUNED, (tuned.candidate, tuned.cloud_alone), strict=True):
+        raw = checkpoint_bytes(one)
+        write_atomic(_checkpoint(folder, name), raw)
+        files[name] = sha256_hex(raw)
+    note = _Tuned(
+        made_from=origin, kept=tuned.kept, before=tuned.before, after=tuned.after, files=files
+    )
+    _write(folder / _FINETUNE, note)
+    return tuned
+
+
+def _compressed(
+    folder: Path,
+    run: RunConfig,
+    task: Task,
+    model: FullModel,
+    cloud: CloudData | None,
+    *,
+    progress: Callable[[str], None],
+) -> Compressed:
+    """Compression, or what it came to before: times that decide are measured once."""
+    origin = _origin(model, run.finetune, run.compression, run.serving)
+    noted = _noted(folder / _COMPRESS, _Candidates, origin)
+    done = _read_compressed(folder, noted) if noted is not None else None
+    if done is not None:
+        return done
+    done = compress(run, task, model, cloud, progress=progress)
+    golden = golden_bytes(done.golden_inputs, done.golden_outputs)
+    write_atomic(folder / _GOLDEN, golden)
+    for name, onnx in done.files.items():
+        write_atomic(_onnx(folder, name), onnx)
+    note = _Candidates(
+        made_from=origin,
+        records=done.records,
+        chosen=done.chosen,
+        torch_p50_us=done.torch_p50_us,
+        parity=done.parity,
+        golden=sha256_hex(golden),
+        golden_tolerance=done.golden_tolerance,
+        calibration=done.calibration,
+        notes=done.notes,
+    )
+    _write(folder / _COMPRESS, note)
+    return done
+
+
+def _read_compressed(folder: Path, noted: _Candidates) -> Compressed | None:
+    """What compression came to; None where a file of it is not what was written."""
+    golden = _whole(folder / _GOLDEN, noted.golden, MAX_GOLDEN_BYTES)
+    built = [one for one in noted.records if one.sha256]
+    files = {
+        one.name: _whole(_onnx(folder, one.name), one.sha256, MAX_MODEL_BYTES) for one in built
+    }
+    if golden is None or None in files.values():
+        return None
+    inputs, outputs = parse_golden(golden)
+    return Compressed(
+        records=noted.records,
+        chosen=noted.chosen,
+        files={name: raw for name, raw in files.items() if raw is not None},
+        torch_p50_us=noted.torch_p50_us,
+        parity=noted.parity,
+        golden_inputs=inputs,
+        golden_outputs=outputs,
+        golden_tolerance=noted.golden_tolerance,
+        calibration=noted.calibration,
+        notes=noted.notes,
+    )
+
+
+def _published(
+    folder: Path, draft: Draft, *, repository: Path, keys: Path, created: datetime
+) -> Manifest:
+    """Publication, or what was published before this process began.
+
+    The version that comes next is noted before anything is published, so that a model with these
+    bytes and this lineage that is found from there on is this run's own.
+    """
+    model, onnx = draft.model, sha256_hex(draft.onnx)
+    published = [one for one in history(repository, keys) if one.model == model]
+    noted = _noted(folder / _PUBLISH, _Publishing, onnx)
+    if noted is None:
+        version = max((one.version for one in published), default=0) + 1
+        _write(folder / _PUBLISH, _Publishing(made_from=onnx, version=version))
+    else:
+        for one in published:
+            ours = one.onnx.sha256 == onnx and one.lineage == draft.lineage
+            if ours and one.version >= noted.version:
+                return one
+    return publish(draft, repository=repository, keys=keys, created=created)
+
+
+def _write(path: Path, note: _Kept) -> None:
+    write_atomic(path, note.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _origin(model: FullModel, *settings: Section) -> str:
+    """The digest of what a step is made from; the rest of the run cannot have changed."""
+    parts = [sha256_hex(checkpoint_bytes(model)), *(one.model_dump_json() for one in settings)]
+    return sha256_hex("\n".join(parts).encode())
+
+
+def _noted(path: Path, kind: type[_Note], origin: str) -> _Note | None:
+    """What is noted of a step that was made from that; None where it is to be done."""
+    if not path.exists():
+        return None
+    raw = read_bytes(path, max_bytes=_MAX_BYTES, what="a note of a step")
+    try:
+        note = kind.model_validate(json.loads(raw))  # pydantic's own reader knows no NaN
+    except (ValidationError, ValueError):
+        return None
+    return note if note.made_from == origin else None
+
+
+def _whole(path: Path, digest: str, max_bytes: int) -> bytes | None:
+    """The file's bytes; None where they are not those that were noted."""
+    try:
+        raw = read_bytes(path, max_bytes=max_bytes, what="a file of a step")
+    except DataError:
+        return None
+    return raw if sha256_hex(raw) == digest else None
+
+
+def _model(folder: Path, name: str, digest: str, model: FullModel) -> FullModel | None:
+    path = _checkpoint(folder, name)
+    raw = _whole(path, digest, MAX_CHECKPOINT_BYTES)
+    if raw is None:
+        return None
+    load_checkpoint(raw, model.eval(), where=str(path))
+    return model
+
+
+def _checkpoint(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _onnx(folder: Path, name: str) -> Path:
+    return folder / f"{name}.onnx"

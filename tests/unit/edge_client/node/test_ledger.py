@@ -1,0 +1,295 @@
+"""What a device has spent, whatever a server calls its runs and whatever becomes of its files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_client.node.ledger import LEDGER, MARK, DeviceLedger
+from edge_client.node.state import DeviceFolder, own
+from fedcore.config import Privacy
+from fedcore.errors import BudgetExhausted, DataError, PrivacyError
+from fedcore.files import write_atomic
+from fedcore.owner import OwnerPolicy
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.ledger import Ledger, OtherRuns, charge, ledger_in, put_ledger
+
+DATA = Path("/srv/measurements")
+
+
+class Machine:
+    """A device that forgets everything but its files between two rounds."""
+
+    def __init__(self, kit: Path, folder: DeviceFolder) -> None:
+        self.kit, self.folder = kit, folder
+        self._keys = itertools.count()
+
+    def ledger(self, run: str, data: Path | None = DATA, delta: float = 1e-5) -> DeviceLedger:
+        return DeviceLedger(self.folder, self.kit / MARK, run, data, delta)
+
+    def open(self, run: str, data: Path | None = DATA) -> tuple[int, OtherRuns]:
+        """How many charges this run has, and what others have spent."""
+        state = self.folder.state(run)
+        others = self.ledger(run, data).open(state)
+        return len(ledger_in(state).charges), others
+
+    def train(
+        self, run: str, *, data: Path | None = DATA, delta: float = 1e-5, copied: bool = True
+    ) -> Charge:
+        """A round of ``run``, from opening it to the moment before the reply leaves."""
+        state, ledger = self.folder.state(run), self.ledger(run, data, delta)
+        ledger.open(state)
+        before = ledger_in(state).charges
+        new = Charge(len(before) + 1, 1.1, 1 / 3, 3)
+        put_ledger(state, Ledger((*before, new)))
+        assert ledger.label(state)
+        self.folder.keep(run, state, f"key{next(self._keys)}", RecordDict())
+        if copied:
+            ledger.copy(state)
+        return new
+
+    @property
+    def states(self) -> Path:
+        return self.folder.path / "state"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    (tmp_path / "kit").mkdir()
+    with own(tmp_path / "device") as folder:
+        yield Machine(tmp_path / "kit", folder)
+
+
+def test_a_run_with_another_name_gets_no_new_budget(machine: Machine) -> None:
+    spent = [machine.train(f"run-{number}") for number in range(3)]
+    assert machine.open("run-3") == (0, OtherRuns(tuple(spent), 1e-5))
+    assert machine.open("run-1") == (1, OtherRuns((spent[0], spent[2]), 1e-5))
+
+
+def test_the_budget_of_an_owner_holds_over_runs_at_the_least_delta() -> None:
+    privacy = Privacy(unit="example", max_epsilon=100.0, target_delta=1e-4)
+    new = Charge(1, 1.1, 1 / 3, 3)
+    others = OtherRuns((new, new), 1e-6)
+    alone = charge(Ledger(), new, privacy, client="anna", owner=OwnerPolicy(max_epsilon=100.0))
+    together = Ledger((new, new, new))
+    needed = {
+        delta: together.epsilon(privacy.model_copy(update={"target_delta": delta}))
+        for delta in (1e-4, 1e-6)
+    }
+    assert alone.epsilon(privacy) < needed[1e-4] < needed[1e-6]
+    for owner, allowed in (
+        (OwnerPolicy(max_epsilon=needed[1e-6]), True),
+        (OwnerPolicy(max_epsilon=needed[1e-6] * 0.999), False),
+        (OwnerPolicy(max_epsilon=needed[1e-4]), False),  # a server cannot choose a larger delta
+        (OwnerPolicy(max_epsilon=needed[1e-4], target_delta=1e-4), True),
+        (OwnerPolicy(), True),
+    ):
+        if allowed:
+            assert charge(Ledger(), new, privacy, client="anna", owner=owner, others=others)
+            continue
+        with pytest.raises(BudgetExhausted, match="over all runs client 'anna' has spent epsilon"):
+            charge(Ledger(), new, privacy, client="anna", owner=owner, others=others)
+
+
+def test_two_runs_at_once_see_what_the_other_has_spent(machine: Machine) -> None:
+    spent = [machine.train(run) for run in ("one", "two", "one", "two", "one")]
+    assert machine.open("one") == (3, OtherRuns((spent[1], spent[3]), 1e-5))
+    assert machine.open("two") == (2, OtherRuns((spent[0], spent[2], spent[4]), 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        (DATA, True),
+        (DATA / "2026", True),
+        (DATA.parent, True),
+        (DATA / ".." / "measurements", True),
+        (None, True),  # wherever the task finds them
+        (Path("/srv/measurements-of-others"), False),
+        (Path("/home"), False),
+    ],
+)
+def test_the_data_decide_what_adds_up(machine: Machine, data: Path | None, same: bool) -> None:
+    spent = machine.train("one")
+    expected = OtherRuns((spent,), 1e-5) if same else OtherRuns()
+    assert machine.open("two", data) == (0, expected)
+
+
+def test_the_least_delta_of_any_run_is_kept(machine: Machine) -> None:
+    for number, delta in enumerate((1e-5, 1e-7, 1e-3)):
+        machine.train(f"run-{number}", delta=delta)
+    assert machine.open("run-0")[1].target_delta == 1e-7
+    machine.train("same-name", delta=1e-9)
+    machine.train("same-name", delta=1e-2)
+    assert machine.open("same-name")[1].target_delta == 1e-9
+
+
+def test_files_that_are_gone_or_older_are_mended(machine: Machine) -> None:
+    machine.train("one")
+    older = (machine.states / "one.state").read_bytes()
+    first = (machine.folder.path / LEDGER).read_bytes()
+    spent = [machine.train("one"), machine.train("two")]
+    whole = machine.open("three")[1]
+    assert len(whole.charges) == 3
+
+    (machine.folder.path / LEDGER).unlink()
+    assert machine.open("three")[1] == whole
+    (machine.folder.path / LEDGER).write_bytes(first)
+    assert machine.open("three")[1] == whole
+    (machine.states / "two.state").unlink()
+    assert machine.open("three")[1] == whole
+    (machine.states / "one.state").write_bytes(older)
+    assert machine.open("one") == (2, OtherRuns((spent[1],), 1e-5))
+    (machine.kit / MARK).unlink()
+    assert machine.open("three")[1] == whole
+    assert machine.train("one").round == 3, "it goes on after what was mended"
+
+
+def test_a_ledger_that_was_removed_or_put_back_stops_training(machine: Machine) -> None:
+    machine.train("one")
+    backup = machine.kit.parent / "backup"
+    shutil.copytree(machine.folder.path, backup)
+    machine.train("one")
+
+    def empty() -> None:
+        for path in machine.folder.path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    for restore in (
+        empty,
+        lambda: shutil.copytree(backup, machine.folder.path, dirs_exist_ok=True),
+    ):
+        restore()
+        with pytest.raises(PrivacyError, match="says that 2 were made: it was removed, or put"):
+            machine.open("one")
+        with pytest.raises(PrivacyError, match="nothing was trained; put the latest"):
+            machine.open("another")
+    (machine.kit / MARK).unlink()  # the owner has read what it says
+    assert machine.open("one")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b'{"format": "fedcore.ledger/2", "runs": {}}',
+        b'{"runs": {"one": [{"round": 1}]}}',
+        b'{"runs": {"one": [{"round": 1, "noise_multiplier": -1.0, "sample_rate": 0.1, '
+        b'"steps": 1, "target_delta": 1e-5, "data": ""}]}}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_torn_ledger_stops_training_until_it_is_removed(machine: Machine, raw: bytes) -> None:
+    machine.train("one")
+    whole = machine.open("two")[1]
+    (machine.folder.path / LEDGER).write_bytes(raw)
+    with pytest.raises(PrivacyError, match=r"ledger\.json: .* nothing was trained; put it back"):
+        machine.open("two")
+    (machine.folder.path / LEDGER).unlink()
+    assert machine.open("two")[1] == whole
+
+
+def test_a_torn_mark_and_a_torn_state_stop_training(machine: Machine) -> None:
+    machine.train("one")
+    (machine.kit / MARK).write_text("{")
+    with pytest.raises(PrivacyError, match=r"ledger\.mark: .* nothing was trained"):
+        machine.open("two")
+    (machine.kit / MARK).unlink()
+    (machine.states / "one.state").write_bytes(b"\xff\xff garbage")
+    with pytest.raises(DataError, match="holds no record"):
+        machine.open("two")
+
+
+def test_dying_before_the_copy_costs_nothing_and_hides_nothing(machine: Machine) -> None:
+    spent = [machine.train("one"), machine.train("one", copied=False)]
+    assert machine.open("two") == (0, OtherRuns(tuple(spent), 1e-5))
+    assert machine.open("one") == (2, OtherRuns((), 1e-5))
+    shutil.rmtree(machine.states)  # what was open has copied it meanwhile
+    assert machine.open("one")[0] == 2
+
+
+@pytest.mark.parametrize("what", ["removed", "put back"])
+def test_a_ledger_that_is_touched_while_a_round_goes_on_is_mended_before_it_leaves(
+    machine: Machine, what: str
+) -> None:
+    machine.train("one")
+    first = (machine.folder.path / LEDGER).read_bytes()
+    machine.train("one")
+    machine.train("two")
+    state, ledger = machine.folder.state("two"), machine.ledger("two")
+    ledger.open(state)
+    put_ledger(state, Ledger((*ledger_in(state).charges, Charge(2, 1.1, 1 / 3, 3))))
+    ledger.label(state)
+    machine.folder.keep("two", state, "key", RecordDict())
+    if what == "removed":
+        (machine.folder.path / LEDGER).unlink()
+    else:
+        (machine.folder.path / LEDGER).write_bytes(first)
+    ledger.copy(state)
+    (machine.states / "two.state").unlink()
+    assert len(machine.open("three")[1].charges) == 4
+    assert json.loads((machine.kit / MARK).read_text())["charges"] == 4
+
+
+def test_charges_of_before_there_were_terms_count_on_all_terms_of_now(machine: Machine) -> None:
+    state = RecordDict()
+    put_ledger(state, Ledger((Charge(1, 1.0, 0.5, 2),)))
+    machine.folder.keep_state("old", state)
+    assert machine.open("new")[1] == OtherRuns((Charge(1, 1.0, 0.5, 2),), 1e-5)
+    assert isinstance(state["fedcore.ledger"], ConfigRecord)
+
+
+def test_what_is_not_charged_is_not_written(machine: Machine) -> None:
+    state, ledger = RecordDict(), machine.ledger("one")
+    assert not ledger.label(state)
+    assert list(state) == []
+
+
+@given(
+    deaths=st.lists(
+        st.tuples(st.sampled_from(["one", "two"]), st.integers(0, 3)), min_size=1, max_size=12
+    )
+)
+def test_whatever_dies_and_when_spend_is_exact(
+    tmp_path_factory: pytest.TempPathFactory, deaths: list[tuple[str, int]]
+) -> None:
+    """Dying at each of the writes of a round, in turn, in runs that take turns."""
+    root = tmp_path_factory.mktemp("device")
+    released = {"one": 0, "two": 0}
+    for run, lives in deaths:
+        with own(root / "device") as folder, pytest.MonkeyPatch.context() as patch:
+            machine = Machine(root, folder)
+            state = folder.state(run)
+            machine.ledger(run).open(state)
+            put_ledger(state, Ledger((*ledger_in(state).charges, Charge(1, 1.0, 0.5, 2))))
+            left = itertools.count(lives, -1)
+
+            def dying(path: Path, data: bytes, *, mode: int) -> None:
+                if next(left) == 0:  # noqa: B023
+                    raise KeyboardInterrupt
+                write_atomic(path, data, mode=mode)
+
+            patch.setattr("edge_client.node.ledger.write_atomic", dying)
+            patch.setattr("edge_client.node.state.write_atomic", dying)
+            try:
+                ledger = machine.ledger(run)
+                ledger.label(state)
+                folder.keep(run, state, "key", RecordDict())
+                ledger.copy(state)
+            except KeyboardInterrupt:
+                pass
+            released[run] += lives >= 2  # reply and state are there: the reply may leave
+    with own(root / "device") as folder:
+        machine = Machine(root, folder)
+        found = {run: machine.open(run) for run in released}
+    assert {run: count for run, (count, _) in found.items()} == released
+    assert len(found["one"][1].charges) == released["two"]
