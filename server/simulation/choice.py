@@ -18,7 +18,7 @@ _LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
 _ENOUGH_S = 10.0  # what takes so long needs no second look; less may be the cost of a first time
 _GAP, _ROUNDING = 1e-4, 1e-6  # of an update, and of the weights: both far above what rounding gives
 _METHODS: tuple[Method, Method] = ("loop", "vectorised")
-_MARGIN = 1.15  # a gain below it is within the noise of a machine
+_MARGIN = 1.05  # a gain below it is not worth other last bits than a device's
 
 Clock = Callable[[], float]
 

@@ -107,7 +107,7 @@ def _groups(
     weights = 4 * parameters  # gradients, state, noise
     if run.private:
         weights += run.client.batch_size * parameters  # examples' own gradients
-    step = run.client.batch_size * trainer.numbers * (8 if run.private else 4)
+    step = run.client.batch_size * trainer.numbers * 4
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
         most = max(1, _STEP_BYTES // step)
