@@ -48,7 +48,7 @@ class Rigged:
 
 @pytest.mark.parametrize(
     ("loop_s", "vectorised_s", "method"),
-    [(0.01, 0.001, "vectorised"), (0.01, 0.02, "loop"), (0.01, 0.0095, "loop")],
+    [(0.01, 0.001, "vectorised"), (0.01, 0.02, "loop"), (0.01, 0.0097, "loop")],
 )
 def test_the_quicker_is_chosen_and_a_tie_goes_to_what_devices_do(
     loop_s: float, vectorised_s: float, method: str
