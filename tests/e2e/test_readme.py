@@ -68,10 +68,11 @@ def test_the_task_in_the_readme_is_ready(tmp_path: Path) -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z-]+)", page.read_text())}
+    written = re.compile(r"(?:^|`)make ([a-z-]+)", re.M)  # as a command, not in a sentence
+    named = {name for page in PAGES for name in written.findall(page.read_text())}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"demo", "test"} <= named
-    assert named - targets <= {"PYTHON"}
+    assert named <= targets
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
