@@ -185,18 +185,21 @@ def _noise(
     What is drawn is divided by the expected batch size at once, as the gradient is.
     """
     drawn = {name: tensor.new_empty(tensor.shape) for name, tensor in weights.items()}
+    device = next(iter(drawn.values())).device
     draws = [
-        (one.private.noise(drawn[name].device), one.private.plan)
-        for one in group
+        (
+            [tensor[place] for tensor in drawn.values()],
+            one.private.plan.charge.noise_multiplier * one.private.plan.clip_norm / size,
+            one.private.noise(device),
+        )
+        for place, (one, size) in enumerate(zip(group, sizes, strict=True))
         if one.private is not None
-        for name in list(drawn)[:1]
     ]
 
     def draw(clients: int) -> Weights:
-        for place, ((rng, plan), size) in enumerate(zip(draws[:clients], sizes, strict=False)):
-            deviation = plan.charge.noise_multiplier * plan.clip_norm
-            for tensor in drawn.values():
-                tensor[place].normal_(0.0, deviation / size, generator=rng)
+        for tensors, deviation, rng in draws[:clients]:
+            for tensor in tensors:
+                tensor.normal_(0.0, deviation, generator=rng)
         return {name: tensor[:clients] for name, tensor in drawn.items()}
 
     return draw

@@ -126,8 +126,9 @@ def _padded(order: Order, width: int, columns: int) -> Tensor:
         return (
             torch.cat([rows, rows.new_zeros(columns - len(rows))]) if len(rows) < columns else rows
         )
-    lengths = torch.tensor(order.lengths)
-    gaps = torch.arange(len(lengths)) * width - (lengths.cumsum(0) - lengths)
-    index = rows.new_zeros(columns)
-    index[torch.arange(len(rows)) + gaps.repeat_interleave(lengths)] = rows
-    return index
+    numbers, index, begin = rows.tolist(), [], 0  # for so few, lists are quicker than tensors
+    for length in order.lengths:
+        index += numbers[begin : begin + length]
+        index += [0] * (width - length)
+        begin += length
+    return torch.tensor(index + [0] * (columns - len(index)))
