@@ -188,13 +188,11 @@ def _with_pooling(chain: Chain) -> Chain:
         block = _block(steps[last].apply) if last is not None else None
         if last is None or block is None:
             continue
-        steps[place] = replace(step, apply=replace(step.apply, window=_pooled(step.apply, block)))
+        steps[place] = replace(
+            step, apply=replace(step.apply, window=replace(step.apply.window, pool=block))
+        )
         steps[last] = replace(steps[last], apply=nn.Identity())
     return replace(chain, steps=tuple(steps))
-
-
-def _pooled(layer: Conv, block: Pair) -> Window:
-    return replace(layer.window, pool=block)
 
 
 def _is_relu(apply: Dense | Elementwise) -> bool:

@@ -13,11 +13,8 @@ from flwr.app import Message, RecordDict
 
 from edge_client.node import loop, wake
 from fedcore.errors import DeviceError, TrustError
-from fedcore.seeds import Simulated
-from fedcore.task import load_task
 from fedcore.updates.messages import STATISTICS
-from server.app import Listener, server_app
-from server.records import RoundRecord
+from tests.e2e.live.federation import federate
 
 NAMES = ("edge-0", "edge-1")
 
@@ -33,19 +30,6 @@ def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> float:
 def all_awake(served: Any, count: int) -> bool:
     devices = served.listening.presence.devices()
     return sum(device.awake for device in devices) == count
-
-
-def federate(project: Any, served: Any, run: Any) -> list[RoundRecord]:
-    records: list[RoundRecord] = []
-    app = server_app(
-        load_task(project.task),
-        run,
-        cloud=None,
-        randomness=Simulated(run.seed),
-        listener=Listener(lambda note: None, records.append, lambda outcome: None),
-    )
-    app(served.listening.grid(), None)  # type: ignore[arg-type]
-    return records
 
 
 def test_devices_train_and_are_evaluated(project: Any, serve: Any, start: Any) -> None:

@@ -13,12 +13,9 @@ from fedcore.crypto.kit import client_context
 from fedcore.errors import DeviceError
 from fedcore.flower.fleet_client import FleetLink, Unreachable
 from fedcore.rpc.hello import hello_of
-from fedcore.seeds import Simulated
-from fedcore.task import load_task
-from server.app import Listener, server_app
 from server.live.gate import Gate
 from server.live.limits import Limits
-from server.records import RoundRecord
+from tests.e2e.live.federation import federate
 
 NAMES = ("edge-0", "edge-1")
 
@@ -43,19 +40,6 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(Gate, "_answer", answering)
     monkeypatch.setattr(Gate, "_keep_to_rate", keeping)
     return seen
-
-
-def federate(project: Any, served: Any, run: Any) -> list[RoundRecord]:
-    records: list[RoundRecord] = []
-    app = server_app(
-        load_task(project.task),
-        run,
-        cloud=None,
-        randomness=Simulated(run.seed),
-        listener=Listener(lambda note: None, records.append, lambda outcome: None),
-    )
-    app(served.listening.grid(), None)  # type: ignore[arg-type]
-    return records
 
 
 def test_rounds_without_a_pause_are_held_up_by_no_rate(

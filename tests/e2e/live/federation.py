@@ -1,0 +1,23 @@
+"""A ServerApp's rounds over devices that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedcore.seeds import Simulated
+from fedcore.task import load_task
+from server.app import Listener, server_app
+from server.records import RoundRecord
+
+
+def federate(project: Any, served: Any, run: Any) -> list[RoundRecord]:
+    records: list[RoundRecord] = []
+    app = server_app(
+        load_task(project.task),
+        run,
+        cloud=None,
+        randomness=Simulated(run.seed),
+        listener=Listener(lambda note: None, records.append, lambda outcome: None),
+    )
+    app(served.listening.grid(), None)  # type: ignore[arg-type]
+    return records
