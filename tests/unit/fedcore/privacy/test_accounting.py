@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from opacus.accountants import RDPAccountant
+from opacus.accountants.analysis import rdp
 
 from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Accountant, Charge, epsilon_of, noise_for
@@ -25,6 +27,27 @@ def test_ten_rounds_cost_what_opacus_says_of_all_their_steps() -> None:
         for _ in range(charge.steps):
             theirs.step(noise_multiplier=charge.noise_multiplier, sample_rate=charge.sample_rate)
     assert carried == pytest.approx(theirs.get_epsilon(delta=DELTA), rel=1e-12)
+
+
+def test_a_step_is_looked_into_once_however_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[object] = []
+    compute = rdp.compute_rdp
+
+    def counted(**given: Any) -> Any:
+        calls.append(given)
+        return compute(**given)
+
+    monkeypatch.setattr(rdp, "compute_rdp", counted)
+    theirs = RDPAccountant()
+    for steps in range(1, 40):
+        theirs.history = [(1.0625, 0.0625, steps)]
+        found = epsilon([Charge(1, 1.0625, 0.0625, steps)])
+        calls_of_ours = len(calls)
+        assert found == theirs.get_epsilon(delta=DELTA)
+        del calls[calls_of_ours:]
+    assert len(calls) == 1
 
 
 def test_prv_is_tighter_than_rdp() -> None:
