@@ -28,7 +28,7 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Asks the server whose folder this is, on this machine.
 
     Raises:
-        ResourceError: none is running, or this user may not ask it.
+        ResourceError: none answers, or this user may not ask it.
         FedcoreError: what the server answered.
     """
     path = folder / SOCKET
@@ -48,8 +48,9 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
             ) from None
         except OSError:
             raise ResourceError(
-                f"{folder}: no server is running with this identity. Nothing was asked; "
-                "`fedcore server start` starts one."
+                f"{folder}: no server answers with this identity: none is running, or the rounds "
+                "are over and it makes a release of their model, as its own output shows. Nothing "
+                "was asked; where none is running, `fedcore server start` starts one."
             ) from None
     return _read(raw, where=str(folder))
 

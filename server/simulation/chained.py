@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedcore.config import Client
 from fedcore.model import FullModel
-from fedcore.task import Loss, size_of
+from fedcore.task import Loss
 from fedcore.training.private import expected_batch_size
 from server.simulation.chain import Chain, Dense, Pass, Weights, run_chain, stacked
 from server.simulation.clipping import batch_gradient, example_gradients
@@ -136,10 +136,7 @@ def _walk_private(
     """Every step of DP-SGD."""
     device = rows.inputs.device
     plans = [one.private.plan for one in group if one.private is not None]
-    sizes = [
-        expected_batch_size(size_of(one.examples), plan)
-        for one, plan in zip(group, plans, strict=True)
-    ]
+    sizes = [expected_batch_size(one.size, plan) for one, plan in zip(group, plans, strict=True)]
     expected = torch.tensor(sizes, dtype=torch.float32, device=device)
     norms = torch.tensor([plan.clip_norm for plan in plans], device=device).unsqueeze(1)
     draw = _noise(group, weights, sizes)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fedcore.errors import DataError
 from fedcore.model import FullModel
-from fedcore.task import size_of
 from fedcore.training.batches import gather_all
 from server.simulation.work import LocalWork
 
@@ -59,7 +58,7 @@ class Order:
 
 def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> Order:
     """The batches that `fedcore.training.local.train` takes."""
-    rng, count = work.order(), size_of(work.examples)
+    rng, count = work.order(), work.size
     whole, rest = divmod(count, batch_size)
     lengths = ([batch_size] * whole + [rest] * (rest > 0)) * epochs
     drawn = [torch.randperm(count, generator=rng) for _ in range(epochs)]
@@ -69,7 +68,7 @@ def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> Order:
 def poisson_order(work: LocalWork) -> Order:
     """The batches that `fedcore.training.private.train_private` takes."""
     assert work.private is not None
-    count, charge = size_of(work.examples), work.private.plan.charge
+    count, charge = work.size, work.private.plan.charge
     drawn = torch.rand(charge.steps, count, generator=work.order()) < charge.sample_rate
     return Order(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist())
 

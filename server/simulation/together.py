@@ -12,7 +12,7 @@ from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.mods import client_mods
 from fedcore.resident import Resident
-from fedcore.task import Loss, size_of
+from fedcore.task import Loss
 from fedcore.training.batches import gather
 from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
@@ -58,7 +58,7 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
             "layers that mix examples it cannot be trained side by side with the result that a "
             "device would get"
         )
-    rows = range(min(_LOOKED_AT, size_of(sample.examples)))
+    rows = range(min(_LOOKED_AT, sample.size))
     inputs, targets = gather(sample.examples, rows)
     device = next(model.model.parameters()).device
     with torch.no_grad():
@@ -111,13 +111,13 @@ def _groups(
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
         most = max(1, _STEP_BYTES // step)
-    places = sorted(range(len(work)), key=lambda place: -size_of(work[place].examples))
+    places = sorted(range(len(work)), key=lambda place: -work[place].size)
     numbers = client.task.example_input.numel()
     group: list[int] = []
     each = 0
     for place in places:
         if not group:  # the largest of its group
-            rows = size_of(work[place].examples) * run.client.epochs
+            rows = work[place].size * run.client.epochs
             # Twice: a step's widest batch pads all. Eight: all that a step's layers make.
             each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedcore.config import Client
 from fedcore.model import FullModel
-from fedcore.task import Loss, size_of
+from fedcore.task import Loss
 from fedcore.training.batches import gather_all
 from fedcore.training.local import optimizer_of
 from server.simulation.work import LocalWork, Trained, in_order
@@ -76,7 +76,7 @@ def _groups(work: Sequence[LocalWork], settings: Client) -> Iterable[list[int]]:
     """Clients that take equally many steps."""
     steps: dict[int, list[int]] = {}
     for place, one in enumerate(work):
-        steps.setdefault(-(-size_of(one.examples) // settings.batch_size), []).append(place)
+        steps.setdefault(-(-one.size // settings.batch_size), []).append(place)
     return steps.values()
 
 
@@ -90,7 +90,7 @@ def _train(
     """Clients of one group: all take the same number of steps."""
     clients, batch = len(work), settings.batch_size
     device = next(model.model.parameters()).device
-    counts = torch.tensor([size_of(one.examples) for one in work], device=device)
+    counts = torch.tensor([one.size for one in work], device=device)
     steps = -(-int(counts[0]) // batch)
     inputs, targets = _side_by_side(model, work, steps * batch)
     valid = torch.arange(steps * batch, device=device) < counts[:, None]
@@ -129,7 +129,7 @@ def _side_by_side(
     device = next(model.model.parameters()).device
     with torch.no_grad():
         for one in work:
-            count = size_of(one.examples)
+            count = one.size
             x, y = (tensor.to(device) for tensor in gather_all(one.examples))
             padding = torch.zeros(length - count, dtype=torch.long)  # its first example, masked
             rows = torch.cat([torch.arange(count), padding])
@@ -142,7 +142,7 @@ def _orders(work: Sequence[LocalWork], rngs: Sequence[torch.Generator], length: 
     """One epoch's order for each client, ``(K, length)``; what pads stands at the end."""
     orders = torch.zeros(len(work), length, dtype=torch.long)
     for row, one, rng in zip(orders, work, rngs, strict=True):
-        drawn = torch.randperm(size_of(one.examples), generator=rng)
+        drawn = torch.randperm(one.size, generator=rng)
         row[: len(drawn)] = drawn
     return orders
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fedcore.task import Examples
+from fedcore.task import Examples, size_of
 from fedcore.training.private import PrivatePlan
 
 
@@ -29,6 +30,11 @@ class LocalWork:
     order: Callable[[], torch.Generator]
     """A fresh generator, which draws the order of examples that the client itself would."""
     private: PrivateWork | None = None
+
+    @cached_property
+    def size(self) -> int:
+        """How many examples it brings."""
+        return size_of(self.examples)
 
 
 @dataclass(frozen=True)

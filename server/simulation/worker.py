@@ -209,7 +209,7 @@ class Worker:
         finite = np.isfinite(rows).all(axis=1)
         errors = [self._diverged(*both) for both in zip(trained.losses, finite, strict=True)]
         taken = [place for place, error in enumerate(errors) if error is None]
-        sizes = [size_of(work.examples) for work in work_of]
+        sizes = [work.size for work in work_of]
         if order.fold:
             weights = [1 if order.uniform else sizes[place] for place in taken]
             fitting = rows if len(taken) == len(rows) else rows[taken]

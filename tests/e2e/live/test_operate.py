@@ -107,7 +107,7 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     assert ask_here(folder, {"verb": "stop"})["state"] == "stopping"
     assert server.end() == 130
     assert not (folder / SOCKET).exists()
-    with pytest.raises(ResourceError, match="no server is running"):
+    with pytest.raises(ResourceError, match="no server answers"):
         status(project)
     told = [(line["action"], line["outcome"].partition(":")[0]) for line in audit(project)]
     assert told == [
@@ -207,7 +207,7 @@ def test_the_socket_is_its_users_alone_and_a_killed_server_leaves_none_in_the_wa
     server.send(signal.SIGKILL)
     server.end()
     assert path.exists()
-    with pytest.raises(ResourceError, match="no server is running"):
+    with pytest.raises(ResourceError, match="no server answers"):
         status(project)
     launch_server(name="second")
     wait_for(lambda: status(project)["run"] == "second")
