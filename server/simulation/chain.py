@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,9 +169,7 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
         z = back_to_image(image, z, weight, window)
     z = result = _anchored(z)
     if window.pool != (1, 1):
-        result = z.view(*z.shape[:2], *window.pool, -1, z.shape[3])
-        for axis in (3, 2):  # the first of each row, then the first row
-            result = largest(result, axis)
+        result = largest(z.view(*z.shape[:2], math.prod(window.pool), -1, z.shape[3]), 2)
     if layer.bias is not None:
         result = result + weights[layer.bias][:, None, None]
     return rows, z, result
