@@ -48,18 +48,23 @@ class Proxy:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        servers = []
         for port in self.ports:
             serve = asyncio.start_server(
                 lambda reader, writer, port=port: self._serve(port, reader, writer),
                 self.host,
                 port,
             )
-            self._loop.run_until_complete(serve)
+            servers.append(self._loop.run_until_complete(serve))
         self._up.set()
         self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
+        for server in servers:
+            server.close()
+        self._loop.run_until_complete(asyncio.sleep(0))  # what was just accepted is a task then
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0.05))
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
     async def _serve(

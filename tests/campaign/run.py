@@ -90,11 +90,12 @@ def planned(options: argparse.Namespace, enough: Callable[[], bool]) -> Iterator
         {"private": False},
     )
     yield Planned("disk full", 10, lambda place: scenarios.fill_disks(place, 2))
-    yield Planned(
-        *("after the rounds", 2),
-        lambda place: scenarios.kill_finishing(place, times, rng, enough),
-        {"releases": True},
-    )
+    for _ in range((times + 1) // 2):  # each is over after a few kills: what is done stays done
+        yield Planned(
+            *("after the rounds", 2),
+            lambda place: scenarios.kill_finishing(place, times, rng, enough),
+            {"releases": True},
+        )
     for which in ("clock_off_s", "server_clock_off_s"):
         for off_s in (_CLOCK_OFF_S, -_CLOCK_OFF_S):
             yield Planned("clock wrong", 3, scenarios.wrong_clocks, {which: off_s})
