@@ -114,8 +114,11 @@ def _walk(
     for step, losses in enumerate(told):
         each[: rows.active[step], step, : rows.widest[step]] = losses
     last = _last_epoch(rows, epochs)
-    sums = torch.where(last.unsqueeze(2), each * rows.mask, 0.0).sum(dim=(1, 2))
-    return (sums / (rows.counts * last).sum(dim=1)).tolist()
+    each = torch.where(rows.mask > 0, each, 0.0)
+    sums = torch.where(last.unsqueeze(2), each, 0.0).sum(dim=(1, 2))
+    means = sums / (rows.counts * last).sum(dim=1)
+    finite = torch.isfinite(each).all(dim=2).all(dim=1)  # in earlier epochs, too
+    return torch.where(finite, means, torch.nan).tolist()
 
 
 def _last_epoch(rows: Rows, epochs: int) -> Tensor:

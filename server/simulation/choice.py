@@ -15,9 +15,10 @@ from server.simulation.orders import Answer, Asked, Method, Order
 from server.simulation.worker import Worker
 
 _LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
+_COMPARED = 4  # clients that are trained both ways, to see that they learn the same
+_LONG_S = 1.0  # one is enough then
 _ENOUGH_S = 10.0  # what takes so long needs no second look; less may be the cost of a first time
 _GAP, _ROUNDING = 1e-4, 1e-6  # of an update, and of the weights: both far above what rounding gives
-_METHODS: tuple[Method, Method] = ("loop", "vectorised")
 _MARGIN = 1.05  # a gain below it is not worth other last bits than a device's
 
 Clock = Callable[[], float]
@@ -40,6 +41,29 @@ def forced(method: Method) -> Choice:
     return Choice(method, None, None, "as the configuration says")
 
 
+def attempts(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock) -> list[Answer]:
+    """What clients answer one after the other, until enough have trained to judge by.
+
+    Results are dropped, and ledgers stay as they are.
+
+    Args:
+        worker: Idle; it is left so.
+        order: Of the first round.
+        asked: Clients of that round that are there.
+        clock: Gives seconds.
+    """
+    worker.begin(replace(order, method="loop", fold=False))
+    found: list[Answer] = []
+    trained = 0
+    for one in asked:
+        started = clock()
+        found += worker.work([one])
+        trained += found[-1].content is not None
+        if trained == _COMPARED or (trained and clock() - started > _LONG_S):
+            break
+    return found
+
+
 def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock) -> Choice:
     """Trains the first clients both ways and drops the results; ledgers stay as they are.
 
@@ -48,7 +72,7 @@ def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock
     Args:
         worker: Idle; it is left so.
         order: Of the first round.
-        asked: Clients of that round, at least one.
+        asked: Clients of that round, at least one; the first of them train.
         clock: Gives seconds.
     """
 
@@ -76,7 +100,7 @@ def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock
     return Choice(method, loop_s, vectorised_s, measured)
 
 
-def difference(worker: Worker, order: Order, asked: Sequence[Asked]) -> str | None:
+def difference(worker: Worker, order: Order, alone: Sequence[Answer]) -> str | None:
     """Why clients may not go side by side, where these learn something else then; None if not.
 
     What a model or a loss does with a batch can hide from every look at it but this one. Results
@@ -85,23 +109,22 @@ def difference(worker: Worker, order: Order, asked: Sequence[Asked]) -> str | No
     Args:
         worker: Idle; it is left so.
         order: Of the first round.
-        asked: Clients of that round.
+        alone: What clients answered to it one after the other, from `attempts`.
     """
-    found: list[list[Answer]] = []
-    for method in _METHODS:
-        worker.begin(replace(order, method=method, fold=False))
-        found.append(worker.work(asked))
+    worker.begin(replace(order, method="vectorised", fold=False))
+    together = worker.work([one.asked for one in alone])
     start = _weights(order.content)
-    for alone, beside in zip(*found, strict=True):
-        if alone.content is None or beside.content is None:
-            if (alone.content is None) != (beside.content is None):
-                return f"client {alone.asked.name!r} fails in one way of training alone"
+    for by_itself, beside in zip(alone, together, strict=True):
+        name = by_itself.asked.name
+        if by_itself.content is None or beside.content is None:
+            if (by_itself.content is None) != (beside.content is None):
+                return f"client {name!r} fails in one way of training alone"
             continue
-        one, other = _weights(alone.content), _weights(beside.content)
+        one, other = _weights(by_itself.content), _weights(beside.content)
         gap, moved = np.linalg.norm(one - other), np.linalg.norm(one - start)
         if not gap <= _GAP * moved + _ROUNDING * np.linalg.norm(start):
             return (
-                f"client {alone.asked.name!r} learns something else side by side: its update "
+                f"client {name!r} learns something else side by side: its update "
                 f"differs by {gap / moved if moved else np.inf:.2g} of its length"
             )
     return None

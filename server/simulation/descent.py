@@ -55,27 +55,34 @@ def descent(
 def _plain(
     weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
 ) -> Descend:
-    """SGD without momentum: gradient and step are one product."""
-    rate = settings.learning_rate
-    keep = 1.0 - rate * (settings.weight_decay + mu)
+    """SGD without momentum: gradient and step are one product.
+
+    What decays is a step of its own: weights times a little less than 1 would be rounded to it.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    pulled = weights.items() if decay or mu else ()
     matrices = [matrix(layer, weights[layer.weight]) for layer in layers]
 
     def descend(clients: int, gradients: Sequence[Gradient], extra: Weights | None) -> None:
+        pulls = {name: _pull(one[:clients], start[name], decay, mu) for name, one in pulled}
         for layer, whole, one in zip(layers, matrices, gradients, strict=True):
             weight = whole[:clients].view(clients, one.left.shape[2], -1)
-            weight.baddbmm_(one.left.transpose(1, 2), one.right, beta=keep, alpha=-rate)
+            weight.baddbmm_(one.left.transpose(1, 2), one.right, alpha=-rate)
             if layer.bias is not None:
-                bias = weights[layer.bias][:clients]
-                if keep != 1.0:
-                    bias.mul_(keep)
-                bias.sub_(one.bias, alpha=rate)
+                weights[layer.bias][:clients].sub_(one.bias, alpha=rate)
         for name, tensor in weights.items():
-            if mu:
-                tensor[:clients].add_(start[name], alpha=rate * mu)
+            if name in pulls:
+                tensor[:clients].sub_(pulls[name], alpha=rate)
             if extra is not None:
                 tensor[:clients].sub_(extra[name], alpha=rate)
 
     return descend
+
+
+def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
+    """Slopes of weight decay and of FedProx's penalty."""
+    slopes = (weight - start).mul_(mu) if mu else torch.zeros_like(weight)
+    return slopes.add_(weight, alpha=decay) if decay else slopes
 
 
 def _with_state(

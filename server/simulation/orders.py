@@ -33,6 +33,9 @@ class Order:
     """Type of the message."""
     content: RecordDict
     method: Method = "loop"
+    chosen: bool = False
+    """Whether ``method`` was tried on the run's first clients: whoever it cannot take goes
+    alone."""
     fold: bool = False
     """Whether updates are added up where they are made, and only sums travel."""
     uniform: bool = False

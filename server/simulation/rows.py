@@ -23,7 +23,7 @@ class Rows:
     """
 
     inputs: Tensor
-    """``(K, T * width, ...)``, behind preprocessing; rows that pad hold some example."""
+    """``(K, T * width, ...)``, behind preprocessing; rows that pad hold zeros."""
     targets: Tensor
     """``(K, T * width, ...)``."""
     counts: Tensor
@@ -89,19 +89,16 @@ def lay_out(
             with torch.no_grad():
                 x = model.preprocess(x)
         y = y.to(device)
-        if place and (_kind(x) != _kind(inputs[0]) or _kind(y) != _kind(targets[0])):
-            raise DataError(
-                f"data: examples are {_kind(x)} with targets {_kind(y)}, those of another client "
-                f"{_kind(inputs[0])} with {_kind(targets[0])}. They were not trained together."
-            )
-        if not place:
+        if place:
+            check_alike((x, y), (inputs[0], targets[0]))
+        else:
             inputs = x.new_empty((len(work), columns, *x.shape[1:]))
             targets = y.new_empty((len(work), columns, *y.shape[1:]), device=device)
         index = _padded(order, width, columns).to(device)
         torch.index_select(x, 0, index, out=inputs[place])
         torch.index_select(y, 0, index, out=targets[place])
     lengths = [[*order.lengths, *[0] * (steps[0] - len(order.lengths))] for order in orders]
-    return Rows(
+    rows = Rows(
         inputs,
         targets,
         counts=torch.tensor(lengths, device=device),
@@ -111,6 +108,23 @@ def lay_out(
         widest=tuple(max(1, *step) for step in zip(*lengths, strict=True)),
         full=all(length == width for row in lengths for length in row),
     )
+    if not rows.full:  # of an example that is not finite even nothing would be too much
+        inputs[rows.mask.flatten(1) == 0] = 0
+    return rows
+
+
+def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    """Refuses to train clients together whose examples, inputs and targets, are not of one kind.
+
+    Raises:
+        DataError: shape or dtype differ.
+    """
+    (x, y), (inputs, targets) = one, other
+    if _kind(x) != _kind(inputs) or _kind(y) != _kind(targets):
+        raise DataError(
+            f"data: examples are {_kind(x)} with targets {_kind(y)}, those of another client "
+            f"{_kind(inputs)} with {_kind(targets)}. They were not trained together."
+        )
 
 
 def _kind(batch: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -46,7 +46,7 @@ def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:
 
 
 def _is_cross_entropy(loss: Loss) -> bool:
-    if isinstance(loss, nn.CrossEntropyLoss):
+    if type(loss) is nn.CrossEntropyLoss:  # one that is made from it may be anything
         plain = loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index < 0
         return plain and loss.reduction == "mean"
     return loss is nn.functional.cross_entropy

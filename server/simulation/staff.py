@@ -11,14 +11,12 @@ from flwr.app import MessageType
 
 from fedcore.config import Simulation
 from fedcore.errors import ConfigError
-from server.simulation.choice import Choice, Clock, choose, difference, forced
+from server.simulation.choice import Choice, Clock, attempts, choose, difference, forced
 from server.simulation.crew import Alone, Crew, MakeWorker
 from server.simulation.orders import Asked, Order
 from server.simulation.pool import Pool
 from server.simulation.state import State
 
-_COMPARED = 4  # clients that are trained both ways, to see that they learn the same
-_LONG_S = 1.0  # one is enough then
 _WORTH_S = 0.02  # rounds shorter than that gain nothing from other processes
 
 
@@ -57,26 +55,36 @@ class Staff:
         choice = self._state.choice
         if choice is None:
             choice = self._state.choice = self._choose(order, asked)
+        if choice is None:
+            return self._here, order
         if self._crew is None:
             self._crew = self._hire(choice, len(asked))
             self._on_choice(choice, self._crew.size)
-        return self._crew, replace(order, method=choice.method)
+        return self._crew, replace(order, method=choice.method, chosen=True)
 
     def close(self) -> None:
         """Ends the workers."""
         if self._crew is not None:
             self._crew.close()
 
-    def _choose(self, order: Order, asked: Sequence[Asked]) -> Choice:
+    def _choose(self, order: Order, asked: Sequence[Asked]) -> Choice | None:
+        """None where no client trains, so that there is nothing to choose by."""
         wanted, worker = self._settings.training, self._here.worker
+        if wanted == "loop":
+            return forced(wanted)
+        there = worker.reached(order, asked)
+        alone = attempts(worker, order, there, clock=self._clock)
+        train = [one.asked for one in alone if one.content is not None]
+        if not train:
+            return None
         if wanted == "auto":
-            choice = choose(worker, order, asked, clock=self._clock)
+            rest = there[len(alone) :]
+            choice = choose(worker, order, [*train, *rest], clock=self._clock)
         else:
             choice = forced(wanted)
         if choice.method == "loop":
             return choice
-        long = choice.loop_s is not None and choice.loop_s > _LONG_S
-        why = difference(worker, order, asked[: 1 if long else _COMPARED])
+        why = difference(worker, order, alone)
         if why is not None and wanted == "vectorised":
             raise ConfigError(
                 f"simulation.training = 'vectorised': {why}. Nothing was trained; use 'loop'."

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from fedcore.client_app import Client
 from fedcore.errors import DataError
@@ -58,18 +59,20 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
             "layers that mix examples it cannot be trained side by side with the result that a "
             "device would get"
         )
-    rows = range(min(_LOOKED_AT, sample.size))
+    # Twice, where there is only one: of a batch of one a sum is a mean, too.
+    rows = range(min(_LOOKED_AT, sample.size)) if sample.size > 1 else (0, 0)
     inputs, targets = gather(sample.examples, rows)
     device = next(model.model.parameters()).device
     with torch.no_grad():
         behind = model.preprocess(inputs.to(device))
         outputs = model.model(behind)
-    mean = is_mean(loss, outputs, targets.to(device))
+    targets = targets.to(device)
+    mean = is_mean(loss, outputs, targets)
     if mean is None:
         raise DataError("data: the loss of these examples is not finite. Others were tried.")
     if not mean:
         return "the task's loss is no mean over the examples of a batch"
-    chain = find_chain(model.model, behind)
+    chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
     if chain is not None:
 
         def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
@@ -81,9 +84,41 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
             "per-example gradients of more than dense layers and convolutions are taken one client "
             "at a time"
         )
+    mixed = _what_mixes(model.model, behind, targets, loss)
+    if mixed:
+        return mixed
     return Trainer(
         lambda model, work, mu: train_cohort(model, work, loss, run.client, proximal_mu=mu), 0
     )
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether layers call anything when they run, which a chain of products would not."""
+    return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> str:
+    """Why examples side by side would not be what they are alone, tried on some; empty if not."""
+    was_training = model.training
+    model.train()
+    try:
+        with torch.no_grad():
+            together = model(inputs)
+            try:
+                alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
+            except Exception as error:  # the task's code, which takes the batch
+                return f"the model takes no batch of one example ({type(error).__name__}: {error})"
+        with torch.enable_grad():
+            value = loss(model(inputs), targets)
+            parameters = dict(model.named_parameters())
+            slopes = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    finally:
+        model.train(was_training)
+    scale = float(together.abs().max()) if together.is_floating_point() else 1.0
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale):
+        return "the model mixes the examples of a batch, or draws random numbers"
+    unused = [name for name, one in zip(parameters, slopes, strict=True) if one is None]
+    return f"nothing depends on {', '.join(unused)}" if unused else ""
 
 
 def train_in_groups(

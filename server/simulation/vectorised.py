@@ -18,6 +18,7 @@ from fedcore.model import FullModel
 from fedcore.task import Loss
 from fedcore.training.batches import gather_all
 from fedcore.training.local import optimizer_of
+from server.simulation.rows import check_alike
 from server.simulation.work import LocalWork, Trained, in_order
 
 Weights = dict[str, Tensor]
@@ -37,8 +38,14 @@ def what_forbids(model: FullModel) -> str:
     ]
     parameters = dict(model.model.named_parameters())
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    hooked = [f"{name} (with hooks)" for name, p in parameters.items() if p._backward_hooks]
+    hooked += [
+        f"{name or 'model'} (with hooks)"
+        for name, module in model.model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
     tied = sorted(model.model.state_dict().keys() - parameters.keys()) if not named else []
-    return ", ".join(named + before + frozen + [f"{name} (tied)" for name in tied])
+    return ", ".join(named + before + frozen + hooked + [f"{name} (tied)" for name in tied])
 
 
 _MIXING = (_BatchNorm,)  # examples of a batch, with statistics of its own or without
@@ -100,6 +107,7 @@ def _train(
     step = _gradients(model.model, loss, full=full)
     rows = torch.arange(clients)[:, None]
     losses = torch.zeros(clients, device=device)
+    finite = torch.ones(clients, dtype=torch.bool, device=device)
     model.model.train()
     rngs = [one.order() for one in work]
     for _ in range(settings.epochs):
@@ -116,24 +124,29 @@ def _train(
                 weight.grad = gradient
             optimizer.step()
             losses += value.detach() * mask.sum(dim=1)
+            finite &= torch.isfinite(value.detach())
     flat = torch.cat([weights[name].detach().flatten(1) for name in weights], dim=1)
-    means = (losses / counts).tolist()
-    return Trained(flat, means)
+    means = torch.where(finite, losses / counts, torch.nan)
+    return Trained(flat, means.tolist())
 
 
 def _side_by_side(
     model: FullModel, work: Sequence[LocalWork], length: int
 ) -> tuple[Tensor, Tensor]:
     """All examples of all clients behind preprocessing: ``(K, length, ...)``, padded."""
-    inputs, targets = [], []
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
     device = next(model.model.parameters()).device
     with torch.no_grad():
         for one in work:
             count = one.size
             x, y = (tensor.to(device) for tensor in gather_all(one.examples))
+            x = model.preprocess(x)
             padding = torch.zeros(length - count, dtype=torch.long)  # its first example, masked
             rows = torch.cat([torch.arange(count), padding])
-            inputs.append(model.preprocess(x)[rows])
+            if inputs:
+                check_alike((x, y), (inputs[0], targets[0]))
+            inputs.append(x[rows])
             targets.append(y[rows])
     return torch.stack(inputs), torch.stack(targets)
 

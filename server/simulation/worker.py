@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 
 from fedcore.client_app import Client, error_of, learn, local_data, model_of, spend
 from fedcore.errors import (
-    BudgetExhausted,
     ConfigError,
     DataError,
+    FedcoreError,
     InsufficientMemory,
     InvalidUpdate,
     TaskError,
@@ -74,19 +74,28 @@ class Worker:
         assert order is not None
         if order.kind != MessageType.TRAIN:
             return [self._by_app(order, one, None) for one in asked]
-        reached, lost = [], []
+        there, lost = [], []
         for one in asked:
             found = self._fate(order, one)
             if found is None or counts(found, deadline_s=order.deadline_s):
-                reached.append((one, found))
+                there.append((one, found))
             else:
                 lost.append(self._lost(order, one, found))
         if order.method == "vectorised":
-            answers = list(self._together(order, reached))
+            answers = list(self._together(order, there))
         else:
-            answers = [self._alone(order, one, found) for one, found in reached]
+            answers = [self._alone(order, one, found) for one, found in there]
         places = {one.node: place for place, one in enumerate(asked)}
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
+
+    def reached(self, order: Order, asked: Sequence[Asked]) -> list[Asked]:
+        """Those of ``asked`` whose updates arrive in time on the virtual clock."""
+        fates = ((one, self._fate(order, one)) for one in asked)
+        return [
+            one
+            for one, found in fates
+            if found is None or counts(found, deadline_s=order.deadline_s)
+        ]
 
     def hand_in(self) -> ExactMean:
         """The sum of what was folded since the order began."""
@@ -122,9 +131,9 @@ class Worker:
         """A client whose update does not arrive in time; if it began, it has charged its ledger."""
         ledger = one.ledger
         if self._client.run.private and begun(found):
-            examples, _ = local_data(self._client, one.name)
             number = self._read(order).round
-            with suppress(BudgetExhausted):  # it declined, and nobody heard of it
+            with suppress(FedcoreError):  # it declined or failed, and nobody heard of it
+                examples, _ = local_data(self._client, one.name)
                 _, ledger = spend(
                     self._client, one.name, examples, ledger or Ledger(), round=number
                 )
@@ -192,17 +201,17 @@ class Worker:
         if not ready:
             return
         work_of = [work for _, _, work, _ in ready]
-        trainer = self._trainer(instruction, work_of)
+        trainer = self._trainer(instruction, work_of, chosen=order.chosen)
         try:
             if trainer is None:
-                raise DataError("data: the task could not be tried on that of any of these clients")
+                raise DataError("data: none of these clients can be trained side by side")
             with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
                 trained = train_in_groups(
                     trainer, self._model(instruction), work_of, client, instruction.proximal_mu
                 )
         except InsufficientMemory:
             raise
-        except Exception:  # some client's data or loss failed: alone, it says which, and how
+        except (Exception, SystemExit):  # some client's data or loss failed: alone, it says how
             yield from (self._alone(order, one, found) for one, found, _, _ in ready)
             return
         rows = trained.weights.cpu().numpy()
@@ -233,40 +242,50 @@ class Worker:
                 content = update_content(Update(rows[place], sizes[place], metrics))
                 yield Answer(one, content=content, ledger=ledger, fate=found)
 
-    def _trainer(self, instruction: Instruction, work: Sequence[LocalWork]) -> Trainer | None:
+    def _trainer(
+        self, instruction: Instruction, work: Sequence[LocalWork], *, chosen: bool
+    ) -> Trainer | None:
         """What trains clients side by side, found with the first whose data the task takes.
 
-        None where it takes none of theirs.
+        None where it takes none of theirs, or none can be trained so though others could.
 
         Raises:
-            ConfigError: nothing can, whatever the data.
+            ConfigError: none can be trained so, and no other was before.
         """
-        failures: list[Exception] = []  # trained alone, these clients say what is wrong
-        for sample in work if self._found is None else ():
-            try:
-                self._model(instruction)
-                self._found = find_trainer(self._client, self._client.resident, sample)
-            except (ConfigError, InsufficientMemory, InvalidUpdate, TaskError):
-                raise
-            except Exception as error:
-                failures.append(error)
-                continue
-            break
-        if isinstance(self._found, str):
-            raise ConfigError(
-                f"simulation.training = 'vectorised': {self._found}. Nothing was trained; use "
-                "'loop' or 'auto'."
-            )
-        return self._found
+        if self._found is not None:
+            return self._found
+        for sample in work:
+            found = self._tried(instruction, sample)
+            if isinstance(found, Trainer):
+                self._found = found
+                return found
+            if found is not None and not chosen:
+                raise ConfigError(
+                    f"simulation.training = 'vectorised': {found}. Nothing was trained; use 'loop' "
+                    "or 'auto'."
+                )
+        return None
 
-    _found: Trainer | str | None = None
+    _found: Trainer | None = None
+
+    def _tried(self, instruction: Instruction, sample: LocalWork) -> Trainer | str | None:
+        """What trains clients like this one, or why nothing can; None where its data fail."""
+        try:
+            self._model(instruction)
+            return find_trainer(self._client, self._client.resident, sample)
+        except (ConfigError, InsufficientMemory, InvalidUpdate, TaskError):
+            raise
+        except (Exception, SystemExit):  # trained alone, this client says what is wrong
+            return None
 
     @cached_property
     def _device(self) -> torch.device:
         return available(self._client.run.client.device)
 
     def _model(self, instruction: Instruction) -> FullModel:
-        return model_of(self._client, instruction).to(self._device)
+        model = model_of(self._client, instruction)
+        there = next(model.parameters()).device == self._device  # moving looks at every module
+        return model if there else model.to(self._device)
 
     def _spend(
         self, one: Asked, examples: Examples, instruction: Instruction
