@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.observability.words import one_line
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
@@ -24,6 +25,8 @@ from fedcore.updates.pack import Layout
 from fedcore.updates.pieces import size_of
 from server.aggregation.exact import ExactMean
 from server.records import VirtualRecord
+
+_MAX_REASON = 2000  # characters that are shown of what a client says
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def accepted(
     taken = 0
     for reply in replies:
         if reply.has_error():
-            tally.failure(reply.error.code, reply.error.reason or f"error {reply.error.code}")
+            tally.failure(reply.error.code, reason_of(reply))
             continue
         tally.bytes_up += payload_bytes(reply)
         try:
@@ -211,6 +214,12 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
         f"federation.quorum = {quorum:g} needs {needed:.3g} ({tally.failed} failed, {silent} "
         f"silent at the deadline). The round was dropped. First: {reasons}"
     )
+
+
+def reason_of(reply: Message) -> str:
+    """Why a client failed, in its own words: a line of them, whatever it sent."""
+    reason = one_line((reply.error.reason or "")[:_MAX_REASON])
+    return reason or f"error {reply.error.code}"
 
 
 def payload_bytes(message: Message) -> int:

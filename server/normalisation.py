@@ -15,6 +15,7 @@ from fedcore.training.batches import in_order
 from fedcore.training.evaluate import BATCH_SIZE
 from fedcore.updates.messages import ARRAYS, CONFIG, STATISTICS, array_of, read_metrics
 from server.cloud import CloudData
+from server.inbound import reason_of
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
 """Number of examples, sum and sum of squares by feature."""
@@ -62,7 +63,7 @@ def _from_clients(grid: Grid, run: RunConfig, shape: tuple[int, ...]) -> Sums:
     replies = grid.send_and_receive(messages, timeout=run.federation.deadline_s)
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
         if reply.has_error():
-            reasons.append(reply.error.reason or f"error {reply.error.code}")
+            reasons.append(reason_of(reply))
             continue
         try:
             more, sums, squared = _read_sums(reply, shape)

@@ -87,9 +87,16 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
     mixed = _what_mixes(model.model, behind, targets, loss)
     if mixed:
         return mixed
-    return Trainer(
-        lambda model, work, mu: train_cohort(model, work, loss, run.client, proximal_mu=mu), 0
-    )
+
+    def train_any(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
+        return train_cohort(model, work, loss, run.client, proximal_mu=mu)
+
+    try:
+        train_any(model, [sample, sample], 0.0)
+    except Exception as error:  # the task's code, in a way in which no batch runs it
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"torch cannot run it for many clients at once ({said})"
+    return Trainer(train_any, 0)
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
@@ -106,7 +106,7 @@ def test_a_journal_keeps_an_update_that_is_in_a_file_by_pieces(
     tmp_path: Path, traced: None
 ) -> None:
     with closing(create(tmp_path, {})) as journal:
-        journal.ask("train", NODES)
+        journal.ask("train", NODES, [1] * len(NODES))
         message = reply(4)
         base = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
@@ -122,3 +122,14 @@ def test_a_journal_keeps_an_update_that_is_in_a_file_by_pieces(
         assert risen_mb(base) < 1.5
         array = kept.content[ARRAYS][MODEL]  # type: ignore[index]
         assert array.numpy().tobytes() == weights(4).tobytes()
+
+
+def test_what_a_client_says_of_its_failure_is_one_line_of_words() -> None:
+    said = "bad\n2026-01-01T00:00:00Z INFO device d2: forged\x1b[31m" + "x" * 10_000
+    tally = Tally(1)
+    refusal = Message(Error(1100, said), reply_to=asked(4))
+    assert list(accepted(iter([refusal]), LAYOUT, tally, first=1)) == []
+    (reason,) = tally.reasons
+    assert reason.startswith("bad 2026-01-01T00:00:00Z INFO device d2: forged")
+    assert reason.isprintable()
+    assert len(reason) <= 2000

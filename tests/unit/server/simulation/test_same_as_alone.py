@@ -245,6 +245,13 @@ class Unused(Normed):
         self.other = nn.Linear(3, 3)
 
 
+class Looking(Normed):
+    """Looks at a number, which no batch of clients has one of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (1.0 if self.last.bias.sum().item() < 1e9 else 2.0))
+
+
 def clipped() -> nn.Module:
     model = Normed()
     for parameter in model.parameters():
@@ -259,10 +266,10 @@ def observed() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("model", [Mixing, Dropping, Unused, clipped])
+@pytest.mark.parametrize("model", [Mixing, Dropping, Unused, Looking, clipped])
 def test_what_one_look_shows_is_refused(model: Callable[[], nn.Module]) -> None:
     bench = Bench(replace(TASK, model=model), simulation={"training": "vectorised"})
-    with pytest.raises(ConfigError, match=r"mixes|depends on|hooks|batch of one"):
+    with pytest.raises(ConfigError, match=r"mixes|depends on|hooks|batch of one|at once"):
         bench.staff().crew_for(bench.order, bench.asked)
 
 
