@@ -89,6 +89,11 @@ _MOST_DEVIATION = 0.15
 _REASONS = {
     ("w2", "flower"): "Flower's actors keep data and model between messages here; the reference's "
     "loaded them for each.",
+    (
+        "w2",
+        "bare",
+    ): "The bare loop adds clients' weights up by torch's functions for lists of tensors "
+    "here, and is quicker than the reference's.",
     ("w1", "pfl"): "pfl trains in the channels-last format here, where that is quicker; the "
     "reference did not. pfl-stock is run as the reference was.",
     ("w1", "flower"): "Flower's clients train in the channels-last format here; the reference's "
