@@ -31,18 +31,42 @@ def check_layers(module: nn.Module) -> None:
         for name, layer in module.named_modules()
         if _refused(layer)
     ]
-    if not named:
-        return
-    listed = "; ".join(f"{name} ({kind})" for name, kind in named)
-    instead = sorted(
-        {advice for _, kind in named for prefix, advice in _INSTEAD.items() if prefix in kind}
-    )
-    raise UnsupportedLayer(
-        f"model: example-level privacy cannot take {listed}: such a layer mixes examples of a "
-        "batch, or has no per-example gradient. Nothing was trained; use "
-        f"{', '.join(instead) or 'a layer that treats each example alone'}, or set privacy.unit to "
-        "'none'."
-    )
+    inside = [
+        f"{name or 'model'} ({type(layer).__name__})" for name, layer in _in_place_layers(module)
+    ]
+    if named:
+        listed = "; ".join(f"{name} ({kind})" for name, kind in named)
+        instead = sorted(
+            {advice for _, kind in named for prefix, advice in _INSTEAD.items() if prefix in kind}
+        )
+        also = f" {'; '.join(inside)} would need inplace=False, too." if inside else ""
+        raise UnsupportedLayer(
+            f"model: example-level privacy cannot take {listed}: such a layer mixes examples of a "
+            "batch, or has no per-example gradient. Nothing was trained; use "
+            f"{', '.join(instead) or 'a layer that treats each example alone'}, or set "
+            f"privacy.unit to 'none'.{also}"
+        )
+    if inside:
+        raise UnsupportedLayer(
+            f"model: example-level privacy cannot take {'; '.join(inside)} with inplace=True: such "
+            "a layer overwrites what the layer before it gave, which per-example gradients are "
+            "taken from. Nothing was trained; use inplace=False, which gives the same result, or "
+            "set privacy.unit to 'none'."
+        )
+
+
+def _in_place_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Layers that work in place beside something that is trained, by their names.
+
+    In a part of the model that is frozen as a whole, no gradient is taken.
+    """
+    found = []
+    for name, layer in module.named_modules():
+        if getattr(layer, "inplace", False):
+            holder = module.get_submodule(name.rpartition(".")[0])
+            if any(parameter.requires_grad for parameter in holder.parameters()):
+                found.append((name, layer))
+    return found
 
 
 def _refused(layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fedcore.errors import TrainingDiverged
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import shuffled
-from fedcore.training.order import for_images
+from fedcore.training.order import ViewsOfAnyMemory, for_images
 
 
 class OptimizerSettings(Protocol):
@@ -76,25 +77,27 @@ def train(
         TrainingDiverged: a batch's loss is not finite; ``module`` is then not to be used.
     """
     device = next(module.parameters()).device
-    images = for_images(module)
     optimizer = make_optimizer(module, settings)
     module.train()
     mean = 0.0
-    for epoch in range(epochs):
-        total, count = torch.zeros((), device=device), 0
-        for inputs, targets in shuffled(examples, batch_size, rng):
-            optimizer.zero_grad(set_to_none=True)
-            inputs = inputs.to(device)
-            if images and inputs.dim() == 4:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            value = loss(module(inputs), targets.to(device))
-            objective = value + penalty(module) if penalty else value
-            torch.autograd.backward(objective)
-            optimizer.step()
-            total += value.detach() * len(targets)
-            count += len(targets)
-        mean = (total / count).item()  # one synchronisation an epoch, not one a batch
-        check_loss(mean, epoch=epoch, learning_rate=settings.learning_rate)
+    with for_images(module) as images:
+        views = ViewsOfAnyMemory() if images else nullcontext()
+        for epoch in range(epochs):
+            total, count = torch.zeros((), device=device), 0
+            for inputs, targets in shuffled(examples, batch_size, rng):
+                optimizer.zero_grad(set_to_none=True)
+                inputs = inputs.to(device)
+                if images and inputs.dim() == 4:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                with views:
+                    value = loss(module(inputs), targets.to(device))
+                objective = value + penalty(module) if penalty else value
+                torch.autograd.backward(objective)
+                optimizer.step()
+                total += value.detach() * len(targets)
+                count += len(targets)
+            mean = (total / count).item()  # one synchronisation an epoch, not one a batch
+            check_loss(mean, epoch=epoch, learning_rate=settings.learning_rate)
     return mean
 
 

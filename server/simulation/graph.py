@@ -96,7 +96,7 @@ def _traced(model: nn.Module) -> Chain | None:
         elif node.op == "output":
             (result,) = node.args
             return Chain(tuple(steps), places[result]) if result in places else None
-        else:
+        elif not _asks_for_shape(node):
             step = _step(node, modules, places, prefix)
             if step is None:
                 return None
@@ -108,6 +108,9 @@ def _traced(model: nn.Module) -> Chain | None:
 def _step(
     node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], prefix: str | None
 ) -> Step | None:
+    if _flattens(node):
+        (source, *_) = node.args
+        return Step(_flatten, (Place(places[source]),), {}) if source in places else None  # type: ignore[index]
     if any(isinstance(a, fx.Node) and a not in places for a in node.all_input_nodes):
         return None
     args = tuple(Place(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
@@ -115,22 +118,86 @@ def _step(
     if any(isinstance(value, fx.Node) for value in kwargs.values()):
         return None
     if node.op == "call_module":
-        apply = _of_module(modules[str(node.target)], str(node.target) if prefix is None else "")
+        layer = modules[str(node.target)]
+        if getattr(layer, "inplace", False) and _is_read_elsewhere(node, modules):
+            return None
+        apply = _of_module(layer, str(node.target) if prefix is None else "")
         return None if apply is None else Step(apply, args, kwargs)
     if node.op == "call_function" and not kwargs.get("inplace"):
-        if node.target is torch.flatten and node.args[1:] == (1,) and not kwargs:
-            return Step(_flatten, args[:1], {})
         if node.target is functional.max_pool2d and not kwargs.get("return_indices"):
             pooling = nn.MaxPool2d(*args[1:], **kwargs)  # type: ignore[arg-type]
             return Step(_EachImage(pooling), args[:1], {})
-        if any(node.target is one for one in _FUNCTIONS):
+        if node.target is functional.avg_pool2d:
+            mean = nn.AvgPool2d(*args[1:], **kwargs)  # type: ignore[arg-type]
+            return Step(_EachImage(mean), args[:1], {})
+        if any(node.target is one for one in _FUNCTIONS) or _divides(node):
             return Step(node.target, args, kwargs)  # type: ignore[arg-type]
-    if node.op == "call_method":
-        if node.target == "flatten" and node.args[1:] == (1,) and not kwargs:
-            return Step(_flatten, args[:1], {})
-        if node.target in _METHODS:
-            return Step(getattr(Tensor, str(node.target)), args, kwargs)
+    if node.op == "call_method" and node.target in _METHODS:
+        return Step(getattr(Tensor, str(node.target)), args, kwargs)
     return None
+
+
+def _divides(node: fx.Node) -> bool:
+    """Whether a node divides by a number: nought by nought, in rows of padding, would spread."""
+    return (
+        _calls(node, operator.truediv, torch.div)
+        and len(node.args) == 2
+        and isinstance(node.args[1], int | float)
+        and not node.kwargs
+    )
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether a node makes each example one row, in one of the ways in which that is written."""
+    if _calls(node, torch.flatten, "flatten"):
+        dims = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+        return {"end_dim": -1} | dims == {"start_dim": 1, "end_dim": -1}
+    if not _calls(node, torch.reshape, "reshape", "view") or node.kwargs:
+        return False
+    shape = node.args[1:]
+    if len(shape) == 1 and isinstance(shape[0], tuple | list):
+        shape = tuple(shape[0])
+    if len(shape) != 2 or not isinstance(shape[1], int):
+        return False
+    # A number of columns other than an example's shows when the chain is run beside the model.
+    return _is_batch_size(shape[0]) or bool(shape[0] == -1)
+
+
+def _calls(node: fx.Node, *wanted: object) -> bool:
+    """Whether a node calls one of these functions, or a tensor's method of such a name."""
+    return node.op in ("call_function", "call_method") and node.target in wanted
+
+
+def _asks_for_shape(node: Any) -> bool:
+    """Whether a node is a tensor's shape or a part of it."""
+    if not isinstance(node, fx.Node):
+        return False
+    if _calls(node, operator.getitem):
+        return _asks_for_shape(node.args[0])
+    return _calls(node, "size") or (_calls(node, getattr) and node.args[1] == "shape")
+
+
+def _is_batch_size(node: Any) -> bool:
+    """Whether a node is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``."""
+    if not _asks_for_shape(node) or node.kwargs:
+        return False
+    shape, *which = node.args
+    if _calls(node, operator.getitem):  # of the whole shape, not of a part of it
+        whole = _calls(shape, getattr) or (_calls(shape, "size") and len(shape.args) == 1)
+        return which == [0] and whole and not shape.kwargs
+    return _calls(node, "size") and which == [0]
+
+
+def _is_read_elsewhere(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether what a node overwrites is read by another one, be it through a view of it."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if sum(not _asks_for_shape(reader) for reader in node.users) > 1:
+            return True
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not (_flattens(node) or isinstance(layer, nn.Identity | nn.Flatten)):
+            return False
+    return False
 
 
 def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:

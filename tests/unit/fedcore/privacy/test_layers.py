@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from opacus import GradSampleModule
 from torch import nn
 
 from fedcore.errors import UnsupportedLayer
@@ -94,3 +96,46 @@ def test_a_model_in_evaluation_mode_is_judged_alike() -> None:
     check_layers(nn.Sequential(nn.Linear(4, 4)).eval())
     with pytest.raises(UnsupportedLayer):
         check_layers(nn.Sequential(nn.BatchNorm1d(4)).eval())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.ReLU(inplace=True), nn.Hardtanh(inplace=True), nn.Dropout(0.1, inplace=True)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_that_works_in_place_is_named_with_the_remedy(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), layer))
+    with pytest.raises(UnsupportedLayer) as caught:
+        check_layers(model)
+    said = str(caught.value)
+    assert f"cannot take 1.1 ({type(layer).__name__}) with inplace=True" in said
+    assert "use inplace=False, which gives the same result" in said
+    assert "Nothing was trained" in said
+
+
+def test_what_works_in_place_is_named_with_what_is_refused_for_another_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
+    with pytest.raises(UnsupportedLayer) as caught:
+        check_layers(model)
+    said = str(caught.value)
+    assert "cannot take 1 (BatchNorm1d)" in said
+    assert "2 (ReLU) would need inplace=False, too" in said
+
+
+def test_what_works_in_place_in_a_frozen_part_passes_and_trains() -> None:
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)).requires_grad_(False)
+    model = nn.Sequential(frozen, nn.Linear(4, 2))
+    check_layers(model)
+    inputs = torch.randn(3, 4, requires_grad=True)
+    torch.autograd.backward(GradSampleModule(model)(inputs * 1).sum())
+    assert [p.grad_sample.shape for p in model[1].parameters()] == [(3, 2, 4), (3, 2)]
+
+
+def test_what_is_refused_in_place_could_not_be_trained() -> None:
+    def model(inplace: bool) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=inplace))
+
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        GradSampleModule(model(inplace=True))(torch.randn(3, 4))
+    check_layers(model(inplace=False))
+    assert GradSampleModule(model(inplace=False))(torch.randn(3, 4)).shape == (3, 4)

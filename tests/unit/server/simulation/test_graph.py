@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
+from fedcore.config import Client
+from fedcore.model import FullModel
+from fedcore.privacy.accounting import Charge
+from fedcore.seeds import torch_rng
+from fedcore.training.private import PrivatePlan, train_private
+from fedcore.updates.pack import pack
 from server.simulation.chain import Conv
+from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
+from server.simulation.work import LocalWork, PrivateWork
 
 IMAGE = torch.randn(2, 2, 8, 8)
 
@@ -81,3 +93,154 @@ def test_the_most_that_a_layer_makes() -> None:
     chain = find_chain(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(144, 2)), IMAGE)
     assert chain is not None
     assert chain.numbers == 6 * 6 * 2 * 9
+
+
+class Written(nn.Module):
+    """A network whose way from its convolution to its head is written as a function."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], columns: int = 4 * 36) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.between = between
+        self.head = nn.Linear(columns, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(torch.tanh(self.conv(x))))
+
+
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "view size": lambda x: x.view(x.size(0), -1),
+    "view shape": lambda x: x.view(x.shape[0], -1),
+    "view size of all": lambda x: x.view(x.size()[0], -1),
+    "view columns": lambda x: x.view(-1, 144),
+    "view both": lambda x: x.view((x.size(0), 144)),
+    "reshape size": lambda x: x.reshape(x.size(0), -1),
+    "reshape shape": lambda x: x.reshape((x.shape[0], -1)),
+    "reshape function": lambda x: torch.reshape(x, (x.shape[0], -1)),
+    "flatten": lambda x: x.flatten(1),
+    "flatten named": lambda x: x.flatten(start_dim=1),
+    "flatten both": lambda x: x.flatten(1, -1),
+    "flatten function": lambda x: torch.flatten(x, start_dim=1),
+    "flatten end": lambda x: torch.flatten(x, 1, end_dim=-1),
+    "flatten layer": nn.Flatten(),
+    "divided": lambda x: (x / 3).flatten(1),
+    "divided by a function": lambda x: torch.div(x, 0.5).flatten(1),
+}
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: functional.avg_pool2d(x, 2).flatten(1),
+    "mean with steps": lambda x: functional.avg_pool2d(x, 3, stride=2, padding=1).flatten(1),
+    "mean of part": lambda x: functional.avg_pool2d(
+        x, (2, 2), padding=1, stride=(3, 2), count_include_pad=False
+    ).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", [*FLAT, *MEANS])
+def test_what_is_found_learns_what_the_model_does(name: str) -> None:
+    torch.manual_seed(0)
+    between = FLAT.get(name) or MEANS[name]
+    net = Written(between, between(torch.zeros(1, 4, 6, 6)).shape[1])
+    model = FullModel(nn.Identity(), net)
+    chain = find_chain(net, IMAGE)
+    assert chain is not None
+    settings = Client(batch_size=4, learning_rate=0.1)
+    plan = PrivatePlan(Charge(1, 1e-9, 0.5, 3), clip_norm=0.5)
+    work = [
+        LocalWork(
+            TensorDataset(torch.randn(size, 2, 8, 8), torch.arange(size) % 3),  # type: ignore[arg-type]
+            lambda: torch_rng(0, "order"),
+            PrivateWork(plan, lambda device: torch_rng(0, "noise")),
+        )
+        for size in (9, 5)
+    ]
+    loss = functional.cross_entropy
+    together = train_chained(model, chain, work, loss, settings, proximal_mu=0.0)
+    before = torch.from_numpy(pack(net))
+    for one, weights in zip(work, together.weights, strict=True):
+        alone = copy.deepcopy(net)
+        train_private(
+            nn.Identity(),
+            alone,
+            one.examples,
+            loss,
+            settings,
+            plan,
+            sampling=torch_rng(0, "order"),
+            noise=torch_rng(0, "noise"),
+            proximal_mu=0.0,
+        )
+        expected = torch.from_numpy(pack(alone))
+        moved = (expected - before).norm()
+        assert moved > 0
+        assert (expected - weights).norm() <= 1e-5 * moved
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x.view(x.shape[1:][0] // 2, -1),
+        lambda x: x.view(x.shape[1:][-3] - 2, -1),
+        lambda x: x.view(2, -1),
+        lambda x: x.view(x.size(0), -1) / x.size(0),
+        lambda x: x.view(x.size(0), -1) / (x.flatten(1) + 2),
+        lambda x: torch.div(x, 0.1, rounding_mode="floor").flatten(1),
+        lambda x: x.flatten(2).flatten(1),
+        lambda x: 1 / (x.flatten(1) + 2),
+    ],
+    ids=["cut", "channels", "two", "by count", "by itself", "rounded", "in parts", "inverse"],
+)
+def test_other_ways_to_flatten_and_divide_are_left_alone(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    net = Written(between)
+    assert net(IMAGE).shape == (2, 3)
+    assert find_chain(net, IMAGE) is None
+
+
+def test_rows_of_another_length_than_an_examples_are_no_chain() -> None:
+    net = Written(lambda x: x.view(-1, 36), columns=36)
+    assert net(IMAGE).shape == (8, 3)
+    assert find_chain(net, IMAGE) is None
+
+
+class InPlace(nn.Module):
+    """What a layer works on in place is read by another one, too."""
+
+    def __init__(self, layer: nn.Module, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layer = layer
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.flatten(1))
+        return self.layer(self.look(h)) + h
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda h: h, lambda h: h.flatten(1), lambda h: h.view(h.size(0), -1), nn.Identity()],
+    ids=["itself", "flat", "view", "identity"],
+)
+def test_what_is_overwritten_and_read_elsewhere_is_no_chain(
+    look: Callable[[Tensor], Tensor],
+) -> None:
+    inputs = 5 * torch.randn(4, 8)
+    assert find_chain(InPlace(nn.Hardtanh(), look), inputs) is not None
+    assert find_chain(InPlace(nn.Hardtanh(inplace=True), look), inputs) is None
+    assert find_chain(InPlace(nn.Hardtanh(inplace=True), look), 1e-3 * inputs) is None
+
+
+def test_what_is_overwritten_may_be_asked_for_its_shape() -> None:
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            examples = h.size(0)
+            return self.relu(h).view(examples, -1)
+
+    assert find_chain(Asked(), IMAGE) is not None
