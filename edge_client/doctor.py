@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import socket
 import ssl
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from urllib.request import proxy_bypass
 
 from fedcore.crypto.kit import Kit, client_context, load_kit
 from fedcore.doctor import Finding, disk, expiry, proxy_of
-from fedcore.errors import FedcoreError
+from fedcore.errors import ConfigError, FedcoreError
+from fedcore.rpc.proxy import check_proxies
 
 _TIMEOUT_S = 10.0
 _SKEW_S = 600.0
@@ -43,6 +45,12 @@ def _connection(kit: Kit) -> Iterator[Finding]:
     """The proxy, the server's port, the clock, and the port that wakes."""
     parts = urlsplit(kit.servers[0])
     host, port = parts.hostname or "", parts.port or 443
+    try:
+        check_proxies(os.environ)
+    except ConfigError as error:
+        remedy = "name an HTTP proxy in that variable, or unset it; nothing else was tried"
+        yield Finding("proxy", "fail", str(error), remedy)
+        return
     proxy = None if proxy_bypass(host) else proxy_of()
     yield Finding("proxy", "ok", _safe(proxy) if proxy else "none")
     try:
@@ -61,17 +69,22 @@ def _connection(kit: Kit) -> Iterator[Finding]:
         yield Finding("server", "ok", f"{host}:{port} answers over TLS 1.3, both sides known")
     if date is not None:
         yield _clock(date)
+    if port + 1 < 2**16:  # else the server's own command line names another, and devices learn it
+        yield _wake_up(kit, host, port + 1, proxy)
+
+
+def _wake_up(kit: Kit, host: str, port: int, proxy: str | None) -> Finding:
     try:
         with (
-            _connect(host, port + 1, proxy) as plain,
+            _connect(host, port, proxy) as plain,
             client_context(kit).wrap_socket(plain, server_hostname=host),
         ):
-            yield Finding("wake-up", "ok", f"{host}:{port + 1} answers")
+            return Finding("wake-up", "ok", f"{host}:{port} answers")
     except (OSError, ValueError) as error:
-        yield Finding(
+        return Finding(
             "wake-up",
             "warn",
-            f"{host}:{port + 1}: {error}; the device will ask now and then instead",
+            f"{host}:{port}: {error}; the device will ask now and then instead",
             "let this port through firewalls and proxies, unless the server has another",
         )
 

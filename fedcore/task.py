@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from fedcore.errors import DataError, FedcoreError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
+from fedcore.rpc.hello import is_task_name
 
 Kind = Literal["classification", "regression", "next_token"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -65,6 +66,7 @@ class Task:
     """
 
     name: str
+    """1 to 64 of ``A-Za-z0-9._-``: devices and the server tell each other of it."""
     kind: Kind
     """``classification``: outputs ``(B, C)``, targets ``(B,)`` of class numbers.
     ``regression``: outputs and targets ``(B,)`` or ``(B, K)``.
@@ -94,6 +96,12 @@ class Task:
     """The first is the primary one; the kind's usual ones when unset."""
 
     def __post_init__(self) -> None:
+        if not is_task_name(self.name):
+            raise TaskError(
+                f"task {self.name!r}: a task's name is 1 to 64 of the letters A-Z and a-z, digits, "
+                "'.', '_' and '-', which devices and the server tell each other. Nothing was run; "
+                "choose another name in the task file."
+            )
         if self.kind not in _LOSSES:
             raise TaskError(
                 f"task {self.name!r}: kind = {self.kind!r}; allowed: {', '.join(_LOSSES)}."

@@ -87,7 +87,7 @@ def _roster(identity: ServerIdentity) -> Finding:
 def _ports(identity: ServerIdentity) -> Finding:
     from server.live.reach import ask_here
 
-    wanted = (identity.port, identity.port + 1)
+    wanted = tuple(range(identity.port, min(identity.port + 2, 2**16)))
     try:
         said = ask_here(identity.kit.folder, {"verb": "status"})
         told = f"a server is running: {said['run']} on {said['listens']}, wakes on {said['wakes']}"
@@ -101,7 +101,7 @@ def _ports(identity: ServerIdentity) -> Finding:
             f"port {' and '.join(map(str, taken))} is in use by something else, or forbidden",
             "stop what uses it (ss -ltnp), or choose others with --listen and --wake-port",
         )
-    told = f"{wanted[0]} and {wanted[1]} are free; let both through firewalls"
+    told = f"{' and '.join(map(str, wanted))}: free; let them through firewalls"
     return Finding("ports", "ok", told)
 
 

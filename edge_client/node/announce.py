@@ -10,8 +10,9 @@ import logging
 import threading
 from pathlib import Path
 
+from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import hold_stream
-from fedcore.crypto.kit import Kit, client_context
+from fedcore.crypto.kit import Kit
 from fedcore.errors import DeviceError
 from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
 from fedcore.rpc.hello import declared_name, hello_of
@@ -19,7 +20,7 @@ from fedcore.rpc.hello import declared_name, hello_of
 log = logging.getLogger("fedcore.device")
 
 
-def announce(kit: Kit, task: Path, instance: str) -> None:
+def announce(kit: Kit, task: Path, folder: DeviceFolder, instance: str) -> None:
     """Authenticates this process with the server, if that can be done at once, and stays in touch.
 
     From then on the server sees at once when this process dies, and counts on it until then.
@@ -28,27 +29,29 @@ def announce(kit: Kit, task: Path, instance: str) -> None:
     Args:
         kit: The device's identity.
         task: The task file that is installed here.
+        folder: What this device keeps.
         instance: How this process calls itself, now and later.
 
     Raises:
         DataError: the task file cannot be read.
         TrustError: the server does not let this device in.
+        DeviceError: the folder is another identity's.
     """
     name = declared_name(task)
     if name is None:
         return
     link = FleetLink(
-        kit.servers[0],
-        client_context(kit),
-        public_key=kit.public,
+        kit,
         headers=hello_of(name, task).headers(instance),
         stop=threading.Event(),
+        let_in_before=folder.let_in_before(kit.public),
     )
     try:
         link.activate()
+        folder.note_let_in(kit.public)
         log.info("authenticated as node %d", link.node_id)
         if link.wake_port:
-            hold_stream(kit, kit.servers[0], link.wake_port, instance)
+            hold_stream(kit, link.wake_port, instance)
     except (DeviceError, NotActivated, Unreachable) as error:
         log.debug("announcing: %s", error)
     finally:

@@ -16,7 +16,7 @@ from fedcore.cli import Command
 from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
 from fedcore.owner import OPEN_POLICY, OwnerPolicy, load_owner
-from fedcore.rpc.proxy import one_spelling
+from fedcore.rpc.proxy import check_proxies, one_spelling
 from fedcore.rpc.tls import only_tls_1_3
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def _start(options: argparse.Namespace) -> int:
             "device's. Nothing was started; enrol this machine as a device."
         )
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
+    check_proxies(os.environ)
     only_tls_1_3()  # before Flower, which imports grpc
     one_spelling(os.environ)
     from edge_client.node.announce import announce
@@ -80,7 +81,8 @@ def _start(options: argparse.Namespace) -> int:
         try:
             instance = secrets.token_hex(16)
             if reason_to_rest(owner) is None:
-                announce(kit, options.task, instance)  # before torch is imported: that takes long
+                # Before torch is imported: that takes long.
+                announce(kit, options.task, folder, instance)
             take_part(_sessions(kit, owner, options.task, folder, instance), owner)
         except KeyboardInterrupt:  # SIGTERM, too: how a device is told to stop, and no failure
             return 0

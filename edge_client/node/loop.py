@@ -21,7 +21,7 @@ from edge_client.node.wake import Signals, watch
 from fedcore.client_app import client_app
 from fedcore.config import RunConfig
 from fedcore.crypto.keys import load_key
-from fedcore.crypto.kit import Kit, client_context
+from fedcore.crypto.kit import Kit
 from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
@@ -76,28 +76,30 @@ class _Run:
 def run_device(device: Device, signals: Signals) -> None:
     """Takes part until ``signals.stop`` is set.
 
-    A server that cannot be reached is tried again for ever, with pauses that grow to 30 s.
+    A server that cannot be reached is tried again for ever, with pauses that grow to 30 s. So is
+    one that no longer proves what it is, once it has let this device in.
 
     Raises:
-        TrustError: the server does not let this device in.
+        TrustError: the server does not let this device in, or its certificate has expired.
         DeviceError: versions of protocol, app or task differ; the message says what to install.
+            Or the folder is another identity's.
     """
-    url, instance = device.kit.servers[0], device.instance
+    instance = device.instance
     link = FleetLink(
-        url,
-        client_context(device.kit),
-        public_key=device.kit.public,
+        device.kit,
         headers=hello_of(device.task.name, device.task_path).headers(instance),
         stop=signals.stop,
+        let_in_before=device.folder.let_in_before(device.kit.public),
         passed=device.passed,
     )
     watcher = threading.Thread(
-        target=watch, args=(device.kit, url, instance, link, signals), name="wake", daemon=True
+        target=watch, args=(instance, link, signals), name="wake", daemon=True
     )
     runs: dict[int, _Run] = {}
     try:
         _warm_up()
         _persist(lambda: _activate(link, signals), signals)
+        device.folder.note_let_in(device.kit.public)
         watcher.start()
         while not signals.stop.is_set():
             _persist(lambda: _turn(device, link, signals, runs), signals)
@@ -120,15 +122,16 @@ def _warm_up() -> None:
 
 def _persist(work: Callable[[], None], signals: Signals) -> None:
     """Does ``work`` until the server has been reached for it, or this process is to end."""
-    failures = 0
+    failures, told = 0, set[type[Unreachable]]()
     while not signals.stop.is_set():
         try:
             return work()
         except NotActivated:
             signals.activate.set()
         except Unreachable as error:
-            if failures == 0:
+            if type(error) not in told:
                 log.warning("the server cannot be reached: %s", error)
+            told.add(type(error))
             signals.work.set()  # what it was at is asked for anew
         failures += 1
         longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 1.25**failures)

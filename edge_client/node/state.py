@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from flwr.app import ConfigRecord, RecordDict
+from pydantic import Field, ValidationError
 
+from fedcore.config import Section
 from fedcore.errors import DeviceError
-from fedcore.files import disk_errors, held_alone, read_bytes, write_atomic
+from fedcore.files import disk_errors, held_alone, read_bytes, sha256_hex, write_atomic
 from fedcore.flower.records import read_record, record_bytes
 
 _MAX_STATE_BYTES = 64 * 2**20
@@ -18,6 +21,15 @@ _MAX_REPLY_BYTES = 8 * 2**30
 _ANSWERED, _KEYS = "fedcore.answered", "keys"
 _SPOOLED = 4
 """Replies that are kept; a server asks again for the last one of a run, or for none."""
+IDENTITY = "identity.json"
+_MAX_IDENTITY_BYTES = 1 << 10
+
+
+class _Identity(Section):
+    """``identity.json``: whose folder this is, from when the server first let it in."""
+
+    format: Literal["fedcore.device/1"] = "fedcore.device/1"
+    key_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,47 @@ class DeviceFolder:
     """A folder that one process at a time owns (see `own`)."""
 
     path: Path
+
+    def let_in_before(self, public: bytes) -> bool:
+        """Whether a server has let the identity with the key ``public`` in, out of this folder.
+
+        Raises:
+            DeviceError: the folder is another identity's: its replies would be sent, and what it
+                has spent be counted, as this one's.
+        """
+        path, own_sha256 = self.path / IDENTITY, sha256_hex(public)
+        if not path.exists():
+            return False
+        raw = read_bytes(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
+        try:
+            found = _Identity.model_validate_json(raw).key_sha256
+        except ValidationError:
+            found = "unreadable"
+        if found != own_sha256:
+            raise DeviceError(
+                f"{path}: this folder keeps the replies and the ledger of the identity whose key "
+                f"has the SHA-256 {found[:16]}, and this device's has {own_sha256[:16]}. Nothing "
+                "was started; name a folder of its own with --state. If this device has enrolled "
+                f"anew, remove {IDENTITY}: the replies are dropped then, and what was spent stays "
+                "in the ledger."
+            )
+        return True
+
+    def note_let_in(self, public: bytes) -> None:
+        """Makes this the folder of the identity with the key ``public``, if it is nobody's yet.
+
+        What lies in the spool of a folder that is nobody's, nobody may sign.
+
+        Raises:
+            DiskFull: there is no room.
+        """
+        if (self.path / IDENTITY).exists():
+            return
+        with disk_errors(self.path):
+            for reply in (self.path / "spool").glob("*.reply"):
+                reply.unlink()
+        raw = _Identity(key_sha256=sha256_hex(public)).model_dump_json().encode() + b"\n"
+        write_atomic(self.path / IDENTITY, raw, mode=0o600)
 
     def state(self, run: str) -> RecordDict:
         """The state of a run, its ledger in it; empty before the first round."""

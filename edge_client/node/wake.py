@@ -6,13 +6,14 @@ import logging
 import random
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import grpc
 
 from fedcore.crypto.kit import Kit
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, TrustError
 from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
@@ -61,7 +62,7 @@ class Signals:
         return random.uniform(0.5, 1.0) * (_FAST_S if on else _BUSY_S if self.busy else _SLOW_S)
 
 
-def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) -> None:
+def watch(instance: str, link: FleetLink, signals: Signals) -> None:
     """Keeps a stream open until ``signals.stop``, and asks where there is none.
 
     Runs in a thread of its own, so that a device that trains is still seen to be there.
@@ -72,7 +73,9 @@ def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) 
             signals.anew.clear()
             failures, next_try = 0, 0.0
         if link.wake_port and time.monotonic() >= next_try:
-            with _channel(kit, url, link.wake_port) as channel:
+            with suppress(TrustError):  # it has expired: the main thread meets that, and ends
+                link.renew()
+            with _channel(link.kit, link.wake_port) as channel:
                 opened = _listen(channel, instance, signals)
             failures = 0 if opened else failures + 1
             pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
@@ -83,24 +86,26 @@ def watch(kit: Kit, url: str, instance: str, link: FleetLink, signals: Signals) 
         signals.anew.wait(pause_s)
 
 
-def hold_stream(kit: Kit, url: str, wake_port: int, instance: str) -> None:
+def hold_stream(kit: Kit, wake_port: int, instance: str) -> None:
     """Keeps a stream open, in a thread of its own, until this process opens its next one.
 
     So a server sees at once when a process dies that has not got as far as `watch`.
     """
 
     def hold() -> None:
-        with _channel(kit, url, wake_port) as channel:
+        with _channel(kit, wake_port) as channel:
             _listen(channel, instance, Signals())
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
 
-def _channel(kit: Kit, url: str, wake_port: int) -> grpc.Channel:
+def _channel(kit: Kit, wake_port: int) -> grpc.Channel:
     credentials = grpc.ssl_channel_credentials(
         kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
     )
-    return grpc.secure_channel(f"{_host(url)}:{wake_port}", credentials, options=_OPTIONS)
+    return grpc.secure_channel(
+        f"{_host(kit.servers[0])}:{wake_port}", credentials, options=_OPTIONS
+    )
 
 
 def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:

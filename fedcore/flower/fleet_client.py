@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import httpx
@@ -35,8 +37,19 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, TrustError
+from fedcore.crypto.certificates import SKEW
+from fedcore.crypto.kit import Kit, client_context, load_kit
+from fedcore.errors import (
+    CertificateRefused,
+    DataError,
+    DeviceError,
+    FedcoreError,
+    InvalidUpdate,
+    TrustError,
+)
 from fedcore.rpc.hello import WAKE_PORT, again_in
+
+log = logging.getLogger("fedcore.device")
 
 HEARTBEAT_S = 1800
 """What a node announces to Flower: the most that it allows. Whether a node is there is seen
@@ -61,6 +74,10 @@ class Unreachable(ConnectionError):
     """The server cannot be reached, or is not itself; it may be again."""
 
 
+class Unproven(Unreachable):
+    """What answers is not shown to be the project's server; the server may be back there later."""
+
+
 class NotActivated(ConnectionError):
     """The server does not know this process: it was restarted, or another one took its place."""
 
@@ -68,34 +85,40 @@ class NotActivated(ConnectionError):
 class FleetLink:
     """Calls the Fleet API as one node. Safe to use from several threads.
 
-    A server that is busy says when to come again, and is asked again then.
+    A server that is busy says when to come again, and is asked again then. When it cannot be
+    reached, the kit is read again: one that was renewed meanwhile is used from then on.
     """
 
     def __init__(
         self,
-        url: str,
-        context: ssl.SSLContext,
+        kit: Kit,
         *,
-        public_key: bytes,
         headers: Mapping[str, str],
         stop: threading.Event,
+        let_in_before: bool = False,
         passed: Callable[[int], None] | None = None,
     ) -> None:
         """Connects to nothing yet.
 
         Args:
-            url: The server, as ``https://host:port``.
-            context: Verifies the server and shows the device's certificate.
-            public_key: The key of that certificate.
+            kit: The device's identity, and where the server is.
             headers: Go with every call.
             stop: Ends waiting for a busy server when it is set.
+            let_in_before: Whether the server ever let this device in: the kit fits it then, and
+                whoever does not prove to be that server merely stands in its place.
             passed: Hears how many bytes each call has moved, and may wait.
         """
-        self._public_key = public_key
+        self.kit = kit
+        """The identity as it is used now."""
+        self._let_in = let_in_before
         self._headers = dict(headers)
         self._stop = stop
         self._passed = passed
-        self._client = FleetHttpClient(url, interceptors=[self], verify=context, timeout=_TIMEOUT_S)
+        self._client = self._connect(kit)
+        self._before: list[FleetHttpClient] = []
+        """Those of kits before: another thread may be in a call of theirs."""
+        self._renewing = threading.Lock()
+        self._unusable = ""
         self._node = Node()
         self.wake_port = 0
         """Where the server wakes devices; known once `activate` has returned."""
@@ -117,12 +140,13 @@ class FleetLink:
 
     def activate(self) -> None:
         """Tells the server that this process is there."""
-        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_S)
-        self._node = Node(node_id=self._call(self._client.ActivateNode, request).node_id)
+        request = ActivateNodeRequest(public_key=self.kit.public, heartbeat_interval=HEARTBEAT_S)
+        self._node = Node(node_id=self._call(FleetHttpClient.ActivateNode, request).node_id)
+        self._let_in = True
 
     def deactivate(self) -> None:
         """Says goodbye."""
-        self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+        self._call(FleetHttpClient.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
     def beat(self, again_s: float) -> None:
         """Tells the server that this process is there, and calls again within ``again_s`` seconds.
@@ -131,18 +155,18 @@ class FleetLink:
         """
         self._headers |= again_in(again_s)
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
-        self._call(self._client.SendNodeHeartbeat, request)
+        self._call(FleetHttpClient.SendNodeHeartbeat, request)
 
     def settings(self, run_id: int) -> dict[str, str]:
         """What the server tells devices of a run."""
-        answer = self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run_id))
+        answer = self._call(FleetHttpClient.GetRun, GetRunRequest(node=self._node, run_id=run_id))
         return {
             key: str(value) for key, value in run_from_proto(answer.run).override_config.items()
         }
 
     def receive(self) -> Message | None:
         """The next message for this node, in full; None when there is none."""
-        answer = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        answer = self._call(FleetHttpClient.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
         bare, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
@@ -170,7 +194,7 @@ class FleetLink:
             clientapp_runtime_list=[0.0],
         )
         for left in reversed(range(_PUSHES)):
-            asked = self._call(self._client.PushMessages, begin)
+            asked = self._call(FleetHttpClient.PushMessages, begin)
             wanted = set(asked.objects_to_push)
             try:
                 for object_id in objects:
@@ -184,11 +208,60 @@ class FleetLink:
 
     def close(self) -> None:
         """Closes the connections."""
-        self._client.close()
+        for client in (self._client, *self._before):
+            client.close()
+
+    def renew(self) -> bool:
+        """Reads the kit again, and uses it from now on if it is another; says whether it is.
+
+        One that cannot be used is told of, and the one in use stays as long as it is in force.
+
+        Raises:
+            CertificateRefused: the certificate has expired, and none in force lies on disk.
+        """
+        with self._renewing:
+            try:
+                kit = load_kit(self.kit.folder)
+                if (kit.public, kit.role) != (self.kit.public, self.kit.role):
+                    raise CertificateRefused(
+                        f"{kit.folder}: the kit there is another identity's now, of the {kit.role} "
+                        f"{kit.name!r}. This process goes on with its own; restart it to change."
+                    )
+            except FedcoreError as error:
+                self._keep(error)
+                return False
+            if kit == self.kit:
+                return False
+            client = self._connect(kit)
+            self._before.append(self._client)
+            self._client, self.kit, self._unusable = client, kit, ""
+        log.info("renewed: the certificate in use is valid until %s UTC", _minute(kit.not_after))
+        return True
+
+    def _keep(self, error: FedcoreError) -> None:
+        """Stays with the kit in use, where it may be used still."""
+        if datetime.now(UTC) > self.kit.not_after + SKEW:
+            raise CertificateRefused(
+                f"{self.kit.folder}: this device's certificate expired on "
+                f"{_minute(self.kit.not_after)} UTC, and none in force was installed since "
+                f"({error}). It takes no part; have it renewed with `fedcore provision renew`, "
+                "install what comes back with `fedcore client install`, and start it again."
+            ) from None
+        if str(error) != self._unusable:
+            self._unusable = str(error)
+            log.warning("the kit on disk is not used: %s", error)
+
+    def _connect(self, kit: Kit) -> FleetHttpClient:
+        return FleetHttpClient(
+            kit.servers[0],
+            interceptors=[self],
+            verify=client_context(kit),
+            timeout=_TIMEOUT_S,
+        )
 
     def _pull(self, run_id: int, object_id: str) -> bytes:
         request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
-        answer = self._call(self._client.PullObject, request)
+        answer = self._call(FleetHttpClient.PullObject, request)
         if not answer.object_available:
             raise InvalidUpdate("pull: the server no longer has what it sent. It was left out.")
         return bytes(answer.object_content)
@@ -201,18 +274,39 @@ class FleetLink:
             object_content=content,
             session_id=session,
         )
-        if not self._call(self._client.PushObject, request).stored:
+        if not self._call(FleetHttpClient.PushObject, request).stored:
             raise InvalidUpdate("push: the server did not take an object of the reply.")
 
-    def _call(self, send: Callable[[_Request], _Response], request: _Request) -> _Response:
+    def _call(
+        self, send: Callable[[FleetHttpClient, _Request], _Response], request: _Request
+    ) -> _Response:
         while True:
             try:
                 with _refusals():
-                    return send(request)
+                    return send(self._client, request)
+            except httpx.TransportError as error:
+                self.renew()
+                raise self._not_reached(error) from None
             except _Busy as busy:
                 # Jitter upwards alone: nobody comes back before the time that was named.
                 if self._stop.wait(busy.retry_after_s * random.uniform(1.0, 1.5)):
                     raise Unreachable("the server is busy, and this process ends") from None
+
+    def _not_reached(self, error: httpx.TransportError) -> Exception:
+        if not _is_distrust(error):
+            return Unreachable(f"{type(error).__name__}: {error}")
+        if self._let_in:
+            return Unproven(
+                f"{self.kit.servers[0]}: what answers there does not prove to be this project's "
+                f"server, or refuses this device without proof ({error}). It was let in before, so "
+                "it keeps trying; if this lasts, the operator sees to the server's certificate and "
+                "address."
+            )
+        return TrustError(
+            f"connection: the two sides do not trust each other's certificates ({error}). This "
+            "device takes no part; a kit belongs to one project, and is renewed with "
+            "`fedcore provision renew`."
+        )
 
 
 class _Busy(Exception):
@@ -226,14 +320,6 @@ def _refusals() -> Iterator[None]:
     """Turns what HTTP says into the errors of this project."""
     try:
         yield
-    except httpx.TransportError as error:
-        if _is_distrust(error):
-            raise TrustError(
-                f"connection: the two sides do not trust each other's certificates ({error}). This "
-                "device takes no part; a kit belongs to one project, and is renewed with "
-                "`fedcore provision renew`."
-            ) from None
-        raise Unreachable(f"{type(error).__name__}: {error}") from None
     except httpx.HTTPStatusError as error:
         status, detail = error.response.status_code, _detail(error.response)
         if status in (429, 503):
@@ -257,6 +343,10 @@ def _is_distrust(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _minute(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M}"
 
 
 def _detail(response: httpx.Response) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedcore.files import read_bytes, sha256_hex
 PROTOCOL = 1
 """Grows when what passes between device and server changes."""
 _MAX_TASK_BYTES = 16 * 2**20
+_TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROCESS = "fedcore-instance"
 SETTINGS = "run"
 """Under this name a server tells devices of its run: the run's configuration, as JSON."""
@@ -44,6 +46,11 @@ class Hello:
         }
 
 
+def is_task_name(name: object) -> bool:
+    """Whether a task may be called so: its name goes with a device's calls, in a header."""
+    return isinstance(name, str) and _TASK_NAME.fullmatch(name) is not None
+
+
 def hello_of(name: str, path: Path) -> Hello:
     """What this side says of itself, with the task ``name`` in the file ``path``."""
     raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task")
@@ -51,7 +58,9 @@ def hello_of(name: str, path: Path) -> Hello:
 
 
 def declared_name(path: Path) -> str | None:
-    """The name in ``task = Task(name="...")``, without running the file; None when it is computed.
+    """The name in ``task = Task(name="...")``, without running the file.
+
+    None when it is computed, or no name for a task.
 
     Loading a task imports torch, which takes seconds; the two sides find each other before.
 
@@ -72,7 +81,8 @@ def declared_name(path: Path) -> str | None:
             continue
         for keyword in statement.value.keywords:
             if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
-                return str(keyword.value.value)
+                name = keyword.value.value
+                return name if isinstance(name, str) and is_task_name(name) else None
     return None
 
 

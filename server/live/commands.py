@@ -65,6 +65,11 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 def _start(options: argparse.Namespace) -> int:
     run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
     host, port = _address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
+    if options.wake_port is not None and not 0 <= options.wake_port < 2**16:
+        raise ConfigError(
+            f"--wake-port {options.wake_port}: a port is a number from 1 to 65535, or 0 for one "
+            "that the system chooses. Nothing was started."
+        )
     only_tls_1_3()  # before Flower, which imports grpc
     with loading():
         from fedcore.flower.quiet import quiet
@@ -93,7 +98,8 @@ def _start(options: argparse.Namespace) -> int:
 
 def _address(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or not 0 <= int(port) < 2**16:
+    digits = port.isascii() and port.isdecimal() and len(port) <= 5
+    if not separator or not digits or int(port) >= 2**16:
         raise ConfigError(
             f"--listen {text}: expected HOST:PORT, as 0.0.0.0:9092 or [::]:9092. Nothing was "
             "started."

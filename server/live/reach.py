@@ -15,6 +15,7 @@ import httpx
 from fedcore import errors
 from fedcore.crypto.kit import Kit, client_context
 from fedcore.errors import DataError, FedcoreError, ResourceError, TrustError
+from fedcore.rpc.proxy import check_proxies
 
 SOCKET = "control.sock"
 OPERATE = "/v1/operate"
@@ -59,11 +60,13 @@ def ask_there(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
     """Asks the server of a kit over the network, as the operator or viewer whose kit it is.
 
     Raises:
+        ConfigError: a proxy that the environment names cannot be used.
         TrustError: the two sides do not trust each other, or this role may not ask.
         ResourceError: the server cannot be reached.
         FedcoreError: what the server answered.
     """
     url = kit.servers[0]
+    check_proxies(os.environ)
     try:
         answer = httpx.post(
             url + OPERATE, json=request, verify=client_context(kit), timeout=_TIMEOUT_S

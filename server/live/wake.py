@@ -17,7 +17,7 @@ from fedcore.errors import ResourceError, TrustError
 from fedcore.flower.fleet import node_id_of
 from fedcore.rpc.wake_pb2 import Call, WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
-from server.live.limits import Uploads
+from server.live.limits import Refusals, Uploads
 from server.live.presence import Presence
 
 log = logging.getLogger("fedcore.server")
@@ -44,6 +44,7 @@ class Wakeups(WakeServicer):
     presence: Presence
     roster: Roster
     uploads: Uploads
+    refusals: Refusals
 
     async def Watch(  # noqa: N802 - the name of the service's method
         self, request: WatchRequest, context: grpc.aio.ServicerContext[WatchRequest, Call]
@@ -52,7 +53,9 @@ class Wakeups(WakeServicer):
         public = _peer(context)
         member = self.roster.member(public) if public is not None else None
         if public is None or member is None or member.role != "device":
-            log.warning("refused %s: stream: no member", member.name if member else context.peer())
+            # A connection's port is another each time: a peer without a name goes by its address.
+            peer = member.name if member else context.peer().rpartition(":")[0]
+            self.refusals.note(peer, 403, "stream: no device's certificate that is in force")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a device of this project")
         assert public is not None
         assert member is not None
@@ -102,8 +105,9 @@ async def serve_wakeups(
     )
     server = grpc.aio.server(options=_OPTIONS)
     add_WakeServicer_to_server(wakeups, server)  # type: ignore[no-untyped-call]
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_secure_port(f"{host}:{port}", credentials)
+        bound = server.add_secure_port(target, credentials)
     except RuntimeError:
         raise ResourceError(
             f"server: port {port} of {host} is in use, or may not be used. Nothing was started; "

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedcore.cli import Command, group
 from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.issue import SERVER_VALIDITY
+from fedcore.errors import ConfigError
 from server.provision.backup import backup, restore
 from server.provision.issue import initialise, provision_server
 from server.provision.member_commands import MEMBER_VERBS
@@ -72,6 +73,10 @@ def _server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _server(options: argparse.Namespace) -> int:
+    if not 1 <= options.port < 2**16:
+        raise ConfigError(
+            f"--port {options.port}: a port is a number from 1 to 65535. Nothing was made."
+        )
     file = provision_server(
         acting(options, signs=True),
         options.hosts,

@@ -69,7 +69,7 @@ def main() -> int:
 
     with state.own(options.folder) as folder:
         instance = secrets.token_hex(16)
-        announce(kit, options.task, instance)  # as the product does, before torch
+        announce(kit, options.task, folder, instance)  # as the product does, before torch
         from edge_client.node.loop import Device, run_device
         from edge_client.node.wake import Signals
         from fedcore.owner import OPEN_POLICY

@@ -47,6 +47,23 @@ def test_all_is_well_on_both_sides(project: Any, launch_server: Any) -> None:
     assert {found[name].verdict for name in ("clock", "ports", "audit", "disk")} == {"ok"}
 
 
+def test_a_proxy_that_cannot_be_used_is_a_finding(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.device("edge-0")
+    monkeypatch.setenv("ALL_PROXY", "socks5://user:secret@proxy:1")
+    found = device(project.root / "edge-0")["proxy"]
+    assert found.verdict == "fail"
+    assert "ALL_PROXY = 'socks5://***@proxy:1'" in found.detail
+    assert "unset" in found.remedy
+
+
+def test_the_last_port_has_none_after_it(project: Any) -> None:
+    project.port = 65535
+    project.device("edge-0")
+    assert "wake-up" not in device(project.root / "edge-0")
+
+
 def test_each_finding_says_what_to_do(
     project: Any, launch_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fedcore.crypto.kit import client_context
 from fedcore.errors import DeviceError
 from fedcore.flower.fleet_client import FleetLink, Unreachable
 from fedcore.rpc.hello import hello_of
@@ -66,9 +65,7 @@ def test_a_device_that_calls_without_being_asked_is_held_to_the_rate(
     with serve(limits=Limits(calls_per_s=20.0, burst=30)) as served:
         del served
         link = FleetLink(
-            kit.servers[0],
-            client_context(kit),
-            public_key=kit.public,
+            kit,
             headers=hello_of("tiny", project.task).headers("abuser"),
             stop=stop,
         )

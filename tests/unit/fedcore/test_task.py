@@ -27,10 +27,10 @@ task = Task(name="t", kind="classification", model=lambda: torch.nn.Linear(2, 3)
 """
 
 
-def make(kind: Kind) -> Task:
+def make(kind: Kind, name: str = "t") -> Task:
     data = TensorDataset(torch.zeros(2, 2), torch.zeros(2))
     return Task(
-        name="t",
+        name=name,
         kind=kind,
         model=lambda: nn.Linear(2, 1),
         clients=lambda folder: ["a"],
@@ -78,11 +78,11 @@ def test_a_task_file_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_task_file_may_import_its_neighbours_and_leaves_the_path_alone(tmp_path: Path) -> None:
-    (tmp_path / "neighbour_of_task.py").write_text("NAME = 'from beside'\n")
+    (tmp_path / "neighbour_of_task.py").write_text("NAME = 'from-beside'\n")
     text = "from neighbour_of_task import NAME\n" + MINIMAL.replace('name="t"', "name=NAME")
     before = list(sys.path)
     try:
-        assert load_task(written(tmp_path, text)).name == "from beside"
+        assert load_task(written(tmp_path, text)).name == "from-beside"
     finally:
         sys.modules.pop("neighbour_of_task", None)
     assert sys.path == before
@@ -163,3 +163,17 @@ def test_an_error_that_says_what_is_wrong_is_passed_on() -> None:
 
     with pytest.raises(DataError, match=r"^readings\.csv: row 7 has no label\.$"):
         read_examples(fails, what="client 'anna'")
+
+
+@pytest.mark.parametrize(
+    "name", ["two words", "a\nb", "caf\u00e9", "", "a" * 65, "a/b", "t\0", "\u0663", 7]
+)
+def test_a_name_that_no_header_carries_is_refused(name: str) -> None:
+    with pytest.raises(TaskError, match="a task's name is 1 to 64 of the letters") as caught:
+        make("classification", name)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t", "mnist_by_writer", "Churn-2.1", "a" * 64])
+def test_plain_names_are_taken(name: str) -> None:
+    assert make("classification", name).name == name

@@ -102,3 +102,35 @@ def test_a_reply_whose_cost_is_not_on_disk_does_not_count(
         assert folder.reply("before", state) == content(3)
         folder.keep("run", state, "key", content(5))
         assert folder.reply("key", folder.state("run")) == content(5)
+
+
+def test_a_folder_knows_whose_it_is(tmp_path: Path) -> None:
+    with own(tmp_path / "device") as folder:
+        assert not folder.let_in_before(b"anna")
+        folder.note_let_in(b"anna")
+        folder.keep("run", RecordDict(), "key", content())
+        folder.note_let_in(b"anna")
+        assert folder.let_in_before(b"anna")
+        with pytest.raises(DeviceError, match="keeps the replies and the ledger of the identity"):
+            folder.let_in_before(b"ben")
+        assert folder.reply("key", folder.state("run")) is not None
+
+
+def test_what_whose_folder_it_is_cannot_be_read_is_not_guessed(tmp_path: Path) -> None:
+    with own(tmp_path / "device") as folder:
+        (folder.path / "identity.json").write_text("{}")
+        with pytest.raises(DeviceError, match="unreadable"):
+            folder.let_in_before(b"anna")
+
+
+def test_who_takes_a_folder_over_gets_what_was_spent_and_no_reply(tmp_path: Path) -> None:
+    with own(tmp_path / "device") as folder:
+        folder.note_let_in(b"anna")
+        folder.keep("run", content(2), "key", content(3))
+        (folder.path / "identity.json").unlink()
+        assert not folder.let_in_before(b"ben")
+        folder.note_let_in(b"ben")
+        state = folder.state("run")
+        assert state["metrics"] == content(2)["metrics"]
+        assert folder.reply("key", state) is None
+        assert folder.let_in_before(b"ben")

@@ -78,6 +78,9 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
     ("text", "name"),
     [
         ("task = Task(name='digits', kind='x')", "digits"),
+        ("task = Task(name='two words')", None),
+        ("task = Task(name='caf\u00e9')", None),
+        ("task = Task(name=7)", None),
         ("import a\nraise SystemExit\ntask = fedcore.Task(kind='x', name='y')", "y"),
         ("NAME = 'z'\ntask = Task(name=NAME)", None),
         ("other = Task(name='digits')", None),

@@ -86,6 +86,17 @@ def test_the_server_is_described(begun: None, capsys: pytest.CaptureFixture[str]
     assert "https://fl.example:443" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_a_port_that_is_none_is_refused(begun: None, port: int) -> None:
+    with pytest.raises(ConfigError, match=f"--port {port}: a port is a number from 1 to 65535"):
+        run("server", "fl.example", "--port", port, "--replace")
+
+
+def test_an_address_of_ipv6_is_in_brackets(begun: None, capsys: pytest.CaptureFixture[str]) -> None:
+    run("server", "::1", "--port", 65535, "--replace", "--json")
+    assert said(capsys)["servers"] == ["https://[::1]:65535"]
+
+
 def test_a_device_gets_a_kit(begun: None, capsys: pytest.CaptureFixture[str], here: Path) -> None:
     run("device", "edge-1", "--request", request("edge-1"), "--examples", 600)
     shown = capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""Where a server is told to listen."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError
+from server.live.commands import _address, start
+from server.live.run import Deployment
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("0.0.0.0:9092", ("0.0.0.0", 9092)),
+        ("[::1]:19124", ("::1", 19124)),
+        ("localhost:0", ("localhost", 0)),
+        ("a:65535", ("a", 65535)),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+    assert _address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["9092", "a:", "a:b", "a:-1", "a:65536", "a:\u00b2", "a:\u0663", "a:" + "9" * 5000]
+)
+def test_what_is_no_address_is_said_so(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        _address(text)
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_wake_port_is_a_port(tmp_path: Path, port: str) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('name = "trial"\ntask = "task.py"\nseed = 1\n')
+    parser = argparse.ArgumentParser()
+    start.arguments(parser)
+    options = parser.parse_args([str(config), f"--wake-port={port}"])
+    with pytest.raises(ConfigError, match=f"--wake-port {port}: a port is a number"):
+        start.run(options)
+
+
+def deployment(**ports: Any) -> Deployment:
+    run = RunConfig(name="trial", task="task.py", seed=1)
+    return Deployment(
+        run=run, identity=Path("server"), host="::", runs=Path("runs"), json=False, **ports
+    )
+
+
+def test_devices_are_woken_on_the_port_after_where_there_is_one() -> None:
+    identity: Any = SimpleNamespace(port=65534)
+    assert deployment(port=None, wake_port=None).address(identity).wake_port == 65535
+    assert deployment(port=0, wake_port=None).address(identity).wake_port == 0
+    for port, provisioned in ((65535, 1), (None, 65535)):
+        identity = SimpleNamespace(port=provisioned)
+        with pytest.raises(ConfigError, match="name another with --wake-port"):
+            deployment(port=port, wake_port=None).address(identity)
+        assert deployment(port=port, wake_port=7).address(identity).wake_port == 7
