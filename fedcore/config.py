@@ -48,7 +48,8 @@ class Federation(Section):
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """How many rounds to run at most."""
     cohort: Count | None = None
-    """Clients a round; every client when unset."""
+    """Clients a round; every client when unset. On a live run these are the project's devices that
+    are there before the first round: all are waited for, until the deadline."""
     strategy: str = "FedAvg"
     """The name of a strategy in ``flwr.serverapp.strategy``."""
     strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -56,7 +57,8 @@ class Federation(Section):
     weighting: Literal["examples", "uniform"] = "examples"
     """Whether an update weighs as many examples as its client has, or as much as any other. On a
     live run that is the number that each client committed to when it was enrolled, whatever it
-    reports later; unless every device of the project has committed to one, all weigh the same."""
+    reports later; unless every device of the project has committed to one, all weigh the same.
+    Which of the two holds is settled when a round selects, for all of it."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
     the others are told that they are late. At 1.3 three of thirteen may be slow."""

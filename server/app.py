@@ -54,6 +54,7 @@ def server_app(
     listener: Listener,
     keeper: Keeper | None = None,
     start: Start | None = None,
+    awaited: Callable[[], int] = lambda: 1,
 ) -> ServerApp:
     """An ordinary Flower ServerApp that trains ``task`` as ``run`` says.
 
@@ -65,6 +66,8 @@ def server_app(
         listener: Who is told what happens.
         keeper: Keeps what it takes to go on with rounds that are interrupted; nobody when None.
         start: Where such rounds go on; from the beginning when None.
+        awaited: How many clients there are to wait for where the run names no cohort. All who are
+            there then are the cohort; those who come after the deadline are not waited for.
     """
     app = ServerApp()
 
@@ -77,8 +80,9 @@ def server_app(
 
             check_layers(model.model)  # here, and not by every client in turn
         cohort = run.federation.cohort or (start.cohort if start is not None else None)
-        if cohort is None or start is None:
-            cohort = cohort or _wait_for_nodes(grid, 1, run.federation.deadline_s)
+        if cohort is None:
+            cohort = _gather(grid, awaited, run.federation.deadline_s, listener.on_note)
+        elif start is None:
             _wait_for_nodes(grid, cohort, run.federation.deadline_s)
         chosen = make_strategy(
             run.federation.strategy,
@@ -119,8 +123,40 @@ def server_app(
     return app
 
 
-def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> int:
-    """How many nodes there are, once there are enough: they connect while the server starts.
+def _gather(
+    grid: Grid, awaited: Callable[[], int], deadline_s: float, on_note: Callable[[str], None]
+) -> int:
+    """How many nodes there are, once all are, or at the deadline; says so where some are not.
+
+    Raises:
+        RoundFailed: there was none at the deadline.
+    """
+    end, told = time.monotonic() + deadline_s, False
+    while (found := _count(grid)) < (needed := max(awaited(), 1)):
+        if time.monotonic() > end:
+            break
+        if not told and needed > 1:
+            told = True
+            on_note(
+                f"federation.cohort is unset: waiting for all {needed} devices of the project, and "
+                f"for no longer than federation.deadline_s = {deadline_s:g}."
+            )
+        time.sleep(_POLL_S)
+    if not found:
+        raise RoundFailed(
+            f"start: no client connected within federation.deadline_s = {deadline_s:g}. Nothing "
+            "was trained; start the clients, and then the run again."
+        )
+    if found < needed:
+        on_note(
+            f"{found} of {needed} devices came within federation.deadline_s = {deadline_s:g}: each "
+            f"round asks {found}. To ask more, begin anew and set federation.cohort."
+        )
+    return found
+
+
+def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> None:
+    """Waits until there are enough nodes: they connect while the server starts.
 
     Raises:
         RoundFailed: there were too few at the deadline.
@@ -134,7 +170,6 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> int:
                 "clients, or lower the cohort."
             )
         time.sleep(_POLL_S)
-    return found
 
 
 def _count(grid: Grid) -> int:

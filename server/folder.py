@@ -85,6 +85,19 @@ def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def check_outside(path: Path, folder: Path) -> None:
+    """Refuses to begin from a file among results that the run would replace.
+
+    Raises:
+        ConfigError: ``path`` lies in ``folder``.
+    """
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"federation.initial = {path}: it lies among the results of a run of this name, which "
+            "this run replaces. Nothing was run; copy it elsewhere, or give this run another name."
+        )
+
+
 def config_json(run: RunConfig) -> bytes:
     """The resolved configuration, as it is digested in manifests."""
     return run.model_dump_json(indent=2).encode() + b"\n"

@@ -32,6 +32,7 @@ from server.journal_head import (
     REPLY,
     RUN,
     open_mended,
+    settle_restored,
     write_head,
 )
 from server.progress import Progress, Start
@@ -141,10 +142,25 @@ class Journal:
         entry = self._entries.one(ASKED + kind, self.round + 1, 0)
         return None if entry is None else [int(node) for node in entry.values["nodes"]]
 
-    def ask(self, kind: str, nodes: Sequence[int]) -> None:
-        """Notes whom the round asks, before any of them is sent anything."""
+    def weights(self, kind: str) -> dict[int, int] | None:
+        """What the replies of those asked for ``kind`` weigh, in examples, by node.
+
+        None where that was not noted, as before there was a field for it.
+        """
+        entry = self._entries.one(ASKED + kind, self.round + 1, 0)
+        if entry is None or "weights" not in entry.values:
+            return None
+        return dict(zip(entry.values["nodes"], entry.values["weights"], strict=True))
+
+    def ask(self, kind: str, nodes: Sequence[int], weights: Sequence[int]) -> None:
+        """Notes whom the round asks, before any of them is sent anything.
+
+        ``weights`` are what their replies weigh, in examples: one rule for all of a round,
+        whatever becomes of the list of members meanwhile.
+        """
+        values = {"nodes": list(nodes), "weights": list(weights)}
         self._reached(SELECTING)
-        self._entries.write([new_entry(ASKED + kind, self.round + 1, 0, {"nodes": list(nodes)})])
+        self._entries.write([new_entry(ASKED + kind, self.round + 1, 0, values)])
         self._reached(SELECTED)
 
     def drop(self) -> None:
@@ -269,6 +285,7 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
     """
     if not (folder / JOURNAL).exists():
         return None
+    settle_restored(folder)
     entries, mended = open_mended(folder)
     run = entries.one(RUN, 0, 0)
     if run is None:  # it died before anything was begun

@@ -14,9 +14,13 @@ from server.entries import Entries, Entry
 
 HEAD = "head.json"
 JOURNAL = "journal.sqlite"
+RESTORED = "restored"
+"""A file that a backup has beside its journal, for as long as nobody has gone on with it."""
 RUN, RECORD, COMMIT, END, ASKED, REPLY = "run", "record", "commit", "end", "asked/", "reply/"
 """Kinds of entries; the last two are followed by the type of the message."""
 _DAMAGED = ".damaged"
+_BESIDE = ("-wal", "-shm")
+"""What SQLite keeps beside a database, and replays over it."""
 _MAX_BYTES = 1 << 30
 
 
@@ -53,6 +57,26 @@ def read_head(folder: Path) -> list[Entry] | None:
     whole = {entry.round for entry in found if entry.kind == RECORD}
     complete = whole == set(range(1, _last_commit(found) + 1))
     return found if complete and all(entry.is_intact for entry in found) else None
+
+
+def settle_restored(folder: Path) -> None:
+    """Removes what a later process left beside a journal that came from a backup.
+
+    A backup's journal is whole by itself; what was left by a server that was killed belongs to
+    another, and SQLite would replay it over the one that was restored.
+
+    Raises:
+        ResourceError: it may not be removed.
+    """
+    mark = folder / RESTORED
+    if not mark.is_file():
+        return
+    with disk_errors(mark):
+        for suffix in _BESIDE:
+            (folder / (JOURNAL + suffix)).unlink(missing_ok=True)
+        sync_folder(folder)  # before the mark: whatever dies in between, the rest is not replayed
+        mark.unlink()
+        sync_folder(folder)
 
 
 def open_mended(folder: Path) -> tuple[Entries, str]:
@@ -99,7 +123,7 @@ def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entr
             "folder from a backup and go on with --resume, or begin the run anew with --fresh."
         )
     with disk_errors(path):
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", *_BESIDE):
             part = path.with_name(path.name + suffix)
             if part.exists():
                 part.replace(part.with_name(part.name + _DAMAGED))

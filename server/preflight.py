@@ -18,6 +18,7 @@ from fedcore.task import Examples, Folder, Task, check_inputs, data_folder, read
 from fedcore.training.device import available
 from fedcore.updates.pack import layout_of
 from server.cloud import CloudData, read_cloud_data
+from server.folder import check_outside
 from server.release import check_publishable
 from server.strategies import make_strategy
 
@@ -49,20 +50,35 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
     available(asked.client.device)
     data = data_folder()
     clients = _clients(task, run, data)
+    check_rounds(run, task, folder, clients=len(clients))
+    cloud, test = read_for_release(run, task, data)
+    return Prepared(data, clients, cloud, test)
+
+
+def check_rounds(run: RunConfig, task: Task, folder: Path, *, clients: int) -> None:
+    """Refuses rounds that could not begin: their model, where it starts, and their strategy.
+
+    Args:
+        run: The run.
+        task: Its task.
+        folder: Where results will go; what lies there is still untouched.
+        clients: Takes part in a round whose cohort the run leaves open.
+
+    Raises:
+        FedcoreError: whatever would have stopped them. Nothing was run or replaced.
+    """
     model = build_model(task, run)
     if run.federation.initial is not None:
-        _outside(run.path(run.federation.initial), folder)
+        check_outside(run.path(run.federation.initial), folder)
         warm_start(run, model)
     if run.private:
         check_layers(model.model)
     make_strategy(
         run.federation.strategy,
         run.federation.strategy_options,
-        cohort=run.federation.cohort or len(clients),
+        cohort=run.federation.cohort or clients,
         size=layout_of(model.model).size,
     )
-    cloud, test = read_for_release(run, task, data)
-    return Prepared(data, clients, cloud, test)
 
 
 def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudData | None, Examples]:
@@ -125,11 +141,3 @@ def _different(clients: Sequence[str]) -> int:
     different = len(np.unique(hashes))
     # Two names can share a hash, though hardly ever: then they are looked at themselves.
     return different if different == len(clients) else len(set(clients))
-
-
-def _outside(path: Path, folder: Path) -> None:
-    if path.is_relative_to(folder.resolve()):
-        raise ConfigError(
-            f"federation.initial = {path}: it lies among the results of a run of this name, which "
-            "this run replaces. Nothing was run; copy it elsewhere, or give this run another name."
-        )

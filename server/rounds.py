@@ -325,6 +325,12 @@ def _evaluate_on_clients(
 
     def draw() -> list[int]:
         there = list(federation.grid.get_node_ids())
+        if not there:
+            raise RoundFailed(
+                f"round {number}: no client is there to evaluate it, and "
+                f"federation.evaluate_cohort asks for {size}. The round does not count; start "
+                "clients, and go on with the run, or run it anew."
+            )
         words = ("evaluation", number)
         return select(there, min(size, len(there)), seed=run.seed, words=words)
 

@@ -3,6 +3,9 @@
 The journal refers to values that lie in files of their own, and each commit removes those that it
 needs no more. So they are held by links first, then the journal is copied, and then it is looked
 whether all that the copy refers to is held.
+
+A mark beside the journal says that it came from a backup: whoever goes on with it then replays
+nothing over it that a server which was killed left in the same folder.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fedcore.errors import DataError, ResourceError
+from fedcore.errors import ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, sync_folder
 from server.entries import Entries
 from server.journal import VALUES, values_of
-from server.journal_head import JOURNAL, write_head
+from server.journal_head import JOURNAL, RESTORED, write_head
 from server.live.resume import FOLDER
 
 _LEFT_OUT = {FOLDER, "incoming", "tensorboard"}
@@ -38,6 +41,24 @@ class BackedUp:
     files: int
     bytes: int
     created: str
+
+
+def check_place(file: Path) -> None:
+    """Sees that a backup may be written to ``file``.
+
+    Raises:
+        ConfigError: it is no whole path, it exists, or its folder does not.
+    """
+    if not file.is_absolute() or "\0" in str(file) or file.exists():
+        raise ConfigError(
+            f"{str(file)!r}: expected the whole path of a file that does not exist. Nothing was "
+            "written; choose another name."
+        )
+    if not file.parent.is_dir():
+        raise ConfigError(
+            f"{file}: there is no folder {file.parent}. Nothing was written; make it, or name "
+            "another place."
+        )
 
 
 def back_up(results: Path, file: Path, *, now: datetime) -> BackedUp:
@@ -63,9 +84,13 @@ def back_up(results: Path, file: Path, *, now: datetime) -> BackedUp:
     ):
         partial, count = Path(made) / "backup.tar", 0
         _hold(results / FOLDER, Path(held))
+        mark = Path(held) / RESTORED
+        mark.write_text(f"{now:%Y-%m-%dT%H:%M:%SZ}\n")
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as tar:
+                count += _add(tar, mark, f"{results.name}/{FOLDER}/{RESTORED}")  # before the rest
+                mark.unlink()
                 for name, path in (*_files(Path(held), FOLDER), *_files(results, "")):
                     count += _add(tar, path, f"{results.name}/{name}")
             stream.flush()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,23 +16,26 @@ from typing import Any, Literal
 
 from fedcore import __version__
 from fedcore.config import RunConfig
-from fedcore.crypto.roster import Member, Roster, ServerIdentity
-from fedcore.errors import ConfigError, DataError, FedcoreError, TrustError
-from fedcore.files import read_bytes, write_json
+from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.errors import ConfigError, FedcoreError, ResourceError, TrustError
 from fedcore.flower.fleet import node_id_of
 from fedcore.flower.fleet_grid import Stopped
 from fedcore.observability.events import Event, Noted, RoundFinished, json_line
 from server.live.audit import AUDIT, Audit
-from server.live.backup import back_up
-from server.live.request import LOOKING, Asker, Request, parse_request
+from server.live.backup import back_up, check_place
+from server.live.drained import read_drained, write_drained
+from server.live.request import LOOKING, Asker, Request, named, parse_request
 from server.live.serve import Listening
+from server.live.steered import Steered
 from server.progress import Keeper, Progress
 
-_DRAINED = "drained.json"
-_MAX_DRAINED_BYTES = 4 << 20
 _ROUNDS_SHOWN = 1000
 _LOOK_S = 0.25
-"""How often a paused run looks whether the server is told to stop."""
+"""How often whatever waits looks whether the server is told to stop."""
+_THREADS = 4
+"""Answer operators at the same time; one of them at most waits for a round to be over."""
+Gone = Callable[[], bool]
+"""Whether whoever asked has hung up."""
 
 _State = Literal["waiting", "running", "paused", "finishing", "ended"]
 
@@ -67,11 +71,21 @@ class Control:
         self._notes: deque[str] = deque(maxlen=20)
         self._state: _State = "waiting"
         self._pause = self._stop = False
-        self._holds = 0
-        """How many wait for the round to be over, or copy what it left."""
+        self._hold = False
+        """Whether a backup waits for the round to be over, or copies what it left."""
+        self._resting = False
+        """Whether the round, which lacks devices, lets a backup be taken."""
+        self._answering = 0
+        self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="operators")
+        """Where to answer: what devices send is taken in by others, whatever operators wait for."""
         self._started = time.monotonic()
-        self._drained = _read_drained(identity / _DRAINED)
+        self._drained = read_drained(identity)
         self._site: _Site | None = None
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """The names of devices that further rounds leave out."""
+        return self._drained
 
     def sink(self, event: Event) -> None:
         """Takes in what happens, for those who look."""
@@ -85,14 +99,18 @@ class Control:
         """The server is up."""
         roster = identity.roster()
         self._site = _Site(identity, listening, roster)
-        self._tell_drained(self._site)
+        listening.presence.drain(self._drained)
         self._audit.record(by="server", action="start", outcome="done", run=self._run.name)
 
     def close(self) -> None:
-        """The server is down."""
+        """The server is down. Waits until what is being answered is; a backup that waits gives up.
+
+        Called beside the event loop, by which answers go out.
+        """
         with self._changed:
             self._show("ended")
             self._site = None
+            self._changed.wait_for(lambda: not self._answering)
         last = self._rounds[-1]["round"] if self._rounds else 0
         self._audit.record(
             by="server", action="end", outcome="done", run=self._run.name, round=last
@@ -101,16 +119,41 @@ class Control:
 
     def steered(self, keeper: Keeper) -> Keeper:
         """``keeper``, and after each round that it has kept, what operators asked for."""
-        return _Steered(keeper, self._goes_on)
+        return Steered(keeper, self._goes_on, self.lacks_devices)
 
-    def answer(self, raw: bytes, asker: Asker) -> dict[str, Any]:
+    def lacks_devices(self) -> None:
+        """Called while a round waits for devices that are not there, each time that it looks.
+
+        A stop does not wait for its end then, and a backup may be taken.
+
+        Raises:
+            Stopped: an operator stopped the run, or the server stops.
+        """
+        with self._changed:
+            self._check_stopped()
+            self._resting = True
+            self._changed.notify_all()
+            try:
+                while self._hold:
+                    self._changed.wait(_LOOK_S)
+                    self._check_stopped()
+            finally:
+                self._resting = False
+
+    def answer(self, raw: bytes, asker: Asker, gone: Gone = lambda: False) -> dict[str, Any]:
         """Does what is asked, and says so; what may not be done is answered, not raised."""
+        with self._changed:
+            self._answering += 1
         try:
-            return {"ok": True, **self._answer(parse_request(raw), asker)}
+            return {"ok": True, **self._answer(parse_request(raw), asker, gone)}
         except FedcoreError as error:
             return {"ok": False, "error": type(error).__name__, "message": str(error)}
+        finally:
+            with self._changed:
+                self._answering -= 1
+                self._changed.notify_all()
 
-    def _answer(self, request: Request, asker: Asker) -> dict[str, Any]:
+    def _answer(self, request: Request, asker: Asker, gone: Gone) -> dict[str, Any]:
         site = self._site
         if site is None:
             raise ConfigError("the server is not up yet. Nothing was done; ask again.")
@@ -127,9 +170,11 @@ class Control:
                     f"{asker.by}: a {asker.role} may look, and only an operator may "
                     f"{request.verb}. Nothing was done; ask an operator."
                 )
-            act = self._act(request, asker, site)
+            with named(request):
+                act = self._act(request, asker, site, gone)
             told("accepted")  # on disk before anything is done
-            answer = act()
+            with named(request):
+                answer = act()
         except FedcoreError as error:
             told(f"refused: {error}")
             raise
@@ -199,12 +244,14 @@ class Control:
             )
         return sorted(found, key=lambda one: str(one["name"]))
 
-    def _act(self, request: Request, asker: Asker, site: _Site) -> Callable[[], dict[str, Any]]:
+    def _act(
+        self, request: Request, asker: Asker, site: _Site, gone: Gone
+    ) -> Callable[[], dict[str, Any]]:
         """What is to be done, once nothing speaks against it; nothing is done yet."""
         if request.verb == "drain":
             return self._drain(request, site)
         if request.verb == "backup":
-            return self._backup(request, asker)
+            return self._backup(request, asker, site, gone)
         if self._state == "ended":
             raise ConfigError(f"{self._run.name}: the run has ended. Nothing was done.")
         if request.verb == "pause":
@@ -242,9 +289,9 @@ class Control:
         def act() -> dict[str, Any]:
             with self._changed:  # another operator may drain at the same time
                 wanted = self._drained - {name} if request.undo else self._drained | {name}
-                write_json(self._folder / _DRAINED, sorted(wanted))
+                write_drained(self._folder, wanted)
                 self._drained = wanted
-            self._tell_drained(site)
+            site.listening.presence.drain(self._drained)
             return {"device": name, "drained": not request.undo}
 
         return act
@@ -266,42 +313,65 @@ class Control:
                 "federation.cohort, or wait for more devices."
             )
 
-    def _tell_drained(self, site: _Site) -> None:
-        members: dict[str, Member] = {member.name: member for member in site.roster.members()}
-        nodes = [node_id_of(members[name].public) for name in self._drained if name in members]
-        site.listening.presence.drain(nodes)
-
-    def _backup(self, request: Request, asker: Asker) -> Callable[[], dict[str, Any]]:
+    def _backup(
+        self, request: Request, asker: Asker, site: _Site, gone: Gone
+    ) -> Callable[[], dict[str, Any]]:
         file = Path(request.file or "")
         if not asker.local:
             raise ConfigError(
                 "backup: it is written on the server's own machine, and asked for there. Nothing "
                 "was written; log in there, and name the server's folder with --identity."
             )
-        if not file.is_absolute() or file.exists():
-            raise ConfigError(
-                f"{file}: expected the whole path of a file that does not exist. Nothing was "
-                "written; choose another name."
-            )
+        check_place(file)
 
         def act() -> dict[str, Any]:
-            with self._between_rounds():
+            with self._between_rounds(site, gone):
                 return asdict(back_up(self._results, file, now=datetime.now(UTC)))
 
         return act
 
     @contextmanager
-    def _between_rounds(self) -> Iterator[None]:
-        """Waits until no round is on, and lets none begin meanwhile."""
+    def _between_rounds(self, site: _Site, gone: Gone) -> Iterator[None]:
+        """Waits until no round is on, or it lacks devices, and lets none go on meanwhile.
+
+        Raises:
+            ResourceError: another waits, nobody waits for this one any more, or the run ends.
+        """
         with self._changed:
-            self._holds += 1
-            self._changed.wait_for(lambda: self._state != "running")
+            if self._hold:
+                raise ResourceError(
+                    "backup: another one waits for the end of this round, or is being written. "
+                    "Nothing was written; ask again when it is done, or end it with Ctrl-C."
+                )
+            self._hold = True
         try:
+            with self._changed:
+                self._check_waited_for(site, gone)
+                while self._state == "running" and not self._resting:
+                    self._changed.wait(_LOOK_S)
+                    self._check_waited_for(site, gone)
             yield
         finally:
             with self._changed:
-                self._holds -= 1
+                self._hold = False
                 self._changed.notify_all()
+
+    def _check_waited_for(self, site: _Site, gone: Gone) -> None:
+        if gone():
+            raise ResourceError(
+                "backup: whoever asked hung up before the round was over. Nothing was written."
+            )
+        if self._stop or self._state == "ended" or site.listening.stopping.is_set():
+            raise ResourceError(
+                f"backup: the run {self._run.name!r} ends. Nothing was written; copy its folder "
+                "once `fedcore server status` finds no server."
+            )
+
+    def _check_stopped(self) -> None:
+        if self._site is None or self._site.listening.stopping.is_set():
+            raise Stopped("the server stops")
+        if self._stop:
+            raise Stopped("an operator stopped the run")
 
     def _goes_on(self, progress: Progress) -> bool:
         """Waits while the run is paused.
@@ -309,18 +379,15 @@ class Control:
         Raises:
             Stopped: an operator stopped the run, or the server stops.
         """
-        stopping = self._site.listening.stopping if self._site else None
         with self._changed:
             if progress.over:
                 self._show("finishing")
                 return True
-            while self._holds or (self._pause and not self._stop):
+            while self._hold or (self._pause and not self._stop):
                 self._show("paused")
                 self._changed.wait(_LOOK_S)
-                if stopping is not None and stopping.is_set():
-                    raise Stopped("the server stops")
-            if self._stop:
-                raise Stopped("an operator stopped the run")
+                self._check_stopped()
+            self._check_stopped()
             self._show("running")
         return True
 
@@ -328,42 +395,3 @@ class Control:
         if self._state != state:
             self._state = state
             self._changed.notify_all()
-
-
-@dataclass(frozen=True)
-class _Steered:
-    """A keeper whose run operators steer."""
-
-    keeper: Keeper
-    may_go_on: Callable[[Progress], bool]
-
-    def goes_on(self, progress: Progress) -> bool:
-        """What is over is kept first."""
-        return self.keeper.goes_on(progress) and self.may_go_on(progress)
-
-    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        return self.keeper.asked(kind, draw)
-
-    def begin(self, nodes: Sequence[int]) -> None:
-        self.keeper.begin(nodes)
-
-    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        return self.keeper.failures(progress, reasons)
-
-    def fail(self, progress: Progress) -> None:
-        self.keeper.fail(progress)
-
-
-def _read_drained(path: Path) -> frozenset[str]:
-    if not path.exists():
-        return frozenset()
-    raw = read_bytes(path, max_bytes=_MAX_DRAINED_BYTES, what="the list of drained devices")
-    try:
-        names = json.loads(raw)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("expected a list of names")
-    except ValueError as error:
-        raise DataError(
-            f"{path}: {error}. Nothing was started; remove the file, and drain anew who should be."
-        ) from None
-    return frozenset(names)

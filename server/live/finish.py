@@ -107,7 +107,8 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
         FedcoreError: whatever stops it; what was published before stands.
         KeyboardInterrupt: SIGTERM or SIGINT; what is done stays done.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the event loop had its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # the server had its own
+        signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
     cloud, test = read_for_release(run, task, data_folder())
     steps = folder / STEPS

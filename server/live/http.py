@@ -71,8 +71,8 @@ class _Http(uvicorn.Server):
                 connection.shutdown()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+def bind(host: str, port: int, *, option: str = "--listen") -> socket.socket:
+    """A socket that listens; ``option`` is what another port is chosen with.
 
     Raises:
         ResourceError: the port is in use, or may not be used.
@@ -88,6 +88,6 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ResourceError(
             f"server: port {port} of {host} cannot be listened on ({error.strerror}). Nothing was "
-            "started; stop what uses it, or choose another with --listen."
+            f"started; stop what uses it, or choose another with {option}."
         ) from None
     return listener

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
+from fedcore.flower.fleet_grid import GRACE_S
 from fedcore.flower.grid import OwnGrid
 from server.journal import Journal
+from server.live.members import weigh
 from server.progress import Progress
 from server.records import RoundRecord
 
@@ -21,6 +23,8 @@ _LOOK_S = 0.2
 Admit = Callable[[Collection[int]], Collection[int]]
 """Has the grid behind know nodes, which after a restart have not called yet; those who are no
 members any more are left out of what it gives back."""
+Weights = Callable[[Sequence[int]], Sequence[int]]
+"""What a reply of each node would weigh, in examples, as the list of members is now."""
 _ROUNDS = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
@@ -28,7 +32,14 @@ class JournalKeeper:
     """Commits each round to the journal before anyone is told of it."""
 
     def __init__(
-        self, journal: Journal, *, tell: Callable[[RoundRecord], None], deadline_s: float
+        self,
+        journal: Journal,
+        *,
+        tell: Callable[[RoundRecord], None],
+        deadline_s: float,
+        weights: Weights,
+        evaluated: int = 0,
+        rejoin_s: float = 0.0,
     ) -> None:
         """Goes on where ``journal`` ends.
 
@@ -36,10 +47,17 @@ class JournalKeeper:
             journal: Of the run.
             tell: Told of each round once it is over for good.
             deadline_s: How long a round that lacks devices waits before it fails.
+            weights: What those asked weigh; noted down with them.
+            evaluated: How many a round asks to evaluate; as many as trained, where those are fewer.
+            rejoin_s: How long from now on they are waited for; `GRACE_S` at any other time. Then
+                whoever is there is asked.
         """
         self._journal = journal
         self._tell = tell
         self._deadline_s = deadline_s
+        self._weights = weights
+        self._evaluated = evaluated
+        self._rejoin_until = time.monotonic() + rejoin_s
         self._record: RoundRecord | None = None
 
     def record(self, record: RoundRecord) -> None:
@@ -61,10 +79,12 @@ class JournalKeeper:
             RoundFailed: there were too few devices until the deadline.
         """
         known = self._journal.asked(kind)
-        if known is not None:
+        if known:  # an empty list was kept by servers that asked for no more
             return known
-        nodes = self._drawn(draw)
-        self._journal.ask(kind, nodes)
+        trained = self._journal.asked(MessageType.TRAIN) or ()
+        wanted = min(self._evaluated, len(trained)) if kind == MessageType.EVALUATE else 0
+        nodes = self._drawn(draw, wanted)
+        self._journal.ask(kind, nodes, self._weights(nodes))
         return nodes
 
     def begin(self, nodes: Sequence[int]) -> None:
@@ -77,11 +97,20 @@ class JournalKeeper:
     def fail(self, progress: Progress) -> None:
         """Nothing: the journal holds what came before, and what was accepted since."""
 
-    def _drawn(self, draw: Callable[[], list[int]]) -> list[int]:
-        end = time.monotonic() + self._deadline_s
+    def _drawn(self, draw: Callable[[], list[int]], wanted: int) -> list[int]:
+        """What ``draw`` gives, once it gives ``wanted`` nodes, or there was time enough for that.
+
+        It raises until it can give any.
+        """
+        began = time.monotonic()
+        end = began + self._deadline_s
+        until = min(end, max(began + GRACE_S, self._rejoin_until))
         while True:
             try:
-                return draw()
+                nodes = draw()
+                if len(nodes) >= wanted or time.monotonic() >= until:
+                    return nodes
+                time.sleep(_LOOK_S)
             except RoundFailed:
                 if time.monotonic() > end:
                     raise
@@ -104,6 +133,7 @@ class JournalGrid(OwnGrid):
         admit: Admit,
         quorum: float,
         rejoin_s: float = 0.0,
+        lacks: Callable[[], None] = lambda: None,
     ) -> None:
         """A grid for the run of ``journal``.
 
@@ -113,12 +143,15 @@ class JournalGrid(OwnGrid):
             admit: Asked before nodes are sent anything.
             quorum: The share of a cohort whose updates a round needs.
             rejoin_s: How long from now on devices that were not seen yet are waited for.
+            lacks: Called each time that a round looks whether those who are gone are back; what
+                it raises ends the round.
         """
         super().__init__(behind.run.run_id)
         self._behind = behind
         self._journal = journal
         self._admit = admit
         self._quorum = quorum
+        self._lacks = lacks
         self._rejoin_until = time.monotonic() + rejoin_s
         self._seen: set[int] = set()
 
@@ -148,12 +181,16 @@ class JournalGrid(OwnGrid):
         if any(message.metadata.message_type not in _ROUNDS for message in waiting.values()):
             yield from self._behind.send_and_receive(waiting.values(), timeout=timeout)
             return
+        kinds = {message.metadata.message_type for message in waiting.values()}
+        weights = {kind: self._journal.weights(kind) for kind in kinds}
         asked, came = len(waiting), 0
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
                 del waiting[node]
                 came += 1
+                # It was kept by another rule, where the round failed and was selected anew since.
+                _weigh(kept, weights)
                 yield kept
                 del kept
         members = self._admit(waiting)
@@ -165,6 +202,7 @@ class JournalGrid(OwnGrid):
                 if reply.has_error():  # it declined, or failed: asked again after a restart
                     asked -= 1
                 else:
+                    _weigh(reply, weights)
                     self._journal.accept(reply)
                     came += 1
                 yield reply
@@ -183,5 +221,13 @@ class JournalGrid(OwnGrid):
                 return True
             if enough and (not gone - self._seen or time.monotonic() >= self._rejoin_until):
                 return False
+            self._lacks()
             time.sleep(_LOOK_S)
         return False
+
+
+def _weigh(reply: Message, weights: Mapping[str, Mapping[int, int] | None]) -> None:
+    """As was noted when the round selected; one that did not note it leaves it to the seal."""
+    noted = weights[reply.metadata.message_type]
+    if noted is not None and reply.metadata.src_node_id in noted:
+        weigh(reply, noted[reply.metadata.src_node_id])

@@ -8,8 +8,9 @@ import os
 import pwd
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from server.live.request import MAX_REQUEST_BYTES, Asker
 from server.live.serve import Listening
 
 _ASK_S = 10.0
-"""Seconds within which a request must have come."""
+"""Seconds within which a request must have come, and an answer must have been taken."""
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -43,6 +44,17 @@ def sole(folder: Path) -> Iterator[None]:
         yield
 
 
+def check_socket(identity: ServerIdentity) -> None:
+    """Sees that the socket can be made that operators ask by, and removes it again.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    path = identity.kit.folder / SOCKET
+    _bind(path).close()
+    path.unlink(missing_ok=True)
+
+
 @asynccontextmanager
 async def operated(
     control: Control, identity: ServerIdentity, listening: Listening
@@ -55,9 +67,18 @@ async def operated(
     """
     control.open(identity, listening)
     path = identity.kit.folder / SOCKET
+    answering = set[asyncio.Future[None]]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _serve_one(control, reader, writer)
+        try:
+            found = await _request(reader, writer)
+            if found is not None:
+                answer = asyncio.ensure_future(_answer(control, *found, reader, writer))
+                answering.add(answer)
+                answer.add_done_callback(answering.discard)
+                await answer
+        finally:
+            writer.close()
 
     try:
         server = await asyncio.start_unix_server(serve, sock=_bind(path), limit=MAX_REQUEST_BYTES)
@@ -67,7 +88,9 @@ async def operated(
             server.close()
             path.unlink(missing_ok=True)
     finally:
-        control.close()
+        await asyncio.to_thread(control.close)
+        if answering:
+            await asyncio.wait(answering)
 
 
 def over_network(control: Control) -> Operate:
@@ -90,7 +113,9 @@ def over_network(control: Control) -> Operate:
             return await _respond(send, 413, {"detail": f"more than {MAX_REQUEST_BYTES} bytes"})
         peer = (scope.get("client") or ("?",))[0]
         asker = Asker(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
-        return await _respond(send, 200, await asyncio.to_thread(control.answer, raw, asker))
+        loop = asyncio.get_running_loop()
+        told = await loop.run_in_executor(control.threads, control.answer, raw, asker)
+        return await _respond(send, 200, told)
 
     return operate
 
@@ -127,31 +152,53 @@ def _bind(path: Path) -> socket.socket:
     return listener
 
 
-async def _serve_one(
-    control: Control, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    """Answers one line with one line."""
+async def _request(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> tuple[bytes, Asker | None] | None:
+    """The line that somebody asks with, and who does; None when none came in time."""
     try:
         asker = _asker(writer.get_extra_info("socket"))
+        async with asyncio.timeout(_ASK_S):
+            return await reader.readline(), asker
+    except (TimeoutError, ValueError, ConnectionError):  # ValueError: a line past the limit
+        return None
+
+
+async def _answer(
+    control: Control,
+    raw: bytes,
+    asker: Asker | None,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """Answers one line with one line."""
+    if asker is None:
+        told: dict[str, Any] = {
+            "ok": False,
+            "error": "TrustError",
+            "message": "this user is not the server's, nor root. Nothing was done.",
+        }
+    else:
+        gone = threading.Event()
+        watching = asyncio.create_task(_watch(reader, gone))
         try:
-            async with asyncio.timeout(_ASK_S):
-                raw = await reader.readline()
-        except (TimeoutError, ValueError):  # ValueError: a line past the limit
-            return
-        if asker is None:
-            told: dict[str, Any] = {
-                "ok": False,
-                "error": "TrustError",
-                "message": "this user is not the server's, nor root. Nothing was done.",
-            }
-        else:
-            told = await asyncio.to_thread(control.answer, raw, asker)
+            told = await asyncio.get_running_loop().run_in_executor(
+                control.threads, control.answer, raw, asker, gone.is_set
+            )
+        finally:
+            watching.cancel()
+    with suppress(ConnectionError, TimeoutError):  # whoever asked did not wait
         writer.write(json.dumps(told).encode() + b"\n")
-        await writer.drain()
-    except ConnectionError:
-        return  # whoever asked did not wait
-    finally:
-        writer.close()
+        async with asyncio.timeout(_ASK_S):
+            await writer.drain()
+
+
+async def _watch(reader: asyncio.StreamReader, gone: threading.Event) -> None:
+    """Notes that the other end hangs up; nothing more is expected of it."""
+    with suppress(ConnectionError):
+        while await reader.read(MAX_REQUEST_BYTES):
+            pass
+    gone.set()
 
 
 def _asker(connection: socket.socket) -> Asker | None:

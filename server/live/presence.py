@@ -67,7 +67,7 @@ class Presence:
         self._clock = clock
         self._lock = threading.RLock()
         self._sessions: dict[int, _Session] = {}
-        self._drained: frozenset[int] = frozenset()
+        self._drained: frozenset[str] = frozenset()
         self._loop = asyncio.get_running_loop()
 
     def arrive(self, node_id: int, instance: str, name: str, public_key: bytes) -> bool:
@@ -164,16 +164,22 @@ class Presence:
         for node_id in self.keys():
             self.remove(node_id)
 
-    def drain(self, node_ids: Iterable[int]) -> None:
-        """From now on these nodes, and no others, are left out of rounds."""
-        self._drained = frozenset(node_ids)
+    def drain(self, names: Iterable[str]) -> None:
+        """From now on devices of these names, and no others, are left out of rounds.
+
+        A name stays drained whatever key its device has: one that is enrolled anew is, too.
+        """
+        self._drained = frozenset(names)
         self._on_change()
 
     def nodes(self) -> list[int]:
         """The nodes that are there now and may be asked."""
         with self._lock:
-            there = [key for key, one in self._sessions.items() if self._left(one) is None]
-        return [key for key in there if key not in self._drained]
+            return [
+                key
+                for key, one in self._sessions.items()
+                if one.name not in self._drained and self._left(one) is None
+            ]
 
     def devices(self) -> list[Device]:
         """Everyone who has called, by name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 
 from fedcore.config import Section
 from fedcore.crypto.certificates import MemberRole
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, ResourceError
 
 MAX_REQUEST_BYTES = 4096
 
@@ -55,3 +57,19 @@ def parse_request(raw: bytes) -> Request:
             f"{'.'.join(map(str, first['loc'])) or 'request'}: {first['msg']}. Nothing was done; "
             "ask with the server's own version of fedcore."
         ) from None
+
+
+@contextmanager
+def named(request: Request) -> Iterator[None]:
+    """Turns what the system says of a request into an error that can be answered.
+
+    Raises:
+        ResourceError: it cannot be done.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ResourceError(
+            f"{request.verb}: {request.file or 'the server'}: it could not be done ({error}). See "
+            "that the place is there and writable for the server's user, and ask again."
+        ) from error

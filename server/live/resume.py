@@ -54,7 +54,8 @@ def open_run(
             found = _unfinished(folder, run, resume=resume, reached=reached)
             if found is not None:
                 try:
-                    clear(folder, keep=(FOLDER, STEPS))
+                    # Steps of rounds that are not over are those of a run that a backup replaced.
+                    clear(folder, keep=(FOLDER, STEPS) if found.ended else (FOLDER,))
                     yield folder, found
                 finally:
                     found.close()

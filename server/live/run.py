@@ -7,7 +7,6 @@ with a run answers its devices before. What rounds need is imported in their own
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -17,21 +16,22 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
-from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
-from fedcore.errors import FedcoreError, ResourceError, TaskError
+from fedcore.crypto.roster import ServerIdentity, load_server_identity
+from fedcore.errors import ConfigError, FedcoreError, ResourceError, TaskError
 from fedcore.files import write_atomic
-from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.identity import SERVER_NODE_ID
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, Sink, tee
 from fedcore.observability.jsonl import json_lines
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
+from server.folder import check_outside
 from server.journal import Journal, Reached, nothing
 from server.live.control import Control
 from server.live.journal_keeper import REJOIN_S, Admit, JournalGrid, JournalKeeper
+from server.live.members import Members
 from server.live.memory import loading
-from server.live.operate import operated, over_network
+from server.live.operate import check_socket, operated, over_network
 from server.live.resume import has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
@@ -61,8 +61,17 @@ class Deployment:
     """Begin anew, whatever there is."""
 
     def address(self, identity: ServerIdentity) -> Address:
-        """Where to listen."""
+        """Where to listen.
+
+        Raises:
+            ConfigError: there is no port after ``port``, and no other is named.
+        """
         port = identity.port if self.port is None else self.port
+        if self.wake_port is None and port == 2**16 - 1:
+            raise ConfigError(
+                f"server: it listens on port {port}, and devices are woken on the port after, "
+                "which there is none of. Nothing was started; name another with --wake-port."
+            )
         wake_port = (port + 1 if port else 0) if self.wake_port is None else self.wake_port
         return Address(self.host, port, wake_port)
 
@@ -80,9 +89,10 @@ def run_deployment(
     The best model lies in the run's folder as ``global.safetensors``. Where the run names a
     repository, what `server.live.finish` does follows, once no device is served any more.
 
-    A run that begins has its task loaded before a folder is emptied or a port opened, so that a
-    mistake in it disturbs nobody. One that goes on was begun with the same task file, and answers
-    devices while that is loaded; none of them is asked anything before.
+    A run that begins has its task loaded and all that it needs looked at before a folder is
+    emptied, so that a mistake, or a port that is taken, disturbs nobody. One that goes on was begun
+    with the same task file, and answers devices while that is loaded; none of them is asked
+    anything before.
 
     Args:
         deployment: What is to be done.
@@ -101,10 +111,14 @@ def run_deployment(
     goes_on = deployment.resume and has_journal(run, deployment.runs)
     name = (declared_name(path) if goes_on else None) or load().name
     releases = run.release.repository is not None
-    if releases and not goes_on:
-        from server.live.finish import check_finish
-
-        check_finish(run, load())
+    if not goes_on:
+        _check_begins(run, load(), deployment.runs / run.name)
+    elif run.federation.initial is not None:
+        check_outside(run.path(run.federation.initial), deployment.runs / run.name)
+    address = deployment.address(identity)
+    address.check_free()
+    check_socket(identity)
+    identity.roster()  # refuses a list that is no list of this project's members
     outcomes: list[Outcome] = []
     with (
         open_run(
@@ -122,16 +136,15 @@ def run_deployment(
         for note in _resumed(journal):
             emit(Noted(note))
 
-        def work(admit: Admit, grid: Grid) -> None:
-            over = _journaled(grid, run, journal, admit)
-            _federate(run, load(), over, journal, folder, emit, control, randomness, outcomes)
+        def work(members: Members, grid: Grid) -> None:
+            over = _journaled(grid, run, journal, members.admit, control)
+            _federate(
+                run, load(), over, journal, members, folder, emit, control, randomness, outcomes
+            )
 
         async def serve() -> bool:
             hello = hello_of(name, path)
-            address, settings = (
-                deployment.address(identity),
-                device_settings(run, instance=journal.instance),
-            )
+            settings = device_settings(run, instance=journal.instance)
             spool = folder / "incoming"
             operate = over_network(control)
             async with (
@@ -140,9 +153,8 @@ def run_deployment(
                 ) as listening,
                 operated(control, identity, listening),
             ):
-                roster = identity.roster()
-                admit = partial(_admit, roster, listening.fleet)
-                return await run_beside(partial(work, admit), listening)
+                members = Members(identity.roster(), listening.fleet)
+                return await run_beside(partial(work, members), listening)
 
         if not (journal.ended or asyncio.run(serve())):
             return False
@@ -155,6 +167,25 @@ def run_deployment(
                 outcomes.append(outcome_of(run, load(), journal.start))
             finish(run, load(), outcomes[0], folder, emit)
         return True
+
+
+def _check_begins(run: RunConfig, task: Task, folder: Path) -> None:
+    """Refuses a run that could only fail after the results in ``folder`` were replaced.
+
+    Raises:
+        FedcoreError: whatever would have stopped it.
+    """
+    from fedcore.task import data_folder
+    from server.live.finish import check_finish
+    from server.preflight import check_rounds
+
+    check_rounds(run, task, folder, clients=1)
+    if run.release.repository is not None:
+        check_finish(run, task)
+    else:
+        from server.cloud import read_cloud_data
+
+        read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
 
 
 def _load(path: Path) -> Task:
@@ -182,6 +213,7 @@ def _federate(
     task: Task,
     grid: Grid,
     journal: Journal,
+    members: Members,
     folder: Path,
     emit: Sink,
     control: Control,
@@ -204,7 +236,12 @@ def _federate(
         emit(Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}"))
 
     keeper = JournalKeeper(
-        journal, tell=lambda record: emit(_finished(record)), deadline_s=settings.deadline_s
+        journal,
+        tell=lambda record: emit(_finished(record)),
+        deadline_s=settings.deadline_s,
+        weights=members.weights,
+        evaluated=settings.evaluate_cohort,
+        rejoin_s=_rejoin_s(journal),
     )
     listener = Listener(on_note=lambda text: emit(Noted(text)), on_round=keeper.record, on_end=keep)
     app = server_app(
@@ -215,6 +252,7 @@ def _federate(
         listener=listener,
         keeper=control.steered(keeper),
         start=start,
+        awaited=lambda: members.count(drained=control.drained),
     )
     context = Context(
         run_id=grid.run.run_id,
@@ -232,20 +270,22 @@ def _federate(
         raise
 
 
-def _journaled(grid: Grid, run: RunConfig, journal: Journal, admit: Admit) -> JournalGrid:
-    rejoin_s = REJOIN_S if journal.start else 0.0
-    quorum = run.federation.quorum / run.federation.over_selection  # of all who are asked
-    return JournalGrid(grid, journal, admit=admit, quorum=quorum, rejoin_s=rejoin_s)
+def _journaled(
+    grid: Grid, run: RunConfig, journal: Journal, admit: Admit, control: Control
+) -> JournalGrid:
+    return JournalGrid(
+        grid,
+        journal,
+        admit=admit,
+        quorum=run.federation.quorum / run.federation.over_selection,  # of all who are asked
+        rejoin_s=_rejoin_s(journal),
+        lacks=control.lacks_devices,
+    )
 
 
-def _admit(roster: Roster, fleet: Fleet, nodes: Collection[int]) -> Collection[int]:
-    """Enlists those of ``nodes`` who are members, and returns them."""
-    keys = {
-        node_id_of(member.public): member.public
-        for member in roster.members()
-        if member.role == "device"
-    }
-    return {fleet.enlist(keys[node]) for node in nodes if node in keys}
+def _rejoin_s(journal: Journal) -> float:
+    """How long devices that were asked before may take to find this server again."""
+    return REJOIN_S if journal.start else 0.0
 
 
 def _finished(record: RoundRecord) -> RoundFinished:

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType, MetricRecord
+from flwr.app import Message, MessageType
 
 from fedcore.crypto.envelope import Replays
 from fedcore.crypto.roster import Member, Roster
 from fedcore.errors import CertificateRefused, TrustError
 from fedcore.flower.fleet_grid import Check
-from fedcore.updates.messages import METRICS, NUM_EXAMPLES
 from fedcore.updates.seal import base_digest, round_of, unseal
 from server.live.limits import Refusals
+from server.live.members import weigh, weights_of
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,14 @@ class Seals:
     def expect(self, messages: Sequence[Message]) -> list[Check]:
         """A check for the reply to each message, in order.
 
-        What a client weighs is what it committed to at enrolment, if every device of the project
-        did; else all weigh the same. What a reply says of it is not used. Those asked do not
-        decide: a round that goes on after a restart asks fewer, and must weigh as before.
+        What a client weighs is what `weights_of` says now, and what a reply says of it is not
+        used; a round that is kept in a journal weighs as was noted there when it selected.
         """
-        devices = [member for member in self._roster.members() if member.role == "device"]
-        committed = all(member.num_examples is not None for member in devices)
+        weights = weights_of(self._roster, [message.metadata.dst_node_id for message in messages])
         bases: dict[int, str] = {}  # messages of a round share their content
         checks = []
-        for message in messages:
-            content, member = message.content, self._member(message.metadata.dst_node_id)
-            weight = member.num_examples if member and committed else None
+        for message, weight in zip(messages, weights, strict=True):
+            content = message.content
             if id(content) not in bases:
                 bases[id(content)] = base_digest(content)
             expected = _Expected(
@@ -78,7 +75,7 @@ class Seals:
                 round=round_of(content),
                 node_id=message.metadata.dst_node_id,
                 base_sha256=bases[id(content)],
-                weight=weight or 1,
+                weight=weight,
             )
             checks.append(self._check(expected, self._replays_of(expected)))
         return checks
@@ -125,8 +122,5 @@ class Seals:
             now_s=self._clock(),
         )
         replays.accept(envelope)
-        metrics = reply.content.get(METRICS)
-        if expected.purpose in (MessageType.TRAIN, MessageType.EVALUATE) and isinstance(
-            metrics, MetricRecord
-        ):
-            metrics[NUM_EXAMPLES] = expected.weight
+        if expected.purpose in (MessageType.TRAIN, MessageType.EVALUATE):
+            weigh(reply, expected.weight)

@@ -8,7 +8,8 @@ import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from server.live.wake import Wakeups, put_out_strangers, serve_wakeups
 
 log = logging.getLogger("fedcore.server")
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _ROSTER_S = 1.0
 """How long a device that was revoked may keep its stream."""
 
@@ -42,6 +44,15 @@ class Address:
     host: str
     port: int
     wake_port: int
+
+    def check_free(self) -> None:
+        """Sees that both ports can be had, and lets go of them again.
+
+        Raises:
+            ResourceError: one is in use, or may not be used.
+        """
+        with bind(self.host, self.port), bind(self.host, self.wake_port, option="--wake-port"):
+            pass
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ async def listen(
     seals = Seals(roster, fleet.key_of, run_id=run_digest(settings), refusals=refusals)
     listener = bind(address.host, address.port)
     try:
-        wakeups = Wakeups(presence, roster, uploads)
+        wakeups = Wakeups(presence, roster, uploads, refusals)
         wake, wake_port = await serve_wakeups(
             wakeups, identity, host=address.host, port=address.wake_port
         )
@@ -160,17 +171,25 @@ async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool
 
     SIGTERM and SIGINT end it where it next asks the grid. Returns whether it came to its own end.
 
+    Whoever sends one more changes nothing, to the very end of the process: it does not cut off what
+    is being put away, and the exit code is that of what happened.
+
     Raises:
         FedcoreError: whatever ``work`` raised.
     """
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, listening.stop)
-    try:
-        await asyncio.to_thread(work, listening.grid())
-    except Stopped:
-        return False
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+
+    def stop(number: int, frame: object) -> None:
+        for each in _ENDING:  # any handler but this one is gone before the interpreter is
+            signal.signal(each, signal.SIG_IGN)
+        with suppress(RuntimeError):  # the loop is closed: it has stopped
+            loop.call_soon_threadsafe(listening.stop)
+
+    for each in _ENDING:  # the loop's own would be gone with the loop
+        signal.signal(each, stop)
+    with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # none that others wait for
+        try:
+            await loop.run_in_executor(own, work, listening.grid())
+        except Stopped:
+            return False
     return True

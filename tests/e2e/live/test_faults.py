@@ -99,6 +99,58 @@ time.sleep(float(os.environ.get("SLOW_TO_LOAD", "0")))
 """
 
 
+def test_without_a_cohort_every_device_takes_part(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    names = (*NAMES, "edge-2")
+    for name in names:
+        project.device(name)
+    server = launch_server()
+    for name in names:
+        launch_device(name)
+    assert server.end(90) == 0, server.log.read_text()
+    assert [(record["cohort"], record["updates"]) for record in rounds(server.log)] == [(3, 3)] * 2
+    assert "federation.cohort is unset: waiting for all 3 devices" in server.log.read_text()
+
+
+def test_without_a_cohort_those_who_came_by_the_deadline_take_part(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    for name in (*NAMES, "edge-2"):
+        project.device(name)
+    server = launch_server("federation.deadline_s=12")
+    for name in NAMES:
+        launch_device(name)
+    assert server.end(90) == 0, server.log.read_text()
+    assert [(record["cohort"], record["updates"]) for record in rounds(server.log)] == [(2, 2)] * 2
+    assert "2 of 3 devices came within federation.deadline_s = 12" in server.log.read_text()
+
+
+def test_an_evaluation_that_finds_nobody_waits(
+    project: Any, launch_server: Any, launch_device: Any
+) -> None:
+    slow(project, 6.0)
+    text = project.task.read_text()  # edge-0 is quick
+    project.task.write_text(
+        text.replace("time.sleep(6.0)", "time.sleep(6.0 * (client > 'edge-0'))")
+    )
+    devices = [launch_device(name) for name in NAMES]
+    server = launch_server(
+        *("federation.cohort=2", "federation.quorum=0.5", "federation.rounds=1"),
+        *("federation.evaluate_cohort=1", "federation.holdout=0.3"),
+    )
+    devices[0].wait_for("trial train")
+    for device in devices:
+        device.send(signal.SIGKILL)
+        device.end()
+    time.sleep(8.0)  # those who are gone are waited for by training for 3 s
+    assert server.process.poll() is None, server.log.read_text()
+    launch_device("edge-0")
+    assert server.end(60) == 0, server.log.read_text()
+    (record,) = rounds(server.log)
+    assert (record["updates"], record["judged_on"]) == (1, "clients")
+
+
 def test_a_server_that_is_told_to_stop_stops_at_once(
     project: Any, launch_server: Any, launch_device: Any
 ) -> None:

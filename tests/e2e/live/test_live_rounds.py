@@ -154,6 +154,26 @@ def test_a_device_that_is_revoked_is_put_out(project: Any, serve: Any, start: An
     assert "no longer" in str(error)
 
 
+def test_a_device_that_is_drained_and_enrolled_anew_is_drained_still(
+    project: Any, serve: Any, start: Any
+) -> None:
+    with serve() as served:
+        presence = served.listening.presence
+        presence.drain(["edge-0"])
+        first = start("edge-0")
+        wait_for(lambda: all_awake(served, 1))
+        project.revoke("edge-0")
+        wait_for(lambda: not presence.devices())
+        first.thread.join(10)
+        project.members["once edge-0"] = project.members.pop("edge-0")
+        (project.root / "edge-0").rename(project.root / "old")
+        start("edge-0", folder="anew")
+        wait_for(lambda: all_awake(served, 1))
+        assert presence.nodes() == []
+        presence.drain([])
+        assert len(presence.nodes()) == 1
+
+
 def test_an_operators_identity_is_no_device(project: Any, serve: Any, start: Any) -> None:
     project.device("edge-0", role="operator")
     with serve() as served:

@@ -12,6 +12,7 @@ import pytest
 from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import METRICS
+from server.entries import Entries, new_entry
 from server.journal import (
     ACCEPTED,
     ACCEPTING,
@@ -24,7 +25,7 @@ from server.journal import (
     create,
     reopen,
 )
-from server.journal_head import JOURNAL
+from server.journal_head import ASKED, JOURNAL
 from tests.unit.server.journals import (
     IDENTITY,
     LARGE,
@@ -121,7 +122,7 @@ def test_equal_values_share_a_file_and_old_ones_go(tmp_path: Path) -> None:
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.commit(progress(0, LARGE), None)
         for number in range(1, 6):
-            journal.ask("train", [4])
+            journal.ask("train", [4], [1])
             journal.accept(answer(asked(4), number, LARGE))  # the bytes of the round's weights
             journal.commit(progress(number, LARGE), record(number))
     files = list((tmp_path / "values").iterdir())
@@ -133,8 +134,22 @@ def test_a_cohort_that_was_dropped_leaves_its_replies(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         journal.drop()
         assert journal.asked("train") is None
-        journal.ask("train", [5, 7])
+        journal.ask("train", [5, 7], [1, 1])
         assert weights_of(journal.reply(asked(5))) == [0.25]
+
+
+def test_what_those_asked_weigh_is_kept_and_a_journal_without_it_is_read(tmp_path: Path) -> None:
+    with closing(create(tmp_path, IDENTITY)) as journal:
+        assert journal.weights("train") is None
+        journal.ask("train", [4, 6], [1000, 1])
+    with opened(tmp_path) as journal:
+        assert journal.weights("train") == {4: 1000, 6: 1}
+        assert journal.weights("evaluate") is None
+    with closing(Entries(tmp_path / JOURNAL)) as entries:  # as it was before there was the field
+        entries.write([new_entry(ASKED + "train", 1, 0, {"nodes": [4, 6]})])
+    with opened(tmp_path) as journal:
+        assert journal.asked("train") == [4, 6]
+        assert journal.weights("train") is None
 
 
 def test_an_end_is_kept(tmp_path: Path) -> None:
@@ -161,7 +176,7 @@ def test_at_every_point_the_change_is_whole_or_not_there(tmp_path: Path, point: 
     assert journal is not None
 
     def go_on() -> None:
-        journal.ask("evaluate", [4])
+        journal.ask("evaluate", [4], [1])
         journal.accept(answer(asked(6), 0.75))
         journal.commit(progress(3), record(3))
 

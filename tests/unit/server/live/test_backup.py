@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import pytest
 import server.live.backup as backup_module
 from fedcore.errors import DataError, DiskFull, ResourceError
 from server.journal import VALUES, Journal, create, reopen
-from server.journal_head import HEAD, JOURNAL
+from server.journal_head import HEAD, JOURNAL, RESTORED
 from server.live.backup import back_up
 from server.live.resume import FOLDER
 from server.progress import Progress
@@ -104,9 +107,49 @@ def test_a_run_comes_back_with_what_its_journal_refers_to(run: Path, tmp_path: P
     values = {name for name in found if name.startswith(f"{FOLDER}/{VALUES}/")}
     assert len(values) == 2, "of the last two rounds"
     assert found - values == {f"{FOLDER}/{JOURNAL}", f"{FOLDER}/{HEAD}", "metrics.jsonl"}
-    assert done.files == len(found)
+    assert done.files == len(found) + 1, "its mark, which is gone once it was gone on with"
     left = {path.name for path in run.iterdir()}
     assert left == {FOLDER, "incoming", ".half", "metrics.jsonl"}
+
+
+def test_what_a_killed_server_left_is_not_replayed_over_a_backup(run: Path, tmp_path: Path) -> None:
+    with begun(run):
+        back_up(run, tmp_path / "b.tar", now=NOW)
+    child = os.fork()
+    if not child:
+        try:
+            journal = reopen(run / FOLDER)
+            assert journal is not None
+            for number in range(4, 8):
+                commit(journal, number)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with closing(reopen(copied(run, tmp_path / "later")) or pytest.fail("no journal")) as journal:
+        assert journal.round == 7, "the killed process had gone on"
+    assert (run / FOLDER / f"{JOURNAL}-wal").stat().st_size > 0
+    again, there = restored(tmp_path / "b.tar", run.parent)
+    assert (there.round, there.weights.tolist()) == (3, [3.0] * SIZE)
+    assert not (again / FOLDER / RESTORED).exists(), "what follows is the run's own"
+    with closing(reopen(again / FOLDER) or pytest.fail("no journal")) as journal:
+        commit(journal, 4)
+    with closing(reopen(again / FOLDER) or pytest.fail("no journal")) as journal:
+        assert (journal.round, journal.mended) == (4, "")
+
+
+def copied(run: Path, to: Path) -> Path:
+    """A journal as a killed process left it, to be looked at."""
+    shutil.copytree(run / FOLDER, to)
+    return to
+
+
+def test_a_backup_begins_with_its_mark(run: Path, tmp_path: Path) -> None:
+    with begun(run):
+        back_up(run, tmp_path / "b.tar", now=NOW)
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        names = tar.getnames()
+    assert names[0] == f"orchard/{FOLDER}/{RESTORED}", "what is cut off has it, too"
+    assert len(names) == len(set(names))
 
 
 def test_backups_are_whole_while_rounds_are_committed(run: Path, tmp_path: Path) -> None:

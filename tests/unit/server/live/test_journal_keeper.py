@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
@@ -156,8 +157,14 @@ def drawing(*draws: list[int] | None) -> Callable[[], list[int]]:
     return draw
 
 
-def keeper_of(journal: Journal, deadline_s: float = 30.0) -> JournalKeeper:
-    return JournalKeeper(journal, tell=lambda record: None, deadline_s=deadline_s)
+def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> JournalKeeper:
+    return JournalKeeper(
+        journal,
+        tell=lambda record: None,
+        deadline_s=deadline_s,
+        weights=more.pop("weights", lambda nodes: [1] * len(nodes)),
+        **more,
+    )
 
 
 def test_a_cohort_is_drawn_once(tmp_path: Path, journal: Journal) -> None:
@@ -174,6 +181,56 @@ def test_a_round_waits_for_its_devices_until_the_deadline(journal: Journal) -> N
     assert keeper_of(journal).asked("train", drawing(None, None, [4])) == [4]
     with pytest.raises(RoundFailed, match="too few"):
         keeper_of(journal, deadline_s=-1.0).asked("evaluate", drawing(None, [4]))
+
+
+def test_an_evaluation_waits_for_as_many_as_it_asks_and_then_for_one(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keeper_of(journal, evaluated=2)
+    keeper.asked("train", drawing([4, 5, 6]))
+    assert keeper.asked("evaluate", drawing(None, [4], [4], [4, 6])) == [4, 6]
+    journal.ask("evaluate", [], [])  # as servers did that found nobody
+    monkeypatch.setattr(journal_keeper, "GRACE_S", 0.05)
+    assert keeper.asked("evaluate", drawing(None, *[[5]] * 1000)) == [5]
+    journal.drop()
+    keeper.asked("train", drawing([4]))
+    assert keeper.asked("evaluate", drawing([4], [4, 6])) == [4], "as many as trained are enough"
+
+
+def test_after_a_restart_an_evaluation_gives_devices_time_to_come_back(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_keeper, "GRACE_S", 0.0)
+    journal.ask("train", [4, 6], [1, 1])
+    keeper = keeper_of(journal, evaluated=2, rejoin_s=30.0)
+    assert keeper.asked("evaluate", drawing(*[[4]] * 20, [4, 6])) == [4, 6]
+
+
+def counts(replies: Iterable[Message]) -> dict[int, int]:
+    return {
+        reply.metadata.src_node_id: reply.content["metrics"]["num-examples"]  # type: ignore[index, misc]
+        for reply in replies
+    }
+
+
+def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
+    tmp_path: Path, journal: Journal
+) -> None:
+    committed = keeper_of(journal, weights=lambda nodes: [1000] * len(nodes))
+    committed.asked("train", drawing([*NODES]))
+    grid = JournalGrid(Devices(gone={6: 10**6}), journal, admit=set, quorum=0.6)
+    assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1000, 5: 1000}
+    journal.close()
+    again = reopen(tmp_path)  # when a device has been enrolled that committed to nothing
+    assert again is not None
+    with closing(again):
+        keeper_of(again).asked("train", drawing())
+        grid = JournalGrid(Devices(), again, admit=set, quorum=1.0)
+        expected = {4: 1000, 5: 1000, 6: 1000}
+        assert counts(grid.send_and_receive(messages(), timeout=5)) == expected
+        again.drop()  # the round failed, and is selected anew: what was kept weighs as the rest
+        keeper_of(again).asked("train", drawing([*NODES]))
+        assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1, 5: 1, 6: 1}
 
 
 def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:

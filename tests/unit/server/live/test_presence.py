@@ -149,3 +149,18 @@ def test_who_leaves_or_is_put_out_is_not_there() -> None:
         assert not presence.call(2, "a"), "one that was put out must come anew"
 
     run(scenario)
+
+
+def test_who_is_drained_stays_so_with_another_key() -> None:
+    async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
+        for node in (1, 2):
+            presence.arrive(node, "a", f"edge-{node}", b"")
+        presence.drain(["edge-2"])
+        assert presence.nodes() == [1]
+        presence.remove(2)
+        presence.arrive(3, "a", "edge-2", b"another")
+        assert presence.nodes() == [1]
+        presence.drain([])
+        assert presence.nodes() == [1, 3]
+
+    run(scenario)
