@@ -111,8 +111,8 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("pid", child, flush=True)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 _TIMES = {"seconds", "elapsed_s", "clients_per_s", "remaining_s", "memory_bytes"}
 
@@ -124,11 +124,17 @@ class Started:
         assert forking.stdout is not None
         self._stdout = forking.stdout
         self._cwd = cwd
-        self.pid = int(self._stdout.readline())
+        self.pid = self._told("pid")
+
+    def _told(self, what: str) -> int:
+        """A number, of the kind that is expected: a test that failed half-way leaves others."""
+        kind, number = self._stdout.readline().split()
+        assert kind == what, f"{kind} {number}: an earlier test left its process"
+        return int(number)
 
     def wait(self) -> int:
         """Its exit code; negative where a signal ended it."""
-        code = int(self._stdout.readline())
+        code = self._told("exit")
         deadline = time.monotonic() + 10
         while (left := _alive(self.pid)) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -248,7 +254,7 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_bits(
     results, rng = shell.results("killed"), numpy_rng(int(time.time()))
     resume: list[str] = []
     for round_to_see in (2, 5, 8, 12):
-        started = shell.start(*resume, runs="killed", SLOW="0.001")
+        started = shell.start(*resume, runs="killed", SLOW="0.01")  # rounds are seen late
         started.until(f"round {round_to_see}/12" if round_to_see < 12 else "[compress] started")
         time.sleep(rng.uniform(0, 0.05))
         os.kill(started.pid, signal.SIGKILL)
