@@ -10,8 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,7 @@ from fedcore.errors import ConfigError, ResourceError, TrustError
 from server.live.audit import check_audit
 from server.live.reach import OPERATE, SOCKET, ask_here, ask_there, reachable
 from server.live.request import MAX_REQUEST_BYTES
-
-
-def status(project: Any) -> dict[str, Any]:
-    return ask_here(project.root / "server", {"verb": "status"})
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        with suppress(ResourceError):  # a server that is on its way up
-            if condition():
-                return
-        assert time.monotonic() < end
-        time.sleep(0.02)
+from tests.e2e.live.asking import status, wait_for
 
 
 def audit(project: Any) -> list[dict[str, Any]]:

@@ -15,27 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore.errors import ConfigError, FedcoreError, ResourceError
+from fedcore.errors import ConfigError, FedcoreError
 from server.live.audit import check_audit
 from server.live.control import Control
 from server.live.reach import SOCKET, ask_here, reachable
 from server.live.request import Asker
 from server.progress import Forgetful, Progress
 from server.strategy_state import Remembered
-
-
-def wait_for(condition: Any, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        with suppress(ResourceError):  # a server that is on its way up
-            if condition():
-                return
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def status(project: Any) -> dict[str, Any]:
-    return ask_here(project.root / "server", {"verb": "status"})
+from tests.e2e.live.asking import status, wait_for
 
 
 def audit(project: Any) -> list[tuple[str, str]]:
