@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 Asked = Callable[[], bool]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_S = 0.05  # by then the interpreter has left whatever cannot raise
 
 
 @contextmanager
@@ -34,9 +38,37 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
         came.set()
         say()
 
-    kept = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    def swallowed(lost: sys.UnraisableHookArgs) -> None:
+        # A signal that came while an object was freed or a process forked: nothing can be raised
+        # from there, so it comes once more.
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(_AGAIN_S, signal.raise_signal, [signal.SIGINT]).start()
+        else:
+            told(lost)
+
+    told, sys.unraisablehook = sys.unraisablehook, swallowed
+    kept = {each: signal.signal(each, handle) for each in _SIGNALS}
     try:
         yield came.is_set
     finally:
         for each, handler in kept.items():
             signal.signal(each, handler)
+        sys.unraisablehook = told
+
+
+@contextmanager
+def no_signal() -> Iterator[None]:
+    """Keeps SIGINT and SIGTERM waiting.
+
+    A process that is begun in here keeps them waiting, too, until it calls `signals_come`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def signals_come() -> None:
+    """Lets them through, in a process that has said what they do there."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -16,6 +16,7 @@ import torch
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.identity import assume_identity
 from server.aggregation.exact import ExactMean
+from server.interrupt import no_signal, signals_come
 from server.parent import die_with_parent
 from server.simulation.crew import MakeWorker, gathered, pieces
 from server.simulation.engine import RUN_ID
@@ -51,7 +52,8 @@ class Pool:
                 name=f"fedcore-worker-{number}",
                 daemon=False,  # a task's loader may have processes of its own
             )
-            process.start()
+            with no_signal():  # until the process has said what signals do there
+                process.start()
             there.close()
             self._connections.append(here)
             self._processes.append(process)
@@ -157,6 +159,7 @@ def _serve(
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to every process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signals_come()
     torch.set_num_threads(1)
     if gpu is not None and torch.cuda.is_available():
         torch.cuda.set_device(gpu)
