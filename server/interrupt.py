@@ -30,7 +30,7 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    came = threading.Event()
+    here, came = threading.get_ident(), threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if came.is_set():
@@ -42,7 +42,7 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
         # A signal that came while an object was freed or a process forked: nothing can be raised
         # from there, so it comes once more.
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(_AGAIN_S, signal.raise_signal, [signal.SIGINT]).start()
+            threading.Timer(_AGAIN_S, signal.pthread_kill, [here, signal.SIGINT]).start()
         else:
             told(lost)
 
