@@ -8,15 +8,15 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from urllib.parse import unquote, urlsplit
-from urllib.request import proxy_bypass
 
 from fedcore.crypto.kit import Kit, client_context, load_kit
-from fedcore.doctor import Finding, disk, expiry, proxy_of
+from fedcore.doctor import Finding, disk, expiry
 from fedcore.errors import ConfigError, FedcoreError
-from fedcore.rpc.proxy import check_proxies
+from fedcore.rpc.proxy import check_proxies, proxy_for, shown
 
 _TIMEOUT_S = 10.0
 _SKEW_S = 600.0
@@ -42,35 +42,58 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def _connection(kit: Kit) -> Iterator[Finding]:
-    """The proxy, the server's port, the clock, and the port that wakes."""
-    parts = urlsplit(kit.servers[0])
-    host, port = parts.hostname or "", parts.port or 443
+    """The proxy, the server's addresses, the clock, and the port that wakes."""
     try:
         check_proxies(os.environ)
     except ConfigError as error:
         remedy = "name an HTTP proxy in that variable, or unset it; nothing else was tried"
         yield Finding("proxy", "fail", str(error), remedy)
         return
-    proxy = None if proxy_bypass(host) else proxy_of()
-    yield Finding("proxy", "ok", _safe(proxy) if proxy else "none")
+    yield _proxies(kit)
+    dates = list[datetime]()
+    found = [(server, _server(kit, server, dates)) for server in kit.servers]
+    reached = [server for server, finding in found if finding.verdict == "ok"]
+    for _, finding in found:  # devices go to another address where one does not lead to the server
+        yield replace(finding, verdict="warn") if reached and finding.verdict != "ok" else finding
+    if dates:
+        yield _clock(dates[0])
+    for server in reached:
+        host, port = _target(server)
+        if port + 1 < 2**16:  # else the server's own command line names it, and devices learn it
+            yield _wake_up(kit, host, port + 1, proxy_for(server, os.environ))
+
+
+def _proxies(kit: Kit) -> Finding:
+    """The way to each address, once where all are alike."""
+    ways = {server: proxy_for(server, os.environ) for server in kit.servers}
+    told = {server: shown(way) if way else "none" for server, way in ways.items()}
+    if len(set(told.values())) == 1:
+        return Finding("proxy", "ok", told[kit.servers[0]])
+    return Finding("proxy", "ok", ", ".join(f"{way} to {server}" for server, way in told.items()))
+
+
+def _server(kit: Kit, server: str, dates: list[datetime]) -> Finding:
+    """What answers at an address; adds the time that it tells to ``dates``."""
+    (host, port), proxy = _target(server), proxy_for(server, os.environ)
     try:
         status, date = _ask(kit, host, port, proxy)
     except (OSError, ValueError) as error:
-        yield _unreachable(host, port, proxy, error)
-        return
+        return _unreachable(host, port, proxy, error)
+    if date is not None:
+        dates.append(date)
     if status == 403:
-        yield Finding(
+        return Finding(
             "server",
             "fail",
             f"{host}:{port} does not let this device in: it is no member, or no longer",
             "ask the operator: `fedcore provision list` shows who was revoked or has expired",
         )
-    else:
-        yield Finding("server", "ok", f"{host}:{port} answers over TLS 1.3, both sides known")
-    if date is not None:
-        yield _clock(date)
-    if port + 1 < 2**16:  # else the server's own command line names another, and devices learn it
-        yield _wake_up(kit, host, port + 1, proxy)
+    return Finding("server", "ok", f"{host}:{port} answers over TLS 1.3, both sides known")
+
+
+def _target(server: str) -> tuple[str, int]:
+    parts = urlsplit(server)
+    return parts.hostname or "", parts.port or 443
 
 
 def _wake_up(kit: Kit, host: str, port: int, proxy: str | None) -> Finding:
@@ -99,7 +122,7 @@ def _clock(theirs: datetime) -> Finding:
 
 
 def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> Finding:
-    through = f" through {_safe(proxy)}" if proxy else ""
+    through = f" through {shown(proxy)}" if proxy else ""
     told = f"{host}:{port}{through}: {error}"
     if isinstance(error, ssl.SSLCertVerificationError):
         remedy = "this is not the kit's server, or its certificate has expired: ask the operator"
@@ -164,9 +187,3 @@ def _read_head(connection: socket.socket) -> str:
             raise ConnectionError("closed without an answer")
         head += piece
     return head.decode("latin-1").partition("\r\n\r\n")[0]
-
-
-def _safe(proxy: str) -> str:
-    """A proxy's address without the password."""
-    parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-    return f"{parts.hostname}:{parts.port or 80}"

@@ -15,7 +15,6 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
-from urllib.request import getproxies
 
 from fedcore import __version__
 from fedcore.cli import Command
@@ -92,11 +91,6 @@ def disk(folder: Path) -> Finding:
     if free < _TOO_LITTLE_BYTES:
         return Finding("disk", "fail", told, remedy)
     return Finding("disk", "warn" if free < _LITTLE_BYTES else "ok", told, remedy)
-
-
-def proxy_of(url_scheme: str = "https") -> str | None:
-    """The outbound proxy that the environment names."""
-    return getproxies().get(url_scheme)
 
 
 def gpu() -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,8 +17,9 @@ from fedcore.crypto.roster import (
     load_server_identity,
     seen_version,
 )
-from fedcore.doctor import Finding, disk, expiry, guarded, proxy_of
+from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
+from fedcore.rpc.proxy import proxy_for, shown
 from server.live.audit import AUDIT, check_audit
 
 _SOON_DAYS = 14
@@ -43,8 +45,8 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
         yield _ports(identity)
         yield guarded("audit", lambda: _audit(options.identity), remedy="look who may write to it")
     yield disk(options.runs)
-    proxy = proxy_of()
-    told = f"{proxy}; a server needs none, operators who ask it may" if proxy else "none"
+    proxy = proxy_for("https://", os.environ)
+    told = f"{shown(proxy)}; a server needs none, operators who ask it may" if proxy else "none"
     yield Finding("proxy", "ok", told)
 
 

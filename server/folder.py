@@ -85,6 +85,11 @@ def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def results_around(path: Path) -> Path | None:
+    """The folder of a run whose results ``path`` would lie among; None where it lies among none."""
+    return next((one for one in path.resolve().parents if (one / _MARK).is_file()), None)
+
+
 def check_outside(path: Path, folder: Path) -> None:
     """Refuses to begin from a file among results that the run would replace.
 

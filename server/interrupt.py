@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
+
+from fedcore.errors import INTERRUPTED
 
 Asked = Callable[[], bool]
 
@@ -54,6 +58,39 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
         for each, handler in kept.items():
             signal.signal(each, handler)
         sys.unraisablehook = told
+
+
+@contextmanager
+def insistent() -> Iterator[None]:
+    """Has SIGINT or SIGTERM interrupt, and the second one end the process there and then.
+
+    For code of others, which may catch what interrupts it.
+
+    Raises:
+        KeyboardInterrupt: at the first one, from wherever the program is.
+    """
+    came = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if came.is_set():
+            end_at_once()
+        came.set()
+        raise KeyboardInterrupt
+
+    kept = {each: signal.signal(each, handle) for each in _SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+
+
+def end_at_once() -> NoReturn:
+    """Ends the process, whatever its threads do: nothing is put away."""
+    told = b"Interrupted: ended at once; what was written whole stands.\n"
+    with suppress(OSError):
+        os.write(2, told)  # no stream: another thread may hold its lock
+    os._exit(INTERRUPTED)
 
 
 @contextmanager

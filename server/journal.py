@@ -31,8 +31,10 @@ from server.journal_head import (
     RECORD,
     REPLY,
     RUN,
+    add_to_head,
     open_mended,
     settle_restored,
+    shorten_head,
     write_head,
 )
 from server.progress import Progress, Start
@@ -107,7 +109,7 @@ class Journal:
     def end(self) -> None:
         """Notes that the run's results are written."""
         self._entries.write([new_entry(END, 0, 0, {})])
-        write_head(self._folder, self._entries)
+        add_to_head(self._folder, self._entries, None)
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Makes a round's outcome durable, and drops what led to it. Once, however often called.
@@ -123,16 +125,15 @@ class Journal:
             return
         packed = _Packing(self._blobs)
         doc = _progress_doc(progress, packed)
-        new = [new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))]
-        if record is not None:
-            new.append(new_entry(RECORD, record.round, 0, asdict(record)))
+        commit = new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))
+        told = None if record is None else new_entry(RECORD, record.round, 0, asdict(record))
         # The round before stays: it is what is gone back to where this one's values are damaged.
         stale = [(COMMIT, _FIRST, progress.round - 2)]
         stale += [(kind, _FIRST, progress.round) for kind in self._kinds()]
         self._reached(COMMITTING)
-        self._entries.write(new, drop=stale)
+        self._entries.write([commit] if told is None else [commit, told], drop=stale)
         self._reached(COMMITTED)
-        write_head(self._folder, self._entries)
+        add_to_head(self._folder, self._entries, told)
         self._reached(COPIED)
         self._begun, self.round, self._over = True, progress.round, progress.over
         self._sweep()
@@ -248,7 +249,7 @@ class Journal:
         """Drops what came after a round. Devices answer again with what they have kept."""
         after = (number + 1, _LAST)
         self._entries.write(drop=[(kind, *after) for kind in (COMMIT, RECORD, *self._kinds())])
-        write_head(self._folder, self._entries)
+        shorten_head(self._folder, self._entries)
         self.mended += f" The run goes on after round {number}, whose weights are whole."
 
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:

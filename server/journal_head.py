@@ -1,18 +1,25 @@
-"""A second copy of what a journal's commits hold, and what is mended from it."""
+"""A second copy of what a journal's commits hold, and what is mended from it.
+
+Commits are few, and their copy is written whole with each. Records stay, one a round, so that their
+copy is only ever added to: a round costs the same however many came before it.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.errors import DataError
 from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
 from server.entries import Entries, Entry
 
-HEAD = "head.json"
+HEAD, RECORDS = "head.json", "records.jsonl"
 JOURNAL = "journal.sqlite"
 RESTORED = "restored"
 """A file that a backup has beside its journal, for as long as nobody has gone on with it."""
@@ -24,39 +31,96 @@ _BESIDE = ("-wal", "-shm")
 _MAX_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class _Copy:
+    entries: list[Entry]
+    can_grow: bool
+    """Whether the next record may follow those that are there. It may not where records came from
+    elsewhere: from a version that kept them with the commits, or with a backup."""
+
+
 def write_head(folder: Path, entries: Entries) -> None:
     """Writes what is needed to go on after the last commit.
 
     Raises:
         DiskFull: there was no room; the copy before stands.
     """
-    held = [entry for kind in (RUN, RECORD, COMMIT, END) for entry in entries.of(kind)]
-    rows = [
-        [
-            *(entry.kind, entry.round, entry.node, entry.doc),
-            *(base64.b64encode(entry.data).decode(), entry.sha256),
-        ]
-        for entry in held
+    # Records first: those that the commits need are there whenever it dies.
+    write_atomic(folder / RECORDS, b"".join(map(_line, entries.of(RECORD))), mode=0o600)
+    _write_commits(folder, entries)
+
+
+def add_to_head(folder: Path, entries: Entries, record: Entry | None) -> None:
+    """As `write_head`, where ``record`` is all that has come to the records since.
+
+    Raises:
+        DiskFull: there was no room; the copy before stands.
+    """
+    if record is not None:
+        path = folder / RECORDS
+        with disk_errors(path), path.open("ab") as stream:
+            stream.write(_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+    _write_commits(folder, entries)
+
+
+def shorten_head(folder: Path, entries: Entries) -> None:
+    """As `write_head`, where commits and records have gone since."""
+    _write_commits(folder, entries)  # first: what they do not need harms nobody
+    write_head(folder, entries)
+
+
+def _write_commits(folder: Path, entries: Entries) -> None:
+    held = [_row(entry) for kind in (RUN, COMMIT, END) for entry in entries.of(kind)]
+    write_atomic(folder / HEAD, json.dumps(held).encode(), mode=0o600)
+
+
+def _row(entry: Entry) -> list[str | int]:
+    data = base64.b64encode(entry.data).decode()
+    return [entry.kind, entry.round, entry.node, entry.doc, data, entry.sha256]
+
+
+def _line(record: Entry) -> bytes:
+    """Begins with the end of the line before, which a full disk may have cut off."""
+    return b"\n" + json.dumps(_row(record)).encode()
+
+
+def _entries(rows: Iterable[Sequence[str]]) -> list[Entry]:
+    return [
+        Entry(str(kind), int(number), int(node), str(doc), base64.b64decode(data), str(sha256))
+        for kind, number, node, doc, data, sha256 in rows
     ]
-    write_atomic(folder / HEAD, json.dumps(rows).encode(), mode=0o600)
 
 
-def read_head(folder: Path) -> list[Entry] | None:
-    """The entries of the copy; None when there is none, or a single bit of it is wrong."""
+def _read_head(folder: Path) -> _Copy | None:
+    """The copy; None when there is none, or a single bit of it is wrong."""
     path = folder / HEAD
     if not path.is_file():
         return None
     try:
-        rows = json.loads(read_bytes(path, max_bytes=_MAX_BYTES, what="the journal's copy"))
-        found = [
-            Entry(str(kind), int(number), int(node), str(doc), base64.b64decode(data), str(sha256))
-            for kind, number, node, doc, data, sha256 in rows
-        ]
+        raw = read_bytes(path, max_bytes=_MAX_BYTES, what="the journal's copy")
+        found = _entries(json.loads(raw))
     except (ValueError, TypeError, binascii.Error):
         return None
-    whole = {entry.round for entry in found if entry.kind == RECORD}
-    complete = whole == set(range(1, _last_commit(found) + 1))
-    return found if complete and all(entry.is_intact for entry in found) else None
+    last, added = _last_commit(found), _read_records(folder)
+    if not any(entry.kind == RECORD for entry in found):
+        found += {one.round: one for one in added if one.round <= last}.values()
+    records = [entry for entry in found if entry.kind == RECORD]
+    complete = [entry.round for entry in records] == list(range(1, last + 1))
+    if not complete or not all(entry.is_intact for entry in found):
+        return None
+    return _Copy(found, can_grow=records == added)
+
+
+def _read_records(folder: Path) -> list[Entry]:
+    """The lines of the copy's records, but for what cannot be read, as one that was cut off."""
+    path, found = folder / RECORDS, list[Entry]()
+    if path.is_file():
+        for line in read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines():
+            with suppress(ValueError, TypeError, binascii.Error):
+                found += _entries([json.loads(line)])
+    return found
 
 
 def settle_restored(folder: Path) -> None:
@@ -88,7 +152,8 @@ def open_mended(folder: Path) -> tuple[Entries, str]:
     Raises:
         DataError: it is damaged, and so is the copy, or there is none.
     """
-    path, head = folder / JOURNAL, read_head(folder)
+    path, copy = folder / JOURNAL, _read_head(folder)
+    head = None if copy is None else copy.entries
     try:
         entries = Entries(path)
     except DataError as error:
@@ -104,13 +169,13 @@ def open_mended(folder: Path) -> tuple[Entries, str]:
         why = f"{path}: the journal ends with round {kept}, and round {copied} is over."
     elif any(not entry.kind.startswith(REPLY) for entry in damaged):
         why = f"{path}: the journal is damaged (entries do not match their digests)."
-    elif damaged:
-        entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
-        return entries, f"{path}: replies were damaged; those nodes are asked again."
     else:
-        if head is None or copied < kept:
+        if damaged:
+            entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
+        if copy is None or copied < kept or not copy.can_grow:
             write_head(folder, entries)  # it died between the two, or the copy is damaged
-        return entries, ""
+        told = f"{path}: replies were damaged; those nodes are asked again."
+        return entries, told if damaged else ""
     entries.close()
     return _rebuilt(folder, head, why)
 
@@ -130,6 +195,7 @@ def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entr
         sync_folder(folder)
     entries = Entries(path)
     entries.write(head)
+    write_head(folder, entries)
     number = _last_commit(head)
     return entries, (
         f"{why} It was put aside, and round {number} taken from its copy; what nodes had sent in "

@@ -14,7 +14,8 @@ from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import hold_stream
 from fedcore.crypto.kit import Kit
 from fedcore.errors import DeviceError
-from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
+from fedcore.flower.fleet_client import FleetLink
+from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.rpc.hello import declared_name, hello_of
 
 log = logging.getLogger("fedcore.device")
@@ -51,7 +52,7 @@ def announce(kit: Kit, task: Path, folder: DeviceFolder, instance: str) -> None:
         folder.note_let_in(kit.public)
         log.info("authenticated as node %d", link.node_id)
         if link.wake_port:
-            hold_stream(kit, link.wake_port, instance)
+            hold_stream(link, instance)
     except (DeviceError, NotActivated, Unreachable) as error:
         log.debug("announcing: %s", error)
     finally:

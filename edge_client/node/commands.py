@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import secrets
 import sys
@@ -12,16 +13,19 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_client.node.stopping import told_to_stop
 from fedcore.cli import Command
 from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
 from fedcore.owner import OPEN_POLICY, OwnerPolicy, load_owner
-from fedcore.rpc.proxy import check_proxies, one_spelling
-from fedcore.rpc.tls import only_tls_1_3
+from fedcore.rpc.proxy import check_proxies
+from fedcore.rpc.tls import only_tls_1_3, quiet_core
 
 if TYPE_CHECKING:
     from edge_client.node.state import DeviceFolder
     from edge_client.node.wake import Signals
+
+log = logging.getLogger("fedcore.device")
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +62,19 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(options: argparse.Namespace) -> int:
+    with told_to_stop() as told:
+        try:
+            _work(options)
+        except BaseException as error:
+            if not told():
+                raise
+            if not isinstance(error, KeyboardInterrupt):  # an import makes another error of it
+                log.info("stopped, and met: %s: %s", type(error).__name__, error)
+    return 0
+
+
+def _work(options: argparse.Namespace) -> None:
+    """Takes part until this process is told to stop."""
     kit = load_kit(options.kit)
     if kit.role != "device":
         raise CertificateRefused(
@@ -67,7 +84,7 @@ def _start(options: argparse.Namespace) -> int:
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     check_proxies(os.environ)
     only_tls_1_3()  # before Flower, which imports grpc
-    one_spelling(os.environ)
+    quiet_core()
     from edge_client.node.announce import announce
     from edge_client.node.policy import check_task, reason_to_rest, take_part
     from edge_client.node.state import own
@@ -78,15 +95,11 @@ def _start(options: argparse.Namespace) -> int:
     log_lines(options.log or sys.stderr)
     check_task(owner, options.task)
     with own(options.state or options.kit / "device") as folder:
-        try:
-            instance = secrets.token_hex(16)
-            if reason_to_rest(owner) is None:
-                # Before torch is imported: that takes long.
-                announce(kit, options.task, folder, instance)
-            take_part(_sessions(kit, owner, options.task, folder, instance), owner)
-        except KeyboardInterrupt:  # SIGTERM, too: how a device is told to stop, and no failure
-            return 0
-    return 0
+        instance = secrets.token_hex(16)
+        if reason_to_rest(owner) is None:
+            # Before torch is imported: that takes long.
+            announce(kit, options.task, folder, instance)
+        take_part(_sessions(kit, owner, options.task, folder, instance), owner)
 
 
 def _sessions(

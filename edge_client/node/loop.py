@@ -24,7 +24,8 @@ from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit
 from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
-from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
+from fedcore.flower.fleet_client import FleetLink
+from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
 from fedcore.owner import OwnerPolicy, tighten
@@ -38,6 +39,8 @@ from fedcore.updates.seal import run_digest, seal
 log = logging.getLogger("fedcore.device")
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 30.0
+_LAST_S = 1.0
+"""How long a device that ends waits for its stream's end, and for each step of its last call."""
 _LOOK_S = 60.0
 """How often messages are looked for without any call; a stream that lost one costs no more."""
 
@@ -108,7 +111,7 @@ def run_device(device: Device, signals: Signals) -> None:
         signals.work.set()
         signals.anew.set()
         if watcher.is_alive():
-            watcher.join(timeout=5.0)
+            watcher.join(timeout=_LAST_S)
         _goodbye(link)
         link.close()
 
@@ -284,6 +287,6 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
 def _goodbye(link: FleetLink) -> None:
     try:
         if link.node_id:
-            link.deactivate()
+            link.deactivate(_LAST_S)
     except (FedcoreError, ConnectionError) as error:
         log.debug("goodbye: %s", error)

@@ -26,7 +26,10 @@ _MAX_IDENTITY_BYTES = 1 << 10
 
 
 class _Identity(Section):
-    """``identity.json``: whose folder this is, from when the server first let it in."""
+    """``identity.json``: whose folder this is, from when the server first let it in.
+
+    One more lies in ``spool``: whose replies those are.
+    """
 
     format: Literal["fedcore.device/1"] = "fedcore.device/1"
     key_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -41,18 +44,17 @@ class DeviceFolder:
     def let_in_before(self, public: bytes) -> bool:
         """Whether a server has let the identity with the key ``public`` in, out of this folder.
 
+        A folder with states of runs that does not say whose it is dates from before that was
+        written down, and is taken for this identity's.
+
         Raises:
             DeviceError: the folder is another identity's: its replies would be sent, and what it
                 has spent be counted, as this one's.
         """
         path, own_sha256 = self.path / IDENTITY, sha256_hex(public)
-        if not path.exists():
-            return False
-        raw = read_bytes(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
-        try:
-            found = _Identity.model_validate_json(raw).key_sha256
-        except ValidationError:
-            found = "unreadable"
+        found = _holder(path)
+        if found is None:
+            return bool(self.runs()) and _holder(self._replies_of) in (None, own_sha256)
         if found != own_sha256:
             raise DeviceError(
                 f"{path}: this folder keeps the replies and the ledger of the identity whose key "
@@ -66,18 +68,23 @@ class DeviceFolder:
     def note_let_in(self, public: bytes) -> None:
         """Makes this the folder of the identity with the key ``public``, if it is nobody's yet.
 
-        What lies in the spool of a folder that is nobody's, nobody may sign.
+        Replies that another key is known to have answered for, this one may not sign. Their own
+        note outlives the folder's, which is removed to take a folder over.
 
         Raises:
             DiskFull: there is no room.
         """
-        if (self.path / IDENTITY).exists():
-            return
-        with disk_errors(self.path):
-            for reply in (self.path / "spool").glob("*.reply"):
-                reply.unlink()
-        raw = _Identity(key_sha256=sha256_hex(public)).model_dump_json().encode() + b"\n"
-        write_atomic(self.path / IDENTITY, raw, mode=0o600)
+        own_sha256 = sha256_hex(public)
+        raw = _Identity(key_sha256=own_sha256).model_dump_json().encode() + b"\n"
+        theirs = _holder(self._replies_of)
+        if theirs not in (None, own_sha256):
+            with disk_errors(self.path):
+                for reply in (self.path / "spool").glob("*.reply"):
+                    reply.unlink()
+        if theirs != own_sha256:
+            write_atomic(self._replies_of, raw, mode=0o600)
+        if not (self.path / IDENTITY).exists():
+            write_atomic(self.path / IDENTITY, raw, mode=0o600)
 
     def state(self, run: str) -> RecordDict:
         """The state of a run, its ledger in it; empty before the first round."""
@@ -122,11 +129,26 @@ class DeviceFolder:
         for old in kept[:-_SPOOLED]:
             old.unlink()
 
+    @property
+    def _replies_of(self) -> Path:
+        return self.path / "spool" / IDENTITY
+
     def _state_path(self, run: str) -> Path:
         return self.path / "state" / f"{run}.state"
 
     def _reply_path(self, key: str) -> Path:
         return self.path / "spool" / f"{key}.reply"
+
+
+def _holder(path: Path) -> str | None:
+    """The SHA-256 of the key that a note is about; None where there is no note."""
+    if not path.exists():
+        return None
+    raw = read_bytes(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
+    try:
+        return _Identity.model_validate_json(raw).key_sha256
+    except ValidationError:
+        return "unreadable"
 
 
 def _answered(state: RecordDict) -> list[str]:

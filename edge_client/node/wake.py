@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
@@ -14,7 +15,9 @@ import grpc
 
 from fedcore.crypto.kit import Kit
 from fedcore.errors import FedcoreError, TrustError
-from fedcore.flower.fleet_client import FleetLink, NotActivated, Unreachable
+from fedcore.flower.fleet_client import FleetLink
+from fedcore.flower.fleet_errors import NotActivated, Unreachable
+from fedcore.rpc.proxy import proxy_for
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
 
@@ -75,7 +78,7 @@ def watch(instance: str, link: FleetLink, signals: Signals) -> None:
         if link.wake_port and time.monotonic() >= next_try:
             with suppress(TrustError):  # it has expired: the main thread meets that, and ends
                 link.renew()
-            with _channel(link.kit, link.wake_port) as channel:
+            with _channel(link.kit, link.address(failures), link.wake_port) as channel:
                 opened = _listen(channel, instance, signals)
             failures = 0 if opened else failures + 1
             pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
@@ -86,26 +89,28 @@ def watch(instance: str, link: FleetLink, signals: Signals) -> None:
         signals.anew.wait(pause_s)
 
 
-def hold_stream(kit: Kit, wake_port: int, instance: str) -> None:
+def hold_stream(link: FleetLink, instance: str) -> None:
     """Keeps a stream open, in a thread of its own, until this process opens its next one.
 
     So a server sees at once when a process dies that has not got as far as `watch`.
     """
 
     def hold() -> None:
-        with _channel(kit, wake_port) as channel:
+        with _channel(link.kit, link.address(0), link.wake_port) as channel:
             _listen(channel, instance, Signals())
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
 
-def _channel(kit: Kit, wake_port: int) -> grpc.Channel:
+def _channel(kit: Kit, server: str, wake_port: int) -> grpc.Channel:
     credentials = grpc.ssl_channel_credentials(
         kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
     )
-    return grpc.secure_channel(
-        f"{_host(kit.servers[0])}:{wake_port}", credentials, options=_OPTIONS
-    )
+    target = f"{_host(server)}:{wake_port}"
+    # Its core would read other variables than HTTP clients do.
+    proxy = proxy_for(f"https://{target}", os.environ)
+    way = ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0)
+    return grpc.secure_channel(target, credentials, options=(*_OPTIONS, way))
 
 
 def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:

@@ -16,8 +16,8 @@ from pydantic import AwareDatetime, Field, ValidationError
 from fedcore.config import Section
 from fedcore.crypto.certificates import SKEW, MemberRole, parse_certificate, subject_of
 from fedcore.crypto.keys import fingerprint
-from fedcore.crypto.kit import Kit, Pem, load_identity, restrict
-from fedcore.errors import CertificateRefused, FedcoreError, RollbackRefused, TrustError
+from fedcore.crypto.kit import KIT, Kit, Pem, load_identity, restrict
+from fedcore.errors import CertificateRefused, DataError, FedcoreError, RollbackRefused, TrustError
 from fedcore.files import read_bytes, write_atomic
 
 ROSTER, SEEN = "roster.json", "roster.seen"
@@ -110,6 +110,7 @@ def load_server_identity(folder: Path, *, now: datetime | None = None) -> Server
         DataError: something is missing or unreadable.
         CertificateRefused: as `fedcore.crypto.kit.load_identity`, or it is not a server's.
     """
+    check_server_folder(folder)
     kit = load_identity(folder, now=now)
     if kit.role != "server":
         raise CertificateRefused(
@@ -124,6 +125,21 @@ def load_server_identity(folder: Path, *, now: datetime | None = None) -> Server
         port=int(kit.servers[0].rpartition(":")[2]),
         roster_path=folder / ROSTER,
     )
+
+
+def check_server_folder(folder: Path) -> None:
+    """Sees that a folder holds an identity.
+
+    Raises:
+        DataError: it does not, or is not there.
+    """
+    if not (folder / KIT).exists():
+        what = f"no {KIT} is in this folder" if folder.is_dir() else "there is no such folder"
+        raise DataError(
+            f"{folder}: {what}, expected the identity of a server. Nothing was started or asked; "
+            "name the folder with --identity, as --identity authority/server. Where there is none "
+            "yet, `fedcore provision init` and `fedcore provision server HOST` make it."
+        )
 
 
 def server_context(identity: ServerIdentity) -> ssl.SSLContext:

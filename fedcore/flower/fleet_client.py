@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-import re
-import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -41,12 +37,11 @@ from fedcore.crypto.certificates import SKEW
 from fedcore.crypto.kit import Kit, client_context, load_kit
 from fedcore.errors import (
     CertificateRefused,
-    DataError,
-    DeviceError,
     FedcoreError,
     InvalidUpdate,
     TrustError,
 )
+from fedcore.flower.fleet_errors import Busy, Unproven, Unreachable, doubt, is_distrust, refusals
 from fedcore.rpc.hello import WAKE_PORT, again_in
 
 log = logging.getLogger("fedcore.device")
@@ -55,38 +50,21 @@ HEARTBEAT_S = 1800
 """What a node announces to Flower: the most that it allows. Whether a node is there is seen
 elsewhere, and sooner."""
 _TIMEOUT_S = 90.0
+_CONNECT_S = 10.0
+"""How long an address may take to answer, where the kit holds others."""
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 _PUSHES = 3
 """How often a reply is begun anew when the server has dropped what had come of it."""
-_REFUSED: dict[int, type[FedcoreError]] = {
-    400: DataError,
-    403: TrustError,
-    404: DeviceError,
-    409: InvalidUpdate,
-    412: DeviceError,
-    413: DeviceError,
-}
-_CERTIFICATE_ALERT = re.compile("ALERT_(UNKNOWN_CA|.*CERTIFICATE|ACCESS_DENIED)")
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
-
-
-class Unreachable(ConnectionError):
-    """The server cannot be reached, or is not itself; it may be again."""
-
-
-class Unproven(Unreachable):
-    """What answers is not shown to be the project's server; the server may be back there later."""
-
-
-class NotActivated(ConnectionError):
-    """The server does not know this process: it was restarted, or another one took its place."""
 
 
 class FleetLink:
     """Calls the Fleet API as one node. Safe to use from several threads.
 
     A server that is busy says when to come again, and is asked again then. When it cannot be
-    reached, the kit is read again: one that was renewed meanwhile is used from then on.
+    reached, the kit is read again: one that was renewed meanwhile is used from then on. The kit's
+    addresses are tried in turn, and the one that led to the server stays in use.
     """
 
     def __init__(
@@ -114,11 +92,16 @@ class FleetLink:
         self._headers = dict(headers)
         self._stop = stop
         self._passed = passed
-        self._client = self._connect(kit)
+        self._server = kit.servers[0]
+        self._clients = {self._server: self._connect(kit, self._server)}
+        self._distrusted = set[str]()
+        """Addresses that were told of, since another one led to the server."""
         self._before: list[FleetHttpClient] = []
         """Those of kits before: another thread may be in a call of theirs."""
         self._renewing = threading.Lock()
         self._unusable = ""
+        self._last: httpx.Timeout | None = None
+        """What a call may take once this process ends, and waits for nothing more."""
         self._node = Node()
         self.wake_port = 0
         """Where the server wakes devices; known once `activate` has returned."""
@@ -126,9 +109,13 @@ class FleetLink:
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Adds the headers to a call, and reads those of its answer."""
         context.request.headers.update(self._headers)
+        if self._last is not None:
+            context.request.extensions["timeout"] = self._last.as_dict()
+        elif len(self.kit.servers) > 1:
+            context.request.extensions["timeout"]["connect"] = _CONNECT_S
         response = call_next(context)
         self.wake_port = int(response.headers.get(WAKE_PORT, self.wake_port))
-        if self._passed is not None:
+        if self._passed is not None and self._last is None:
             came = int(response.headers.get("content-length", 0))
             self._passed(len(context.request.content) + came)
         return response
@@ -144,8 +131,9 @@ class FleetLink:
         self._node = Node(node_id=self._call(FleetHttpClient.ActivateNode, request).node_id)
         self._let_in = True
 
-    def deactivate(self) -> None:
-        """Says goodbye."""
+    def deactivate(self, timeout_s: float) -> None:
+        """Says goodbye: connecting, sending and hearing may take ``timeout_s`` each."""
+        self._last = httpx.Timeout(timeout_s)
         self._call(FleetHttpClient.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
     def beat(self, again_s: float) -> None:
@@ -208,8 +196,13 @@ class FleetLink:
 
     def close(self) -> None:
         """Closes the connections."""
-        for client in (self._client, *self._before):
+        for client in (*self._clients.values(), *self._before):
             client.close()
+
+    def address(self, turn: int) -> str:
+        """The address that led to the server last; with a ``turn`` above 0, the others after it."""
+        servers, here = self.kit.servers, self._server
+        return servers[((servers.index(here) if here in servers else 0) + turn) % len(servers)]
 
     def renew(self) -> bool:
         """Reads the kit again, and uses it from now on if it is another; says whether it is.
@@ -232,9 +225,11 @@ class FleetLink:
                 return False
             if kit == self.kit:
                 return False
-            client = self._connect(kit)
-            self._before.append(self._client)
-            self._client, self.kit, self._unusable = client, kit, ""
+            server = self._server if self._server in kit.servers else kit.servers[0]
+            client = self._connect(kit, server)
+            self._before += self._clients.values()
+            self._clients, self._server, self.kit = {server: client}, server, kit
+            self._unusable = ""
         log.info("renewed: the certificate in use is valid until %s UTC", _minute(kit.not_after))
         return True
 
@@ -251,9 +246,9 @@ class FleetLink:
             self._unusable = str(error)
             log.warning("the kit on disk is not used: %s", error)
 
-    def _connect(self, kit: Kit) -> FleetHttpClient:
+    def _connect(self, kit: Kit, server: str) -> FleetHttpClient:
         return FleetHttpClient(
-            kit.servers[0],
+            server,
             interceptors=[self],
             verify=client_context(kit),
             timeout=_TIMEOUT_S,
@@ -280,84 +275,63 @@ class FleetLink:
     def _call(
         self, send: Callable[[FleetHttpClient, _Request], _Response], request: _Request
     ) -> _Response:
+        failed: dict[str, httpx.TransportError] = {}
         while True:
+            with self._renewing:
+                server = self._server
+                client = self._clients[server]
             try:
-                with _refusals():
-                    return send(self._client, request)
+                with refusals():
+                    return send(client, request)
             except httpx.TransportError as error:
                 self.renew()
-                raise self._not_reached(error) from None
-            except _Busy as busy:
+                failed[server] = error
+                if not self._turn(failed, error):
+                    raise self._not_reached(failed) from None
+            except Busy as busy:
                 # Jitter upwards alone: nobody comes back before the time that was named.
                 if self._stop.wait(busy.retry_after_s * random.uniform(1.0, 1.5)):
                     raise Unreachable("the server is busy, and this process ends") from None
 
-    def _not_reached(self, error: httpx.TransportError) -> Exception:
-        if not _is_distrust(error):
-            return Unreachable(f"{type(error).__name__}: {error}")
-        if self._let_in:
+    def _turn(self, failed: Mapping[str, Exception], error: Exception) -> bool:
+        """Turns to an address that has not failed; says whether the call is to be made again."""
+        unsent = isinstance(error, _NOT_SENT) or is_distrust(error)
+        if self._last is not None or not unsent:
+            return False  # what was sent may have been heard: the caller knows what to do then
+        with self._renewing:
+            left = [server for server in self.kit.servers if server not in failed]
+            if not left:
+                return False
+            if self._server in failed:  # else another thread has turned already
+                if left[0] not in self._clients:
+                    self._clients[left[0]] = self._connect(self.kit, left[0])
+                self._server = left[0]
+            unproven = {
+                server: why
+                for server, why in failed.items()
+                if server not in self._distrusted and is_distrust(why)
+            }
+            self._distrusted |= set(unproven)
+        if unproven:
+            log.warning("%s. The kit's other addresses are tried", doubt(unproven))
+        return True
+
+    def _not_reached(self, failed: Mapping[str, Exception]) -> Exception:
+        told = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
+        unproven = {server: one for server, one in failed.items() if is_distrust(one)}
+        if not unproven:
+            return Unreachable(told)
+        if self._let_in or len(unproven) < len(failed):
             return Unproven(
-                f"{self.kit.servers[0]}: what answers there does not prove to be this project's "
-                f"server, or refuses this device without proof ({error}). It was let in before, so "
-                "it keeps trying; if this lasts, the operator sees to the server's certificate and "
-                "address."
+                f"{doubt(unproven)}. This device keeps trying; if this lasts, the operator sees "
+                "to the server's certificate and addresses"
             )
         return TrustError(
-            f"connection: the two sides do not trust each other's certificates ({error}). This "
+            f"connection: the two sides do not trust each other's certificates ({told}). This "
             "device takes no part; a kit belongs to one project, and is renewed with "
             "`fedcore provision renew`."
         )
 
 
-class _Busy(Exception):
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__()
-        self.retry_after_s = retry_after_s
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns what HTTP says into the errors of this project."""
-    try:
-        yield
-    except httpx.HTTPStatusError as error:
-        status, detail = error.response.status_code, _detail(error.response)
-        if status in (429, 503):
-            raise _Busy(_retry_after_s(error.response)) from None
-        if status == 401:
-            raise NotActivated(detail) from None
-        kind = _REFUSED.get(status)
-        if kind is None:
-            raise Unreachable(f"HTTP {status}: {detail}") from None
-        raise kind(detail) from None
-    except ValueError as error:  # an answer that is no protobuf: a proxy's page, say
-        raise Unreachable(str(error)) from None
-
-
-def _is_distrust(error: BaseException | None) -> bool:
-    """Whether TLS failed over a certificate, and not over the network."""
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        if isinstance(error, ssl.SSLError) and _CERTIFICATE_ALERT.search(str(error.reason)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _minute(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M}"
-
-
-def _detail(response: httpx.Response) -> str:
-    try:
-        return str(json.loads(response.text)["detail"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered HTTP {response.status_code}"
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    try:
-        return min(max(float(response.headers.get("retry-after", "1")), 0.05), 60.0)
-    except ValueError:
-        return 1.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from fedcore.errors import ConfigError
@@ -11,29 +12,39 @@ from fedcore.errors import ConfigError
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 """HTTP clients read all of them, whichever they then need."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*")  # a name, or an address
-_NAMES = ("https_proxy", "no_proxy")
 
 
-def one_spelling(environment: MutableMapping[str, str]) -> None:
-    """Lets gRPC find the proxy that HTTP clients find; to be called before a channel is opened.
+def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
+    """The proxy that HTTP clients take to an ``https`` address; None where they go there directly.
 
-    ``HTTPS_PROXY`` and ``NO_PROXY`` are read in capitals by most programs. gRPC's core reads them
-    in small letters alone.
+    ``HTTPS_PROXY`` comes before ``ALL_PROXY``, small letters before capitals; what ``NO_PROXY``
+    lists is exempt. httpx has these rules, and nothing public that tells their outcome.
     """
-    for name in _NAMES:
-        value = environment.get(name.upper())
-        if value and not environment.get(name):
-            environment[name] = value
+    if any(_exempts(entry, url) for entry in _exempt(environment)):
+        return None
+    value = _value(environment, "https_proxy")[1] or _value(environment, "all_proxy")[1]
+    if not value:
+        return None
+    return value if "://" in value else f"http://{value}"
 
 
 def check_proxies(environment: Mapping[str, str]) -> None:
     """Looks whether the proxies that the environment names can be used at all.
 
     Raises:
-        ConfigError: one is no HTTP proxy, or cannot be read; the message shows no password.
+        ConfigError: one is no HTTP proxy, or cannot be read; the message shows no password. Or an
+            entry of ``NO_PROXY`` cannot be read.
     """
-    if "*" in (one.strip() for one in _value(environment, "no_proxy")[1].split(",")):
+    exempt = _exempt(environment)
+    if "*" in exempt:
         return  # HTTP clients go by none then
+    for entry in exempt:
+        if not _is_exemption(entry):
+            raise ConfigError(
+                f"environment: {_value(environment, 'no_proxy')[0]}: {entry!r}: expected a host "
+                "name or an address, as example.org, .example.org:9092, 10.0.0.1 or ::1. No "
+                "connection was tried; write it so, or leave it out."
+            )
     for small in _PROXIES:
         name, value = _value(environment, small)
         if value and not _is_proxy(value if "://" in value else f"http://{value}"):
@@ -44,10 +55,70 @@ def check_proxies(environment: Mapping[str, str]) -> None:
             )
 
 
+def shown(proxy: str) -> str:
+    """A proxy's host and port, without the user's name and password."""
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return f"{parts.hostname}:{parts.port or 80}"
+
+
 def _value(environment: Mapping[str, str], small: str) -> tuple[str, str]:
-    """A variable's name as it is spelt there, and its value; small letters come first."""
-    name = small if environment.get(small) else small.upper()
+    """A variable's name as it is spelt there, and its value; small letters come first.
+
+    They do so where they are empty, too: so somebody unsets it for one program.
+    """
+    name = small if small in environment else small.upper()
     return name, environment.get(name, "")
+
+
+def _exempt(environment: Mapping[str, str]) -> list[str]:
+    """The entries of ``NO_PROXY``."""
+    entries = (entry.strip() for entry in _value(environment, "no_proxy")[1].split(","))
+    return [entry for entry in entries if entry]
+
+
+def _is_exemption(entry: str) -> bool:
+    """Whether HTTP clients can read an entry of ``NO_PROXY``."""
+    if _is_address(entry):
+        return True
+    try:
+        parts = urlsplit(entry if "://" in entry else f"all://{entry}")
+        return entry.isascii() and "[" not in entry and (parts.port or 1) > 0
+    except ValueError:
+        return False
+
+
+def _exempts(entry: str, url: str) -> bool:
+    """Whether an entry of ``NO_PROXY`` is about an address.
+
+    A name stands for all names below it, too, and for itself unless it begins with a dot. Networks
+    are not known: of ``10.0.0.0/8`` the address alone counts.
+    """
+    if entry == "*":
+        return True
+    there = urlsplit(url)
+    host = there.hostname or ""
+    if _is_address(entry):
+        return host == entry.partition("/")[0].lower()
+    scheme, _, name = entry.rpartition("://")
+    exact = scheme or name.lower() == "localhost"
+    named = urlsplit(f"all://{name if exact else '*' + name}")
+    if scheme not in ("", "all", there.scheme) or named.port not in (None, there.port):
+        return False
+    name = named.hostname or ""
+    if name.startswith("*."):
+        return host.endswith(name[1:])
+    if name.startswith("*"):
+        return name != "*" and f".{host}".endswith(f".{name[1:]}")
+    return host == name
+
+
+def _is_address(entry: str) -> bool:
+    """Whether an entry is an IP address, or an IPv4 network."""
+    address, _, network = entry.partition("/")
+    try:
+        return ipaddress.ip_address(address).version == 4 or not network
+    except ValueError:
+        return False
 
 
 def _is_proxy(url: str) -> bool:

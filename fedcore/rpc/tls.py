@@ -1,4 +1,4 @@
-"""gRPC and the version of TLS."""
+"""What gRPC's core reads from the environment when it is imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import sys
 from fedcore.errors import ResourceError
 
 _NAME, _SUITES = "GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256"
+
+
+def quiet_core() -> None:
+    """Keeps gRPC's core from writing to standard error; to be called before grpc is imported.
+
+    What goes wrong, callers learn from the errors that calls end with. Whoever wants to see more
+    sets ``GRPC_VERBOSITY``.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def only_tls_1_3() -> None:

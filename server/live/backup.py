@@ -14,15 +14,17 @@ import os
 import sqlite3
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from fedcore.errors import ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, sync_folder
 from server.entries import Entries
+from server.folder import results_around
 from server.journal import VALUES, values_of
 from server.journal_head import JOURNAL, RESTORED, write_head
 from server.live.resume import FOLDER
@@ -47,7 +49,8 @@ def check_place(file: Path) -> None:
     """Sees that a backup may be written to ``file``.
 
     Raises:
-        ConfigError: it is no whole path, it exists, or its folder does not.
+        ConfigError: it is no whole path, it exists, or its folder does not; or a run would remove
+            it with its results.
     """
     if not file.is_absolute() or "\0" in str(file) or file.exists():
         raise ConfigError(
@@ -59,10 +62,45 @@ def check_place(file: Path) -> None:
             f"{file}: there is no folder {file.parent}. Nothing was written; make it, or name "
             "another place."
         )
+    around = results_around(file)
+    if around is not None:
+        raise ConfigError(
+            f"{file}: {around} holds the results of a run, and the next start of that run would "
+            "remove the backup with them. Nothing was written; name a place outside of it."
+        )
 
 
-def back_up(results: Path, file: Path, *, now: datetime) -> BackedUp:
+def check_wanted(name: str, *, gone: bool, ends: bool) -> None:
+    """Refuses to go on with a backup of the run ``name``.
+
+    Args:
+        name: The run's.
+        gone: Whether whoever asked hung up.
+        ends: Whether the run does.
+
+    Raises:
+        ResourceError: either of them.
+    """
+    if gone:
+        raise ResourceError("backup: whoever asked hung up before it was over. Nothing was left.")
+    if ends:
+        raise ResourceError(
+            f"backup: the run {name!r} ends. Nothing was written; copy its folder once `fedcore "
+            "server status` finds no server."
+        )
+
+
+def back_up(
+    results: Path, file: Path, *, now: datetime, wanted: Callable[[], None] = lambda: None
+) -> BackedUp:
     """Writes the folder ``results`` to a tar file, readable by its owner alone.
+
+    Args:
+        results: The run's.
+        file: Where it goes.
+        now: UTC; what the backup says of its age.
+        wanted: Called again and again while files are copied; what it raises ends that, and
+            nothing is left of it.
 
     Guarantee:
         Whatever is committed meanwhile, the journal in the file is that of one moment, and every
@@ -89,10 +127,11 @@ def back_up(results: Path, file: Path, *, now: datetime) -> BackedUp:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as tar:
-                count += _add(tar, mark, f"{results.name}/{FOLDER}/{RESTORED}")  # before the rest
+                name = f"{results.name}/{FOLDER}/{RESTORED}"
+                count += _add(tar, mark, name, wanted)  # before the rest
                 mark.unlink()
                 for name, path in (*_files(Path(held), FOLDER), *_files(results, "")):
-                    count += _add(tar, path, f"{results.name}/{name}")
+                    count += _add(tar, path, f"{results.name}/{name}", wanted)
             stream.flush()
             os.fsync(stream.fileno())
         size = partial.stat().st_size
@@ -156,12 +195,24 @@ def _files(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
             yield str(Path(name) / inner), path
 
 
-def _add(tar: tarfile.TarFile, path: Path, name: str) -> bool:
+@dataclass(frozen=True)
+class _Wanted:
+    """A file that is read for as long as somebody wants it."""
+
+    stream: BinaryIO
+    wanted: Callable[[], None]
+
+    def read(self, size_bytes: int = -1) -> bytes:
+        self.wanted()
+        return self.stream.read(size_bytes)
+
+
+def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: Callable[[], None]) -> bool:
     """Adds a file as it is now; says whether it is still there."""
     try:
         with path.open("rb") as stream:  # opened first: its name may be given to another meanwhile
             info = tar.gettarinfo(arcname=name, fileobj=stream)
-            tar.addfile(info, stream)
+            tar.addfile(info, _Wanted(stream, wanted))
     except (FileNotFoundError, IsADirectoryError):
         return False
     return True

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from fedcore.cli import Command, group
+from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
-from fedcore.rpc.tls import only_tls_1_3
+from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from fedcore.settings import load_run
 from server.live.memory import loading
 from server.live.operator_commands import OPERATOR_VERBS
@@ -70,7 +71,9 @@ def _start(options: argparse.Namespace) -> int:
             f"--wake-port {options.wake_port}: a port is a number from 1 to 65535, or 0 for one "
             "that the system chooses. Nothing was started."
         )
+    check_server_folder(options.identity)
     only_tls_1_3()  # before Flower, which imports grpc
+    quiet_core()
     with loading():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines

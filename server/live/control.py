@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections import deque
@@ -14,18 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedcore import __version__
 from fedcore.config import RunConfig
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.errors import ConfigError, FedcoreError, ResourceError, TrustError
-from fedcore.flower.fleet import node_id_of
 from fedcore.flower.fleet_grid import Stopped
-from fedcore.observability.events import Event, Noted, RoundFinished, json_line
+from fedcore.observability.events import Event, Noted, RoundFinished, StageStarted, json_line
 from server.live.audit import AUDIT, Audit
-from server.live.backup import back_up, check_place
-from server.live.drained import read_drained, write_drained
+from server.live.backup import back_up, check_place, check_wanted
+from server.live.drained import check_enough, read_drained, write_drained
 from server.live.request import LOOKING, Asker, Request, named, parse_request
 from server.live.serve import Listening
+from server.live.shown import shown_devices, shown_status
 from server.live.steered import Steered
 from server.progress import Keeper, Progress
 
@@ -34,6 +34,7 @@ _LOOK_S = 0.25
 """How often whatever waits looks whether the server is told to stop."""
 _THREADS = 4
 """Answer operators at the same time; one of them at most waits for a round to be over."""
+_STAGES = {"finetune": "fine-tuning", "compress": "compression"}
 Gone = Callable[[], bool]
 """Whether whoever asked has hung up."""
 
@@ -45,8 +46,14 @@ class _Site:
     """What is there once the server is up."""
 
     identity: ServerIdentity
-    listening: Listening
+    listening: Listening | None
+    """None once the rounds are over, and no device is served any more."""
     roster: Roster
+    audit: Audit
+
+    @property
+    def stopping(self) -> bool:
+        return self.listening is not None and self.listening.stopping.is_set()
 
 
 class Control:
@@ -65,11 +72,13 @@ class Control:
             DataError: the list of drained devices is no such list.
         """
         self._run, self._folder, self._results = run, identity, results
-        self._audit = Audit(identity / AUDIT)
+        Audit(identity / AUDIT).close()  # what may not be written is known before anything begins
         self._changed = threading.Condition()
         self._rounds: deque[dict[str, Any]] = deque(maxlen=_ROUNDS_SHOWN)
         self._notes: deque[str] = deque(maxlen=20)
         self._state: _State = "waiting"
+        self._stage = ""
+        """What follows the rounds and is being done."""
         self._pause = self._stop = False
         self._hold = False
         """Whether a backup waits for the round to be over, or copies what it left."""
@@ -87,6 +96,11 @@ class Control:
         """The names of devices that further rounds leave out."""
         return self._drained
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is to end where it is, and to be gone on with later."""
+        return self._stop
+
     def sink(self, event: Event) -> None:
         """Takes in what happens, for those who look."""
         with self._changed:
@@ -94,13 +108,22 @@ class Control:
                 self._rounds.append(json.loads(json_line(event)))
             elif isinstance(event, Noted):
                 self._notes.append(event.text)
+            elif isinstance(event, StageStarted):
+                self._stage = _STAGES.get(event.stage, event.stage)
 
-    def open(self, identity: ServerIdentity, listening: Listening) -> None:
-        """The server is up."""
-        roster = identity.roster()
-        self._site = _Site(identity, listening, roster)
-        listening.presence.drain(self._drained)
-        self._audit.record(by="server", action="start", outcome="done", run=self._run.name)
+    def open(self, identity: ServerIdentity, listening: Listening | None) -> None:
+        """The server is up; without ``listening``, its rounds are over and steps follow.
+
+        Those are done by the main thread, which an operator who stops them interrupts.
+        """
+        audit = Audit(self._folder / AUDIT)
+        self._site = _Site(identity, listening, identity.roster(), audit)
+        action = "start"
+        if listening is not None:
+            listening.presence.drain(self._drained)
+        else:
+            action, self._stage, self._state = "finish", "preparing", "finishing"
+        audit.record(by="server", action=action, outcome="done", run=self._run.name)
 
     def close(self) -> None:
         """The server is down. Waits until what is being answered is; a backup that waits gives up.
@@ -108,14 +131,15 @@ class Control:
         Called beside the event loop, by which answers go out.
         """
         with self._changed:
+            site = self._site
+            assert site is not None
+            self._stop |= site.stopping
             self._show("ended")
             self._site = None
             self._changed.wait_for(lambda: not self._answering)
         last = self._rounds[-1]["round"] if self._rounds else 0
-        self._audit.record(
-            by="server", action="end", outcome="done", run=self._run.name, round=last
-        )
-        self._audit.close()
+        site.audit.record(by="server", action="end", outcome="done", run=self._run.name, round=last)
+        site.audit.close()
 
     def steered(self, keeper: Keeper) -> Keeper:
         """``keeper``, and after each round that it has kept, what operators asked for."""
@@ -162,7 +186,7 @@ class Control:
         more = request.model_dump(exclude={"verb"}, exclude_defaults=True)
 
         def told(outcome: str) -> None:
-            self._audit.record(by=asker.by, action=request.verb, outcome=outcome, **more)
+            site.audit.record(by=asker.by, action=request.verb, outcome=outcome, **more)
 
         try:
             if asker.role != "operator":
@@ -184,7 +208,7 @@ class Control:
 
     def _look(self, request: Request, site: _Site) -> dict[str, Any]:
         if request.verb == "devices":
-            return {"devices": self._devices(site)}
+            return {"devices": shown_devices(site.roster, self._drained, site.listening)}
         with self._changed:
             rounds = list(self._rounds)
         if request.verb == "rounds":
@@ -192,28 +216,18 @@ class Control:
         return self._status(site, rounds)
 
     def _status(self, site: _Site, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        devices = self._devices(site)
-        address, kit = site.listening.address, site.identity.kit
-        return {
-            "run": self._run.name,
-            "state": self._described(),
-            "round": rounds[-1]["round"] if rounds else 0,
-            "rounds": self._run.federation.rounds,
-            "last": rounds[-1] if rounds else None,
-            "notes": list(self._notes),
-            "devices": {
-                "members": len(devices),
-                "there": sum(device["there"] for device in devices),
-                "drained": len(self._drained),
-            },
-            "project": kit.project,
-            "listens": f"{address.host}:{address.port}",
-            "wakes": address.wake_port,
-            "certificate_not_after": f"{kit.not_after:%Y-%m-%dT%H:%M:%SZ}",
-            "roster": {"version": site.roster.version, "damage": site.roster.damage},
-            "up_s": round(time.monotonic() - self._started, 1),
-            "version": __version__,
-        }
+        return shown_status(
+            self._run,
+            site.identity,
+            site.roster,
+            site.listening,
+            state=self._described(),
+            stage=self._stage,
+            rounds=rounds,
+            notes=self._notes,
+            drained=self._drained,
+            up_s=time.monotonic() - self._started,
+        )
 
     def _described(self) -> str:
         with self._changed:
@@ -223,35 +237,17 @@ class Control:
                 return "pausing"
             return self._state
 
-    def _devices(self, site: _Site) -> list[dict[str, Any]]:
-        seen = {device.node_id: device for device in site.listening.presence.devices()}
-        found = []
-        for member in site.roster.members():
-            if member.role != "device":
-                continue
-            node_id = node_id_of(member.public)
-            device = seen.get(node_id)
-            found.append(
-                {
-                    "name": member.name,
-                    "node_id": node_id,
-                    "there": device is not None and device.there,
-                    "awake": device is not None and device.awake,
-                    "drained": member.name in self._drained,
-                    "num_examples": member.num_examples,
-                    "certificate_not_after": f"{member.not_after:%Y-%m-%dT%H:%M:%SZ}",
-                }
-            )
-        return sorted(found, key=lambda one: str(one["name"]))
-
     def _act(
         self, request: Request, asker: Asker, site: _Site, gone: Gone
     ) -> Callable[[], dict[str, Any]]:
         """What is to be done, once nothing speaks against it; nothing is done yet."""
-        if request.verb == "drain":
-            return self._drain(request, site)
+        listening = site.listening
+        if listening is None:
+            return self._finishing(request)
         if request.verb == "backup":
             return self._backup(request, asker, site, gone)
+        if request.verb == "drain":
+            return self._drain(request, site.roster, listening)
         if self._state == "ended":
             raise ConfigError(f"{self._run.name}: the run has ended. Nothing was done.")
         if request.verb == "pause":
@@ -261,8 +257,24 @@ class Control:
 
         def stop() -> dict[str, Any]:
             if self._state == "waiting":  # nothing has begun that could end
-                site.listening.stop()
+                listening.stop()
             return self._set(pause=False, stop=True)
+
+        return stop
+
+    def _finishing(self, request: Request) -> Callable[[], dict[str, Any]]:
+        """As `_act`, once the rounds are over."""
+        if request.verb != "stop":
+            raise ConfigError(
+                f"{request.verb}: the rounds of {self._run.name!r} are over, no device is asked "
+                f"anything any more, and its model is being finished ({self._stage}). Nothing was "
+                "done; `fedcore server stop` ends that, and --resume goes on with it."
+            )
+
+        def stop() -> dict[str, Any]:
+            told = self._set(pause=False, stop=True)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            return told
 
         return stop
 
@@ -275,8 +287,10 @@ class Control:
                 self._changed.wait_for(lambda: self._state != "paused", timeout=2 * _LOOK_S)
         return {"run": self._run.name, "state": self._described()}
 
-    def _drain(self, request: Request, site: _Site) -> Callable[[], dict[str, Any]]:
-        known = {m.name: m for m in site.roster.members() if m.role == "device"}
+    def _drain(
+        self, request: Request, roster: Roster, listening: Listening
+    ) -> Callable[[], dict[str, Any]]:
+        known = {m.name: m for m in roster.members() if m.role == "device"}
         name = request.device or ""
         if name not in known and not (request.undo and name in self._drained):
             raise ConfigError(
@@ -284,34 +298,21 @@ class Control:
                 "`fedcore server devices` lists them."
             )
         if not request.undo:
-            self._check_enough(self._drained | {name}, site)
+            with self._changed:
+                last = self._rounds[-1] if self._rounds else None
+            needed = self._run.federation.cohort or (last["cohort"] if last else 1)
+            there = [one.name for one in listening.presence.devices() if one.there]
+            check_enough(self._run.name, there, self._drained | {name}, needed=needed)
 
         def act() -> dict[str, Any]:
             with self._changed:  # another operator may drain at the same time
                 wanted = self._drained - {name} if request.undo else self._drained | {name}
                 write_drained(self._folder, wanted)
                 self._drained = wanted
-            site.listening.presence.drain(self._drained)
+            listening.presence.drain(self._drained)
             return {"device": name, "drained": not request.undo}
 
         return act
-
-    def _check_enough(self, drained: frozenset[str], site: _Site) -> None:
-        """Refuses to leave a run fewer devices than each of its rounds asks for."""
-        with self._changed:
-            last = self._rounds[-1] if self._rounds else None
-        needed = self._run.federation.cohort or (last["cohort"] if last else 1)
-        left = sum(
-            device.there and device.name not in drained
-            for device in site.listening.presence.devices()
-        )
-        there = sum(device.there for device in site.listening.presence.devices())
-        if left < needed <= there:
-            raise ConfigError(
-                f"drain: {left} devices would be left, and each round of {self._run.name!r} asks "
-                f"{needed}. Nothing was done; stop the run, and start it with a lower "
-                "federation.cohort, or wait for more devices."
-            )
 
     def _backup(
         self, request: Request, asker: Asker, site: _Site, gone: Gone
@@ -325,8 +326,11 @@ class Control:
         check_place(file)
 
         def act() -> dict[str, Any]:
+            def wanted() -> None:
+                check_wanted(self._run.name, gone=gone(), ends=site.stopping)
+
             with self._between_rounds(site, gone):
-                return asdict(back_up(self._results, file, now=datetime.now(UTC)))
+                return asdict(back_up(self._results, file, now=datetime.now(UTC), wanted=wanted))
 
         return act
 
@@ -357,18 +361,11 @@ class Control:
                 self._changed.notify_all()
 
     def _check_waited_for(self, site: _Site, gone: Gone) -> None:
-        if gone():
-            raise ResourceError(
-                "backup: whoever asked hung up before the round was over. Nothing was written."
-            )
-        if self._stop or self._state == "ended" or site.listening.stopping.is_set():
-            raise ResourceError(
-                f"backup: the run {self._run.name!r} ends. Nothing was written; copy its folder "
-                "once `fedcore server status` finds no server."
-            )
+        ends = self._stop or self._state == "ended" or site.stopping
+        check_wanted(self._run.name, gone=gone(), ends=ends)
 
     def _check_stopped(self) -> None:
-        if self._site is None or self._site.listening.stopping.is_set():
+        if self._site is None or self._site.stopping:
             raise Stopped("the server stops")
         if self._stop:
             raise Stopped("an operator stopped the run")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from fedcore.errors import DataError
+from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes, write_json
 
 _DRAINED = "drained.json"
@@ -41,3 +41,20 @@ def write_drained(folder: Path, names: Collection[str]) -> None:
         DiskFull: there is no room; the list is as it was.
     """
     write_json(folder / _DRAINED, sorted(names))
+
+
+def check_enough(
+    name: str, there: Collection[str], drained: Collection[str], *, needed: int
+) -> None:
+    """Refuses to leave the run ``name`` fewer devices than each of its rounds asks for.
+
+    Raises:
+        ConfigError: of ``needed`` devices that are ``there``, fewer would be left.
+    """
+    left = len(set(there) - set(drained))
+    if left < needed <= len(there):
+        raise ConfigError(
+            f"drain: {left} devices would be left, and each round of {name!r} asks {needed}. "
+            "Nothing was done; stop the run, and start it with a lower federation.cohort, or wait "
+            "for more devices."
+        )

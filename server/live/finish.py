@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -82,15 +81,17 @@ class _Publishing(_Kept):
     """The first that what is published can have."""
 
 
-def check_finish(run: RunConfig, task: Task) -> None:
+def check_finish(run: RunConfig, task: Task) -> CloudData | None:
     """Refuses what could only fail after the rounds, while no device was asked anything.
+
+    Returns the cloud's data, which it has read for that.
 
     Raises:
         ReleaseError: what will be made could not be published.
         FedcoreError: the cloud's data or the test split cannot be used.
     """
-    if run.release.repository is not None:
-        read_for_release(run, task, data_folder())
+    cloud, _ = read_for_release(run, task, data_folder())
+    return cloud
 
 
 def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sink) -> None:
@@ -107,8 +108,6 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
         FedcoreError: whatever stops it; what was published before stands.
         KeyboardInterrupt: SIGTERM or SIGINT; what is done stays done.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):  # the server had its own
-        signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
     cloud, test = read_for_release(run, task, data_folder())
     steps = folder / STEPS

@@ -7,11 +7,14 @@ import socket
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import cast
 
 import uvicorn
 
 from fedcore.crypto.roster import ServerIdentity, server_context
 from fedcore.errors import ResourceError
+from server.live.connections import Connections
 from server.live.gate import Gate
 from server.live.peer import PeerProtocol
 
@@ -25,19 +28,24 @@ _TLS_BYTES = 2**16
 """What a connection reads at a time: four TLS records."""
 
 
-def http_server(gate: Gate, identity: ServerIdentity) -> uvicorn.Server:
-    """A server that answers by ``gate`` and shows ``identity``; it is not started."""
+def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) -> uvicorn.Server:
+    """A server that answers by ``gate`` and shows ``identity``; it is not started.
+
+    ``connections`` hears of each, and has made the socket that it is to be served on.
+    """
     # asyncio's 256 KiB are held up to three times, by every connection and to its end.
     SSLProtocol.max_size = _TLS_BYTES
     return _Http(
         uvicorn.Config(
             gate,
-            http=PeerProtocol,
+            http=cast("type[asyncio.Protocol]", partial(PeerProtocol, connections=connections)),
             ssl_context_factory=lambda config, default: server_context(identity),
             lifespan="off",
             ws="none",
             log_config=None,
+            log_level="error",  # what peers do is told by ours, with a name and not too often
             access_log=False,
+            proxy_headers=False,  # a peer's address is where it comes from, not what it claims
             server_header=False,
             date_header=True,  # devices compare their clocks with it
             timeout_keep_alive=_IDLE_S,

@@ -39,6 +39,18 @@ class Limits:
     """Seconds that an upload waits for room before it is told to come again."""
     stall_s: float = 15.0
     """Seconds without progress after which an upload gives its room to one that waits."""
+    connections: int = 16_384
+    """Connections that are open at a time, on each of the two ports; fewer where the system grants
+    few open files."""
+    connections_each: int = 16
+    """Of these, on the first port, one identity's; a device uses one or two."""
+    half_open: int = 512
+    """Of these, such as are still shaking hands; each takes 0.1 MiB."""
+    handshake_s: float = 15.0
+    """Seconds within which a peer must have shaken hands."""
+    headers_s: float = 15.0
+    """Seconds within which the headers of a request must have come, from their first byte; those
+    of the first request, from the handshake."""
 
 
 @dataclass(frozen=True)

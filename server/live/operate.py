@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 import pwd
+import signal
 import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from fedcore.crypto.roster import Member, ServerIdentity
 from fedcore.errors import ResourceError
 from fedcore.files import held_alone
+from server.interrupt import no_signal
 from server.live.control import Control
 from server.live.gate import Operate, Receive, Scope, Send
 from server.live.reach import OPERATE, SOCKET, reachable
@@ -57,9 +60,11 @@ def check_socket(identity: ServerIdentity) -> None:
 
 @asynccontextmanager
 async def operated(
-    control: Control, identity: ServerIdentity, listening: Listening
+    control: Control, identity: ServerIdentity, listening: Listening | None
 ) -> AsyncIterator[None]:
     """Lets operators on this machine steer, for as long as the server is up.
+
+    ``listening`` is None where the rounds are over, see `Control.open`.
 
     Raises:
         ResourceError: the socket cannot be made.
@@ -91,6 +96,47 @@ async def operated(
         await asyncio.to_thread(control.close)
         if answering:
             await asyncio.wait(answering)
+
+
+@contextmanager
+def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[None]:
+    """As `operated`, in a thread of its own, while the main one does what follows the rounds.
+
+    SIGTERM and SIGINT interrupt that from here on, as an operator's stop does.
+
+    Raises:
+        KeyboardInterrupt: any of the three.
+        ResourceError: the socket cannot be made.
+        DiskFull: there is no room for the audit log.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):  # the server had its own
+        signal.signal(number, signal.default_int_handler)
+    up = Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
+
+    async def serve() -> None:
+        over = asyncio.Event()
+        async with operated(control, identity, None):
+            up.set_result((asyncio.get_running_loop(), over))
+            await over.wait()
+
+    def body() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            if up.done():
+                raise
+            up.set_exception(error)
+
+    thread = threading.Thread(target=body, name="operated", daemon=True)
+    with no_signal():  # they come to the thread that finishes the run
+        thread.start()
+    try:
+        loop, over = up.result()
+        yield
+    finally:
+        if up.done() and not up.exception():
+            loop.call_soon_threadsafe(over.set)
+        thread.join()
 
 
 def over_network(control: Control) -> Operate:

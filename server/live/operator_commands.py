@@ -62,11 +62,13 @@ def _status(options: argparse.Namespace) -> int:
 
 def _shown_status(told: Mapping[str, Any]) -> str:
     devices, last = told["devices"], told["last"]
+    state = f"{told['state']}: {told['stage']}" if told["stage"] else told["state"]
+    listens = f"{told['listens']}, wakes on {told['wakes']}" if told["listens"] else "no more"
     lines = [
-        f"Run:     {told['run']}, {told['state']}; {told['round']} of {told['rounds']} rounds",
+        f"Run:     {told['run']}, {state}; {told['round']} of {told['rounds']} rounds",
         f"Devices: {devices['there']} there, of {devices['members']} members; "
         f"{devices['drained']} drained",
-        f"Listens: {told['listens']}, wakes on {told['wakes']}; up {told['up_s']:.0f} s",
+        f"Listens: {listens}; up {told['up_s']:.0f} s",
         f"Project: {told['project']}, fedcore {told['version']}; certificate until "
         f"{told['certificate_not_after'][:10]}, roster version {told['roster']['version']}",
     ]
@@ -157,7 +159,7 @@ OPERATOR_VERBS = {
     ),
     "resume": Command("Go on after a pause.", _where, _steer("resume"), "fedcore server resume"),
     "stop": Command(
-        "End the server after this round; the run can be resumed.",
+        "End the server after this round, or what follows the rounds; the run can be resumed.",
         _where,
         _steer("stop"),
         "fedcore server stop --kit anna",

@@ -10,10 +10,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedcore.crypto.certificates import peer_public
 from fedcore.errors import TrustError
+from server.live.connections import Connections
 
 PUBLIC_KEY = "fedcore.public_key"
 """Where a request's scope holds the key that its connection was opened with."""
 _MAX_HEADER_BYTES = 2**15
+_MOST_AHEAD = 8
+"""Calls that may come before one is answered. A device sends none; a large answer is over for it a
+moment before it is for the server."""
 _WAITING_BYTES = 2**16
 """What may wait in a connection for its other end, each way, before more is asked for."""
 
@@ -24,8 +28,18 @@ class PeerProtocol(HttpToolsProtocol):
     uvicorn hands no certificate to the application, and its parser keeps any length of headers.
     """
 
+    public = b""
+    seen = 0.0
+    due: float | None = None
+    stuck: float | None = None
+    _descriptor = -1
     _header_bytes = 0
     _in_headers = True
+
+    def __init__(self, *arguments: Any, connections: Connections, **named: Any) -> None:
+        """As uvicorn's own; ``connections`` hears of this one."""
+        super().__init__(*arguments, **named)
+        self._known = connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Reads the key out of the peer's certificate, once a connection."""
@@ -41,13 +55,26 @@ class PeerProtocol(HttpToolsProtocol):
         except TrustError:
             public = None
         self.app_state = {**self.app_state, PUBLIC_KEY: public}
+        self.public = public or b""
+        self._descriptor = transport.get_extra_info("socket").fileno()
+        self._known.proved(self._descriptor, self)
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser, unless headers have grown past any that a client sends."""
+        self.seen = self._known.now()
         if self._in_headers:
             self._header_bytes += len(data)
+            if self.due is None:
+                self._known.waits_for_headers(self)
         super().data_received(data)
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES:
+            self._refuse(f"headers of more than {_MAX_HEADER_BYTES} bytes")
+        elif len(self.pipeline) > _MOST_AHEAD:  # with each answer uvicorn reads further ones
+            self._refuse(f"more than {_MOST_AHEAD} calls before the first was answered")
+
+    def _refuse(self, text: str) -> None:
+        if not self.transport.is_closing():
+            self._known.refused(self._descriptor, 400, text)
             self.transport.abort()
 
     def shutdown(self) -> None:
@@ -55,20 +82,49 @@ class PeerProtocol(HttpToolsProtocol):
 
         A peer that lies idle would leave the server waiting for its half of the goodbye.
         """
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.abort()
-        else:
+        if self.busy():
             super().shutdown()
+        else:
+            self.transport.abort()
+
+    def busy(self) -> bool:
+        """Whether a call is going on."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def drop(self) -> None:
+        """Ends the connection at once, whatever is going on."""
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """The peer does not read what it was sent."""
+        self.stuck = self._known.now()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self.stuck = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP."""
+        self._known.refused(self._descriptor, 400, msg)
+        super().send_400_response(msg)
 
     def on_headers_complete(self) -> None:
         """Begins the request."""
-        self._in_headers, self._header_bytes = False, 0
+        self._in_headers, self._header_bytes, self.due = False, 0, None
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Headers follow next."""
-        self._in_headers = True
+        self._in_headers, self.due = True, None
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """What a peer still sends of a request that was answered is waited for no longer."""
+        if not self._in_headers:
+            self._known.waits_for_headers(self)
+        super().on_response_complete()
 
 
 def key_of(state: dict[str, Any]) -> bytes | None:

@@ -14,6 +14,7 @@ import httpx
 
 from fedcore import errors
 from fedcore.crypto.kit import Kit, client_context
+from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import DataError, FedcoreError, ResourceError, TrustError
 from fedcore.rpc.proxy import check_proxies
 
@@ -29,6 +30,7 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Asks the server whose folder this is, on this machine.
 
     Raises:
+        DataError: the folder is no server's.
         ResourceError: none answers, or this user may not ask it.
         FedcoreError: what the server answered.
     """
@@ -37,6 +39,7 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         # A backup waits for the end of the round that is on.
         connection.settimeout(None if request["verb"] == "backup" else _TIMEOUT_S)
         try:
+            check_server_folder(folder)
             with reachable(path) as short:
                 connection.connect(short)
             connection.sendall(json.dumps(request).encode() + b"\n")
@@ -49,9 +52,9 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
             ) from None
         except OSError:
             raise ResourceError(
-                f"{folder}: no server answers with this identity: none is running, or the rounds "
-                "are over and it makes a release of their model, as its own output shows. Nothing "
-                "was asked; where none is running, `fedcore server start` starts one."
+                f"{folder}: no server answers with this identity: none is running, or it is on its "
+                "way up. Nothing was asked; where none is running, `fedcore server start` starts "
+                "one."
             ) from None
     return _read(raw, where=str(folder))
 
@@ -73,8 +76,9 @@ def ask_there(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
         )
     except httpx.HTTPError as error:
         raise ResourceError(
-            f"{url}: the server cannot be reached ({error}). Nothing was asked; see that it runs "
-            "(`fedcore server status` on its machine) and that this certificate is in force."
+            f"{url}: the server cannot be reached ({error}). Nothing was asked; see that it runs, "
+            "and that its rounds are not over yet (`fedcore server status` on its machine), and "
+            "that this certificate is in force."
         ) from None
     if answer.status_code != 200:
         raise TrustError(

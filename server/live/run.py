@@ -26,12 +26,13 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.folder import check_outside
+from server.interrupt import insistent
 from server.journal import Journal, Reached, nothing
 from server.live.control import Control
 from server.live.journal_keeper import REJOIN_S, Admit, JournalGrid, JournalKeeper
 from server.live.members import Members
 from server.live.memory import loading
-from server.live.operate import check_socket, operated, over_network
+from server.live.operate import check_socket, operated, operated_meanwhile, over_network
 from server.live.resume import has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
@@ -40,6 +41,7 @@ from server.records import RoundRecord
 if TYPE_CHECKING:
     from fedcore.task import Task
     from server.app import Outcome
+    from server.cloud import CloudData
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def run_deployment(
     goes_on = deployment.resume and has_journal(run, deployment.runs)
     name = (declared_name(path) if goes_on else None) or load().name
     releases = run.release.repository is not None
+    read: list[CloudData | None] = []  # what the check of a start has read is not read again
     if not goes_on:
-        _check_begins(run, load(), deployment.runs / run.name)
+        with insistent():
+            read.append(_check_begins(run, load(), deployment.runs / run.name))
     elif run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), deployment.runs / run.name)
     address = deployment.address(identity)
@@ -138,8 +142,20 @@ def run_deployment(
 
         def work(members: Members, grid: Grid) -> None:
             over = _journaled(grid, run, journal, members.admit, control)
+            task = load()
+            cloud = read.pop() if read else _read_cloud(run, task)
             _federate(
-                run, load(), over, journal, members, folder, emit, control, randomness, outcomes
+                run,
+                task,
+                cloud,
+                over,
+                journal,
+                members,
+                folder,
+                emit,
+                control,
+                randomness,
+                outcomes,
             )
 
         async def serve() -> bool:
@@ -159,33 +175,41 @@ def run_deployment(
         if not (journal.ended or asyncio.run(serve())):
             return False
         if releases:
-            from server.federated_part import outcome_of
-            from server.live.finish import finish
+            if control.stopped:  # when the last round was as good as over
+                return False
+            with operated_meanwhile(control, identity):
+                from server.federated_part import outcome_of
+                from server.live.finish import finish
 
-            if not outcomes:
-                assert journal.start is not None  # its rounds ended in a process before
-                outcomes.append(outcome_of(run, load(), journal.start))
-            finish(run, load(), outcomes[0], folder, emit)
+                if not outcomes:
+                    assert journal.start is not None  # its rounds ended in a process before
+                    outcomes.append(outcome_of(run, load(), journal.start))
+                finish(run, load(), outcomes[0], folder, emit)
         return True
 
 
-def _check_begins(run: RunConfig, task: Task, folder: Path) -> None:
+def _check_begins(run: RunConfig, task: Task, folder: Path) -> CloudData | None:
     """Refuses a run that could only fail after the results in ``folder`` were replaced.
+
+    Returns the cloud's data, which it has read for that.
 
     Raises:
         FedcoreError: whatever would have stopped it.
     """
-    from fedcore.task import data_folder
     from server.live.finish import check_finish
     from server.preflight import check_rounds
 
     check_rounds(run, task, folder, clients=1)
     if run.release.repository is not None:
-        check_finish(run, task)
-    else:
-        from server.cloud import read_cloud_data
+        return check_finish(run, task)
+    return _read_cloud(run, task)
 
-        read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
+
+def _read_cloud(run: RunConfig, task: Task) -> CloudData | None:
+    from fedcore.task import data_folder
+    from server.cloud import read_cloud_data
+
+    return read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
 
 
 def _load(path: Path) -> Task:
@@ -211,6 +235,7 @@ def _load(path: Path) -> Task:
 def _federate(
     run: RunConfig,
     task: Task,
+    cloud: CloudData | None,
     grid: Grid,
     journal: Journal,
     members: Members,
@@ -221,11 +246,8 @@ def _federate(
     outcomes: list[Outcome],
 ) -> None:
     from fedcore.model import checkpoint_bytes
-    from fedcore.task import data_folder
     from server.app import Listener, server_app
-    from server.cloud import read_cloud_data
 
-    cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
     settings, start = run.federation, journal.start
 
     def keep(outcome: Outcome) -> None:

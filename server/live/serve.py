@@ -7,21 +7,25 @@ import logging
 import shutil
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from fedcore.crypto.roster import ServerIdentity
+from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_grid import FleetGrid, Stopped
 from fedcore.flower.identity import assume_identity
 from fedcore.rpc.hello import Hello
 from fedcore.updates.seal import run_digest
+from server.interrupt import end_at_once
+from server.live.connections import Connections, grant_descriptors
 from server.live.gate import Gate, Operate
 from server.live.http import bind, http_server
 from server.live.limits import Limits, Rates, Refusals, Uploads
@@ -33,8 +37,10 @@ from server.live.wake import Wakeups, put_out_strangers, serve_wakeups
 log = logging.getLogger("fedcore.server")
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_TOGETHER_S = 1.0
+"""Signals that follow each other within this are one."""
 _ROSTER_S = 1.0
-"""How long a device that was revoked may keep its stream."""
+"""How long a device that was revoked may keep its stream and its connections."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,18 @@ async def listen(
     uploads = Uploads(limits, fleet.abandon)
     refusals = Refusals()
     seals = Seals(roster, fleet.key_of, run_id=run_digest(settings), refusals=refusals)
-    listener = bind(address.host, address.port)
+    most = min(limits.connections, grant_descriptors())
+    connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
+    listener = connections.listener(bind(address.host, address.port))
     try:
         wakeups = Wakeups(presence, roster, uploads, refusals)
         wake, wake_port = await serve_wakeups(
-            wakeups, identity, host=address.host, port=address.wake_port
+            wakeups,
+            identity,
+            host=address.host,
+            port=address.wake_port,
+            connections=most,
+            handshake_s=limits.handshake_s,
         )
     except BaseException:
         listener.close()
@@ -144,11 +157,13 @@ async def listen(
         refusals=refusals,
         operate=operate,
     )
-    http = http_server(gate, identity)
+    http = http_server(gate, identity, connections)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
     listening = Listening(fleet, presence, uploads, seals, bound, threading.Event())
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    watching = asyncio.create_task(put_out_strangers(presence, roster, uploads, every_s=_ROSTER_S))
+    watching = asyncio.create_task(
+        put_out_strangers(presence, roster, uploads, connections, every_s=_ROSTER_S)
+    )
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
     log.info("listening on %s:%d, wakes on %d", bound.host, bound.port, bound.wake_port)
@@ -166,22 +181,39 @@ async def listen(
         log.info("stopped")
 
 
+def _name(roster: Roster, public: bytes) -> str | None:
+    member = roster.member(public)
+    return member.name if member is not None else None
+
+
 async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool:
     """Runs ``work``, a ServerApp, in a thread over the server's grid, until it or the server ends.
 
     SIGTERM and SIGINT end it where it next asks the grid. Returns whether it came to its own end.
 
-    Whoever sends one more changes nothing, to the very end of the process: it does not cut off what
-    is being put away, and the exit code is that of what happened.
+    One more ends the process at once, where ``work`` has not ended in a second: it may be in a
+    task's function that hangs. Once it has, and where several come together, as from a terminal
+    and from whoever started this, one more changes nothing, to the very end of the process: it
+    does not cut off what is being put away, and the exit code is that of what happened.
 
     Raises:
         FedcoreError: whatever ``work`` raised.
     """
     loop = asyncio.get_running_loop()
+    asked_s: float | None = None
+    works = True
 
-    def stop(number: int, frame: object) -> None:
+    def ignore() -> None:
         for each in _ENDING:  # any handler but this one is gone before the interpreter is
             signal.signal(each, signal.SIG_IGN)
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked_s
+        before_s, asked_s = asked_s, time.monotonic()
+        if not works:
+            ignore()
+        elif before_s is not None and asked_s - before_s > _TOGETHER_S:
+            end_at_once()
         with suppress(RuntimeError):  # the loop is closed: it has stopped
             loop.call_soon_threadsafe(listening.stop)
 
@@ -192,4 +224,8 @@ async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool
             await loop.run_in_executor(own, work, listening.grid())
         except Stopped:
             return False
+        finally:
+            works = False
+            if asked_s is not None:
+                ignore()
     return True

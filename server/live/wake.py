@@ -17,6 +17,7 @@ from fedcore.errors import ResourceError, TrustError
 from fedcore.flower.fleet import node_id_of
 from fedcore.rpc.wake_pb2 import Call, WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
+from server.live.connections import Connections
 from server.live.limits import Refusals, Uploads
 from server.live.presence import Presence
 
@@ -24,6 +25,7 @@ log = logging.getLogger("fedcore.server")
 
 _PING_S, _PONG_S = 2, 3
 """A device that is cut off is noticed within the sum of the two, and half a second."""
+_IDLE_S = 5
 _OPTIONS = (
     ("grpc.keepalive_time_ms", _PING_S * 1000),
     ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
@@ -33,6 +35,8 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.max_receive_message_length", 4096),
     ("grpc.max_metadata_size", 8192),
+    ("grpc.max_concurrent_streams", 4),  # of one connection; a device has one
+    ("grpc.max_connection_idle_ms", _IDLE_S * 1000),  # without a stream: of one that was put out
     ("grpc.so_reuseport", 0),
 )
 
@@ -90,9 +94,18 @@ def _peer(context: grpc.aio.ServicerContext[WatchRequest, Call]) -> bytes | None
 
 
 async def serve_wakeups(
-    wakeups: Wakeups, identity: ServerIdentity, *, host: str, port: int
+    wakeups: Wakeups,
+    identity: ServerIdentity,
+    *,
+    host: str,
+    port: int,
+    connections: int,
+    handshake_s: float,
 ) -> tuple[grpc.aio.Server, int]:
     """Starts the gRPC server; returns it and the port that it has.
+
+    Of the ``connections`` at a time each must have shaken hands within ``handshake_s``. A device
+    that finds no room asks instead of being woken.
 
     Raises:
         ResourceError: the port is in use.
@@ -103,7 +116,11 @@ async def serve_wakeups(
         root_certificates=kit.authority_pem,
         require_client_auth=True,
     )
-    server = grpc.aio.server(options=_OPTIONS)
+    granted = (
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.server_handshake_timeout_ms", int(handshake_s * 1000)),
+    )
+    server = grpc.aio.server(options=_OPTIONS + granted)
     add_WakeServicer_to_server(wakeups, server)  # type: ignore[no-untyped-call]
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
@@ -118,14 +135,21 @@ async def serve_wakeups(
 
 
 async def put_out_strangers(
-    presence: Presence, roster: Roster, uploads: Uploads, *, every_s: float
+    presence: Presence,
+    roster: Roster,
+    uploads: Uploads,
+    connections: Connections,
+    *,
+    every_s: float,
 ) -> None:
-    """Ends the streams of devices that are members no more, for ever."""
+    """Ends the streams and connections of whoever is a member no more, for ever."""
     while True:
         await asyncio.sleep(every_s)
-        roster.refresh()  # a newer list is remembered, even while nobody calls
+        # A newer list is remembered, even while nobody calls.
+        members = {member.public for member in roster.members()}
+        connections.sweep(members)
         for node_id, public in presence.keys().items():
-            if roster.member(public) is None:
+            if public not in members:
                 log.warning("device %s: no longer a member; put out", node_id)
                 presence.remove(node_id)
                 uploads.gone(node_id)

@@ -30,6 +30,7 @@ from server.provision.folder import (
     PRIVATE_KEY,
     Authority,
     check_pair,
+    check_place,
     link_roster,
     locked,
     read_authority,
@@ -77,11 +78,13 @@ def backup(act: Act, file: Path) -> None:
 
     Raises:
         ConfigError: the file is there already, or the passphrase is missing or too short.
+        ResourceError: it cannot be made.
         FedcoreError: the authority is not whole: a backup of it would restore to nothing.
     """
     if file.exists():
         raise ConfigError(f"{file}: this file exists. Nothing was written; choose another name.")
     passphrase = _passphrase(act)
+    check_place(file)
     with locked(act.folder):
         record(act.folder, at=act.now, by=act.by, action="backup")
         files = {

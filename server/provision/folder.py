@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, check_authority, 
 from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key
 from fedcore.crypto.roster import MAX_ROSTER_BYTES, ROSTER, Entry, Member, RosterFile, parse_roster
 from fedcore.crypto.sealing import is_sealed, unseal
-from fedcore.errors import CertificateRefused, ConfigError, DataError
+from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
 
 CERTIFICATE, PRIVATE_KEY, AUDIT, SERVER = "authority.pem", "authority.key", "audit.jsonl", "server"
@@ -124,6 +125,25 @@ def check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, *, w
             f"{where}: this is not the key of the authority's certificate. Nothing was signed; "
             "restore both from one backup."
         )
+
+
+def check_place(path: Path) -> None:
+    """Sees that a file can be made at ``path``, folders above it included; leaves nothing there.
+
+    Whoever is certified has a name that is taken from then on, so that is seen before.
+
+    Raises:
+        ResourceError: it cannot, or the disk is full.
+    """
+    there = next(one for one in path.absolute().parents if one.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: this file cannot be made ({error.strerror or error}). No certificate was "
+            "issued, and nothing recorded; name another place, or make this one writable."
+        ) from None
 
 
 def write_roster(authority: Authority, members: tuple[Entry, ...]) -> None:

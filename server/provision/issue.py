@@ -38,6 +38,7 @@ from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
     Authority,
+    check_place,
     link_roster,
     locked,
     read_authority,
@@ -127,6 +128,7 @@ def provision_server(
                 "`fedcore provision renew server` extends it under the same names, --replace makes "
                 "a new key for the names given."
             )
+        check_place(authority.server / KEY)
         key = new_key()
         file = _certify_server(act, authority, key.public_key(), addresses, validity, "issue")
         link_roster(authority.server)
@@ -197,6 +199,7 @@ def renew(act: Act, name: str, *, validity: timedelta) -> KitFile:
         authority = read_authority(act.folder, now=act.now)
         old = _server_kit(authority)
         if name == SERVER_NAME:
+            check_place(authority.server / KIT)
             public = _public(old.certificate)
             file = _certify_server(act, authority, public, old.servers, validity, "renew")
             write_kit(authority.server, file)

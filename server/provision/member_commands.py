@@ -15,6 +15,7 @@ from fedcore.crypto.kit import KEY, KitFile, write_kit
 from fedcore.crypto.roster import Member
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, write_atomic
+from server.provision.folder import check_place
 from server.provision.issue import SERVER_NAME, listing, provision_member, renew, revoke
 from server.provision.options import (
     acting,
@@ -110,6 +111,7 @@ def _person(options: argparse.Namespace, role: MemberRole) -> int:
         raise ConfigError(
             f"{folder}: expected an empty folder, or none. Nothing was written; choose another."
         )
+    check_place(folder / KEY)
     key = new_key()
     file = provision_member(
         acting(options, signs=True),

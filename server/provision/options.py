@@ -17,7 +17,7 @@ from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.kit import KitFile
 from fedcore.errors import ConfigError
 from server.provision import passphrase
-from server.provision.folder import key_is_sealed
+from server.provision.folder import check_place, key_is_sealed
 from server.provision.issue import Act
 
 _MAX_DAYS = 730
@@ -100,12 +100,18 @@ def described(file: KitFile) -> dict[str, Any]:
 
 
 def free(path: Path) -> Path:
-    """The path itself; raises `ConfigError` when something is there."""
+    """The path itself.
+
+    Raises:
+        ConfigError: something is there.
+        ResourceError: nothing can be made there.
+    """
     if path.exists():
         raise ConfigError(
             f"{path}: this file exists. No certificate was issued; remove it, or name another with "
             "--out."
         )
+    check_place(path)
     return path
 
 

@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 
 from server.journal import ACCEPTED, ACCEPTING, COMMITTED, POINTS
-from server.journal_head import HEAD, JOURNAL
+from server.journal_head import HEAD, JOURNAL, RECORDS
 from tests.campaign import device_main
 from tests.campaign.proxy import Proxy
 from tests.campaign.server_main import SENT
@@ -301,8 +301,8 @@ def tear_journals(place: Site, times: int, rng: random.Random) -> Outcome:
     outcome = Outcome()
     place.devices()
     journal = place.folder / "journal"
-    names = cycle([JOURNAL, f"{JOURNAL}-wal", HEAD, "a value"])
-    harms: Iterator[Callable[[Path, random.Random], None]] = cycle([*[_truncate] * 4, *[_flip] * 4])
+    names = cycle([JOURNAL, f"{JOURNAL}-wal", HEAD, RECORDS, "a value"])
+    harms: Iterator[Callable[[Path, random.Random], None]] = cycle([*[_truncate] * 5, *[_flip] * 5])
     for _ in range(times):
         server = place.server("--resume", die=f"{ACCEPTED}:{rng.randint(1, 5)}")
         if not _killed(server):

@@ -334,14 +334,14 @@ Launch = Callable[..., Program]
 
 @pytest.fixture
 def launch(project: Project) -> Iterator[Launch]:
-    """Starts processes; every one is killed at the end."""
+    """Starts processes, by the command ``under`` where there is one; each is killed at the end."""
     programs: list[Program] = []
 
-    def starting(entry: str, *arguments: str) -> Program:
+    def starting(entry: str, *arguments: str, under: tuple[str, ...] = ()) -> Program:
         log = project.root / f"{len(programs)}.log"
         with log.open("w") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-c", _RUN_VERB, entry, *arguments],
+                [*under, sys.executable, "-c", _RUN_VERB, entry, *arguments],
                 cwd=project.root,
                 stdout=stream,
                 stderr=stream,
@@ -363,7 +363,7 @@ def launch(project: Project) -> Iterator[Launch]:
 def launch_server(project: Project, launch: Launch) -> Callable[..., Program]:
     """Starts ``fedcore server start`` and waits until it listens."""
 
-    def starting(*overrides: str, name: str = "trial") -> Program:
+    def starting(*overrides: str, name: str = "trial", under: tuple[str, ...] = ()) -> Program:
         config = project.root / "run.toml"
         config.write_text(
             f'name = "{name}"\ntask = "task.py"\nseed = 1\n'
@@ -375,6 +375,7 @@ def launch_server(project: Project, launch: Launch) -> Callable[..., Program]:
             *("server", "start", str(config), "--identity", str(project.root / "server")),
             *("--listen", f"127.0.0.1:{project.port}", "--wake-port", "0"),
             *("--runs", str(project.root / "runs"), "--json", *sets),
+            under=under,
         )
         program.wait_for("listening on")
         return program

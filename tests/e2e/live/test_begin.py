@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedcore.errors import ConfigError, ResourceError
+from fedcore.errors import INTERRUPTED, ConfigError, ResourceError
 from server.live.resume import open_run
 from server.progress import Progress
 from server.strategy_state import Remembered
@@ -95,3 +97,58 @@ def test_a_socket_that_cannot_be_made_costs_no_results(project: Any, launch: Any
     assert refused.end(60) == ResourceError.exit_code
     assert "this socket cannot be made" in refused.log.read_text()
     assert contents(folder) == before
+
+
+HANGING = """
+def cloud(folder):
+    print("cloud data are read", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+"""
+
+
+def hangs(project: Any) -> None:
+    """Has reading the cloud's data never come to an end, whatever interrupts it."""
+    text = project.task.read_text().replace("import torch\n", "import time\n\nimport torch\n", 1)
+    text = text.replace("task = Task(", f"{HANGING}\n\ntask = Task(")
+    project.task.write_text(text.replace("example_input=", "cloud_data=cloud, example_input="))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_second_signal_ends_a_server_whose_task_hangs(
+    project: Any, launch: Any, number: signal.Signals, goes_on: bool
+) -> None:
+    hangs(project)
+    if goes_on:  # the task's data are read while devices are let in
+        begun(project, ended=False)
+    server = start(launch, project, *(["--resume"] if goes_on else []))
+    server.wait_for("cloud data are read")
+    server.send(number)
+    time.sleep(1.5)
+    assert server.process.poll() is None
+    server.send(number)
+    assert server.end(5) == INTERRUPTED
+    assert "ended at once" in server.log.read_text()
+    assert (project.root / "runs").exists() == goes_on
+
+
+def test_the_clouds_data_are_read_once_where_a_run_begins(
+    project: Any, launch: Any, launch_device: Any
+) -> None:
+    read = """
+def cloud(folder):
+    print("cloud data are read", flush=True)
+    return data("cloud")
+"""
+    text = project.task.read_text().replace("task = Task(", f"{read}\n\ntask = Task(")
+    project.task.write_text(text.replace("example_input=", "cloud_data=cloud, example_input="))
+    project.device("edge-0")
+    server = start(launch, project)
+    server.wait_for("listening on")
+    launch_device("edge-0")
+    assert server.end(60) == 0, server.log.read_text()
+    assert server.log.read_text().count("cloud data are read") == 1

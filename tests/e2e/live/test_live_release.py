@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 
+from fedcore.errors import INTERRUPTED, ConfigError
+from server.live.audit import check_audit
+from server.live.reach import SOCKET, ask_here
+from tests.e2e.live.asking import status, wait_for
+
 CLOUD = '    cloud_data=lambda folder: data("cloud"),\n    example_input'
 
 
@@ -110,3 +115,48 @@ def test_what_cannot_be_released_is_said_before_a_device_is_asked(
     assert server.end(60) == 9, server.log.read_text()
     assert "listening on" not in server.log.read_text()
     assert not (project.root / "runs").exists()
+
+
+@pytest.mark.slow
+def test_what_follows_the_rounds_is_watched_stopped_and_gone_on_with(
+    project: Any, launch: Any, launch_device: Any
+) -> None:
+    root, folder = project.root, project.root / "server"
+    project.task.write_text(project.task.read_text().replace("    example_input", CLOUD))
+    assert (
+        fedcore(root, "release", "init", "--repository", "releases", "--keys", "keys").returncode
+        == 0
+    )
+    (root / "run.toml").write_text(
+        'name = "trial"\ntask = "task.py"\n'
+        "[federation]\nrounds = 2\n[client]\nbatch_size = 8\n"
+        "[finetune]\nepochs = 10000\nmax_metric_drop = 1.0\n"
+        '[compression]\ncandidates = ["fp32"]\ntiming_runs = 100\n'
+        '[release]\nrepository = "releases"\nkeys = "keys"\n'
+    )
+    launch_device("edge-0")
+    for resumed in (False, True):
+        server = launch(*command(project, *(["--resume"] if resumed else [])))
+        wait_for(lambda: status(project)["stage"] == "fine-tuning", 120)
+        told = status(project)
+        assert (told["state"], told["round"], told["listens"]) == ("finishing", 2, None)
+        assert told["devices"] == {"members": 1, "there": 0, "drained": 0}
+        shown = fedcore(root, "server", "status", "--identity", "server")
+        assert "Run:     trial, finishing: fine-tuning; 2 of 2 rounds" in shown.stdout
+        assert len(ask_here(folder, {"verb": "rounds"})["rounds"]) == 2
+        for verb in ("pause", "resume", "drain", "backup"):
+            with pytest.raises(ConfigError, match=rf"{verb}: the rounds of 'trial' are over, no"):
+                ask_here(folder, {"verb": verb, "device": "edge-0", "file": str(root / "b.tar")})
+        assert ask_here(folder, {"verb": "stop"})["state"] == "stopping"
+        assert server.end() == INTERRUPTED, server.log.read_text()
+        assert "Traceback" not in server.log.read_text()
+        assert not (folder / SOCKET).exists()
+    check_audit(folder / "audit.jsonl")
+    lines = [json.loads(line) for line in (folder / "audit.jsonl").open()]
+    refused = ["pause", "resume", "drain", "backup"]
+    finished = ["finish", *refused, "stop", "end"]
+    assert [line["action"] for line in lines] == ["start", "end", *finished, *finished]
+
+    server = launch(*command(project, "--resume", "--set", "finetune.epochs=1"))
+    assert server.end(120) == 0, server.log.read_text()
+    assert [release["version"] for release in published(root)] == [1]

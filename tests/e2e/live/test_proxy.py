@@ -14,7 +14,8 @@ import pytest
 from edge_client.doctor import examine
 from fedcore.crypto.kit import load_kit
 from fedcore.errors import ResourceError
-from server.live.reach import ask_here, ask_there
+from server.live.reach import ask_there
+from tests.e2e.live.asking import status, wait_for
 
 
 class ConnectProxy:
@@ -81,16 +82,19 @@ def _nothing_is_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY"])  # gRPC itself reads neither
 def test_a_device_trains_and_is_woken_through_a_proxy(
     project: Any,
+    name: str,
     proxy: ConnectProxy,
     launch_server: Any,
     launch_device: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server = launch_server("federation.rounds=3", "federation.cohort=1")
-    wakes = ask_here(project.root / "server", {"verb": "status"})["wakes"]
-    monkeypatch.setenv("HTTPS_PROXY", proxy.url)  # in capitals, which gRPC does not read itself
+    wait_for(lambda: status(project))  # it answers here a moment after it listens
+    wakes = status(project)["wakes"]
+    monkeypatch.setenv(name, proxy.url)
     device = launch_device("edge-0")
     device.wait_for("stream open", 60)
     assert server.end(60) == 0

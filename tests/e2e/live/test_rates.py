@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedcore.errors import DeviceError
-from fedcore.flower.fleet_client import FleetLink, Unreachable
+from fedcore.flower.fleet_client import FleetLink
+from fedcore.flower.fleet_errors import Unreachable
 from fedcore.rpc.hello import hello_of
 from server.live.gate import Gate
 from server.live.limits import Limits

@@ -7,13 +7,11 @@ import logging
 import os
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,14 @@ from fedcore.crypto.issue import issue_member
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit, load_kit, parse_kit_file, write_kit
 from fedcore.errors import CertificateRefused, ConfigError, DeviceError, TrustError
-from fedcore.flower.fleet_client import FleetLink, NotActivated
+from fedcore.flower.fleet_client import FleetLink
+from fedcore.flower.fleet_errors import NotActivated
 from fedcore.rpc.hello import hello_of
 from server.live.limits import Limits, Refusals, Uploads
 from server.live.presence import Presence
 from server.live.reach import ask_there
 from server.live.wake import Wakeups, serve_wakeups
+from tests.e2e.live.stranger import stranger
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
@@ -44,42 +44,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 
 def awake(served: Any) -> bool:
     return [device.awake for device in served.listening.presence.devices()] == [True]
-
-
-@contextmanager
-def stranger(project: Any, tmp_path: Path) -> Iterator[list[str]]:
-    """Somebody else's TLS server on the server's port; what became of each handshake."""
-    other = type(project)(tmp_path / "stranger", port=project.port)
-    kit = other.server().kit
-    path = tmp_path / "stranger.pem"
-    path.write_bytes(kit.certificate_pem)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path, kit.key_path)
-    listener = socket.create_server(("127.0.0.1", project.port))
-    seen: list[str] = []
-
-    def serve() -> None:
-        while True:
-            try:
-                plain, _ = listener.accept()
-            except OSError:
-                return
-            with plain, suppress(OSError):
-                plain.settimeout(5)
-                try:
-                    context.wrap_socket(plain, server_side=True).close()
-                    seen.append("trusted")
-                except ssl.SSLError:
-                    seen.append("refused")
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10)
 
 
 def reissue(project: Any, name: str, *, ends_in: timedelta, issued: timedelta) -> None:
@@ -252,11 +216,14 @@ def test_the_stream_listens_on_an_address_of_ipv6(project: Any) -> None:
         presence = Presence(lambda: None)
         uploads = Uploads(Limits(), lambda message_id: True)
         wakeups = Wakeups(presence, roster, uploads, Refusals())
-        server, port = await serve_wakeups(wakeups, project.server(), host="::1", port=0)
+        granted = {"connections": 8, "handshake_s": 5.0}
+        server, port = await serve_wakeups(wakeups, project.server(), host="::1", port=0, **granted)
         with socket.create_connection(("::1", port), timeout=5):
             pass
         await server.stop(grace=None)
-        again, same = await serve_wakeups(wakeups, project.server(), host="::1", port=port)
+        again, same = await serve_wakeups(
+            wakeups, project.server(), host="::1", port=port, **granted
+        )
         await again.stop(grace=None)
         return [port, same]
 

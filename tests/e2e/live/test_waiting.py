@@ -191,3 +191,21 @@ def test_a_second_signal_changes_nothing(project: Any, launch_server: Any) -> No
     assert server.end() == 130
     assert "Traceback" not in server.log.read_text()
     assert audit(project)[-1] == ("end", "done")
+
+
+def test_a_signal_does_not_wait_for_a_backup_that_is_being_copied(
+    project: Any, launch_server: Any
+) -> None:
+    server = launch_server()
+    wait_for(lambda: status(project)["state"] == "waiting")
+    with (project.root / "runs" / "trial" / "large").open("wb") as stream:
+        stream.truncate(1 << 40)  # 1 TiB that takes no room, where it lies
+    with asked(project, project.root / "b.tar") as connection:
+        partial = "**/.backup.*/backup.tar"
+        wait_for(lambda: [1 for path in project.root.glob(partial) if path.stat().st_size > 1e6])
+        server.send(signal.SIGTERM)
+        assert server.end() == 130
+        told = json.loads(connection.makefile("rb").read())
+    assert "the run 'trial' ends. Nothing was written" in told["message"]
+    assert [path.name for path in project.root.rglob("*.tar")] == []
+    assert audit(project)[-3:] == [("backup", "accepted"), ("backup", "refused"), ("end", "done")]

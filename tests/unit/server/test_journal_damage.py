@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,16 +12,16 @@ import pytest
 
 from fedcore.errors import DataError
 from fedcore.flower.identity import assume_identity
-from server.journal import (
-    reopen,
-)
-from server.journal_head import HEAD, JOURNAL
+from server.journal import create, reopen
+from server.journal_head import HEAD, JOURNAL, RECORDS
 from tests.unit.server.journals import (
+    IDENTITY,
     LARGE,
     SMALL,
     answer,
     asked,
     opened,
+    progress,
     record,
     two_rounds,
     vector,
@@ -88,6 +89,97 @@ def test_a_damaged_copy_is_made_anew(tmp_path: Path) -> None:
     assert (tmp_path / HEAD).read_bytes() == before
 
 
+def test_the_hundredth_round_is_copied_at_the_price_of_the_third(tmp_path: Path) -> None:
+    head, records = tmp_path / HEAD, tmp_path / RECORDS
+    with closing(create(tmp_path, IDENTITY)) as journal:
+        journal.commit(progress(0), None)
+        for number in range(1, 101):
+            before, file = records.stat().st_size, records.stat().st_ino
+            journal.commit(progress(number), record(number))
+            assert records.stat().st_ino == file, "it is added to, not written anew"
+            assert records.stat().st_size - before < 1000
+            if number == 3:
+                third = head.stat().st_size
+    assert head.stat().st_size < third + 100
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with opened(tmp_path) as journal:
+        assert journal.start is not None
+        assert journal.start.records == tuple(map(record, range(1, 101)))
+
+
+def as_written_before_records_had_a_file(folder: Path) -> None:
+    rows = json.loads((folder / HEAD).read_text())
+    rows += [json.loads(line) for line in (folder / RECORDS).read_text().splitlines() if line]
+    (folder / HEAD).write_text(json.dumps(rows))
+    (folder / RECORDS).unlink()
+
+
+@pytest.mark.parametrize("left", [b"", b"\nstale", None])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_copy_that_holds_its_records_is_read_and_grows(
+    tmp_path: Path, left: bytes | None, damaged: bool
+) -> None:
+    two_rounds(tmp_path)
+    newer = (tmp_path / RECORDS).read_bytes()
+    as_written_before_records_had_a_file(tmp_path)
+    if left is not None:  # of a later run, over which a backup was laid
+        (tmp_path / RECORDS).write_bytes(newer + newer + left)
+    if damaged:
+        (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with opened(tmp_path) as journal:
+        assert bool(journal.mended) == damaged
+        journal.commit(progress(3), record(3))
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with opened(tmp_path) as journal:
+        assert journal.round == 3
+        assert journal.start is not None
+        assert journal.start.records == (record(1), record(2), record(3))
+
+
+@pytest.mark.parametrize("until", ["commit", "half a line", "record"])
+def test_a_copy_that_lags_behind_stands_until_the_journal_is_opened(
+    tmp_path: Path, until: str
+) -> None:
+    """Whatever is written of the third round's copy, that of the second can be gone back to."""
+    two_rounds(tmp_path)
+    head = (tmp_path / HEAD).read_bytes()
+    with opened(tmp_path) as journal:
+        journal.commit(progress(3), record(3))
+    grown = (tmp_path / RECORDS).read_bytes()
+    two = grown[: grown.rindex(b"\n")]
+    left = {"commit": two, "half a line": grown[:-20], "record": grown}[until]
+    (tmp_path / HEAD).write_bytes(head)
+    (tmp_path / RECORDS).write_bytes(left)
+    whole = (tmp_path / JOURNAL).read_bytes()
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with opened(tmp_path) as journal:
+        assert journal.round == 2
+        assert (tmp_path / RECORDS).read_bytes() == two
+    (tmp_path / JOURNAL).write_bytes(whole)
+    (tmp_path / RECORDS).write_bytes(left)
+    with opened(tmp_path) as journal:
+        assert (journal.round, journal.mended) == (3, "")
+        journal.commit(progress(4), record(4))
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with opened(tmp_path) as journal:
+        assert journal.round == 4
+        assert journal.start is not None
+        assert journal.start.records == tuple(map(record, range(1, 5)))
+
+
+def test_a_records_copy_that_is_damaged_is_made_anew_or_refused(tmp_path: Path) -> None:
+    two_rounds(tmp_path)
+    whole = (tmp_path / RECORDS).read_bytes()
+    flip(tmp_path / RECORDS, 60)
+    with opened(tmp_path) as journal:
+        assert journal.mended == ""
+    assert (tmp_path / RECORDS).read_bytes() == whole
+    flip(tmp_path / RECORDS, 60)
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with pytest.raises(DataError, match=r"restore the folder .* --fresh"):
+        reopen(tmp_path)
+
+
 def test_damaged_weights_are_found_and_the_round_before_stands(tmp_path: Path) -> None:
     two_rounds(tmp_path, LARGE)
     for path in (tmp_path / "values").iterdir():
@@ -99,6 +191,11 @@ def test_damaged_weights_are_found_and_the_round_before_stands(tmp_path: Path) -
         assert journal.start.progress.weights.tobytes() == vector(1, LARGE).tobytes()
         assert journal.start.records == (record(1),)
         assert journal.asked("train") is None
+        journal.commit(progress(2, LARGE, best_round=1), record(2, 0.7))
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    with opened(tmp_path) as journal:
+        assert journal.start is not None
+        assert journal.start.records == (record(1), record(2, 0.7)), "not the one that was dropped"
 
 
 def test_where_no_weights_are_whole_it_is_refused(tmp_path: Path) -> None:

@@ -123,6 +123,32 @@ def test_what_whose_folder_it_is_cannot_be_read_is_not_guessed(tmp_path: Path) -
             folder.let_in_before(b"anna")
 
 
+def test_a_folder_from_before_it_said_whose_it_is_is_this_keys(tmp_path: Path) -> None:
+    with own(tmp_path / "device") as folder:
+        folder.keep("run", content(2), "key", content(3))
+        assert folder.let_in_before(b"anna")
+        folder.note_let_in(b"anna")
+        assert folder.reply("key", folder.state("run")) == content(3)
+        assert folder.let_in_before(b"anna")
+        with pytest.raises(DeviceError, match="of the identity"):
+            folder.let_in_before(b"ben")
+
+
+def test_whose_replies_those_are_is_known_without_the_folders_note(tmp_path: Path) -> None:
+    with own(tmp_path / "device") as folder:
+        folder.note_let_in(b"anna")
+        folder.keep("run", content(2), "key", content(3))
+        (folder.path / "identity.json").unlink()
+        assert folder.let_in_before(b"anna")
+        folder.note_let_in(b"anna")
+        assert folder.reply("key", folder.state("run")) == content(3)
+        (folder.path / "identity.json").unlink()
+        (folder.path / "spool" / "identity.json").write_text("{}")
+        assert not folder.let_in_before(b"anna")
+        folder.note_let_in(b"anna")
+        assert folder.reply("key", folder.state("run")) is None
+
+
 def test_who_takes_a_folder_over_gets_what_was_spent_and_no_reply(tmp_path: Path) -> None:
     with own(tmp_path / "device") as folder:
         folder.note_let_in(b"anna")

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import server.live.backup as backup_module
-from fedcore.errors import DataError, DiskFull, ResourceError
+from fedcore.errors import ConfigError, DataError, DiskFull, ResourceError
 from server.journal import VALUES, Journal, create, reopen
-from server.journal_head import HEAD, JOURNAL, RESTORED
-from server.live.backup import back_up
+from server.journal_head import HEAD, JOURNAL, RECORDS, RESTORED
+from server.live.backup import back_up, check_place
 from server.live.resume import FOLDER
 from server.progress import Progress
 from server.records import RoundRecord
@@ -106,7 +106,8 @@ def test_a_run_comes_back_with_what_its_journal_refers_to(run: Path, tmp_path: P
     found = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
     values = {name for name in found if name.startswith(f"{FOLDER}/{VALUES}/")}
     assert len(values) == 2, "of the last two rounds"
-    assert found - values == {f"{FOLDER}/{JOURNAL}", f"{FOLDER}/{HEAD}", "metrics.jsonl"}
+    journal = {f"{FOLDER}/{name}" for name in (JOURNAL, HEAD, RECORDS)}
+    assert found - values == {*journal, "metrics.jsonl"}
     assert done.files == len(found) + 1, "its mark, which is gone once it was gone on with"
     left = {path.name for path in run.iterdir()}
     assert left == {FOLDER, "incoming", ".half", "metrics.jsonl"}
@@ -150,6 +151,41 @@ def test_a_backup_begins_with_its_mark(run: Path, tmp_path: Path) -> None:
         names = tar.getnames()
     assert names[0] == f"orchard/{FOLDER}/{RESTORED}", "what is cut off has it, too"
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("place", ["orchard/b.tar", "orchard/deep/b.tar", "pear/b.tar", "link/b"])
+def test_a_backup_goes_nowhere_that_a_run_would_empty(
+    run: Path, tmp_path: Path, place: str
+) -> None:
+    for name in ("orchard", "pear"):
+        (run.parent / name / "deep").mkdir(parents=True)
+        (run.parent / name / "run.json").write_text("{}")
+    (run.parent / "link").symlink_to(run)
+    file = run.parent / place
+    with pytest.raises(ConfigError, match=r"the next start of that run would remove the backup"):
+        check_place(file)
+    check_place(run.parent / "b.tar")
+
+
+def test_a_backup_that_nobody_wants_any_more_leaves_nothing_behind(
+    run: Path, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def wanted() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 100:
+            raise ResourceError("it ends")
+
+    with begun(run):
+        with (run / "large").open("wb") as stream:
+            stream.truncate(1 << 40)
+        with pytest.raises(ResourceError, match="it ends"):
+            back_up(run, tmp_path / "b.tar", now=NOW, wanted=wanted)
+    assert calls == 100, "not another piece was read"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert {path.name for path in run.iterdir()} == {FOLDER, "large"}
 
 
 def test_backups_are_whole_while_rounds_are_committed(run: Path, tmp_path: Path) -> None:

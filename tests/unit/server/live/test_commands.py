@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, DataError
 from server.live.commands import _address, start
+from server.live.operator_commands import OPERATOR_VERBS
 from server.live.run import Deployment
 
 
@@ -45,6 +46,22 @@ def test_a_wake_port_is_a_port(tmp_path: Path, port: str) -> None:
     options = parser.parse_args([str(config), f"--wake-port={port}"])
     with pytest.raises(ConfigError, match=f"--wake-port {port}: a port is a number"):
         start.run(options)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_without_an_identity_is_said_so(tmp_path: Path, there: bool) -> None:
+    config, folder = tmp_path / "run.toml", tmp_path / "nope"
+    config.write_text('name = "trial"\ntask = "task.py"\nseed = 1\n')
+    if there:
+        folder.mkdir()
+    what = "no kit.json is in this folder" if there else "there is no such folder"
+    for verb, arguments in ((start, [str(config)]), (OPERATOR_VERBS["status"], [])):
+        parser = argparse.ArgumentParser()
+        verb.arguments(parser)
+        options = parser.parse_args([*arguments, "--identity", str(folder)])
+        with pytest.raises(DataError, match=f"{what}.*`fedcore provision server HOST`") as caught:
+            verb.run(options)
+        assert str(folder) in str(caught.value)
 
 
 def deployment(**ports: Any) -> Deployment:

@@ -13,7 +13,7 @@ from fedcore.cli import Command
 from fedcore.crypto.issue import make_request
 from fedcore.crypto.keys import new_key
 from fedcore.crypto.kit import KitFile, load_kit
-from fedcore.errors import ConfigError, DataError
+from fedcore.errors import ConfigError, DataError, ResourceError
 from server.provision.commands import provision
 from server.provision.options import validity
 
@@ -208,3 +208,45 @@ def test_days_are_a_whole_number_within_two_years(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected 1 to 730 days"):
         validity(text)
     assert validity("730").days == 730
+
+
+def nobody_certified(folder: Path, before: bytes) -> None:
+    assert (folder / "authority" / "audit.jsonl").read_bytes() == before
+    assert json.loads((folder / "authority" / "roster.json").read_text())["members"] == []
+
+
+@pytest.mark.parametrize("place", ["a file/x.kit", "proc/x.kit", "n" * 248 + ".kit"])
+def test_nobody_is_certified_whose_kit_can_be_put_nowhere(
+    begun: None, here: Path, place: str
+) -> None:
+    (here / "a file").write_text("in the way")
+    (here / "proc").symlink_to("/proc/self")  # where not even root makes files
+    before = (here / "authority" / "audit.jsonl").read_bytes()
+    file = request("edge-0")
+    for role in ("device", "operator", "viewer"):
+        with pytest.raises(ResourceError, match=r"No certificate was issued, and nothing recor"):
+            run(role, "edge-0", "--request", file, "--out", place)
+    if "/" in place:
+        with pytest.raises(ResourceError, match="No certificate was issued"):
+            run("operator", "anna", "--kit", Path(place).with_suffix(""))
+    nobody_certified(here, before)
+    assert run("device", "edge-0", "--request", file, "--out", "new/folder/x.kit") == 0
+    assert (here / "new/folder/x.kit").is_file()
+    before = (here / "authority" / "audit.jsonl").read_bytes()
+    with pytest.raises(ResourceError, match="No certificate was issued"):
+        run("renew", "edge-0", "--out", place)
+    assert (here / "authority" / "audit.jsonl").read_bytes() == before
+
+
+def test_no_server_is_certified_and_nothing_backed_up_where_it_cannot_be_put(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("init", "--project", "orchard")
+    (here / "authority" / "server").write_text("in the way")
+    before = (here / "authority" / "audit.jsonl").read_bytes()
+    with pytest.raises(ResourceError, match="No certificate was issued"):
+        run("server", "localhost")
+    (here / "p").write_text("five random words are good\n")
+    with pytest.raises(ResourceError, match="this file cannot be made"):
+        run("backup", "authority/server/b", "--passphrase-file", "p")
+    nobody_certified(here, before)
