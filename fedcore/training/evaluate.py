@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from fedcore.errors import DataError
 from fedcore.metrics import Metric
 from fedcore.task import Examples, size_of
 from fedcore.training.batches import in_order
+from fedcore.training.order import ViewsOfAnyMemory, for_images
 
 BATCH_SIZE = 512
 
@@ -30,9 +32,15 @@ def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
     was_training = module.training
     module.eval()
     outputs, targets = [], []
-    with torch.inference_mode():
+    with for_images(module) as images, torch.inference_mode():
+        views = ViewsOfAnyMemory() if images else nullcontext()
         for inputs, target in in_order(examples, BATCH_SIZE):
-            outputs.append(module(inputs.to(device)).cpu())
+            inputs = inputs.to(device)
+            if images and inputs.dim() == 4:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with views:
+                found = module(inputs)
+            outputs.append(found.cpu().contiguous())  # metrics may view them as they like
             targets.append(target)
     module.train(was_training)
     return torch.cat(outputs), torch.cat(targets)

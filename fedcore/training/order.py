@@ -1,4 +1,4 @@
-"""Has a model train in the order and memory in which it is fastest; what it computes stays."""
+"""Has a model run in the order and memory in which it is fastest; what it computes stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def for_images(module: nn.Module) -> Iterator[bool]:
-    """Makes a model with convolutions faster while it trains; says whether it has any.
+    """Makes a model with convolutions faster while it is used; says whether it has any.
 
     Weights lie in channels-last memory, in which convolutions and pooling run two to three times as
     fast on a CPU. An `nn.Sequential` that is called as a whole runs a ReLU before a max-pooling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,38 @@ class Pass:
     """What that gave, ``(K, B, out)`` or ``(K, B, R, out)``."""
     results: Sequence[Tensor]
     """With the bias, and pooled: ``(K, B, out)`` or ``(K, B, P, out)``."""
+
+
+Share = tuple[Tensor, Tensor, Tensor]
+"""Of one layer: what its weights were multiplied with, the slopes of what that gave, and those of
+its results, with the bias, summed up over some of their rows or not; shapes as in a `Pass`."""
+Back = Callable[[Tensor], Iterable[Share]]
+"""From the slopes of a chain's output to each layer's share, in their order; to be called once."""
+Run = Callable[[Weights, Tensor], tuple[Tensor, Back]]
+"""Runs ``K`` clients' batches ``(K, B, ...)`` through ``K`` copies of the weights."""
+
+
+def flattened(x: Tensor) -> Tensor:
+    """``(K, B, ...)`` with a row an example."""
+    return x.flatten(2)
+
+
+def by_torch(chain: Chain) -> Run:
+    """Runs any chain anywhere."""
+
+    def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
+        passed = run_chain(chain, weights, x)
+        return passed.output, lambda slopes: _back(passed, slopes)
+
+    return run
+
+
+def _back(passed: Pass, slopes: Tensor) -> Iterable[Share]:
+    if not passed.output.requires_grad:
+        return zip(passed.inputs, [slopes], [slopes], strict=True)
+    anchors = [*passed.products, *passed.results]
+    found = torch.autograd.grad([passed.output], anchors, [slopes])
+    return zip(passed.inputs, found[: len(found) // 2], found[len(found) // 2 :], strict=True)
 
 
 def stacked(chain: Chain, weights: Weights, clients: int) -> Weights:

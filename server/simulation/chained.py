@@ -7,7 +7,7 @@ graph of the weights is built, and under privacy no hooks are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.task import Loss
 from fedcore.training.private import expected_batch_size
-from server.simulation.chain import Chain, Dense, Pass, Weights, run_chain, stacked
+from server.simulation.chain import Back, Chain, Dense, Run, Weights, stacked
 from server.simulation.clipping import batch_gradient, example_gradients
 from server.simulation.descent import Descend, descent
 from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
@@ -34,6 +34,7 @@ def train_chained(
     settings: Client,
     *,
     proximal_mu: float,
+    run: Run,
 ) -> Trained:
     """Trains one copy of ``model`` for each client; ``work`` is all private, or none of it.
 
@@ -51,13 +52,14 @@ def train_chained(
         loss: Mean loss over a batch.
         settings: Of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
+        run: Runs the chain.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
         arXiv:2210.00038 (one pass back).
     """
     with torch.inference_mode(_is_one_layer(chain)):  # it needs no way back
-        return _train(model, chain, work, loss, settings, proximal_mu)
+        return _train(model, chain, work, loss, settings, proximal_mu, run)
 
 
 def _is_one_layer(chain: Chain) -> bool:
@@ -71,6 +73,7 @@ def _train(
     loss: Loss,
     settings: Client,
     proximal_mu: float,
+    run: Run,
 ) -> Trained:
     private = work[0].private is not None
     orders = [
@@ -87,29 +90,29 @@ def _train(
     weights = stacked(chain, start, len(work))
     descend = descent(weights, start, chain.layers, settings, proximal_mu)
     if private:
-        _walk_private(rows, group, chain, weights, loss, descend)
+        _walk_private(rows, group, chain.layers, run, weights, loss, descend)
         losses: list[float | None] = [None] * len(work)
     else:
-        losses = list(_walk(rows, chain, weights, loss, descend, epochs=settings.epochs))
+        losses = list(_walk(rows, run, weights, loss, descend, epochs=settings.epochs))
     flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
     return in_order([(places, Trained(flat, losses))])
 
 
 def _walk(
-    rows: Rows, chain: Chain, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
+    rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
 ) -> list[float]:
     """Every step without privacy; each client's mean loss over its last epoch."""
     told: list[Tensor] = []
     shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
     for step, clients in enumerate(rows.active):
-        passed, losses, slopes = _ahead(rows, step, chain, weights, loss)
+        back, losses, slopes = _ahead(rows, step, run, weights, loss)
         told.append(losses)
         if rows.full:
             slopes.mul_(1 / rows.width)
         else:
             share = shares[:clients, step, : rows.widest[step]]
             slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
-        descend(clients, [batch_gradient(*one) for one in _back(passed, slopes)], None)
+        descend(clients, [batch_gradient(*one) for one in back(slopes)], None)
     each = torch.zeros(rows.mask.shape, device=rows.mask.device)
     for step, losses in enumerate(told):
         each[: rows.active[step], step, : rows.widest[step]] = losses
@@ -131,7 +134,8 @@ def _last_epoch(rows: Rows, epochs: int) -> Tensor:
 def _walk_private(
     rows: Rows,
     group: Sequence[LocalWork],
-    chain: Chain,
+    layers: Sequence[Dense],
+    run: Run,
     weights: Weights,
     loss: Loss,
     descend: Descend,
@@ -145,10 +149,10 @@ def _walk_private(
     draw = _noise(group, weights, sizes)
     shares = rows.mask / expected[:, None, None]
     for step, clients in enumerate(rows.active):
-        passed, _, slopes = _ahead(rows, step, chain, weights, loss)
+        back, _, slopes = _ahead(rows, step, run, weights, loss)
         each = [
             example_gradients(*one, bias=layer.bias is not None)
-            for layer, one in zip(chain.layers, _back(passed, slopes), strict=True)
+            for layer, one in zip(layers, back(slopes), strict=True)
         ]
         lengths = torch.stack([one.squares for one in each]).sum(dim=0).sqrt_() + _CLIP_EPS
         scale = (norms[:clients] / lengths).clamp_(max=1)
@@ -157,24 +161,15 @@ def _walk_private(
 
 
 def _ahead(
-    rows: Rows, step: int, chain: Chain, weights: Weights, loss: Loss
-) -> tuple[Pass, Tensor, Tensor]:
-    """One batch of each client that takes part in a step: the pass, the losses, their slopes."""
+    rows: Rows, step: int, run: Run, weights: Weights, loss: Loss
+) -> tuple[Back, Tensor, Tensor]:
+    """One batch of each client of a step: the way back, the losses, and their slopes."""
     clients = rows.active[step]
     columns = slice(step * rows.width, step * rows.width + rows.widest[step])
     all_of_them = clients == len(rows.inputs)
     now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
-    passed = run_chain(chain, now, rows.inputs[:clients, columns])
-    return passed, *example_losses(loss, passed.output, rows.targets[:clients, columns])
-
-
-def _back(passed: Pass, slopes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer what went in, the slopes of its products, and those of its results."""
-    if not passed.output.requires_grad:
-        return zip(passed.inputs, [slopes], [slopes], strict=True)
-    anchors = [*passed.products, *passed.results]
-    found = torch.autograd.grad([passed.output], anchors, [slopes])
-    return zip(passed.inputs, found[: len(found) // 2], found[len(found) // 2 :], strict=True)
+    output, back = run(now, rows.inputs[:clients, columns])
+    return back, *example_losses(loss, output, rows.targets[:clients, columns])
 
 
 def _noise(

@@ -19,6 +19,7 @@ _COMPARED = 4  # clients that are trained both ways, to see that they learn the 
 _LONG_S = 1.0  # one is enough then
 _ENOUGH_S = 10.0  # what takes so long needs no second look; less may be the cost of a first time
 _GAP, _ROUNDING = 1e-4, 1e-6  # of an update, and of the weights: both far above what rounding gives
+_TIE = 1e-2  # of an update, where rounding decides which of two nearly equal numbers pooling keeps
 _MARGIN = 1.05  # a gain below it is not worth other last bits than a device's
 
 Clock = Callable[[], float]
@@ -114,6 +115,7 @@ def difference(worker: Worker, order: Order, alone: Sequence[Answer]) -> str | N
     worker.begin(replace(order, method="vectorised", fold=False))
     together = worker.work([one.asked for one in alone])
     start = _weights(order.content)
+    found = ""
     for by_itself, beside in zip(alone, together, strict=True):
         name = by_itself.asked.name
         if by_itself.content is None or beside.content is None:
@@ -122,11 +124,15 @@ def difference(worker: Worker, order: Order, alone: Sequence[Answer]) -> str | N
             continue
         one, other = _weights(by_itself.content), _weights(beside.content)
         gap, moved = np.linalg.norm(one - other), np.linalg.norm(one - start)
-        if not gap <= _GAP * moved + _ROUNDING * np.linalg.norm(start):
-            return (
-                f"client {name!r} learns something else side by side: its update "
-                f"differs by {gap / moved if moved else np.inf:.2g} of its length"
-            )
+        if gap <= _GAP * moved + _ROUNDING * np.linalg.norm(start):
+            continue
+        seldom = not found and len(alone) > 1 and gap <= _TIE * moved  # one client meets a tie
+        found = (
+            f"client {name!r} learns something else side by side: its update "
+            f"differs by {gap / moved if moved else np.inf:.2g} of its length"
+        )
+        if not seldom:
+            return found
     return None
 
 

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from server.simulation.chain import Chain, Conv, Dense, Elementwise, Place, Step, run_chain, stacked
+from server.simulation.chain import (
+    Chain,
+    Conv,
+    Dense,
+    Elementwise,
+    Place,
+    Step,
+    flattened,
+    run_chain,
+    stacked,
+)
 from server.simulation.images import Pair, Window
 
 _MODULES = (
@@ -110,7 +120,7 @@ def _step(
 ) -> Step | None:
     if _flattens(node):
         (source, *_) = node.args
-        return Step(_flatten, (Place(places[source]),), {}) if source in places else None  # type: ignore[index]
+        return Step(flattened, (Place(places[source]),), {}) if source in places else None  # type: ignore[index]
     if any(isinstance(a, fx.Node) and a not in places for a in node.all_input_nodes):
         return None
     args = tuple(Place(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
@@ -212,7 +222,7 @@ def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:
         window = _window(layer)
         return None if window is None else Conv(weight, bias, window)
     if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-        return _flatten
+        return flattened
     if type(layer) in _MODULES:
         return _pure(layer)
     if type(layer) in _POOLING and not getattr(layer, "return_indices", False):
@@ -250,7 +260,7 @@ def _with_pooling(chain: Chain) -> Chain:
         if not isinstance(step.apply, Conv):
             continue
         behind = reader(place)
-        relu = behind if behind is not None and _is_relu(steps[behind].apply) else None
+        relu = behind if behind is not None and is_relu(steps[behind].apply) else None
         last = reader(relu) if relu is not None else behind
         block = _block(steps[last].apply) if last is not None else None
         if last is None or block is None:
@@ -262,7 +272,8 @@ def _with_pooling(chain: Chain) -> Chain:
     return replace(chain, steps=tuple(steps))
 
 
-def _is_relu(apply: Dense | Elementwise) -> bool:
+def is_relu(apply: Dense | Elementwise) -> bool:
+    """Whether a step is a ReLU, in any of the ways in which that is written."""
     return type(apply) is nn.ReLU or any(apply is one for one in _RELU)
 
 
@@ -277,10 +288,6 @@ def _block(apply: Dense | Elementwise) -> Pair | None:
 
 def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _flatten(x: Tensor) -> Tensor:
-    return x.flatten(2)
 
 
 def _pure(layer: nn.Module) -> Elementwise:

@@ -80,15 +80,9 @@ def lay_out(
     steps = [len(order.lengths) for order in orders]
     width = max(max(order.lengths) for order in orders) or 1
     columns = steps[0] * width
-    as_it_is = type(model.preprocess) is nn.Identity
     inputs = targets = torch.empty(0)
     for place, (one, order) in enumerate(zip(work, orders, strict=True)):
-        x, y = gather_all(one.examples)
-        x = x.to(device)
-        if not as_it_is:
-            with torch.no_grad():
-                x = model.preprocess(x)
-        y = y.to(device)
+        x, y = client_rows(model, one, device)
         if place:
             check_alike((x, y), (inputs[0], targets[0]))
         else:
@@ -111,6 +105,16 @@ def lay_out(
     if not rows.full:  # of an example that is not finite even nothing would be too much
         inputs[rows.mask.flatten(1) == 0] = 0
     return rows
+
+
+def client_rows(model: FullModel, one: LocalWork, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A client's examples on a device, inputs behind preprocessing; what is there is not copied."""
+    x, y = gather_all(one.examples)
+    x = x.to(device)
+    if type(model.preprocess) is not nn.Identity:
+        with torch.no_grad():
+            x = model.preprocess(x)
+    return x, y.to(device)
 
 
 def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:

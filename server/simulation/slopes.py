@@ -22,7 +22,7 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
     Returns:
         Losses ``(K, B)`` and slopes of the outputs' shape.
     """
-    if _is_cross_entropy(loss) and targets.dtype == torch.long and outputs.dim() == 3:
+    if is_cross_entropy(loss) and targets.dtype == torch.long and outputs.dim() == 3:
         return _cross_entropy(outputs.detach(), targets)
     with torch.inference_mode(False), torch.enable_grad():
         leaf = outputs.detach().clone().requires_grad_()
@@ -45,7 +45,8 @@ def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:
     return torch.allclose(torch.stack(each).mean(), whole, rtol=1e-4, atol=1e-6)
 
 
-def _is_cross_entropy(loss: Loss) -> bool:
+def is_cross_entropy(loss: Loss) -> bool:
+    """Whether it is torch's own, with nothing set that a class or a target could be treated by."""
     if type(loss) is nn.CrossEntropyLoss:  # one that is made from it may be anything
         plain = loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index < 0
         return plain and loss.reduction == "mean"

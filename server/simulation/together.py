@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.client_app import Client
+from fedcore.config import RunConfig
 from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.mods import client_mods
 from fedcore.resident import Resident
 from fedcore.task import Loss
 from fedcore.training.batches import gather
+from server.simulation.chain import Chain, Conv, Run, by_torch
 from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
-from server.simulation.slopes import is_mean
+from server.simulation.slopes import is_cross_entropy, is_mean
 from server.simulation.vectorised import train_cohort, what_forbids
 from server.simulation.work import LocalWork, Trained, in_order
 
@@ -26,12 +28,15 @@ _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that trai
 _STEP_BYTES = 4 << 20  # 4 MiB: what a core's own cache about holds of a step's largest layer
 
 
+Train = Callable[[FullModel, Sequence[LocalWork], float], Trained]
+"""Trains clients from one model, with FedProx's weight, in their order."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """What trains the clients of a task side by side."""
 
-    train: Callable[[FullModel, Sequence[LocalWork], float], Trained]
-    """Trains clients from one model, with FedProx's weight, in their order."""
+    train: Train
     numbers: int
     """The most that a layer makes of one example; 0 where it is not known."""
 
@@ -74,9 +79,13 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         return "the task's loss is no mean over the examples of a batch"
     chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
     if chain is not None:
+        linear = None if run.private or not is_cross_entropy(loss) else _linear(chain, model, run)
+        if linear is not None:
+            return Trainer(linear, 0)
+        way = _quickest(chain, model)
 
         def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
-            return train_chained(model, chain, work, loss, run.client, proximal_mu=mu)
+            return train_chained(model, chain, work, loss, run.client, proximal_mu=mu, run=way)
 
         return Trainer(train, chain.numbers)
     if run.private:
@@ -97,6 +106,34 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return f"torch cannot run it for many clients at once ({said})"
     return Trainer(train_any, 0)
+
+
+def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Train | None:
+    """What trains a linear classifier the quickest, if that is what the model is."""
+    try:
+        from server.simulation.linear import fits, train_linear
+    except ImportError:  # numba is missing
+        return None
+    if not fits(chain, model, run.client):
+        return None
+    (layer,) = chain.layers
+
+    def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
+        return train_linear(model, layer, work, run.client, proximal_mu=mu)
+
+    return train
+
+
+def _quickest(chain: Chain, model: FullModel) -> Run:
+    """What runs a chain the quickest."""
+    plain = all(p.dtype == torch.float32 and p.is_cpu for p in model.model.parameters())
+    if plain and any(isinstance(layer, Conv) for layer in chain.layers):
+        try:
+            from server.simulation.straight import by_kernels
+        except ImportError:  # numba is missing
+            return by_torch(chain)
+        return by_kernels(chain) or by_torch(chain)
+    return by_torch(chain)
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from fedcore.task import Examples
 from fedcore.training.local import train
 from fedcore.training.private import PrivatePlan, train_private
 from fedcore.updates.pack import pack
+from server.simulation.chain import by_torch
 from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
 from server.simulation.vectorised import train_cohort
@@ -77,7 +78,9 @@ def test_without_privacy(way: str, net: str) -> None:
         chain = find_chain(before.model, torch.randn(2, 1, 6, 6, device=CUDA))
         assert chain is not None
         loss = functional.cross_entropy
-        got = train_chained(before, chain, asked, loss, SETTINGS, proximal_mu=0.0)
+        got = train_chained(
+            before, chain, asked, loss, SETTINGS, proximal_mu=0.0, run=by_torch(chain)
+        )
     else:
         got = train_cohort(before, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
     alone = []
@@ -95,7 +98,15 @@ def test_with_privacy_and_the_same_noise(net: str) -> None:
     before, asked = model(net), work(private=True)
     chain = find_chain(before.model, torch.randn(2, 1, 6, 6, device=CUDA))
     assert chain is not None
-    got = train_chained(before, chain, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
+    got = train_chained(
+        before,
+        chain,
+        asked,
+        functional.cross_entropy,
+        SETTINGS,
+        proximal_mu=0.0,
+        run=by_torch(chain),
+    )
     alone = []
     for one in asked:
         assert one.private is not None

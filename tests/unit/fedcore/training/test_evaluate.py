@@ -45,3 +45,38 @@ def test_no_examples_are_said_to_be_none() -> None:
     empty: Any = TensorDataset(torch.zeros(0, 3), torch.zeros(0))
     with pytest.raises(DataError, match="no examples to judge the model on"):
         evaluate(nn.Identity(), empty, (ACCURACY,))
+
+
+class Seen(nn.Module):
+    """A convolution that notes the memory in which it runs, behind which a batch is viewed."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+        self.flat = flat
+        self.memory: set[bool] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for tensor in (x, self.layer.weight):
+            self.memory.add(tensor.is_contiguous(memory_format=torch.channels_last))
+        found: torch.Tensor = self.layer(x)
+        return found.view(len(x), -1) if self.flat else found
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_convolutions_are_judged_in_the_memory_in_which_they_are_fastest(flat: bool) -> None:
+    model = Seen(flat=flat)
+    images = torch.randn(20, 3, 6, 5)
+    with torch.no_grad():
+        found = model.layer(images)
+        expected = found.flatten(1) if flat else found
+    data: Any = TensorDataset(images, torch.zeros(20))
+    outputs, _ = outputs_of(model, data)
+    assert model.memory == {True}
+    assert torch.allclose(outputs, expected, atol=1e-6)
+    assert outputs.is_contiguous()
+    weight = model.layer.weight
+    assert weight.is_contiguous()
+    assert not weight.is_inference()  # it can be trained on
+    model.layer(images).sum().backward()
+    assert weight.grad is not None

@@ -19,8 +19,10 @@ from fedcore.task import Examples, Loss
 from fedcore.training.local import proximal, train
 from fedcore.training.private import PrivatePlan, train_private
 from fedcore.updates.pack import pack
+from server.simulation.chain import Chain, Run, by_torch
 from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
+from server.simulation.straight import by_kernels
 from server.simulation.work import LocalWork, PrivateWork
 
 Make = Callable[[int, torch.Generator], Examples]
@@ -119,9 +121,24 @@ CASES: dict[str, tuple[nn.Module, Make, Loss]] = {
         photos,
         functional.cross_entropy,
     ),
+    "letters": (
+        nn.Sequential(
+            *(nn.Conv2d(2, 8, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()),
+            *(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Identity()),
+            *(nn.Flatten(), nn.Linear(48, 9), nn.ReLU(), nn.Linear(9, 3)),
+        ),
+        photos,
+        functional.cross_entropy,
+    ),
     "one convolution": (nn.Conv2d(2, 1, 3), borders, squared),
     "photos": (Photos(), photos, functional.cross_entropy),
 }
+STRAIGHT = ("cnn", "strided", "letters", "one convolution")
+"""Those that kernels run; torch runs all."""
+SPOILT = (float("nan"), float("inf"))
+WAYS = [(name, by_torch) for name in CASES] + [(name, by_kernels) for name in STRAIGHT]
+NAMED = [f"{name}-{way.__name__}" for name, way in WAYS]
+Way = Callable[[Chain], Run | None]
 SIZES = (20, 20, 13, 1, 20, 7, 10)
 SETTINGS = [
     Client(batch_size=5, learning_rate=0.1),
@@ -145,6 +162,14 @@ def work_of(
     ]
 
 
+def chain_of(model: FullModel, example: Tensor, way: Way) -> tuple[Chain, Run]:
+    chain = find_chain(model.model, example.unsqueeze(0))
+    assert chain is not None
+    run = way(chain)
+    assert run is not None
+    return chain, run
+
+
 def distance(alone: nn.Module, weights: Tensor, before: Tensor) -> float:
     """Of the update, relative to its own length."""
     expected = torch.from_numpy(pack(alone))
@@ -153,17 +178,16 @@ def distance(alone: nn.Module, weights: Tensor, before: Tensor) -> float:
     return (expected - weights).norm().item() / moved
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "way"), WAYS, ids=NAMED)
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("mu", [0.0, 0.5])
-def test_each_learns_what_it_would_alone(name: str, settings: Client, mu: float) -> None:
+def test_each_learns_what_it_would_alone(name: str, way: Way, settings: Client, mu: float) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     work = work_of(make, SIZES, lambda place: None)
-    chain = find_chain(model.model, work[0].examples[0][0].unsqueeze(0))
-    assert chain is not None
-    together = train_chained(model, chain, work, loss, settings, proximal_mu=mu)
+    chain, run = chain_of(model, work[0].examples[0][0], way)
+    together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     for place, one in enumerate(work):
         alone = copy.deepcopy(model)
@@ -181,12 +205,15 @@ def test_each_learns_what_it_would_alone(name: str, settings: Client, mu: float)
         assert together.losses[place] == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"in place", "cnn"}))  # Opacus cannot take it
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [each for each in WAYS if each[0] not in ("in place", "cnn")],  # Opacus cannot take them
+)
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("noise", [0.7, 1e-9], ids=["noise", "no noise"])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_each_learns_with_privacy_what_it_would_alone(
-    name: str, settings: Client, noise: float, mu: float
+    name: str, way: Way, settings: Client, noise: float, mu: float
 ) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
@@ -200,9 +227,8 @@ def test_each_learns_with_privacy_what_it_would_alone(
         )
 
     work = work_of(make, SIZES, private)
-    chain = find_chain(model.model, work[0].examples[0][0].unsqueeze(0))
-    assert chain is not None
-    together = train_chained(model, chain, work, loss, settings, proximal_mu=mu)
+    chain, run = chain_of(model, work[0].examples[0][0], way)
+    together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
     for place, one in enumerate(work):
         assert one.private is not None
         alone = copy.deepcopy(model)
@@ -221,29 +247,32 @@ def test_each_learns_with_privacy_what_it_would_alone(
     assert together.losses == [None] * len(work)
 
 
-@pytest.mark.parametrize("name", ["residual", "cnn"])
-def test_one_client_alone_leaves_the_global_model_as_it_was(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "way"), [("residual", by_torch), ("cnn", by_torch), ("cnn", by_kernels)]
+)
+def test_one_client_alone_leaves_the_global_model_as_it_was(name: str, way: Way) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     work = work_of(make, [9], lambda place: None)
-    chain = find_chain(model.model, work[0].examples[0][0].unsqueeze(0))
-    assert chain is not None
-    trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0)
+    chain, run = chain_of(model, work[0].examples[0][0], way)
+    trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0, run=run)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     assert not torch.equal(trained.weights[0], before)
 
 
-@pytest.mark.parametrize("name", ["residual", "strided", "one layer", "one convolution"])
-def test_a_step_of_an_empty_batch_is_one_of_noise(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [each for each in WAYS if each[0] in ("residual", "strided", "one layer", "one convolution")],
+)
+def test_a_step_of_an_empty_batch_is_one_of_noise(name: str, way: Way) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     plan = PrivatePlan(Charge(1, 0.7, 1e-6, 2), clip_norm=0.5)  # so rare that nobody is drawn
     work = work_of(make, [3], lambda place: PrivateWork(plan, lambda device: torch_rng(1)))
-    chain = find_chain(model.model, work[0].examples[0][0].unsqueeze(0))
-    assert chain is not None
-    trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0)
+    chain, run = chain_of(model, work[0].examples[0][0], way)
+    trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0, run=run)
     rng = torch_rng(1)
     steps = [
         torch.cat(
@@ -255,16 +284,36 @@ def test_a_step_of_an_empty_batch_is_one_of_noise(name: str) -> None:
     assert torch.allclose(trained.weights[0] - before, moved, atol=1e-6)
 
 
-def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
-    net, _, loss = CASES["regression"]
+@pytest.mark.parametrize(
+    ("name", "way", "value"),
+    [
+        ("regression", by_torch, float("nan")),
+        *(("strided", way, value) for way in (by_torch, by_kernels) for value in SPOILT),
+    ],
+)
+def test_a_client_that_diverges_does_not_take_others_with_it(
+    name: str, way: Way, value: float
+) -> None:
+    net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
-    bad = TensorDataset(torch.full((4, 6), float("nan")), torch.zeros(4))
-    data: list[Examples] = [regress(4, torch_rng(0)), bad]  # type: ignore[list-item]
+    good = make(4, torch_rng(0))
+    inputs = torch.stack([good[place][0] for place in range(4)])
+    targets = torch.stack([good[place][1] for place in range(4)])
+    inputs[3, ..., 0] = value
+    data: list[Examples] = [good, TensorDataset(inputs, targets)]  # type: ignore[list-item]
     work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
-    chain = find_chain(model.model, torch.randn(2, 6))
-    assert chain is not None
-    trained = train_chained(model, chain, work, loss, Client(batch_size=4), proximal_mu=0.0)
-    good, lost = trained.losses
+    chain, run = chain_of(model, inputs[0], way)
+    settings = Client(batch_size=4)
+    trained = train_chained(model, chain, work, loss, settings, proximal_mu=0.0, run=run)
+    told, lost = trained.losses
     assert torch.isfinite(trained.weights[0]).all()
-    assert good == good
+    assert told == told
     assert lost != lost
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(STRAIGHT)))
+def test_kernels_leave_what_branches_or_has_no_convolution_to_torch(name: str) -> None:
+    net, make, _ = CASES[name]
+    chain = find_chain(net, make(1, torch_rng(0))[0][0].unsqueeze(0))
+    assert chain is not None
+    assert by_kernels(chain) is None

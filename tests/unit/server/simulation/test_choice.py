@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 from flwr.app import RecordDict
 
 from fedcore.errors import ConfigError
-from server.simulation.choice import choose
-from server.simulation.orders import Asked, Method, Order
+from fedcore.updates.messages import ARRAYS, Update, update_content, weights_record
+from server.simulation.choice import choose, difference
+from server.simulation.orders import Answer, Asked, Method, Order
 
 ASKED = [Asked(node, f"client-{node}", None) for node in range(20)]
 ORDER = Order("train", RecordDict())
@@ -79,3 +81,40 @@ def test_why_clients_cannot_go_side_by_side_is_said() -> None:
     choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
     assert (choice.method, choice.vectorised_s) == ("loop", None)
     assert choice.reason == "the model holds BatchNorm"
+
+
+class Comparing:
+    """A worker whose clients differ from those trained alone by a share of their update."""
+
+    def __init__(self, gaps: Sequence[float]) -> None:
+        self.gaps = gaps
+
+    def begin(self, order: Order) -> None:
+        assert (order.method, order.fold) == ("vectorised", False)
+
+    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+        return [answer(one, 1.0 + gap) for one, gap in zip(asked, self.gaps, strict=True)]
+
+
+def answer(asked: Asked, moved: float) -> Answer:
+    weights = np.full(4, 10.0 + moved, np.float32)
+    return Answer(asked, content=update_content(Update(weights, 3, {})))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "who"),
+    [
+        ((0.0, 2e-5, 0.0, 0.0), None),
+        ((0.0, 4e-3, 0.0, 0.0), None),  # rounding decided what pooling keeps
+        ((0.0, 4e-3, 0.0, 3e-3), "client 'c3'"),
+        ((0.0, 0.0, 4e-2, 0.0), "client 'c2'"),
+        ((4e-3,), "client 'c0'"),
+    ],
+)
+def test_one_of_several_may_meet_a_tie(gaps: Sequence[float], who: str | None) -> None:
+    content = RecordDict({ARRAYS: weights_record(np.full(4, 10.0, np.float32))})
+    asked = [Asked(place, f"c{place}", None) for place in range(len(gaps))]
+    alone = [answer(one, 1.0) for one in asked]
+    order = Order("train", content)
+    found = difference(Comparing(gaps), order, alone)  # type: ignore[arg-type]
+    assert (found is None) if who is None else (found or "").startswith(who)

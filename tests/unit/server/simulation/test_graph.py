@@ -17,9 +17,10 @@ from fedcore.privacy.accounting import Charge
 from fedcore.seeds import torch_rng
 from fedcore.training.private import PrivatePlan, train_private
 from fedcore.updates.pack import pack
-from server.simulation.chain import Conv
+from server.simulation.chain import Chain, Conv, Run, by_torch
 from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
+from server.simulation.straight import by_kernels
 from server.simulation.work import LocalWork, PrivateWork
 
 IMAGE = torch.randn(2, 2, 8, 8)
@@ -135,14 +136,19 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("way", [by_torch, by_kernels])
 @pytest.mark.parametrize("name", [*FLAT, *MEANS])
-def test_what_is_found_learns_what_the_model_does(name: str) -> None:
+def test_what_is_found_learns_what_the_model_does(
+    name: str, way: Callable[[Chain], Run | None]
+) -> None:
     torch.manual_seed(0)
     between = FLAT.get(name) or MEANS[name]
     net = Written(between, between(torch.zeros(1, 4, 6, 6)).shape[1])
     model = FullModel(nn.Identity(), net)
     chain = find_chain(net, IMAGE)
     assert chain is not None
+    run = way(chain)
+    assert run is not None
     settings = Client(batch_size=4, learning_rate=0.1)
     plan = PrivatePlan(Charge(1, 1e-9, 0.5, 3), clip_norm=0.5)
     work = [
@@ -154,7 +160,7 @@ def test_what_is_found_learns_what_the_model_does(name: str) -> None:
         for size in (9, 5)
     ]
     loss = functional.cross_entropy
-    together = train_chained(model, chain, work, loss, settings, proximal_mu=0.0)
+    together = train_chained(model, chain, work, loss, settings, proximal_mu=0.0, run=run)
     before = torch.from_numpy(pack(net))
     for one, weights in zip(work, together.weights, strict=True):
         alone = copy.deepcopy(net)

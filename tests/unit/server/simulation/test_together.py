@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +16,10 @@ from fedcore.config import RunConfig
 from fedcore.model import FullModel
 from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
+from fedcore.updates.pack import pack
+from server.simulation import straight
+from server.simulation.chain import Chain, Run
+from server.simulation.straight import by_kernels
 from server.simulation.together import Trainer, find_trainer, train_in_groups
 from server.simulation.work import LocalWork, Trained
 
@@ -83,3 +88,47 @@ def test_of_a_large_one_so_many_as_a_cache_holds() -> None:
 @pytest.mark.parametrize("model", [small, large])
 def test_privacy_is_trained_side_by_side_too(model: object) -> None:
     assert sum(sizes_of_groups(client_of(model, private=True), 5)) == 5
+
+
+def test_a_linear_model_is_trained_the_same_without_its_compiled_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = client_of(small)
+    work = [LocalWork(data("0", None), lambda: torch_rng(0))] * 2  # type: ignore[arg-type]
+    compiled = find_trainer(client, client.resident, work[0])
+    monkeypatch.setitem(sys.modules, "server.simulation.linear", None)  # as where numba is missing
+    plain = find_trainer(client, client.resident, work[0])
+    assert isinstance(compiled, Trainer)
+    assert isinstance(plain, Trainer)
+    assert (compiled.numbers, plain.numbers) == (0, 784)  # another way, indeed
+    start = pack(client.resident.model.model)
+    one, other = (each.train(client.resident.model, work, 0.0) for each in (compiled, plain))
+    gap = (one.weights - other.weights).norm(dim=1)
+    assert (gap <= 1e-5 * (one.weights - torch.from_numpy(start)).norm(dim=1)).all()
+    assert one.losses == pytest.approx(other.losses, rel=1e-5)
+
+
+def test_convolutions_are_trained_the_same_without_their_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = client_of(large)
+    work = [LocalWork(data(name, None), lambda: torch_rng(0)) for name in "01"]  # type: ignore[arg-type]
+    asked: list[Chain] = []
+
+    def noting(chain: Chain) -> Run | None:
+        asked.append(chain)
+        return by_kernels(chain)
+
+    monkeypatch.setattr(straight, "by_kernels", noting)
+    compiled = find_trainer(client, client.resident, work[0])
+    assert len(asked) == 1
+    monkeypatch.setitem(sys.modules, "server.simulation.straight", None)  # as without numba
+    plain = find_trainer(client, client.resident, work[0])
+    assert len(asked) == 1
+    assert isinstance(compiled, Trainer)
+    assert isinstance(plain, Trainer)
+    start = torch.from_numpy(pack(client.resident.model.model))
+    one, other = (each.train(client.resident.model, work, 0.0) for each in (compiled, plain))
+    gap = (one.weights - other.weights).norm(dim=1)
+    assert (gap <= 1e-5 * (one.weights - start).norm(dim=1)).all()
+    assert one.losses == pytest.approx(other.losses, rel=1e-5)
