@@ -72,12 +72,23 @@ def _version(name: str) -> str | None:
 def expiry(what: str, not_after: datetime, *, remedy: str, now: datetime | None = None) -> Finding:
     """How long a certificate is valid still."""
     left = not_after - (now or datetime.now(UTC))
-    told = f"{what} until {not_after:%Y-%m-%d %H:%M} UTC ({left.days} days)"
+    until = f"{what} until {not_after:%Y-%m-%d %H:%M} UTC"
     if left <= timedelta(0):
-        return Finding("certificate", "fail", f"{told}: expired", remedy)
+        return Finding("certificate", "fail", f"{until}: expired {_told(-left)} ago", remedy)
+    told = f"{until} ({_told(left)})"
     if left < _SOON:
         return Finding("certificate", "warn", f"{told}: expires soon", remedy)
     return Finding("certificate", "ok", told)
+
+
+def _told(time: timedelta) -> str:
+    """A length of time in its largest whole unit, as ``1 day`` or ``12 minutes``."""
+    if time >= timedelta(hours=1):
+        name, unit = ("day", timedelta(days=1)) if time.days else ("hour", timedelta(hours=1))
+    else:
+        name, unit = "minute", timedelta(minutes=1)
+    count = time // unit
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def disk(folder: Path) -> Finding:

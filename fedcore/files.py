@@ -84,16 +84,23 @@ def write_json(path: Path, value: Any, *, mode: int = 0o644) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), mode=mode)
 
 
-def read_bytes(path: Path, *, max_bytes: int, what: str) -> bytes:
+def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") -> bytes:
     """Reads a file that must exist and hold at most ``max_bytes``.
+
+    Args:
+        path: The file.
+        max_bytes: Its limit.
+        what: It is, for errors.
+        otherwise: What follows where it is not there or no file, and what to do then; a sentence.
 
     Raises:
         DataError: it does not exist, is no regular file, is larger, or changes meanwhile.
     """
+    more = f" {otherwise}" if otherwise else ""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise DataError(
-                f"{path}: {what} cannot be read: a folder or something else has its name."
+                f"{path}: {what} cannot be read: a folder or something else has its name.{more}"
             )
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -104,11 +111,11 @@ def read_bytes(path: Path, *, max_bytes: int, what: str) -> bytes:
                 )
             raw = stream.read(size + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: {what} does not exist.") from None
+        raise DataError(f"{path}: {what} does not exist.{more}") from None
     except PermissionError:
-        raise DataError(f"{path}: {what} may not be read by this user.") from None
+        raise DataError(f"{path}: {what} may not be read by this user.{more}") from None
     except OSError as error:
-        raise DataError(f"{path}: {what} cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: {what} cannot be read ({error.strerror}).{more}") from error
     if len(raw) != size:
         raise DataError(f"{path}: {what} changed while it was read. It was not used; try again.")
     return raw

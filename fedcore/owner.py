@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from fedcore.config import Count, DeviceChoice, Positive, RunConfig, Section
-from fedcore.errors import PrivacyError
+from fedcore.config import DeviceChoice, RunConfig, Section
+from fedcore.errors import ConfigError, PrivacyError
 from fedcore.settings import load
 
 Hours = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
@@ -19,15 +19,16 @@ class OwnerPolicy(Section):
     """``owner.toml``: limits that no server can lift."""
 
     data: str | None = None
-    """Folder of the local data, handed to the task in place of its default."""
-    max_epsilon: Positive | None = None
+    """Folder of the local data, handed to the task in place of its default; it must be there."""
+    max_epsilon: Annotated[float, Field(ge=0.01)] | None = None
     """No update leaves once it would take this device past so much, whatever the server allows,
     over all runs on the same data."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The delta at which ``max_epsilon`` is counted, when stricter than the server's."""
-    max_memory_bytes: Count | None = None
+    max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """Training that would need more is declined before it starts."""
-    max_threads: Count | None = None
+    max_threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    """Most threads of torch that training uses."""
     device: DeviceChoice | None = None
     """Pins where this device trains."""
     tasks: tuple[Digest, ...] | None = None
@@ -35,7 +36,7 @@ class OwnerPolicy(Section):
     hours: tuple[Hours, ...] | None = None
     """When this device takes part, by its own clock, as ``["22:00-06:00"]``; always when unset.
     What was begun within the hours is finished."""
-    max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000)] | None = None
+    max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
     """Most bytes a second, to and from the server together, over a transfer as a whole."""
     min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
     """On battery, this device takes no part below that charge."""
@@ -45,6 +46,25 @@ class OwnerPolicy(Section):
     """The share of a GPU's memory that training may take; more ends as too little memory does."""
     free_gpu_between_rounds: bool = False
     """Gives the GPU's memory back after each round; the next one takes longer to begin."""
+
+    @field_validator("data")
+    @classmethod
+    def _names_a_folder(cls, data: str | None) -> str | None:
+        if data is not None and (not data or "\0" in data):
+            raise ValueError(
+                f"data = {data!r} names no folder. Leave it out for the task's own place."
+            )
+        return data
+
+    @field_validator("hours")
+    @classmethod
+    def _names_hours(cls, hours: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if hours == ():
+            raise ValueError(
+                "hours = [] names none, so this device would never take part. Leave it out to take "
+                'part always, or name some, as ["22:00-06:00"].'
+            )
+        return hours
 
     @property
     def data_folder(self) -> Path | None:
@@ -57,8 +77,27 @@ OPEN_POLICY = OwnerPolicy()
 
 
 def load_owner(path: Path) -> OwnerPolicy:
-    """Reads ``owner.toml``; raises `ConfigError` as a run's file does."""
-    return load(path, OwnerPolicy)
+    """Reads ``owner.toml``.
+
+    Raises:
+        ConfigError: as for a run's file; or ``data`` is no folder that this user can see.
+    """
+    owner = load(path, OwnerPolicy)
+    folder = owner.data_folder
+    if folder is not None and not _is_folder(folder):
+        raise ConfigError(
+            f"{path}: data = {owner.data!r}: there is no folder {folder.absolute()}, or this user "
+            "may not look for it. Nothing was run; make it, mount it, or name the one that holds "
+            "the data."
+        )
+    return owner
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:

@@ -39,7 +39,7 @@ def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra:
     except DataError as error:
         hint = " `fedcore new NAME` writes one to start from." if model is RunConfig else ""
         raise ConfigError(f"{error} Nothing was run.{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError, too
         raise ConfigError(f"{path}: not valid TOML: {error}. Nothing was run.") from None
     source = _Source(str(path), tuple(_parse(override) for override in overrides))
     for override in source.overrides:
@@ -51,6 +51,8 @@ def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra:
         return model.model_validate({**_tuples(values), **extra})
     except ValidationError as error:
         raise ConfigError(_explain(source, error, model)) from None
+    except RecursionError as error:  # arrays in arrays that TOML's parser has just managed
+        raise ConfigError(f"{path}: {error}. Nothing was run.") from None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class _Override:
     text: str
     key: tuple[str, ...]
     value: Any
+
+    @property
+    def shown(self) -> str:
+        """As it was given, cut short where it is long."""
+        return f"--set {_short(self.text)}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class _Source:
         """The place that set ``key``."""
         for override in reversed(self.overrides):
             if override.key[: len(key)] == key[: len(override.key)]:
-                return f"--set {override.text}"
+                return override.shown
         return self.path
 
 
@@ -80,13 +87,17 @@ def _parse(text: str) -> _Override:
     key = tuple(name.strip().split("."))
     if not separator or not all(key):
         raise ConfigError(
-            f"--set {text}: expected section.key=value, for example --set federation.rounds=5. "
-            "Nothing was run."
+            f"--set {_short(text)}: expected section.key=value, for example "
+            "--set federation.rounds=5. Nothing was run."
         )
     try:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return _Override(text, key, value)  # a bare word is a string: --set privacy.unit=example
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--set {_short(text)}: not valid TOML: {error}. Nothing was run."
+        ) from None
     return _Override(text, key, parsed["value"] if len(parsed) == 1 else value)
 
 
@@ -119,7 +130,7 @@ def _explain(source: _Source, error: ValidationError, model: type[BaseModel]) ->
     if problem["type"] == "missing":
         return f"{source.path}: {'.'.join(key)} is required and not set. Nothing was run."
     if problem["type"] == "value_error":
-        changed = "".join(f" --set {override.text}" for override in source.overrides)
+        changed = "".join(f" {override.shown}" for override in source.overrides)
         message = problem["msg"].removeprefix("Value error, ")
         return f"{source.path}{changed}: {message} Nothing was run."
     allowed = [_allowed(other) for other in problems if _key(other["loc"], model) == key]
@@ -145,7 +156,14 @@ def _shown(value: Any) -> str:
     """A value about as TOML writes it, cut short where it is long."""
     if isinstance(value, bool):
         return str(value).lower()
-    text = f"[{', '.join(map(_shown, value))}]" if isinstance(value, tuple) else repr(value)
+    try:
+        text = f"[{', '.join(map(_shown, value))}]" if isinstance(value, tuple) else repr(value)
+    except ValueError:  # hexadecimal may be as long as one likes
+        return "a number of thousands of digits"
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

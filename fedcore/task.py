@@ -130,7 +130,11 @@ def load_task(path: Path) -> Task:
     """
     path = path.resolve()
     if not path.is_file():
-        raise TaskError(f"{path}: this task file does not exist. Nothing was run.")
+        wrong = "is a folder or something else" if path.exists() else "does not exist"
+        raise TaskError(
+            f"{path}: this task file {wrong}. Nothing was run; name the one that is there: as "
+            "`task` in the run's file, by --task on a device."
+        )
     name = f"fedcore_task_{sha256_hex(str(path).encode())[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -20,7 +20,8 @@ from fedcore.crypto.roster import (
 from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
 from fedcore.rpc.proxy import proxy_for, shown
-from server.live.audit import AUDIT, check_audit
+from server.live.audit import AUDIT, MARK, check_audit
+from server.live.drained import read_drained, unknown
 
 _SOON_DAYS = 14
 
@@ -40,8 +41,10 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
         remedy = "`fedcore provision renew server`, and start the server anew"
         yield expiry("the server's certificate", identity.kit.not_after, remedy=remedy)
         yield _clock(identity)
-        remedy = "copy roster.json anew from the authority's folder"
+        remedy = "do what this says; copy roster.json anew where the authority is elsewhere"
         yield guarded("roster", lambda: _roster(identity), remedy=remedy)
+        remedy = "remove drained.json, and drain anew who should be"
+        yield guarded("drained", lambda: _drained(identity), remedy=remedy)
         yield _ports(identity)
         yield guarded("audit", lambda: _audit(options.identity), remedy="look who may write to it")
     yield disk(options.runs)
@@ -70,7 +73,11 @@ def _roster(identity: ServerIdentity) -> Finding:
     seen = seen_version(identity.kit.folder / SEEN)
     if roster.version < seen:
         told = f"version {roster.version}, and version {seen} was in force: the server refuses it"
-        return Finding("roster", "fail", told, "copy the newest roster.json from the authority")
+        remedy = (
+            "copy the newest roster.json from the authority; where that is lost, revoke anew whom "
+            f"it lacks, and remove {SEEN}"
+        )
+        return Finding("roster", "fail", told, remedy)
     members = roster.members()
     now = datetime.now(UTC)
     soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]
@@ -84,6 +91,16 @@ def _roster(identity: ServerIdentity) -> Finding:
         remedy = "`fedcore provision renew NAME`, and install what it makes"
         return Finding("roster", "warn", told, remedy)
     return Finding("roster", "ok", told)
+
+
+def _drained(identity: ServerIdentity) -> Finding:
+    drained = read_drained(identity.kit.folder)
+    strangers = unknown(drained, Roster(identity.roster_path, identity.kit.authority_pem))
+    told = f"{len(drained)} devices are left out of rounds"
+    if strangers:
+        told = f"{told}; no device in force is called {', '.join(strangers[:5])}"
+        return Finding("drained", "warn", told, "`fedcore server drain NAME --undo`")
+    return Finding("drained", "ok", told)
 
 
 def _ports(identity: ServerIdentity) -> Finding:
@@ -118,7 +135,11 @@ def _is_free(port: int) -> bool:
 
 
 def _audit(folder: Path) -> Finding:
-    if not (folder / AUDIT).exists():
+    if not any((folder / name).exists() for name in (AUDIT, MARK)):
+        if (folder / SEEN).exists():
+            told = f"{folder / AUDIT} is gone, though a server has run with this identity ({SEEN})"
+            remedy = "put it back, or look who may write here: the next server begins a new log"
+            return Finding("audit", "fail", told, remedy)
         return Finding("audit", "ok", "no server has run with this identity yet")
     lines = check_audit(folder / AUDIT)
     return Finding("audit", "ok", f"{lines} lines, each follows the one before")

@@ -34,7 +34,7 @@ def open_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
                     "run would replace it. Nothing was run; choose another `name`, or move it."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder):
+    with held(folder):
         clear(folder)
         write_atomic(folder / _MARK, config_json(run))
         yield folder
@@ -49,11 +49,17 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
     """
     folder = runs / run.name
     if not (folder / _MARK).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder}: it has no {_MARK}, by which the folder of a run is known, so it is "
+                "neither gone on with nor emptied. Nothing was run; put that file back, or choose "
+                "another `name` to run anew."
+            )
         raise ConfigError(
             f"{folder}: no run of this name was begun here, so there is none to resume. Nothing "
             "was run; leave --resume out, or name the folder that it is below by --runs."
         )
-    with _held(folder):
+    with held(folder):
         if is_complete(folder):
             raise ConfigError(
                 f"{folder}: this run is complete: its results are in {_SUMMARY}. Nothing was run; "
@@ -67,8 +73,19 @@ def is_complete(folder: Path) -> bool:
     return (folder / _SUMMARY).is_file()
 
 
+def mark_again(folder: Path, run: RunConfig) -> None:
+    """Marks the folder of ``run``, with its configuration, where its mark was lost."""
+    if not (folder / _MARK).is_file():
+        write_atomic(folder / _MARK, config_json(run))
+
+
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder meanwhile.
+
+    Raises:
+        ConfigError: a run is going on in it.
+    """
     refused = ConfigError(
         f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or choose "
         "another `name`."

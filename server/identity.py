@@ -57,22 +57,32 @@ def changes(
 
 
 def check_same(
-    where: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = ()
+    where: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    free: Collection[str] = (),
+    anew: str = "without --resume",
 ) -> None:
     """Refuses to go on with a run that was begun otherwise, but for what is ``free``.
+
+    ``anew`` is how one is begun that is another.
 
     Raises:
         ConfigError: they differ; says in what.
     """
     if found := changes(before, now, free=free):
         raise ConfigError(
-            f"{where}: this checkpoint was written by another run: {', '.join(found)} differ. "
-            "Nothing was run; set back what was changed, or begin anew without --resume."
+            f"{where}: this checkpoint was written by another run, which differs in "
+            f"{', '.join(found)}. Nothing was run; set back what was changed, or begin anew {anew}."
         )
 
 
 def _digest(path: Path, what: str) -> str:
-    return sha256_hex(read_bytes(path, max_bytes=_MAX_FILE_BYTES, what=f"the {what}"))
+    more = "Nothing was run; name one that is there in the run's file."
+    return sha256_hex(
+        read_bytes(path, max_bytes=_MAX_FILE_BYTES, what=f"the {what}", otherwise=more)
+    )
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,7 @@ from server.journal_head import (
     REPLY,
     RUN,
     add_to_head,
+    is_begun,
     open_mended,
     settle_restored,
     shorten_head,
@@ -284,7 +285,7 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
     Raises:
         DataError: it is damaged, and nothing is left to mend it from.
     """
-    if not (folder / JOURNAL).exists():
+    if not is_begun(folder):
         return None
     settle_restored(folder)
     entries, mended = open_mended(folder)

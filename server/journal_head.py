@@ -11,11 +11,11 @@ import binascii
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.errors import DataError
+from fedcore.errors import DataError, DiskFull
 from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
 from server.entries import Entries, Entry
 
@@ -25,10 +25,17 @@ RESTORED = "restored"
 """A file that a backup has beside its journal, for as long as nobody has gone on with it."""
 RUN, RECORD, COMMIT, END, ASKED, REPLY = "run", "record", "commit", "end", "asked/", "reply/"
 """Kinds of entries; the last two are followed by the type of the message."""
-_DAMAGED = ".damaged"
+_DAMAGED, _NEW = ".damaged", ".new"
 _BESIDE = ("-wal", "-shm")
 """What SQLite keeps beside a database, and replays over it."""
+_TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
+"""What is there only once the journal has held a run."""
 _MAX_BYTES = 1 << 30
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run has left anything in ``folder`` that it may be gone on from, or lost by."""
+    return any(os.path.lexists(folder / name) for name in (JOURNAL, JOURNAL + "-wal", *_TRACES))
 
 
 @dataclass(frozen=True)
@@ -146,14 +153,16 @@ def settle_restored(folder: Path) -> None:
 def open_mended(folder: Path) -> tuple[Entries, str]:
     """The entries in ``folder``, and what had to be mended, in a sentence; empty when nothing had.
 
-    A damaged journal is put aside, and its commits are taken from their copy. Updates of the round
-    that was going on are lost then, and are asked for again.
+    A damaged journal is put aside, and its commits are taken from their copy, as they are where it
+    is missing. Updates of the round that was going on are lost then, and are asked for again.
 
     Raises:
-        DataError: it is damaged, and so is the copy, or there is none.
+        DataError: it is damaged or missing, and so is the copy, or there is none.
     """
     path, copy = folder / JOURNAL, _read_head(folder)
     head = None if copy is None else copy.entries
+    if found := _unlike_a_file(path):  # SQLite would begin an empty one, or wait for a pipe's end
+        return _rebuilt(folder, head, found)
     try:
         entries = Entries(path)
     except DataError as error:
@@ -165,7 +174,9 @@ def open_mended(folder: Path) -> tuple[Entries, str]:
         entries.close()
         return _rebuilt(folder, head, str(error))
     copied = _last_commit(head or ())
-    if copied > kept:
+    if not entries.of(RUN) and any(os.path.lexists(folder / name) for name in _TRACES):
+        why = f"{path}: the journal is empty, and a run was begun."
+    elif copied > kept:
         why = f"{path}: the journal ends with round {kept}, and round {copied} is over."
     elif any(not entry.kind.startswith(REPLY) for entry in damaged):
         why = f"{path}: the journal is damaged (entries do not match their digests)."
@@ -180,6 +191,17 @@ def open_mended(folder: Path) -> tuple[Entries, str]:
     return _rebuilt(folder, head, why)
 
 
+def _unlike_a_file(path: Path) -> str:
+    """What is wrong with the names of a journal, in a sentence; empty where nothing is."""
+    for each in (path, *(path.with_name(path.name + suffix) for suffix in _BESIDE)):
+        if each.is_symlink() and not each.exists():
+            return f"{each}: this link leads to no file, and the journal is expected here."
+        if each.exists() and not each.is_file():
+            what = "a folder" if each.is_dir() else "a pipe or a device"
+            return f"{each}: this is {what}, and a file of the journal is expected here."
+    return "" if path.exists() else f"{path}: the journal is missing, and a run was begun."
+
+
 def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entries, str]:
     path = folder / JOURNAL
     if head is None:
@@ -187,19 +209,34 @@ def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entr
             f"{why} Its copy in {HEAD} is missing or damaged, too. Nothing was run; restore the "
             "folder from a backup and go on with --resume, or begin the run anew with --fresh."
         )
+    # Whole beside it first: whatever dies in between, what is found is one of the two, or the copy.
+    new = path.with_name(path.name + _NEW)
+    with disk_errors(path):
+        for suffix in ("", *_BESIDE):
+            new.with_name(new.name + suffix).unlink(missing_ok=True)
+    with closing(Entries(new)) as entries:
+        entries.write(head)
+    if os.path.lexists(f"{new}-wal"):  # SQLite removes it as it closes, once all of it is in place
+        raise DiskFull(
+            f"{new}: the disk has no room for the journal. What its copy in {HEAD} holds stands, "
+            "and nothing else was done; free space there, and go on with --resume."
+        )
+    put_aside = False
     with disk_errors(path):
         for suffix in ("", *_BESIDE):
             part = path.with_name(path.name + suffix)
-            if part.exists():
+            if os.path.lexists(part):
                 part.replace(part.with_name(part.name + _DAMAGED))
+                put_aside = True
+        sync_folder(folder)
+        new.replace(path)
         sync_folder(folder)
     entries = Entries(path)
-    entries.write(head)
     write_head(folder, entries)
     number = _last_commit(head)
     return entries, (
-        f"{why} It was put aside, and round {number} taken from its copy; what nodes had sent in "
-        f"round {number + 1} is asked for again."
+        f"{why} {'It was put aside, and round' if put_aside else 'Round'} {number} was taken from "
+        f"its copy; what nodes had sent in round {number + 1} is asked for again."
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -62,9 +63,10 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(options: argparse.Namespace) -> int:
-    with told_to_stop() as told:
+    loading = threading.Event()
+    with told_to_stop(loading) as told:
         try:
-            _work(options)
+            _work(options, loading)
         except BaseException as error:
             if not told():
                 raise
@@ -73,8 +75,8 @@ def _start(options: argparse.Namespace) -> int:
     return 0
 
 
-def _work(options: argparse.Namespace) -> None:
-    """Takes part until this process is told to stop."""
+def _work(options: argparse.Namespace, loading: threading.Event) -> None:
+    """Takes part until this process is told to stop; sets ``loading`` while torch is imported."""
     kit = load_kit(options.kit)
     if kit.role != "device":
         raise CertificateRefused(
@@ -99,6 +101,10 @@ def _work(options: argparse.Namespace) -> None:
         if reason_to_rest(owner) is None:
             # Before torch is imported: that takes long.
             announce(kit, options.task, folder, instance)
+        loading.set()
+        import edge_client.node.loop  # noqa: F401
+
+        loading.clear()
         take_part(_sessions(kit, owner, options.task, folder, instance), owner)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from edge_client.node.state import DeviceFolder
 from fedcore.config import Fraction, Positive, Section
-from fedcore.errors import PrivacyError
+from fedcore.errors import DataError, PrivacyError
 from fedcore.files import read_bytes, write_atomic
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger, OtherRuns, ledger_in, put_ledger
@@ -82,7 +82,7 @@ class DeviceLedger:
         task finds by itself.
 
         Raises:
-            PrivacyError: what was spent cannot be read, or charges are missing.
+            PrivacyError: what was spent cannot be read, charges are missing, or copies differ.
             DataError: the state of a run cannot be read.
             ResourceError: the ledger or the mark may not be written.
         """
@@ -90,13 +90,15 @@ class DeviceLedger:
         book = dict(copied.runs) if copied is not None else {}
         for name in self.folder.runs():
             held = state if name == self.run else self.folder.state(name)
-            book[name] = max(book.get(name, ()), self._spent(held), key=len)
+            spent = self._spent(held)
+            self._check_copy(name, book.get(name, ()), spent, len(_terms(held)))
+            book[name] = max(book.get(name, ()), spent, key=len)
         self._check_mark(_count(book))
         own = book.get(self.run, ())
         if len(own) > len(ledger_in(state).charges):
             put_ledger(state, Ledger(tuple(one.charge for one in own)))
             _put_terms(state, [(one.target_delta, one.data) for one in own])
-        if copied is None or copied.runs != book:
+        if copied is None or copied.runs != book or self._marked() < _count(book):
             self._write(book)
         here = [
             (name, one)
@@ -139,15 +141,31 @@ class DeviceLedger:
         charges = ledger_in(state).charges
         terms = _terms(state)[: len(charges)]
         terms += [(self.target_delta, self._data)] * (len(charges) - len(terms))
-        return tuple(
-            _Spent(**asdict(charge), target_delta=delta, data=data)
-            for charge, (delta, data) in zip(charges, terms, strict=True)
-        )
+        try:
+            return tuple(
+                _Spent(**asdict(charge), target_delta=delta, data=data)
+                for charge, (delta, data) in zip(charges, terms, strict=True)
+            )
+        except ValidationError as error:
+            raise _unreadable(error) from None
 
     def _marked(self) -> int:
         """How many charges were made, as far as the mark knows."""
         mark = _read(self.mark, _Mark, _MAX_MARK_BYTES)
         return mark.charges if mark is not None else 0
+
+    def _check_copy(
+        self, run: str, copied: Sequence[_Spent], spent: Sequence[_Spent], with_terms: int
+    ) -> None:
+        """Refuses a state and a copy that tell of the same charges differently."""
+        for place, (one, other) in enumerate(zip(copied, spent, strict=False)):
+            if one.charge != other.charge or (place < with_terms and one != other):
+                raise PrivacyError(
+                    f"{self.folder.path}: charge {place + 1} of run {run!r} is one thing in "
+                    f"{LEDGER} and another in the run's state: one of the two is damaged. What "
+                    "was spent is unknown, so nothing was trained; remove the file that was "
+                    "changed, and it is mended from the other."
+                )
 
     def _check_mark(self, found: int) -> None:
         marked = self._marked()
@@ -184,7 +202,17 @@ def _terms(state: RecordDict) -> list[tuple[float, str]]:
     record = state.get(_RECORD)
     if not isinstance(record, ConfigRecord):
         return []
-    return [(float(delta), str(data)) for delta, data in json.loads(str(record[_TERMS]))]
+    try:
+        return [(float(delta), str(data)) for delta, data in json.loads(str(record[_TERMS]))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> PrivacyError:
+    return PrivacyError(
+        f"ledger: what a run's state tells of its charges cannot be read ({error}). What was spent "
+        f"is unknown, so nothing was trained; remove the state: it is mended from {LEDGER}."
+    )
 
 
 def _put_terms(state: RecordDict, terms: list[tuple[float, str]]) -> None:
@@ -194,13 +222,14 @@ def _put_terms(state: RecordDict, terms: list[tuple[float, str]]) -> None:
 def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
     if not path.exists():
         return None
-    raw = read_bytes(path, max_bytes=max_bytes, what="the ledger")
     try:
-        return kind.model_validate_json(raw)
+        return kind.model_validate_json(read_bytes(path, max_bytes=max_bytes, what="the ledger"))
+    except DataError as error:
+        reason = str(error)
     except ValidationError as error:
         first = error.errors()[0]
-        raise PrivacyError(
-            f"{path}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. It may not "
-            "tell what was spent, so nothing was trained; put it back from a backup, or remove it: "
-            "it is written anew from what lies beside it."
-        ) from None
+        reason = f"{path}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}."
+    raise PrivacyError(
+        f"{reason} It may not tell what was spent, so nothing was trained; put it back from a "
+        "backup, or remove it: it is written anew from what lies beside it."
+    )

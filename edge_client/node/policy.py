@@ -83,7 +83,9 @@ def check_task(owner: OwnerPolicy, path: Path) -> None:
     """
     if owner.tasks is None:
         return
-    digest = sha256_hex(read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task"))
+    more = "Nothing was run; name the task file that is there by --task."
+    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task", otherwise=more)
+    digest = sha256_hex(raw)
     if digest not in owner.tasks:
         raise ConfigError(
             f"{path}: its SHA-256 is {digest}, and owner.toml allows {len(owner.tasks)} tasks, "
@@ -181,12 +183,34 @@ class Pace:
 
 
 def limit_gpu(owner: OwnerPolicy) -> None:
-    """Bounds this process's share of each GPU's memory."""
+    """Bounds this process's share of each GPU's memory, and says where the owner asks for none.
+
+    Raises:
+        ConfigError: the owner pins a device that is not there.
+    """
     import torch
 
-    if owner.max_gpu_fraction is not None and torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.set_per_process_memory_fraction(owner.max_gpu_fraction, index)
+    from fedcore.training.device import available
+
+    if owner.device is not None:
+        try:
+            available(owner.device)
+        except ConfigError:
+            raise ConfigError(
+                f"owner.toml: device = {owner.device!r}, and torch finds no such device on this "
+                "machine. Nothing was trained; install its driver and a torch that supports it, or "
+                "set `device` to 'cpu' or 'auto'."
+            ) from None
+    if owner.max_gpu_fraction is None:
+        return
+    if not torch.cuda.is_available():
+        log.warning(
+            "owner.toml: max_gpu_fraction = %g bounds nothing: torch finds no CUDA device here",
+            owner.max_gpu_fraction,
+        )
+        return
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_per_process_memory_fraction(owner.max_gpu_fraction, index)
 
 
 def free_gpu() -> None:

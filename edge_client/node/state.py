@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +14,15 @@ from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
 from fedcore.config import Section
-from fedcore.errors import DeviceError
+from fedcore.errors import DataError, DeviceError
 from fedcore.files import disk_errors, held_alone, read_bytes, sha256_hex, write_atomic
 from fedcore.flower.records import read_record, record_bytes
 
+log = logging.getLogger("fedcore.device")
+
 _MAX_STATE_BYTES = 64 * 2**20
 _MAX_REPLY_BYTES = 8 * 2**30
-_ANSWERED, _KEYS = "fedcore.answered", "keys"
+_ANSWERED, _KEYS, _DIGESTS = "fedcore.answered", "keys", "sha256"
 _SPOOLED = 4
 """Replies that are kept; a server asks again for the last one of a run, or for none."""
 IDENTITY = "identity.json"
@@ -100,9 +104,12 @@ class DeviceFolder:
         The reply counts once the state is there: whatever this process dies of, what an
         instruction costs is charged once for each reply that can ever leave.
         """
-        kept = [*_answered(state), key][-_SPOOLED:]
-        write_atomic(self._reply_path(key), record_bytes(reply), mode=0o600)
-        state[_ANSWERED] = ConfigRecord({_KEYS: kept})
+        raw = record_bytes(reply)
+        kept = [(one, digest) for one, digest in _answered(state).items() if one != key]
+        kept = [*kept, (key, sha256_hex(raw))][-_SPOOLED:]
+        write_atomic(self._reply_path(key), raw, mode=0o600)
+        keys, digests = [one for one, _ in kept], [digest for _, digest in kept]
+        state[_ANSWERED] = ConfigRecord({_KEYS: keys, _DIGESTS: digests})
         self.keep_state(run, state)
         self._drop_old()
 
@@ -115,12 +122,40 @@ class DeviceFolder:
         return sorted(path.stem for path in (self.path / "state").glob("[!.]*.state"))
 
     def reply(self, key: str, state: RecordDict) -> RecordDict | None:
-        """The reply that was made to an instruction, with its state; None when none was kept."""
-        path = self._reply_path(key)
-        if key not in _answered(state) or not path.exists():
+        """The reply that was made to an instruction, with its state; None when none was kept.
+
+        One that is not, to the bit, what the state's charge has paid for is put aside, as
+        `spool/*.damaged`: what it answers is to be done anew, and charged anew.
+
+        Raises:
+            ResourceError: it cannot be put aside.
+        """
+        path, digest = self._reply_path(key), _answered(state).get(key)
+        if digest is None or not path.exists():
             return None
-        raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
-        return read_record(raw, where=str(path))
+        try:
+            raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
+            if sha256_hex(raw) != digest:
+                raise DataError(f"{path}: a finished reply is damaged: its SHA-256 is another.")
+            return read_record(raw, where=str(path))
+        except DataError as error:
+            aside = self._put_aside(path)
+            log.warning(
+                "%s It was put aside as %s and is not sent; what it answered is done anew, and "
+                "charged anew where there is a budget.",
+                error,
+                aside.name,
+            )
+            return None
+
+    def _put_aside(self, path: Path) -> Path:
+        """Renames what lies in a reply's place; one such thing is kept, the latest."""
+        aside = path.with_suffix(".damaged")
+        with disk_errors(path):
+            for old in aside.parent.glob("*.damaged"):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            path.rename(aside)
+        return aside
 
     def _drop_old(self) -> None:
         """Drops all replies but the newest few."""
@@ -151,11 +186,19 @@ def _holder(path: Path) -> str | None:
         return "unreadable"
 
 
-def _answered(state: RecordDict) -> list[str]:
-    """The instructions whose cost the state accounts for, the latest last."""
+def _answered(state: RecordDict) -> dict[str, str]:
+    """The instructions whose cost the state accounts for, the latest last, and what was answered.
+
+    What was answered is told by the SHA-256 of the reply's file. It stands here, not there: a reply
+    that was made anew must not be taken for the one before, which another charge has paid for.
+    """
     record = state.get(_ANSWERED)
-    keys = record.get(_KEYS, []) if isinstance(record, ConfigRecord) else []
-    return [str(key) for key in keys] if isinstance(keys, list) else []
+    if not isinstance(record, ConfigRecord):
+        return {}
+    keys, digests = (record.get(name, []) for name in (_KEYS, _DIGESTS))
+    if not isinstance(keys, list) or not isinstance(digests, list):
+        return {}
+    return {str(key): str(digest) for key, digest in zip(keys, digests, strict=False)}
 
 
 @contextmanager

@@ -20,12 +20,13 @@ _TELL_S = 0.5
 
 
 @contextmanager
-def told_to_stop() -> Iterator[Callable[[], bool]]:
+def told_to_stop(loading: threading.Event) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether SIGINT or SIGTERM came.
 
     The first one interrupts what is going on, and ends the process with exit code 0 after a few
     seconds if that did not: imports and finalizers swallow interrupts, threads of a task outlive
-    them. The second one ends it at once, with exit code 130.
+    them. The second one ends it at once, with exit code 130. So does the first, with 0, while
+    ``loading`` is set: an interrupt in the midst of torch's import would abort the process.
 
     Outside the main thread, where no signals arrive, they go on doing what they did.
 
@@ -51,6 +52,8 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
         if came.is_set():
             os._exit(INTERRUPTED)
         came.set()
+        if loading.is_set():
+            os._exit(0)
         raise KeyboardInterrupt
 
     # Begun here: a handler that starts a thread may find the lock for that held by what it broke.

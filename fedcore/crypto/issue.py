@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import (
@@ -54,9 +54,12 @@ class Request:
 def check_host(host: str) -> x509.DNSName | x509.IPAddress:
     """The name or address under which a server is reached; raises `ConfigError` for others."""
     try:
-        return x509.IPAddress(ip_address(host))
+        address = ip_address(host)
     except ValueError:
         pass
+    else:
+        _check_reachable(address)
+        return x509.IPAddress(address)
     # Digits and dots alone are an address that is wrong, not a name.
     if len(host) > 253 or not _HOST.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
         raise ConfigError(
@@ -64,6 +67,22 @@ def check_host(host: str) -> x509.DNSName | x509.IPAddress:
             "fl.example.org or 10.0.0.5. Nothing was written."
         )
     return x509.DNSName(host.lower())
+
+
+def _check_reachable(address: IPv4Address | IPv6Address) -> None:
+    """Refuses addresses that no other machine connects to by that name."""
+    if address.is_unspecified:
+        raise ConfigError(
+            f"host {str(address)!r}: expected an address that devices reach the server by; nobody "
+            "can connect to this one, which stands for all of a machine. Nothing was written; name "
+            "a DNS name or an address, as 10.0.0.5."
+        )
+    if isinstance(address, IPv6Address) and address.scope_id is not None:
+        raise ConfigError(
+            f"host {str(address)!r}: expected an address without a zone (%{address.scope_id}), "
+            "which means something on one machine alone. Nothing was written; name an address as "
+            "2001:db8::5, or a DNS name."
+        )
 
 
 def issue_authority(

@@ -59,7 +59,7 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
         DataError: it is missing or unreadable.
         CertificateRefused: others may read it, or it is no P-384 key.
     """
-    raw = read_bytes(path, max_bytes=MAX_KEY_BYTES, what="a private key")
+    raw = read_bytes(path, max_bytes=MAX_KEY_BYTES, what="a private key", otherwise=_NO_KEY)
     mode = stat.S_IMODE(path.stat().st_mode)
     if os.name == "posix" and mode & 0o077:
         raise CertificateRefused(
@@ -68,6 +68,13 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
             "revoked and enrol again."
         )
     return parse_key(raw, where=str(path))
+
+
+_NO_KEY = (
+    "Nobody can prove this identity without it. Put it back from a copy; else a member enrols anew "
+    "(`fedcore client enrol` in another folder), and a server gets another key by `fedcore "
+    "provision server --replace`, or its own by `fedcore provision restore`."
+)
 
 
 def parse_key(raw: bytes, *, where: str) -> EllipticCurvePrivateKey:

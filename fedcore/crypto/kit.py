@@ -119,8 +119,14 @@ def parse_kit(raw: bytes, *, now: datetime, where: str) -> Certified:
 
 def read_kit(path: Path, *, now: datetime) -> Certified:
     """As `parse_kit`, from a file; raises `DataError`, too, when there is none."""
-    raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="a kit")
+    raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="a kit", otherwise=_NO_KIT)
     return parse_kit(raw, now=now, where=str(path))
+
+
+_NO_KIT = (
+    "It says who this is. A member's is made by `fedcore client install`, from what the operator "
+    "sent; a server's by `fedcore provision server`, or `fedcore provision restore`."
+)
 
 
 def load_identity(folder: Path, *, now: datetime | None = None) -> Kit:

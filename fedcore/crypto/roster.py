@@ -40,6 +40,8 @@ class _Seen(Section):
 
     format: Literal["fedcore.seen/1"] = "fedcore.seen/1"
     version: Annotated[int, Field(ge=1)]
+    lost: bool = False
+    """Whether a backup brought back an older list: later changes of that reach the version, too."""
 
 
 class RosterFile(Section):
@@ -138,7 +140,8 @@ def check_server_folder(folder: Path) -> None:
         raise DataError(
             f"{folder}: {what}, expected the identity of a server. Nothing was started or asked; "
             "name the folder with --identity, as --identity authority/server. Where there is none "
-            "yet, `fedcore provision init` and `fedcore provision server HOST` make it."
+            "yet, `fedcore provision init` and `fedcore provision server HOST` make it; one that "
+            "is lost comes back by `fedcore provision restore` from a backup."
         )
 
 
@@ -295,7 +298,9 @@ class Roster:
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def _read(self) -> None:
-        raw = read_bytes(self._path, max_bytes=MAX_ROSTER_BYTES, what="the roster")
+        raw = read_bytes(
+            self._path, max_bytes=MAX_ROSTER_BYTES, what="the roster", otherwise=_NO_ROSTER
+        )
         file, members = parse_roster(
             raw, self._authority, where=str(self._path), known=self._by_certificate
         )
@@ -314,22 +319,57 @@ class Roster:
             write_atomic(self._seen, raw, mode=0o600)
 
 
+_NO_ROSTER = (
+    f"It says who may come in. Copy {ROSTER} from the authority's folder; where it is lost there, "
+    "`fedcore provision restore` brings it back from a backup."
+)
+
+
 def seen_version(path: Path) -> int:
     """The highest version that was in force by what ``roster.seen`` says; 0 where there is none.
 
     Raises:
+        RollbackRefused: that list is lost, see `note_lost`.
         TrustError: it says nothing of the kind.
     """
     if not path.exists():
         return 0
-    raw = read_bytes(path, max_bytes=_MAX_SEEN_BYTES, what="the version of the roster")
+    raw = read_bytes(
+        path,
+        max_bytes=_MAX_SEEN_BYTES,
+        what="the version of the roster",
+        otherwise="Nothing was started; see that roster.json is the newest, and remove this.",
+    )
     try:
-        return _Seen.model_validate_json(raw).version
+        seen = _Seen.model_validate_json(raw)
     except ValidationError:
         raise TrustError(
             f"{path}: this does not tell which version of the roster was in force. Nothing was "
             "started; see that roster.json is the newest, and remove this file."
         ) from None
+    if seen.lost:
+        raise RollbackRefused(
+            f"{path}: version {seen.version} of the roster was in force, and a backup brought back "
+            "an older one, which may let revoked members in again. No server starts with it (exit "
+            f"code {RollbackRefused.exit_code}); revoke anew who was revoked since, and remove "
+            "this file then."
+        )
+    return seen.version
+
+
+def note_lost(path: Path, version: int) -> None:
+    """Has every roster refused by a server that has seen a newer one than ``version``.
+
+    That is until somebody removes the file: the older list's own changes count on from an older
+    version, and would pass for the newest before long.
+    """
+    try:
+        least = seen_version(path)
+    except TrustError:  # a server refuses to start with it as it is
+        return
+    if least > version:
+        raw = _Seen(version=least, lost=True).model_dump_json().encode() + b"\n"
+        write_atomic(path, raw, mode=0o600)
 
 
 def _member(entry: Entry, authority: x509.Certificate, *, where: str) -> Member:

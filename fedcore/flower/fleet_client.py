@@ -41,7 +41,15 @@ from fedcore.errors import (
     InvalidUpdate,
     TrustError,
 )
-from fedcore.flower.fleet_errors import Busy, Unproven, Unreachable, doubt, is_distrust, refusals
+from fedcore.flower.fleet_errors import (
+    Busy,
+    OwnExpired,
+    Unproven,
+    Unreachable,
+    doubt,
+    is_distrust,
+    refusals,
+)
 from fedcore.rpc.hello import WAKE_PORT, again_in
 
 log = logging.getLogger("fedcore.device")
@@ -319,6 +327,14 @@ class FleetLink:
     def _not_reached(self, failed: Mapping[str, Exception]) -> Exception:
         told = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
         unproven = {server: one for server, one in failed.items() if is_distrust(one)}
+        if datetime.now(UTC) > self.kit.not_after and (self._let_in or not unproven):
+            # A server hangs up on it after the handshake: what TLS says of that tells nobody why.
+            return OwnExpired(
+                f"this device's own certificate expired on {_minute(self.kit.not_after)} UTC, and "
+                "a server takes it no more. Have it renewed with `fedcore provision renew`, and "
+                "install what comes back with `fedcore client install`; this process takes it up "
+                f"({told})"
+            )
         if not unproven:
             return Unreachable(told)
         if self._let_in or len(unproven) < len(failed):

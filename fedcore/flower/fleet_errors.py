@@ -31,6 +31,10 @@ class Unproven(Unreachable):
     """What answers is not shown to be the project's server; the server may be back there later."""
 
 
+class OwnExpired(Unreachable):
+    """The device's own certificate has run out; a renewed kit is taken up as it comes."""
+
+
 class NotActivated(ConnectionError):
     """The server does not know this process: it was restarted, or another one took its place."""
 

@@ -23,7 +23,7 @@ def read_record(raw: bytes, *, where: str) -> RecordDict:
     """
     try:
         return recorddict_from_proto(RecordDictProto.FromString(raw))
-    except (DecodeError, ValueError, TypeError, KeyError):
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
             f"{where}: this file holds no record. Nothing was done with it; restore it from a "
             "backup."

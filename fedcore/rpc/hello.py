@@ -15,6 +15,10 @@ from fedcore.files import read_bytes, sha256_hex
 PROTOCOL = 1
 """Grows when what passes between device and server changes."""
 _MAX_TASK_BYTES = 16 * 2**20
+_NO_TASK = (
+    "Nothing was run; name the task file that is there: by --task on a device, as `task` in the "
+    "run's file on a server."
+)
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROCESS = "fedcore-instance"
 SETTINGS = "run"
@@ -53,7 +57,7 @@ def is_task_name(name: object) -> bool:
 
 def hello_of(name: str, path: Path) -> Hello:
     """What this side says of itself, with the task ``name`` in the file ``path``."""
-    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task")
+    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task", otherwise=_NO_TASK)
     return Hello(task=name, task_digest=sha256_hex(raw))
 
 
@@ -67,7 +71,7 @@ def declared_name(path: Path) -> str | None:
     Raises:
         DataError: the file cannot be read.
     """
-    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task")
+    raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task", otherwise=_NO_TASK)
     try:
         module = ast.parse(raw)
     except (SyntaxError, ValueError):

@@ -1,7 +1,8 @@
 """What operators did to a server: one line an action, only ever appended to, each line chained.
 
 A line holds the SHA-256 of the line before it, so that a line that is changed, taken out or put in
-later shows, unless everything after it is made anew as well.
+later shows, unless everything after it is made anew as well. A small file beside it, the mark, says
+how far the log went, so that lines cut from its end show as well.
 """
 
 from __future__ import annotations
@@ -14,14 +15,33 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field, ValidationError
+
+from fedcore.config import Section
 from fedcore.errors import DataError
-from fedcore.files import disk_errors, sync_folder
+from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
 
-AUDIT = "audit.jsonl"
+AUDIT, MARK = "audit.jsonl", "audit.mark"
+_MAX_MARK_BYTES = 1 << 10
 _START = "0" * 64
 """What the first line names as the one before it."""
 _PIECE_BYTES = 1 << 16
+
+
+class _Mark(Section):
+    """``audit.mark``: how far the log went when it was last written to, or a line less.
+
+    A line is on disk before its mark is: a stop between the two leaves a line that no mark tells
+    of, and never a mark without its line.
+    """
+
+    format: Literal["fedcore.audit/1"] = "fedcore.audit/1"
+    end_bytes: Annotated[int, Field(ge=1)]
+    """Where the line ended."""
+    last: str
+    """Its SHA-256."""
 
 
 class Audit:
@@ -33,23 +53,34 @@ class Audit:
         """Goes on after the last line of ``path``, which need not exist.
 
         Raises:
+            DataError: it is no regular file, or was cut since it was last written to.
             DiskFull: there is no room.
             ResourceError: it may not be written.
         """
         self._path = path
         self._clock = clock
         self._lock = threading.Lock()
+        check_regular(path)
+        mark = _read_mark(path)
+        if mark is not None and not path.exists():
+            raise _gone(path)
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             sync_folder(path.parent)
-            self._last, whole = _last_digest(self._file)
+            end = os.fstat(self._file).st_size
+            if mark is not None and not _reaches(self._file, mark):
+                os.close(self._file)
+                raise _cut(path, mark)
+            self._last, whole = _digest_before(self._file, end)
             if not whole:  # a power cut left it unfinished; closed, it spoils no other
                 os.write(self._file, b"\n")
+            self._end = os.fstat(self._file).st_size
 
     def record(self, *, by: str, action: str, outcome: str, **more: object) -> None:
         """Appends a line, on disk before this returns.
 
         Raises:
+            DataError: the log was removed, replaced or cut meanwhile; as below.
             DiskFull: there is no room; whoever asks must not go on then.
         """
         with self._lock:
@@ -64,6 +95,8 @@ class Audit:
             line = json.dumps(entry).encode()
             with disk_errors(self._path):
                 end = os.fstat(self._file).st_size
+                if not self._in_place() or end < self._end:
+                    raise _meanwhile(self._path)
                 try:
                     if os.write(self._file, line + b"\n") <= len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -71,7 +104,16 @@ class Audit:
                 except OSError:
                     os.ftruncate(self._file, end)
                     raise
-            self._last = hashlib.sha256(line).hexdigest()
+            self._last, self._end = hashlib.sha256(line).hexdigest(), end + len(line) + 1
+            mark = _Mark(end_bytes=self._end, last=self._last)
+            write_atomic(_mark_of(self._path), mark.model_dump_json().encode() + b"\n", mode=0o600)
+
+    def _in_place(self) -> bool:
+        """Whether the path still leads to the file that is written."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Closes the file."""
@@ -79,12 +121,16 @@ class Audit:
 
 
 def check_audit(path: Path) -> int:
-    """Verifies the chain; returns how many lines there are.
+    """Verifies the chain, and that it goes as far as it did; returns how many lines there are.
 
     Raises:
-        DataError: the file cannot be read, or a line does not name the one before it.
+        DataError: the file cannot be read, a line does not name the one before it, or lines at the
+            end are missing.
     """
-    last, number, torn = _START, 0, False
+    check_regular(path)
+    mark = _read_mark(path)  # first: a server that runs may write a line after it
+    last, number, end, torn = _START, 0, 0, False
+    reached = mark is None
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -100,9 +146,78 @@ def check_audit(path: Path) -> int:
                 else:
                     torn = False
                 last = hashlib.sha256(line.rstrip(b"\n")).hexdigest()
+                end += len(line)
+                reached = reached or (
+                    mark is not None and (end, last) == (mark.end_bytes, mark.last)
+                )
+    except FileNotFoundError:
+        raise _gone(path) from None
     except OSError as error:
         raise DataError(f"{path}: the audit log cannot be read ({error.strerror}).") from None
+    if mark is not None and not reached:
+        raise _cut(path, mark)
     return number
+
+
+def check_regular(path: Path) -> None:
+    """Sees that a log is a file, or not there yet: opening a pipe would wait for its other end.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(
+            f"{path}: expected the audit log, found a folder, a pipe or something else of that "
+            "name. Nothing was done, since nothing could be recorded; remove it, put the log back "
+            "where there was one, and see who may write to this folder."
+        )
+
+
+def _mark_of(path: Path) -> Path:
+    return path.with_name(MARK)
+
+
+def _read_mark(path: Path) -> _Mark | None:
+    """The mark beside a log; None where none was written."""
+    mark = _mark_of(path)
+    if not os.path.lexists(mark):
+        return None
+    try:
+        raw = read_bytes(mark, max_bytes=_MAX_MARK_BYTES, what="the mark of the audit log")
+        return _Mark.model_validate_json(raw)
+    except (DataError, ValidationError):
+        raise DataError(
+            f"{mark}: this does not tell how far {path.name} went. No server starts with it, since "
+            f"a log that was cut would not show; look who may write here. {_KEEP}"
+        ) from None
+
+
+_KEEP = (
+    f"Then put {AUDIT} and {MARK} away together, and keep them: the next server begins a new log."
+)
+
+
+def _gone(path: Path) -> DataError:
+    return DataError(
+        f"{path}: the audit log is gone; {MARK} beside it says that there was one. No server "
+        f"starts without it; put it back, or look who may write here. {_KEEP}"
+    )
+
+
+def _cut(path: Path, mark: _Mark) -> DataError:
+    return DataError(
+        f"{path}: the audit log was cut or changed: expected a line that ends at byte "
+        f"{mark.end_bytes}, as {MARK} beside it says, and there is none, or another. No server "
+        f"starts with it; put the whole log back, or look who may write here. {_KEEP}"
+    )
+
+
+def _meanwhile(path: Path) -> DataError:
+    return DataError(
+        f"{path}: the audit log was removed, replaced or cut while the server runs. Nothing is "
+        "done unrecorded; put it back as it was, or look who may write here, and stop the server "
+        f"with SIGTERM. {_KEEP}"
+    )
 
 
 def _before(line: bytes) -> str | None:
@@ -113,9 +228,14 @@ def _before(line: bytes) -> str | None:
         return None
 
 
-def _last_digest(file: int) -> tuple[str, bool]:
-    """The digest of the last line, and whether that line is whole."""
-    end = os.fstat(file).st_size
+def _reaches(file: int, mark: _Mark) -> bool:
+    """Whether the log holds the line that its mark tells of."""
+    there = os.fstat(file).st_size >= mark.end_bytes
+    return there and _digest_before(file, mark.end_bytes) == (mark.last, True)
+
+
+def _digest_before(file: int, end: int) -> tuple[str, bool]:
+    """The digest of the line that ends at byte ``end``, and whether that line is whole."""
     if not end:
         return _START, True
     whole = os.pread(file, 1, end - 1) == b"\n"

@@ -102,12 +102,13 @@ def _start(options: argparse.Namespace) -> int:
 def _address(text: str) -> tuple[str, int]:
     host, separator, port = text.rpartition(":")
     digits = port.isascii() and port.isdecimal() and len(port) <= 5
-    if not separator or not digits or int(port) >= 2**16:
+    name = host.strip("[]")
+    if not separator or not name or not digits or int(port) >= 2**16:
         raise ConfigError(
-            f"--listen {text}: expected HOST:PORT, as 0.0.0.0:9092 or [::]:9092. Nothing was "
-            "started."
+            f"--listen {text}: expected HOST:PORT, as 0.0.0.0:9092 or [::]:9092 for every "
+            "address. Nothing was started."
         )
-    return host.strip("[]"), int(port)
+    return name, int(port)
 
 
 start = Command(

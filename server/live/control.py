@@ -22,7 +22,7 @@ from fedcore.flower.fleet_grid import Stopped
 from fedcore.observability.events import Event, Noted, RoundFinished, StageStarted, json_line
 from server.live.audit import AUDIT, Audit
 from server.live.backup import back_up, check_place, check_wanted
-from server.live.drained import check_enough, read_drained, write_drained
+from server.live.drained import check_enough, read_drained, warn_of_unknown, write_drained
 from server.live.request import LOOKING, Asker, Request, named, parse_request
 from server.live.serve import Listening
 from server.live.shown import shown_devices, shown_status
@@ -118,6 +118,7 @@ class Control:
         """
         audit = Audit(self._folder / AUDIT)
         self._site = _Site(identity, listening, identity.roster(), audit)
+        warn_of_unknown(self._drained, self._site.roster)
         action = "start"
         if listening is not None:
             listening.presence.drain(self._drained)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import Message, MessageType
+from flwr.app import Error, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
 from fedcore.flower.fleet_grid import GRACE_S
 from fedcore.flower.grid import OwnGrid
+from fedcore.updates.messages import DECLINED, REFUSED
 from server.journal import Journal
 from server.live.members import weigh
 from server.progress import Progress
@@ -201,6 +202,7 @@ class JournalGrid(OwnGrid):
                 del waiting[reply.metadata.src_node_id]
                 if reply.has_error():  # it declined, or failed: asked again after a restart
                     asked -= 1
+                    reply = _of_no_kind(reply)
                 else:
                     _weigh(reply, weights)
                     self._journal.accept(reply)
@@ -224,6 +226,17 @@ class JournalGrid(OwnGrid):
             self._lacks()
             time.sleep(_LOOK_S)
         return False
+
+
+def _of_no_kind(reply: Message) -> Message:
+    """A failure without its kind: what devices report is not what this machine lacks.
+
+    A device declines where its budget is spent; that stays told apart.
+    """
+    if reply.error.code == DECLINED:
+        return reply
+    reply.error = Error(REFUSED, reply.error.reason)
+    return reply
 
 
 def _weigh(reply: Message, weights: Mapping[str, Mapping[int, int] | None]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from fedcore.config import Finetune, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.owner import OPEN_POLICY
-from server.folder import clear, is_complete, open_folder, reopen_folder
+from server.folder import clear, held, is_complete, mark_again, open_folder
 from server.identity import check_same, identity_of
 from server.journal import Journal, Reached, create, nothing, reopen
-from server.journal_head import JOURNAL
+from server.journal_head import is_begun
 
 FOLDER = "journal"
 """Folder of a run's journal."""
@@ -25,9 +25,13 @@ STEPS = "steps"
 """Folder of what the steps after the rounds have come to so far."""
 
 
+class Complete(Exception):
+    """A run that is to be gone on with, and of which nothing is left to be done; says so."""
+
+
 def has_journal(run: RunConfig, runs: Path) -> bool:
     """Whether a run of this name was begun below ``runs``, and may have to go on."""
-    return (runs / run.name / FOLDER / JOURNAL).exists()
+    return is_begun(runs / run.name / FOLDER)
 
 
 @contextmanager
@@ -44,16 +48,18 @@ def open_run(
         reached: Hears of the journal's points.
 
     Raises:
-        ConfigError: a run did not end, and neither is asked for; it was another run; it did end,
-            and was to be resumed; or it is still going on.
+        Complete: it did end, and was to be resumed.
+        ConfigError: a run did not end, and neither is asked for; it was another run; or it is
+            still going on.
         DataError: its journal is damaged, and nothing is left to mend it from.
     """
-    found = None
-    if not fresh and has_journal(run, runs) and (resume or not is_complete(runs / run.name)):
-        with reopen_folder(run, runs) as folder:
+    folder = runs / run.name
+    if not fresh and has_journal(run, runs) and (resume or not is_complete(folder)):
+        with held(folder):
             found = _unfinished(folder, run, resume=resume, reached=reached)
             if found is not None:
                 try:
+                    mark_again(folder, run)  # its journal tells whose folder it is
                     # Steps of rounds that are not over are those of a run that a backup replaced.
                     clear(folder, keep=(FOLDER, STEPS) if found.ended else (FOLDER,))
                     yield folder, found
@@ -74,13 +80,9 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
     if journal is None:
         return None
     try:
-        over = journal.ended and run.release.repository is None
-        if over and resume:
-            raise ConfigError(
-                f"{folder}: this run is complete: its model is in global.safetensors. Nothing was "
-                "run; leave --resume out to run it again."
-            )
-        if over:
+        released = is_complete(folder)
+        over = released or (journal.ended and run.release.repository is None)
+        if over and not resume:
             journal.close()
             return None
         if not resume:
@@ -88,9 +90,15 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
                 f"{folder}: this run was interrupted after round {journal.round}, and starting it "
                 "would drop that. Nothing was run; go on with --resume, or begin anew with --fresh."
             )
-        free = AFTER_ROUNDS if journal.ended else ()
-        check_same(folder / FOLDER, journal.identity, identity_of(run, OPEN_POLICY), free=free)
-    except ConfigError:
+        now, free = identity_of(run, OPEN_POLICY), AFTER_ROUNDS if journal.ended else ()
+        check_same(folder / FOLDER, journal.identity, now, free=free, anew="with --fresh")
+        if over:
+            what = "results are in summary.json" if released else "model is in global.safetensors"
+            raise Complete(
+                f"{folder}: this run is complete: its {what}. Nothing is left to be done; --fresh "
+                "in place of --resume runs it again."
+            )
+    except BaseException:
         journal.close()
         raise
     return journal

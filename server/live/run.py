@@ -33,7 +33,7 @@ from server.live.journal_keeper import REJOIN_S, Admit, JournalGrid, JournalKeep
 from server.live.members import Members
 from server.live.memory import loading
 from server.live.operate import check_socket, operated, operated_meanwhile, over_network
-from server.live.resume import has_journal, open_run
+from server.live.resume import Complete, has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
 from server.records import RoundRecord
@@ -88,6 +88,8 @@ def run_deployment(
 ) -> bool:
     """Serves until the run is over; False when it was stopped before.
 
+    A run that was over before, and is to be gone on with, is said to be, and nobody is served.
+
     The best model lies in the run's folder as ``global.safetensors``. Where the run names a
     repository, what `server.live.finish` does follows, once no device is served any more.
 
@@ -106,6 +108,22 @@ def run_deployment(
     Raises:
         FedcoreError: whatever stops it. What the journal holds stands.
     """
+    try:
+        return _serve(deployment, control, out, randomness=randomness, reached=reached)
+    except Complete as over:
+        with choose(out, json=deployment.json) as shown:
+            shown(Noted(str(over)))
+        return True
+
+
+def _serve(
+    deployment: Deployment,
+    control: Control,
+    out: TextIO,
+    *,
+    randomness: Randomness | None,
+    reached: Reached,
+) -> bool:
     run = deployment.run
     identity = load_server_identity(deployment.identity)
     path = run.path(run.task)

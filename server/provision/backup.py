@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,27 @@ from cryptography import x509
 from pydantic import AwareDatetime, ValidationError
 
 from fedcore.config import Section
-from fedcore.crypto.certificates import check_authority, parse_certificate, subject_of
+from fedcore.crypto.certificates import (
+    MAX_CERTIFICATE_BYTES,
+    check_authority,
+    parse_certificate,
+    subject_of,
+)
 from fedcore.crypto.keys import parse_key, public_bytes
-from fedcore.crypto.kit import parse_kit_file
-from fedcore.crypto.roster import ROSTER, parse_roster
+from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, parse_kit_file
+from fedcore.crypto.roster import ROSTER, SEEN, note_lost, parse_roster, seen_version
 from fedcore.crypto.sealing import is_sealed, seal, unseal
-from fedcore.errors import ConfigError, FedcoreError, TrustError
-from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
+from fedcore.files import disk_errors, held_alone, read_bytes, sync_folder, write_atomic
+from server.live.audit import AUDIT as SERVER_AUDIT
+from server.live.audit import MARK
+from server.live.drained import DRAINED
 from server.provision.folder import (
     AUDIT,
     CERTIFICATE,
     MAX_AUDIT_BYTES,
     PRIVATE_KEY,
+    SERVER,
     Authority,
     check_pair,
     check_place,
@@ -51,6 +61,8 @@ FileName = Literal[
 _REQUIRED: tuple[FileName, ...] = ("authority.pem", "authority.key", "roster.json", "audit.jsonl")
 _SERVER: tuple[FileName, ...] = ("server/key.pem", "server/kit.json")
 _PUBLIC: tuple[FileName, ...] = ("authority.pem", "roster.json", "server/kit.json")
+_STAYS = (SEEN, DRAINED, SERVER_AUDIT, MARK)
+"""What a server keeps in its folder, and no backup of the authority holds."""
 
 
 class Backup(Section):
@@ -71,6 +83,8 @@ class Restored:
     """Whose list of members is in force: the newer one, so that nobody revoked comes back."""
     before: Path | None
     """Where the folder that was there before lies now."""
+    caution: str | None
+    """Who may be in force again by it, where that cannot be ruled out, and what to do."""
 
 
 def backup(act: Act, file: Path) -> None:
@@ -106,11 +120,13 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
 
     Guarantee:
         Until the new folder is whole, the old one stands; afterwards it lies beside it. When both
-        are of one authority, the newer roster of the two is kept.
+        are of one authority, the newer roster of the two is kept, and so is what a server has
+        kept in the folder: which rosters it has seen, who is drained, and its audit log.
 
     Raises:
         ConfigError: the folder holds something and ``replace`` is not set, or there is no
             passphrase.
+        ResourceError: a server is running with the folder.
         DataError: the file is missing, or larger than a backup can be.
         TrustError: it cannot be opened, or what it holds does not fit together.
     """
@@ -121,12 +137,19 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
             f"{folder}: expected an empty folder, or none. Nothing was restored; choose another, "
             "or give --replace: what is there is then kept under another name."
         )
-    sealed = read_bytes(file, max_bytes=MAX_BACKUP_BYTES, what="a backup")
+    sealed = read_bytes(
+        file,
+        max_bytes=MAX_BACKUP_BYTES,
+        what="a backup",
+        otherwise="Nothing was restored; name a file that `fedcore provision backup` wrote.",
+    )
     files = _decode(unseal(sealed, _passphrase(act), where=where), where)
     authority = _verify(files, act, where=where)
     with ExitStack() as held:
         if occupied and (folder / CERTIFICATE).exists():
             held.enter_context(locked(folder))
+        if (folder / SERVER).is_dir():
+            held.enter_context(held_alone(folder / SERVER, _running(folder)))
         there = _readable(act) if occupied else None
         newer = (
             there is not None
@@ -136,12 +159,15 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
         if there is not None and newer:
             files[ROSTER] = there.roster.to_bytes()
             files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
-        before = _place(act, files, occupied=occupied)
+        stays = _stays(folder, authority) if occupied else []
+        kept = there if there is not None and newer else authority
+        before = _place(act, files, stays, kept.roster.version, occupied=occupied)
     return Restored(
         project=authority.project,
-        members=len(there.members if there is not None and newer else authority.members),
+        members=len(kept.members),
         roster="folder" if newer else "backup",
         before=before,
+        caution=_caution(folder, before, compared=there is not None),
     )
 
 
@@ -205,7 +231,64 @@ def _readable(act: Act) -> Authority | None:
         return None
 
 
-def _place(act: Act, files: Mapping[str, bytes], *, occupied: bool) -> Path | None:
+def _running(folder: Path) -> ResourceError:
+    return ResourceError(
+        f"{folder / SERVER}: a server is running with this identity. Nothing was restored; stop it "
+        "(`fedcore server stop`), and restore again."
+    )
+
+
+def _stays(folder: Path, authority: Authority) -> list[Path]:
+    """What a server has kept in the folder that gives way, unless that is another authority's.
+
+    Whose it is says the authority's certificate, or else the server's kit; a folder that is so
+    damaged that neither tells is taken for this authority's, which lets in nobody too many.
+    """
+    if _authority_of(folder) not in (authority.certificate, None):
+        return []
+    found = [folder / SERVER / name for name in _STAYS]
+    found = [path for path in found if os.path.lexists(path)]
+    for path in found:
+        if not path.is_file():
+            raise DataError(
+                f"{path}: expected a file that the server wrote, found a folder or something else. "
+                f"Nothing was restored; see what it is, put it away, and restore again. Where it "
+                f"was {SEEN}, nothing knows any more which members were revoked: revoke them anew."
+            )
+    return found
+
+
+def _authority_of(folder: Path) -> x509.Certificate | None:
+    """The certificate of the authority that a folder is of; None where nothing tells."""
+    try:
+        raw = read_bytes(folder / CERTIFICATE, max_bytes=MAX_CERTIFICATE_BYTES, what="it")
+        return parse_certificate(raw, where=CERTIFICATE)
+    except FedcoreError:
+        pass
+    try:
+        raw = read_bytes(folder / SERVER / KIT, max_bytes=MAX_KIT_BYTES, what="it")
+        return parse_certificate(parse_kit_file(raw, where=KIT).authority.encode(), where=KIT)
+    except FedcoreError:
+        return None
+
+
+def _caution(folder: Path, before: Path | None, *, compared: bool) -> str | None:
+    try:
+        seen_version(folder / SERVER / SEEN)
+    except FedcoreError as error:
+        return str(error)
+    if before is None or compared:
+        return None
+    return (
+        "the roster that was there cannot be read, so the versions could not be compared: who was "
+        f"revoked since this backup is in force again. {before / AUDIT} tells of each; revoke them "
+        "anew, now."
+    )
+
+
+def _place(
+    act: Act, files: Mapping[str, bytes], stays: Iterable[Path], version: int, *, occupied: bool
+) -> Path | None:
     """Writes the files beside the folder, then renames; returns where the old folder went."""
     folder = act.folder.absolute()
     with disk_errors(folder):
@@ -214,8 +297,11 @@ def _place(act: Act, files: Mapping[str, bytes], *, occupied: bool) -> Path | No
     try:
         for name, raw in files.items():
             write_atomic(new / name, raw, mode=0o644 if name in _PUBLIC else 0o600)
-        if (new / "server").exists():
-            link_roster(new / "server")
+        for path in stays:
+            _copy(path, new / SERVER / path.name)
+        note_lost(new / SERVER / SEEN, version)
+        if (new / SERVER).exists():
+            link_roster(new / SERVER)
         record(new, at=act.now, by=act.by, action="restore")
         with disk_errors(folder):
             before = None
@@ -228,3 +314,14 @@ def _place(act: Act, files: Mapping[str, bytes], *, occupied: bool) -> Path | No
         shutil.rmtree(new, ignore_errors=True)
         raise
     return before
+
+
+def _copy(path: Path, copy: Path) -> None:
+    """A copy on disk, for its owner alone; a log may be larger than memory."""
+    with disk_errors(copy):
+        copy.parent.mkdir(mode=0o700, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o600)
+        with copy.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(copy.parent)

@@ -118,8 +118,10 @@ def _restore(options: argparse.Namespace) -> int:
         "members": done.members,
         "roster": done.roster,
         "before": done.before and str(done.before),
+        "caution": done.caution,
     }
-    return show(options, text + before, value)
+    caution = f"\nCaution:  {done.caution}" if done.caution else ""
+    return show(options, text + before + caution, value)
 
 
 provision = group(

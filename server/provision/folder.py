@@ -30,8 +30,13 @@ from fedcore.crypto.roster import MAX_ROSTER_BYTES, ROSTER, Entry, Member, Roste
 from fedcore.crypto.sealing import is_sealed, unseal
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from server.live.audit import check_regular
 
 CERTIFICATE, PRIVATE_KEY, AUDIT, SERVER = "authority.pem", "authority.key", "audit.jsonl", "server"
+_RESTORE = (
+    "Nothing was done; put it back from a copy, or `fedcore provision restore FILE --replace` "
+    "brings back the whole authority from a backup."
+)
 MAX_AUDIT_BYTES = 32 << 20  # 32 MiB: some 100,000 lines
 
 
@@ -82,10 +87,17 @@ def read_authority(folder: Path, *, now: datetime) -> Authority:
         TrustError: the roster does not verify.
     """
     path = folder / CERTIFICATE
-    raw = read_bytes(path, max_bytes=MAX_CERTIFICATE_BYTES, what="the authority's certificate")
+    raw = read_bytes(
+        path,
+        max_bytes=MAX_CERTIFICATE_BYTES,
+        what="the authority's certificate",
+        otherwise=_RESTORE,
+    )
     certificate = parse_certificate(raw, where=str(path))
     project = check_authority(certificate, now=now, where=str(path))
-    raw = read_bytes(folder / ROSTER, max_bytes=MAX_ROSTER_BYTES, what="the roster")
+    raw = read_bytes(
+        folder / ROSTER, max_bytes=MAX_ROSTER_BYTES, what="the roster", otherwise=_RESTORE
+    )
     roster, members = parse_roster(raw, certificate, where=str(folder / ROSTER))
     return Authority(folder, project, certificate, roster, members)
 
@@ -163,9 +175,14 @@ def record(folder: Path, *, at: datetime, by: str, action: str, **more: object) 
 
     It is written before what it tells of, so that nothing is issued unrecorded; a line whose act
     failed afterwards is possible, and harmless.
+
+    Raises:
+        DataError: the log is no file.
+        DiskFull: there is no room.
     """
     entry = {"at": f"{at:%Y-%m-%dT%H:%M:%SZ}", "by": by, "action": action, **more}
     path = folder / AUDIT
+    check_regular(path)
     with disk_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "ab") as stream:
@@ -197,4 +214,9 @@ def _check_there(folder: Path) -> None:
 
 
 def _raw_key(folder: Path) -> bytes:
-    return read_bytes(folder / PRIVATE_KEY, max_bytes=MAX_KEY_BYTES, what="the authority's key")
+    return read_bytes(
+        folder / PRIVATE_KEY,
+        max_bytes=MAX_KEY_BYTES,
+        what="the authority's key",
+        otherwise=_RESTORE,
+    )

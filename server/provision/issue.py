@@ -319,11 +319,23 @@ def _server_kit(authority: Authority) -> KitFile:
             f"{authority.folder}: there is no server yet, and a kit says where it is. No "
             "certificate was issued; `fedcore provision server HOST` comes first."
         )
-    raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="the server's kit")
+    raw = read_bytes(
+        path,
+        max_bytes=MAX_KIT_BYTES,
+        what="the server's kit",
+        otherwise="Nothing was done; `fedcore provision server HOST --replace` makes it anew.",
+    )
     return parse_kit_file(raw, where=str(path))
 
 
 def _known(authority: Authority, name: str) -> tuple[Entry, Member]:
+    if name == SERVER_NAME:
+        raise ConfigError(
+            f"{authority.folder}: the server is no member, and devices have no list of revoked "
+            "servers. Nothing was changed; `fedcore provision server HOST --replace` gives it a "
+            "new key. Where the old one was stolen, begin a new project, or let its certificate "
+            "run out."
+        )
     found = authority.find(name)
     if found is None:
         raise ConfigError(

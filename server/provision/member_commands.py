@@ -88,7 +88,12 @@ def _viewer(options: argparse.Namespace) -> int:
 def _certify(options: argparse.Namespace, role: MemberRole, examples: int | None) -> int:
     kit = free(options.out or Path(f"{options.name}.kit"))
     where = str(options.request)
-    request = read_bytes(options.request, max_bytes=MAX_CERTIFICATE_BYTES, what="a request")
+    request = read_bytes(
+        options.request,
+        max_bytes=MAX_CERTIFICATE_BYTES,
+        what="a request",
+        otherwise=f"Nothing was issued; `fedcore client enrol {options.name}` makes one.",
+    )
     file = provision_member(
         acting(options, signs=True),
         options.name,

@@ -56,7 +56,7 @@ def test_a_run_with_another_name_goes_on_with_the_same_budget(
     shutil.rmtree(project.root / "edge-0" / "device")
     device = launch_device("edge-0", "--owner", str(owner))
     wiped = launch_server(*PRIVATE, name="wiped")
-    assert wiped.end(90) == 5
+    assert wiped.end(90) == 6
     assert "it was removed, or put back as it was before" in wiped.log.read_text()
     assert "ledger.mark" in device.log.read_text()
 

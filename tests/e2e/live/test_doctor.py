@@ -98,6 +98,15 @@ def test_the_server_side_finds_a_taken_port_a_bad_roster_and_a_changed_log(proje
         assert server_side(project)["ports"].verdict == "fail"
     assert server_side(project)["ports"].verdict == "ok"
     folder = project.root / "server"
+    assert "no server has run" in server_side(project)["audit"].detail
+    (folder / "roster.seen").write_text('{"format":"fedcore.seen/1","version":1}')
+    assert server_side(project)["audit"].verdict == "fail"
+    assert "is gone, though a server has run" in server_side(project)["audit"].detail
+    (folder / "drained.json").write_text('["edge-9"]')
+    assert server_side(project)["drained"].verdict == "warn"
+    assert "edge-9" in server_side(project)["drained"].detail
+    (folder / "drained.json").write_text("{")
+    assert server_side(project)["drained"].verdict == "fail"
     lines = [{"before": "1" * 64, "at": f"{datetime.now(UTC)}"}]
     (folder / "audit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "line 1 does not follow" in server_side(project)["audit"].detail

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from edge_client.node import loop, wake
-from fedcore.errors import DeviceError, TrustError
+from edge_client.node.ledger import LEDGER, MARK
+from fedcore.config import Privacy
+from fedcore.errors import DeviceError, FedcoreError, TrustError
 from fedcore.updates.messages import STATISTICS
 from tests.e2e.live.federation import federate
 
@@ -86,6 +90,61 @@ def test_an_update_that_was_cut_off_is_sent_again(
         assert [record.updates for record in federate(project, served, run)] == [1]
         assert time.monotonic() - started < 10
     assert cut[0] > 3
+
+
+def private(project: Any) -> Any:
+    privacy = Privacy(unit="example", noise_multiplier=1.0, max_epsilon=1000.0)
+    return project.run(rounds=1, cohort=1).model_copy(update={"privacy": privacy})
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda mark: mark.mkdir(), "something else has its name"),
+        (os.mkfifo, "something else has its name"),
+        (lambda mark: mark.write_text(""), "Invalid JSON"),
+        (lambda mark: mark.write_text('{"charges": 7}'), "says that 7 were made"),
+    ],
+)
+def test_a_device_whose_ledger_cannot_be_read_says_so_and_is_there_for_the_next_round(
+    project: Any, serve: Any, start: Any, damage: Callable[[Path], object], told: str
+) -> None:
+    run, mark = private(project), project.root / "edge-0" / MARK
+    with serve(run) as served:
+        device = start("edge-0")
+        damage(mark)
+        wait_for(lambda: all_awake(served, 1), 15)
+        with pytest.raises(FedcoreError, match=told):
+            federate(project, served, run)
+        mark.rmdir() if mark.is_dir() else mark.unlink()
+        assert [record.updates for record in federate(project, served, run)] == [1]
+        assert not device.errors
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_an_update_that_is_damaged_before_it_left_is_trained_anew_and_charged_twice(
+    project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    push, damaged = loop.FleetLink._push, list[Path]()
+
+    def damaging(self: Any, *arguments: Any) -> None:
+        if not damaged:
+            damaged.extend((project.root / "edge-0-data" / "spool").glob("*.reply"))
+            damaged[0].write_bytes(damaged[0].read_bytes()[:left])
+            raise loop.Unreachable("the line was cut")
+        push(self, *arguments)
+
+    monkeypatch.setattr(loop.FleetLink, "_push", damaging)
+    run = private(project)
+    with serve(run) as served:
+        device = start("edge-0")
+        wait_for(lambda: all_awake(served, 1), 15)
+        assert [record.updates for record in federate(project, served, run)] == [1]
+        assert not device.errors
+    assert damaged[0].exists()
+    assert damaged[0].with_suffix(".damaged").stat().st_size == left
+    charges = json.loads((project.root / "edge-0-data" / LEDGER).read_text())["runs"]["trial"]
+    assert [charge["round"] for charge in charges] == [1, 1]
 
 
 def test_a_second_run_of_the_same_devices_finds_their_state(

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from fedcore.crypto.kit import client_context
-from fedcore.errors import ConfigError, ResourceError, TrustError
+from fedcore.errors import ConfigError, DataError, ResourceError, TrustError
 from server.live.audit import check_audit
 from server.live.reach import OPERATE, SOCKET, ask_here, ask_there, reachable
 from server.live.request import MAX_REQUEST_BYTES
@@ -196,6 +196,34 @@ def test_the_socket_is_its_users_alone_and_a_killed_server_leaves_none_in_the_wa
         status(project)
     launch_server(name="second")
     wait_for(lambda: status(project)["run"] == "second")
+
+
+def test_nothing_is_done_unrecorded_and_a_log_that_is_gone_stops_a_server(
+    project: Any, launch_server: Any
+) -> None:
+    server, folder = launch_server(), project.root / "server"
+    wait_for(lambda: status(project)["state"] == "waiting")
+    (folder / "audit.jsonl").unlink()
+    with pytest.raises(DataError, match="removed, replaced or cut while the server runs"):
+        ask_here(folder, {"verb": "pause"})
+    assert status(project)["state"] == "waiting"
+    server.send(signal.SIGTERM)
+    assert server.end() == 4
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fedcore.cli", "server", "start", "run.toml"),
+            "--identity",
+            "server",
+        ],
+        cwd=project.root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "the audit log is gone" in done.stderr
+    (folder / "audit.mark").unlink()
+    launch_server(name="second")
+    audit(project)
 
 
 def test_a_second_server_with_the_same_identity_is_refused(

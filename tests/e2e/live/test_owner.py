@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from datetime import datetime, timedelta
 from typing import Any
 
+import pytest
+import torch
+
+from fedcore.errors import RoundFailed
 from fedcore.files import sha256_hex
 from server.live.reach import ask_here
 
@@ -41,6 +46,22 @@ def test_a_task_that_the_owner_does_not_know_is_not_run(project: Any, launch_dev
     assert not (project.root / "it was run").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_lacks_what_its_owner_names_does_not_start(
+    project: Any, launch_device: Any
+) -> None:
+    owner = project.root / "owner.toml"
+    for line, told in (
+        ('data = "nosuch"', "there is no folder"),
+        ('device = "cuda"', "torch finds no such device"),
+    ):
+        owner.write_text(line + "\n")
+        device = launch_device("edge-0", "--owner", str(owner))
+        assert device.end(60) == 2
+        assert told in device.log.read_text()
+        assert "Traceback" not in device.log.read_text()
+
+
 def test_bandwidth_is_kept_to_and_memory_is_given_back(
     project: Any, launch_server: Any, launch_device: Any
 ) -> None:
@@ -55,3 +76,24 @@ def test_bandwidth_is_kept_to_and_memory_is_given_back(
     # Two further rounds of 40 kB each way, and the reply of the first.
     assert time.monotonic() - started > 2.0
     assert device.log.read_text().count("trial train: done") == 3
+
+
+def test_what_a_device_lacks_is_not_what_the_server_lacks(
+    project: Any, launch: Any, launch_server: Any, launch_device: Any
+) -> None:
+    owner = project.root / "owner.toml"
+    owner.write_text("max_memory_bytes = 1\n")
+    server = launch_server("federation.rounds=1", "federation.cohort=1")
+    lacking = launch_device("edge-0", "--owner", str(owner))
+    assert server.end(60) == RoundFailed.exit_code
+    assert "RoundFailed: round 1: 0 of 1 clients sent an update" in server.log.read_text()
+    lacking.send(signal.SIGKILL)
+    lacking.end()
+    launch_device("edge-1")
+    arguments = server.process.args
+    again = launch(*arguments[arguments.index("-c") + 2 :], "--resume")
+    assert again.end(60) == 0, "it asks who is there, and not whom the round asked that failed"
+    over = launch(*arguments[arguments.index("-c") + 2 :], "--resume")
+    assert over.end(60) == 0, "and there is nothing left to be done"
+    assert "this run is complete: its model is in global.safetensors" in over.log.read_text()
+    assert (project.root / "runs" / "trial" / "global.safetensors").is_file()

@@ -66,7 +66,7 @@ def test_a_device_that_connects_to_somebody_silent_stops_soon(
             assert stopped(device) == 0
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.8])
+@pytest.mark.parametrize("after_s", [0.0, 0.4, 0.8])
 def test_a_device_that_starts_up_stops_soon(
     project: Any, launch_server: Any, launch_device: Any, after_s: float
 ) -> None:

@@ -35,6 +35,20 @@ def test_a_certificate_is_told_in_good_time(days: float, verdict: str) -> None:
     assert (found.remedy == "renew it") == (verdict != "ok")
 
 
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (timedelta(seconds=-60), "UTC: expired 1 minute ago"),
+        (timedelta(hours=-5.5), "UTC: expired 5 hours ago"),
+        (timedelta(days=-1.5), "UTC: expired 1 day ago"),
+        (timedelta(minutes=59), "UTC (59 minutes): expires soon"),
+        (timedelta(days=30, hours=1), "UTC (30 days)"),
+    ],
+)
+def test_how_long_ago_or_still_is_told_in_its_own_unit(left: timedelta, said: str) -> None:
+    assert expiry("it", NOW + left, remedy="renew it", now=NOW).detail.endswith(said)
+
+
 def test_an_error_is_a_finding_with_its_remedy() -> None:
     def work() -> Finding:
         raise DataError("x: there is none.")

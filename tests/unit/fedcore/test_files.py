@@ -132,8 +132,11 @@ def test_reading_up_to_the_limit_and_no_further(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none: a test does not exist"):
+    with pytest.raises(DataError, match=r"none: a test does not exist\.$"):
         read_bytes(tmp_path / "none", max_bytes=5, what="a test")
+    for place in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match=r"\. Make one\.$"):
+            read_bytes(place, max_bytes=5, what="a test", otherwise="Make one.")
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="a test does not exist"):
         read_bytes(tmp_path / "file" / "below", max_bytes=5, what="a test")

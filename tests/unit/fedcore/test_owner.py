@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from fedcore.config import Client, Privacy, RunConfig
-from fedcore.owner import OPEN_POLICY, OwnerPolicy, tighten
+from fedcore.errors import ConfigError
+from fedcore.owner import OPEN_POLICY, OwnerPolicy, load_owner, tighten
 
 RUN = RunConfig(
     name="x",
@@ -25,3 +30,37 @@ def test_a_stricter_owner_has_the_last_word() -> None:
 def test_a_looser_owner_does_not_loosen_what_the_server_asked() -> None:
     done = tighten(RUN, OwnerPolicy(max_epsilon=100.0, target_delta=0.1))
     assert done.privacy == RUN.privacy
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('data = ""', "data = '' names no folder"),
+        ('data = "a\\u0000b"', "names no folder"),
+        ("hours = []", "this device would never take part"),
+        ("max_threads = 99999999999999999999999999", "less than or equal to 65536"),
+        ("max_memory_bytes = 99999999999999999999999999", "less than or equal to 1000000000000000"),
+        ("max_bandwidth_bytes_per_s = 99999999999999999999999999", "equal to 1000000000000"),
+        ("max_epsilon = 1e-320", "greater than or equal to 0.01"),
+    ],
+)
+def test_values_that_can_mean_nothing_are_refused(tmp_path: Path, line: str, told: str) -> None:
+    path = tmp_path / "owner.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError) as refused:
+        load_owner(path)
+    assert told in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert line.partition(" ")[0] in str(refused.value)
+
+
+def test_a_folder_of_data_must_be_there(tmp_path: Path) -> None:
+    path, data = tmp_path / "owner.toml", tmp_path / "data"
+    (tmp_path / "file").touch()
+    for missing in (data, tmp_path / "file", tmp_path / ("x" * 300)):
+        path.write_text(f'data = "{missing}"\n')
+        with pytest.raises(ConfigError, match=r"there is no folder .* Nothing was run; make it"):
+            load_owner(path)
+    data.mkdir()
+    path.write_text(f'data = "{data}"\n')
+    assert load_owner(path).data_folder == data

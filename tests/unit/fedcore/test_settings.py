@@ -131,6 +131,30 @@ def test_a_value_is_refused_with_what_is_allowed(tmp_path: Path, text: str, said
     assert said in message
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("9" * 5000, "not valid TOML: Exceeds the limit"),
+        ("0x" + "f" * 5000, "rounds = a number of thousands of digits: it should be"),
+        ("[" * 3000, "not valid TOML: maximum recursion depth exceeded"),
+        ("[" * 150 + "]" * 150, "rounds = [[["),
+    ],
+    ids=["decimal", "hexadecimal", "deep", "less deep"],
+)
+def test_numbers_and_arrays_beyond_all_reason_are_refused(
+    tmp_path: Path, value: str, said: str
+) -> None:
+    assert said in refused(tmp_path, f"[federation]\nrounds = {value}")
+    message = refused(tmp_path, "", f"federation.rounds={value}")
+    assert said in message
+    assert message.startswith("--set federation.rounds=")
+    assert len(message) < 600
+    owner = tmp_path / "owner.toml"
+    owner.write_text(f"data = {value}\n")
+    with pytest.raises(ConfigError, match=r"owner\.toml: "):
+        load_owner(owner)
+
+
 def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
     assert len(refused(tmp_path, f"[client]\ndevice = '{'x' * 5000}'")) < 300 + len(str(tmp_path))
 
@@ -267,7 +291,9 @@ def test_an_owners_file_is_read_with_the_same_care(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"owner\.toml: unknown key 'max_epsilom'.*'max_epsilon'"):
         load_owner(path)
     path.write_text("max_epsilon = 0.0\n")
-    with pytest.raises(ConfigError, match=r"max_epsilon = 0\.0: it should be greater than 0"):
+    with pytest.raises(
+        ConfigError, match=r"max_epsilon = 0\.0: it should be greater than or equal to 0\.01"
+    ):
         load_owner(path)
     with pytest.raises(ConfigError) as caught:
         load_owner(tmp_path / "none.toml")

@@ -119,6 +119,9 @@ def test_a_task_file_that_is_none_is_refused_with_the_reason(
 def test_a_task_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"none\.py: this task file does not exist"):
         load_task(tmp_path / "none.py")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(TaskError, match=r"is a folder or something else\. Nothing was run; name"):
+        load_task(tmp_path / "folder.py")
     (tmp_path / "task.txt").write_text(MINIMAL)
     with pytest.raises(TaskError, match=r"a task file ends in \.py"):
         load_task(tmp_path / "task.txt")

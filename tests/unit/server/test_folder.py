@@ -113,7 +113,12 @@ def test_a_run_that_did_not_end_is_reopened_as_it_was_left(tmp_path: Path) -> No
 def test_there_must_be_a_run_to_reopen_and_it_must_not_have_ended(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none to resume"), reopen_folder(RUN, tmp_path):
         pass
-    (open_folder(RUN, tmp_path) / "summary.json").write_text("{}")
+    folder = open_folder(RUN, tmp_path)
+    (folder / "run.json").rename(folder / "kept")
+    with pytest.raises(ConfigError, match="put that file back"), reopen_folder(RUN, tmp_path):
+        pass
+    (folder / "kept").rename(folder / "run.json")
+    (folder / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="this run is complete"), reopen_folder(RUN, tmp_path):
         pass
 

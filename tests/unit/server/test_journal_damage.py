@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from fedcore.errors import DataError
 from fedcore.flower.identity import assume_identity
+from server import journal_head
 from server.journal import create, reopen
 from server.journal_head import HEAD, JOURNAL, RECORDS
 from tests.unit.server.journals import (
@@ -70,6 +72,78 @@ def test_commits_outlive_the_journals_file(
         assert journal.reply(asked(5)) is None
     with opened(tmp_path) as journal:
         assert journal.mended == "", "it is mended for good"
+
+
+def a_folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def a_loop(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize(
+    ("become", "what"),
+    [(a_folder, "this is a folder"), (a_pipe, "this is a pipe"), (a_loop, "leads to no file")],
+)
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+def test_what_is_no_file_is_named_and_put_aside(
+    tmp_path: Path, become: Callable[[Path], None], what: str, suffix: str
+) -> None:
+    two_rounds(tmp_path)
+    path = tmp_path / f"{JOURNAL}{suffix}"
+    become(path)
+    with opened(tmp_path) as journal:
+        assert journal.mended.startswith(f"{path}: ")
+        assert what in journal.mended
+        assert journal.round == 2
+    assert os.path.lexists(f"{path}.damaged")
+
+
+@pytest.mark.parametrize("at", range(1, 10))
+def test_whenever_a_mending_dies_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    two_rounds(tmp_path)
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    (tmp_path / f"{JOURNAL}-wal").write_bytes(b"nor this")
+    left = at
+
+    def dying(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **more: object) -> object:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+            return real(*arguments, **more)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("sync_folder", "write_atomic", "Entries"):
+            patched.setattr(journal_head, name, dying(getattr(journal_head, name)))
+        patched.setattr(Path, "replace", dying(Path.replace))
+        with pytest.raises(KeyboardInterrupt):
+            reopen(tmp_path)
+    with opened(tmp_path) as journal:
+        assert journal.round == 2
+        assert journal.start is not None
+        assert journal.start.records == (record(1), record(2))
+
+
+def test_an_emptied_journal_without_its_copy_is_refused(tmp_path: Path) -> None:
+    two_rounds(tmp_path)
+    (tmp_path / JOURNAL).write_bytes(b"")
+    (tmp_path / HEAD).write_bytes(b"")
+    with pytest.raises(DataError, match=r"is empty, and a run was begun.* --fresh"):
+        reopen(tmp_path)
 
 
 def test_without_its_copy_a_damaged_journal_is_refused(tmp_path: Path) -> None:

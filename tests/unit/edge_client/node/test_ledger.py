@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +208,73 @@ def test_a_torn_mark_and_a_torn_state_stop_training(machine: Machine) -> None:
     (machine.states / "one.state").write_bytes(b"\xff\xff garbage")
     with pytest.raises(DataError, match="holds no record"):
         machine.open("two")
+
+
+@pytest.mark.parametrize("where", [LEDGER, MARK])
+@pytest.mark.parametrize("what", ["folder", "pipe", "loop"])
+def test_something_else_in_a_ledgers_place_stops_training_or_is_replaced(
+    machine: Machine, where: str, what: str
+) -> None:
+    machine.train("one")
+    whole = machine.open("two")[1]
+    path = (machine.kit if where == MARK else machine.folder.path) / where
+    path.unlink()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}.get(
+        what, lambda: path.symlink_to(path.name)
+    )()
+    if what != "loop":
+        with pytest.raises(PrivacyError, match=r"something else has its name.* or remove it"):
+            machine.open("two")
+        path.rmdir() if what == "folder" else path.unlink()
+    assert machine.open("two")[1] == whole
+    assert path.is_file()
+
+
+def test_a_mark_that_is_gone_or_behind_is_written_anew(machine: Machine) -> None:
+    machine.train("one")
+    machine.train("one")
+    raw = (machine.kit / MARK).read_bytes()
+    for damage in (b"", raw.replace(b"2", b"0")):
+        (machine.kit / MARK).write_bytes(damage) if damage else (machine.kit / MARK).unlink()
+        machine.open("one")
+        assert (machine.kit / MARK).read_bytes() == raw
+
+
+@pytest.mark.parametrize("where", ["ledger", "mark", "state"])
+def test_a_flipped_bit_never_hides_what_was_spent(machine: Machine, where: str) -> None:
+    machine.train("one")
+    machine.train("one", delta=1e-6)
+    path = {
+        "ledger": machine.folder.path / LEDGER,
+        "mark": machine.kit / MARK,
+        "state": machine.states / "one.state",
+    }[where]
+    files = [machine.folder.path / LEDGER, machine.kit / MARK, machine.states / "one.state"]
+    whole = {file: file.read_bytes() for file in files}
+    truth = machine.open("two")[1]
+    state = machine.folder.state("one")
+    machine.ledger("one").open(state)
+    own = ledger_in(state)
+    refused = 0
+    for place in range(len(whole[path])):
+        raw = bytearray(whole[path])
+        raw[place] ^= 1 << place % 7
+        path.write_bytes(raw)
+        try:
+            others = machine.open("two")[1]
+            state = machine.folder.state("one")
+            machine.ledger("one").open(state)
+        except (PrivacyError, DataError):
+            refused += 1
+        else:
+            assert others.target_delta <= truth.target_delta
+            assert set(truth.charges) <= set(others.charges)
+            assert ledger_in(state) == own
+        for file, held in whole.items():
+            file.write_bytes(held)
+        for new in (*machine.states.iterdir(), *machine.folder.path.glob("*.json")):
+            assert new in files or new.unlink() is None
+    assert refused > len(whole[path]) / 4
 
 
 def test_dying_before_the_copy_costs_nothing_and_hides_nothing(machine: Machine) -> None:

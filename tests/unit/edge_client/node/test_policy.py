@@ -6,12 +6,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from edge_client.node.policy import (
     Pace,
     Power,
     Surroundings,
     check_task,
+    limit_gpu,
     read_power,
     reason_to_rest,
     take_part,
@@ -51,7 +53,6 @@ def at(hour: int, minute: int = 0) -> Surroundings:
         (("01:00-02:00", "12:00-13:00"), (12, 30), True),
         (("01:00-02:00", "12:00-13:00"), (3, 0), False),
         (("08:00-08:00",), (3, 0), True),
-        ((), (12, 0), False),
     ],
 )
 def test_the_owners_hours(hours: tuple[str, ...], moment: tuple[int, int], within: bool) -> None:
@@ -67,6 +68,17 @@ def test_hours_that_are_none_are_refused_when_they_are_read(tmp_path: Path, hour
     path.write_text(f'hours = ["{hours}"]\n')
     with pytest.raises(ConfigError, match="hours"):
         load_owner(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there_is_said_so_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"owner\.toml: device = 'cuda', and torch finds no such"):
+        limit_gpu(OwnerPolicy(device="cuda"))
+    for owner in (OwnerPolicy(), OwnerPolicy(device="cpu"), OwnerPolicy(device="auto")):
+        limit_gpu(owner)
+    assert not caplog.records
+    limit_gpu(OwnerPolicy(max_gpu_fraction=0.5))
+    assert "max_gpu_fraction = 0.5 bounds nothing" in caplog.text
 
 
 def test_power_is_read_as_linux_tells_it(tmp_path: Path) -> None:

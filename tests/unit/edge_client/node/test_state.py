@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import edge_client.node.state as state_module
-from edge_client.node.state import own
+from edge_client.node.state import DeviceFolder, own
 from fedcore.errors import DataError, DeviceError
 
 
@@ -102,6 +105,64 @@ def test_a_reply_whose_cost_is_not_on_disk_does_not_count(
         assert folder.reply("before", state) == content(3)
         folder.keep("run", state, "key", content(5))
         assert folder.reply("key", folder.state("run")) == content(5)
+
+
+def flipped(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0x10
+    path.write_bytes(raw)
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    (path / "below").mkdir(parents=True)
+
+
+def as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: tuple[Callable[[Path], object], ...] = (
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    flipped,
+    as_folder,
+    as_pipe,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_reply_is_put_aside_and_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    with own(tmp_path) as folder:
+        folder.keep("run", RecordDict(), "key", content(3))
+        for again in (4, 5):
+            damage(tmp_path / "spool" / "key.reply")
+            state = folder.state("run")
+            with caplog.at_level(logging.WARNING, "fedcore.device"):
+                caplog.clear()
+                assert folder.reply("key", state) is None
+            (record,) = caplog.records
+            assert "key.reply: " in record.getMessage()
+            assert "put aside as key.damaged" in record.getMessage()
+            assert {path.name for path in (tmp_path / "spool").iterdir()} == {"key.damaged"}
+            folder.keep("run", state, "key", content(again))
+            assert folder.reply("key", folder.state("run")) == content(again)
+
+
+def test_a_reply_made_anew_is_not_taken_for_the_one_that_was_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies between the two files of a reply that was made anew."""
+    with own(tmp_path) as folder:
+        folder.keep("run", state := RecordDict(), "key", content(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceFolder, "keep_state", lambda *_: None)
+            folder.keep("run", state, "key", content(4))
+        assert (tmp_path / "spool" / "key.reply").exists()
+        assert folder.reply("key", folder.state("run")) is None
 
 
 def test_a_folder_knows_whose_it_is(tmp_path: Path) -> None:

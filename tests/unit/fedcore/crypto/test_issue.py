@@ -139,6 +139,19 @@ def test_what_is_no_host_is_refused(project: Any, host: str) -> None:
         project.certify_server(new_key(), host)
 
 
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("fe80::1%eth0", r"without a zone \(%eth0\)"),
+        ("0.0.0.0", "nobody can connect to this one"),
+        ("::", "nobody can connect to this one"),
+    ],
+)
+def test_addresses_that_reach_no_server_are_refused(host: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_host(host)
+
+
 def test_a_server_has_one_to_thirty_hosts(project: Any, tmp_path: Path) -> None:
     hosts = [f"fl-{number}.example" for number in range(31)]
     assert project.certify_server(new_key(), *hosts[:30])

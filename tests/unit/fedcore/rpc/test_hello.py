@@ -102,5 +102,5 @@ def test_a_name_is_read_without_running_the_file(
 
 
 def test_a_task_that_is_not_there_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the task does not exist"):
+    with pytest.raises(DataError, match=r"the task does not exist\. Nothing was run; name"):
         declared_name(tmp_path / "task.py")

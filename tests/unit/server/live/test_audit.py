@@ -89,15 +89,95 @@ def test_what_was_changed_later_shows(tmp_path: Path, tamper: object) -> None:
 
 @pytest.mark.parametrize("kept", [1, 60, -1])
 def test_a_line_that_a_power_cut_left_unfinished_spoils_no_other(tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "audit.jsonl"
-    write(path, 2)
+    path, mark = tmp_path / "audit.jsonl", tmp_path / "audit.mark"
+    write(path, 1)
+    marked = mark.read_bytes()
+    write(path, 1)
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + second[:kept])
+    mark.write_bytes(marked)  # it tells of no line that is not on disk
     write(path, 2)
     assert check_audit(path) == 4
     path.write_bytes(path.read_bytes().replace(b'"number": 0', b'"number": 7'))
     with pytest.raises(DataError, match="does not follow"):
         check_audit(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_log_that_was_cut_shows_and_is_not_gone_on_with(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "audit.jsonl"
+    write(path, 4)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+    with pytest.raises(DataError, match=r"was cut or changed.*put the whole log back"):
+        check_audit(path)
+    with pytest.raises(DataError, match="was cut or changed"):
+        log(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"is gone; audit\.mark beside it"):
+        check_audit(path)
+    with pytest.raises(DataError, match="is gone"):
+        log(path)
+    assert not path.exists()
+    (tmp_path / "audit.mark").unlink()  # both were put away: a new log begins
+    write(path, 1)
+    assert check_audit(path) == 1
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_a_kill_between_a_line_and_its_mark_is_no_cut(tmp_path: Path, lines: int) -> None:
+    path, mark = tmp_path / "audit.jsonl", tmp_path / "audit.mark"
+    write(path, lines - 1)
+    before = mark.read_bytes() if mark.exists() else None
+    write(path, 1)
+    mark.unlink()
+    if before is not None:
+        mark.write_bytes(before)
+    assert check_audit(path) == lines
+    write(path, 1)
+    assert check_audit(path) == lines + 1
+
+
+def test_a_mark_that_says_nothing_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    write(path, 1)
+    (tmp_path / "audit.mark").write_text("{}")
+    for look in (check_audit, log):
+        with pytest.raises(DataError, match=r"audit\.mark: this does not tell how far"):
+            look(path)
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def replaced(path: Path) -> None:
+    raw = path.read_bytes()
+    path.unlink()
+    path.write_bytes(raw)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("tamper", [removed, replaced, emptied])
+def test_nothing_is_done_once_the_log_was_taken_away(tmp_path: Path, tamper: object) -> None:
+    path = tmp_path / "audit.jsonl"
+    write(path, 2)
+    audit = log(path)
+    tamper(path)  # type: ignore[operator]
+    with pytest.raises(DataError, match="removed, replaced or cut while the server runs"):
+        audit.record(by="x", action="stop", outcome="accepted")
+    audit.close()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_refused_at_once(tmp_path: Path, make: object) -> None:
+    path = tmp_path / "audit.jsonl"
+    make(path)  # type: ignore[operator]
+    for look in (check_audit, log):
+        with pytest.raises(DataError, match="expected the audit log, found a folder, a pipe"):
+            look(path)
 
 
 def test_a_line_longer_than_what_is_read_at_once_is_followed(tmp_path: Path) -> None:

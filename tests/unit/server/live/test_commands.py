@@ -30,7 +30,19 @@ def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["9092", "a:", "a:b", "a:-1", "a:65536", "a:\u00b2", "a:\u0663", "a:" + "9" * 5000]
+    "text",
+    [
+        "9092",
+        ":0",
+        "[]:0",
+        "a:",
+        "a:b",
+        "a:-1",
+        "a:65536",
+        "a:\u00b2",
+        "a:\u0663",
+        "a:" + "9" * 5000,
+    ],
 )
 def test_what_is_no_address_is_said_so(text: str) -> None:
     with pytest.raises(ConfigError, match="expected HOST:PORT"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
 
-from fedcore.errors import RoundFailed
+from fedcore.errors import ResourceError, RoundFailed
 from fedcore.flower.grid import OwnGrid
 from fedcore.flower.identity import assume_identity
+from fedcore.updates.messages import DECLINED, REFUSED, refused_as
 from server.journal import Journal, create, reopen
 from server.live import journal_keeper
 from server.live.journal_keeper import JournalGrid, JournalKeeper
@@ -36,10 +37,13 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 class Devices(OwnGrid):
     """Devices that are there, or are gone for some looks at who is."""
 
-    def __init__(self, gone: dict[int, int] | None = None, failing: Iterable[int] = ()) -> None:
+    def __init__(
+        self, gone: dict[int, int] | None = None, failing: Mapping[int, int] | None = None
+    ) -> None:
         super().__init__(1)
         self.gone = gone or {}
-        self.failing = set(failing)
+        self.failing = dict(failing or {})
+        """The codes of what nodes fail with."""
         self.asked: list[list[int]] = []
 
     def get_node_ids(self) -> Iterable[int]:
@@ -61,7 +65,7 @@ class Devices(OwnGrid):
         for message in messages:
             node = message.metadata.dst_node_id
             if node in self.failing:
-                yield Message(Error(1100, "its disk is gone"), reply_to=message)
+                yield Message(Error(self.failing[node], "its disk is gone"), reply_to=message)
             elif not self.gone.get(node):
                 metrics = MetricRecord({"num-examples": node})
                 yield Message(RecordDict({"metrics": metrics}), reply_to=message)
@@ -105,13 +109,22 @@ def test_what_is_asked_outside_rounds_is_not_kept(journal: Journal) -> None:
 
 
 def test_a_device_that_failed_is_asked_again_after_a_restart_alone(journal: Journal) -> None:
-    devices = Devices(failing=[5])
+    devices = Devices(failing={5: REFUSED})
     grid = JournalGrid(devices, journal, admit=set, quorum=0.5)
     assert len(list(grid.send_and_receive(messages(), timeout=5))) == 3
     assert devices.asked == [[4, 5, 6]]
     devices.failing.clear()
     assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
     assert devices.asked[1:] == [[5]]
+
+
+def test_what_devices_failed_with_is_not_of_this_machines_kinds(journal: Journal) -> None:
+    devices = Devices(failing={4: REFUSED + ResourceError.exit_code, 5: REFUSED + 4, 6: DECLINED})
+    grid = JournalGrid(devices, journal, admit=set, quorum=0.5)
+    errors = [reply.error for reply in grid.send_and_receive(messages(), timeout=5)]
+    assert [refused_as(error.code) for error in errors[:2]] == [RoundFailed, RoundFailed]
+    assert [error.reason for error in errors] == ["its disk is gone"] * 3
+    assert errors[2].code == DECLINED
 
 
 def test_a_device_that_the_round_needs_is_waited_for(journal: Journal) -> None:

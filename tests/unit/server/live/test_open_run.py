@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError
-from server.live.resume import FOLDER, STEPS, open_run
+from fedcore.errors import ConfigError, DataError
+from server.journal_head import HEAD, JOURNAL, RECORDS
+from server.live.resume import FOLDER, STEPS, Complete, has_journal, open_run
 from server.progress import Progress
 from server.strategy_state import Remembered
+from tests.unit.server.journals import progress, record
 
 RELEASE = {"release": {"repository": "releases", "keys": "keys"}}
 
@@ -60,8 +62,14 @@ def test_a_complete_run_is_not_resumed_and_may_be_run_again(tmp_path: Path) -> N
     run = run_of(tmp_path, **RELEASE)
     over(tmp_path, run)
     complete(tmp_path)
-    with pytest.raises(ConfigError, match=r"this run is complete: its results are in summary\.j"):
+    before = sorted((tmp_path / "runs" / "orchard").iterdir())
+    with pytest.raises(
+        Complete, match=r"its results are in summary\.json\. Nothing is left .*--fre"
+    ):
         opened(tmp_path, run, resume=True)
+    assert sorted((tmp_path / "runs" / "orchard").iterdir()) == before
+    with pytest.raises(ConfigError, match=r"differs in seed \(0 then, 3 now\)\. .* with --fresh"):
+        opened(tmp_path, run_of(tmp_path, **RELEASE, seed=3), resume=True)
     assert not opened(tmp_path, run, resume=False)
     assert not (tmp_path / "runs" / "orchard" / "summary.json").exists()
 
@@ -69,7 +77,7 @@ def test_a_complete_run_is_not_resumed_and_may_be_run_again(tmp_path: Path) -> N
 def test_a_run_without_a_release_is_complete_with_its_rounds(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     over(tmp_path, run)
-    with pytest.raises(ConfigError, match=r"its model is in global\.safetensors"):
+    with pytest.raises(Complete, match=r"its model is in global\.safetensors"):
         opened(tmp_path, run, resume=True)
     begin_step(tmp_path)
     assert opened(tmp_path, run_of(tmp_path, **RELEASE), resume=True), "it may be released later"
@@ -94,3 +102,65 @@ def test_before_that_nothing_may_change(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compression\.max_accuracy_drop \(0\.01 then, 0\.5 now"):
         opened(tmp_path, lax, resume=True)
     assert not opened(tmp_path, run, resume=True)
+
+
+def begun(folder: Path) -> RunConfig:
+    """Has a run be interrupted after two rounds; gives it."""
+    run = run_of(folder)
+    with open_run(run, folder / "runs", resume=False, fresh=True) as (_, journal):
+        journal.commit(progress(0), None)
+        for number in (1, 2):
+            journal.commit(progress(number), record(number))
+    return run
+
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "put aside": (JOURNAL,),
+    "removed": (JOURNAL, f"{JOURNAL}-wal", f"{JOURNAL}-shm", f"{JOURNAL}.damaged"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_run_whose_journal_is_gone_is_not_begun_anew(
+    tmp_path: Path, loss: str, copied: bool
+) -> None:
+    run = begun(tmp_path)
+    folder = tmp_path / "runs" / "orchard" / FOLDER
+    (folder / JOURNAL).rename(folder / f"{JOURNAL}.damaged")
+    for name in LOSSES[loss]:
+        (folder / name).unlink(missing_ok=True)
+    if not copied:
+        (folder / HEAD).unlink()
+        for resume in (True, False):
+            with pytest.raises(DataError, match=r"is missing.* restore the folder .* --fresh"):
+                opened(tmp_path, run, resume=resume)
+        assert (folder / RECORDS).exists()
+        return
+    with pytest.raises(ConfigError, match=r"interrupted after round 2.* go on with --resume"):
+        opened(tmp_path, run, resume=False)
+    with open_run(run, tmp_path / "runs", resume=True, fresh=False) as (_, journal):
+        assert journal.round == 2
+        assert journal.start is not None
+        assert journal.start.records == (record(1), record(2))
+
+
+def test_where_nothing_was_begun_there_is_no_journal(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    assert not has_journal(run, tmp_path / "runs")
+    folder = tmp_path / "runs" / "orchard" / FOLDER
+    folder.mkdir(parents=True)
+    assert not has_journal(run, tmp_path / "runs")
+    (folder.parent / "run.json").write_text("{}")
+    (folder / JOURNAL).write_bytes(b"")  # it was killed before it wrote anything
+    assert not opened(tmp_path, run, resume=True)
+
+
+def test_a_folder_that_lost_its_mark_is_marked_again(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    mark = tmp_path / "runs" / "orchard" / "run.json"
+    before = mark.read_bytes()
+    mark.unlink()
+    with open_run(run, tmp_path / "runs", resume=True, fresh=False) as (_, journal):
+        assert journal.round == 2
+        assert mark.read_bytes() == before

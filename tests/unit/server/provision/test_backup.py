@@ -11,7 +11,18 @@ import pytest
 
 from fedcore.crypto.roster import load_server_identity
 from fedcore.crypto.sealing import seal, unseal
-from fedcore.errors import CertificateRefused, ConfigError, DataError, FedcoreError, TrustError
+from fedcore.errors import (
+    CertificateRefused,
+    ConfigError,
+    DataError,
+    FedcoreError,
+    ResourceError,
+    RollbackRefused,
+    TrustError,
+)
+from server.live.audit import Audit, check_audit
+from server.live.drained import read_drained, write_drained
+from server.live.operate import sole
 from server.provision.backup import backup, restore
 from server.provision.issue import Act, listing, revoke
 
@@ -106,6 +117,97 @@ def test_a_damaged_authority_is_replaced_and_kept(act: Act, file: Path) -> None:
     assert [member.name for member in listing(act).members] == ["edge-1", "edge-2"]
     assert done.before is not None
     assert (done.before / "roster.json").read_text() == "garbage"
+
+
+def served(act: Act) -> Path:
+    """The server's folder, once a server has run with it."""
+    folder = act.folder / "server"
+    load_server_identity(folder, now=act.now).roster()
+    write_drained(folder, ["edge-2"])
+    audit = Audit(folder / "audit.jsonl")
+    audit.record(by="anna", action="drain", outcome="accepted")
+    audit.close()
+    return folder
+
+
+def cut_roster(act: Act) -> None:
+    (act.folder / "roster.json").write_text("{")
+
+
+def no_certificate(act: Act) -> None:
+    cut_roster(act)
+    (act.folder / "authority.pem").unlink()
+
+
+def nothing_tells(act: Act) -> None:
+    no_certificate(act)
+    (act.folder / "server" / "kit.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_roster, no_certificate, nothing_tells])
+def test_what_a_server_has_seen_outlives_a_damaged_authority(
+    act: Act, file: Path, damage: Any
+) -> None:
+    revoke(act, "edge-1")
+    folder = served(act)
+    damage(act)
+    done = restore(act, file, replace=True)
+    assert done.caution is not None
+    assert "version 4 of the roster was in force" in done.caution
+    assert "revoke anew" in done.caution
+    revoke(act, "edge-2")  # the older list grows as new as the lost one, and is not that
+    with pytest.raises(RollbackRefused, match="version 4 of the roster was in force"):
+        load_server_identity(folder, now=act.now).roster()
+    assert read_drained(folder) == {"edge-2"}
+    assert check_audit(folder / "audit.jsonl") == 1
+    revoke(act, "edge-1")  # what the caution says
+    (folder / "roster.seen").unlink()
+    assert load_server_identity(folder, now=act.now).roster().version == 5
+
+
+def test_versions_that_cannot_be_compared_are_told_of(act: Act, file: Path) -> None:
+    revoke(act, "edge-1")  # no server has seen that
+    cut_roster(act)
+    done = restore(act, file, replace=True)
+    assert done.caution is not None
+    assert "could not be compared" in done.caution
+    assert done.before is not None
+    assert str(done.before / "audit.jsonl") in done.caution
+    assert (
+        restore(replace(act, now=act.now + timedelta(hours=1)), file, replace=True).caution is None
+    )
+
+
+def test_what_another_projects_server_has_seen_does_not_come_along(
+    act: Act, file: Path, tmp_path: Path, desk: Any
+) -> None:
+    other = type(desk)(tmp_path / "other").begin()
+    for number in range(4):
+        other.certify(f"other-{number}")
+    served(other.act)
+    assert restore(replace(other.act, passphrase=PASSPHRASE), file, replace=True).caution is None
+    assert {path.name for path in (other.folder / "server").iterdir()} == {
+        "key.pem",
+        "kit.json",
+        "roster.json",
+    }
+
+
+def test_nothing_is_restored_over_a_running_server(act: Act, file: Path) -> None:
+    served(act)
+    with (
+        sole(act.folder / "server"),
+        pytest.raises(ResourceError, match=r"is running.*Nothing was restored"),
+    ):
+        restore(act, file, replace=True)
+    assert restore(act, file, replace=True).before is not None
+
+
+def test_what_is_no_file_in_the_servers_place_is_not_left_out(act: Act, file: Path) -> None:
+    (served(act) / "roster.seen").unlink()
+    (act.folder / "server" / "roster.seen").mkdir()
+    with pytest.raises(DataError, match=r"roster\.seen: expected a file.*revoke them anew"):
+        restore(act, file, replace=True)
 
 
 def test_a_damaged_authority_is_not_backed_up(act: Act, tmp_path: Path) -> None:

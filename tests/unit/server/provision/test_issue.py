@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import threading
 from datetime import timedelta
@@ -158,6 +159,26 @@ def test_revocation_reaches_a_running_server(desk: Any, tmp_path: Path) -> None:
         desk.renew("edge-1", desk.act.now)
 
 
+def test_the_server_is_not_revoked_but_replaced(desk: Any) -> None:
+    before = (desk.folder / "roster.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"no member.*provision server HOST --replace"):
+        revoke(desk.act, "server")
+    assert (desk.folder / "roster.json").read_bytes() == before
+
+
+def test_what_is_lost_is_told_with_what_brings_it_back(desk: Any) -> None:
+    for name in ("roster.json", "authority.key", "audit.jsonl"):
+        path = desk.folder / name
+        raw = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DataError, match=r"Nothing was done[;,].*(restore FILE|put the log)"):
+            desk.certify("edge-1")
+        path.unlink()
+        path.write_bytes(raw)
+    desk.certify("edge-1")
+
+
 def test_a_revoked_name_may_enrol_again_with_a_new_key(desk: Any) -> None:
     desk.certify("edge-1", num_examples=600)
     revoke(desk.act, "edge-1")
@@ -214,7 +235,9 @@ def test_the_server_is_replaced_when_that_is_asked_for(desk: Any) -> None:
     assert desk.certify("edge-1").servers == after.kit.servers
 
 
-@pytest.mark.parametrize("hosts", [(), ("https://fl.example",), ("fl.example:9092",), ("a b",)])
+@pytest.mark.parametrize(
+    "hosts", [(), ("https://fl.example",), ("fl.example:9092",), ("a b",), ("fe80::1%eth0",)]
+)
 def test_what_is_no_host_makes_no_server(bare: Any, hosts: tuple[str, ...]) -> None:
     initialise(bare.act, "orchard")
     with pytest.raises(ConfigError, match="expected"):
