@@ -44,16 +44,19 @@ def command(project: Any, *more: str) -> tuple[str, ...]:
     )
 
 
+def prepare_release(project: Any) -> None:
+    """Gives the task data in the cloud, and makes a repository with its keys."""
+    project.task.write_text(project.task.read_text().replace("    example_input", CLOUD))
+    made = fedcore(project.root, "release", "init", "--repository", "releases", "--keys", "keys")
+    assert made.returncode == 0
+
+
 @pytest.mark.slow
 def test_a_release_survives_kills_and_reaches_a_device(
     project: Any, launch: Any, launch_device: Any
 ) -> None:
     root = project.root
-    project.task.write_text(project.task.read_text().replace("    example_input", CLOUD))
-    assert (
-        fedcore(root, "release", "init", "--repository", "releases", "--keys", "keys").returncode
-        == 0
-    )
+    prepare_release(project)
     (root / "run.toml").write_text(
         'name = "trial"\ntask = "task.py"\n'
         "[federation]\nrounds = 2\ncohort = 2\n[client]\nbatch_size = 8\n"
@@ -122,11 +125,7 @@ def test_what_follows_the_rounds_is_watched_stopped_and_gone_on_with(
     project: Any, launch: Any, launch_device: Any
 ) -> None:
     root, folder = project.root, project.root / "server"
-    project.task.write_text(project.task.read_text().replace("    example_input", CLOUD))
-    assert (
-        fedcore(root, "release", "init", "--repository", "releases", "--keys", "keys").returncode
-        == 0
-    )
+    prepare_release(project)
     (root / "run.toml").write_text(
         'name = "trial"\ntask = "task.py"\n'
         "[federation]\nrounds = 2\n[client]\nbatch_size = 8\n"
