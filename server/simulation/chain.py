@@ -82,8 +82,21 @@ class Pass:
 Share = tuple[Tensor, Tensor, Tensor]
 """Of one layer: what its weights were multiplied with, the slopes of what that gave, and those of
 its results, with the bias, summed up over some of their rows or not; shapes as in a `Pass`."""
-Back = Callable[[Tensor], Iterable[Share]]
-"""From the slopes of a chain's output to each layer's share, in their order; to be called once."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A layer's gradient over each client's whole batch."""
+
+    weight: Tensor
+    """``(K, out, in)``, see `matrix`."""
+    bias: Tensor
+    """``(K, out)``; of no use to a layer without one."""
+
+
+Back = Callable[[Tensor], Iterable[Share | Made]]
+"""From the slopes of a chain's output to each layer's share or gradient, in their order; to be
+called once."""
 Run = Callable[[Weights, Tensor], tuple[Tensor, Back]]
 """Runs ``K`` clients' batches ``(K, B, ...)`` through ``K`` copies of the weights."""
 

@@ -16,7 +16,7 @@ from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.task import Loss
 from fedcore.training.private import expected_batch_size
-from server.simulation.chain import Back, Chain, Dense, Run, Weights, stacked
+from server.simulation.chain import Back, Chain, Dense, Made, Run, Weights, stacked
 from server.simulation.clipping import batch_gradient, example_gradients
 from server.simulation.descent import Descend, descent
 from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
@@ -52,7 +52,7 @@ def train_chained(
         loss: Mean loss over a batch.
         settings: Of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
-        run: Runs the chain.
+        run: Runs the chain; for private work, one that leaves examples apart.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
@@ -112,7 +112,9 @@ def _walk(
         else:
             share = shares[:clients, step, : rows.widest[step]]
             slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
-        descend(clients, [batch_gradient(*one) for one in back(slopes)], None)
+        layers = back(slopes)
+        given = [one if isinstance(one, Made) else batch_gradient(*one) for one in layers]
+        descend(clients, given, None)
     each = torch.zeros(rows.mask.shape, device=rows.mask.device)
     for step, losses in enumerate(told):
         each[: rows.active[step], step, : rows.widest[step]] = losses
@@ -150,10 +152,10 @@ def _walk_private(
     shares = rows.mask / expected[:, None, None]
     for step, clients in enumerate(rows.active):
         back, _, slopes = _ahead(rows, step, run, weights, loss)
-        each = [
-            example_gradients(*one, bias=layer.bias is not None)
-            for layer, one in zip(layers, back(slopes), strict=True)
-        ]
+        each = []
+        for layer, one in zip(layers, back(slopes), strict=True):
+            assert not isinstance(one, Made)  # a run with privacy leaves examples apart
+            each.append(example_gradients(*one, bias=layer.bias is not None))
         lengths = torch.stack([one.squares for one in each]).sum(dim=0).sqrt_() + _CLIP_EPS
         scale = (norms[:clients] / lengths).clamp_(max=1)
         scale *= shares[:clients, step, : rows.widest[step]]

@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.config import Client
-from server.simulation.chain import Dense, Weights, like_weight, matrix
+from server.simulation.chain import Dense, Made, Weights, like_weight, matrix
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Gradient:
     """``(k, out)``; of no use to a layer without one."""
 
 
-Descend = Callable[[int, Sequence[Gradient], Weights | None], None]
+Descend = Callable[[int, Sequence[Gradient | Made], Weights | None], None]
 """Moves the first clients' weights by the gradients of the layers, in their order, and by what is
 added to the gradients, if anything."""
 
@@ -63,11 +63,14 @@ def _plain(
     pulled = weights.items() if decay or mu else ()
     matrices = [matrix(layer, weights[layer.weight]) for layer in layers]
 
-    def descend(clients: int, gradients: Sequence[Gradient], extra: Weights | None) -> None:
+    def descend(clients: int, gradients: Sequence[Gradient | Made], extra: Weights | None) -> None:
         pulls = {name: _pull(one[:clients], start[name], decay, mu) for name, one in pulled}
         for layer, whole, one in zip(layers, matrices, gradients, strict=True):
-            weight = whole[:clients].view(clients, one.left.shape[2], -1)
-            weight.baddbmm_(one.left.transpose(1, 2), one.right, alpha=-rate)
+            if isinstance(one, Made):
+                whole[:clients].sub_(one.weight, alpha=rate)
+            else:
+                weight = whole[:clients].view(clients, one.left.shape[2], -1)
+                weight.baddbmm_(one.left.transpose(1, 2), one.right, alpha=-rate)
             if layer.bias is not None:
                 weights[layer.bias][:clients].sub_(one.bias, alpha=rate)
         for name, tensor in weights.items():
@@ -93,10 +96,13 @@ def _with_state(
     second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     steps = [torch.zeros(()) for _ in weights]
 
-    def descend(clients: int, given: Sequence[Gradient], extra: Weights | None) -> None:
+    def descend(clients: int, given: Sequence[Gradient | Made], extra: Weights | None) -> None:
         gradients: Weights = {}
         for layer, one in zip(layers, given, strict=True):
-            products = torch.bmm(one.left.transpose(1, 2), one.right)
+            if isinstance(one, Made):
+                products = one.weight
+            else:
+                products = torch.bmm(one.left.transpose(1, 2), one.right)
             gradients[layer.weight] = like_weight(layer, products, weights[layer.weight][:clients])
             if layer.bias is not None:
                 gradients[layer.bias] = one.bias

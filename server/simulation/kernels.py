@@ -75,30 +75,34 @@ def lay_rows(images: Floats, rows: Floats, look: Look) -> None:
 
 
 @compiled(_LAY, fastmath=set())
-def lay_short_rows(images: Floats, rows: Floats, look: Look) -> None:
-    """What `lay_rows` does, quicker where a kernel's line holds few numbers."""
+def lay_columns(images: Floats, columns: Floats, look: Look) -> None:
+    """What `lay_rows` does with rows and columns exchanged, in longer runs where rows are short.
+
+    Args:
+        images: ``(N, H, W, C)``, flat.
+        columns: ``(N, F, results)``, flat, to be filled.
+        look: From `look_of`.
+    """
     height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
-    line, run = width * channels, wide * channels
-    size, length = height * line, high * run
+    line, size = width * channels, height * width * channels
     if pad_y or pad_x:
-        rows[:] = 0
+        columns[:] = 0
+    to = 0
     for image in range(images.size // size):
-        for y in range(down):
-            at = (image * down + y) * across * length
-            for i in range(high):
-                down_at = y * step_y - pad_y + i
-                if not 0 <= down_at < height:
-                    continue
-                for j in range(wide):
-                    first = max(0, -((j - pad_x) // step_x))
-                    last = min(across, (width - 1 + pad_x - j) // step_x + 1)
-                    for channel in range(channels):
-                        start = image * size + down_at * line + (j - pad_x) * channels + channel
-                        to = at + i * run + j * channels + channel
-                        for x in range(first, last):
-                            rows[uint64(to + x * length)] = images[
-                                uint64(start + x * step_x * channels)
-                            ]
+        for i in range(high):
+            for j in range(wide):
+                first = max(0, -((j - pad_x) // step_x))
+                last = min(across, (width - 1 + pad_x - j) // step_x + 1)
+                for channel in range(channels):
+                    for y in range(down):
+                        down_at = y * step_y - pad_y + i
+                        if 0 <= down_at < height:
+                            start = image * size + down_at * line + (j - pad_x) * channels + channel
+                            for x in range(first, last):
+                                columns[uint64(to + x)] = images[
+                                    uint64(start + x * step_x * channels)
+                                ]
+                        to += across
 
 
 @compiled(_LAY, fastmath=set())

@@ -6,8 +6,7 @@ for whole layers: rows, product, pooling, bias, and the ReLU behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +16,29 @@ from server.simulation.chain import (
     Chain,
     Conv,
     Dense,
+    Made,
     Place,
     Run,
     Share,
     Step,
     Weights,
     flattened,
-    matrix,
 )
+from server.simulation.convolution import Link, Undo, convolution
 from server.simulation.graph import is_relu
-from server.simulation.kernels import (
-    MOST,
-    blocks_of,
-    fold_rows,
-    lay_rows,
-    lay_short_rows,
-    look_of,
-    pool,
-    unpool,
-)
-
-_SHORT = 16  # numbers: where a kernel's line has fewer, rows are quicker laid column by column
-_CHANNELS_LAST, _CHANNELS_FIRST = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
-
-_Undo = Callable[[Tensor], tuple[Tensor, Share | None]]
-"""From slopes of what a link gave: those of what it was given, and its layer's share in them. To be
-called once, and of a chain's first layer only the share counts."""
-_Link = Callable[[Weights, Tensor], tuple[Tensor, _Undo]]
-"""Runs a part of a chain: what it gives, and the way back."""
+from server.simulation.kernels import MOST
 
 
-def by_kernels(chain: Chain) -> Run | None:
+def by_kernels(chain: Chain, *, private: bool, adaptive: bool) -> Run | None:
     """Runs a chain with float32 weights on the CPU; None where that is better left to torch.
 
     So it is without convolutions, and where a result is used twice.
+
+    Args:
+        chain: From `server.simulation.graph.find_chain`.
+        private: Whether each example's own gradient will be asked for.
+        adaptive: Whether the optimiser divides gradients by their own size: then what is nought
+            has to stay so, or rounding would become a step.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
     apart = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
@@ -58,7 +46,7 @@ def by_kernels(chain: Chain) -> Run | None:
         return None
     steps = [step for step in chain.steps if type(step.apply) is not nn.Identity]
     first = next(place for place, step in enumerate(steps) if isinstance(step.apply, Dense))
-    links = list(_links(steps[first:]))
+    links = list(_links(steps[first:], private=private, tiles=not adaptive))
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         with torch.no_grad():
@@ -73,8 +61,8 @@ def by_kernels(chain: Chain) -> Run | None:
     return run
 
 
-def _back(undos: Sequence[_Undo], slopes: Tensor) -> Sequence[Share]:
-    shares = []
+def _back(undos: Sequence[Undo], slopes: Tensor) -> Sequence[Share | Made]:
+    shares: list[Share | Made] = []
     for undo in reversed(undos):
         slopes, share = undo(slopes)
         if share is not None:
@@ -89,7 +77,7 @@ def _is_straight(chain: Chain) -> bool:
     return in_turn and chain.output == len(chain.steps)
 
 
-def _links(steps: Sequence[Step]) -> Iterator[_Link]:
+def _links(steps: Sequence[Step], *, private: bool, tiles: bool) -> Iterator[Link]:
     """Layers with the ReLU behind them, and whatever else there is; the first is a layer."""
     behind = [*(is_relu(step.apply) for step in steps[1:]), False]
     taken = False
@@ -98,7 +86,8 @@ def _links(steps: Sequence[Step]) -> Iterator[_Link]:
         if taken:
             taken = False
         elif isinstance(layer, Conv):
-            yield _convolution(layer, relu=relu, first=place == 0)
+            first = place == 0
+            yield convolution(layer, relu=relu, first=first, apart=private, tiles=tiles)
             taken = relu
         elif isinstance(layer, Dense):
             yield _dense(layer, relu=relu, first=place == 0)
@@ -113,10 +102,10 @@ def _applied(step: Step, x: Tensor) -> Tensor:
     return step.apply(*args, **step.kwargs)
 
 
-def _any(step: Step) -> _Link:
+def _any(step: Step) -> Link:
     """Has autograd find the way back."""
 
-    def link(weights: Weights, x: Tensor) -> tuple[Tensor, _Undo]:
+    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             result = _applied(step, leaf)
@@ -130,12 +119,12 @@ def _any(step: Step) -> _Link:
     return link
 
 
-def _flat(weights: Weights, x: Tensor) -> tuple[Tensor, _Undo]:
+def _flat(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
     return flattened(x), lambda slopes: (slopes.view(x.shape), None)
 
 
-def _dense(layer: Dense, *, relu: bool, first: bool) -> _Link:
-    def link(weights: Weights, x: Tensor) -> tuple[Tensor, _Undo]:
+def _dense(layer: Dense, *, relu: bool, first: bool) -> Link:
+    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         weight = weights[layer.weight]
         if layer.bias is None:
             result = torch.bmm(x, weight.transpose(1, 2))
@@ -152,52 +141,3 @@ def _dense(layer: Dense, *, relu: bool, first: bool) -> _Link:
         return result, undo
 
     return link
-
-
-def _convolution(layer: Conv, *, relu: bool, first: bool) -> _Link:
-    """With its pooling. Products are held in the order of an image, ``(K, B * results, out)``."""
-    lines, across = layer.window.kernel
-
-    def link(weights: Weights, x: Tensor) -> tuple[Tensor, _Undo]:
-        clients, batch, channels, height, width = x.shape
-        weight = matrix(layer, weights[layer.weight])
-        outs = weight.shape[1]
-        look = look_of(layer.window, height, width, channels)
-        blocks = blocks_of(layer.window, height, width)
-        x = x.permute(_CHANNELS_LAST).contiguous()
-        # As many as will be written: of other images than the layer's, the product is refused.
-        rows = x.new_empty((clients, batch * look[-2] * look[-1], lines * across * channels))
-        lay = lay_rows if across * channels >= _SHORT else lay_short_rows
-        lay(_flat_array(x), _flat_array(rows), look)
-        products = torch.bmm(rows, weight.transpose(1, 2))
-        bias = x.new_zeros((clients, outs)) if layer.bias is None else weights[layer.bias]
-        result = x.new_empty((clients, batch, *blocks[:2], outs))
-        places = torch.empty(result.shape, dtype=torch.uint8)
-        of_places = places.view(-1, outs).numpy()
-        pool(_rows(products), bias.numpy(), _rows(result), of_places, blocks, relu)
-
-        def undo(slopes: Tensor) -> tuple[Tensor, Share]:
-            of_result = _rows(slopes.permute(_CHANNELS_LAST).contiguous())
-            of_bias = slopes.new_empty((clients, batch, 1, outs))
-            of_products = products  # nobody reads them again
-            unpool(of_result, of_places, _rows(of_products), _rows(of_bias), blocks)
-            apart = (clients, batch, -1)
-            share = rows.view(*apart, rows.shape[2]), of_products.view(*apart, outs), of_bias
-            if first:
-                return slopes, share
-            of_rows = torch.bmm(of_products, weight)
-            of_images = torch.empty_like(x)
-            fold_rows(_flat_array(of_rows), _flat_array(of_images), look)
-            return of_images.permute(_CHANNELS_FIRST), share
-
-        return result.permute(_CHANNELS_FIRST), undo
-
-    return link
-
-
-def _flat_array(tensor: Tensor) -> Any:
-    return tensor.view(-1).numpy()
-
-
-def _rows(tensor: Tensor) -> Any:
-    return tensor.view(-1, tensor.shape[-1]).numpy()

@@ -26,6 +26,7 @@ from server.simulation.work import LocalWork, Trained, in_order
 _LOOKED_AT = 32  # examples that the loss and the model are tried on
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
 _STEP_BYTES = 4 << 20  # 4 MiB: what a core's own cache about holds of a step's largest layer
+_IN_TURN = 8  # clients, where layers take them in turn: more save few calls, and crowd the cache
 
 
 Train = Callable[[FullModel, Sequence[LocalWork], float], Trained]
@@ -39,6 +40,8 @@ class Trainer:
     train: Train
     numbers: int
     """The most that a layer makes of one example; 0 where it is not known."""
+    in_turn: bool = False
+    """Whether it is made of one client after the other, not of all at once."""
 
 
 def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Trainer | str:
@@ -82,12 +85,12 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         linear = None if run.private or not is_cross_entropy(loss) else _linear(chain, model, run)
         if linear is not None:
             return Trainer(linear, 0)
-        way = _quickest(chain, model)
+        way, in_turn = _quickest(chain, model, run)
 
         def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
             return train_chained(model, chain, work, loss, run.client, proximal_mu=mu, run=way)
 
-        return Trainer(train, chain.numbers)
+        return Trainer(train, chain.numbers, in_turn)
     if run.private:
         return (
             "per-example gradients of more than dense layers and convolutions are taken one client "
@@ -124,16 +127,19 @@ def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Train | None:
     return train
 
 
-def _quickest(chain: Chain, model: FullModel) -> Run:
-    """What runs a chain the quickest."""
+def _quickest(chain: Chain, model: FullModel, run: RunConfig) -> tuple[Run, bool]:
+    """What runs a chain the quickest, and whether its convolutions take clients in turn."""
     plain = all(p.dtype == torch.float32 and p.is_cpu for p in model.model.parameters())
     if plain and any(isinstance(layer, Conv) for layer in chain.layers):
         try:
             from server.simulation.straight import by_kernels
         except ImportError:  # numba is missing
-            return by_torch(chain)
-        return by_kernels(chain) or by_torch(chain)
-    return by_torch(chain)
+            return by_torch(chain), False
+        adaptive = run.client.optimizer == "adam"
+        way = by_kernels(chain, private=run.private, adaptive=adaptive)
+        if way is not None:
+            return way, not run.private
+    return by_torch(chain), False
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -189,7 +195,8 @@ def _groups(
     step = run.client.batch_size * trainer.numbers * 4
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
-        most = max(1, _STEP_BYTES // step)
+        most = _IN_TURN if trainer.in_turn else max(1, _STEP_BYTES // step)
+        most = -(-len(work) // -(-len(work) // most))  # in groups of about one size
     places = sorted(range(len(work)), key=lambda place: -work[place].size)
     numbers = client.task.example_input.numel()
     group: list[int] = []

@@ -136,9 +136,19 @@ CASES: dict[str, tuple[nn.Module, Make, Loss]] = {
 STRAIGHT = ("cnn", "strided", "letters", "one convolution")
 """Those that kernels run; torch runs all."""
 SPOILT = (float("nan"), float("inf"))
-WAYS = [(name, by_torch) for name in CASES] + [(name, by_kernels) for name in STRAIGHT]
+
+
+def torchs(chain: Chain, settings: Client, private: bool) -> Run | None:
+    return by_torch(chain)
+
+
+def kernels(chain: Chain, settings: Client, private: bool) -> Run | None:
+    return by_kernels(chain, private=private, adaptive=settings.optimizer == "adam")
+
+
+WAYS = [(name, torchs) for name in CASES] + [(name, kernels) for name in STRAIGHT]
 NAMED = [f"{name}-{way.__name__}" for name, way in WAYS]
-Way = Callable[[Chain], Run | None]
+Way = Callable[[Chain, Client, bool], Run | None]
 SIZES = (20, 20, 13, 1, 20, 7, 10)
 SETTINGS = [
     Client(batch_size=5, learning_rate=0.1),
@@ -162,10 +172,12 @@ def work_of(
     ]
 
 
-def chain_of(model: FullModel, example: Tensor, way: Way) -> tuple[Chain, Run]:
+def chain_of(
+    model: FullModel, example: Tensor, way: Way, settings: Client, *, private: bool = False
+) -> tuple[Chain, Run]:
     chain = find_chain(model.model, example.unsqueeze(0))
     assert chain is not None
-    run = way(chain)
+    run = way(chain, settings, private)
     assert run is not None
     return chain, run
 
@@ -186,7 +198,7 @@ def test_each_learns_what_it_would_alone(name: str, way: Way, settings: Client, 
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     work = work_of(make, SIZES, lambda place: None)
-    chain, run = chain_of(model, work[0].examples[0][0], way)
+    chain, run = chain_of(model, work[0].examples[0][0], way, settings)
     together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     for place, one in enumerate(work):
@@ -227,7 +239,7 @@ def test_each_learns_with_privacy_what_it_would_alone(
         )
 
     work = work_of(make, SIZES, private)
-    chain, run = chain_of(model, work[0].examples[0][0], way)
+    chain, run = chain_of(model, work[0].examples[0][0], way, settings, private=True)
     together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
     for place, one in enumerate(work):
         assert one.private is not None
@@ -247,15 +259,13 @@ def test_each_learns_with_privacy_what_it_would_alone(
     assert together.losses == [None] * len(work)
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), [("residual", by_torch), ("cnn", by_torch), ("cnn", by_kernels)]
-)
+@pytest.mark.parametrize(("name", "way"), [("residual", torchs), ("cnn", torchs), ("cnn", kernels)])
 def test_one_client_alone_leaves_the_global_model_as_it_was(name: str, way: Way) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     work = work_of(make, [9], lambda place: None)
-    chain, run = chain_of(model, work[0].examples[0][0], way)
+    chain, run = chain_of(model, work[0].examples[0][0], way, SETTINGS[0])
     trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0, run=run)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     assert not torch.equal(trained.weights[0], before)
@@ -271,7 +281,7 @@ def test_a_step_of_an_empty_batch_is_one_of_noise(name: str, way: Way) -> None:
     before = torch.from_numpy(pack(model.model))
     plan = PrivatePlan(Charge(1, 0.7, 1e-6, 2), clip_norm=0.5)  # so rare that nobody is drawn
     work = work_of(make, [3], lambda place: PrivateWork(plan, lambda device: torch_rng(1)))
-    chain, run = chain_of(model, work[0].examples[0][0], way)
+    chain, run = chain_of(model, work[0].examples[0][0], way, SETTINGS[0], private=True)
     trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0, run=run)
     rng = torch_rng(1)
     steps = [
@@ -287,8 +297,8 @@ def test_a_step_of_an_empty_batch_is_one_of_noise(name: str, way: Way) -> None:
 @pytest.mark.parametrize(
     ("name", "way", "value"),
     [
-        ("regression", by_torch, float("nan")),
-        *(("strided", way, value) for way in (by_torch, by_kernels) for value in SPOILT),
+        ("regression", torchs, float("nan")),
+        *(("strided", way, value) for way in (torchs, kernels) for value in SPOILT),
     ],
 )
 def test_a_client_that_diverges_does_not_take_others_with_it(
@@ -302,7 +312,7 @@ def test_a_client_that_diverges_does_not_take_others_with_it(
     inputs[3, ..., 0] = value
     data: list[Examples] = [good, TensorDataset(inputs, targets)]  # type: ignore[list-item]
     work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
-    chain, run = chain_of(model, inputs[0], way)
+    chain, run = chain_of(model, inputs[0], way, SETTINGS[0])
     settings = Client(batch_size=4)
     trained = train_chained(model, chain, work, loss, settings, proximal_mu=0.0, run=run)
     told, lost = trained.losses
@@ -316,4 +326,4 @@ def test_kernels_leave_what_branches_or_has_no_convolution_to_torch(name: str) -
     net, make, _ = CASES[name]
     chain = find_chain(net, make(1, torch_rng(0))[0][0].unsqueeze(0))
     assert chain is not None
-    assert by_kernels(chain) is None
+    assert by_kernels(chain, private=False, adaptive=False) is None

@@ -13,23 +13,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from server.simulation.chain import stacked
-from server.simulation.graph import find_chain
 from server.simulation.images import Window
 from server.simulation.kernels import (
     Floats,
     blocks_of,
     fold_rows,
+    lay_columns,
     lay_rows,
-    lay_short_rows,
     look_of,
     pool,
     unpool,
 )
-from server.simulation.straight import by_kernels
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 WINDOWS = st.builds(
@@ -77,10 +74,13 @@ def test_rows_forth_and_back(
     images = numbers(seed, 2, *size, channels).requires_grad_()
     expected = laid(images, window)
     look = look_of(window, *size, channels)
-    for lay in (lay_rows, lay_short_rows):
-        rows = torch.full(expected.shape, NAN)  # whatever lay there before
-        lay(images.detach().view(-1).numpy(), rows.view(-1).numpy(), look)
-        assert torch.equal(rows, expected)
+    flat = images.detach().view(-1).numpy()
+    rows = torch.full(expected.shape, NAN)  # whatever lay there before
+    lay_rows(flat, rows.view(-1).numpy(), look)
+    assert torch.equal(rows, expected)
+    columns = torch.full(expected.transpose(1, 2).shape, NAN)
+    lay_columns(flat, columns.view(-1).numpy(), look)
+    assert torch.equal(columns, expected.transpose(1, 2))
     slopes = numbers(seed + 1, *expected.shape)
     (back,) = torch.autograd.grad([expected], [images], [slopes])
     found = torch.full(images.shape, NAN)
@@ -154,22 +154,6 @@ def test_what_is_no_finite_number_comes_through_as_in_torch(
     expected = torch.relu(expected) if relu else expected
     assert torch.equal(found.nan_to_num(7.5), expected.nan_to_num(7.5))
     assert torch.equal(found.isnan(), expected.isnan())
-
-
-@pytest.mark.parametrize("shape", [(1, 2, 1, 6, 6), (1, 2, 3, 6, 6), (1, 2, 2, 1, 6), (1, 2, 6)])
-def test_images_that_the_layer_does_not_take_are_refused_and_nothing_is_overrun(
-    shape: tuple[int, ...],
-) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
-    chain = find_chain(net, torch.randn(2, 2, 6, 6))
-    assert chain is not None
-    run = by_kernels(chain)
-    assert run is not None
-    weights = stacked(chain, {name: p.detach() for name, p in net.named_parameters()}, 1)
-    assert run(weights, torch.randn(1, 2, 2, 6, 6))[0].shape == (1, 2, 4, 2, 2)
-    with pytest.raises((RuntimeError, ValueError)):
-        run(weights, torch.randn(*shape))
 
 
 def test_other_numbers_than_float32_are_refused() -> None:

@@ -72,7 +72,7 @@ def sizes_of_groups(client: Client, count: int) -> list[int]:
         sizes.append(len(work))
         return Trained(torch.zeros(len(work), 1), [0.0] * len(work))
 
-    noting = Trainer(train, found.numbers)
+    noting = Trainer(train, found.numbers, found.in_turn)
     train_in_groups(noting, client.resident.model, [sample] * count, client, 0.0)
     return sizes
 
@@ -81,8 +81,15 @@ def test_a_small_models_clients_go_all_at_once() -> None:
     assert sizes_of_groups(client_of(small), 40) == [40]
 
 
-def test_of_a_large_one_so_many_as_a_cache_holds() -> None:
+def test_of_a_large_one_so_many_as_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sizes_of_groups(client_of(large, private=True), 10) == [3, 3, 3, 1]
+    monkeypatch.setitem(sys.modules, "server.simulation.straight", None)  # as without numba
     assert sizes_of_groups(client_of(large), 10) == [3, 3, 3, 1]
+
+
+def test_where_layers_take_clients_in_turn_groups_are_of_one_size() -> None:
+    assert sizes_of_groups(client_of(large), 10) == [5, 5]
+    assert sizes_of_groups(client_of(large), 25) == [7, 7, 7, 4]
 
 
 @pytest.mark.parametrize("model", [small, large])
@@ -115,9 +122,9 @@ def test_convolutions_are_trained_the_same_without_their_kernels(
     work = [LocalWork(data(name, None), lambda: torch_rng(0)) for name in "01"]  # type: ignore[arg-type]
     asked: list[Chain] = []
 
-    def noting(chain: Chain) -> Run | None:
+    def noting(chain: Chain, *, private: bool, adaptive: bool) -> Run | None:
         asked.append(chain)
-        return by_kernels(chain)
+        return by_kernels(chain, private=private, adaptive=adaptive)
 
     monkeypatch.setattr(straight, "by_kernels", noting)
     compiled = find_trainer(client, client.resident, work[0])

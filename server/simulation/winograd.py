@@ -1,0 +1,305 @@
+"""Compiled loops of a 3 x 3 convolution by Winograd's minimal filtering, F(2 x 2, 3 x 3).
+
+Four results that lie in a square come of sixteen products in place of thirty-six: an image is read
+in overlapping tiles of 4 x 4, which are turned into sixteen numbers a channel, and kernels too; one
+matrix product for each of the sixteen gives what is turned back into results. All that turns is
+linear, and every way back is the transpose of its way forth.
+
+Importing this compiles the loops, the first time for some seconds. Each runs in the thread that
+calls it, and adds up in an order that is always the same.
+
+Source:
+    Lavin and Gray 2016, arXiv:1509.09308, section 4.1. The matrices there are B, G and A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from server.simulation.compiled import compiled
+from server.simulation.kernels import Bytes, Floats
+
+Cubes = NDArray[np.float32]
+Tiling = tuple[int, int, int, int, int]
+"""Height, width and channels of an image, and its tiles down and across."""
+
+PARTS = 16
+LANE = 16448
+"""Numbers between one of the sixteen parts and the next in what `to_tiles` and `unpool_tiles`
+write. No power of two, at which all would compete for the same lines of a cache."""
+MOST = 256
+"""Channels that loops over kernels have room for."""
+_ROOM = 272  # as LANE is, for a line of channels
+
+# Stores at constant distances are seen not to meet, and only then a loop becomes one of vectors.
+# Indices are unsigned for the same reason, see server.simulation.kernels.
+_D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11, _D12, _D13, _D14, _D15 = (
+    np.uint64(LANE * part) for part in range(1, PARTS)
+)
+_R1, _R2, _R3, _R4, _R5, _R6, _R7, _R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15 = (
+    np.uint64(_ROOM * part) for part in range(1, PARTS)
+)
+_FASTMATH = {"contract", "nsz"}
+unsigned: Any = numba.uint64  # as mypy takes it
+
+
+@compiled("void(float32[::1], float32[::1], UniTuple(int64, 5), int64, int64)", fastmath=_FASTMATH)
+def to_tiles(images: Floats, tiles: Floats, tiling: Tiling, first: int, rows: int) -> None:
+    """Some tiles of images, turned: B^T d B.
+
+    Args:
+        images: ``(N, H, W, C)``, flat.
+        tiles: To be filled, parts `LANE` apart: ``(rows * across, C)`` each.
+        tiling: Of each image.
+        first: Row of tiles to begin with, counted over all images.
+        rows: Of tiles.
+    """
+    height, width, channels, down, across = tiling
+    line, c = unsigned(width * channels), unsigned(channels)
+    at = unsigned(0)
+    for row in range(first, first + rows):
+        start = (row // down * height + row % down * 2) * width * channels
+        for x in range(across):
+            corner = unsigned(start + 2 * x * channels)
+            for k in range(c):
+                d = corner + k
+                d00, d01, d02, d03 = images[d], images[d + c], images[d + 2 * c], images[d + 3 * c]
+                d += line
+                d10, d11, d12, d13 = images[d], images[d + c], images[d + 2 * c], images[d + 3 * c]
+                d += line
+                d20, d21, d22, d23 = images[d], images[d + c], images[d + 2 * c], images[d + 3 * c]
+                d += line
+                d30, d31, d32, d33 = images[d], images[d + c], images[d + 2 * c], images[d + 3 * c]
+                a0, a1, a2, a3 = d00 - d20, d01 - d21, d02 - d22, d03 - d23
+                b0, b1, b2, b3 = d10 + d20, d11 + d21, d12 + d22, d13 + d23
+                e0, e1, e2, e3 = d20 - d10, d21 - d11, d22 - d12, d23 - d13
+                f0, f1, f2, f3 = d10 - d30, d11 - d31, d12 - d32, d13 - d33
+                v = at + k
+                tiles[v], tiles[v + _D1], tiles[v + _D2], tiles[v + _D3] = (
+                    a0 - a2, a1 + a2, a2 - a1, a1 - a3,
+                )  # fmt: skip
+                tiles[v + _D4], tiles[v + _D5], tiles[v + _D6], tiles[v + _D7] = (
+                    b0 - b2, b1 + b2, b2 - b1, b1 - b3,
+                )  # fmt: skip
+                tiles[v + _D8], tiles[v + _D9], tiles[v + _D10], tiles[v + _D11] = (
+                    e0 - e2, e1 + e2, e2 - e1, e1 - e3,
+                )  # fmt: skip
+                tiles[v + _D12], tiles[v + _D13], tiles[v + _D14], tiles[v + _D15] = (
+                    f0 - f2, f1 + f2, f2 - f1, f1 - f3,
+                )  # fmt: skip
+            at += c
+
+
+@compiled("void(float32[:, :, ::1], float32[::1], UniTuple(int64, 5), int64)", fastmath=_FASTMATH)
+def from_tiles(tiles: Cubes, images: Floats, tiling: Tiling, first: int) -> None:
+    """The way back of `to_tiles`, B t B^T, added to what the images hold.
+
+    Args:
+        tiles: ``(16, rows * across, C)``.
+        images: ``(N, H, W, C)``, flat.
+        tiling: Of each image.
+        first: Row of tiles that these begin with, counted over all images.
+    """
+    height, width, channels, down, across = tiling
+    line, c = unsigned(width * channels), unsigned(channels)
+    flat, part = tiles.ravel(), unsigned(tiles.shape[1] * channels)
+    held = np.empty(PARTS * _ROOM, np.float32)
+    at = unsigned(0)
+    for row in range(first, first + tiles.shape[1] // across):
+        start = (row // down * height + row % down * 2) * width * channels
+        for x in range(across):
+            for k in range(c):
+                v = at + k
+                a0, a1, a2, a3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
+                v += 4 * part
+                b0, b1, b2, b3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
+                v += 4 * part
+                e0, e1, e2, e3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
+                v += 4 * part
+                f0, f1, f2, f3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
+                g0, g1, g2, g3 = b0 - e0 + f0, b1 - e1 + f1, b2 - e2 + f2, b3 - e3 + f3
+                h0, h1, h2, h3 = b0 + e0 - a0, b1 + e1 - a1, b2 + e2 - a2, b3 + e3 - a3
+                held[k], held[k + _R1], held[k + _R2], held[k + _R3] = (
+                    a0, a1 - a2 + a3, a1 + a2 - a0, -a3,
+                )  # fmt: skip
+                held[k + _R4], held[k + _R5], held[k + _R6], held[k + _R7] = (
+                    g0, g1 - g2 + g3, g1 + g2 - g0, -g3,
+                )  # fmt: skip
+                held[k + _R8], held[k + _R9], held[k + _R10], held[k + _R11] = (
+                    h0, h1 - h2 + h3, h1 + h2 - h0, -h3,
+                )  # fmt: skip
+                held[k + _R12], held[k + _R13], held[k + _R14], held[k + _R15] = (
+                    -f0, f2 - f1 - f3, f0 - f1 - f2, f3,
+                )  # fmt: skip
+            corner = unsigned(start + 2 * x * channels)
+            for place in range(PARTS):
+                begin = corner + unsigned(place // 4) * line + unsigned(place % 4) * c
+                image, piece = images[begin : begin + c], held[place * _ROOM :]
+                for k in range(c):
+                    image[k] += piece[k]
+            at += c
+
+
+@compiled("void(float32[:, :, ::1], float32[:, :, :, ::1])", fastmath=_FASTMATH)
+def to_kernels(weights: Cubes, kernels: NDArray[np.float32]) -> None:
+    """Kernels, turned: G g G^T.
+
+    Args:
+        weights: ``(K, out, 9 * C)``, in the order (kernel's height, its width, channel).
+        kernels: ``(K, 16, out, C)``, to be filled.
+    """
+    clients, _, outs, channels = kernels.shape
+    c, half = unsigned(channels), np.float32(0.5)
+    held = np.empty(PARTS * _ROOM, np.float32)
+    for client in range(clients):
+        for out in range(outs):
+            row = weights[client, out]
+            for k in range(c):
+                g00, g01, g02 = row[k], row[k + c], row[k + 2 * c]
+                g10, g11, g12 = row[k + 3 * c], row[k + 4 * c], row[k + 5 * c]
+                g20, g21, g22 = row[k + 6 * c], row[k + 7 * c], row[k + 8 * c]
+                m0, m1, m2 = g10 * half, g11 * half, g12 * half
+                s0, s1, s2 = (g00 + g20) * half, (g01 + g21) * half, (g02 + g22) * half
+                a0, a1, a2, b0, b1, b2 = s0 + m0, s1 + m1, s2 + m2, s0 - m0, s1 - m1, s2 - m2
+                s, m = (g00 + g02) * half, g01 * half
+                held[k], held[k + _R1], held[k + _R2], held[k + _R3] = g00, s + m, s - m, g02
+                s, m = (a0 + a2) * half, a1 * half
+                held[k + _R4], held[k + _R5], held[k + _R6], held[k + _R7] = a0, s + m, s - m, a2
+                s, m = (b0 + b2) * half, b1 * half
+                held[k + _R8], held[k + _R9], held[k + _R10], held[k + _R11] = b0, s + m, s - m, b2
+                s, m = (g20 + g22) * half, g21 * half
+                held[k + _R12], held[k + _R13], held[k + _R14], held[k + _R15] = (
+                    g20, s + m, s - m, g22,
+                )  # fmt: skip
+            for part in range(PARTS):
+                to, piece = kernels[client, part, out], held[part * _ROOM :]
+                for k in range(c):
+                    to[k] = piece[k]
+
+
+@compiled("void(float32[:, :, :, ::1], float32[:, :, ::1])", fastmath=_FASTMATH)
+def from_kernels(kernels: NDArray[np.float32], weights: Cubes) -> None:
+    """The way back of `to_kernels`, G^T u G.
+
+    Args:
+        kernels: ``(K, 16, out, C)``.
+        weights: ``(K, out, 9 * C)``, to be filled.
+    """
+    clients, _, outs, channels = kernels.shape
+    c, half = unsigned(channels), np.float32(0.5)
+    held = np.empty(PARTS * _ROOM, np.float32)
+    for client in range(clients):
+        u, part = kernels[client].ravel(), unsigned(outs * channels)
+        for out in range(outs):
+            for k in range(c):
+                v = unsigned(out) * c + k
+                a0, a1, a2, a3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
+                v += 4 * part
+                b0, b1, b2, b3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
+                v += 4 * part
+                e0, e1, e2, e3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
+                v += 4 * part
+                f0, f1, f2, f3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
+                s0, s1, s2, s3 = b0 + e0, b1 + e1, b2 + e2, b3 + e3
+                g0, g1, g2, g3 = b0 - e0, b1 - e1, b2 - e2, b3 - e3
+                s0, s1, s2, s3 = s0 * half, s1 * half, s2 * half, s3 * half
+                g0, g1, g2, g3 = g0 * half, g1 * half, g2 * half, g3 * half
+                a0, a1, a2, a3 = a0 + s0, a1 + s1, a2 + s2, a3 + s3
+                f0, f1, f2, f3 = f0 + s0, f1 + s1, f2 + s2, f3 + s3
+                s = (a1 + a2) * half
+                held[k], held[k + _R1], held[k + _R2] = a0 + s, (a1 - a2) * half, a3 + s
+                s = (g1 + g2) * half
+                held[k + _R3], held[k + _R4], held[k + _R5] = g0 + s, (g1 - g2) * half, g3 + s
+                s = (f1 + f2) * half
+                held[k + _R6], held[k + _R7], held[k + _R8] = f0 + s, (f1 - f2) * half, f3 + s
+            for place in range(9):
+                begin = place * channels
+                to, piece = weights[client, out, begin : begin + channels], held[place * _ROOM :]
+                for k in range(c):
+                    to[k] = piece[k]
+
+
+@compiled(
+    "void(float32[:, :, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], boolean)",
+    fastmath=_FASTMATH,
+)
+def pool_tiles(products: Cubes, bias: Floats, found: Floats, places: Bytes, relu: bool) -> None:
+    """Results of each tile, A^T m A, as `server.simulation.kernels.pool` leaves them.
+
+    Args:
+        products: ``(16, tiles, out)``.
+        bias: ``(out,)``.
+        found: ``(tiles, out)``, to be filled.
+        places: The same, to be filled.
+        relu: Whether one follows.
+    """
+    outs = unsigned(places.shape[1])
+    for at in range(unsigned(places.shape[0])):
+        for o in range(outs):
+            m00, m01, m02, m03 = (
+                products[0, at, o], products[1, at, o], products[2, at, o], products[3, at, o],
+            )  # fmt: skip
+            m10, m11, m12, m13 = (
+                products[4, at, o], products[5, at, o], products[6, at, o], products[7, at, o],
+            )  # fmt: skip
+            m20, m21, m22, m23 = (
+                products[8, at, o], products[9, at, o], products[10, at, o], products[11, at, o],
+            )  # fmt: skip
+            m30, m31, m32, m33 = (
+                products[12, at, o], products[13, at, o], products[14, at, o], products[15, at, o],
+            )  # fmt: skip
+            a0, a1, a2, a3 = m00 + m10 + m20, m01 + m11 + m21, m02 + m12 + m22, m03 + m13 + m23
+            b0, b1, b2, b3 = m10 - m20 - m30, m11 - m21 - m31, m12 - m22 - m32, m13 - m23 - m33
+            largest, which = a0 + a1 + a2, np.uint8(0)
+            # True for what is no number, too: once found, it stays.
+            value = a1 - a2 - a3
+            more = (value > largest) | (value != value)
+            largest, which = (value if more else largest), (np.uint8(1) if more else which)
+            value = b0 + b1 + b2
+            more = (value > largest) | (value != value)
+            largest, which = (value if more else largest), (np.uint8(2) if more else which)
+            value = b1 - b2 - b3
+            more = (value > largest) | (value != value)
+            largest, which = (value if more else largest), (np.uint8(3) if more else which)
+            value = largest + bias[o]
+            off = relu & (value <= 0)
+            found[at, o] = np.float32(0) if off else value
+            places[at, o] = np.uint8(255) if off else which
+
+
+@compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1], float32[::1])", fastmath=_FASTMATH)
+def unpool_tiles(slopes: Floats, places: Bytes, products: Floats, bias: Floats) -> None:
+    """The way back of `pool_tiles`, A y A^T.
+
+    Args:
+        slopes: Of what it found, ``(tiles, out)``.
+        places: From it.
+        products: To be filled with slopes, parts `LANE` apart: ``(tiles, out)`` each.
+        bias: ``(out,)``; the slopes of the bias are added to it.
+    """
+    zero = np.float32(0)
+    outs = unsigned(places.shape[1])
+    for at in range(unsigned(places.shape[0])):
+        for o in range(outs):
+            slope, place = slopes[at, o], places[at, o]
+            bias[o] += zero if place == 255 else slope
+            y00, y01 = (slope if place == 0 else zero), (slope if place == 1 else zero)
+            y10, y11 = (slope if place == 2 else zero), (slope if place == 3 else zero)
+            s0, s1, g0, g1 = y00 + y10, y01 + y11, y00 - y10, y01 - y11
+            m = at * outs + o
+            products[m], products[m + _D1], products[m + _D2], products[m + _D3] = (
+                y00, y00 + y01, y00 - y01, -y01,
+            )  # fmt: skip
+            products[m + _D4], products[m + _D5], products[m + _D6], products[m + _D7] = (
+                s0, s0 + s1, s0 - s1, -s1,
+            )  # fmt: skip
+            products[m + _D8], products[m + _D9], products[m + _D10], products[m + _D11] = (
+                g0, g0 + g1, g0 - g1, -g1,
+            )  # fmt: skip
+            products[m + _D12], products[m + _D13], products[m + _D14], products[m + _D15] = (
+                -y10, -y10 - y11, y11 - y10, y11,
+            )  # fmt: skip
