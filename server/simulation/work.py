@@ -53,7 +53,11 @@ def in_order(parts: Iterable[tuple[Sequence[int], Trained]]) -> Trained:
     places = [place for group, _ in found for place in group]
     if len(found) == 1 and places == sorted(places):
         return found[0][1]
-    weights = torch.cat([trained.weights for _, trained in found])
-    losses = [loss for _, trained in found for loss in trained.losses]
-    rows = sorted(range(len(places)), key=places.__getitem__)
-    return Trained(weights[rows], [losses[row] for row in rows])
+    of_one = found[0][1].weights
+    weights = of_one.new_empty((len(places), of_one.shape[1]))
+    losses: list[float | None] = [None] * len(places)
+    for group, trained in found:
+        weights[list(group)] = trained.weights
+        for place, loss in zip(group, trained.losses, strict=True):
+            losses[place] = loss
+    return Trained(weights, losses)
