@@ -153,7 +153,7 @@ def _tiled(window: Window, x: Tensor, outs: int) -> bool:
     fits = (window.kernel, window.stride, window.pool) == ((3, 3), (1, 1), (2, 2))
     across = window.cells(height, width)[1]
     wide = max(channels, outs)
-    return fits and min(channels, outs) >= _FEW and wide <= MOST and across * wide <= LANE
+    return fits and min(channels, outs) >= _FEW and wide <= MOST and 0 < across * wide <= LANE
 
 
 def _by_tiles(
@@ -163,14 +163,14 @@ def _by_tiles(
     clients, batch, height, width, channels = x.shape
     outs = weight.shape[1]
     down, across = window.cells(height, width)
-    (above, beside) = window.padding
+    above, beside = window.padding
     if above or beside:
         x = functional.pad(x, (0, 0, beside, beside, above, above))
     tiling: Tiling = (x.shape[2], x.shape[3], channels, down, across)
     kernels = x.new_empty((clients, PARTS, outs, weight.shape[2] // 9))
     to_kernels(weight.numpy(), kernels.numpy())
     result = x.new_empty((clients, batch, down, across, outs))
-    images, found, of_bias = _flat(x), _lines(result), bias.numpy()
+    images, found, biases = _flat(x), _lines(result), bias.numpy()
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
     blocks = _row_blocks(batch * down, LANE // (across * max(channels, outs)), across)
     lanes = x.new_empty(PARTS * LANE)
@@ -181,7 +181,7 @@ def _by_tiles(
                 _parts(lanes, rows * across, channels), kernels[client].transpose(1, 2)
             )
             one = found[client, taken], places[client, taken]
-            pool_tiles(products.numpy(), of_bias[client], *one, relu)
+            pool_tiles(products.numpy(), biases[client], *one, relu)
 
     def undo(slopes: Tensor) -> tuple[Tensor, Made]:
         of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
