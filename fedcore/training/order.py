@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
@@ -59,18 +60,31 @@ class _PoolingFirst(nn.Sequential):
         return x
 
 
-def _order(layers: nn.Sequential) -> list[nn.Module]:
+_Layer = Callable[[Tensor], Tensor]
+
+
+def _order(layers: nn.Sequential) -> list[_Layer]:
     """The layers in the order in which they run fastest."""
-    order = list(layers)
+    order: list[_Layer] = list(layers)
     for place in range(len(order) - 1):
         first, second = order[place], order[place + 1]
         before = order[place - 1] if place else None
         if _is_movable_relu(first, before) and _is_plain_pooling(second):
-            order[place], order[place + 1] = second, first
+            order[place], order[place + 1] = second, _relu
     return order
 
 
-def _is_movable_relu(layer: nn.Module, before: nn.Module | None) -> bool:
+def _relu(x: Tensor) -> Tensor:
+    """ReLU whose way back looks at what it was given, and not at its result.
+
+    A layer behind the pooling may overwrite that, as nothing in the usual order needs it.
+    """
+    return functional.threshold(x, 0.0, 0.0)
+
+
+def _is_movable_relu(layer: _Layer, before: _Layer | None) -> bool:
+    if layer is _relu:
+        return True
     if type(layer) is not nn.ReLU or not _is_plain(layer):
         return False
     # In place it changes what it is given, which nobody must see: a layer makes that anew, and
@@ -78,15 +92,15 @@ def _is_movable_relu(layer: nn.Module, before: nn.Module | None) -> bool:
     return not layer.inplace or _makes_anew(before)
 
 
-def _makes_anew(layer: nn.Module | None) -> bool:
+def _makes_anew(layer: _Layer | None) -> bool:
     return layer is not None and type(layer) in (nn.Conv2d, nn.BatchNorm2d) and _is_plain(layer)
 
 
-def _is_plain_pooling(layer: nn.Module) -> bool:
+def _is_plain_pooling(layer: _Layer) -> bool:
     return type(layer) is nn.MaxPool2d and not layer.return_indices and _is_plain(layer)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: _Layer) -> bool:
     """Whether a layer does what its class does, and no hook looks at what goes in and out."""
     own = vars(layer)
     return "forward" not in own and not any(own.get(hooks) for hooks in _HOOKS)

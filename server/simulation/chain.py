@@ -208,6 +208,7 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
     the largest sum is that of the largest.
     """
     window, weight = layer.window, matrix(layer, weights[layer.weight])
+    window.check(*image.shape[3:])
     rows = patches(image.detach(), window)
     z = torch.bmm(rows.flatten(1, 2), weight.transpose(1, 2)).view(*rows.shape[:3], -1)
     if image.requires_grad:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fedcore.config import RunConfig
-from fedcore.errors import DataError
+from fedcore.errors import InsufficientMemory
 from fedcore.model import FullModel
 from fedcore.privacy.ledger import Ledger
-from fedcore.task import Folder, Task, read_examples, size_of
+from fedcore.task import Examples, Folder, Task, read_examples, size_of
 from fedcore.training.evaluate import evaluate
 from server.records import ClientRecord
 from server.simulation.state import State
@@ -25,21 +25,34 @@ def client_records(
     """A record of each client that took part (the first `MOST`), in the order of their names."""
     records = []
     for name in sorted(state.rounds)[:MOST]:
-        try:
-            examples = read_examples(
-                lambda name=name: task.client_data(name, data),  # type: ignore[misc]
-                what=f"data of client {name!r}",
-            )
-        except DataError:
-            continue  # it took no part, and the rounds said why
+        judged = _judged(task, model, name, data)
+        if judged is None:
+            continue
+        examples, metric = judged
         ledger = state.ledgers.get(name, Ledger())
         records.append(
             ClientRecord(
                 client=name,
                 examples=size_of(examples),
-                metric=evaluate(model, examples, [task.primary])[task.primary.name],
+                metric=metric,
                 epsilon=ledger.epsilon(run.privacy) if run.private else None,
                 rounds=state.rounds[name],
             )
         )
     return tuple(records)
+
+
+def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Examples, float] | None:
+    """A client's examples and the model's metric on them; None where they are of no use to it.
+
+    It took no part then, and the rounds said why.
+    """
+    try:
+        examples = read_examples(
+            lambda: task.client_data(name, data), what=f"data of client {name!r}"
+        )
+        return examples, evaluate(model, examples, [task.primary])[task.primary.name]
+    except InsufficientMemory:
+        raise
+    except (Exception, SystemExit):  # whatever the task's code raises on them
+        return None

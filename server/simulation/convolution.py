@@ -66,6 +66,7 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool, tiles: boo
         outs = weight.shape[1]
         bias = x.new_zeros((len(x), outs)) if layer.bias is None else weights[layer.bias]
         x = x.permute(_CHANNELS_LAST).contiguous()
+        layer.window.check(*x.shape[2:4])
         if tiles and not apart and _tiled(layer.window, x, outs):
             return _by_tiles(layer.window, weight, bias, x, relu=relu, first=first)
         return _by_rows(layer.window, weight, bias, x, relu=relu, first=first, apart=apart)
@@ -153,7 +154,7 @@ def _tiled(window: Window, x: Tensor, outs: int) -> bool:
     fits = (window.kernel, window.stride, window.pool) == ((3, 3), (1, 1), (2, 2))
     across = window.cells(height, width)[1]
     wide = max(channels, outs)
-    return fits and min(channels, outs) >= _FEW and wide <= MOST and 0 < across * wide <= LANE
+    return fits and min(channels, outs) >= _FEW and wide <= MOST and across * wide <= LANE
 
 
 def _by_tiles(

@@ -37,6 +37,18 @@ class Window:
             sizes.append((room // self.stride[place] + 1) // self.pool[place])
         return sizes[0], sizes[1]
 
+    def check(self, height: int, width: int) -> None:
+        """Refuses images of which nothing would be left, as torch's own layers do.
+
+        Raises:
+            ValueError: they are too small.
+        """
+        if min(self.cells(height, width)) < 1:
+            raise ValueError(
+                f"images of {height} x {width} are too small for a kernel of {self.kernel} and "
+                f"pooling of {self.pool}"
+            )
+
 
 def patches(x: Tensor, window: Window) -> Tensor:
     """What a convolution looks at, a row for each result that is wanted.

@@ -29,7 +29,7 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
         single = vmap(vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0))))
         losses = single(leaf, targets.clone())
         (slopes,) = torch.autograd.grad(losses.sum(), [leaf])
-    return losses.detach(), slopes
+    return losses.detach(), slopes.contiguous()  # of a sum they are one number, stretched
 
 
 def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config import Client
 from fedcore.seeds import torch_rng
+from fedcore.training import order as module
 from fedcore.training.batches import shuffled
 from fedcore.training.local import make_optimizer, train
 from fedcore.training.order import ViewsOfAnyMemory, for_images
@@ -54,6 +55,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for kind in (nn.ReLU, nn.MaxPool2d):
         monkeypatch.setattr(kind, "forward", noted(kind))
+    moved = module._relu
+
+    def relu(x: Tensor) -> Tensor:
+        order.append("ReLU")
+        return moved(x)
+
+    monkeypatch.setattr(module, "_relu", relu)
     return order
 
 
@@ -71,6 +79,30 @@ def test_relu_behind_pooling_gives_the_same_bits(ran: list[str]) -> None:
     expected = trained(other, inputs, targets)
     assert ran == ["ReLU", "MaxPool2d"] * 2
     for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        [nn.LeakyReLU(inplace=True)],
+        [nn.MaxPool2d(2), nn.ReLU(inplace=True)],
+        [nn.Flatten(1, 2), nn.Hardtanh(inplace=True)],
+    ],
+    ids=["at once", "after another pooling", "through a view"],
+)
+def test_layers_behind_may_overwrite_what_they_are_given(behind: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    one = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), *behind),
+        *(nn.Flatten(), nn.LazyLinear(3)),
+    )
+    inputs, targets = torch.randn(9, 1, 14, 14), torch.arange(9) % 3
+    one(inputs)
+    other = copy.deepcopy(one).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with for_images(one):
+        found = trained(one, inputs, targets)
+    for a, b in zip(found, trained(other, inputs, targets), strict=True):
         assert torch.equal(a, b)
 
 
@@ -254,8 +286,9 @@ def test_what_is_traced_is_the_order_that_runs() -> None:
     model = net()
     with for_images(model):
         graph = fx.Tracer().trace(model)
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    assert calls == ["0.0", "0.2", "0.1", "1", "3", "2", "4", "5"]
+    called = [node for node in graph.nodes if node.op in ("call_module", "call_function")]
+    calls = ["ReLU" if node.op == "call_function" else str(node.target) for node in called]
+    assert calls == ["0.0", "0.2", "ReLU", "1", "3", "ReLU", "4", "5"]
 
 
 def test_a_model_without_convolutions_is_left_alone() -> None:

@@ -57,6 +57,11 @@ def squared(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output.reshape(target.shape), target)
 
 
+def of_sums(output: Tensor, target: Tensor) -> Tensor:
+    """Whose slopes are one number for all outputs of an example."""
+    return nn.functional.mse_loss(output.sum(1), target)
+
+
 class Residual(nn.Module):
     """As a user writes a model: layers in the constructor, functions on the way."""
 
@@ -132,6 +137,7 @@ CASES: dict[str, tuple[nn.Module, Make, Loss]] = {
     ),
     "one convolution": (nn.Conv2d(2, 1, 3), borders, squared),
     "photos": (Photos(), photos, functional.cross_entropy),
+    "sums": (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)), regress, of_sums),
 }
 STRAIGHT = ("cnn", "strided", "letters", "one convolution")
 """Those that kernels run; torch runs all."""

@@ -78,6 +78,14 @@ def test_a_client_without_data_has_no_record() -> None:
     assert [record.client for record in records] == ["anna"]
 
 
+def test_a_client_whose_examples_the_model_does_not_take_has_no_record() -> None:
+    model = FullModel(nn.Identity(), nn.Linear(2, 2))
+    odd = TensorDataset(torch.zeros(2, 7), torch.zeros(2, dtype=torch.long))
+    state = State(rounds=Counter({"odd": 1, "anna": 1}))
+    records = client_records(make_run(), task_of({**PARTS, "odd": odd}), model, state, None)
+    assert [record.client for record in records] == ["anna"]
+
+
 def test_no_more_than_a_thousand_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clients.MOST == 1000
     monkeypatch.setattr(clients, "MOST", 3)

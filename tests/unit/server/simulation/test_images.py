@@ -94,3 +94,10 @@ def test_clients_at_once_or_one_by_one_are_the_same() -> None:
     one_by_one = slopes_of_image(slopes, weight, window, shape, 1)
     assert one_by_one.shape == shape
     assert torch.allclose(slopes_of_image(slopes, weight, window, shape, 3), one_by_one, atol=1e-5)
+
+
+def test_images_too_small_for_a_kernel_and_its_pooling_are_refused() -> None:
+    window = Window((3, 3), (1, 1), (0, 0), (2, 2))
+    window.check(4, 4)
+    with pytest.raises(ValueError, match="images of 4 x 3 are too small"):
+        window.check(4, 3)
