@@ -29,6 +29,7 @@ class System:
 
 FEDCORE = System("fedcore", None)
 FLOWER = System("flower", "flower")
+FLOWER_STOCK = System("flower-stock", "flower", ("--stock",))
 PFL = System("pfl", "pfl")
 PFL_STOCK = System("pfl-stock", "pfl", ("--stock",))
 FEDJAX = System("fedjax", "fedjax")

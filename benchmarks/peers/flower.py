@@ -1,4 +1,7 @@
-"""Flower with its Ray backend: one CPU a client, data and model resident in the actors."""
+"""Flower with its Ray backend: one CPU a client, data and model resident in the actors.
+
+With ``--stock`` neither is, and models lie in the usual memory format, as in Flower's own examples.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,9 @@ def run(grid: Grid, request: Request, clients: int) -> Result:
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=request.rounds,
-        train_config=ConfigRecord({"workload": workload.name, "data": str(request.data)}),
+        train_config=ConfigRecord(
+            {"workload": workload.name, "data": str(request.data), "stock": request.stock}
+        ),
     )
     model.load_state_dict(finished.arrays.to_torch_state_dict())
     torch.set_num_threads(1)

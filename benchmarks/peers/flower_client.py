@@ -20,18 +20,24 @@ app = ClientApp()
 @cache
 def resident(name: str) -> tuple[Workload, nn.Module]:
     """The model stays in the actor from one message to the next, as the data does."""
+    workload, model = fresh(name)
+    return workload, model.to(memory_format=torch.channels_last)
+
+
+def fresh(name: str) -> tuple[Workload, nn.Module]:
+    """A model for one message, in the usual memory format."""
     torch.set_num_threads(1)  # the actor has one CPU
     workload = read_workload(name)
-    model = make_model(workload, seed=0)
-    return workload, model.to(memory_format=torch.channels_last)
+    return workload, make_model(workload, seed=0)
 
 
 @app.train()
 def train_message(message: Message, context: Context) -> Message:
     """Trains one client and answers with its weights and its number of examples."""
     config = message.content.config_records["config"]
-    workload, model = resident(str(config["workload"]))
-    partition = load(Path(str(config["data"])))
+    find, read = (fresh, load.__wrapped__) if config["stock"] else (resident, load)
+    workload, model = find(str(config["workload"]))
+    partition = read(Path(str(config["data"])))
     images, labels = partition.of(int(context.node_config["partition-id"]))
     arrays = message.content.array_records["arrays"]
     model.load_state_dict(arrays.to_torch_state_dict())
