@@ -97,15 +97,10 @@ _REASONS = {
     "here, and is quicker than the reference's.",
     ("w1", "pfl"): "pfl trains in the channels-last format here, where that is quicker; the "
     "reference did not. pfl-stock is run as the reference was.",
-    (
-        "w1",
-        "flower",
-    ): "The reference's 3.89 s could not be had again: Flower takes 1.65 s here, and "
-    "1.79 s in the usual memory format with data and model loaded for each message (flower-stock), "
-    "while pfl-stock and FedJAX take what they took there.",
-    ("w1", "bare"): "The reference's loop in the channels-last format took 0.33 to 0.40 s, which "
-    "could not be had again: the same loop took 0.80 s on one thread of a machine on which it "
-    "took 1.09 s in the usual format, as the reference's did (0.88 to 1.13 s).",
+    ("w1", "flower"): "The reference's 3.89 s could not be had again, with flower-stock (usual "
+    "memory format, nothing kept between messages) neither; pfl-stock and FedJAX can.",
+    ("w1", "bare"): "The reference's 0.33 to 0.40 s in the channels-last format could not be had "
+    "again; what it took in the usual format can.",
 }
 
 

@@ -6,6 +6,7 @@ between one layer and the next only what a layer gives is kept, and which of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,12 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool, tiles: boo
         bias = x.new_zeros((len(x), outs)) if layer.bias is None else weights[layer.bias]
         x = x.permute(_CHANNELS_LAST).contiguous()
         layer.window.check(*x.shape[2:4])
+        numbers = math.prod(layer.window.kernel) * x.shape[4]
+        if weight.shape[2] != numbers:  # before a loop writes as much as other images would need
+            raise ValueError(
+                f"images of {x.shape[4]} channels: {numbers} numbers to each result, and the layer "
+                f"takes {weight.shape[2]}"
+            )
         if tiles and not apart and _tiled(layer.window, x, outs):
             return _by_tiles(layer.window, weight, bias, x, relu=relu, first=first)
         return _by_rows(layer.window, weight, bias, x, relu=relu, first=first, apart=apart)
@@ -86,10 +93,9 @@ def _by_rows(
 ) -> tuple[Tensor, Undo]:
     """By a product of all that it looks at, each place in a row; ``x`` is ``(K, B, H, W, C)``."""
     clients, batch, height, width, channels = x.shape
-    outs, numbers = weight.shape[1], window.kernel[0] * window.kernel[1] * channels
+    outs, numbers = weight.shape[1:]
     look = look_of(window, height, width, channels)
     blocks = blocks_of(window, height, width)
-    # As many as will be written: of other images than the layer's, the product is refused.
     count = look[-2] * look[-1]
     short = window.kernel[1] * channels < _SHORT
     rows = x.new_empty(
@@ -168,7 +174,7 @@ def _by_tiles(
     if above or beside:
         x = functional.pad(x, (0, 0, beside, beside, above, above))
     tiling: Tiling = (x.shape[2], x.shape[3], channels, down, across)
-    kernels = x.new_empty((clients, PARTS, outs, weight.shape[2] // 9))
+    kernels = x.new_empty((clients, PARTS, outs, channels))
     to_kernels(weight.numpy(), kernels.numpy())
     result = x.new_empty((clients, batch, down, across, outs))
     images, found, biases = _flat(x), _lines(result), bias.numpy()

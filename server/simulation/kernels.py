@@ -22,8 +22,9 @@ Blocks = tuple[int, int, int, int]
 """Blocks down and across, and the height and width of each."""
 
 MOST = 254
-"""Results in a block that a byte can tell apart, and from `_OFF`."""
-_OFF = 255  # the largest of the block is no more than 0, and ReLU follows
+"""Results in a block that a byte can tell apart, and from `OFF`."""
+OFF = 255
+"""In place of one: the largest of the block is no more than 0, and ReLU follows."""
 
 
 def look_of(window: Window, height: int, width: int, channels: int) -> Look:
@@ -184,7 +185,7 @@ def pool(
                     value = found[to, o] + biases[client, o]
                     off = relu & (value <= 0)
                     found[to, o] = np.float32(0) if off else value
-                    places[to, o] = np.uint8(_OFF) if off else places[to, o]
+                    places[to, o] = np.uint8(OFF) if off else places[to, o]
                 to += 1
 
 
@@ -215,6 +216,6 @@ def unpool(slopes: Floats, places: Bytes, products: Floats, biases: Floats, bloc
                         here = places[at, o] == place
                         products[row, o] = slopes[at, o] if here else np.float32(0)
                 for o in range(outs):
-                    off = places[at, o] == _OFF
+                    off = places[at, o] == OFF
                     biases[image, o] += np.float32(0) if off else slopes[at, o]
                 at += 1

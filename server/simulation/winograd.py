@@ -18,12 +18,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
 from server.simulation.compiled import compiled
-from server.simulation.kernels import Bytes, Floats
+from server.simulation.kernels import OFF, Bytes, Floats
 
-Cubes = NDArray[np.float32]
 Tiling = tuple[int, int, int, int, int]
 """Height, width and channels of an image, and its tiles down and across."""
 
@@ -95,7 +93,7 @@ def to_tiles(images: Floats, tiles: Floats, tiling: Tiling, first: int, rows: in
 
 
 @compiled("void(float32[:, :, ::1], float32[::1], UniTuple(int64, 5), int64)", fastmath=_FASTMATH)
-def from_tiles(tiles: Cubes, images: Floats, tiling: Tiling, first: int) -> None:
+def from_tiles(tiles: Floats, images: Floats, tiling: Tiling, first: int) -> None:
     """The way back of `to_tiles`, B t B^T, added to what the images hold.
 
     Args:
@@ -145,7 +143,7 @@ def from_tiles(tiles: Cubes, images: Floats, tiling: Tiling, first: int) -> None
 
 
 @compiled("void(float32[:, :, ::1], float32[:, :, :, ::1])", fastmath=_FASTMATH)
-def to_kernels(weights: Cubes, kernels: NDArray[np.float32]) -> None:
+def to_kernels(weights: Floats, kernels: Floats) -> None:
     """Kernels, turned: G g G^T.
 
     Args:
@@ -182,7 +180,7 @@ def to_kernels(weights: Cubes, kernels: NDArray[np.float32]) -> None:
 
 
 @compiled("void(float32[:, :, :, ::1], float32[:, :, ::1])", fastmath=_FASTMATH)
-def from_kernels(kernels: NDArray[np.float32], weights: Cubes) -> None:
+def from_kernels(kernels: Floats, weights: Floats) -> None:
     """The way back of `to_kernels`, G^T u G.
 
     Args:
@@ -227,7 +225,7 @@ def from_kernels(kernels: NDArray[np.float32], weights: Cubes) -> None:
     "void(float32[:, :, ::1], float32[::1], float32[:, ::1], uint8[:, ::1], boolean)",
     fastmath=_FASTMATH,
 )
-def pool_tiles(products: Cubes, bias: Floats, found: Floats, places: Bytes, relu: bool) -> None:
+def pool_tiles(products: Floats, bias: Floats, found: Floats, places: Bytes, relu: bool) -> None:
     """Results of each tile, A^T m A, as `server.simulation.kernels.pool` leaves them.
 
     Args:
@@ -268,7 +266,7 @@ def pool_tiles(products: Cubes, bias: Floats, found: Floats, places: Bytes, relu
             value = largest + bias[o]
             off = relu & (value <= 0)
             found[at, o] = np.float32(0) if off else value
-            places[at, o] = np.uint8(255) if off else which
+            places[at, o] = np.uint8(OFF) if off else which
 
 
 @compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1], float32[::1])", fastmath=_FASTMATH)
@@ -286,7 +284,7 @@ def unpool_tiles(slopes: Floats, places: Bytes, products: Floats, bias: Floats) 
     for at in range(unsigned(places.shape[0])):
         for o in range(outs):
             slope, place = slopes[at, o], places[at, o]
-            bias[o] += zero if place == 255 else slope
+            bias[o] += zero if place == OFF else slope
             y00, y01 = (slope if place == 0 else zero), (slope if place == 1 else zero)
             y10, y11 = (slope if place == 2 else zero), (slope if place == 3 else zero)
             s0, s1, g0, g1 = y00 + y10, y01 + y11, y00 - y10, y01 - y11

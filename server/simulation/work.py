@@ -53,8 +53,8 @@ def in_order(parts: Iterable[tuple[Sequence[int], Trained]]) -> Trained:
     places = [place for group, _ in found for place in group]
     if len(found) == 1 and places == sorted(places):
         return found[0][1]
-    of_one = found[0][1].weights
-    weights = of_one.new_empty((len(places), of_one.shape[1]))
+    first = found[0][1].weights
+    weights = first.new_empty((len(places), first.shape[1]))
     losses: list[float | None] = [None] * len(places)
     for group, trained in found:
         weights[list(group)] = trained.weights
