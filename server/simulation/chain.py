@@ -29,6 +29,9 @@ class Conv(Dense):
     """One convolution, its weight ``(out, C, kh, kw)``, with the pooling behind it."""
 
     window: Window
+    channels: int
+    """Of images that it takes: C."""
+    outs: int
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ between one layer and the next only what a layer gives is kept, and which of its
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.simulation.chain import Conv, Made, Share, Weights, matrix
+from server.simulation.direct import Direct, direct
 from server.simulation.images import Window
 from server.simulation.kernels import (
     blocks_of,
@@ -25,17 +26,15 @@ from server.simulation.kernels import (
     pool,
     unpool,
 )
+from server.simulation.taken import Back, taken_back
 from server.simulation.winograd import (
     LANE,
     MOST,
     PARTS,
     Tiling,
-    from_kernels,
-    from_tiles,
     pool_tiles,
     to_kernels,
     to_tiles,
-    unpool_tiles,
 )
 
 Undo = Callable[[Tensor], tuple[Tensor, Share | Made | None]]
@@ -49,7 +48,7 @@ _FEW = 8  # channels: with fewer, tiles cost more than they save
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
 
 
-def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool, tiles: bool) -> Link:
+def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
     """Runs a convolution with its pooling.
 
     Args:
@@ -57,28 +56,82 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool, tiles: boo
         relu: Whether one follows.
         first: Whether nobody asks for slopes of what it is given.
         apart: Whether its part on the way back is a `Share`, or else `Made`.
-        tiles: Whether Winograd's tiles may be used, where ``apart`` is not asked for. Their errors
-            are as small as other rounding, but a weight's gradient that is nought by all others'
-            sums is not quite so by theirs.
     """
+    inside = replace(layer.window, padding=(0, 0))
+    loops = direct(inside, layer.channels, layer.outs) if first and not apart else None
+    back = None if first or apart else taken_back(inside, layer.channels, layer.outs)
 
     def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         weight = matrix(layer, weights[layer.weight])
-        outs = weight.shape[1]
-        bias = x.new_zeros((len(x), outs)) if layer.bias is None else weights[layer.bias]
-        x = x.permute(_CHANNELS_LAST).contiguous()
+        bias = x.new_zeros((len(x), layer.outs)) if layer.bias is None else weights[layer.bias]
+        x = x.permute(_CHANNELS_LAST)
         layer.window.check(*x.shape[2:4])
-        numbers = math.prod(layer.window.kernel) * x.shape[4]
-        if weight.shape[2] != numbers:  # before a loop writes as much as other images would need
+        if x.shape[4] != layer.channels:  # before a loop reads or writes what other images need
             raise ValueError(
-                f"images of {x.shape[4]} channels: {numbers} numbers to each result, and the layer "
-                f"takes {weight.shape[2]}"
+                f"images of {x.shape[4]} channels, and the layer takes {layer.channels}"
             )
-        if tiles and not apart and _tiled(layer.window, x, outs):
-            return _by_tiles(layer.window, weight, bias, x, relu=relu, first=first)
+        if loops is not None:
+            return _directly(loops, layer.window, weight, bias, x, relu=relu)
+        if back is not None:
+            return _by_taken(back, layer.window, weight, bias, x, relu=relu)
         return _by_rows(layer.window, weight, bias, x, relu=relu, first=first, apart=apart)
 
     return link
+
+
+def _padded(window: Window, x: Tensor) -> Tensor:
+    """``(K, B, H, W, C)`` in one run of memory."""
+    down, across = window.padding
+    if down or across:
+        x = functional.pad(x, (0, 0, across, across, down, down))
+    return x.contiguous()
+
+
+def _directly(
+    loops: Direct, window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
+) -> tuple[Tensor, Undo]:
+    """By loops that read images as they are; ``x`` is ``(K, B, H, W, C)``, as below."""
+    cells = window.cells(*x.shape[2:4])
+    x = _padded(window, x)
+    size = (x.shape[2], x.shape[3], *cells)
+    result = x.new_empty((*x.shape[:2], *cells, weight.shape[1]))
+    kernels = weight.transpose(1, 2).contiguous()  # an output beside the other
+    images, found = _flat(x), _lines(result)
+    places = torch.empty(found.shape, dtype=torch.uint8).numpy()
+    loops.ahead(images, kernels.numpy(), bias.numpy(), found, places, size, relu)
+
+    def undo(slopes: Tensor) -> tuple[Tensor, Made]:
+        of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
+        of_kernels, of_bias = torch.empty_like(kernels), torch.empty_like(bias)
+        loops.back(images, of_kernels.numpy(), of_bias.numpy(), of_result, places, size)
+        return slopes, Made(of_kernels.transpose(1, 2), of_bias)
+
+    return result.permute(_CHANNELS_FIRST), undo
+
+
+def _by_taken(
+    back: Back, window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
+) -> tuple[Tensor, Undo]:
+    """Forth by the fewest products, back from the results that were taken."""
+    (height, width), (above, beside) = x.shape[2:4], window.padding
+    cells = window.cells(height, width)
+    x = _padded(window, x)
+    inside = replace(window, padding=(0, 0))
+    if _tiled(inside, x, weight.shape[1]):
+        result, places = _tiles_ahead(inside, weight, bias, x, relu=relu)
+    else:
+        result, places, _, _ = _rows_ahead(inside, weight, bias, x, relu=relu, keep=False)
+
+    def undo(slopes: Tensor) -> tuple[Tensor, Made]:
+        gradient = Made(torch.empty_like(weight), torch.empty_like(bias))
+        of_images = torch.empty_like(x)
+        room = gradient.weight.numpy(), gradient.bias.numpy()
+        size = (x.shape[2], x.shape[3], *cells)
+        back(_flat(x), _flat(of_images), weight.numpy(), *room, slopes.numpy(), places, size)
+        found = of_images[:, :, above : above + height, beside : beside + width]
+        return found.permute(_CHANNELS_FIRST), gradient
+
+    return result.permute(_CHANNELS_FIRST), undo
 
 
 def _by_rows(
@@ -91,30 +144,16 @@ def _by_rows(
     first: bool,
     apart: bool,
 ) -> tuple[Tensor, Undo]:
-    """By a product of all that it looks at, each place in a row; ``x`` is ``(K, B, H, W, C)``."""
+    """By products of rows, forth and back."""
+    x = x.contiguous()
     clients, batch, height, width, channels = x.shape
-    outs, numbers = weight.shape[1:]
+    outs = weight.shape[1]
     look = look_of(window, height, width, channels)
     blocks = blocks_of(window, height, width)
-    count = look[-2] * look[-1]
-    short = window.kernel[1] * channels < _SHORT
-    rows = x.new_empty(
-        (clients, batch, numbers, count) if short else (clients, batch, count, numbers)
+    result, places, rows, products = _rows_ahead(
+        window, weight, bias, x, relu=relu, keep=True, apart=apart
     )
-    lay = lay_columns if short else lay_rows
-    images, of_rows = _flat(x), _flat(rows)
-    rows = rows.transpose(2, 3) if short else rows
-    products = x.new_empty((clients if apart else 1, batch, count, outs))
     of_products = _lines(products)
-    result = x.new_empty((clients, batch, *blocks[:2], outs))
-    found = _lines(result)
-    places = torch.empty(found.shape, dtype=torch.uint8).numpy()
-    for client in range(clients):
-        place = client if apart else 0
-        lay(images[client], of_rows[client], look)
-        _multiply(rows[client], weight[client], products[place])
-        one = found[client], places[client]
-        pool(of_products[place], bias[client : client + 1].numpy(), *one, blocks, relu)
 
     def undo(slopes: Tensor) -> tuple[Tensor, Share | Made]:
         of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
@@ -136,6 +175,54 @@ def _by_rows(
         return of_images.permute(_CHANNELS_FIRST), part
 
     return result.permute(_CHANNELS_FIRST), undo
+
+
+def _rows_ahead(
+    window: Window,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    *,
+    relu: bool,
+    keep: bool,
+    apart: bool = False,
+) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """By a product of all that it looks at, each place in a row.
+
+    Args:
+        window: Of the convolution.
+        weight: ``(K, out, F)``.
+        bias: ``(K, out)``.
+        x: ``(K, B, H, W, C)``, in one run of memory.
+        relu: Whether one follows.
+        keep: Whether somebody reads the rows again, or else there is room for one client's.
+        apart: The same of products.
+
+    Returns:
+        What is found, its places, rows and products.
+    """
+    clients, batch, height, width, channels = x.shape
+    outs, numbers = weight.shape[1:]
+    look = look_of(window, height, width, channels)
+    blocks = blocks_of(window, height, width)
+    count = look[-2] * look[-1]
+    short = window.kernel[1] * channels < _SHORT
+    kept = clients if keep else 1
+    rows = x.new_empty((kept, batch, numbers, count) if short else (kept, batch, count, numbers))
+    lay = lay_columns if short else lay_rows
+    images, of_rows = _flat(x), _flat(rows)
+    rows = rows.transpose(2, 3) if short else rows
+    products = x.new_empty((clients if apart else 1, batch, count, outs))
+    result = x.new_empty((clients, batch, *blocks[:2], outs))
+    found = _lines(result)
+    places = torch.empty(found.shape, dtype=torch.uint8).numpy()
+    for client in range(clients):
+        at, to = client if keep else 0, client if apart else 0
+        lay(images[client], of_rows[at], look)
+        _multiply(rows[at], weight[client], products[to])
+        one = found[client], places[client]
+        pool(_lines(products)[to], bias[client : client + 1].numpy(), *one, blocks, relu)
+    return result, places, rows, products
 
 
 def _multiply(rows: Tensor, weight: Tensor, products: Tensor) -> None:
@@ -160,61 +247,34 @@ def _tiled(window: Window, x: Tensor, outs: int) -> bool:
     fits = (window.kernel, window.stride, window.pool) == ((3, 3), (1, 1), (2, 2))
     across = window.cells(height, width)[1]
     wide = max(channels, outs)
-    return fits and min(channels, outs) >= _FEW and wide <= MOST and across * wide <= LANE
+    return fits and min(channels, outs) >= _FEW and wide <= MOST and across * channels <= LANE
 
 
-def _by_tiles(
-    window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool, first: bool
-) -> tuple[Tensor, Undo]:
-    """By Winograd's tiles, each of which is what pooling looks at."""
+def _tiles_ahead(
+    window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
+) -> tuple[Tensor, Any]:
+    """By Winograd's tiles, each of which is what pooling looks at: what is found, its places."""
     clients, batch, height, width, channels = x.shape
     outs = weight.shape[1]
     down, across = window.cells(height, width)
-    above, beside = window.padding
-    if above or beside:
-        x = functional.pad(x, (0, 0, beside, beside, above, above))
-    tiling: Tiling = (x.shape[2], x.shape[3], channels, down, across)
+    tiling: Tiling = (height, width, channels, down, across)
     kernels = x.new_empty((clients, PARTS, outs, channels))
     to_kernels(weight.numpy(), kernels.numpy())
     result = x.new_empty((clients, batch, down, across, outs))
     images, found, biases = _flat(x), _lines(result), bias.numpy()
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
-    blocks = _row_blocks(batch * down, LANE // (across * max(channels, outs)), across)
     lanes = x.new_empty(PARTS * LANE)
-    for client in range(clients):
-        for first_row, rows, taken in blocks:
-            to_tiles(images[client], lanes.numpy(), tiling, first_row, rows)
-            products = torch.bmm(
-                _parts(lanes, rows * across, channels), kernels[client].transpose(1, 2)
-            )
+    most = min(batch * down, LANE // (across * channels))  # rows of tiles at once
+    products = x.new_empty(PARTS * most * across * outs)
+    for client, kernel in enumerate(kernels.transpose(2, 3)):
+        for first, rows, taken in _row_blocks(batch * down, most, across):
+            to_tiles(images[client], lanes.numpy(), tiling, first, rows)
+            parts = lanes.as_strided((PARTS, rows * across, channels), (LANE, channels, 1))
+            room = products[: PARTS * rows * across * outs].view(PARTS, rows * across, outs)
+            torch.bmm(parts, kernel, out=room)
             one = found[client, taken], places[client, taken]
-            pool_tiles(products.numpy(), biases[client], *one, relu)
-
-    def undo(slopes: Tensor) -> tuple[Tensor, Made]:
-        of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
-        of_kernels = torch.empty_like(kernels)
-        gradient = Made(torch.empty_like(weight), slopes.new_zeros((clients, outs)))
-        of_images = torch.zeros_like(x)
-        lanes, others = x.new_empty(PARTS * LANE), x.new_empty(PARTS * LANE)
-        for client in range(clients):
-            for first_row, rows, taken in blocks:
-                one = of_result[client, taken], places[client, taken]
-                unpool_tiles(*one, others.numpy(), gradient.bias[client].numpy())
-                of_products = _parts(others, rows * across, outs)
-                to_tiles(images[client], lanes.numpy(), tiling, first_row, rows)
-                tiles = _parts(lanes, rows * across, channels)
-                if first_row:
-                    of_kernels[client].baddbmm_(of_products.transpose(1, 2), tiles)
-                else:
-                    torch.bmm(of_products.transpose(1, 2), tiles, out=of_kernels[client])
-                if not first:
-                    back = torch.bmm(of_products, kernels[client])
-                    from_tiles(back.numpy(), _flat(of_images)[client], tiling, first_row)
-        from_kernels(of_kernels.numpy(), gradient.weight.numpy())
-        inside = of_images[:, :, above : above + height, beside : beside + width]
-        return inside.permute(_CHANNELS_FIRST), gradient
-
-    return result.permute(_CHANNELS_FIRST), undo
+            pool_tiles(room.numpy(), biases[client], *one, relu)
+    return result, places
 
 
 def _row_blocks(rows: int, most: int, across: int) -> list[tuple[int, int, slice]]:
@@ -224,10 +284,6 @@ def _row_blocks(rows: int, most: int, across: int) -> list[tuple[int, int, slice
         last = min(rows, first + most)
         blocks.append((first, last - first, slice(first * across, last * across)))
     return blocks
-
-
-def _parts(lanes: Tensor, tiles: int, channels: int) -> Tensor:
-    return lanes.as_strided((PARTS, tiles, channels), (LANE, channels, 1))
 
 
 def _flat(tensor: Tensor) -> Any:

@@ -220,7 +220,9 @@ def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:
         return Dense(weight, bias)
     if type(layer) is nn.Conv2d:
         window = _window(layer)
-        return None if window is None else Conv(weight, bias, window)
+        if window is None:
+            return None
+        return Conv(weight, bias, window, layer.in_channels, layer.out_channels)
     if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
         return flattened
     if type(layer) in _MODULES:

@@ -29,7 +29,7 @@ from server.simulation.graph import is_relu
 from server.simulation.kernels import MOST
 
 
-def by_kernels(chain: Chain, *, private: bool, adaptive: bool) -> Run | None:
+def by_kernels(chain: Chain, *, private: bool) -> Run | None:
     """Runs a chain with float32 weights on the CPU; None where that is better left to torch.
 
     So it is without convolutions, and where a result is used twice.
@@ -37,8 +37,6 @@ def by_kernels(chain: Chain, *, private: bool, adaptive: bool) -> Run | None:
     Args:
         chain: From `server.simulation.graph.find_chain`.
         private: Whether each example's own gradient will be asked for.
-        adaptive: Whether the optimiser divides gradients by their own size: then what is nought
-            has to stay so, or rounding would become a step.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
     apart = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
@@ -46,7 +44,7 @@ def by_kernels(chain: Chain, *, private: bool, adaptive: bool) -> Run | None:
         return None
     steps = [step for step in chain.steps if type(step.apply) is not nn.Identity]
     first = next(place for place, step in enumerate(steps) if isinstance(step.apply, Dense))
-    links = list(_links(steps[first:], private=private, tiles=not adaptive))
+    links = list(_links(steps[first:], private=private))
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         with torch.no_grad():
@@ -77,7 +75,7 @@ def _is_straight(chain: Chain) -> bool:
     return in_turn and chain.output == len(chain.steps)
 
 
-def _links(steps: Sequence[Step], *, private: bool, tiles: bool) -> Iterator[Link]:
+def _links(steps: Sequence[Step], *, private: bool) -> Iterator[Link]:
     """Layers with the ReLU behind them, and whatever else there is; the first is a layer."""
     behind = [*(is_relu(step.apply) for step in steps[1:]), False]
     taken = False
@@ -86,8 +84,7 @@ def _links(steps: Sequence[Step], *, private: bool, tiles: bool) -> Iterator[Lin
         if taken:
             taken = False
         elif isinstance(layer, Conv):
-            first = place == 0
-            yield convolution(layer, relu=relu, first=first, apart=private, tiles=tiles)
+            yield convolution(layer, relu=relu, first=place == 0, apart=private)
             taken = relu
         elif isinstance(layer, Dense):
             yield _dense(layer, relu=relu, first=place == 0)

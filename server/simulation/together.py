@@ -135,8 +135,7 @@ def _quickest(chain: Chain, model: FullModel, run: RunConfig) -> tuple[Run, bool
             from server.simulation.straight import by_kernels
         except ImportError:  # numba is missing
             return by_torch(chain), False
-        adaptive = run.client.optimizer == "adam"
-        way = by_kernels(chain, private=run.private, adaptive=adaptive)
+        way = by_kernels(chain, private=run.private)
         if way is not None:
             return way, not run.private
     return by_torch(chain), False

@@ -2,8 +2,7 @@
 
 Four results that lie in a square come of sixteen products in place of thirty-six: an image is read
 in overlapping tiles of 4 x 4, which are turned into sixteen numbers a channel, and kernels too; one
-matrix product for each of the sixteen gives what is turned back into results. All that turns is
-linear, and every way back is the transpose of its way forth.
+matrix product for each of the sixteen gives what is turned back into results.
 
 Importing this compiles the loops, the first time for some seconds. Each runs in the thread that
 calls it, and adds up in an order that is always the same.
@@ -27,8 +26,8 @@ Tiling = tuple[int, int, int, int, int]
 
 PARTS = 16
 LANE = 16448
-"""Numbers between one of the sixteen parts and the next in what `to_tiles` and `unpool_tiles`
-write. No power of two, at which all would compete for the same lines of a cache."""
+"""Numbers between one of the sixteen parts and the next in what `to_tiles` writes. No power of two,
+at which all would compete for the same lines of a cache."""
 MOST = 256
 """Channels that loops over kernels have room for."""
 _ROOM = 272  # as LANE is, for a line of channels
@@ -92,56 +91,6 @@ def to_tiles(images: Floats, tiles: Floats, tiling: Tiling, first: int, rows: in
             at += c
 
 
-@compiled("void(float32[:, :, ::1], float32[::1], UniTuple(int64, 5), int64)", fastmath=_FASTMATH)
-def from_tiles(tiles: Floats, images: Floats, tiling: Tiling, first: int) -> None:
-    """The way back of `to_tiles`, B t B^T, added to what the images hold.
-
-    Args:
-        tiles: ``(16, rows * across, C)``.
-        images: ``(N, H, W, C)``, flat.
-        tiling: Of each image.
-        first: Row of tiles that these begin with, counted over all images.
-    """
-    height, width, channels, down, across = tiling
-    line, c = unsigned(width * channels), unsigned(channels)
-    flat, part = tiles.ravel(), unsigned(tiles.shape[1] * channels)
-    held = np.empty(PARTS * _ROOM, np.float32)
-    at = unsigned(0)
-    for row in range(first, first + tiles.shape[1] // across):
-        start = (row // down * height + row % down * 2) * width * channels
-        for x in range(across):
-            for k in range(c):
-                v = at + k
-                a0, a1, a2, a3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
-                v += 4 * part
-                b0, b1, b2, b3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
-                v += 4 * part
-                e0, e1, e2, e3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
-                v += 4 * part
-                f0, f1, f2, f3 = flat[v], flat[v + part], flat[v + 2 * part], flat[v + 3 * part]
-                g0, g1, g2, g3 = b0 - e0 + f0, b1 - e1 + f1, b2 - e2 + f2, b3 - e3 + f3
-                h0, h1, h2, h3 = b0 + e0 - a0, b1 + e1 - a1, b2 + e2 - a2, b3 + e3 - a3
-                held[k], held[k + _R1], held[k + _R2], held[k + _R3] = (
-                    a0, a1 - a2 + a3, a1 + a2 - a0, -a3,
-                )  # fmt: skip
-                held[k + _R4], held[k + _R5], held[k + _R6], held[k + _R7] = (
-                    g0, g1 - g2 + g3, g1 + g2 - g0, -g3,
-                )  # fmt: skip
-                held[k + _R8], held[k + _R9], held[k + _R10], held[k + _R11] = (
-                    h0, h1 - h2 + h3, h1 + h2 - h0, -h3,
-                )  # fmt: skip
-                held[k + _R12], held[k + _R13], held[k + _R14], held[k + _R15] = (
-                    -f0, f2 - f1 - f3, f0 - f1 - f2, f3,
-                )  # fmt: skip
-            corner = unsigned(start + 2 * x * channels)
-            for place in range(PARTS):
-                begin = corner + unsigned(place // 4) * line + unsigned(place % 4) * c
-                image, piece = images[begin : begin + c], held[place * _ROOM :]
-                for k in range(c):
-                    image[k] += piece[k]
-            at += c
-
-
 @compiled("void(float32[:, :, ::1], float32[:, :, :, ::1])", fastmath=_FASTMATH)
 def to_kernels(weights: Floats, kernels: Floats) -> None:
     """Kernels, turned: G g G^T.
@@ -175,48 +124,6 @@ def to_kernels(weights: Floats, kernels: Floats) -> None:
                 )  # fmt: skip
             for part in range(PARTS):
                 to, piece = kernels[client, part, out], held[part * _ROOM :]
-                for k in range(c):
-                    to[k] = piece[k]
-
-
-@compiled("void(float32[:, :, :, ::1], float32[:, :, ::1])", fastmath=_FASTMATH)
-def from_kernels(kernels: Floats, weights: Floats) -> None:
-    """The way back of `to_kernels`, G^T u G.
-
-    Args:
-        kernels: ``(K, 16, out, C)``.
-        weights: ``(K, out, 9 * C)``, to be filled.
-    """
-    clients, _, outs, channels = kernels.shape
-    c, half = unsigned(channels), np.float32(0.5)
-    held = np.empty(PARTS * _ROOM, np.float32)
-    for client in range(clients):
-        u, part = kernels[client].ravel(), unsigned(outs * channels)
-        for out in range(outs):
-            for k in range(c):
-                v = unsigned(out) * c + k
-                a0, a1, a2, a3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
-                v += 4 * part
-                b0, b1, b2, b3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
-                v += 4 * part
-                e0, e1, e2, e3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
-                v += 4 * part
-                f0, f1, f2, f3 = u[v], u[v + part], u[v + 2 * part], u[v + 3 * part]
-                s0, s1, s2, s3 = b0 + e0, b1 + e1, b2 + e2, b3 + e3
-                g0, g1, g2, g3 = b0 - e0, b1 - e1, b2 - e2, b3 - e3
-                s0, s1, s2, s3 = s0 * half, s1 * half, s2 * half, s3 * half
-                g0, g1, g2, g3 = g0 * half, g1 * half, g2 * half, g3 * half
-                a0, a1, a2, a3 = a0 + s0, a1 + s1, a2 + s2, a3 + s3
-                f0, f1, f2, f3 = f0 + s0, f1 + s1, f2 + s2, f3 + s3
-                s = (a1 + a2) * half
-                held[k], held[k + _R1], held[k + _R2] = a0 + s, (a1 - a2) * half, a3 + s
-                s = (g1 + g2) * half
-                held[k + _R3], held[k + _R4], held[k + _R5] = g0 + s, (g1 - g2) * half, g3 + s
-                s = (f1 + f2) * half
-                held[k + _R6], held[k + _R7], held[k + _R8] = f0 + s, (f1 - f2) * half, f3 + s
-            for place in range(9):
-                begin = place * channels
-                to, piece = weights[client, out, begin : begin + channels], held[place * _ROOM :]
                 for k in range(c):
                     to[k] = piece[k]
 
@@ -267,37 +174,3 @@ def pool_tiles(products: Floats, bias: Floats, found: Floats, places: Bytes, rel
             off = relu & (value <= 0)
             found[at, o] = np.float32(0) if off else value
             places[at, o] = np.uint8(OFF) if off else which
-
-
-@compiled("void(float32[:, ::1], uint8[:, ::1], float32[::1], float32[::1])", fastmath=_FASTMATH)
-def unpool_tiles(slopes: Floats, places: Bytes, products: Floats, bias: Floats) -> None:
-    """The way back of `pool_tiles`, A y A^T.
-
-    Args:
-        slopes: Of what it found, ``(tiles, out)``.
-        places: From it.
-        products: To be filled with slopes, parts `LANE` apart: ``(tiles, out)`` each.
-        bias: ``(out,)``; the slopes of the bias are added to it.
-    """
-    zero = np.float32(0)
-    outs = unsigned(places.shape[1])
-    for at in range(unsigned(places.shape[0])):
-        for o in range(outs):
-            slope, place = slopes[at, o], places[at, o]
-            bias[o] += zero if place == OFF else slope
-            y00, y01 = (slope if place == 0 else zero), (slope if place == 1 else zero)
-            y10, y11 = (slope if place == 2 else zero), (slope if place == 3 else zero)
-            s0, s1, g0, g1 = y00 + y10, y01 + y11, y00 - y10, y01 - y11
-            m = at * outs + o
-            products[m], products[m + _D1], products[m + _D2], products[m + _D3] = (
-                y00, y00 + y01, y00 - y01, -y01,
-            )  # fmt: skip
-            products[m + _D4], products[m + _D5], products[m + _D6], products[m + _D7] = (
-                s0, s0 + s1, s0 - s1, -s1,
-            )  # fmt: skip
-            products[m + _D8], products[m + _D9], products[m + _D10], products[m + _D11] = (
-                g0, g0 + g1, g0 - g1, -g1,
-            )  # fmt: skip
-            products[m + _D12], products[m + _D13], products[m + _D14], products[m + _D15] = (
-                -y10, -y10 - y11, y11 - y10, y11,
-            )  # fmt: skip

@@ -149,7 +149,7 @@ def torchs(chain: Chain, settings: Client, private: bool) -> Run | None:
 
 
 def kernels(chain: Chain, settings: Client, private: bool) -> Run | None:
-    return by_kernels(chain, private=private, adaptive=settings.optimizer == "adam")
+    return by_kernels(chain, private=private)
 
 
 WAYS = [(name, torchs) for name in CASES] + [(name, kernels) for name in STRAIGHT]
@@ -332,4 +332,4 @@ def test_kernels_leave_what_branches_or_has_no_convolution_to_torch(name: str) -
     net, make, _ = CASES[name]
     chain = find_chain(net, make(1, torch_rng(0))[0][0].unsqueeze(0))
     assert chain is not None
-    assert by_kernels(chain, private=False, adaptive=False) is None
+    assert by_kernels(chain, private=False) is None

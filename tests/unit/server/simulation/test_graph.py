@@ -137,7 +137,7 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", [by_torch, partial(by_kernels, private=True, adaptive=False)])
+@pytest.mark.parametrize("way", [by_torch, partial(by_kernels, private=True)])
 @pytest.mark.parametrize("name", [*FLAT, *MEANS])
 def test_what_is_found_learns_what_the_model_does(
     name: str, way: Callable[[Chain], Run | None]

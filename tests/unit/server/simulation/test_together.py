@@ -122,9 +122,9 @@ def test_convolutions_are_trained_the_same_without_their_kernels(
     work = [LocalWork(data(name, None), lambda: torch_rng(0)) for name in "01"]  # type: ignore[arg-type]
     asked: list[Chain] = []
 
-    def noting(chain: Chain, *, private: bool, adaptive: bool) -> Run | None:
+    def noting(chain: Chain, *, private: bool) -> Run | None:
         asked.append(chain)
-        return by_kernels(chain, private=private, adaptive=adaptive)
+        return by_kernels(chain, private=private)
 
     monkeypatch.setattr(straight, "by_kernels", noting)
     compiled = find_trainer(client, client.resident, work[0])
