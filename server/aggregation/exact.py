@@ -16,6 +16,9 @@ _EXACT = 2.0**53  # below it float64 holds every whole number
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
 Parts = Callable[[], Iterable[Vector]]
 """Gives a vector from its first element to its last, part by part, each time that it is called."""
+AddScaled = Callable[[NDArray[np.float32], NDArray[np.float64], NDArray[np.int64]], None]
+"""Takes rows ``(K, D)``, a factor for each, and a total ``(D,)``, to which it adds the products,
+each rounded to a whole number first. Whoever calls it sees to it that no sum reaches 2**62."""
 
 
 class ExactMean:
@@ -74,12 +77,18 @@ class ExactMean:
             start = end
         self._bound, self.weight, self.count = bound, self.weight + weight, self.count + 1
 
-    def add_rows(self, rows: NDArray[np.float32], weights: Sequence[int]) -> list[int]:
+    def add_rows(
+        self,
+        rows: NDArray[np.float32],
+        weights: Sequence[int],
+        add_scaled: AddScaled | None = None,
+    ) -> list[int]:
         """Folds in many updates at once, with the bits that one after the other would give.
 
         Args:
             rows: Shape ``(K, D)``, finite.
             weights: A positive whole number for each row.
+            add_scaled: What adds the rows up, where there is anything quicker than NumPy.
 
         Returns:
             The places of rows that were refused, because the sum could leave its range.
@@ -93,18 +102,24 @@ class ExactMean:
                 self._bound = bound
         refused = sorted(set(range(len(rows))) - set(taken))
         rows = rows[taken] if refused else rows
-        factors = np.array([weights[place] for place in taken], np.float64)[:, None] * _SCALE
-        small = self._bound < _EXACT  # then sums of whole numbers are exact in float64, too
-        step = max(1, _CHUNK // max(1, len(taken)))
-        for start in range(0, rows.shape[1], step):
-            part = slice(start, start + step)
-            scaled = np.multiply(rows[:, part], factors, dtype=np.float64)
-            np.rint(scaled, out=scaled)
-            total = scaled.sum(axis=0) if small else scaled.astype(np.int64).sum(axis=0)
-            self._sum[part] += total.astype(np.int64, copy=False)
+        factors = np.array([weights[place] for place in taken], np.float64) * _SCALE
+        if add_scaled is not None:
+            add_scaled(rows, factors, self._sum)
+        else:
+            self._add_scaled(rows, factors)
         self.weight += sum(weights[place] for place in taken)
         self.count += len(taken)
         return refused
+
+    def _add_scaled(self, rows: NDArray[np.float32], factors: NDArray[np.float64]) -> None:
+        small = self._bound < _EXACT  # then sums of whole numbers are exact in float64, too
+        step = max(1, _CHUNK // max(1, len(rows)))
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            scaled = np.multiply(rows[:, part], factors[:, None], dtype=np.float64)
+            np.rint(scaled, out=scaled)
+            total = scaled.sum(axis=0) if small else scaled.astype(np.int64).sum(axis=0)
+            self._sum[part] += total.astype(np.int64, copy=False)
 
     def merge(self, other: ExactMean) -> None:
         """Folds in everything that another sum holds.

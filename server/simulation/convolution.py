@@ -127,7 +127,15 @@ def _by_taken(
         of_images = torch.empty_like(x)
         room = gradient.weight.numpy(), gradient.bias.numpy()
         size = (x.shape[2], x.shape[3], *cells)
-        back(_flat(x), _flat(of_images), weight.numpy(), *room, slopes.numpy(), places, size)
+        back(
+            _flat(x),
+            _flat(of_images),
+            weight.numpy(),
+            *room,
+            slopes.contiguous().numpy(),
+            places,
+            size,
+        )
         found = of_images[:, :, above : above + height, beside : beside + width]
         return found.permute(_CHANNELS_FIRST), gradient
 

@@ -8,12 +8,14 @@ image's slopes are mostly those with nought.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from numba.core import types
+from numpy.typing import NDArray
 
 from server.simulation.compiled import compiled
 from server.simulation.direct import Size, lanes_of
@@ -22,6 +24,7 @@ from server.simulation.kernels import OFF, Bytes, Floats
 from server.simulation.vectors import (
     FLOAT,
     INT,
+    SHORT,
     Builder,
     Value,
     added,
@@ -38,15 +41,68 @@ from server.simulation.vectors import (
 Back = Callable[[Floats, Floats, Floats, Floats, Floats, Floats, Bytes, Size], None]
 """Takes images ``(K, N * H * W * C)``, padded, and room for their slopes; weights ``(K, out, F)``,
 ``F`` in the order (kernel's height, its width, channel), and room for theirs; room for the slopes
-of biases ``(K, out)``; the slopes of what was found, ``(K, N, out, down, across)`` in any order of
-memory; and places, ``(K, N * blocks, out)``. Fills all there is room for."""
+of biases ``(K, out)``; the slopes of what was found, ``(K, N, out, down, across)``; and places,
+``(K, N * blocks, out)``. Fills all there is room for."""
 
 unsigned: Any = numba.uint64  # as mypy takes it
 
-_MOST_NUMBERS = 9 * 256  # of a kernel: all are written down at length
-_REGISTERS = 12  # of a kernel at once, and as many slopes: a processor has 32, or 16
-_NEAR_NUMBERS = 10 << 10  # 40 KiB: of images, and their slopes, in a core's nearest cache
-_FAR_NUMBERS = 128 << 10  # 512 KiB: in its next, where kernels fill it and go by more often
+_MOST_PLACES = 64  # of a kernel: all are written down at length
+_REGISTERS = 12  # places of a kernel at once, and their slopes: a processor has 32 vectors, or 16
+_NEAR_NUMBERS = 8 << 10  # 32 KiB: of images, and of their slopes, in a core's nearest cache
+
+
+@compiled(
+    "void(float32[:, :, :, ::1], uint8[:, ::1], int64[::1], int64, int64, uint32[::1], uint32, "
+    "float32[:, ::1], uint32[:, ::1], int64[::1], float32[::1])",
+    fastmath=set(),
+)
+def _list(
+    slopes: Floats,
+    places: Bytes,
+    begins: NDArray[np.int64],
+    first: int,
+    last: int,
+    away: NDArray[np.uint32],
+    step: np.uint32,
+    taken: Floats,
+    starts: NDArray[np.uint32],
+    counts: NDArray[np.int64],
+    of_bias: Floats,
+) -> None:
+    """Lists what was taken of some rows of blocks, for each output: slopes, where they begin.
+
+    Args:
+        slopes: Of one client, ``(N, out, down, across)``.
+        places: Likewise, ``(N * blocks, out)``.
+        begins: Of each row of blocks, counted over all images.
+        first: The first row.
+        last: The one behind the last.
+        away: Of each place in a block.
+        step: From one block to the next.
+        taken: To be filled, as ``starts`` and ``counts``.
+        starts: Behind where the first row begins.
+        counts: How many of each output.
+        of_bias: What was taken is added.
+    """
+    rows, blocks = unsigned(slopes.shape[2]), unsigned(slopes.shape[3])
+    for out in range(unsigned(slopes.shape[1])):
+        count, total = unsigned(0), np.float32(0)
+        image, y = unsigned(first) // rows, unsigned(first) % rows
+        for row in range(unsigned(first), unsigned(last)):
+            start, at = np.uint32(begins[row] - begins[first]), row * blocks
+            for x in range(blocks):
+                place, slope = places[at + x, out], slopes[image, out, y, x]
+                # Written down in any case, and counted or not: jumps would be guessed.
+                taken[out, count], starts[out, count] = slope, start + away[place]
+                on = place != OFF
+                total += slope if on else np.float32(0)
+                count += unsigned(on)
+                start += step
+            y += unsigned(1)
+            if y == rows:
+                image, y = image + unsigned(1), unsigned(0)
+        counts[out] = count
+        of_bias[out] += total
 
 
 @functools.cache
@@ -61,14 +117,13 @@ def taken_back(window: Window, channels: int, outs: int) -> Back | None:
         outs: Channels of results.
     """
     (high, wide), (down, across), (tall, broad) = window.kernel, window.stride, window.pool
-    run, lanes = wide * channels, lanes_of(channels)
-    if not lanes or high * run > _MOST_NUMBERS:
+    lanes = lanes_of(channels)
+    if not lanes or high * wide > _MOST_PLACES:
         return None
-    near = _NEAR_NUMBERS if outs * high * run <= _FAR_NUMBERS else _FAR_NUMBERS
 
     @compiled(
         "void(float32[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1], "
-        "float32[:, ::1], float32[:, :, :, :, :], uint8[:, :, ::1], UniTuple(int64, 4))",
+        "float32[:, ::1], float32[:, :, :, :, ::1], uint8[:, :, ::1], UniTuple(int64, 4))",
         fastmath=set(),
     )
     def back(
@@ -82,87 +137,123 @@ def taken_back(window: Window, channels: int, outs: int) -> Back | None:
         size: Size,
     ) -> None:
         height, width, rows, blocks = size
-        line = width * channels
-        whole = slopes.shape[1] * rows  # of blocks, of all images of a client
-        begins = np.empty(whole, np.uint64)
+        outs, whole = weights.shape[1], slopes.shape[1] * rows  # of blocks, of all images
+        begins = np.empty(whole, np.int64)  # in near memory, as all below
         for row in range(whole):
-            begins[row] = (row // rows * height + row % rows * tall * down) * line
-        away = np.zeros(256, np.uint64)  # of each place in a block
+            begins[row] = (row // rows * height + row % rows * tall * down) * width * lanes
+        away = np.zeros(256, np.uint32)
         for place in range(tall * broad):
-            away[place] = place // broad * down * line + place % broad * across * channels
-        step = unsigned(broad * across * channels)
-        band = max(1, near // (2 * tall * down * line))
-        taken = np.empty(band * blocks, np.float32)
-        starts = np.empty(band * blocks, np.uint64)
+            away[place] = (place // broad * down * width + place % broad * across) * lanes
+        band = min(whole, max(1, _NEAR_NUMBERS // (2 * tall * down * width * lanes)))
+        looked_at = ((tall - 1) * down + high) * width * lanes  # from where a row begins on
+        most = 0
+        for first in range(0, whole, band):
+            most = max(most, begins[min(whole, first + band) - 1] + looked_at - begins[first])
+        near, of_near = np.empty(most, np.float32), np.empty(most, np.float32)
+        taken = np.empty((outs, band * blocks), np.float32)
+        starts = np.empty((outs, band * blocks), np.uint32)
+        counts = np.empty(outs, np.int64)
+        step = np.uint32(broad * across * lanes)
+        of_images[:] = 0
+        of_weights[:] = 0
+        of_biases[:] = 0
         for client in range(weights.shape[0]):
-            of_images[client] = 0
-            of_weights[client] = 0
-            of_biases[client] = 0
-            own_slopes, own_places = slopes[client], places[client]
             for first in range(0, whole, band):
                 last = min(whole, first + band)
-                for out in range(unsigned(weights.shape[1])):
-                    count, total = unsigned(0), np.float32(0)
-                    image, y = unsigned(first // rows), unsigned(first % rows)
-                    for row in range(unsigned(first), unsigned(last)):
-                        start, at = begins[row], row * unsigned(blocks)
-                        for x in range(unsigned(blocks)):
-                            place, slope = own_places[at + x, out], own_slopes[image, out, y, x]
-                            # Written down in any case, counted or not: jumps would be guessed.
-                            taken[count], starts[count] = slope, start + away[place]
-                            on = place != OFF
-                            total += slope if on else np.float32(0)
-                            count += unsigned(on)
-                            start += step
-                        y += unsigned(1)
-                        if y == unsigned(rows):
-                            image, y = image + unsigned(1), unsigned(0)
-                    of_biases[client, out] += total
-                    _add(
-                        images[client].ctypes.data, of_images[client].ctypes.data,
-                        weights[client, out].ctypes.data, of_weights[client, out].ctypes.data,
-                        taken.ctypes.data, starts.ctypes.data, count, line, high, run, lanes,
-                    )  # fmt: skip
+                _list(
+                    slopes[client], places[client], begins, first, last, away, step,
+                    taken, starts, counts, of_biases[client],
+                )  # fmt: skip
+                begin = begins[first] // lanes
+                pixels = (begins[last - 1] + looked_at) // lanes - begin
+                for channel in range(0, channels, lanes):
+                    at = 4 * (begin * channels + channel)
+                    image = images[client].ctypes.data + at
+                    of_image = of_images[client].ctypes.data + at
+                    _fetch(image, near.ctypes.data, pixels, channels, lanes)
+                    of_near[:] = 0
+                    for out in range(outs):
+                        _add(
+                            near.ctypes.data, of_near.ctypes.data,
+                            weights[client, out].ctypes.data + 4 * channel,
+                            of_weights[client, out].ctypes.data + 4 * channel,
+                            taken[out].ctypes.data, starts[out].ctypes.data, counts[out], width,
+                            high, wide, channels, lanes,
+                        )  # fmt: skip
+                    _bring(of_near.ctypes.data, of_image, pixels, channels, lanes)
 
     return back
 
 
 @written
-def _add(
-    typing: Any, images: Any, of_images: Any, weight: Any, of_weight: Any, taken: Any, starts: Any,
-    count: Any, line: Any, high: Any, run: Any, lanes: Any,
-) -> Any:  # fmt: skip
-    """Adds all that comes of one output's slopes; memory by its addresses."""
-    given = (images, of_images, weight, of_weight, taken, starts, count, line)
-    width, whole = lanes.literal_value, high.literal_value * run.literal_value
-    parts = -(-whole // (_REGISTERS * width))
-    vectors = range(0, whole, width)
-    each = -(-len(vectors) // parts)
+def _fetch(typing: Any, images: Any, near: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
+    """Copies some channels of pixels to where they lie side by side."""
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
-        for part in range(0, len(vectors), each):
-            _add_part(builder, args, vectors[part : part + each], run.literal_value, width)
+        images, near, pixels, *_ = args
+        width = lanes.literal_value
+        with counted(builder, pixels) as loop:
+            at = builder.mul(loop.index, known(channels.literal_value))
+            to = builder.mul(loop.index, known(width))
+            store(builder, FLOAT, load(builder, FLOAT, images, at, width), near, to)
         return context.get_dummy_value()
 
-    return types.void(*given, high, run, lanes), write
+    return types.void(images, near, pixels, channels, lanes), write
 
 
-def _add_part(builder: Builder, args: Any, part: range, run: int, lanes: int) -> None:
-    """As `_add`, of those numbers of a kernel that begin at ``part``, ``run`` of them a line."""
-    images, of_images, weight, of_weight, taken, starts, count, line, *_ = args
-    own = [load(builder, FLOAT, weight, known(one), lanes) for one in part]
-    sums = [memory(builder, load(builder, FLOAT, of_weight, known(one), lanes)) for one in part]
-    away = [builder.add(builder.mul(line, known(one // run)), known(one % run)) for one in part]
-    with counted(builder, count) as loop:
-        slope = spread(builder, load(builder, FLOAT, taken, loop.index), lanes)
-        start = load(builder, INT, starts, loop.index)
-        for kernel, total, distance in zip(own, sums, away, strict=True):
-            at = builder.add(start, distance)
-            look = load(builder, FLOAT, images, at, lanes)
-            product = multiplied(builder, slope, look)
-            builder.store(added(builder, builder.load(total), product), total)
-            held = load(builder, FLOAT, of_images, at, lanes)
-            product = multiplied(builder, slope, kernel)
-            store(builder, FLOAT, added(builder, held, product), of_images, at)
-    for one, total in zip(part, sums, strict=True):
-        store(builder, FLOAT, builder.load(total), of_weight, known(one))
+@written
+def _bring(typing: Any, near: Any, images: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
+    """Adds what `_fetch` would have fetched to where it would have come from."""
+
+    def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
+        near, images, pixels, *_ = args
+        width = lanes.literal_value
+        with counted(builder, pixels) as loop:
+            at = builder.mul(loop.index, known(width))
+            to = builder.mul(loop.index, known(channels.literal_value))
+            held = load(builder, FLOAT, images, to, width)
+            more = load(builder, FLOAT, near, at, width)
+            store(builder, FLOAT, added(builder, held, more), images, to)
+        return context.get_dummy_value()
+
+    return types.void(near, images, pixels, channels, lanes), write
+
+
+@written
+def _add(
+    typing: Any, near: Any, of_near: Any, weight: Any, of_weight: Any, taken: Any, starts: Any,
+    count: Any, pixels: Any, high: Any, wide: Any, channels: Any, lanes: Any,
+) -> Any:  # fmt: skip
+    """Adds what comes of one output's slopes, ``pixels`` being those of a line."""
+    given = (near, of_near, weight, of_weight, taken, starts, count, pixels)
+    places = list(itertools.product(range(high.literal_value), range(wide.literal_value)))
+    each = -(-len(places) // -(-len(places) // _REGISTERS))  # in parts of about one size
+    width = lanes.literal_value
+
+    def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
+        for part in range(0, len(places), each):
+            write_part(builder, args, places[part : part + each])
+        return context.get_dummy_value()
+
+    def write_part(builder: Builder, args: Any, part: list[tuple[int, int]]) -> None:
+        near, of_near, weight, of_weight, taken, starts, count, pixels, *_ = args
+        line = builder.mul(pixels, known(width))
+        at = [known((i * wide.literal_value + j) * channels.literal_value) for i, j in part]
+        own = [load(builder, FLOAT, weight, one, width) for one in at]
+        sums = [memory(builder, load(builder, FLOAT, of_weight, one, width)) for one in at]
+        away = [builder.add(builder.mul(line, known(i)), known(j * width)) for i, j in part]
+        with counted(builder, count) as loop:
+            slope = spread(builder, load(builder, FLOAT, taken, loop.index), width)
+            start = builder.zext(load(builder, SHORT, starts, loop.index), INT)
+            for kernel, total, distance in zip(own, sums, away, strict=True):
+                place = builder.add(start, distance)
+                look = load(builder, FLOAT, near, place, width)
+                product = multiplied(builder, slope, look)
+                builder.store(added(builder, builder.load(total), product), total)
+                held = load(builder, FLOAT, of_near, place, width)
+                product = multiplied(builder, slope, kernel)
+                store(builder, FLOAT, added(builder, held, product), of_near, place)
+        for one, total in zip(at, sums, strict=True):
+            store(builder, FLOAT, builder.load(total), of_weight, one)
+
+    return types.void(*given, high, wide, channels, lanes), write

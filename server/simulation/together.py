@@ -16,12 +16,13 @@ from fedcore.mods import client_mods
 from fedcore.resident import Resident
 from fedcore.task import Loss
 from fedcore.training.batches import gather
+from server.aggregation.exact import AddScaled
 from server.simulation.chain import Chain, Conv, Run, by_torch
 from server.simulation.chained import train_chained
 from server.simulation.graph import find_chain
 from server.simulation.slopes import is_cross_entropy, is_mean
 from server.simulation.vectorised import train_cohort, what_forbids
-from server.simulation.work import LocalWork, Trained, in_order
+from server.simulation.work import LocalWork, Trained
 
 _LOOKED_AT = 32  # examples that the loss and the model are tried on
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
@@ -42,6 +43,8 @@ class Trainer:
     """The most that a layer makes of one example; 0 where it is not known."""
     in_turn: bool = False
     """Whether it is made of one client after the other, not of all at once."""
+    add_scaled: AddScaled | None = None
+    """What adds up its results the quickest, if that is compiled as well."""
 
 
 def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Trainer | str:
@@ -84,13 +87,16 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
     if chain is not None:
         linear = None if run.private or not is_cross_entropy(loss) else _linear(chain, model, run)
         if linear is not None:
-            return Trainer(linear, 0)
-        way, in_turn = _quickest(chain, model, run)
+            return linear
+        kernels = _kernels(chain, model, run)
+        way = by_torch(chain) if kernels is None else kernels
 
         def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
             return train_chained(model, chain, work, loss, run.client, proximal_mu=mu, run=way)
 
-        return Trainer(train, chain.numbers, in_turn)
+        if kernels is None:
+            return Trainer(train, chain.numbers)
+        return Trainer(train, chain.numbers, not run.private, _add_scaled())
     if run.private:
         return (
             "per-example gradients of more than dense layers and convolutions are taken one client "
@@ -111,7 +117,7 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
     return Trainer(train_any, 0)
 
 
-def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Train | None:
+def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Trainer | None:
     """What trains a linear classifier the quickest, if that is what the model is."""
     try:
         from server.simulation.linear import fits, train_linear
@@ -124,21 +130,26 @@ def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Train | None:
     def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
         return train_linear(model, layer, work, run.client, proximal_mu=mu)
 
-    return train
+    return Trainer(train, 0, add_scaled=_add_scaled())
 
 
-def _quickest(chain: Chain, model: FullModel, run: RunConfig) -> tuple[Run, bool]:
-    """What runs a chain the quickest, and whether its convolutions take clients in turn."""
+def _kernels(chain: Chain, model: FullModel, run: RunConfig) -> Run | None:
+    """What runs a chain with convolutions the quickest, if that is not torch."""
     plain = all(p.dtype == torch.float32 and p.is_cpu for p in model.model.parameters())
-    if plain and any(isinstance(layer, Conv) for layer in chain.layers):
-        try:
-            from server.simulation.straight import by_kernels
-        except ImportError:  # numba is missing
-            return by_torch(chain), False
-        way = by_kernels(chain, private=run.private)
-        if way is not None:
-            return way, not run.private
-    return by_torch(chain), False
+    if not plain or not any(isinstance(layer, Conv) for layer in chain.layers):
+        return None
+    try:
+        from server.simulation.straight import by_kernels
+    except ImportError:  # numba is missing
+        return None
+    return by_kernels(chain, private=run.private)
+
+
+def _add_scaled() -> AddScaled:
+    """Only where numba is loaded in any case: it takes its time and memory."""
+    from server.simulation.sums import add_scaled
+
+    return add_scaled
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -172,15 +183,15 @@ def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -
 
 def train_in_groups(
     trainer: Trainer, model: FullModel, work: Sequence[LocalWork], client: Client, mu: float
-) -> Trained:
-    """Trains as many clients at once as memory is set aside for; results in the order of ``work``.
+) -> list[tuple[list[int], Trained]]:
+    """Trains as many clients at once as memory is set aside for: each group's places, and results.
 
     Clients of like size go together, so that little is padded.
     """
-    return in_order(
+    return [
         (places, trainer.train(model, [work[place] for place in places], mu))
         for places in _groups(trainer, model, work, client)
-    )
+    ]
 
 
 def _groups(

@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-FLOAT, BYTE, INT = ir.FloatType(), ir.IntType(8), ir.IntType(64)
-_ALIGNED = {FLOAT: 4, BYTE: 1, INT: 8}
+FLOAT, BYTE, SHORT, INT = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_ALIGNED = {FLOAT: 4, BYTE: 1, SHORT: 4, INT: 8}
 _FREE = ("contract",)  # a product and a sum may be rounded once
 
 Builder = Any

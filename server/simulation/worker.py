@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 
@@ -44,7 +45,17 @@ from server.simulation.devices import Fate, Fleet, begun, counts, fate
 from server.simulation.engine import RUN_ID
 from server.simulation.orders import Answer, Asked, Order
 from server.simulation.together import Trainer, find_trainer, train_in_groups
-from server.simulation.work import LocalWork, PrivateWork
+from server.simulation.work import LocalWork, PrivateWork, Trained
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A client that is about to be trained beside others."""
+
+    asked: Asked
+    fate: Fate | None
+    work: LocalWork
+    ledger: Ledger | None
 
 
 class Worker:
@@ -187,7 +198,7 @@ class Worker:
         """Side by side, each with the result that it would have had alone."""
         client = self._client
         instruction = self._read(order)
-        ready: list[tuple[Asked, Fate | None, LocalWork, Ledger | None]] = []
+        ready: list[Ready] = []
         for one, found in asked:
             try:
                 examples, _ = local_data(client, one.name)
@@ -197,50 +208,62 @@ class Worker:
                 yield Answer(one, error=code, ledger=one.ledger, fate=found)
                 continue
             work = LocalWork(examples, self._stream("order", instruction, one), private)
-            ready.append((one, found, work, ledger))
+            ready.append(Ready(one, found, work, ledger))
         if not ready:
             return
-        work_of = [work for _, _, work, _ in ready]
+        work_of = [one.work for one in ready]
         trainer = self._trainer(instruction, work_of, chosen=order.chosen)
         try:
             if trainer is None:
                 raise DataError("data: none of these clients can be trained side by side")
             with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
-                trained = train_in_groups(
+                groups = train_in_groups(
                     trainer, self._model(instruction), work_of, client, instruction.proximal_mu
                 )
         except InsufficientMemory:
             raise
         except (Exception, SystemExit):  # some client's data or loss failed: alone, it says how
-            yield from (self._alone(order, one, found) for one, found, _, _ in ready)
+            yield from (self._alone(order, one.asked, one.fate) for one in ready)
             return
+        for places, trained in groups:
+            yield from self._answers(order, [ready[place] for place in places], trained, trainer)
+
+    def _answers(
+        self, order: Order, ready: Sequence[Ready], trained: Trained, trainer: Trainer
+    ) -> Iterator[Answer]:
+        """What clients answer that were trained together; folded, where that is asked for."""
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
         errors = [self._diverged(*both) for both in zip(trained.losses, finite, strict=True)]
         taken = [place for place, error in enumerate(errors) if error is None]
-        sizes = [work.size for work in work_of]
+        sizes = [one.work.size for one in ready]
         if order.fold:
             weights = [1 if order.uniform else sizes[place] for place in taken]
             fitting = rows if len(taken) == len(rows) else rows[taken]
-            for place in self._sum.add_rows(fitting, weights):
+            for place in self._sum.add_rows(fitting, weights, trainer.add_scaled):
                 peak = float(np.abs(fitting[place]).max())
                 errors[taken[place]] = InvalidUpdate(out_of_range(peak, weights[place]))
-        for place, (one, found, _, ledger) in enumerate(ready):
-            wrong = errors[place]
+        for place, one in enumerate(ready):
+            wrong, ledger = errors[place], one.ledger
             if wrong is not None:
-                yield Answer(one, error=error_of(one.name, wrong), ledger=ledger, fate=found)
+                code = error_of(one.asked.name, wrong)
+                yield Answer(one.asked, error=code, ledger=ledger, fate=one.fate)
                 continue
             loss = trained.losses[place]
             metrics = {} if loss is None else {TRAIN_LOSS: loss}
             if ledger is not None:
-                metrics[EPSILON] = ledger.epsilon(client.run.privacy)
+                metrics[EPSILON] = ledger.epsilon(self._client.run.privacy)
             if order.fold:
                 yield Answer(
-                    one, num_examples=sizes[place], metrics=metrics, ledger=ledger, fate=found
+                    one.asked,
+                    num_examples=sizes[place],
+                    metrics=metrics,
+                    ledger=ledger,
+                    fate=one.fate,
                 )
             else:
                 content = update_content(Update(rows[place], sizes[place], metrics))
-                yield Answer(one, content=content, ledger=ledger, fate=found)
+                yield Answer(one.asked, content=content, ledger=ledger, fate=one.fate)
 
     def _trainer(
         self, instruction: Instruction, work: Sequence[LocalWork], *, chosen: bool

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedcore.errors import InvalidUpdate
 from fedcore.updates.pack import Vector
-from server.aggregation.exact import ExactMean
+from server.aggregation.exact import AddScaled, ExactMean
+from server.simulation.sums import add_scaled
 
 VALUES = st.floats(-50, 50, width=32) | st.floats(-(2.0**-20), 2.0**-20, width=32)
 WEIGHTS = st.integers(1, 1000) | st.integers(1, 2**17)
@@ -98,19 +99,25 @@ def test_parts_that_are_merged_give_the_bits_of_the_whole(parts: list[list[Updat
     assert (total.count, total.weight) == (len(whole), sum(weight for *_, weight in whole))
 
 
-@given(UPDATES)
-def test_rows_give_the_bits_of_one_after_the_other(updates: list[Update]) -> None:
+@pytest.mark.parametrize("add", [None, add_scaled], ids=["numpy", "compiled"])
+@given(updates=UPDATES)
+def test_rows_give_the_bits_of_one_after_the_other(
+    updates: list[Update], add: AddScaled | None
+) -> None:
     rows = np.array([update[:2] for update in updates], np.float32)
     mean = ExactMean(2)
-    assert mean.add_rows(rows, [update[2] for update in updates]) == []
+    assert mean.add_rows(rows, [update[2] for update in updates], add) == []
     assert mean.mean().tobytes() == mean_of(updates).tobytes()
 
 
+@pytest.mark.parametrize("add", [None, add_scaled], ids=["numpy", "compiled"])
 @given(
-    st.lists(st.tuples(st.floats(-(2.0**40), 2.0**40, width=32), WEIGHTS), min_size=1, max_size=9)
+    updates=st.lists(
+        st.tuples(st.floats(-(2.0**40), 2.0**40, width=32), WEIGHTS), min_size=1, max_size=9
+    )
 )
 def test_rows_out_of_range_are_those_that_would_be_refused_alone(
-    updates: list[tuple[float, int]],
+    updates: list[tuple[float, int]], add: AddScaled | None
 ) -> None:
     alone, refused = ExactMean(1), []
     for place, (value, weight) in enumerate(updates):
@@ -120,7 +127,7 @@ def test_rows_out_of_range_are_those_that_would_be_refused_alone(
             refused.append(place)
     together = ExactMean(1)
     rows = np.array([[value] for value, _ in updates], np.float32)
-    assert together.add_rows(rows, [weight for _, weight in updates]) == refused
+    assert together.add_rows(rows, [weight for _, weight in updates], add) == refused
     assert (together.count, together.weight) == (alone.count, alone.weight)
     if alone.weight:
         assert together.mean().tobytes() == alone.mean().tobytes()
@@ -133,3 +140,17 @@ def test_sums_that_leave_the_range_together_are_not_merged() -> None:
     with pytest.raises(InvalidUpdate, match="leave the range of exact sums"):
         one.merge(other)
     assert one.mean()[0] == 2.0**25
+
+
+@pytest.mark.parametrize("size", [1, 4096, 10_001])
+def test_long_rows_give_the_bits_of_one_after_the_other_too(size: int) -> None:
+    rng = np.random.default_rng(size)
+    rows = rng.normal(size=(5, size)).astype(np.float32)
+    weights = [1, 50, 3, 2**17, 7]
+    alone, together, compiled = ExactMean(size), ExactMean(size), ExactMean(size)
+    for row, weight in zip(rows, weights, strict=True):
+        alone.add(row, weight)
+    assert together.add_rows(rows, weights) == []
+    assert compiled.add_rows(rows, weights, add_scaled) == []
+    assert together.mean().tobytes() == alone.mean().tobytes()
+    assert compiled.mean().tobytes() == alone.mean().tobytes()

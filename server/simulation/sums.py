@@ -1,0 +1,26 @@
+"""Exact sums of many updates by a compiled loop, which reads each number once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from server.simulation.compiled import compiled
+
+unsigned: Any = numba.uint64  # as mypy takes it
+_PART = 4096  # numbers of a total that stay in a core's nearest cache from row to row
+
+
+@compiled("void(float32[:, ::1], float64[::1], int64[::1])", fastmath=set())
+def add_scaled(
+    rows: NDArray[np.float32], factors: NDArray[np.float64], total: NDArray[np.int64]
+) -> None:
+    """As `server.aggregation.exact.AddScaled` says, with the bits of what NumPy adds up."""
+    for first in range(0, rows.shape[1], _PART):
+        last = min(rows.shape[1], first + _PART)
+        for row in range(rows.shape[0]):
+            for place in range(unsigned(first), unsigned(last)):
+                total[place] += np.int64(np.rint(np.float64(rows[row, place]) * factors[row]))
