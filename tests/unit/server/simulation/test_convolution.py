@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +13,11 @@ from torch.nn import functional
 
 from server.simulation.chain import Conv, Made, stacked
 from server.simulation.convolution import convolution
+from server.simulation.direct import direct
 from server.simulation.graph import find_chain
 from server.simulation.images import Window
 from server.simulation.straight import by_kernels
+from server.simulation.taken import taken_back
 from server.simulation.winograd import LANE
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -113,19 +117,97 @@ def test_forth_and_back(
     assert isinstance(part, Made) == (not apart)
 
 
-def test_images_of_more_tiles_than_there_is_room_for_go_in_blocks() -> None:
+def weights_of(layer: Conv, rng: torch.Generator, clients: int) -> dict[str, Tensor]:
+    """Each client's own, in the memory that `stacked` gives them."""
+    rows = whole(rng, clients, layer.outs, *layer.window.kernel, layer.channels)
+    return {"w": rows.permute(0, 1, 4, 2, 3), "b": whole(rng, clients, layer.outs)}
+
+
+LARGE = {  # window, height and width, channels, outs
+    "more tiles than there is room for": (Window((3, 3), (1, 1), (1, 1), (2, 2)), (60, 44), 16, 64),
+    "a kernel of more places than registers": (
+        Window((5, 5), (1, 1), (2, 2), (2, 2)),
+        (30, 44),
+        16,
+        8,
+    ),
+    "lines longer than the nearest cache": (Window((3, 3), (1, 1), (1, 1)), (6, 700), 8, 8),
+    "steps, and blocks that are not square": (
+        Window((7, 3), (2, 3), (3, 0), (3, 1)),
+        (61, 83),
+        24,
+        16,
+    ),
+    "many images in a band": (Window((2, 2), (1, 1), (0, 0), (2, 2)), (3, 3), 16, 32),
+    "as many channels as a cache has lines": (Window((3, 3), (1, 1), (1, 1)), (8, 8), 256, 16),
+}
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_images_that_go_in_parts(
+    case: tuple[Window, tuple[int, int], int, int], relu: bool
+) -> None:
+    window, size, channels, outs = case
     rng = torch.Generator().manual_seed(0)
-    window = Window((3, 3), (1, 1), (1, 1), (2, 2))
-    x = whole(rng, 2, 2, 16, 60, 44)
-    assert LANE < 2 * 30 * 22 * 16
-    assert LANE // (22 * 16) == 46  # rows of tiles in a block, which ends within an image
-    of_one_kernel = whole(rng, 64, 16, 3, 3).permute(0, 2, 3, 1)
-    weights = {"w": torch.stack([of_one_kernel, -of_one_kernel]).permute(0, 1, 4, 2, 3)}
-    layer = Conv("w", None, window, 16, 64)
-    found, _ = convolution(layer, relu=True, first=False, apart=False)(weights, x)
+    layer = Conv("w", "b", window, channels, outs)
+    assert taken_back(replace(window, padding=(0, 0)), channels, outs) is not None
+    weights = weights_of(layer, rng, 2)
+    x = whole(rng, 2, 9, channels, *size)
+    found, undo = convolution(layer, relu=relu, first=False, apart=False)(weights, x)
+    slopes = whole(rng, *found.shape)
+    of_x, part = undo(slopes)
+    assert isinstance(part, Made)
     for client in range(2):
-        expected = by_torch(window, weights["w"][client], None, x[client], relu=True)
-        assert torch.equal(found[client], expected)
+        leaves = [one[client].double().requires_grad_() for one in (x, *weights.values())]
+        expected = by_torch(window, leaves[1], leaves[2], leaves[0], relu=relu)
+        assert torch.equal(found[client], expected.detach().float())
+        back = torch.autograd.grad([expected], leaves, [slopes[client].double()])
+        assert torch.equal(of_x[client], back[0].float())
+        assert torch.equal(part.weight[client], back[1].permute(0, 2, 3, 1).flatten(1).float())
+        assert torch.equal(part.bias[client], back[2].float())
+
+
+def test_tiles_in_blocks_are_what_is_tested() -> None:
+    assert LANE < 9 * 30 * 22 * 16
+    assert (9 * 30) % (LANE // (22 * 16)) != 0  # a block that ends within an image
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("channels", [1, 8, 16])
+def test_what_is_no_number_goes_where_torch_has_it(channels: int, first: bool, relu: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = Conv("w", "b", Window((3, 3), (1, 1), (1, 1), (2, 2)), channels, 8)
+    weights = weights_of(layer, rng, 1)
+    x = whole(rng, 1, 3, channels, 8, 8)
+    x[0, 1, 0, 3, 5] = float("nan")
+    x[0, 2, 0, 0, 0] = float("inf")
+    found, _ = convolution(layer, relu=relu, first=first, apart=False)(weights, x)
+    expected = by_torch(layer.window, weights["w"][0], weights["b"][0], x[0], relu=relu)
+    finite = expected.isfinite()
+    assert not finite.all()
+    assert torch.equal(found[0].isfinite(), finite)
+    assert torch.equal(found[0][finite], expected[finite])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pool", "channels", "outs"),
+    [((3, 3), 2, 1, 12), ((9, 9), 2, 1, 16), ((3, 3), 8, 1, 16), ((5, 5), 1, 4, 16)],
+    ids=["outputs that fill no vector", "a large kernel", "large blocks", "many channels"],
+)
+def test_a_first_convolution_that_would_be_long_code_goes_by_rows(
+    kernel: tuple[int, int], pool: int, channels: int, outs: int
+) -> None:
+    assert direct(Window(kernel, (1, 1), (0, 0), (pool, pool)), channels, outs) is None
+
+
+def test_loops_are_compiled_once() -> None:
+    window = Window((3, 3), (1, 1), (0, 0), (2, 2))
+    assert direct(window, 1, 32) is direct(window, 1, 32)
+    assert taken_back(window, 32, 64) is taken_back(window, 32, 64)
+    assert taken_back(window, 12, 64) is None  # channels that fill no vector
+    assert taken_back(Window((9, 9), (1, 1), (0, 0)), 16, 16) is None
 
 
 @pytest.mark.parametrize("private", [False, True])
