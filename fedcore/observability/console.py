@@ -38,6 +38,8 @@ _ROWS = 8  # rounds in the live table: the screen keeps room for what was printe
 _ON_DEVICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("on devices", "simulated_s", seconds_text),
     ("late", "stragglers", lambda count: f"{count:.0f}"),
+    ("lost", "dropped", lambda count: f"{count:.0f}"),
+    ("away", "unavailable", lambda count: f"{count:.0f}"),
 )
 """Headings of what a virtual clock says, its names, and how they are written."""
 _Cells = tuple[tuple[str, str], ...]

@@ -171,7 +171,11 @@ def _ahead(
     all_of_them = clients == len(rows.inputs)
     now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
     output, back = run(now, rows.inputs[:clients, columns])
-    return back, *example_losses(loss, output, rows.targets[:clients, columns])
+    losses, slopes = example_losses(loss, output, rows.targets[:clients, columns])
+    if not rows.full:  # a loss of nought may be no number, and stays none when it is multiplied
+        pads = rows.mask[:clients, step, : rows.widest[step]] == 0
+        slopes[pads] = 0
+    return back, losses, slopes
 
 
 def _noise(

@@ -83,6 +83,7 @@ def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock
         worker.work(clients)
         return (clock() - started) / len(clients)
 
+    worker.prepare(order, asked[:_TOGETHER_CLIENTS])
     loop_s = seconds("loop", asked[:1])
     if loop_s < _ENOUGH_S:  # the first time, much is set up
         loop_s = seconds("loop", asked[:_LOOP_CLIENTS])

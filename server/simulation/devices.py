@@ -218,8 +218,8 @@ def settle(
 ) -> VirtualRound:
     """How the round of these clients ends: who counts, how long it took, what it moved.
 
-    The server waits as one in a deployment does: for every client until it answers, until it has
-    been lost for `SILENCE_S`, or until the deadline, whichever comes first.
+    The server waits as one in a deployment does: for every client that it reached, until it
+    answers, until it has been lost for `SILENCE_S`, or until the deadline, whichever comes first.
 
     Args:
         fates: One for each client that was asked; of a client at most one.
@@ -237,7 +237,7 @@ def settle(
     others = [one for one in fates if one.client not in names]
     late = [one for one in others if one.outcome == "done"]
     answers_s = [one.finish_s for one in fates if one.outcome == "done"]
-    losses_s = [one.lost_s + SILENCE_S for one in fates if one.outcome != "done"]
+    losses_s = [one.lost_s + SILENCE_S for one in fates if one.outcome == "dropped"]
     return VirtualRound(
         finishers=tuple(one.client for one in counted),
         begun_in_vain=tuple(one.client for one in others if begun(one)),

@@ -89,6 +89,7 @@ def _ahead(shape: Shape) -> Any:
         "void(float32[:, ::1], float32[:, :, ::1], float32[:, ::1], float32[:, :, ::1], "
         "uint8[:, :, ::1], UniTuple(int64, 4), boolean)",
         fastmath=set(),
+        shape=shape,
     )
     def ahead(
         images: Floats,
@@ -125,6 +126,7 @@ def _back(shape: Shape) -> Any:
         "void(float32[:, ::1], float32[:, :, ::1], float32[:, ::1], float32[:, :, ::1], "
         "uint8[:, :, ::1], UniTuple(int64, 4))",
         fastmath=set(),
+        shape=shape,
     )
     def back(
         images: Floats,

@@ -125,6 +125,7 @@ def taken_back(window: Window, channels: int, outs: int) -> Back | None:
         "void(float32[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1], "
         "float32[:, ::1], float32[:, :, :, :, ::1], uint8[:, :, ::1], UniTuple(int64, 4))",
         fastmath=set(),
+        shape=(window, channels),
     )
     def back(
         images: Floats,

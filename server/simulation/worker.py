@@ -79,6 +79,15 @@ class Worker:
         if order.fold:
             self._sum = ExactMean(self._client.resident.layout.size)
 
+    def prepare(self, order: Order, asked: Sequence[Asked]) -> None:
+        """Finds what clients' noise takes, which is kept, before anybody measures training them."""
+        if self._client.run.private:
+            self.begin(order)
+            for one in asked:
+                with suppress(Exception, SystemExit):  # it says so itself, when it is to train
+                    examples, _ = local_data(self._client, one.name)
+                    self._spend(one, examples, self._read(order))
+
     def work(self, asked: Sequence[Asked]) -> list[Answer]:
         """Does for these clients what the order says; answers stand in their order."""
         order = self._order

@@ -51,7 +51,7 @@ def test_plain_writes_one_line_an_event(finished_round: Round) -> None:
 
 
 PACE = {"clients_per_s": 1234.5, "remaining_s": 754.0, "memory_bytes": 412_000_000}
-VIRTUAL: dict[str, float] = {"simulated_s": 90.0, "stragglers": 3, "dropped": 1}
+VIRTUAL: dict[str, float] = {"simulated_s": 90.0, "stragglers": 3, "dropped": 1, "unavailable": 2}
 
 
 def test_the_pace_and_the_virtual_clock_are_shown_where_they_are_known(
@@ -63,15 +63,15 @@ def test_the_pace_and_the_virtual_clock_are_shown_where_they_are_known(
         sink(event)
     assert stream.getvalue() == (
         "round 2/5: accuracy 0.7000, epsilon 2.47, clients 19/20, time 0.25 s, on devices 90.0 s, "
-        "late 3, 1234 clients/s, 412 MB, 12 min 34 s left\n"
+        "late 3, lost 1, away 2, 1234 clients/s, 412 MB, 12 min 34 s left\n"
     )
     shown = StringIO()
     with live(shown) as sink:
         sink(StageStarted("federate", 5))
         sink(event)
     last = shown.getvalue().rsplit("round  accuracy", 1)[1].splitlines()
-    assert last[0].split()[-3:] == ["on", "devices", "late"]
-    assert last[1].split()[-3:] == ["90.0", "s", "3"]
+    assert last[0].split()[-5:] == ["on", "devices", "late", "lost", "away"]
+    assert last[1].split()[-5:] == ["90.0", "s", "3", "1", "2"]
     assert "1234 clients/s, 412 MB, 12 min 34 s left" in shown.getvalue()
 
 

@@ -220,11 +220,16 @@ def test_of_updates_that_arrive_together_those_asked_first_are_taken() -> None:
 
 
 def test_a_lost_device_keeps_the_round_waiting_until_its_silence_is_noticed() -> None:
-    assert settle([done("a", 5.0), away("b")], deadline_s=600.0).record.simulated_s == SILENCE_S
     ended = settle([done("a", 5.0), lost("b", 25.0)], deadline_s=600.0)
     assert ended.record.simulated_s == 25.0 + SILENCE_S
-    assert settle([done("a", 90.0), away("b")], deadline_s=600.0).record.simulated_s == 90.0
-    assert settle([done("a", 5.0), away("b")], deadline_s=20.0).record.simulated_s == 20.0
+    assert settle([done("a", 90.0), lost("b", 25.0)], deadline_s=600.0).record.simulated_s == 90.0
+    assert settle([done("a", 5.0), lost("b", 1.0)], deadline_s=20.0).record.simulated_s == 20.0
+
+
+def test_nobody_waits_for_a_device_that_was_never_reached() -> None:
+    ended = settle([done("a", 5.0), away("b")], deadline_s=600.0)
+    assert (ended.record.simulated_s, ended.record.unavailable) == (5.0, 1)
+    assert settle([away("a"), away("b")], deadline_s=600.0).record.simulated_s == 0.0
 
 
 def test_who_is_lost_is_counted_by_how() -> None:
