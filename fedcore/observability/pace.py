@@ -37,7 +37,8 @@ class Pace:
             where the system does not tell).
         """
         self._rounds += 1
-        weight = max(_WEIGHT, 1 / self._rounds)
+        # The first one sets much up, and is forgotten once there is another.
+        weight = max(_WEIGHT, 1 / max(1, self._rounds - 1))
         self._round_s += weight * (seconds - self._round_s)
         now_s = self._clock()
         if now_s - self._looked_s >= _AGAIN_S:

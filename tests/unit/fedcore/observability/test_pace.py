@@ -21,6 +21,13 @@ def test_pace_follows_the_latest_rounds() -> None:
     assert later["remaining_s"] == pytest.approx(2.0, rel=1e-3)
 
 
+def test_what_the_first_round_sets_up_is_forgotten() -> None:
+    watching = Pace(clock=lambda: 0.0)
+    watching.after(60.0, 10, left=9)
+    assert watching.after(0.5, 10, left=8)["clients_per_s"] == 20.0
+    assert watching.after(1.0, 10, left=4)["remaining_s"] == 3.0
+
+
 def test_memory_is_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     looks, now_s = [10, 20], [0.0]
     monkeypatch.setattr(pace, "memory_bytes", lambda: looks.pop(0))
