@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from server.simulation.compiled import compiled
+from server.simulation.compiled import compiled, unsigned
 
-unsigned: Any = numba.uint64  # as mypy takes it
 _PART = 4096  # numbers of a total that stay in a core's nearest cache from row to row
 
 

@@ -12,12 +12,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numba.core import types
 from numpy.typing import NDArray
 
-from server.simulation.compiled import compiled
+from server.simulation.compiled import compiled, unsigned
 from server.simulation.direct import Size, lanes_of
 from server.simulation.images import Window
 from server.simulation.kernels import OFF, Bytes, Floats
@@ -43,8 +42,6 @@ Back = Callable[[Floats, Floats, Floats, Floats, Floats, Floats, Bytes, Size], N
 ``F`` in the order (kernel's height, its width, channel), and room for theirs; room for the slopes
 of biases ``(K, out)``; the slopes of what was found, ``(K, N, out, down, across)``; and places,
 ``(K, N * blocks, out)``. Fills all there is room for."""
-
-unsigned: Any = numba.uint64  # as mypy takes it
 
 _MOST_PLACES = 64  # of a kernel: all are written down at length
 _REGISTERS = 12  # places of a kernel at once, and their slopes: a processor has 32 vectors, or 16

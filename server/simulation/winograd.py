@@ -13,12 +13,9 @@ Source:
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 
-from server.simulation.compiled import compiled
+from server.simulation.compiled import compiled, unsigned
 from server.simulation.kernels import OFF, Bytes, Floats
 
 Tiling = tuple[int, int, int, int, int]
@@ -41,7 +38,6 @@ _R1, _R2, _R3, _R4, _R5, _R6, _R7, _R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15 
     np.uint64(_ROOM * part) for part in range(1, PARTS)
 )
 _FASTMATH = {"contract", "nsz"}
-unsigned: Any = numba.uint64  # as mypy takes it
 
 
 @compiled("void(float32[::1], float32[::1], UniTuple(int64, 5), int64, int64)", fastmath=_FASTMATH)
