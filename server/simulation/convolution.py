@@ -59,7 +59,7 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
     """
     inside = replace(layer.window, padding=(0, 0))
     loops = direct(inside, layer.channels, layer.outs) if first and not apart else None
-    back = None if first or apart else taken_back(inside, layer.channels, layer.outs)
+    back = None if first or apart else taken_back(inside, layer.channels)
 
     def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         weight = matrix(layer, weights[layer.weight])

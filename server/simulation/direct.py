@@ -27,6 +27,7 @@ from server.simulation.vectors import (
     counted,
     every,
     known,
+    lanes_of,
     load,
     memory,
     multiplied,
@@ -56,11 +57,6 @@ class Direct:
     back: Callable[[Floats, Floats, Floats, Floats, Bytes, Size], None]
     """Takes images, and as last arguments the slopes and places of what was found. Fills the slopes
     of weights and of biases."""
-
-
-def lanes_of(numbers: int) -> int:
-    """Lanes of the longest vectors that so many numbers fill; 0 where no length does."""
-    return next((lanes for lanes in (16, 8) if numbers % lanes == 0), 0)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from numba.core import types
 from numpy.typing import NDArray
 
 from server.simulation.compiled import compiled, unsigned
-from server.simulation.direct import Size, lanes_of
+from server.simulation.direct import Size
 from server.simulation.images import Window
 from server.simulation.kernels import OFF, Bytes, Floats
 from server.simulation.vectors import (
@@ -29,6 +29,7 @@ from server.simulation.vectors import (
     added,
     counted,
     known,
+    lanes_of,
     load,
     memory,
     multiplied,
@@ -103,7 +104,7 @@ def _list(
 
 
 @functools.cache
-def taken_back(window: Window, channels: int, outs: int) -> Back | None:
+def taken_back(window: Window, channels: int) -> Back | None:
     """Compiles the loop for images of so many channels; None where no vectors would be filled.
 
     The first time takes about a second.
@@ -111,7 +112,6 @@ def taken_back(window: Window, channels: int, outs: int) -> Back | None:
     Args:
         window: Of the convolution; images are padded already.
         channels: Of images.
-        outs: Channels of results.
     """
     (high, wide), (down, across), (tall, broad) = window.kernel, window.stride, window.pool
     lanes = lanes_of(channels)
@@ -122,7 +122,7 @@ def taken_back(window: Window, channels: int, outs: int) -> Back | None:
         "void(float32[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1], "
         "float32[:, ::1], float32[:, :, :, :, ::1], uint8[:, :, ::1], UniTuple(int64, 4))",
         fastmath=set(),
-        shape=(window, channels),
+        shape=(window, channels, lanes),
     )
     def back(
         images: Floats,

@@ -36,6 +36,11 @@ def written(writer: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=True)(writer)
 
 
+def lanes_of(numbers: int) -> int:
+    """Lanes of the longest vectors that so many numbers fill; 0 where no length does."""
+    return next((lanes for lanes in (16, 8) if numbers % lanes == 0), 0)
+
+
 def known(value: int) -> Value:
     """A place or a distance that is known."""
     return INT(value)

@@ -151,7 +151,7 @@ def test_images_that_go_in_parts(
     window, size, channels, outs = case
     rng = torch.Generator().manual_seed(0)
     layer = Conv("w", "b", window, channels, outs)
-    assert taken_back(replace(window, padding=(0, 0)), channels, outs) is not None
+    assert taken_back(replace(window, padding=(0, 0)), channels) is not None
     weights = weights_of(layer, rng, 2)
     x = whole(rng, 2, 9, channels, *size)
     found, undo = convolution(layer, relu=relu, first=False, apart=False)(weights, x)
@@ -205,9 +205,9 @@ def test_a_first_convolution_that_would_be_long_code_goes_by_rows(
 def test_loops_are_compiled_once() -> None:
     window = Window((3, 3), (1, 1), (0, 0), (2, 2))
     assert direct(window, 1, 32) is direct(window, 1, 32)
-    assert taken_back(window, 32, 64) is taken_back(window, 32, 64)
-    assert taken_back(window, 12, 64) is None  # channels that fill no vector
-    assert taken_back(Window((9, 9), (1, 1), (0, 0)), 16, 16) is None
+    assert taken_back(window, 32) is taken_back(window, 32)
+    assert taken_back(window, 12) is None  # channels that fill no vector
+    assert taken_back(Window((9, 9), (1, 1), (0, 0)), 16) is None
 
 
 @pytest.mark.parametrize("private", [False, True])
