@@ -41,6 +41,7 @@ from fedcore.privacy.ledger import (
     read_ledger,
     write_ledger,
 )
+from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.resident import Resident
 from fedcore.seeds import Randomness, derive
 from fedcore.task import Examples, Folder, Task, data_folder, read_examples, size_of
@@ -49,7 +50,7 @@ from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
-from fedcore.training.private import PrivatePlan, plan, train_private
+from fedcore.training.private import train_private
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,

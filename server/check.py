@@ -17,12 +17,13 @@ from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.layers import check_layers
+from fedcore.privacy.planning import PrivatePlan
 from fedcore.settings import load_run
 from fedcore.task import Examples, Task, data_folder, load_task, read_examples, size_of
 from fedcore.training.batches import gather
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
-from fedcore.training.private import PrivatePlan, train_private
+from fedcore.training.private import train_private
 from server.compression.runtime import answer, open_session
 from server.export import export_onnx
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fedcore.config import Client
 from fedcore.model import FullModel
+from fedcore.privacy.planning import expected_batch_size
 from fedcore.task import Loss
-from fedcore.training.private import expected_batch_size
-from server.simulation.chain import Back, Chain, Dense, Made, Run, Weights, stacked
-from server.simulation.clipping import batch_gradient, example_gradients
+from fedcore.training.per_example.chain import Back, Chain, Dense, Made, Run, Weights, stacked
+from fedcore.training.per_example.clipping import batch_gradient, example_gradients
+from fedcore.training.per_example.losses import example_losses
 from server.simulation.descent import Descend, descent
 from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
-from server.simulation.slopes import example_losses
 from server.simulation.work import LocalWork, Trained, in_order
 
 _CLIP_EPS = 1e-6  # what Opacus adds to a norm before it divides by it

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from server.simulation.chain import Conv, Made, Share, Weights, matrix
+from fedcore.training.per_example.chain import Conv, Made, Share, Weights, matrix
+from fedcore.training.per_example.images import Window
 from server.simulation.direct import Direct, direct
-from server.simulation.images import Window
 from server.simulation.kernels import (
     blocks_of,
     fold_rows,

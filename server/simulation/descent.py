@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,20 +10,8 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.config import Client
-from server.simulation.chain import Dense, Made, Weights, like_weight, matrix
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """Of one layer, for the first ``k`` clients."""
-
-    left: Tensor
-    """``(k, N, p)``."""
-    right: Tensor
-    """``(k, N, q)``: that of the weight is ``left^T right``, read as the weight's matrix."""
-    bias: Tensor
-    """``(k, out)``; of no use to a layer without one."""
-
+from fedcore.training.per_example.chain import Dense, Made, Weights, like_weight, matrix
+from fedcore.training.per_example.clipping import Gradient
 
 Descend = Callable[[int, Sequence[Gradient | Made], Weights | None], None]
 """Moves the first clients' weights by the gradients of the layers, in their order, and by what is

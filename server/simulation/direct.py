@@ -15,8 +15,8 @@ from typing import Any
 
 from numba.core import types
 
+from fedcore.training.per_example.images import Window
 from server.simulation.compiled import compiled
-from server.simulation.images import Window
 from server.simulation.kernels import OFF, Bytes, Floats
 from server.simulation.vectors import (
     BYTE,

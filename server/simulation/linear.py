@@ -17,7 +17,7 @@ from torch import Tensor
 from fedcore.config import Client
 from fedcore.errors import DataError
 from fedcore.model import FullModel
-from server.simulation.chain import Chain, Dense, flattened
+from fedcore.training.per_example.chain import Chain, Dense, flattened
 from server.simulation.compiled import compiled
 from server.simulation.rows import client_rows, shuffled_order
 from server.simulation.work import LocalWork, Trained

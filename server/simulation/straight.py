@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from server.simulation.chain import (
+from fedcore.training.per_example.chain import (
     Back,
     Chain,
     Conv,
@@ -24,8 +24,8 @@ from server.simulation.chain import (
     Weights,
     flattened,
 )
+from fedcore.training.per_example.graph import is_relu
 from server.simulation.convolution import Link, Undo, convolution
-from server.simulation.graph import is_relu
 from server.simulation.kernels import MOST
 
 
@@ -35,7 +35,7 @@ def by_kernels(chain: Chain, *, private: bool) -> Run | None:
     So it is without convolutions, and where a result is used twice.
 
     Args:
-        chain: From `server.simulation.graph.find_chain`.
+        chain: From `fedcore.training.per_example.graph.find_chain`.
         private: Whether each example's own gradient will be asked for.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]

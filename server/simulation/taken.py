@@ -16,9 +16,9 @@ import numpy as np
 from numba.core import types
 from numpy.typing import NDArray
 
+from fedcore.training.per_example.images import Window
 from server.simulation.compiled import compiled, unsigned
 from server.simulation.direct import Size
-from server.simulation.images import Window
 from server.simulation.kernels import OFF, Bytes, Floats
 from server.simulation.vectors import (
     FLOAT,

@@ -16,11 +16,11 @@ from fedcore.mods import client_mods
 from fedcore.resident import Resident
 from fedcore.task import Loss
 from fedcore.training.batches import gather
+from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.losses import is_cross_entropy, is_mean
 from server.aggregation.exact import AddScaled
-from server.simulation.chain import Chain, Conv, Run, by_torch
 from server.simulation.chained import train_chained
-from server.simulation.graph import find_chain
-from server.simulation.slopes import is_cross_entropy, is_mean
 from server.simulation.vectorised import train_cohort, what_forbids
 from server.simulation.work import LocalWork, Trained
 

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedcore.privacy.planning import PrivatePlan
 from fedcore.task import Examples, size_of
-from fedcore.training.private import PrivatePlan
 
 
 @dataclass(frozen=True)

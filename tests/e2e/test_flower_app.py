@@ -29,11 +29,11 @@ from fedcore.model import build_model, checkpoint_bytes, load_checkpoint
 from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import epsilon_of
 from fedcore.privacy.ledger import read_ledger
+from fedcore.privacy.planning import plan
 from fedcore.seeds import Simulated
 from fedcore.settings import load_run
 from fedcore.task import Task, load_task
 from fedcore.training.evaluate import evaluate
-from fedcore.training.private import plan
 from server.app import Listener, Outcome, server_app
 from server.cloud import read_cloud_data
 from server.simulation.engine import Visited, simulate

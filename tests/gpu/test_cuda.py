@@ -12,12 +12,13 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config import Client, Privacy
 from fedcore.privacy.accounting import Charge
+from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.seeds import Simulated, torch_rng
 from fedcore.task import Examples
 from fedcore.training.device import available
 from fedcore.training.local import train
 from fedcore.training.memory import free_bytes
-from fedcore.training.private import PrivatePlan, plan, train_private
+from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
 
 pytestmark = pytest.mark.gpu

@@ -16,8 +16,9 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config import Client
 from fedcore.privacy.accounting import Charge, epsilon_of
+from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.training.private import PrivatePlan, train_private
+from fedcore.training.private import train_private
 
 ONE_IN_A_MILLION = 4.9  # standard deviations of a normal variable, both sides
 

@@ -10,11 +10,12 @@ from torch.utils.data import Subset, TensorDataset
 from fedcore.config import Client, Privacy
 from fedcore.errors import UnsupportedLayer
 from fedcore.privacy.accounting import Charge, epsilon_of
+from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.seeds import torch_rng
 from fedcore.task import Examples, size_of
 from fedcore.training.batches import gather
 from fedcore.training.local import make_optimizer
-from fedcore.training.private import PrivatePlan, plan, train_private
+from fedcore.training.private import train_private
 
 LOSS = nn.functional.cross_entropy
 EXAMPLE_DP = Privacy(unit="example", target_delta=1e-3)

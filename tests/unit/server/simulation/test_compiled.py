@@ -18,7 +18,7 @@ assert total.tolist() == [7, 7, 7]
 """
 SHAPES = """
 from server.simulation.direct import direct
-from server.simulation.images import Window
+from fedcore.training.per_example.images import Window
 for outs in (8, 16):
     assert direct(Window((2, 2), (1, 1), (0, 0)), 1, outs) is not None
 """

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.simulation.chain import Conv, Made, stacked
+from fedcore.training.per_example.chain import Conv, Made, stacked
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.images import Window
 from server.simulation.convolution import convolution
 from server.simulation.direct import direct
-from server.simulation.graph import find_chain
-from server.simulation.images import Window
 from server.simulation.straight import by_kernels
 from server.simulation.taken import taken_back
 from server.simulation.winograd import LANE

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from server.simulation.images import Window
+from fedcore.training.per_example.images import Window
 from server.simulation.kernels import (
     Floats,
     blocks_of,

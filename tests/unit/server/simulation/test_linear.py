@@ -16,8 +16,8 @@ from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.seeds import torch_rng
 from fedcore.training.local import proximal, train
+from fedcore.training.per_example.graph import find_chain
 from fedcore.updates.pack import pack
-from server.simulation.graph import find_chain
 from server.simulation.linear import fits, train_linear
 from server.simulation.work import LocalWork, Trained
 

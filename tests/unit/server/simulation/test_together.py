@@ -16,9 +16,9 @@ from fedcore.config import RunConfig
 from fedcore.model import FullModel
 from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
+from fedcore.training.per_example.chain import Chain, Run
 from fedcore.updates.pack import pack
 from server.simulation import straight
-from server.simulation.chain import Chain, Run
 from server.simulation.straight import by_kernels
 from server.simulation.together import Trainer, find_trainer, train_in_groups
 from server.simulation.work import LocalWork, Trained

@@ -15,12 +15,13 @@ from torch.utils.data import TensorDataset
 from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
+from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.training.private import PrivatePlan, train_private
+from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
-from server.simulation.chain import Chain, Conv, Run, by_torch
 from server.simulation.chained import train_chained
-from server.simulation.graph import find_chain
 from server.simulation.straight import by_kernels
 from server.simulation.work import LocalWork, PrivateWork
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from server.simulation.images import (
+from fedcore.training.per_example.images import (
     Window,
     back_to_image,
     largest,

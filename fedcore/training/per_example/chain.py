@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.simulation.images import Window, back_to_image, largest, patches
+from fedcore.training.per_example.images import Window, back_to_image, largest, patches
 
 Elementwise = Callable[..., Tensor]
 Weights = dict[str, Tensor]
@@ -164,7 +164,7 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
     """Runs ``K`` clients' batches through ``K`` copies of the weights.
 
     Args:
-        chain: From `server.simulation.graph.find_chain`.
+        chain: From `fedcore.training.per_example.graph.find_chain`.
         weights: From `stacked`, by their names in the model; no gradient reaches them.
         x: ``(K, B, ...)``.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from server.simulation.chain import (
+from fedcore.training.per_example.chain import (
     Chain,
     Conv,
     Dense,
@@ -22,7 +22,7 @@ from server.simulation.chain import (
     run_chain,
     stacked,
 )
-from server.simulation.images import Pair, Window
+from fedcore.training.per_example.images import Pair, Window
 
 _MODULES = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),

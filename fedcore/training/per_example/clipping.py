@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.simulation.descent import Gradient
+
+@dataclass(frozen=True)
+class Gradient:
+    """Of one layer, for the first ``k`` clients."""
+
+    left: Tensor
+    """``(k, N, p)``."""
+    right: Tensor
+    """``(k, N, q)``: that of the weight is ``left^T right``, read as the weight's matrix."""
+    bias: Tensor
+    """``(k, out)``; of no use to a layer without one."""
 
 
 @dataclass(frozen=True)
