@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,6 @@ from fedcore.errors import (
 )
 from fedcore.model import FullModel, build_model
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.privacy.layers import check_layers
 from fedcore.privacy.ledger import (
     NO_OTHER_RUNS,
     Ledger,
@@ -50,7 +50,9 @@ from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
-from fedcore.training.private import train_private
+from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.ways import Way
+from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
@@ -65,6 +67,12 @@ from fedcore.updates.messages import (
     update_content,
 )
 from fedcore.updates.pack import pack
+
+log = logging.getLogger("fedcore.device")
+
+_LARGEST_WEIGHT = 1e6
+_LARGEST_STATISTIC = 1e12
+"""What a server may send where examples are protected: nothing larger comes of training."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,17 @@ class Client:
     def folder(self) -> Folder:
         """Where its data is: where the owner says, or ``FEDCORE_DATA``."""
         return self.owner.data_folder or data_folder()
+
+    @cached_property
+    def way(self) -> Way:
+        """How per-example gradients are taken, found on made-up examples and fresh weights."""
+        model = build_model(self.task, self.run).to(available(self.run.client.device))
+        return find_way(self.task, model)
+
+    @property
+    def protects(self) -> bool:
+        """Whether what this client sends is to say nothing of single examples."""
+        return self.run.private and self.randomness.origin == "system"
 
     @cached_property
     def resident(self) -> Resident:
@@ -157,13 +176,24 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
         name = client_name(context, client.task)
         return Message(work(client, name, message, context), reply_to=message)
     except (Exception, SystemExit) as error:  # the task's code: its failure is reported, not lost
-        return Message(Error(*error_of(name, error)), reply_to=message)
+        return Message(Error(*error_of(name, error, hide=client.protects)), reply_to=message)
 
 
-def error_of(name: str, error: Exception | SystemExit) -> tuple[int, str]:
-    """Code and reason in the reply of a client that could not do what was asked, or declined."""
+def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[int, str]:
+    """Code and reason in the reply of a client that could not do what was asked, or declined.
+
+    Args:
+        name: The client's.
+        error: What stopped it.
+        hide: Sends the kind of the error alone, and writes its text, which may quote examples, to
+            the device's own log.
+    """
     if isinstance(error, BudgetExhausted):
         return DECLINED, str(error)
+    kind = type(error) if isinstance(error, FedcoreError) else TaskError
+    if hide:
+        log.error("%s: %s", type(error).__name__, error)
+        return REFUSED + kind.exit_code, f"client {name!r}: {kind.__name__}; its log says more"
     if isinstance(error, FedcoreError):
         return REFUSED + error.exit_code, f"client {name!r}: {type(error).__name__}: {error}"
     reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
@@ -233,13 +263,13 @@ def _learn(
             examples=size_of(examples),
             owner_limit_bytes=limit,
         )
-        order = client.randomness.generator(torch.device("cpu"), "order", number, name)
         metrics: dict[str, float] = {}
         if run.private:
             metrics[EPSILON] = _train_private(
-                client, name, model, examples, ledger, on_spend, instruction, order
+                client, name, model, examples, ledger, on_spend, instruction
             )
         else:
+            order = client.randomness.generator(torch.device("cpu"), "order", number, name)
             metrics[TRAIN_LOSS] = train(
                 model,
                 examples,
@@ -269,11 +299,11 @@ def _train_private(
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
     instruction: Instruction,
-    order: torch.Generator,
 ) -> float:
     """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
     run, number = client.run, instruction.round
-    check_layers(model.model)
+    check_instruction(instruction, model)
+    way = client.way
     device = next(model.model.parameters()).device
     planned, ledger = spend(client, name, examples, ledger, round=number)
     on_spend(ledger)  # spend before release
@@ -284,11 +314,34 @@ def _train_private(
         client.task.loss_of,
         run.client,
         planned,
-        sampling=order,
-        noise=client.randomness.generator(device, "noise", number, name),
+        way=way,
+        draws=client.randomness.draws(device, number, name),
         proximal_mu=instruction.proximal_mu,
+        memory_bytes=min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2),
     )
     return ledger.epsilon(run.privacy)
+
+
+def check_instruction(instruction: Instruction, model: FullModel) -> None:
+    """Refuses numbers of a server that no training leads to, whatever the examples are.
+
+    Raises:
+        InvalidUpdate: a weight, a statistic of the preprocessing or FedProx's weight is not finite,
+            or larger than training leads to.
+    """
+    statistics = [t for t in model.preprocess.buffers() if t.is_floating_point() and t.numel()]
+    found = [
+        ("weight", float(np.abs(instruction.weights).max(initial=0)), _LARGEST_WEIGHT),
+        ("proximal_mu", abs(instruction.proximal_mu), _LARGEST_WEIGHT),
+        *(("statistic of inputs", float(t.abs().max()), _LARGEST_STATISTIC) for t in statistics),
+    ]
+    for what, largest, limit in found:
+        if not largest <= limit:  # holds for NaN, too
+            raise InvalidUpdate(
+                f"round {instruction.round}: the server sent a {what} of {largest:g}, expected at "
+                f"most {limit:g}. Nothing was trained or charged; the server's model has diverged, "
+                "or the server is not honest."
+            )
 
 
 def spend(

@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from fedcore.privacy.draws import Draws
+
 
 def derive(seed: int, *words: str | int) -> int:
     """A 63-bit seed for the stream that ``words`` name, independent of all other streams.
@@ -74,6 +76,9 @@ class Randomness(Protocol):
     def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
         """A generator on ``device`` for the stream that ``words`` name."""
 
+    def draws(self, device: torch.device, *words: str | int) -> Draws:
+        """Batches and noise of the private training run that ``words`` name, on ``device``."""
+
     def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
         """Stands around library code that draws from process-wide streams."""
 
@@ -89,6 +94,17 @@ class Simulated:
         """The same generator for the same words."""
         return torch_rng(self.seed, *words, device=str(device))
 
+    def draws(self, device: torch.device, *words: str | int) -> Draws:
+        """Draws from the seed, the same for the same words."""
+        import torch
+
+        from fedcore.privacy.draws import SimulatedDraws
+
+        return SimulatedDraws(
+            self.generator(torch.device("cpu"), "order", *words),
+            self.generator(device, "noise", *words),
+        )
+
     def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
         """Pins the process-wide streams."""
         return global_streams(self.seed, *words)
@@ -101,10 +117,19 @@ class SystemEntropy:
     origin: Literal["system"] = "system"
 
     def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
-        """A generator that nobody can repeat."""
+        """A generator seeded afresh, for orders that protect nobody: it keeps 32 bits of its seed.
+
+        Batches and noise of private training come from `draws` instead.
+        """
         import torch
 
         return torch.Generator(device=device).manual_seed(secrets.randbits(63))
+
+    def draws(self, device: torch.device, *words: str | int) -> Draws:
+        """Draws from a cryptographic stream under a fresh 256-bit key."""
+        from fedcore.privacy.draws import SystemDraws
+
+        return SystemDraws()
 
     def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
         """Leaves the process-wide streams alone."""

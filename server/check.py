@@ -16,18 +16,24 @@ from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
 from fedcore.privacy.accounting import Charge
-from fedcore.privacy.layers import check_layers
+from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.settings import load_run
 from fedcore.task import Examples, Task, data_folder, load_task, read_examples, size_of
 from fedcore.training.batches import gather
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
+from fedcore.training.per_example.trial import find_way
 from fedcore.training.private import train_private
 from server.compression.runtime import answer, open_session
 from server.export import export_onnx
 
 _MOST_EXAMPLES = 64
+_WAYS = {
+    "chain": "the quickest way, a chain of dense layers and convolutions",
+    "vmap": "all examples of a batch at once",
+    "alone": "one example after the other, which is slow",
+}
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,7 @@ def _metrics(state: _State) -> str:
 def _privacy(state: _State) -> str:
     """Checked even when privacy is off, so that switching it on holds no surprise."""
     model = build_model(state.task, state.run)
-    check_layers(model.model)
+    way = find_way(state.task, model)
     examples = state.few()
     charge = Charge(round=1, noise_multiplier=1.0, sample_rate=0.5, steps=2)
     train_private(
@@ -224,10 +230,10 @@ def _privacy(state: _State) -> str:
         state.task.loss_of,
         state.run.client,
         PrivatePlan(charge, clip_norm=state.run.privacy.clip_norm),
-        sampling=torch.Generator().manual_seed(0),
-        noise=torch.Generator().manual_seed(0),
+        way=way,
+        draws=SystemDraws(),
     )
-    return "every layer can be trained with example-level privacy"
+    return f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
 
 
 def _export(state: _State) -> str:

@@ -13,9 +13,9 @@ from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.model import build_model, warm_start
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.privacy.layers import check_layers
 from fedcore.task import Examples, Folder, Task, check_inputs, data_folder, read_examples
 from fedcore.training.device import available
+from fedcore.training.per_example.trial import find_way
 from fedcore.updates.pack import layout_of
 from server.cloud import CloudData, read_cloud_data
 from server.folder import check_outside
@@ -72,7 +72,7 @@ def check_rounds(run: RunConfig, task: Task, folder: Path, *, clients: int) -> N
         check_outside(run.path(run.federation.initial), folder)
         warm_start(run, model)
     if run.private:
-        check_layers(model.model)
+        find_way(task, model)
     make_strategy(
         run.federation.strategy,
         run.federation.strategy_options,

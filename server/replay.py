@@ -215,7 +215,7 @@ def _train_alone(
         update = read_update(reply, client.resident.layout)
     except (Exception, SystemExit) as error:  # here the traceback is what the user asked for
         traceback.print_exception(error, file=sys.stderr)
-        _, reason = error_of(wanted.client, error)
+        _, reason = error_of(wanted.client, error, hide=False)
         found = {"ok": False, "error": reason}
         said = f"round {wanted.round}: {reason}"
         code = error.exit_code if isinstance(error, FedcoreError) else TaskError.exit_code

@@ -1,1 +1,1 @@
-"""What a run's privacy costs before it starts (`plan_command`), and what it really is (`audit_command`)."""
+"""What a run's privacy costs before it starts, and what an audit finds that it really is."""

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from fedcore.config import Client
+from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.privacy.planning import expected_batch_size
 from fedcore.task import Loss
 from fedcore.training.per_example.chain import Back, Chain, Dense, Made, Run, Weights, stacked
-from fedcore.training.per_example.clipping import batch_gradient, example_gradients
+from fedcore.training.per_example.clipping import batch_gradient, example_gradients, shares_of
 from fedcore.training.per_example.losses import example_losses
+from fedcore.training.private import noise_deviation
 from server.simulation.descent import Descend, descent
 from server.simulation.rows import Rows, lay_out, poisson_order, shuffled_order
 from server.simulation.work import LocalWork, Trained, in_order
-
-_CLIP_EPS = 1e-6  # what Opacus adds to a norm before it divides by it
 
 
 def train_chained(
@@ -156,9 +156,10 @@ def _walk_private(
         for layer, one in zip(layers, back(slopes), strict=True):
             assert not isinstance(one, Made)  # a run with privacy leaves examples apart
             each.append(example_gradients(*one, bias=layer.bias is not None))
-        lengths = torch.stack([one.squares for one in each]).sum(dim=0).sqrt_() + _CLIP_EPS
-        scale = (norms[:clients] / lengths).clamp_(max=1)
-        scale *= shares[:clients, step, : rows.widest[step]]
+        if not all(bool(one.usable.all()) for one in each):
+            raise DataError("data: some example's gradient is not finite. It is taken alone.")
+        squares = torch.stack([one.squares for one in each]).sum(dim=0)
+        scale = shares_of(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
         descend(clients, [one.weighted(scale) for one in each], draw(clients))
 
 
@@ -190,7 +191,7 @@ def _noise(
     draws = [
         (
             [tensor[place] for tensor in drawn.values()],
-            one.private.plan.charge.noise_multiplier * one.private.plan.clip_norm / size,
+            noise_deviation(one.private.plan) / size,
             one.private.noise(device),
         )
         for place, (one, size) in enumerate(zip(group, sizes, strict=True))

@@ -174,7 +174,9 @@ class Worker:
             )
             self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
         except (Exception, SystemExit) as error:  # the task's code: that client's failure
-            return Answer(one, error=error_of(one.name, error), ledger=ledgers[-1], fate=found)
+            return Answer(
+                one, error=error_of(one.name, error, hide=False), ledger=ledgers[-1], fate=found
+            )
         return Answer(
             one,
             num_examples=update.num_examples,
@@ -213,7 +215,7 @@ class Worker:
                 examples, _ = local_data(client, one.name)
                 private, ledger = self._spend(one, examples, instruction)
             except (Exception, SystemExit) as error:  # the task's code: that client's failure
-                code = error_of(one.name, error)
+                code = error_of(one.name, error, hide=False)
                 yield Answer(one, error=code, ledger=one.ledger, fate=found)
                 continue
             work = LocalWork(examples, self._stream("order", instruction, one), private)
@@ -255,7 +257,7 @@ class Worker:
         for place, one in enumerate(ready):
             wrong, ledger = errors[place], one.ledger
             if wrong is not None:
-                code = error_of(one.asked.name, wrong)
+                code = error_of(one.asked.name, wrong, hide=False)
                 yield Answer(one.asked, error=code, ledger=ledger, fate=one.fate)
                 continue
             loss = trained.losses[place]

@@ -1,4 +1,9 @@
-"""Each example's own gradient of a layer, for DP-SGD: its length, and a weighted sum of all."""
+"""Each example's own gradient of a layer, for DP-SGD: its norm, and a weighted sum over examples.
+
+A server chooses the weights that gradients are taken at, and may choose them so that float32
+overflows, underflows or cancels. A norm that comes out too small would let one example move a sum
+by more than the clip norm. So each way states for which examples its norm is to be believed.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +26,35 @@ class Gradient:
     """``(k, out)``; of no use to a layer without one."""
 
 
+_LARGEST = 1e12
+"""Factors of a gradient (activations, gradients by outputs) with larger norms are not believed:
+what underflows beside them is then below 1e-9."""
+_CANCELLED = 256.0
+"""Rows of one example that cancel by more than this factor are not believed: their sum would hold
+more rounding than gradient."""
+
+
 @dataclass(frozen=True)
 class ExampleGradients:
     """Each example's own gradient of one layer."""
 
     squares: Tensor
-    """Squared L2 norms over weight and bias, ``(K, B)``."""
+    """Squared L2 norms over weight and bias, ``(K, B)``, float64 where the device has it."""
+    usable: Tensor
+    """Whether the norm is to be believed, ``(K, B)``; elsewhere the share must be zero, and the
+    inputs must be replaced, as zero times infinity is no number."""
     weighted: Callable[[Tensor], Gradient]
-    """The sum of all, each times its share, ``(K, B)``."""
+    """The sum of all, each times its share, ``(K, B)``, float32."""
 
 
 def example_gradients(
     inputs: Tensor, slopes: Tensor, of_results: Tensor, *, bias: bool
 ) -> ExampleGradients:
     """Those of a layer, by the way that takes the least work.
+
+    Guarantee:
+        For a usable example the L2 norm of what ``weighted`` adds for it, at share 1, is at most
+        the root of its square up to float32 rounding, whatever the values are.
 
     Args:
         inputs: What the weights were multiplied with: ``(K, B, in)``, or for a convolution
@@ -52,14 +72,28 @@ def example_gradients(
     of_bias = of_results.sum(dim=2)
     rows, numbers = inputs.shape[2:]
     few = 2 * rows * rows < slopes.shape[3] * numbers
-    squares, product = (_by_rows if few else _made)(inputs, slopes)
+    squares, usable, product = (_by_rows if few else _made)(inputs, slopes)
     if bias:
-        squares += of_bias.square().sum(dim=2)
+        squares = squares + _norms(of_bias).square()
 
     def weighted(share: Tensor) -> Gradient:
         return Gradient(*product(share), torch.bmm(share.unsqueeze(1), of_bias).squeeze(1))
 
-    return ExampleGradients(squares, weighted)
+    return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
+
+
+def shares_of(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
+    """What to multiply gradients with so that none is longer than ``clip_norm``, float32.
+
+    Args:
+        squares: Squared norms over all layers.
+        clip_norm: The bound; broadcast against ``squares``.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; the added 1e-6 is that of Opacus.
+    """
+    shares: Tensor = clip_norm / (squares.sqrt() + 1e-6)
+    return shares.clamp(max=1).to(torch.float32)
 
 
 def batch_gradient(inputs: Tensor, slopes: Tensor, of_results: Tensor) -> Gradient:
@@ -68,34 +102,53 @@ def batch_gradient(inputs: Tensor, slopes: Tensor, of_results: Tensor) -> Gradie
     return Gradient(left, right, of_results.flatten(1, -2).sum(dim=1))
 
 
+def _norms(vectors: Tensor) -> Tensor:
+    """L2 norms along the last dimension, in float64 where there is one, so squares fit."""
+    wide = torch.float32 if vectors.device.type == "mps" else torch.float64
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms.to(wide)
+
+
 def _outer(inputs: Tensor, slopes: Tensor, bias: bool) -> ExampleGradients:
     """One row an example: the norm of an outer product is the product of norms."""
-    lengths = torch.linalg.vector_norm(inputs, dim=2).square_()
-    squares = slopes.square().sum(dim=2) * (lengths + bias)
+    of_inputs, of_slopes = _norms(inputs), _norms(slopes)
+    squares = of_slopes.square() * (of_inputs.square() + bias)
+    usable = (of_inputs <= _LARGEST) & (of_slopes <= _LARGEST)
 
     def weighted(share: Tensor) -> Gradient:
         shared = slopes * share.unsqueeze(2)
         return batch_gradient(inputs, shared, shared)
 
-    return ExampleGradients(squares, weighted)
+    return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
 
 
 _Factors = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, _Factors]:
-    """Few rows, many weights: norms from the products of the rows with each other."""
-    a, s = inputs.flatten(0, 1), slopes.flatten(0, 1)
+def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
+    """Few rows, many weights: norms from the products of the rows with each other.
+
+    These products cancel, and so do the rows when they are summed up: the products are taken in
+    float64, and an example whose rows cancel almost wholly is not used.
+    """
+    of_inputs, of_slopes = _norms(inputs), _norms(slopes)
+    a, s = (one.flatten(0, 1).to(of_inputs.dtype) for one in (inputs, slopes))
     squares = (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(s, s.transpose(1, 2))).sum(dim=(1, 2))
+    squares = squares.view(inputs.shape[:2]).clamp(min=0)
+    lengths = (of_inputs * of_slopes).sum(dim=2)
+    usable = lengths <= _CANCELLED * squares.sqrt()
+    for one in (of_inputs, of_slopes):
+        usable &= (one <= _LARGEST).all(dim=2)
 
     def factors(share: Tensor) -> tuple[Tensor, Tensor]:
         return (slopes * share[..., None, None]).flatten(1, 2), inputs.flatten(1, 2)
 
-    return squares.view(inputs.shape[:2]), factors
+    return squares, usable, factors
 
 
-def _made(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, _Factors]:
+def _made(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
     """Many rows, few weights: each gradient is made, and the sum of them costs little then."""
     products = torch.bmm(slopes.flatten(0, 1).transpose(1, 2), inputs.flatten(0, 1))
     each = products.view(*inputs.shape[:2], -1)
-    return torch.linalg.vector_norm(each, dim=2).square_(), lambda w: (w.unsqueeze(2), each)
+    squares = _norms(each).square()
+    return squares, torch.isfinite(squares), lambda w: (w.unsqueeze(2), each)

@@ -1,0 +1,253 @@
+"""Which way a model's per-example gradients are taken, tried on made-up examples.
+
+Made up, because a refusal that depends on real examples would tell of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.errors import PrivacyError, UnsupportedLayer
+from fedcore.model import FullModel
+from fedcore.privacy.layers import check_layers
+from fedcore.task import Kind, Loss, Task
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.losses import is_mean
+from fedcore.training.per_example.ways import (
+    Way,
+    by_chain,
+    by_vmap,
+    each_alone,
+    is_mappable,
+    one_by_one,
+    trained,
+)
+
+_EXAMPLES = 8
+_SAME = 1e-4  # relative; float32 sums in another order differ by about 1e-6
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Examples that look like a task's, and are nobody's."""
+
+    inputs: Tensor
+    """``(B, *example_input.shape)``."""
+    targets: Tensor | None
+    """What the loss takes for targets; None where none of the usual kinds fits."""
+
+
+def find_way(task: Task, model: FullModel) -> Way:
+    """The quickest way that gives the gradients of batches of one, for one task's model.
+
+    Args:
+        task: Its loss, kind and example; its data are not looked at.
+        model: A fresh model, on the device to train on. Its weights and buffers are as before
+            afterwards.
+
+    Raises:
+        UnsupportedLayer: the model's output for one example depends on others of its batch, or
+            running it changes its buffers.
+        PrivacyError: the loss is no mean over examples.
+    """
+    assert task.loss is not None  # a Task sets it
+    check_layers(model.model)
+    with _as_before(model):
+        tried = made_up(task, model)
+        _check_apart(model.preprocess, tried.inputs, "preprocess")
+        mapped = is_mappable(model.preprocess, tried.inputs)
+        behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
+        _check_apart(model.model, behind, "model")
+        if tried.targets is not None:
+            _check_mean(task.loss, model, tried)
+        return _quickest(task.loss, model, behind, tried, mapped)
+
+
+def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mapped: bool) -> Way:
+    parameters = trained(model.model)
+    alone = one_by_one(loss, why="")
+    if tried.targets is None:
+        return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
+    why = "the model is no chain of dense layers and convolutions"
+    if len(parameters) < len(list(model.model.parameters())):
+        why = "some parameters are frozen"
+    elif not _has_hooks(model.model):
+        chain = find_chain(model.model, behind)
+        if chain is not None:
+            way = by_chain(chain, loss, mapped=mapped)
+            if _agree(way, alone, model, tried) is None:
+                return way
+    way = by_vmap(sum(p.numel() for p in parameters.values()), loss, why=why)
+    problem = _agree(way, alone, model, tried)
+    return way if problem is None else one_by_one(loss, why=problem)
+
+
+def _agree(way: Way, reference: Way, model: FullModel, tried: MadeUp) -> str | None:
+    """Why a way does not give the gradients of batches of one; None when it does."""
+    assert tried.targets is not None
+    share = torch.linspace(0.5, 1, len(tried.inputs), device=tried.inputs.device)
+    try:
+        model.train()
+        way.take(model.preprocess, model.model, tried.inputs, tried.targets)  # chance included
+        with _without_chance(model):
+            found = way.take(model.preprocess, model.model, tried.inputs, tried.targets)
+            right = reference.take(model.preprocess, model.model, tried.inputs, tried.targets)
+            pairs = zip(found.weighted(share), right.weighted(share), strict=True)
+    except Exception as error:  # the task's code, run as it is run nowhere else
+        said = str(error).partition("\n")[0][:120]
+        return f"torch cannot take all gradients at once ({type(error).__name__}: {said})"
+    if all(_close(one, other) for one, other in pairs):
+        return None
+    return "gradients taken at once differ from those of batches of one"
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    finite = other[torch.isfinite(other)].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale + 1e-30, equal_nan=True)
+
+
+def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> MadeUp:
+    """Random examples of the shape and dtype of a task's example, fixed by a seed."""
+    rng = torch.Generator().manual_seed(1)
+    device = next(model.parameters()).device
+    inputs = _inputs(task.example_input, model.model, count, rng).to(device)
+    try:
+        with torch.no_grad(), _without_chance(model):
+            outputs = model(inputs)
+    except Exception:  # this model takes no such inputs: those of the example itself are left
+        inputs = torch.stack([task.example_input] * count).to(device)
+        with torch.no_grad(), _without_chance(model):
+            outputs = model(inputs)
+    assert task.loss is not None
+    fitting = (one for one in _targets(task.kind, outputs, rng) if _takes(task.loss, outputs, one))
+    return MadeUp(inputs, next(fitting, None))
+
+
+def _takes(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+    """Whether a loss takes such targets, for a batch and for a batch of one."""
+    try:
+        with torch.no_grad():
+            values = loss(outputs, targets), loss(outputs[:1], targets[:1])
+    except Exception:  # it takes others
+        return False
+    return all(value.ndim == 0 for value in values) and bool(torch.isfinite(values[0]))
+
+
+def _inputs(example: Tensor, model: nn.Module, count: int, rng: torch.Generator) -> Tensor:
+    shape = (count, *example.shape)
+    if example.is_floating_point():
+        return torch.randn(shape, generator=rng).to(example.dtype)
+    if example.dtype == torch.bool:
+        return torch.rand(shape, generator=rng) < 0.5
+    tables = [one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding)]
+    most = min(tables, default=int(example.max()) + 1 if example.numel() else 1)
+    return torch.randint(max(1, min(most, 2**31)), shape, generator=rng).to(example.dtype)
+
+
+def _targets(kind: Kind, outputs: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+    """Targets of the usual forms for outputs ``(B, ...)``."""
+    count, device = len(outputs), outputs.device
+    classes = outputs.shape[-1] if outputs.dim() > 1 else 2
+    draws: list[Callable[[], Tensor]] = [
+        lambda: torch.arange(count) % classes,  # more than one class, in any case
+        lambda: torch.randint(classes, tuple(outputs.shape[:-1]), generator=rng),
+        lambda: torch.randn(tuple(outputs.shape), generator=rng),
+        lambda: torch.randn((count,), generator=rng),
+        lambda: torch.randint(2, tuple(outputs.shape), generator=rng).float(),
+    ]
+    if kind == "regression":
+        draws = [*draws[2:], *draws[:2]]
+    elif kind == "next_token":
+        draws = [draws[1], draws[0], *draws[2:]]
+    for draw in draws:
+        yield draw().to(device)
+
+
+def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
+    """Refuses a module whose output for one example depends on the others."""
+    with torch.no_grad(), _without_chance(module):
+        try:
+            alone = torch.cat([module(one.unsqueeze(0)) for one in inputs])
+        except Exception as error:
+            raise UnsupportedLayer(
+                f"{what}: example-level privacy trains on each example alone, and a batch of one "
+                f"fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained or "
+                f"charged; make {what} take a batch of one, or set privacy.unit to 'none'."
+            ) from None
+        together = module(inputs)
+    if together.shape != alone.shape or not _close(together.float(), alone.float()):
+        raise UnsupportedLayer(
+            f"{what}: its output for an example depends on the other examples of the batch, so a "
+            "model that is trained on each example alone would not be the one that is served. "
+            "Nothing was trained or charged; use layers that treat each example alone (GroupNorm "
+            "or LayerNorm in place of statistics over the batch, batch_first=True for attention "
+            "and recurrent layers), or set privacy.unit to 'none'."
+        )
+
+
+def _check_mean(loss: Loss, model: FullModel, tried: MadeUp) -> None:
+    assert tried.targets is not None
+    with torch.no_grad(), _without_chance(model):
+        outputs = model(tried.inputs)
+    # One far outlier: a root or a ratio over the batch is close to a mean where all are alike.
+    if tried.targets.is_floating_point():
+        tried.targets[0] *= 100
+    try:
+        mean = is_mean(loss, outputs, tried.targets)
+    except Exception:  # it takes no batch of one
+        mean = False
+    if mean is False:
+        raise PrivacyError(
+            "loss: over a batch it is not the mean of the losses of batches of one, and under "
+            "example-level privacy each example is taken alone: the model would be trained for "
+            "something else. Nothing was trained or charged; divide by the number of examples: in "
+            "place of CrossEntropyLoss(weight=w) use (w[target] * cross_entropy(output, target, "
+            "reduction='none')).mean(); for masked targets divide by a fixed length, or by each "
+            "example's own; in place of a root of the mean use the mean itself, and no terms "
+            "between examples; or set privacy.unit to 'none'."
+        )
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+@contextmanager
+def _without_chance(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which dropout and the like draw nothing."""
+    modes = {name: one.training for name, one in module.named_modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for name, one in module.named_modules():
+            one.training = modes[name]
+
+
+@contextmanager
+def _as_before(model: FullModel) -> Iterator[None]:
+    """Leaves modes and gradients as they were; refuses a model whose buffers move."""
+    modes = {name: one.training for name, one in model.named_modules()}
+    buffers = {name: one.clone() for name, one in model.model.named_buffers()}
+    try:
+        yield
+        moved = [n for n, now in model.model.named_buffers() if not torch.equal(now, buffers[n])]
+    finally:
+        with torch.no_grad():
+            for name, now in model.model.named_buffers():
+                now.copy_(buffers[name])
+        for name, one in model.named_modules():
+            one.training = modes[name]
+        model.zero_grad(set_to_none=True)
+    if moved:
+        raise UnsupportedLayer(
+            f"model: running it changes {', '.join(moved)}, which no parameter is. It may hold "
+            "statistics of the data, and would leave the device without noise. Nothing was trained "
+            "or charged; use layers that keep none, or set privacy.unit to 'none'."
+        )

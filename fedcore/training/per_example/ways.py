@@ -1,0 +1,219 @@
+"""Three ways to take each example's own gradient, from the quickest to the most general.
+
+Each takes the gradient of a batch of one: the loss of one example behind preprocessing and model.
+What a model or a loss does across a batch can therefore not couple examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedcore.task import Loss
+from fedcore.training.per_example.chain import Chain, Conv, by_torch, like_weight, stacked
+from fedcore.training.per_example.clipping import ExampleGradients, Gradient, example_gradients
+from fedcore.training.per_example.losses import example_losses
+
+Name = Literal["chain", "vmap", "alone"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Each example's own gradient over all trained parameters, for some examples."""
+
+    squares: Tensor
+    """Squared L2 norms, ``(B,)``."""
+    usable: Tensor
+    """Whether the norm is to be believed, ``(B,)``; see `ExampleGradients.usable`."""
+    weighted: Callable[[Tensor], list[Tensor]]
+    """The sum of all, each times its share ``(B,)``: a tensor for each trained parameter."""
+
+
+Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], Part]
+"""From preprocessing, model, inputs ``(B, ...)`` and targets ``(B, ...)`` to their gradients."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How per-example gradients of one model and loss are taken."""
+
+    name: Name
+    take: Take
+    bytes_per_example: int
+    """What one more example of a physical batch takes, beside its activations."""
+    why: str = ""
+    """What keeps a quicker way from being taken; empty for the quickest."""
+
+    def rows(self, memory_bytes: int) -> int:
+        """The physical batch: how many examples are taken at once within ``memory_bytes``."""
+        if self.name == "alone":
+            return 1
+        return max(1, memory_bytes // max(1, self.bytes_per_example))
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, tied ones once, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
+    """For chains of dense layers and convolutions: products of what went in and came back.
+
+    No gradient of a dense layer is ever made, and one pass back serves the whole batch.
+
+    Args:
+        chain: Of the whole model, all of it trained.
+        loss: Mean loss over a batch, called on batches of one.
+        mapped: Whether vmap takes the preprocessing, see `each_alone`.
+
+    Source:
+        Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038.
+    """
+    run = by_torch(chain)
+
+    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+        weights = stacked(chain, {name: p.detach() for name, p in trained(model).items()}, 1)
+        output, back = run(weights, each_alone(preprocess, inputs, mapped=mapped).unsqueeze(0))
+        _, slopes = example_losses(loss, output, targets.unsqueeze(0))
+        parts: list[ExampleGradients] = []
+        for layer, share in zip(chain.layers, back(slopes), strict=True):
+            # This way back leaves examples apart: it gives factors, never a whole batch's sum.
+            parts.append(example_gradients(*cast(Any, share), bias=layer.bias is not None))
+
+        def weighted(share: Tensor) -> list[Tensor]:
+            sums: dict[str, Tensor] = {}
+            for layer, part in zip(chain.layers, parts, strict=True):
+                found: Gradient = part.weighted(share.unsqueeze(0))
+                product = torch.bmm(found.left.transpose(1, 2), found.right)
+                sums[layer.weight] = like_weight(layer, product, weights[layer.weight])[0]
+                if layer.bias is not None:
+                    sums[layer.bias] = found.bias[0]
+            return [sums[name] for name in weights]
+
+        squares = torch.stack([part.squares[0] for part in parts]).sum(dim=0)
+        usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
+        return Part(squares, usable, weighted)
+
+    convolved = sum(
+        layer.window.kernel[0] * layer.window.kernel[1] * layer.channels * layer.outs
+        for layer in chain.layers
+        if isinstance(layer, Conv)
+    )
+    return Way("chain", take, 4 * (convolved + 8 * chain.numbers))
+
+
+def by_vmap(parameters: int, loss: Loss, *, why: str) -> Way:
+    """For whatever torch can vectorise: the gradient of a batch of one, mapped over examples.
+
+    Args:
+        parameters: How many numbers are trained.
+        loss: Mean loss over a batch, called on batches of one.
+        why: What keeps the model from being a chain.
+    """
+
+    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+        values = {name: p.detach() for name, p in trained(model).items()}
+
+        def alone(values: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
+            with torch.no_grad():
+                behind = preprocess(one.unsqueeze(0))
+            return loss(functional_call(model, values, (behind,)), target.unsqueeze(0))
+
+        mapped = vmap(grad(alone), in_dims=(None, 0, 0), randomness="different")
+        with _own_states(model):
+            return _made(list(mapped(values, inputs, targets).values()))
+
+    return Way("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
+
+
+@contextmanager
+def _own_states(model: nn.Module) -> Iterator[None]:
+    """Gives recurrent layers an initial state for each example: theirs is one for all of vmap's."""
+
+    def give(layer: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = len(args) > 1 or kwargs.get("hx") is not None
+        if given or layer.mode == "LSTM" or not isinstance(args[0], Tensor):
+            return None
+        batch = () if args[0].dim() == 2 else (args[0].shape[0 if layer.batch_first else 1],)
+        states = layer.num_layers * (2 if layer.bidirectional else 1)
+        return args, {**kwargs, "hx": args[0].new_zeros(states, *batch, layer.hidden_size)}
+
+    hooks = [
+        layer.register_forward_pre_hook(give, with_kwargs=True)
+        for layer in model.modules()
+        if isinstance(layer, nn.RNNBase)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def one_by_one(loss: Loss, *, why: str) -> Way:
+    """For every model that takes a batch of one: an ordinary backward pass for each example."""
+
+    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+        parameters = list(trained(model).values())
+        found: list[list[Tensor]] = []
+        for one, target in zip(inputs, targets, strict=True):
+            with torch.no_grad():
+                behind = preprocess(one.unsqueeze(0))
+            with torch.enable_grad():
+                value = loss(model(behind), target.unsqueeze(0))
+                slopes = torch.autograd.grad(value, parameters, allow_unused=True)
+            found.append(
+                [
+                    torch.zeros_like(parameter) if slope is None else slope
+                    for parameter, slope in zip(parameters, slopes, strict=True)
+                ]
+            )
+        return _made([torch.stack(each) for each in zip(*found, strict=True)])
+
+    return Way("alone", take, 0, why)
+
+
+def _made(each: Sequence[Tensor]) -> Part:
+    """From gradients as they are, ``(B, ...)`` for each parameter."""
+    flat = [one.detach().flatten(1) for one in each]
+    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in flat])
+    # Norms below 1.8e19 have squares in float32; larger ones are infinite, and not usable.
+    squares = lengths.square().sum(dim=0)
+
+    def weighted(share: Tensor) -> list[Tensor]:
+        sums = (torch.mv(one.transpose(0, 1), share) for one in flat)
+        return [total.view(one.shape[1:]) for total, one in zip(sums, each, strict=True)]
+
+    return Part(squares, torch.isfinite(squares), weighted)
+
+
+def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor:
+    """Inputs behind preprocessing, each run through it as a batch of one.
+
+    Args:
+        preprocess: Not trained.
+        inputs: ``(B, ...)``.
+        mapped: Whether torch's vmap takes it, from `is_mappable`. Decided beforehand: what one
+            example does must not change how the others are rounded.
+    """
+    if type(preprocess) is nn.Identity:
+        return inputs
+    with torch.no_grad():
+        if mapped:
+            return cast(Tensor, vmap(lambda one: preprocess(one.unsqueeze(0)).squeeze(0))(inputs))
+        return torch.cat([preprocess(one.unsqueeze(0)) for one in inputs])
+
+
+def is_mappable(preprocess: nn.Module, inputs: Tensor) -> bool:
+    """Whether torch's vmap takes a preprocessing, tried on made-up inputs ``(B, ...)``."""
+    try:
+        each_alone(preprocess, inputs, mapped=True)
+    except Exception:  # the task's code, run as it is run nowhere else
+        return False
+    return True
