@@ -33,6 +33,9 @@ _TO_UNIT = 2.0**-63
 class Draws(Protocol):
     """The random numbers of one private training run."""
 
+    def seed(self) -> int:
+        """Below 2**62: where dropout and augmentation of data begin, which protect nobody."""
+
     def poisson(self, count: int, rate: float) -> Tensor:
         """One Poisson sample of ``count`` examples.
 
@@ -62,6 +65,10 @@ class SimulatedDraws:
     """On the CPU."""
     noise: torch.Generator
     """On the device of the sums."""
+
+    def seed(self) -> int:
+        """The seed that batches are drawn from, see `Draws.seed`."""
+        return self.sampling.initial_seed() >> 1
 
     def poisson(self, count: int, rate: float) -> Tensor:
         """One Poisson sample, see `Draws.poisson`."""
@@ -105,6 +112,10 @@ class SystemDraws:
     """
 
     _stream: _KeyStream = field(default_factory=lambda: _KeyStream(_operating_system_key()))
+
+    def seed(self) -> int:
+        """Fresh, see `Draws.seed`."""
+        return int(self._stream.words(1)[0] >> np.uint64(2))
 
     def poisson(self, count: int, rate: float) -> Tensor:
         """One Poisson sample, see `Draws.poisson`; the rate holds within 2**-53."""

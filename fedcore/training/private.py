@@ -70,10 +70,11 @@ def train_private(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer = make_optimizer(model, settings)
     batch_size = expected_batch_size(count, plan)
-    skipped = 0
+    seed, skipped = draws.seed(), 0
     try:
-        for _ in range(plan.charge.steps):
-            batches = read_batch(examples, draws.poisson(count, plan.charge.sample_rate), device)
+        for step in range(plan.charge.steps):
+            rows = draws.poisson(count, plan.charge.sample_rate)
+            batches = read_batch(examples, rows, device, seed=seed + step * count)
             found = clipped_sum(
                 way,
                 preprocess,

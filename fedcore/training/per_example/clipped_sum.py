@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,14 @@ class Batch:
     """``(B, ...)``."""
     counted: Tensor
     """Whether the example at a place counts, bool, ``(B,)``."""
+    seed: int
+    """What dropout and the like draw from, at the first place: each place has its own stream, which
+    does not depend on what the others do."""
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The places from ``start`` to before ``stop``."""
+        part = slice(start, stop)
+        return Batch(self.inputs[part], self.targets[part], self.counted[part], self.seed + start)
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,7 @@ def clipped_sum(
     step, skipped = min(physical, _MOST_ROWS), 0
     for batch in batches:
         for start in range(0, len(batch.counted), step):
-            rows = slice(start, start + step)
-            part = Batch(batch.inputs[rows], batch.targets[rows], batch.counted[rows])
+            part = batch.rows(start, start + step)
             found = _of_part(way, preprocess, model, loss, part, clip_norm)
             skipped += found.skipped
             for total, one in zip(wide, found.sums, strict=True):
@@ -126,7 +134,8 @@ def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> P
             that depends on sizes, and not on values.
     """
     try:
-        return way.take(preprocess, model, batch.inputs, batch.targets)
+        with drawing_from(batch.seed):
+            return way.take(preprocess, model, batch.inputs, batch.targets)
     except (Exception, SystemExit) as error:  # the task's code, on values that nobody looked at
         if len(batch.counted) > 1 and _is_out_of_memory(error):
             raise
@@ -146,7 +155,7 @@ def _runs(preprocess: nn.Module, model: nn.Module, loss: Loss, batch: Batch) -> 
     """
     way, runs = one_by_one(loss, why=""), torch.zeros_like(batch.counted)
     for place in batch.counted.nonzero().flatten().tolist():
-        runs[place] = _taken(way, preprocess, model, _row(batch, place)) is not None
+        runs[place] = _taken(way, preprocess, model, batch.rows(place, place + 1)) is not None
     return runs
 
 
@@ -156,7 +165,7 @@ def _alone(
     """One example after the other, where torch cannot take these together."""
     way = one_by_one(loss, why="")
     parts = [
-        _of_part(way, preprocess, model, loss, _row(batch, place), clip_norm)
+        _of_part(way, preprocess, model, loss, batch.rows(place, place + 1), clip_norm)
         for place in range(len(batch.counted))
     ]
     each = zip(*(part.sums for part in parts), strict=True)
@@ -165,21 +174,30 @@ def _alone(
     )
 
 
-def _row(batch: Batch, place: int) -> Batch:
-    row = slice(place, place + 1)
-    return Batch(batch.inputs[row], batch.targets[row], batch.counted[row])
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Has torch's default generators begin at ``seed``, and go on afterwards where they were.
+
+    Not torch.manual_seed, which looks for GPUs of four kinds on each call.
+    """
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
+        yield
 
 
 def _without(batch: Batch, counted: Tensor) -> Batch:
     """The same places, with the first example that counts in all that do not."""
     if not bool(counted.any()):
-        return Batch(batch.inputs, batch.targets, counted)
+        return replace(batch, counted=counted)
     first = counted.nonzero()[0, 0]
     index = torch.where(counted, torch.arange(len(counted), device=counted.device), first)
-    return Batch(batch.inputs[index], batch.targets[index], counted)
+    return Batch(batch.inputs[index], batch.targets[index], counted, batch.seed)
 
 
-def read_batch(examples: Examples, rows: Tensor, device: torch.device) -> list[Batch]:
+def read_batch(examples: Examples, rows: Tensor, device: torch.device, *, seed: int) -> list[Batch]:
     """The examples of some rows, on a device, ready to be summed over.
 
     A row that cannot be read, or is no pair of tensors, is left out and counts as zero. Rows of
@@ -189,14 +207,16 @@ def read_batch(examples: Examples, rows: Tensor, device: torch.device) -> list[B
         examples: A client's data.
         rows: Row numbers, int64, ``(B,)``.
         device: Where to train.
+        seed: What random numbers of data sets and models begin at, place by place.
     """
     if not len(rows):
         return []
     if _is_uniform(examples):
         inputs, targets = gather(examples, rows)
         counted = torch.ones(len(rows), dtype=torch.bool, device=device)
-        return [Batch(inputs.to(device), targets.to(device), counted)]
-    return list(_by_kind([_read(examples, int(row)) for row in rows], device))
+        return [Batch(inputs.to(device), targets.to(device), counted, seed)]
+    read = [_read(examples, row, seed + place) for place, row in enumerate(rows.tolist())]
+    return list(_by_kind(read, device, seed))
 
 
 def _is_uniform(examples: Examples) -> bool:
@@ -209,9 +229,10 @@ def _is_uniform(examples: Examples) -> bool:
 _Pair = tuple[Tensor, Tensor]
 
 
-def _read(examples: Examples, row: int) -> _Pair | None:
+def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
     try:
-        inputs, targets = default_collate([examples[row]])
+        with drawing_from(seed):
+            inputs, targets = default_collate([examples[row]])
     except (Exception, SystemExit):  # the user's code, or a broken file
         return None
     if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
@@ -219,7 +240,7 @@ def _read(examples: Examples, row: int) -> _Pair | None:
     return inputs[0], targets[0]
 
 
-def _by_kind(read: Sequence[_Pair | None], device: torch.device) -> Iterator[Batch]:
+def _by_kind(read: Sequence[_Pair | None], device: torch.device, seed: int) -> Iterator[Batch]:
     kinds: dict[object, list[int]] = {}
     for place, pair in enumerate(read):
         if pair is not None:
@@ -231,4 +252,4 @@ def _by_kind(read: Sequence[_Pair | None], device: torch.device) -> Iterator[Bat
         pairs = [pair for place in index if (pair := read[place]) is not None]
         counted = torch.tensor([place in there for place in range(len(read))], device=device)
         inputs, targets = (torch.stack(part).to(device) for part in zip(*pairs, strict=True))
-        yield Batch(inputs, targets, counted)
+        yield Batch(inputs, targets, counted, seed)
