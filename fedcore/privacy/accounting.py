@@ -199,6 +199,7 @@ def noise_for(
     sample_rate: float,
     steps: int,
     accountant: Accountant,
+    settings: Settings = "adaptive",
 ) -> float:
     """The least noise multiplier that keeps ``steps`` steps within ``max_epsilon``.
 
@@ -216,7 +217,9 @@ def noise_for(
 
     def spent(noise: float) -> float:
         charge = Charge(0, noise, sample_rate, steps)
-        return epsilon_of([charge], target_delta=target_delta, accountant=accountant)
+        return epsilon_of(
+            [charge], target_delta=target_delta, accountant=accountant, settings=settings
+        )
 
     low, high = MIN_NOISE, MIN_NOISE
     while spent(high) > max_epsilon:
