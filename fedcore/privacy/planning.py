@@ -10,6 +10,10 @@ from fedcore.privacy.accounting import Charge, noise_for
 from fedcore.task import Examples, size_of
 
 
+MAX_DELTA_SHARE = 0.1
+"""Of one over a client's examples: what ``target_delta`` may come to."""
+
+
 @dataclass(frozen=True)
 class PrivatePlan:
     """How one client trains in one round, fixed before it touches its data."""
@@ -19,24 +23,67 @@ class PrivatePlan:
 
 
 def plan(
-    examples: Examples, client: Client, privacy: Privacy, *, round: int, participations: int
+    examples: Examples,
+    client: Client,
+    privacy: Privacy,
+    *,
+    round: int,
+    participations: int,
+    max_delta_share: float = MAX_DELTA_SHARE,
 ) -> PrivatePlan:
-    """The noise and the steps for a client of this size.
+    """The noise and the steps for a client of this size; see `plan_for`."""
+    return plan_for(
+        size_of(examples),
+        client,
+        privacy,
+        round=round,
+        participations=participations,
+        max_delta_share=max_delta_share,
+    )
+
+
+def plan_for(
+    count: int,
+    client: Client,
+    privacy: Privacy,
+    *,
+    round: int,
+    participations: int,
+    max_delta_share: float = MAX_DELTA_SHARE,
+) -> PrivatePlan:
+    """The noise and the steps for a client of ``count`` examples.
 
     With ``noise_multiplier = "auto"`` the noise is the least that keeps ``participations`` rounds
-    within the budget; a client with few examples needs more of it than one with many.
+    within the budget; a client with few examples needs more of it than one with many. All of it
+    follows from the settings and the number of examples, which is public.
+
+    Args:
+        count: The client's examples.
+        client: How it trains.
+        privacy: What it must keep.
+        round: Of the charge.
+        participations: Rounds that the noise is planned for.
+        max_delta_share: ``target_delta`` may be this share of ``1 / count`` at most. A mechanism
+            that shows one of the examples to everyone, chosen at random, has a delta of
+            ``1 / count``.
 
     Raises:
-        PrivacyError: the delta protects nobody on a client of this size, or no noise is enough.
+        PrivacyError: the client has no examples, the delta protects nobody on a client of this
+            size, or no noise is enough.
     """
-    count = size_of(examples)
-    if privacy.target_delta * count >= 1:
+    if count < 1:
         raise PrivacyError(
-            f"privacy.target_delta = {privacy.target_delta:g} on a client of {count} examples: at "
-            f"1/{count} or above, showing one of them to everyone would count as private. Nothing "
-            "was trained; set it well below that."
+            f"round {round}: this client has {count} examples. Nothing was trained, as there is "
+            "nothing to train on; give it data, or leave it out."
         )
-    steps_per_epoch = -(-size_of(examples) // client.batch_size)
+    if privacy.target_delta * count > max_delta_share * (1 + 1e-9):
+        raise PrivacyError(
+            f"privacy.target_delta = {privacy.target_delta:g} on a client of {count} examples is "
+            f"above {max_delta_share:g}/{count} = {max_delta_share / count:.3g}: at 1/{count}, "
+            "showing one of them to everyone would count as private. Nothing was trained; set it "
+            f"to {max_delta_share / count:.3g} or less, or let the owner of the device allow more."
+        )
+    steps_per_epoch = -(-count // client.batch_size)
     sample_rate = 1 / steps_per_epoch
     steps = steps_per_epoch * client.epochs
     noise = privacy.noise_multiplier
