@@ -38,11 +38,11 @@ _Kept = TypeVar("_Kept")
 
 @dataclass(frozen=True)
 class Released:
-    """What one round gives, noise included."""
+    """What one round of training gives."""
 
     weights: Vector
-    """The start weights and the mean difference."""
-    protection: Protection
+    protection: Protection | None
+    """After it; None without client-level privacy."""
 
 
 def draws_of(randomness: Randomness, *words: str | int) -> Draws:
@@ -166,7 +166,7 @@ def release(
     unclipped: int,
     draws: Draws,
 ) -> Released:
-    """The noised mean of a round's updates.
+    """The start weights and the noised mean of a round's differences to them.
 
     Guarantee:
         The deviation of the noise on the sum is ``noise_multiplier`` times as much as one client

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
@@ -15,11 +16,13 @@ from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
     EPSILON,
+    MODEL,
     TRAIN_LOSS,
     UNCLIPPED,
     Arrived,
     Update,
     arrived_update,
+    check_weights,
     refused_as,
     update_content,
 )
@@ -209,6 +212,23 @@ def carry(mean: Vector, weight: int, instruction: Message) -> Message:
     A strategy that looks at the mean alone cannot tell it from the updates that it is the mean of.
     """
     return Message(update_content(Update(mean, weight, {})), reply_to=instruction)
+
+
+def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
+    """What a strategy made of a round's updates, as weights that can be sent.
+
+    Raises:
+        RoundFailed: they are no weights.
+    """
+    try:
+        # FedMedian and others compute in float64.
+        weights = arrays[MODEL].numpy().astype(np.float32, copy=False)
+        return check_weights(weights, layout, where="aggregate")
+    except InvalidUpdate as error:
+        raise RoundFailed(
+            f"round {number}: {error} The global model is that of round {number - 1}; lower the "
+            "strategy's learning rate."
+        ) from None
 
 
 def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:

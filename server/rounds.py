@@ -8,18 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
-from fedcore.errors import BudgetExhausted, FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.errors import BudgetExhausted, FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
 from fedcore.seeds import Randomness
 from fedcore.updates.messages import (
-    MODEL,
     check_weights,
     instruction_config,
     sendable,
@@ -27,13 +25,23 @@ from fedcore.updates.messages import (
 )
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.aggregation.exact import ExactMean
-from server.client_privacy import allows, bound_of, draw, draws_of, epsilon, protect, release
+from server.client_privacy import (
+    Released,
+    allows,
+    bound_of,
+    draw,
+    draws_of,
+    epsilon,
+    protect,
+    release,
+)
 from server.cohort import asked_for, select
 from server.evaluation import is_better, judge_round
 from server.inbound import (
     FoldingGrid,
     Tally,
     accepted,
+    aggregated,
     carry,
     check_quorum,
     fold,
@@ -86,14 +94,6 @@ class Federation:
     def virtual(self) -> FoldingGrid | None:
         """The grid, where it may have a virtual clock."""
         return self.grid if isinstance(self.grid, FoldingGrid) else None
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """What a round of training gives."""
-
-    weights: Vector
-    protection: Protection | None
 
 
 @dataclass(frozen=True)
@@ -275,13 +275,13 @@ def _train_round(
     layout: Layout,
     nodes: Sequence[int],
     tally: Tally,
-) -> tuple[_Trained, int]:
+) -> tuple[Released, int]:
     """One round of training: what it gives, and the bytes sent; the rest is told to ``tally``."""
     run, number = federation.run, progress.round + 1
     grid, folds, protection = federation.grid, federation.chosen.folds, progress.protection
     in_place = federation.folding
-    # A strategy that folds tells every node the same: one message stands for all. It is asked for
-    # one even where nobody was drawn, as it may remember what it sends.
+    # A strategy that folds tells every node the same: one message stands for all. Even where nobody
+    # was drawn it is asked for one, as it may remember what it sends.
     shown = nodes[:1] if in_place else nodes
     messages = instructions(federation, progress, layout, shown or _there(federation)[:1])
     uniform, deadline_s = run.uniform, run.federation.deadline_s
@@ -309,7 +309,7 @@ def _train_round(
     _announce(federation, progress, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, number)
     if not tally.updates and (protection is None or tally.declined):
-        return _Trained(progress.weights, protection), sent
+        return Released(progress.weights, protection), sent
     if mean is not None and protection is not None:
         released = release(
             run,
@@ -321,15 +321,15 @@ def _train_round(
             draws=draws_of(federation.randomness, "client noise", number),
         )
         weights, protection = released.weights, released.protection
-        ready = [carry(weights, 1, messages[0])]
     elif mean is not None:
         weights = mean.mean()
-        ready = [carry(weights, mean.weight, messages[0])]
     if mean is not None and federation.chosen.means:
-        return _Trained(check_weights(weights, layout, where="aggregate"), protection), sent
+        return Released(check_weights(weights, layout, where="aggregate"), protection), sent
+    if mean is not None:
+        ready = [carry(weights, max(mean.weight, 1), messages[0])]
     arrays = _aggregated(federation, number, ready, tally)
-    weights = progress.weights if arrays is None else _checked(arrays, layout, number)
-    return _Trained(weights, protection), sent
+    weights = progress.weights if arrays is None else aggregated(arrays, layout, number)
+    return Released(weights, protection), sent
 
 
 def _aggregated(
@@ -353,18 +353,6 @@ def _aggregated(
             f"{number - 1}."
         ) from error
     return arrays
-
-
-def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
-    try:
-        # FedMedian and others compute in float64.
-        weights = arrays[MODEL].numpy().astype(np.float32, copy=False)
-        return check_weights(weights, layout, where="aggregate")
-    except InvalidUpdate as error:
-        raise RoundFailed(
-            f"round {number}: {error} The global model is that of round {number - 1}; lower the "
-            "strategy's learning rate."
-        ) from None
 
 
 def _record(
