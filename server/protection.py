@@ -7,7 +7,7 @@ model has cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Protection:
     """The bound of the next round's updates."""
     asked: tuple[tuple[int, ...], ...] = ()
     """Nodes of the last ``separation - 1`` rounds, the latest last."""
-    noise: tuple[NDArray[np.float64], ...] = ()
+    noise: tuple[NDArray[np.float64], ...] = field(default=(), compare=False)
     """Correlated noise that the last rounds added, the latest last."""
 
 
