@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,28 @@ def plot_in_a_row(
         _panel(axes[across], mine, unit, scale)
         axes[across].set_ylabel(label)
         axes[across].set_title(workload)
+    _write(figure, path)
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], path: Path, across: str, up: str
+) -> None:
+    """Writes a PNG: for each curve medians by a positive number, with their ranges as bands."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        places = [place for place, _ in points]
+        medians = [statistics.median(values) for _, values in points]
+        (line,) = axes.plot(places, medians, marker="o", markersize=4, label=name)
+        low, high = ([pick(values) for _, values in points] for pick in (min, max))
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
     _write(figure, path)
 
 

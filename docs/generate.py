@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -105,7 +105,8 @@ def page() -> str:
             for key, inner in section.model_fields.items():
                 if below := section_of(inner.annotation):
                     _, _, rest = (below.__doc__ or "").strip().partition("``: ")
-                    head = f"\n### `[[{name}.{key}]]`\n"
+                    many = get_origin(inner.annotation) is tuple
+                    head = f"\n### `[[{name}.{key}]]`\n" if many else f"\n### `[{name}.{key}]`\n"
                     told = f"{rest[0].upper()}{rest[1:]} {one_line(inner)}\n"
                     parts += [head, told, table(below)]
     parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy)]

@@ -33,6 +33,7 @@ from fedcore.errors import (
 )
 from fedcore.model import FullModel, build_model
 from fedcore.owner import OwnerPolicy, tighten
+from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import (
     NO_OTHER_RUNS,
     Ledger,
@@ -232,6 +233,12 @@ def learn(
     """
     try:
         return _learn(client, name, instruction, ledger, on_spend)
+    except TrainingDiverged:
+        client.__dict__.pop("resident", None)
+        if not client.run.client_private:
+            raise
+        # As if it had no data: whether some did not converge is not to show in who answers.
+        return bounded(client.run.privacy, instruction, instruction.weights, {})
     except BaseException:  # whatever a half-trained model holds, the next message begins without it
         client.__dict__.pop("resident", None)
         raise
@@ -288,6 +295,8 @@ def _learn(
             f"round {number}: the trained weights are not finite at learning_rate "
             f"{run.client.learning_rate}. No update was sent; lower the learning rate."
         )
+    if run.client_private:
+        return bounded(run.privacy, instruction, weights, metrics)
     return Update(weights, size_of(examples), metrics)
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedcore.privacy.unsound import unsound
+
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -48,8 +50,9 @@ class Federation(Section):
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """How many rounds to run at most."""
     cohort: Count | None = None
-    """Clients a round; every client when unset. On a live run these are the project's devices that
-    are there before the first round: all are waited for, until the deadline."""
+    """Clients a round, or their expected number (see ``privacy.client``); every client when unset.
+    On a live run these are the project's devices that are there before the first round: all are
+    waited for, until the deadline."""
     strategy: str = "FedAvg"
     """The name of a strategy in ``flwr.serverapp.strategy``."""
     strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -58,7 +61,8 @@ class Federation(Section):
     """Whether an update weighs as many examples as its client has, or as much as any other. On a
     live run that is the number that each client committed to when it was enrolled, whatever it
     reports later; unless every device of the project has committed to one, all weigh the same.
-    Which of the two holds is settled when a round selects, for all of it."""
+    Which of the two holds is settled when a round selects, for all of it. Under client-level
+    privacy all weigh the same, whatever stands here: a bound on each update bounds nothing else."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
     the others are told that they are late. At 1.3 three of thirteen may be slow."""
@@ -98,12 +102,39 @@ class Client(Section):
     """Where to train: CUDA, else MPS, else CPU when ``auto``."""
 
 
-class Privacy(Section):
-    """``[privacy]``: example-level differential privacy on each client, by DP-SGD."""
+class ClientPrivacy(Section):
+    """``[privacy.client]``: client-level differential privacy, whose noise the server adds."""
 
-    unit: Literal["none", "example"] = "none"
-    """What is protected: nothing, or each example of each client, against a null record in its
-    place (zero-out adjacency: how many examples a client has is public)."""
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
+    """Budget of the whole run: it ends before a round that would pass it."""
+    target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
+    """The delta at which that is counted; at most a tenth of one over the number of clients."""
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["adaptive"] = 1.0
+    """L2 bound of one client's update, the difference to the weights that it was sent;
+    ``adaptive`` follows the median of the updates' norms from round to round."""
+    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
+    """Deviation of the noise on the sum of updates, over ``clip_norm``; ``auto`` takes the least
+    that keeps ``federation.rounds`` rounds within ``max_epsilon``."""
+    mechanism: Literal["gaussian", "matrix"] = "gaussian"
+    """``gaussian``: the server draws each client for a round on its own, with equal probability,
+    ``federation.cohort`` of them in expectation, and tells nobody whom; epsilon counts on that.
+    ``matrix``: each round asks exactly so many, nobody's absence is counted on, and noise is
+    correlated over rounds so that much of it cancels in the model."""
+    separation: Count | None = None
+    """Of ``matrix``: no client is asked more than once in so many rounds in a row. The more, the
+    less noise; unset, as many as the number of clients over the cohort allows."""
+    accountant: Literal["rdp", "prv"] = "prv"
+    """As in ``[privacy]``."""
+
+
+class Privacy(Section):
+    """``[privacy]``: differential privacy; these settings are those of each example, by DP-SGD."""
+
+    unit: Literal["none", "example", "client", "both"] = "none"
+    """What is protected: nothing; each ``example`` of each client, by noise that the client adds,
+    so from the server as well, against a null record in its place (zero-out adjacency: how many
+    examples a client has is public); each ``client`` with all of its data, by noise that the server adds
+    (see ``[privacy.client]``), so from whoever gets its models; or ``both``."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
     """Budget of each client over the whole run."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
@@ -120,6 +151,18 @@ class Privacy(Section):
     accountant: Literal["rdp", "prv"] = "prv"
     """How charges add up. Both bound epsilon from above: ``prv`` by the distribution of privacy
     losses, which takes 4 to 12 % less noise; ``rdp`` by Renyi divergences."""
+    client: ClientPrivacy = Field(default_factory=ClientPrivacy)
+    """Settings of client-level privacy."""
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether each example is protected, by noise on the device."""
+        return self.unit in ("example", "both")
+
+    @property
+    def of_clients(self) -> bool:
+        """Whether each client is protected, by noise at the server."""
+        return self.unit in ("client", "both")
 
 
 class Finetune(Section):
@@ -261,8 +304,18 @@ class RunConfig(Section):
 
     @property
     def private(self) -> bool:
-        """Whether clients train with differential privacy."""
-        return self.privacy.unit != "none"
+        """Whether clients train with example-level differential privacy."""
+        return self.privacy.of_examples
+
+    @property
+    def client_private(self) -> bool:
+        """Whether the server releases models with client-level differential privacy."""
+        return self.privacy.of_clients
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every update weighs the same."""
+        return self.federation.weighting == "uniform" or self.client_private
 
     def path(self, relative: str) -> Path:
         """A path of the file, resolved against the file's folder."""
@@ -278,25 +331,7 @@ class RunConfig(Section):
 def _contradictions(run: RunConfig) -> list[str]:
     """What cannot stand together, each with the reason and the way out (unsound before useless)."""
     federation, privacy, compression = run.federation, run.privacy, run.compression
-    found = []
-    if run.private and federation.evaluate_cohort:
-        found.append(
-            f"federation.evaluate_cohort = {federation.evaluate_cohort} contradicts privacy.unit = "
-            "'example': metrics would leave each device without noise. Set evaluate_cohort to 0 "
-            "(rounds are then judged on the cloud's held-out data), or privacy.unit to 'none'."
-        )
-    if run.private and federation.normalisation == "federated":
-        found.append(
-            "federation.normalisation = 'federated' contradicts privacy.unit = 'example': exact "
-            "sums of examples would leave each device without noise. Use 'cloud' or 'task', or set "
-            "privacy.unit to 'none'."
-        )
-    if run.private and federation.strategy == "QFedAvg":
-        found.append(
-            "federation.strategy = 'QFedAvg' contradicts privacy.unit = 'example': it weighs "
-            "clients by their training loss, which would leave each device without noise. Choose "
-            "another strategy, or set privacy.unit to 'none'."
-        )
+    found = unsound(run)
     names = [device.name for device in run.simulation.devices]
     if len(set(names)) < len(names):
         found.append("simulation.devices names one class twice: give each its own name.")

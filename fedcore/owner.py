@@ -112,8 +112,9 @@ def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
     if owner.max_epsilon is not None and not run.private:
         raise PrivacyError(
             f"owner.toml: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
-            "'none', whose epsilon has no bound. This device takes no part and nothing was "
-            "trained; the server must set privacy.unit to 'example', or the owner drop the budget."
+            f"{run.privacy.unit!r}: what this device sends the server would have no bound. It "
+            "takes no part and nothing was trained; the server must set privacy.unit to 'example' "
+            "or 'both', or the owner drop the budget."
         )
     privacy = run.privacy.model_copy(
         update={

@@ -115,6 +115,7 @@ def server_app(
             on_note=listener.on_note,
             keeper=keeper or Forgetful(),
             start=start,
+            clients=max(_count(grid), awaited()) if run.client_private else 0,
         )
         federated = run_rounds(federation, model)
         unpack(federated.weights, model.model)

@@ -21,6 +21,7 @@ from fedcore.observability.events import Noted, RoundFinished
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
 from server.progress import Progress, Start
+from server.protection import noise_of, protection_doc, protection_of
 from server.records import RoundRecord, VirtualRecord
 from server.simulation.choice import Choice
 from server.simulation.state import State
@@ -29,8 +30,9 @@ from server.strategy_state import Remembered
 CHECKPOINT = "checkpoint.safetensors"
 """Its name in a run's folder."""
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB, and six vectors of a strategy's
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST, _STATE, _EVENTS, _STRATEGY = "sha256", "state", "events", "strategy"
+_NOISE, _PROTECTION = "noise", "protection"
 Told = Noted | RoundFinished
 Arrays = dict[str, NDArray[Any]]
 
@@ -69,6 +71,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         _STATE: _json(_state(checkpoint)),
         _EVENTS: _json([_told(event) for event in checkpoint.told]),
         **{f"{_STRATEGY}/{n}": array for n, array in enumerate(progress.strategy.arrays)},
+        **{f"{_NOISE}/{n}": array for n, array in enumerate(noise_of(progress.protection))},
     }
     arrays[_DIGEST] = _digest(arrays)
     write_atomic(path, save(arrays))
@@ -121,6 +124,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
         "best_round": progress.best_round,
         "most_failed": progress.most_failed,
         _STRATEGY: progress.strategy.tree,
+        _PROTECTION: protection_doc(progress.protection),
         "ledgers": {
             name: [astuple(charge) for charge in ledger.charges]
             for name, ledger in state.ledgers.items()
@@ -140,7 +144,6 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
     if held["format"] != _FORMAT:
         raise ValueError(f"format {held['format']}, expected {_FORMAT}")
     told = json.loads(arrays[_EVENTS].tobytes())
-    kept = sorted(name for name in arrays if name.startswith(f"{_STRATEGY}/"))
     return Checkpoint(
         identity=held["identity"],
         progress=Progress(
@@ -150,10 +153,9 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
             best=arrays["best"].copy(),
             best_round=held["best_round"],
             most_failed=held["most_failed"],
-            strategy=Remembered(
-                held[_STRATEGY], tuple(arrays[f"{_STRATEGY}/{n}"] for n in range(len(kept)))
-            ),
+            strategy=Remembered(held[_STRATEGY], _numbered(arrays, _STRATEGY)),
             preprocess=arrays["preprocess"].tobytes(),
+            protection=protection_of(held[_PROTECTION], _numbered(arrays, _NOISE)),
         ),
         told=[Noted(one) if isinstance(one, str) else RoundFinished(one) for one in told],
         state=State(
@@ -164,6 +166,12 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
         ),
         elapsed_s=held["elapsed_s"],
     )
+
+
+def _numbered(arrays: Arrays, kind: str) -> tuple[NDArray[Any], ...]:
+    """The arrays of a kind, in order."""
+    count = sum(name.startswith(f"{kind}/") for name in arrays)
+    return tuple(arrays[f"{kind}/{n}"] for n in range(count))
 
 
 def _ledger(charges: Iterable[Sequence[Any]]) -> Ledger:

@@ -167,7 +167,7 @@ def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
     model = build_model(task, run)
     load_preprocess(progress.preprocess, model)
     unpack(progress.best, model.model)
-    federated = Federated(progress.best, progress.best_round, start.records)
+    federated = Federated(progress.best, progress.best_round, start.records, progress.protection)
     return Outcome(model.eval(), federated)
 
 

@@ -6,22 +6,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.observability.words import one_line
+from fedcore.privacy.client_level import Bound
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
     EPSILON,
+    MODEL,
     TRAIN_LOSS,
+    UNCLIPPED,
     Arrived,
     Update,
     arrived_update,
+    check_weights,
     refused_as,
     update_content,
 )
-from fedcore.updates.pack import Layout
+from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
 from server.aggregation.exact import ExactMean
 from server.records import VirtualRecord
@@ -67,6 +72,8 @@ class Tally:
     has_loss: bool = False
     epsilon_max: float | None = None
     bytes_up: int = 0
+    unclipped: int = 0
+    """Updates that were within an adaptive bound by themselves."""
     reasons: list[str] = field(default_factory=list)
     """Why clients failed."""
     spent: str = ""
@@ -90,6 +97,7 @@ class Tally:
             self.loss += metrics[TRAIN_LOSS] * num_examples
         if EPSILON in metrics:
             self.epsilon_max = max(self.epsilon_max or 0.0, metrics[EPSILON])
+        self.unclipped += metrics.get(UNCLIPPED) == 1.0
 
     def failure(self, code: int, reason: str) -> None:
         """Counts a client that answered with an error."""
@@ -152,12 +160,23 @@ def hold(taken: Iterator[tuple[Message, Arrived]], tally: Tally, *, uniform: boo
 
 
 def fold(
-    taken: Iterator[tuple[Message, Arrived]], layout: Layout, tally: Tally, *, uniform: bool
+    taken: Iterator[tuple[Message, Arrived]],
+    layout: Layout,
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: Bound | None = None,
 ) -> ExactMean:
-    """The exact weighted mean of all updates; one that came as a file is held by pieces."""
+    """The exact weighted mean of all updates; one that came as a file is held by pieces.
+
+    Those that are not within ``bound`` are refused.
+    """
     mean = ExactMean(layout.size)
     for reply, update in taken:
         try:
+            if bound is not None:
+                where = f"update from node {reply.metadata.src_node_id}"
+                bound.check(update.parts(), update.metrics, where=where)
             mean.add_parts(update.parts, 1 if uniform else update.num_examples)
         except InvalidUpdate as error:
             tally.refuse(str(error))
@@ -187,12 +206,29 @@ def fold_in_place(
     return folded.mean
 
 
-def carry(mean: ExactMean, instruction: Message) -> Message:
-    """A mean as the one reply to what was asked.
+def carry(mean: Vector, weight: int, instruction: Message) -> Message:
+    """A mean of updates that weigh so much together, as the one reply to what was asked.
 
     A strategy that looks at the mean alone cannot tell it from the updates that it is the mean of.
     """
-    return Message(update_content(Update(mean.mean(), mean.weight, {})), reply_to=instruction)
+    return Message(update_content(Update(mean, weight, {})), reply_to=instruction)
+
+
+def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
+    """What a strategy made of a round's updates, as weights that can be sent.
+
+    Raises:
+        RoundFailed: they are no weights.
+    """
+    try:
+        # FedMedian and others compute in float64.
+        weights = arrays[MODEL].numpy().astype(np.float32, copy=False)
+        return check_weights(weights, layout, where="aggregate")
+    except InvalidUpdate as error:
+        raise RoundFailed(
+            f"round {number}: {error} The global model is that of round {number - 1}; lower the "
+            "strategy's learning rate."
+        ) from None
 
 
 def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:

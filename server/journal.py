@@ -39,6 +39,7 @@ from server.journal_head import (
     write_head,
 )
 from server.progress import Progress, Start
+from server.protection import noise_of, protection_doc, protection_of
 from server.records import RoundRecord
 from server.strategy_state import Remembered
 
@@ -357,7 +358,9 @@ def _content_doc(content: RecordDict, packed: _Packing) -> dict[str, Any]:
 
 
 def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
-    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *progress.strategy.arrays]
+    noise = noise_of(progress.protection)
+    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *noise]
+    vectors += progress.strategy.arrays
     described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
     raw = np.frombuffer(progress.preprocess, np.uint8)
     preprocess = ["|u1", [len(raw)], packed.add(raw)]
@@ -367,6 +370,7 @@ def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
         "best_round": progress.best_round,
         "most_failed": progress.most_failed,
         "strategy": progress.strategy.tree,
+        "protection": protection_doc(progress.protection),
         "arrays": [preprocess, *described],
     }
 
@@ -380,6 +384,8 @@ def _progress(entry: Entry, blobs: Blobs) -> Progress:
         np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
         for dtype, shape, place in values["arrays"]
     ]
+    protection = values.get("protection")  # there is none in journals from before there was one
+    noise = protection["noise"] if protection else 0
     return Progress(
         round=values["round"],
         over=values["over"],
@@ -387,6 +393,7 @@ def _progress(entry: Entry, blobs: Blobs) -> Progress:
         best=best,
         best_round=values["best_round"],
         most_failed=values["most_failed"],
-        strategy=Remembered(values["strategy"], tuple(rest)),
+        strategy=Remembered(values["strategy"], tuple(rest[noise:])),
         preprocess=preprocess.tobytes(),
+        protection=protection_of(protection, rest[:noise]),
     )

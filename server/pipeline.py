@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import Lineage, Manifest, PrivacyStatement
+from fedcore.artifacts.manifest import ClientStatement, Lineage, Manifest, PrivacyStatement
 from fedcore.config import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
@@ -32,6 +32,7 @@ from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
 from server.app import Outcome
 from server.checkpoint import Checkpoint
+from server.client_privacy import statement
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
@@ -139,7 +140,7 @@ def run_pipeline(
         client_records(tighten(run, owner), task, model, done.state, data),
         done.training,
         str(available(run.client.device)),
-        "simulated" if run.private else "none",
+        "none" if run.privacy.unit == "none" else "simulated",
     )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
@@ -222,6 +223,7 @@ def after_rounds(
             best_round=outcome.federated.best_round,
             training=trained.training,
             clients=trained.clients,
+            client_privacy=_client_statement(run, trained),
             candidates=compressed.records,
             chosen=compressed.chosen,
             manifest=manifest,
@@ -308,6 +310,15 @@ def _draft(
             epsilon=max(spent) if run.private and spent else None,
             target_delta=run.privacy.target_delta if run.private else None,
             noise=trained.noise,
+            client=_client_statement(run, trained),
         ),
         parity=compressed.parity,
     )
+
+
+def _client_statement(run: RunConfig, trained: Trained) -> ClientStatement | None:
+    """What client-level privacy promises for all models of the run; None without it."""
+    federated = trained.outcome.federated
+    if federated.protection is None:
+        return None
+    return statement(run, federated.protection, rounds=len(federated.rounds))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedcore.updates.pack import Vector
+from server.protection import Protection
 from server.records import RoundRecord
 from server.strategy_state import Remembered
 
@@ -28,6 +29,8 @@ class Progress:
     strategy: Remembered
     preprocess: bytes
     """State of the preprocessing, as safetensors."""
+    protection: Protection | None = None
+    """Of clients, under client-level privacy."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.manifest import ClientStatement, Manifest
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class RoundRecord:
     """Payload from server to clients, in this round."""
     virtual: VirtualRecord | None = None
     """The round on the virtual clock of a simulation with device classes."""
+    client_epsilon: float | None = None
+    """Client-level epsilon of the models of all rounds so far; None where clients are not
+    protected."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ class RunRecord:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final test split: by metric, then ``federated``, ``cloud_alone``, ``finetuned``,
     ``released``."""
+    client_privacy: ClientStatement | None = None
+    """What the models guarantee to each client; None where clients are not protected."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage, in order."""
     notes: tuple[str, ...] = ()

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-import numpy as np
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
-from fedcore.errors import BudgetExhausted, FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.errors import BudgetExhausted, FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
 from fedcore.seeds import Randomness
 from fedcore.updates.messages import (
-    ARRAYS,
-    CONFIG,
-    MODEL,
     check_weights,
     instruction_config,
-    read_metrics,
     sendable,
     weights_record,
 )
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.aggregation.exact import ExactMean
+from server.client_privacy import (
+    Released,
+    allows,
+    bound_of,
+    draw,
+    draws_of,
+    epsilon,
+    protect,
+    release,
+)
 from server.cohort import asked_for, select
+from server.evaluation import is_better, judge_round
 from server.inbound import (
     FoldingGrid,
     Tally,
     accepted,
+    aggregated,
     carry,
     check_quorum,
     fold,
@@ -44,6 +50,7 @@ from server.inbound import (
     payload_bytes,
 )
 from server.progress import Forgetful, Keeper, Progress, Start
+from server.protection import Protection
 from server.records import RoundRecord
 from server.strategies import Chosen
 from server.strategy_state import remembered
@@ -68,6 +75,9 @@ class Federation:
     keeper: Keeper = field(default_factory=Forgetful)
     start: Start | None = None
     """Where to go on; from the beginning when None."""
+    clients: int = 0
+    """Those that rounds draw from, as client-level privacy counts on; as many as are there, or
+    as a round asks, where those are more."""
 
     @cached_property
     def folding(self) -> FoldingGrid | None:
@@ -93,6 +103,8 @@ class Federated:
     weights: Vector
     best_round: int
     rounds: tuple[RoundRecord, ...]
+    protection: Protection | None = None
+    """Of clients, as it is at the end."""
 
 
 def run_rounds(federation: Federation, model: FullModel) -> Federated:
@@ -112,24 +124,27 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     unpack(progress.weights, model.model)
     while keeper.goes_on(progress) and not progress.over:
         started, number = time.monotonic(), progress.round + 1
-        nodes = keeper.asked(MessageType.TRAIN, partial(_drawn, federation, number))
+        nodes = keeper.asked(MessageType.TRAIN, partial(_drawn, federation, progress))
         tally = Tally(len(nodes))
         keeper.begin(nodes)
         try:
-            arrays, sent = _train_round(federation, progress, layout, nodes, tally)
-            arrays = sendable(arrays)
+            released, sent = _train_round(federation, progress, layout, nodes, tally)
+            arrays = sendable(released.weights)
             if not tally.updates and tally.declined:
                 _end_early(federation, number, tally)  # what was learnt before stands
                 progress = replace(progress, over=True)
                 continue
-            metrics, judged_on = _judge_round(federation, model, layout, progress, arrays)
+            metrics, judged_on = judge_round(federation, model, layout, progress, arrays)
         except Exception:
             keeper.fail(progress)
             raise
         seconds = time.monotonic() - started
-        records.append(_record(federation, number, seconds, tally, metrics, judged_on, sent))
+        protection = released.protection
+        spent = epsilon(federation.run, protection, rounds=number) if protection else None
+        record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
+        records.append(replace(record, client_epsilon=spent))
         federation.on_round(records[-1])
-        better = _is_better(federation.primary, records, progress.best_round)
+        better = is_better(federation.primary, records, progress.best_round)
         progress = replace(
             progress,
             round=number,
@@ -138,21 +153,32 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             best_round=number if better else progress.best_round,
             most_failed=max(progress.most_failed, tally.failed),
             strategy=remembered(federation.chosen.strategy),
+            protection=protection,
         )
         progress = replace(progress, over=_is_over(federation, progress))
     unpack(progress.weights, model.model)
-    return Federated(progress.best, progress.best_round, tuple(records))
+    return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
 
-def _drawn(federation: Federation, number: int) -> list[int]:
-    found = federation.grid.get_node_ids()
-    there = found if isinstance(found, Sequence) else list(found)
+def _drawn(federation: Federation, progress: Progress) -> list[int]:
+    there, number = _there(federation), progress.round + 1
+    if progress.protection is not None:
+        draws = draws_of(federation.randomness, "cohort", number)
+        return draw(federation.run, progress.protection, there, draws, number=number)
     size = max(federation.cohort, min(federation.asked, len(there)))
     return select(there, size, seed=federation.run.seed, words=("round", number))
 
 
+def _there(federation: Federation) -> Sequence[int]:
+    found = federation.grid.get_node_ids()
+    return found if isinstance(found, Sequence) else list(found)
+
+
 def _beginning(federation: Federation, model: FullModel) -> Progress:
-    weights = pack(model.model)
+    run, weights, protection = federation.run, pack(model.model), None
+    if run.client_private:
+        clients = max(federation.clients, len(_there(federation)), federation.cohort)
+        protection = protect(run, clients=clients, cohort=federation.cohort)
     return Progress(
         round=0,
         over=False,
@@ -162,6 +188,7 @@ def _beginning(federation: Federation, model: FullModel) -> Progress:
         most_failed=0,
         strategy=remembered(federation.chosen.strategy),
         preprocess=preprocess_bytes(model),
+        protection=protection,
     )
 
 
@@ -191,6 +218,13 @@ def _is_over(federation: Federation, progress: Progress) -> bool:
     settings = federation.run.federation
     if progress.round >= settings.rounds:
         return True
+    protection, following = progress.protection, progress.round + 1
+    if protection is not None and not allows(federation.run, protection, rounds=following):
+        federation.on_note(
+            f"Ended before round {following}: it would take the client-level epsilon past "
+            f"privacy.client.max_epsilon = {federation.run.privacy.client.max_epsilon:g}."
+        )
+        return True
     if not settings.patience or progress.round - progress.best_round < settings.patience:
         return False
     federation.on_note(
@@ -198,14 +232,6 @@ def _is_over(federation: Federation, progress: Progress) -> bool:
         f"for federation.patience = {settings.patience} rounds."
     )
     return True
-
-
-def _is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
-    latest = records[-1].metrics.get(primary.name)
-    best = records[best_round - 1].metrics.get(primary.name) if best_round else None
-    if latest is None or best is None or math.isnan(best):
-        return True
-    return primary.better(latest, best)
 
 
 def _end_early(federation: Federation, number: int, tally: Tally) -> None:
@@ -233,7 +259,11 @@ def instructions(
             federation.chosen.strategy.configure_train(
                 number,
                 weights_record(progress.weights),
-                instruction_config(layout, progress.preprocess),
+                instruction_config(
+                    layout,
+                    progress.preprocess,
+                    clip_norm=progress.protection.clip_norm if progress.protection else 0.0,
+                ),
                 CohortGrid(federation.grid, nodes),
             )
         )
@@ -245,17 +275,22 @@ def _train_round(
     layout: Layout,
     nodes: Sequence[int],
     tally: Tally,
-) -> tuple[Vector, int]:
-    """One round of training: the new weights, and the bytes sent; the rest is told to ``tally``."""
-    run, strategy, number = federation.run, federation.chosen.strategy, progress.round + 1
-    grid, folds = federation.grid, federation.chosen.folds
+) -> tuple[Released, int]:
+    """One round of training: what it gives, and the bytes sent; the rest is told to ``tally``."""
+    run, number = federation.run, progress.round + 1
+    grid, folds, protection = federation.grid, federation.chosen.folds, progress.protection
     in_place = federation.folding
-    # A strategy that folds tells every node the same: one message stands for all.
-    messages = instructions(federation, progress, layout, nodes[:1] if in_place else nodes)
-    uniform, deadline_s = run.federation.weighting == "uniform", run.federation.deadline_s
+    # A strategy that folds tells every node the same: one message stands for all. Even where nobody
+    # was drawn it is asked for one, as it may remember what it sends.
+    shown = nodes[:1] if in_place else nodes
+    messages = instructions(federation, progress, layout, shown or _there(federation)[:1])
+    uniform, deadline_s = run.uniform, run.federation.deadline_s
+    bound = bound_of(run, protection, progress.weights) if protection else None
     mean: ExactMean | None = None
     ready: list[Message] = []
-    if in_place:
+    if not nodes:
+        mean, sent = ExactMean(layout.size), 0
+    elif in_place:
         sent = payload_bytes(messages[0]) * len(nodes)
         mean = fold_in_place(
             in_place, messages[0], nodes, tally, uniform=uniform, deadline_s=deadline_s
@@ -264,22 +299,50 @@ def _train_round(
         messages.sort(key=lambda message: message.metadata.dst_node_id)
         sent = sum(payload_bytes(message) for message in messages)
         replies = grid.send_and_receive(messages, timeout=deadline_s)
-        taken = accepted(replies, layout, tally, first=federation.cohort)
+        enough = len(nodes) if protection else federation.cohort
+        taken = accepted(replies, layout, tally, first=enough)
         del replies  # whoever is late is forgotten once enough are taken
         if folds:
-            mean = fold(taken, layout, tally, uniform=uniform)
+            mean = fold(taken, layout, tally, uniform=uniform, bound=bound)
         else:
             ready = hold(taken, tally, uniform=uniform)
     _announce(federation, progress, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, number)
-    if not tally.updates:
-        return progress.weights, sent
+    if not tally.updates and (protection is None or tally.declined):
+        return Released(progress.weights, protection), sent
+    if mean is not None and protection is not None:
+        released = release(
+            run,
+            protection,
+            progress.weights,
+            mean,
+            nodes=nodes,
+            unclipped=tally.unclipped,
+            draws=draws_of(federation.randomness, "client noise", number),
+        )
+        weights, protection = released.weights, released.protection
+    elif mean is not None:
+        weights = mean.mean()
     if mean is not None and federation.chosen.means:
-        return check_weights(mean.mean(), layout, where="aggregate"), sent
+        return Released(check_weights(weights, layout, where="aggregate"), protection), sent
     if mean is not None:
-        ready = [carry(mean, messages[0])]
+        ready = [carry(weights, max(mean.weight, 1), messages[0])]
+    arrays = _aggregated(federation, number, ready, tally)
+    weights = progress.weights if arrays is None else aggregated(arrays, layout, number)
+    return Released(weights, protection), sent
+
+
+def _aggregated(
+    federation: Federation, number: int, ready: Sequence[Message], tally: Tally
+) -> ArrayRecord | None:
+    """What the strategy makes of the updates, or of their mean.
+
+    Raises:
+        RoundFailed: it refused them.
+    """
+    strategy = federation.chosen.strategy
     try:
-        with nullcontext() if in_place else _streams(federation, number, "aggregate"):
+        with nullcontext() if federation.folding else _streams(federation, number, "aggregate"):
             arrays, _ = strategy.aggregate_train(number, ready)
     except FedcoreError:
         raise
@@ -289,77 +352,7 @@ def _train_round(
             f"updates: {type(error).__name__}: {error}. The global model is that of round "
             f"{number - 1}."
         ) from error
-    return progress.weights if arrays is None else _checked(arrays, layout, number), sent
-
-
-def _checked(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
-    try:
-        # FedMedian and others compute in float64.
-        weights = arrays[MODEL].numpy().astype(np.float32, copy=False)
-        return check_weights(weights, layout, where="aggregate")
-    except InvalidUpdate as error:
-        raise RoundFailed(
-            f"round {number}: {error} The global model is that of round {number - 1}; lower the "
-            "strategy's learning rate."
-        ) from None
-
-
-def _judge_round(
-    federation: Federation, model: FullModel, layout: Layout, progress: Progress, weights: Vector
-) -> tuple[dict[str, float], str]:
-    """Metrics of ``weights``, which the round after ``progress`` gave, and what on."""
-    size = federation.run.federation.evaluate_cohort
-    if size:
-        return _evaluate_on_clients(federation, weights, layout, progress, size), "clients"
-    if federation.judge:
-        unpack(weights, model.model)
-        return federation.judge(model), "cloud"
-    return {}, "nothing"
-
-
-def _evaluate_on_clients(
-    federation: Federation, weights: Vector, layout: Layout, progress: Progress, size: int
-) -> dict[str, float]:
-    """Means over some clients' held-out data, each weighed by its number of examples."""
-    run, number = federation.run, progress.round + 1
-
-    def draw() -> list[int]:
-        there = list(federation.grid.get_node_ids())
-        if not there:
-            raise RoundFailed(
-                f"round {number}: no client is there to evaluate it, and "
-                f"federation.evaluate_cohort asks for {size}. The round does not count; start "
-                "clients, and go on with the run, or run it anew."
-            )
-        words = ("evaluation", number)
-        return select(there, min(size, len(there)), seed=run.seed, words=words)
-
-    nodes = federation.keeper.asked(MessageType.EVALUATE, draw)
-    config = instruction_config(layout, progress.preprocess)
-    config["server-round"] = number
-    record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
-    messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
-    parts: dict[str, list[float]] = {}
-    total, reasons = 0, []
-    for reply in federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s):
-        if reply.has_error():
-            reasons.append(reply.error.reason or f"error {reply.error.code}")
-            continue
-        try:
-            count, values = read_metrics(reply, where=f"node {reply.metadata.src_node_id}")
-        except InvalidUpdate as error:
-            reasons.append(str(error))
-            continue
-        total += count
-        for name, value in values.items():
-            parts.setdefault(name, []).append(value * count)
-    if not total:
-        raise RoundFailed(
-            f"round {number}: none of {len(nodes)} clients could be evaluated. First: "
-            f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
-        )
-    # Summed as if with infinite precision: the order in which clients answer must not show.
-    return {name: math.fsum(values) / total for name, values in sorted(parts.items())}
+    return arrays
 
 
 def _record(

@@ -48,15 +48,44 @@ class Lineage(_Part):
     """The version whose bytes these are, when an older one was published again on purpose."""
 
 
+class ClientStatement(_Part):
+    """What the models of a run guarantee to each client, with all of its data.
+
+    For whoever gets its models, one or all: the server sees each client's update as it is.
+    """
+
+    epsilon: float
+    """Of the models of all rounds together."""
+    target_delta: float
+    adjacency: Literal["zero_out_client"] = "zero_out_client"
+    """Neighbours differ in one client, whose updates count as no difference in one of them."""
+    mechanism: Literal["gaussian", "matrix"]
+    noise_multiplier: float
+    """Deviation of the noise on a sum of updates, over the bound of one."""
+    clip_norm: float | Literal["adaptive"]
+    sample_rate: float
+    """The probability with which each client took part in a round, in secret and independently;
+    1 where nobody's absence was counted on."""
+    separation: int | None
+    """Rounds in which no client took part twice; None where none is enforced."""
+    clients: int
+    """Those that rounds drew from."""
+    rounds: int
+    accountant: Literal["rdp", "prv"]
+
+
 class PrivacyStatement(_Part):
     """What the training guarantees to those whose data it used."""
 
-    unit: Literal["none", "example"]
+    unit: Literal["none", "example", "client", "both"]
     epsilon: float | None
-    """The most that any client spent, accumulated over all rounds; None without privacy."""
+    """Of each example: the most that any client spent, accumulated over all rounds; None where
+    examples are not protected."""
     target_delta: float | None
     noise: Literal["none", "simulated", "system"]
     """``simulated``: drawn from the run's seed, so no real protection."""
+    client: ClientStatement | None = None
+    """Of each client; None where clients are not protected."""
 
 
 class Parity(_Part):

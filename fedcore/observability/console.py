@@ -115,7 +115,7 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
     return (
         ("round", f"{values.get('round')}/{values.get('rounds')}"),
         (name, figure(metric)),
-        ("epsilon", epsilon_text(_number(values, "epsilon_max"))),
+        ("epsilon", epsilon_text(_epsilon(values))),
         ("clients", f"{values.get('updates')}/{values.get('cohort')}"),
         ("loss", figure(_number(values, "train_loss"))),
         ("time", seconds_text(_number(values, "seconds"))),
@@ -125,6 +125,12 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
             if name in on_devices
         ),
     )
+
+
+def _epsilon(values: Mapping[str, Value]) -> float | None:
+    """Of examples; of clients, where examples are not protected."""
+    of_examples = _number(values, "epsilon_max")
+    return _number(values, "client_epsilon") if of_examples is None else of_examples
 
 
 def _pace(values: Mapping[str, Value]) -> list[str]:

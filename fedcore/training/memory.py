@@ -24,7 +24,7 @@ def needed_bytes(model: nn.Module, client: Client, privacy: Privacy, *, examples
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = {"adam": 2, "sgd": 1 if client.momentum else 0}[client.optimizer]
     batch = min(client.batch_size, examples)
-    copies = 1 + states + (batch if privacy.unit == "example" else 0)
+    copies = 1 + states + (batch if privacy.of_examples else 0)
     return copies * parameters * _FLOAT_BYTES
 
 
@@ -62,7 +62,7 @@ def check_memory(
         limits[f"free on {device}"] = free_bytes(device)
     for name, limit in limits.items():
         if limit is not None and needed > limit:
-            advice = "client.batch_size" if privacy.unit == "example" else "the model"
+            advice = "client.batch_size" if privacy.of_examples else "the model"
             raise InsufficientMemory(
                 f"training needs at least {needed:,} bytes and {name} is "
                 f"{limit:,} bytes. Nothing was trained; make {advice} smaller, or use a "

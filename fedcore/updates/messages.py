@@ -22,6 +22,7 @@ from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
 NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
+CLIP_NORM, UNCLIPPED = "clip-norm", "unclipped"
 
 STATISTICS = "query.statistics"
 """Message type that asks for sums over a client's inputs."""
@@ -52,6 +53,8 @@ class Instruction:
     """State of the preprocessing, as safetensors; empty when it has none."""
     proximal_mu: float
     """Weight of FedProx's penalty; 0 without."""
+    clip_norm: float = 0.0
+    """What client-level privacy bounds the update by; 0 without."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,14 @@ def _place(values: Vector) -> int:
     return place
 
 
-def instruction_config(layout: Layout, preprocess: bytes) -> ConfigRecord:
+def instruction_config(
+    layout: Layout, preprocess: bytes, *, clip_norm: float = 0.0
+) -> ConfigRecord:
     """What accompanies the weights to every client; Flower's strategies add the round."""
-    return ConfigRecord({"layout": layout.digest, "preprocess": preprocess})
+    config = ConfigRecord({"layout": layout.digest, "preprocess": preprocess})
+    if clip_norm:
+        config[CLIP_NORM] = clip_norm
+    return config
 
 
 def read_instruction(content: RecordDict) -> Instruction:
@@ -129,6 +137,7 @@ def read_instruction(content: RecordDict) -> Instruction:
             layout=str(config["layout"]),
             preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
             proximal_mu=float(str(config.get("proximal-mu", 0.0))),
+            clip_norm=float(str(config.get(CLIP_NORM, 0.0))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidUpdate(

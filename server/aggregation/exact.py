@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from fedcore.errors import InvalidUpdate
 from fedcore.updates.pack import Vector
 
-_SCALE = 2.0**36  # one unit is 1.5e-11, far below float32's step for weights of usual size
+STEP = 2.0**-36
+"""One unit of fixed point: 1.5e-11, far below float32's step for weights of usual size."""
+_SCALE = 1 / STEP
 _LIMIT = 2.0**62  # of 2**63: what is added is rounded, and rounding must not overflow
 _EXACT = 2.0**53  # below it float64 holds every whole number
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
@@ -146,6 +148,22 @@ class ExactMean:
             part = slice(start, start + _CHUNK)
             mean[part] = self._sum[part] / (self.weight * _SCALE)
         return mean
+
+    def differences(self, base: Vector) -> NDArray[np.float64]:
+        """The sum of ``vector - base`` over all updates, shape ``(D,)``; each must weigh 1.
+
+        Guarantee:
+            It is the sum of one term an update, ``vector`` and ``base`` each rounded to a multiple
+            of 2**-36 before, without any rounding of sums: leaving one update out changes it by
+            that update's own term, and by nothing else.
+        """
+        assert self.weight == self.count
+        found = np.empty(len(self._sum))
+        for start in range(0, len(found), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            scaled = np.rint(np.multiply(base[part], _SCALE, dtype=np.float64)).astype(np.int64)
+            np.multiply(self._sum[part] - self.count * scaled, STEP, out=found[part])
+        return found
 
 
 def out_of_range(peak: float, weight: int) -> str:

@@ -118,7 +118,7 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
         clients=(),
         training=None,
         device="devices",
-        noise="system" if run.private else "none",
+        noise="none" if run.privacy.unit == "none" else "system",
     )
     finished = after_rounds(
         run,

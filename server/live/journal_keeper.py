@@ -80,7 +80,8 @@ class JournalKeeper:
             RoundFailed: there were too few devices until the deadline.
         """
         known = self._journal.asked(kind)
-        if known:  # an empty list was kept by servers that asked for no more
+        # An empty list is a draw of nobody; to evaluate, servers kept one that asked for no more.
+        if known or (known is not None and kind == MessageType.TRAIN):
             return known
         trained = self._journal.asked(MessageType.TRAIN) or ()
         wanted = min(self._evaluated, len(trained)) if kind == MessageType.EVALUATE else 0

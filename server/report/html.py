@@ -11,6 +11,7 @@ from fedcore import __version__
 from server.records import RunRecord
 from server.report import plots, sections
 from server.report.markup import Markup, join, plot, tag
+from server.report.privacy import privacy
 
 
 def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
@@ -40,7 +41,7 @@ def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
                 _compression(record),
                 _clients(record),
                 sections.lineage(record),
-                sections.privacy(record, summary),
+                privacy(record, summary),
                 sections.stages(record, summary),
                 sections.notes(record),
                 tag("footer", f"Written by fedcore {__version__}."),

@@ -43,7 +43,9 @@ def rounds_plot(
 ) -> str | None:
     """The primary metric and epsilon by round, above each other; the best round is marked."""
     metric = [(r.round, r.metrics[primary]) for r in rounds if drawable(r.metrics.get(primary))]
-    epsilon = [(r.round, r.epsilon_max) for r in rounds if r.epsilon_max is not None]
+    of_clients = all(r.epsilon_max is None for r in rounds)
+    spent = [(r.round, r.client_epsilon if of_clients else r.epsilon_max) for r in rounds]
+    epsilon = [(number, value) for number, value in spent if value is not None]
     epsilon = [point for point in epsilon if drawable(point[1])]
     panels = [points for points in (metric, epsilon) if points]
     if not panels:
@@ -61,7 +63,7 @@ def rounds_plot(
             _metric_label(axes[0], "y", primary, higher_is_better)
             _mark_best(axes[0], dict(metric), best_round)
         if epsilon:
-            axes[-1].set_ylabel("epsilon spent (max)")
+            axes[-1].set_ylabel(f"epsilon spent ({'of clients' if of_clients else 'max'})")
             axes[-1].set_ylim(bottom=0)
         _round_axis(axes[-1], rounds)
 

@@ -15,6 +15,7 @@ from fedcore.observability.words import (
 )
 from server.records import RunRecord, VirtualRecord
 from server.report.markup import Markup, details, digest, join, table, tag
+from server.report.privacy import privacy_card
 from server.report.summary import MODELS
 
 _MICRO = "\N{MICRO SIGN}s"
@@ -33,7 +34,7 @@ def headline(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
     """The few figures that a reader looks for first."""
     cards = (
         _score_card(record),
-        _privacy_card(summary),
+        privacy_card(record, summary),
         _size_card(summary["model"]),
         _latency_card(summary["latency"]),
         _rounds_card(record),
@@ -66,13 +67,6 @@ def _score_card(record: RunRecord) -> tuple[str, str, str] | None:
     last = reached[-1]
     others = ", ".join(f"{MODELS[m]} {figure(scores[m])}" for m in reached[:-1])
     return f"{record.primary}, {MODELS[last]} model", figure(scores[last]), others or "final test"
-
-
-def _privacy_card(summary: Mapping[str, Any]) -> tuple[str, str, str]:
-    epsilon = summary["epsilon"]["max"]
-    if epsilon is None:
-        return "Differential privacy", "none", "updates were not protected"
-    return "Privacy", f"epsilon {epsilon_text(epsilon)}", f"delta {_delta(summary)}, of any client"
 
 
 def _size_card(model: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -156,6 +150,8 @@ def judged(record: RunRecord) -> str:
     }
     place = places.get(record.rounds[-1].judged_on)
     metric = f"The {record.primary} of the global model {place}" if place else "No metric"
+    if any(each.client_epsilon is not None for each in record.rounds):
+        return f"{metric}, by round, and the client-level epsilon of all models so far."
     if any(each.epsilon_max is not None for each in record.rounds):
         return f"{metric}, and the most epsilon that any client has spent up to each round."
     return f"{metric}, by round."
@@ -164,15 +160,16 @@ def judged(record: RunRecord) -> str:
 def rounds_table(record: RunRecord) -> Markup:
     """Every round, folded away."""
     metrics = list(dict.fromkeys(name for each in record.rounds for name in each.metrics))
-    headings = ["round", *metrics, "loss", "epsilon", "updates", "declined", "failed"]
     devices = ["on devices", "away", "dropped", "late", "wasted"]
     on_devices = devices if any(each.virtual for each in record.rounds) else []
+    of_clients = any(each.client_epsilon is not None for each in record.rounds)
     rows = [
         [
             str(each.round),
             *(figure(each.metrics.get(name)) for name in metrics),
             figure(each.train_loss),
             epsilon_text(each.epsilon_max),
+            *([epsilon_text(each.client_epsilon)] if of_clients else ()),
             f"{each.updates} of {each.cohort}",
             str(each.declined),
             str(each.failed),
@@ -183,7 +180,8 @@ def rounds_table(record: RunRecord) -> Markup:
         ]
         for each in record.rounds
     ]
-    headings += ["up", "down", "time", *on_devices]
+    headings = ["round", *metrics, "loss", "epsilon", *(["client epsilon"] if of_clients else ())]
+    headings += ["updates", "declined", "failed", "up", "down", "time", *on_devices]
     drawn = table(headings, rows, highlighted=str(record.best_round))
     return details(f"Every round ({len(rows)})", drawn)
 
@@ -315,53 +313,6 @@ def _rounds_step(record: RunRecord) -> Markup:
     return _step(f"Global model of round {record.best_round}", *lines)
 
 
-def privacy(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
-    """What the run guarantees to those whose data it used, in words."""
-    epsilon = summary["epsilon"]["max"]
-    if record.noise == "none":
-        words = [
-            tag(
-                "p",
-                "This run trained without differential privacy: updates, and the model, may "
-                "reveal examples that clients trained on.",
-            )
-        ]
-    else:
-        words = [
-            tag(
-                "p",
-                "The unit that is protected is one example of one client: adding or removing it "
-                "changes the probability of any updates that the client sends by at most a factor "
-                "of e to the power of epsilon, except with probability delta. ",
-                "No epsilon was recorded, so nothing is promised."
-                if epsilon is None
-                else f"Epsilon is at most {epsilon_text(epsilon)} at delta {_delta(summary)} for "
-                f"every client, accumulated over {counted(len(record.rounds), 'round')}.",
-            ),
-            tag(
-                "p",
-                "Data that the cloud trained on is not covered by this statement, nor are figures "
-                "by client that a simulation shows.",
-            ),
-            _noise(record.noise),
-        ]
-    return tag("section", tag("h2", "Privacy"), *words)
-
-
-def _noise(noise: str) -> Markup:
-    if noise == "simulated":
-        return tag(
-            "p",
-            tag("strong", "Simulated noise."),
-            " The noise of this run was drawn from its seed, so that the run can be repeated bit "
-            "for bit. Whoever knows the seed can take it away again: this run protects nobody. "
-            "The figures are those that the same run would have on devices, which draw noise "
-            "from their operating system.",
-            class_="warning",
-        )
-    return tag("p", "Each device drew its noise from its own operating system.")
-
-
 def stages(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
     """Where the time went."""
     if not record.stages:
@@ -387,8 +338,3 @@ def notes(record: RunRecord) -> Markup:
         return Markup()
     listed = join(tag("li", note) for note in record.notes)
     return tag("section", tag("h2", "Notes"), tag("ul", listed))
-
-
-def _delta(summary: Mapping[str, Any]) -> str:
-    delta = summary["target_delta"]
-    return NOTHING if delta is None else f"{delta:g}"

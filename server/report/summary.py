@@ -44,6 +44,7 @@ def summary(
         "rounds": len(record.rounds),
         "epsilon": {"max": epsilon_max(record)},
         "target_delta": target_delta,
+        "client_privacy": record.client_privacy and record.client_privacy.model_dump(mode="json"),
         "bytes": {
             "up": sum(each.bytes_up for each in record.rounds),
             "down": sum(each.bytes_down for each in record.rounds),

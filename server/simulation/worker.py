@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from fedcore.client_app import Client, error_of, learn, local_data, model_of, spend
 from fedcore.errors import (
@@ -24,6 +25,7 @@ from fedcore.errors import (
     TrainingDiverged,
 )
 from fedcore.model import FullModel
+from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
 from fedcore.seeds import Randomness
 from fedcore.task import Examples, size_of
@@ -172,18 +174,11 @@ class Worker:
                 one.ledger or Ledger(),
                 on_spend=ledgers.append,
             )
-            self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
         except (Exception, SystemExit) as error:  # the task's code: that client's failure
             return Answer(
                 one, error=error_of(one.name, error, hide=False), ledger=ledgers[-1], fate=found
             )
-        return Answer(
-            one,
-            num_examples=update.num_examples,
-            metrics=update.metrics,
-            ledger=ledgers[-1],
-            fate=found,
-        )
+        return self._folded(order, one, update, ledgers[-1], found)
 
     def _by_app(self, order: Order, one: Asked, found: Fate | None) -> Answer:
         """By the ClientApp that devices run, mods included."""
@@ -246,6 +241,9 @@ class Worker:
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
         errors = [self._diverged(*both) for both in zip(trained.losses, finite, strict=True)]
+        if self._client.run.client_private:
+            yield from self._bounded(order, ready, rows, errors)
+            return
         taken = [place for place, error in enumerate(errors) if error is None]
         sizes = [one.work.size for one in ready]
         if order.fold:
@@ -275,6 +273,41 @@ class Worker:
             else:
                 content = update_content(Update(rows[place], sizes[place], metrics))
                 yield Answer(one.asked, content=content, ledger=ledger, fate=one.fate)
+
+    def _bounded(
+        self,
+        order: Order,
+        ready: Sequence[Ready],
+        rows: NDArray[np.float32],
+        errors: Sequence[Exception | None],
+    ) -> Iterator[Answer]:
+        """The same under client-level privacy, where each update is bounded first."""
+        privacy, instruction = self._client.run.privacy, self._read(order)
+        for one, row, error in zip(ready, rows, errors, strict=True):
+            spent = {EPSILON: one.ledger.epsilon(privacy)} if one.ledger is not None else {}
+            weights = row if error is None else instruction.weights
+            update = bounded(privacy, instruction, weights, spent)
+            if order.fold:
+                yield self._folded(order, one.asked, update, one.ledger, one.fate)
+            else:
+                content = update_content(update)
+                yield Answer(one.asked, content=content, ledger=one.ledger, fate=one.fate)
+
+    def _folded(
+        self, order: Order, one: Asked, update: Update, ledger: Ledger | None, found: Fate | None
+    ) -> Answer:
+        """An update that is added to the sum; an error where the sum could leave its range."""
+        try:
+            self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
+        except InvalidUpdate as error:
+            return Answer(one, error=error_of(one.name, error), ledger=ledger, fate=found)
+        return Answer(
+            one,
+            num_examples=update.num_examples,
+            metrics=update.metrics,
+            ledger=ledger,
+            fate=found,
+        )
 
     def _trainer(
         self, instruction: Instruction, work: Sequence[LocalWork], *, chosen: bool

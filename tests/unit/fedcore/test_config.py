@@ -51,6 +51,18 @@ def test_where_the_file_lies_is_no_part_of_the_run() -> None:
 def test_private_is_what_the_unit_says() -> None:
     assert not RunConfig(name="x", task="t.py").private
     assert RunConfig(name="x", task="t.py", privacy=Privacy(unit="example")).private
+    for unit, of_examples, of_clients in (
+        ("none", False, False),
+        ("example", True, False),
+        ("client", False, True),
+        ("both", True, True),
+    ):
+        run = RunConfig.model_validate({"name": "x", "task": "t.py", "privacy": {"unit": unit}})
+        assert (run.private, run.client_private, run.uniform) == (
+            of_examples,
+            of_clients,
+            of_clients,
+        )
 
 
 def test_a_model_made_in_code_is_checked_as_a_file_is() -> None:

@@ -174,6 +174,31 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
             "[privacy]\nunit = 'example'\n[federation]\nstrategy = 'QFedAvg'",
             "federation.strategy = 'QFedAvg' contradicts privacy.unit = 'example'",
         ),
+        (
+            "[privacy]\nunit = 'client'\n[federation]\nevaluate_cohort = 2\nholdout = 0.1",
+            "privacy.unit = 'client': metrics would be released without noise",
+        ),
+        (
+            "[privacy]\nunit = 'both'\n[federation]\nnormalisation = 'federated'",
+            "privacy.unit = 'both': exact sums of examples would leave each device without noise",
+        ),
+        (
+            "[privacy]\nunit = 'client'\n[federation]\nstrategy = 'Krum'",
+            "federation.strategy = 'Krum' contradicts privacy.unit = 'client': noise is added to",
+        ),
+        (
+            "[privacy]\nunit = 'client'\n[federation]\nover_selection = 1.3\ncohort = 3",
+            "federation.over_selection = 1.3 contradicts privacy.unit = 'client'",
+        ),
+        (
+            "[privacy]\nunit = 'client'\n[privacy.client]\nclip_norm = 'adaptive'\n"
+            "mechanism = 'matrix'",
+            "privacy.client.clip_norm = 'adaptive' contradicts privacy.client.mechanism = 'matrix'",
+        ),
+        (
+            "[privacy]\nunit = 'client'\n[privacy.client]\nseparation = 3",
+            "privacy.client.separation = 3 contradicts privacy.client.mechanism = 'gaussian'",
+        ),
         ("[federation]\nevaluate_cohort = 2", "evaluate_cohort needs federation.holdout above 0"),
         ("[federation]\nholdout = 0.1", "federation.holdout = 0.1 keeps data from training"),
         (

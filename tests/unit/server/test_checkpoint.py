@@ -16,6 +16,7 @@ from fedcore.privacy.ledger import Ledger
 from server.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.keeper import FAILED, CheckpointKeeper
 from server.progress import Progress
+from server.protection import ClientPlan, Protection, noise_of
 from server.records import RoundRecord, VirtualRecord
 from server.simulation.choice import Choice
 from server.simulation.engine import FIRST_NODE_ID
@@ -47,6 +48,9 @@ PROGRESS = Progress(
     most_failed=2,
     strategy=Remembered({"strategy": "FedAvg", "holds": [["a", {"array": 0}]]}, (np.eye(2),)),
     preprocess=b"any bytes",
+    protection=Protection(
+        ClientPlan(9, 3, 1.1, 2), 0.1, ((4, 5, 6),), (np.array([1 / 3, -0.0, 1e300]),)
+    ),
 )
 LEDGER = Ledger((Charge(1, 1.1, 0.1, 3), Charge(4, 0.7, 1 / 3, 9)))
 CHECKPOINT = Checkpoint(
@@ -69,6 +73,10 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read.progress.best.tobytes() == PROGRESS.best.tobytes()
     assert read.progress.preprocess == b"any bytes"
     assert np.array_equal(read.progress.strategy.arrays[0], np.eye(2))
+    assert read.progress.protection == PROGRESS.protection
+    assert noise_of(read.progress.protection)[0].tobytes() == (
+        noise_of(PROGRESS.protection)[0].tobytes()
+    )
     assert read.told[0] == Noted("a note")
     (record,) = read.start.records
     assert math.isnan(record.metrics["accuracy"])

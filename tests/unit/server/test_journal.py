@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from server.journal import (
     reopen,
 )
 from server.journal_head import ASKED, JOURNAL
+from server.protection import ClientPlan, Protection, noise_of
 from tests.unit.server.journals import (
     IDENTITY,
     LARGE,
@@ -74,6 +76,25 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, size: int) -> None:
         assert journal.reply(asked(5, "evaluate")) is None
         once = np.shares_memory(start.progress.weights, start.progress.best)
         assert once == (size == LARGE), "weights that are the best ones too are held once"
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_what_models_have_cost_is_committed_with_them(tmp_path: Path, size: int) -> None:
+    noise = tuple(np.arange(size) / 3 + number for number in range(2))
+    protection = Protection(ClientPlan(9, 3, 1.1, 3), 0.25, ((4, 5), (6,)), noise)
+    with closing(create(tmp_path, IDENTITY)) as journal:
+        journal.commit(progress(0, size, protection=replace(protection, noise=())), None)
+        journal.commit(
+            progress(1, size, protection=protection), replace(record(1), client_epsilon=1.5)
+        )
+    with opened(tmp_path) as journal:
+        assert journal.start is not None
+        found = journal.start.progress
+        assert found.protection == protection
+        kept = noise_of(found.protection)
+        assert [one.tobytes() for one in kept] == [one.tobytes() for one in noise]
+        assert found.strategy.arrays[0].tolist() == progress(1, size).strategy.arrays[0].tolist()
+        assert journal.start.records[0].client_epsilon == 1.5
 
 
 def test_the_instance_outlives_a_restart_and_no_new_beginning(tmp_path: Path) -> None:

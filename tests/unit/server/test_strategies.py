@@ -9,7 +9,8 @@ from flwr.serverapp.strategy import Strategy
 
 from fedcore.errors import ConfigError
 from fedcore.mods import client_mods
-from server.strategies import Chosen, make_strategy, strategy_names
+from fedcore.privacy.unsound import SUMMED
+from server.strategies import FOLDING, Chosen, make_strategy, strategy_names
 
 FIXED = "DifferentialPrivacyServerSideFixedClipping"
 CLIPPING = {"noise_multiplier": 0.5, "clipping_norm": 1.0}
@@ -103,3 +104,7 @@ def test_clients_run_the_mod_that_a_strategy_needs() -> None:
     assert client_mods("DifferentialPrivacyClientSideFixedClipping") == [fixedclipping_mod]
     assert client_mods("DifferentialPrivacyClientSideAdaptiveClipping") == [adaptiveclipping_mod]
     assert client_mods("FedAvg") == client_mods(FIXED) == []
+
+
+def test_client_level_privacy_takes_exactly_the_strategies_that_fold() -> None:
+    assert {cls.__name__ for cls in FOLDING} == set(SUMMED)

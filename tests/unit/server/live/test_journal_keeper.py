@@ -251,3 +251,11 @@ def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
     grid = JournalGrid(devices, journal, admit=lambda nodes: {*nodes} - {5}, quorum=1.0)
     assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 6]
     assert devices.asked == [[4, 6]]
+
+
+def test_a_draw_of_nobody_is_kept_as_a_draw(journal: Journal) -> None:
+    keeper = JournalKeeper(
+        journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1] * len(nodes)
+    )
+    assert keeper.asked(MessageType.TRAIN, list) == []
+    assert keeper.asked(MessageType.TRAIN, lambda: [4, 5]) == []

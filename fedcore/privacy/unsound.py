@@ -1,0 +1,74 @@
+"""What no privacy is counted for: refused when a run's file is read, before any data moves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedcore.config import RunConfig
+
+SUMMED = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
+"""Strategies that look at nothing but the mean of a round's updates."""
+
+
+def unsound(run: RunConfig) -> list[str]:
+    """What contradicts the run's ``privacy``, each with the reason and the way out."""
+    if run.privacy.unit == "none":
+        return []
+    return _leaks(run) + (_unbounded(run) if run.client_private else [])
+
+
+def _leaks(run: RunConfig) -> list[str]:
+    """What would go around the noise."""
+    federation, unit, found = run.federation, run.privacy.unit, list[str]()
+    leaves = "leave each device without noise" if run.private else "be released without noise"
+    if federation.evaluate_cohort:
+        found.append(
+            f"federation.evaluate_cohort = {federation.evaluate_cohort} contradicts privacy.unit = "
+            f"{unit!r}: metrics would {leaves}. Set evaluate_cohort to 0 "
+            "(rounds are then judged on the cloud's held-out data), or privacy.unit to 'none'."
+        )
+    if federation.normalisation == "federated":
+        found.append(
+            f"federation.normalisation = 'federated' contradicts privacy.unit = {unit!r}: exact "
+            f"sums of examples would {leaves}. Use 'cloud' or 'task', or set "
+            "privacy.unit to 'none'."
+        )
+    if federation.strategy == "QFedAvg":
+        found.append(
+            f"federation.strategy = 'QFedAvg' contradicts privacy.unit = {unit!r}: it weighs "
+            f"clients by their training loss, which would {leaves}. Choose "
+            "another strategy, or set privacy.unit to 'none'."
+        )
+    return found
+
+
+def _unbounded(run: RunConfig) -> list[str]:
+    """Under client-level privacy: what one client could do that no noise is counted for."""
+    federation, client, found = run.federation, run.privacy.client, list[str]()
+    unit = f"privacy.unit = {run.privacy.unit!r}"
+    if federation.strategy not in SUMMED:
+        found.append(
+            f"federation.strategy = {federation.strategy!r} contradicts {unit}: noise is added to "
+            f"the sum of updates, and this strategy needs them one by one. Choose one of "
+            f"{', '.join(SUMMED)}."
+        )
+    if federation.over_selection > 1:
+        found.append(
+            f"federation.over_selection = {federation.over_selection:g} contradicts {unit}: who "
+            "takes part would depend on who answers first, which no draw of the server's decides. "
+            "Set over_selection to 1; the noise does not depend on how many answer."
+        )
+    if client.mechanism == "matrix" and client.clip_norm == "adaptive":
+        found.append(
+            "privacy.client.clip_norm = 'adaptive' contradicts privacy.client.mechanism = "
+            "'matrix': noise that is correlated over rounds is counted for one bound in all of "
+            "them. Set clip_norm to a number, or mechanism to 'gaussian'."
+        )
+    if client.mechanism == "gaussian" and client.separation is not None:
+        found.append(
+            f"privacy.client.separation = {client.separation} contradicts "
+            "privacy.client.mechanism = 'gaussian': its clients are drawn anew in each round, "
+            "whoever was drawn before. Leave separation out, or set mechanism to 'matrix'."
+        )
+    return found
