@@ -164,7 +164,9 @@ def mark_of(runs: Runs) -> Mark:
     return Mark(charges=count(runs), latest=latest)
 
 
-def merged(copied: Runs, states: Mapping[str, tuple[Sequence[Spent], int]], where: Path) -> Runs:
+def merged(
+    copied: Runs, states: Mapping[str, tuple[Sequence[Spent], int]], where: Path
+) -> dict[str, tuple[Spent, ...]]:
     """Every charge that a copy or a state tells of.
 
     Args:
