@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge_client.node.ledger_view import Found, RunView, Total, View
 
 _SHOWN_ROUNDS = 12
-"""Charges of a run that a table shows: the first ones and the last ones."""
+"""Charges of a run that a table shows, the first and the last ones: composing takes time."""
 
 
 def _where(parser: argparse.ArgumentParser) -> None:
@@ -85,16 +85,16 @@ def _find(options: argparse.Namespace) -> Found:
     return find_ledger(folder, options.kit, os.environ)
 
 
-def _view(options: argparse.Namespace, found: Found) -> View:
+def _view(options: argparse.Namespace, found: Found, most_lines: int | None = None) -> View:
     from edge_client.node.ledger_view import view_of
 
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    return view_of(found, owner, options.accountant)
+    return view_of(found, owner, options.accountant, most_lines=most_lines)
 
 
 def _show(options: argparse.Namespace) -> int:
     found = _find(options)
-    view = _view(options, found)
+    view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
     if options.json:
         problems = {"problems": list(found.problems), "notes": list(found.notes)}
         print(json.dumps(view.to_dict() | problems, indent=2, allow_nan=False))
@@ -122,13 +122,11 @@ def _table(view: View) -> Iterator[str]:
 
 
 def _lines(run: RunView) -> Iterator[str]:
-    first, last = _SHOWN_ROUNDS // 2, len(run.lines) - _SHOWN_ROUNDS // 2
-    for place, line in enumerate(run.lines):
-        if first <= place < last:
-            if place == first:
-                yield f"  ... {last - first} more; --json has them all"
-            continue
-        one = line.spent
+    before = 0
+    for line in run.lines:
+        if line.place > before + 1:
+            yield f"  ... {line.place - before - 1} more; --json has them all"
+        before, one = line.place, line.spent
         yield (
             f"  {one.round:>5}   {one.steps:>5}   {one.sample_rate:>11.4g}   "
             f"{one.noise_multiplier:<7.4g}   {line.epsilon:.3f}"

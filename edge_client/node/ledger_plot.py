@@ -36,7 +36,7 @@ def plot_ledger(view: View, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=144, layout="constrained")
     axes = figure.add_subplot()
     for run in view.runs:
-        places = [0, *range(1, len(run.lines) + 1)]
+        places = [0, *(line.place for line in run.lines)]
         values = [0.0, *(line.epsilon for line in run.lines)]
         axes.plot(
             places,

@@ -56,6 +56,8 @@ class Found:
 class Line:
     """One charge, and what its run had spent with it."""
 
+    place: int
+    """Among the charges of its run, from 1 on."""
     spent: Spent
     epsilon: float
 
@@ -68,6 +70,7 @@ class RunView:
     target_delta: float
     """The least that any of its charges was counted at."""
     lines: tuple[Line, ...]
+    """All, or the first and the last of them: composing takes time."""
     room: Room | None
     """How many more rounds like its latest the owner's budget has room for; None without one."""
 
@@ -189,18 +192,26 @@ def _behind(name: str, copied: Book | None, spent: Sequence[Spent]) -> list[str]
     return [f"{lacks}: it was removed or put back, or the device died. It is mended."]
 
 
-def view_of(found: Found, owner: OwnerPolicy, accountant: Accountant) -> View:
+def view_of(
+    found: Found, owner: OwnerPolicy, accountant: Accountant, *, most_lines: int | None = None
+) -> View:
     """Composes a ledger, by run and over all of them.
 
     Epsilon of a run is at the least delta that any of its charges was counted at; totals are at the
     owner's, or, where it sets none, at the least of all.
+
+    Args:
+        found: The ledger.
+        owner: Whose budget holds.
+        accountant: How charges are composed.
+        most_lines: Of a run; all of them when None.
     """
     totals = tuple(
         _total(found, owner, name, accountant)
         for name in ("", *(one.name for one in owner.datasets))
     )
     runs = tuple(
-        _run(name, spent, found, owner, accountant)
+        _run(name, spent, found, owner, accountant, most_lines or len(spent))
         for name, spent in sorted(found.runs.items())
         if spent
     )
@@ -208,12 +219,18 @@ def view_of(found: Found, owner: OwnerPolicy, accountant: Accountant) -> View:
 
 
 def _run(
-    name: str, spent: Sequence[Spent], found: Found, owner: OwnerPolicy, accountant: Accountant
+    name: str,
+    spent: Sequence[Spent],
+    found: Found,
+    owner: OwnerPolicy,
+    accountant: Accountant,
+    most_lines: int,
 ) -> RunView:
     delta = min(one.target_delta for one in spent)
     lines = tuple(
-        Line(one, _epsilon(spent[: place + 1], delta, accountant))
-        for place, one in enumerate(spent)
+        Line(place, one, _epsilon(spent[:place], delta, accountant))
+        for place, one in enumerate(spent, 1)
+        if place <= most_lines // 2 or place > len(spent) - -(-most_lines // 2)
     )
     data = name_in(spent[-1].data)
     limit, there = _limit(found, owner, data), _counted(found, data)

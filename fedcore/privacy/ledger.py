@@ -12,19 +12,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.config import Privacy
 from fedcore.errors import BudgetExhausted, PrivacyError
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
-from fedcore.privacy.accounting import Accountant, Charge, epsilon_of
+from fedcore.privacy.accounting import Charge, epsilon_of
 
 _RECORD, _KEY = "fedcore.ledger", "charges"
-_MOST_ROUNDS, _MOST_STEPS = 1 << 16, 20_000
-"""Where a search for what fits ends, and how many steps PRV accounting may be asked about: it takes
-half a second for so many, and memory for more."""
+_MOST_ROUNDS = 1 << 16
+"""Where a search for what fits ends."""
+_NEAR_ROUNDS, _MOST_STEPS = 16, 3000
+"""So few rounds before the budget is spent, what fits is counted by PRV accounting too, which takes
+half a second for so many steps, and memory for more. Renyi accounting takes no time: until then its
+count stands for the other, which is mostly some percent higher."""
 
 
 @dataclass(frozen=True)
@@ -138,45 +141,37 @@ def room(
 def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
     """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``.
 
-    It is counted from what the other mechanisms have spent, which stays the same from round to
-    round: only the first call searches.
+    What fits beside the other mechanisms stays the same from round to round: only the first call
+    searches for it.
     """
     if not new.steps:
         return Room(_MOST_ROUNDS, exact=False)
     alike = (new.noise_multiplier, new.sample_rate)
     other = tuple(one for one in charges if (one.noise_multiplier, one.sample_rate) != alike)
-    made = sum(one.steps for one in charges) - sum(one.steps for one in other)
-    most, exact = _most(other, replace(new, round=0), privacy)
-    return Room(max(0, most - -(-made // new.steps)), exact)
+    made = -(-(sum(one.steps for one in charges) - sum(one.steps for one in other)) // new.steps)
+    most = _most(other, replace(new, round=0), privacy.model_copy(update={"accountant": "rdp"}))
+    exact = privacy.accountant == "rdp" and most < _MOST_ROUNDS
+    if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MOST_STEPS:
+        most, exact = _most(other, replace(new, round=0), privacy, near=most), True
+    return Room(max(0, most - made), exact)
 
 
 @lru_cache(maxsize=64)
-def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy) -> tuple[int, bool]:
-    """How many rounds like ``new`` fit beside ``other``, and whether the count is exact.
+def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:
+    """How many rounds like ``new`` fit beside ``other``; it is sought about ``near``."""
 
-    Renyi accounting takes no time and finds about how many; the run's own accountant is asked only
-    near there, and only where its table stays small.
-    """
-
-    def fits(rounds: int, accountant: Accountant) -> bool:
+    def fits(rounds: int) -> bool:
         alike = replace(new, steps=new.steps * rounds)
-        spent = epsilon_of(
-            (*other, alike), target_delta=privacy.target_delta, accountant=accountant
-        )
-        return spent <= privacy.max_epsilon
+        return Ledger((*other, alike)).epsilon(privacy) <= privacy.max_epsilon
 
-    low = _last(lambda rounds: fits(rounds, "rdp"), 0, _MOST_ROUNDS)
-    if privacy.accountant == "rdp":
-        return low, low < _MOST_ROUNDS
-    if low * new.steps > _MOST_STEPS:
-        return low, False
-    own = partial(fits, accountant=privacy.accountant)
-    if not own(low):
-        return _last(own, 0, low), True
-    high = low + 2
-    while own(high):
+    if near is None:
+        return _last(fits, 0, _MOST_ROUNDS + 1)
+    if not fits(near):
+        return _last(fits, 0, near)
+    low, high = near, near + 2
+    while fits(high):
         low, high = high, 2 * high
-    return _last(own, low, high), True
+    return _last(fits, low, high)
 
 
 def _last(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.node.ledger import DeviceLedger
@@ -324,6 +324,7 @@ def test_what_is_not_charged_is_not_written(machine: Machine) -> None:
     assert list(state) == []
 
 
+@settings(max_examples=25)
 @given(
     deaths=st.lists(
         st.tuples(st.sampled_from(["one", "two"]), st.integers(0, 4)), min_size=1, max_size=12
