@@ -28,6 +28,7 @@ from fedcore.errors import (
     ConfigError,
     FedcoreError,
     InvalidUpdate,
+    PrivacyError,
     TaskError,
     TrainingDiverged,
 )
@@ -116,7 +117,7 @@ def client_app(
     owner: OwnerPolicy,
     randomness: Randomness,
     mods: Sequence[Mod] = (),
-    others: OtherRuns = NO_OTHER_RUNS,
+    others: OtherRuns | None = None,
 ) -> ClientApp:
     """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
 
@@ -126,9 +127,21 @@ def client_app(
         owner: What the owner of this device allows; it tightens ``run``.
         randomness: The seed of a simulation, or the operating system's entropy.
         mods: Flower mods around training, as some strategies need.
-        others: What other runs have spent on the same data, as a device knows.
+        others: What other runs have spent on the same data, as a ledger on disk says; None where
+            there is none, and the node's state in memory is all that is kept.
+
+    Raises:
+        PrivacyError: it would train real data with privacy, and forget what that cost; or as
+            `tighten` says.
     """
-    client = Client(task, tighten(run, owner), owner, randomness, others)
+    client = Client(task, tighten(run, owner), owner, randomness, others or NO_OTHER_RUNS)
+    if others is None and client.run.private and randomness.origin == "system":
+        raise PrivacyError(
+            f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "
+            "and Flower keeps a node's state in memory: after a restart the whole budget would "
+            "be there again. Nothing was trained; `fedcore client start` keeps one on disk, and a "
+            "simulation takes `fedcore.seeds.Simulated`, which protects nobody."
+        )
     app = ClientApp()
 
     @app.train(mods=list(mods))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,22 @@ Hours = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class DataSet(Section):
+    """``[[datasets]]``: data with a budget of its own, as they are of other people."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    """Whatever is trained on data of this name adds up for good, however the files change."""
+    path: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    """The folder that holds them; ``data`` must be it, or lie in it, for a run to count there."""
+    max_epsilon: Annotated[float, Field(ge=0.01)] | None = None
+    """In place of the device's, for what is trained on these data."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the data are."""
+        return Path(self.path).resolve()
+
+
 class OwnerPolicy(Section):
     """``owner.toml``: limits that no server can lift."""
 
@@ -22,7 +40,7 @@ class OwnerPolicy(Section):
     """Folder of the local data, handed to the task in place of its default; it must be there."""
     max_epsilon: Annotated[float, Field(ge=0.01)] | None = None
     """No update leaves once it would take this device past so much, whatever the server allows,
-    over all runs on the same data."""
+    over all runs, tasks and data; where ``datasets`` names data, over all runs on the same ones."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The delta at which ``max_epsilon`` is counted, when stricter than the server's."""
     max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
@@ -46,6 +64,9 @@ class OwnerPolicy(Section):
     """The share of a GPU's memory that training may take; more ends as too little memory does."""
     free_gpu_between_rounds: bool = False
     """Gives the GPU's memory back after each round; the next one takes longer to begin."""
+    datasets: tuple[DataSet, ...] = ()
+    """Data that have budgets of their own. Two that ever held a file of the same content count as
+    one, at the lesser budget, and what was trained on data without a name counts against all."""
 
     @field_validator("data")
     @classmethod
@@ -71,6 +92,26 @@ class OwnerPolicy(Section):
         """The folder of the local data."""
         return Path(self.data) if self.data else None
 
+    def data_set(self, folder: Path | None) -> DataSet | None:
+        """The named data that ``folder`` is, or lies in; None where nothing is known of it."""
+        if folder is None:
+            return None
+        where = folder.resolve()
+        return next((one for one in self.datasets if where.is_relative_to(one.folder)), None)
+
+    def on(self, folder: Path | None) -> OwnerPolicy:
+        """What is allowed on the data in ``folder``: their own budget, where they have one."""
+        named = self.data_set(folder)
+        if named is None or named.max_epsilon is None:
+            return self
+        return self.model_copy(update={"max_epsilon": named.max_epsilon})
+
+    def budget(self, names: Iterable[str]) -> float | None:
+        """The least that any of the data of these names allows; None without a limit."""
+        own = {one.name: one.max_epsilon for one in self.datasets}
+        limits = [own.get(name) or self.max_epsilon for name in names]
+        return min((limit for limit in limits if limit is not None), default=None)
+
 
 OPEN_POLICY = OwnerPolicy()
 """An owner who asks for nothing beyond what the server's file says."""
@@ -80,9 +121,11 @@ def load_owner(path: Path) -> OwnerPolicy:
     """Reads ``owner.toml``.
 
     Raises:
-        ConfigError: as for a run's file; or ``data`` is no folder that this user can see.
+        ConfigError: as for a run's file; or ``data`` is no folder that this user can see, or two
+            of ``datasets`` have one name, or overlap.
     """
     owner = load(path, OwnerPolicy)
+    _check_apart(path, owner.datasets)
     folder = owner.data_folder
     if folder is not None and not _is_folder(folder):
         raise ConfigError(
@@ -91,6 +134,21 @@ def load_owner(path: Path) -> OwnerPolicy:
             "the data."
         )
     return owner
+
+
+def _check_apart(path: Path, datasets: Sequence[DataSet]) -> None:
+    """Refuses two data sets of which nobody could tell which one a run is on."""
+    for one, other in combinations(datasets, 2):
+        if one.name == other.name:
+            raise ConfigError(
+                f"{path}: datasets names {one.name!r} twice. Nothing was run; give each data set a "
+                "name of its own."
+            )
+        if one.folder.is_relative_to(other.folder) or other.folder.is_relative_to(one.folder):
+            raise ConfigError(
+                f"{path}: datasets: {one.name!r} and {other.name!r} overlap ({one.path!r} and "
+                f"{other.path!r}). Nothing was run; name the data in one place alone."
+            )
 
 
 def _is_folder(path: Path) -> bool:

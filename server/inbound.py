@@ -81,6 +81,13 @@ class Tally:
 
     kinds: set[type[FedcoreError]] = field(default_factory=set)
     """Of what kinds the errors of clients that failed are."""
+    over: bool = False
+    """Whether too many budgets are spent for another round."""
+
+    @property
+    def all_declined(self) -> bool:
+        """Whether there is nobody left to train."""
+        return 0 < self.declined == self.asked
 
     def refuse(self, reason: str, *, kind: type[FedcoreError] = RoundFailed) -> None:
         """Counts a client that failed, or whose update cannot be used."""
@@ -234,13 +241,21 @@ def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
 def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
     """Fails a round that too few clients answered; those whose budget is spent do not count.
 
+    Where the others would not make up a quorum of the cohort even if all of them had answered, it
+    is the end of the run and no failure: ``tally.over`` says so. Where they did answer, rounds go
+    on with them.
+
     Raises:
         RoundFailed: clients failed for different reasons, or were silent.
         FedcoreError: of the kind that every client failed with, where it is one kind.
     """
     willing = tally.asked - tally.declined
     needed = quorum * min(willing, cohort)
+    tally.over = tally.all_declined
     if tally.updates >= needed:
+        return
+    if number > 1 and tally.declined and willing < quorum * min(tally.asked, cohort):
+        tally.over = True
         return
     silent = willing - tally.updates - tally.failed
     reasons = "; ".join(tally.reasons[:3]) or "no reason was given"

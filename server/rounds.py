@@ -130,7 +130,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         try:
             released, sent = _train_round(federation, progress, layout, nodes, tally)
             arrays = sendable(released.weights)
-            if not tally.updates and tally.declined:
+            if tally.over:
                 _end_early(federation, number, tally)  # what was learnt before stands
                 progress = replace(progress, over=True)
                 continue
@@ -235,16 +235,17 @@ def _is_over(federation: Federation, progress: Progress) -> bool:
 
 
 def _end_early(federation: Federation, number: int, tally: Tally) -> None:
-    """Says that every client declined; that is an error where none ever took part."""
+    """Says that budgets are spent; that is an error where no client ever took part."""
     if number == 1:
         raise BudgetExhausted(
             f"round 1: all {tally.declined} clients declined. Nothing was trained; raise "
             "privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs. Last: "
             f"{tally.spent}"
         )
+    spent = "all" if tally.all_declined else f"{tally.declined} of"
     federation.on_note(
-        f"Ended before round {number}: the privacy budget of all {tally.declined} clients asked is "
-        "spent."
+        f"Ended before round {number}: the privacy budget of {spent} {tally.asked} clients asked "
+        "is spent."
     )
 
 
@@ -308,7 +309,7 @@ def _train_round(
             ready = hold(taken, tally, uniform=uniform)
     _announce(federation, progress, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, number)
-    if not tally.updates and (protection is None or tally.declined):
+    if tally.over or (not tally.updates and protection is None):
         return Released(progress.weights, protection), sent
     if mean is not None and protection is not None:
         released = release(

@@ -1,65 +1,59 @@
 """What a device has spent over all runs: a server that names its run anew gets no new budget.
 
 The state of a run holds its charges and becomes durable together with the reply that they pay for.
-``ledger.json`` beside the states is a copy of all of them, and ``ledger.mark`` in the folder of the
-kit says how many there are. A state that was removed, or put back as it was before, is mended from
-the copy; where both are gone, the mark shows it, and nothing is trained.
+``ledger.json`` beside the states is a copy of all of them. ``ledger.mark`` in the folder of the kit
+and ``ledger.count``, on the machine but outside both, say how many there are and which was the
+latest. A state that was removed, or put back as it was before, is mended from the copy; where both
+are gone, or a second copy of the device has gone on, a mark shows it, and nothing is trained.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
 
-from flwr.app import ConfigRecord, RecordDict
-from pydantic import Field, ValidationError
+from flwr.app import RecordDict
 
+from edge_client.node.contents import (
+    counted_with,
+    label_of,
+    name_in,
+    note_contents,
+    read_contents,
+)
+from edge_client.node.ledger_book import (
+    LEDGER,
+    MARK,
+    Book,
+    Mark,
+    Runs,
+    Terms,
+    check_marks,
+    count,
+    count_path,
+    mark_of,
+    merged,
+    new_terms,
+    put_terms,
+    read_book,
+    read_mark,
+    spent_in,
+    states_of,
+    terms_in,
+)
 from edge_client.node.state import DeviceFolder
-from fedcore.config import Fraction, Positive, Section
-from fedcore.errors import DataError, PrivacyError
-from fedcore.files import read_bytes, write_atomic
-from fedcore.privacy.accounting import Charge
-from fedcore.privacy.ledger import Ledger, OtherRuns, ledger_in, put_ledger
+from fedcore.config import Privacy, RunConfig
+from fedcore.crypto.kit import Kit
+from fedcore.errors import DiskFull, PrivacyError, ResourceError
+from fedcore.files import held_alone, write_atomic
+from fedcore.owner import OwnerPolicy, tighten
+from fedcore.privacy.ledger import Ledger, OtherRuns, Room, ledger_in, put_ledger, room
 
-LEDGER, MARK = "ledger.json", "ledger.mark"
-_MAX_LEDGER_BYTES = 64 << 20
-_MAX_MARK_BYTES = 1 << 10
-_RECORD, _TERMS = "fedcore.charged", "terms"
-_File = TypeVar("_File", bound=Section)
-
-
-class _Spent(Section):
-    """One charge, and what it was made on."""
-
-    round: int
-    noise_multiplier: Positive
-    sample_rate: Annotated[float, Field(gt=0, le=1)]
-    steps: Annotated[int, Field(ge=0)]
-    target_delta: Fraction
-    """What its run counted it at."""
-    data: str
-    """The folder of the data; empty where the task itself knows where they are."""
-
-    @property
-    def charge(self) -> Charge:
-        return Charge(self.round, self.noise_multiplier, self.sample_rate, self.steps)
-
-
-class _Book(Section):
-    """``ledger.json``."""
-
-    format: Literal["fedcore.ledger/1"] = "fedcore.ledger/1"
-    runs: dict[str, tuple[_Spent, ...]]
-
-
-class _Mark(Section):
-    """``ledger.mark``."""
-
-    format: Literal["fedcore.mark/1"] = "fedcore.mark/1"
-    charges: Annotated[int, Field(ge=0)]
+log = logging.getLogger("fedcore.device")
 
 
 @dataclass(frozen=True)
@@ -69,167 +63,164 @@ class DeviceLedger:
     folder: DeviceFolder
     mark: Path
     """A file that does not lie in ``folder``, so that the two are not lost or put back together."""
-    run: str
+    counted: Path | None
+    """One that lies with neither ``folder`` nor ``mark``; None where the machine has no place."""
+    run: RunConfig
+    """As its server has it."""
+    owner: OwnerPolicy
     data: Path | None
     """The folder of the data; None where the task itself knows where they are."""
-    target_delta: float
-    """What this run counts its charges at."""
 
     def open(self, state: RecordDict) -> OtherRuns:
         """What other runs have spent on the same data; mends ``state``, this run's, and the copies.
 
-        Two folders of which one lies in the other count as the same data, and so does whatever a
-        task finds by itself.
+        All data count as the same, but those that the owner names.
 
         Raises:
             PrivacyError: what was spent cannot be read, charges are missing, or copies differ.
-            DataError: the state of a run cannot be read.
+            DataError: the state of a run, or a file of a named data set, cannot be read.
             ResourceError: the ledger or the mark may not be written.
         """
-        copied = _read(self.folder.path / LEDGER, _Book, _MAX_LEDGER_BYTES)
-        book = dict(copied.runs) if copied is not None else {}
-        for name in self.folder.runs():
-            held = state if name == self.run else self.folder.state(name)
-            spent = self._spent(held)
-            self._check_copy(name, book.get(name, ()), spent, len(_terms(held)))
-            book[name] = max(book.get(name, ()), spent, key=len)
-        self._check_mark(_count(book))
-        own = book.get(self.run, ())
-        if len(own) > len(ledger_in(state).charges):
-            put_ledger(state, Ledger(tuple(one.charge for one in own)))
-            _put_terms(state, [(one.target_delta, one.data) for one in own])
-        if copied is None or copied.runs != book or self._marked() < _count(book):
-            self._write(book)
+        named = self.owner.data_set(self.data)
+        name = named.name if named else ""
+        if named is not None and not note_contents(self.folder.path, name, named.folder):
+            log.warning("%s holds no files: data set %r counts against all", named.path, name)
+        with self._alone():
+            book = self._mend(state)
+        contents = read_contents(self.folder.path)
+        labels = {one.data for spent in book.values() for one in spent}
+        names = counted_with(name, labels, contents)
         here = [
-            (name, one)
-            for name, spent in book.items()
+            (run, one)
+            for run, spent in book.items()
             for one in spent
-            if _overlap(one.data, self._data)
+            if names is None or not name_in(one.data) or name_in(one.data) in names
         ]
+        everybody = {"", *(one.name for one in self.owner.datasets)}
         return OtherRuns(
-            tuple(one.charge for name, one in here if name != self.run),
+            tuple(one.charge for run, one in here if run != self.run.name),
             min((one.target_delta for _, one in here), default=1.0),
+            self.owner.budget(everybody if names is None else names),
         )
 
     def label(self, state: RecordDict) -> bool:
         """Notes on what terms the latest charges were made; says whether there are any."""
-        terms = [(one.target_delta, one.data) for one in self._spent(state)]
-        grown = len(terms) > len(_terms(state))
-        if grown:
-            _put_terms(state, terms)
-        return grown
+        noted, made = terms_in(state), len(ledger_in(state).charges)
+        if made > len(noted):
+            new = self._terms
+            more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
+            put_terms(state, [*noted, *more])
+        return made > len(noted)
 
     def copy(self, state: RecordDict) -> None:
         """Copies the run's charges, which are on disk by now: before anything leaves.
 
         Raises:
-            PrivacyError: the ledger has become unreadable meanwhile.
+            PrivacyError: the ledger has become unreadable meanwhile, or another copy of this device
+                has trained.
             DiskFull: there is no room.
         """
-        copied = _read(self.folder.path / LEDGER, _Book, _MAX_LEDGER_BYTES)
-        if copied is None or _count(copied.runs) < self._marked():
-            self.open(state)  # somebody was at it meanwhile
-        else:
-            self._write({**copied.runs, self.run: self._spent(state)})
+        with self._alone():
+            self._mend(state, only_own=True)
+
+    def room(self, state: RecordDict, others: OtherRuns) -> Room | None:
+        """How many more rounds like the latest fit."""
+        return room(ledger_in(state), self._privacy, owner=self._here, others=others)
+
+    def _mend(self, state: RecordDict, *, only_own: bool = False) -> Runs:
+        """Every charge of every run; what lacks one on disk gets it.
+
+        Args:
+            state: Of this run.
+            only_own: Whether the copy is believed as for the other runs, where it is whole.
+        """
+        name, terms = self.run.name, self._terms
+        copied = read_book(self.folder.path)
+        marks = {path: read_mark(path) for path in self._marks}
+        marked = max((mark.charges for mark in marks.values() if mark is not None), default=0)
+        whole = only_own and copied is not None and count(copied.runs) >= marked
+        names = [] if whole else [one for one in self.folder.runs() if one != name]
+        states = states_of(names, self.folder.state, terms) | {
+            name: (spent_in(state, terms), len(terms_in(state)))
+        }
+        book = merged(copied.runs if copied else {}, states, self.folder.path)
+        check_marks(self.folder.path, book, marks)
+        own = book.get(name, ())
+        if len(own) > len(ledger_in(state).charges):
+            put_ledger(state, Ledger(tuple(one.charge for one in own)))
+            put_terms(state, [Terms(one.target_delta, one.data, one.id) for one in own])
+        if copied is None or copied.runs != book:
+            raw = Book(runs={run: tuple(spent) for run, spent in book.items()})
+            where = self.folder.path / LEDGER
+            write_atomic(where, raw.model_dump_json().encode() + b"\n", mode=0o600)
+        for path, mark in marks.items():
+            if mark != mark_of(book):
+                self._write_mark(path, mark_of(book), new=mark is None)
+        return book
+
+    def _write_mark(self, path: Path, mark: Mark, *, new: bool) -> None:
+        try:
+            write_atomic(path, mark.model_dump_json().encode() + b"\n", mode=0o600)
+        except DiskFull:
+            raise
+        except (ResourceError, OSError) as error:
+            if path != self.counted or not new:
+                raise
+            log.warning(
+                "%s cannot be written (%s): should this device's kit and its folder be put back "
+                "as they were before, both at once, nobody will notice. XDG_STATE_HOME names "
+                "another place for it.",
+                path,
+                error,
+            )
 
     @property
-    def _data(self) -> str:
-        return "" if self.data is None else str(self.data.resolve())
+    def _marks(self) -> list[Path]:
+        return [self.mark, *([self.counted] if self.counted else [])]
 
-    def _spent(self, state: RecordDict) -> tuple[_Spent, ...]:
-        """The charges in a state; those without terms were made on those of now."""
-        charges = ledger_in(state).charges
-        terms = _terms(state)[: len(charges)]
-        terms += [(self.target_delta, self._data)] * (len(charges) - len(terms))
-        try:
-            return tuple(
-                _Spent(**asdict(charge), target_delta=delta, data=data)
-                for charge, (delta, data) in zip(charges, terms, strict=True)
-            )
-        except ValidationError as error:
-            raise _unreadable(error) from None
+    @property
+    def _here(self) -> OwnerPolicy:
+        return self.owner.on(self.data)
 
-    def _marked(self) -> int:
-        """How many charges were made, as far as the mark knows."""
-        mark = _read(self.mark, _Mark, _MAX_MARK_BYTES)
-        return mark.charges if mark is not None else 0
+    @property
+    def _privacy(self) -> Privacy:
+        return tighten(self.run, self._here).privacy
 
-    def _check_copy(
-        self, run: str, copied: Sequence[_Spent], spent: Sequence[_Spent], with_terms: int
-    ) -> None:
-        """Refuses a state and a copy that tell of the same charges differently."""
-        for place, (one, other) in enumerate(zip(copied, spent, strict=False)):
-            if one.charge != other.charge or (place < with_terms and one != other):
-                raise PrivacyError(
-                    f"{self.folder.path}: charge {place + 1} of run {run!r} is one thing in "
-                    f"{LEDGER} and another in the run's state: one of the two is damaged. What "
-                    "was spent is unknown, so nothing was trained; remove the file that was "
-                    "changed, and it is mended from the other."
-                )
+    @property
+    def _terms(self) -> Terms:
+        """What a charge is made on now."""
+        named = self.owner.data_set(self.data)
+        label = ""
+        if named is not None:
+            digests = read_contents(self.folder.path).names.get(named.name, ())
+            label = label_of(named.name, digests)
+        return Terms(self._privacy.target_delta, label)
 
-    def _check_mark(self, found: int) -> None:
-        marked = self._marked()
-        if found < marked:
-            raise PrivacyError(
-                f"{self.folder.path}: this device's ledger holds {found} charges, and "
-                f"{self.mark} says that {marked} were made: it was removed, or put back as "
-                "it was before. What was spent is unknown, so nothing was trained; put the latest "
-                "folder back, or, where it is lost, lower max_epsilon in owner.toml by what was "
-                f"spent at most and remove {self.mark.name}."
-            )
-
-    def _write(self, book: dict[str, tuple[_Spent, ...]]) -> None:
-        raw = _Book(runs=book).model_dump_json().encode() + b"\n"
-        write_atomic(self.folder.path / LEDGER, raw, mode=0o600)
-        mark = _Mark(charges=_count(book))
-        write_atomic(self.mark, mark.model_dump_json().encode() + b"\n", mode=0o600)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps a second copy of this device, where there is one, from counting meanwhile."""
+        if self.counted is None or not _made(self.counted.parent):
+            yield
+            return
+        busy = PrivacyError(
+            f"{self.counted.parent}: another process with this device's key is at its ledger. "
+            "Nothing was sent; stop one of the two."
+        )
+        with held_alone(self.counted.parent, busy):
+            yield
 
 
-def _count(book: Mapping[str, Sequence[_Spent]]) -> int:
-    return sum(map(len, book.values()))
+def ledger_of(
+    folder: DeviceFolder, kit: Kit, owner: OwnerPolicy, run: RunConfig, data: Path | None
+) -> DeviceLedger:
+    """The ledger of a run on a device, with its marks where they belong."""
+    counted = count_path(kit.public, os.environ)
+    return DeviceLedger(folder, kit.folder / MARK, counted, run, owner, data)
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two folders of data may hold the same examples."""
-    if not one or not other:
-        return True
-    first, second = Path(one), Path(other)
-    return first.is_relative_to(second) or second.is_relative_to(first)
-
-
-def _terms(state: RecordDict) -> list[tuple[float, str]]:
-    """Delta and data of each charge in a state, as far as they are noted."""
-    record = state.get(_RECORD)
-    if not isinstance(record, ConfigRecord):
-        return []
+def _made(folder: Path) -> bool:
     try:
-        return [(float(delta), str(data)) for delta, data in json.loads(str(record[_TERMS]))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(error) from None
-
-
-def _unreadable(error: Exception) -> PrivacyError:
-    return PrivacyError(
-        f"ledger: what a run's state tells of its charges cannot be read ({error}). What was spent "
-        f"is unknown, so nothing was trained; remove the state: it is mended from {LEDGER}."
-    )
-
-
-def _put_terms(state: RecordDict, terms: list[tuple[float, str]]) -> None:
-    state[_RECORD] = ConfigRecord({_TERMS: json.dumps(terms)})
-
-
-def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
-    if not path.exists():
-        return None
-    try:
-        return kind.model_validate_json(read_bytes(path, max_bytes=max_bytes, what="the ledger"))
-    except DataError as error:
-        reason = str(error)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{path}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}."
-    raise PrivacyError(
-        f"{reason} It may not tell what was spent, so nothing was trained; put it back from a "
-        "backup, or remove it: it is written anew from what lies beside it."
-    )
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return False  # writing there will say so
+    return True

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 
-from edge_client.node.ledger import MARK, DeviceLedger
+from edge_client.node.ledger import DeviceLedger, ledger_of
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
 from fedcore.client_app import client_app
@@ -28,8 +28,8 @@ from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
-from fedcore.owner import OwnerPolicy, tighten
-from fedcore.privacy.ledger import NO_OTHER_RUNS
+from fedcore.owner import OwnerPolicy
+from fedcore.privacy.ledger import OtherRuns
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from fedcore.task import Task, data_folder
@@ -74,6 +74,8 @@ class _Run:
     context: Context
     ledger: DeviceLedger | None
     """None where nothing is charged."""
+    others: OtherRuns | None
+    """What was charged before, by others; None where nothing is."""
 
 
 def run_device(device: Device, signals: Signals) -> None:
@@ -230,6 +232,16 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
     if reply.has_error():
         outcome = f"declined or failed: {reply.error.reason}"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
+    _tell_room(run, kind)
+
+
+def _tell_room(run: _Run, kind: str) -> None:
+    """Says how many more rounds the budget has room for, once the reply is on its way."""
+    if run.ledger is None or run.others is None or kind != MessageType.TRAIN:
+        return
+    room = run.ledger.room(run.context.state, run.others)
+    if room is not None:
+        log.info("%s: the budget has room for %s more rounds like the latest", run.name, room)
 
 
 def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
@@ -256,15 +268,10 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
             "install the server's version of fedcore on it."
         ) from None
     assume_identity(run_id)
-    state, ledger, others = device.folder.state(config.name), None, NO_OTHER_RUNS
+    state, ledger, others = device.folder.state(config.name), None, None
+    data = device.owner.data_folder or data_folder()
     if config.private:
-        ledger = DeviceLedger(
-            device.folder,
-            device.kit.folder / MARK,
-            config.name,
-            device.owner.data_folder or data_folder(),
-            tighten(config, device.owner).privacy.target_delta,
-        )
+        ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
         others = ledger.open(state)
     context = Context(
         run_id=run_id,
@@ -276,12 +283,12 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
     app = client_app(
         device.task,
         config,
-        owner=device.owner,
+        owner=device.owner.on(data),
         randomness=device.randomness,
         mods=client_mods(config.federation.strategy),
         others=others,
     )
-    return _Run(config.name, run_digest(told), app, context, ledger)
+    return _Run(config.name, run_digest(told), app, context, ledger, others)
 
 
 def _goodbye(link: FleetLink) -> None:

@@ -1,6 +1,7 @@
 """A client's ledger: every charge it ever made in a run, and what they come to.
 
-A run's budget holds for its own charges, an owner's for those of all runs on the same data.
+A run's budget holds for its own charges, an owner's for those of all runs that may have been on the
+same data.
 
 A client charges its ledger before its update leaves, so a recorded epsilon is never below the true
 one, whatever happens in between.
@@ -9,7 +10,9 @@ one, whatever happens in between.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
@@ -19,6 +22,12 @@ from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 
 _RECORD, _KEY = "fedcore.ledger", "charges"
+_MOST_ROUNDS = 1 << 16
+"""Where a search for what fits ends."""
+_NEAR_ROUNDS, _MOST_STEPS = 16, 3000
+"""So few rounds before the budget is spent, what fits is counted by PRV accounting too, which takes
+half a second for so many steps, and memory for more. Renyi accounting takes no time: until then its
+count stands for the other, which is mostly some percent higher."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +50,23 @@ class OtherRuns:
     charges: tuple[Charge, ...] = ()
     target_delta: float = 1.0
     """The least delta that anything on these data was counted at."""
+    max_epsilon: float | None = None
+    """The owner's budget for these data, where it is another than the device's."""
 
 
 NO_OTHER_RUNS = OtherRuns()
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many more rounds fit."""
+
+    rounds: int
+    exact: bool
+    """False where it is an estimate: counting further would take too long."""
+
+    def __str__(self) -> str:
+        return f"{self.rounds}" if self.exact else f"about {self.rounds}"
 
 
 def charge(
@@ -76,16 +99,87 @@ def charge(
     """
     after = Ledger((*ledger.charges, new))
     _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent", "")
-    if owner.max_epsilon is not None:
-        delta = owner.target_delta or min(privacy.target_delta, others.target_delta)
+    whole = owners_budget(privacy, owner, others)
+    if whole is not None:
         _check(
             Ledger((*others.charges, *ledger.charges)),
             Ledger((*others.charges, *after.charges)),
-            privacy.model_copy(update={"max_epsilon": owner.max_epsilon, "target_delta": delta}),
+            whole,
             f"round {new.round}: over all runs client {client!r} has spent",
             " that its owner allows",
         )
     return after
+
+
+def owners_budget(privacy: Privacy, owner: OwnerPolicy, others: OtherRuns) -> Privacy | None:
+    """The budget over all runs, and how it is counted; None where the owner sets none."""
+    limits = [one for one in (owner.max_epsilon, others.max_epsilon) if one is not None]
+    if not limits:
+        return None
+    delta = owner.target_delta or min(privacy.target_delta, others.target_delta)
+    return privacy.model_copy(update={"max_epsilon": min(limits), "target_delta": delta})
+
+
+def room(
+    ledger: Ledger,
+    privacy: Privacy,
+    *,
+    owner: OwnerPolicy = OPEN_POLICY,
+    others: OtherRuns = NO_OTHER_RUNS,
+) -> Room | None:
+    """How many more rounds like the latest fit into every budget; None before the first."""
+    if not ledger.charges:
+        return None
+    new, found = ledger.charges[-1], room_for(ledger.charges, ledger.charges[-1], privacy)
+    whole = owners_budget(privacy, owner, others)
+    if whole is not None:
+        over_all = room_for((*others.charges, *ledger.charges), new, whole)
+        found = min(found, over_all, key=lambda one: one.rounds)
+    return found
+
+
+def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
+    """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``.
+
+    What fits beside the other mechanisms stays the same from round to round: only the first call
+    searches for it.
+    """
+    if not new.steps:
+        return Room(_MOST_ROUNDS, exact=False)
+    alike = (new.noise_multiplier, new.sample_rate)
+    other = tuple(one for one in charges if (one.noise_multiplier, one.sample_rate) != alike)
+    made = -(-(sum(one.steps for one in charges) - sum(one.steps for one in other)) // new.steps)
+    most = _most(other, replace(new, round=0), privacy.model_copy(update={"accountant": "rdp"}))
+    exact = privacy.accountant == "rdp" and most < _MOST_ROUNDS
+    if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MOST_STEPS:
+        most, exact = _most(other, replace(new, round=0), privacy, near=most), True
+    return Room(max(0, most - made), exact)
+
+
+@lru_cache(maxsize=64)
+def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:
+    """How many rounds like ``new`` fit beside ``other``; it is sought about ``near``."""
+
+    def fits(rounds: int) -> bool:
+        alike = replace(new, steps=new.steps * rounds)
+        return Ledger((*other, alike)).epsilon(privacy) <= privacy.max_epsilon
+
+    if near is None:
+        return _last(fits, 0, _MOST_ROUNDS + 1)
+    if not fits(near):
+        return _last(fits, 0, near)
+    low, high = near, near + 2
+    while fits(high):
+        low, high = high, 2 * high
+    return _last(fits, low, high)
+
+
+def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The greatest number below ``high`` that fits; 0 where none does."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _check(before: Ledger, after: Ledger, privacy: Privacy, who: str, whose: str) -> None:

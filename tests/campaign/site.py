@@ -216,7 +216,12 @@ class Site:
                 cwd=self.root,
                 stdout=stream,
                 stderr=stream,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env=os.environ
+                | {
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(ROOT),
+                    "XDG_STATE_HOME": str(self.root / "counts"),
+                },
             )
         one = Started(process, log, time.time(), PATIENCE_S + 6.0 * self.rounds)
         self.started.append(one)

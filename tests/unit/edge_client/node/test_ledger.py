@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.node.ledger import LEDGER, MARK, DeviceLedger
+from edge_client.node.ledger import DeviceLedger
+from edge_client.node.ledger_book import COUNT, LEDGER, MARK
 from edge_client.node.state import DeviceFolder, own
-from fedcore.config import Privacy
+from fedcore.config import Privacy, RunConfig
 from fedcore.errors import BudgetExhausted, DataError, PrivacyError
 from fedcore.files import write_atomic
 from fedcore.owner import OwnerPolicy
@@ -29,12 +30,15 @@ DATA = Path("/srv/measurements")
 class Machine:
     """A device that forgets everything but its files between two rounds."""
 
-    def __init__(self, kit: Path, folder: DeviceFolder) -> None:
-        self.kit, self.folder = kit, folder
+    def __init__(self, kit: Path, folder: DeviceFolder, owner: OwnerPolicy | None = None) -> None:
+        self.kit, self.folder, self.owner = kit, folder, owner or OwnerPolicy()
+        self.counted = kit.parent / "counts" / COUNT
         self._keys = itertools.count()
 
     def ledger(self, run: str, data: Path | None = DATA, delta: float = 1e-5) -> DeviceLedger:
-        return DeviceLedger(self.folder, self.kit / MARK, run, data, delta)
+        privacy = Privacy(unit="example", target_delta=delta, max_epsilon=1e6)
+        config = RunConfig(name=run, task="task.py", privacy=privacy)
+        return DeviceLedger(self.folder, self.kit / MARK, self.counted, config, self.owner, data)
 
     def open(self, run: str, data: Path | None = DATA) -> tuple[int, OtherRuns]:
         """How many charges this run has, and what others have spent."""
@@ -107,21 +111,13 @@ def test_two_runs_at_once_see_what_the_other_has_spent(machine: Machine) -> None
 
 
 @pytest.mark.parametrize(
-    ("data", "same"),
-    [
-        (DATA, True),
-        (DATA / "2026", True),
-        (DATA.parent, True),
-        (DATA / ".." / "measurements", True),
-        (None, True),  # wherever the task finds them
-        (Path("/srv/measurements-of-others"), False),
-        (Path("/home"), False),
-    ],
+    "data", [DATA, DATA / "2026", DATA.parent, Path("/srv/measurements-of-others"), None]
 )
-def test_the_data_decide_what_adds_up(machine: Machine, data: Path | None, same: bool) -> None:
+def test_other_data_get_no_budget_of_their_own_unless_the_owner_names_them(
+    machine: Machine, data: Path | None
+) -> None:
     spent = machine.train("one")
-    expected = OtherRuns((spent,), 1e-5) if same else OtherRuns()
-    assert machine.open("two", data) == (0, expected)
+    assert machine.open("two", data) == (0, OtherRuns((spent,), 1e-5))
 
 
 def test_the_least_delta_of_any_run_is_kept(machine: Machine) -> None:
@@ -173,7 +169,10 @@ def test_a_ledger_that_was_removed_or_put_back_stops_training(machine: Machine) 
             machine.open("one")
         with pytest.raises(PrivacyError, match="nothing was trained; put the latest"):
             machine.open("another")
-    (machine.kit / MARK).unlink()  # the owner has read what it says
+    (machine.kit / MARK).unlink()
+    with pytest.raises(PrivacyError, match=r"ledger\.count says that 2 were made"):
+        machine.open("one")
+    machine.counted.unlink()  # the owner has read what both say
     assert machine.open("one")[0] == 1
 
 
@@ -233,11 +232,14 @@ def test_something_else_in_a_ledgers_place_stops_training_or_is_replaced(
 def test_a_mark_that_is_gone_or_behind_is_written_anew(machine: Machine) -> None:
     machine.train("one")
     machine.train("one")
-    raw = (machine.kit / MARK).read_bytes()
-    for damage in (b"", raw.replace(b"2", b"0")):
-        (machine.kit / MARK).write_bytes(damage) if damage else (machine.kit / MARK).unlink()
-        machine.open("one")
-        assert (machine.kit / MARK).read_bytes() == raw
+    for path in (machine.kit / MARK, machine.counted):
+        raw = path.read_bytes()
+        older = b'{"format":"fedcore.mark/1","charges":0}'
+        for damage in (b"", older):
+            path.write_bytes(damage) if damage else path.unlink()
+            machine.open("one")
+            assert path.read_bytes() == raw
+            assert path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("where", ["ledger", "mark", "state"])
@@ -322,9 +324,10 @@ def test_what_is_not_charged_is_not_written(machine: Machine) -> None:
     assert list(state) == []
 
 
+@settings(max_examples=25)
 @given(
     deaths=st.lists(
-        st.tuples(st.sampled_from(["one", "two"]), st.integers(0, 3)), min_size=1, max_size=12
+        st.tuples(st.sampled_from(["one", "two"]), st.integers(0, 4)), min_size=1, max_size=12
     )
 )
 def test_whatever_dies_and_when_spend_is_exact(
@@ -332,10 +335,11 @@ def test_whatever_dies_and_when_spend_is_exact(
 ) -> None:
     """Dying at each of the writes of a round, in turn, in runs that take turns."""
     root = tmp_path_factory.mktemp("device")
+    (root / "kit").mkdir()
     released = {"one": 0, "two": 0}
     for run, lives in deaths:
         with own(root / "device") as folder, pytest.MonkeyPatch.context() as patch:
-            machine = Machine(root, folder)
+            machine = Machine(root / "kit", folder)
             state = folder.state(run)
             machine.ledger(run).open(state)
             put_ledger(state, Ledger((*ledger_in(state).charges, Charge(1, 1.0, 0.5, 2))))
@@ -357,7 +361,7 @@ def test_whatever_dies_and_when_spend_is_exact(
                 pass
             released[run] += lives >= 2  # reply and state are there: the reply may leave
     with own(root / "device") as folder:
-        machine = Machine(root, folder)
+        machine = Machine(root / "kit", folder)
         found = {run: machine.open(run) for run in released}
     assert {run: count for run, (count, _) in found.items()} == released
     assert len(found["one"][1].charges) == released["two"]

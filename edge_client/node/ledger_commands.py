@@ -1,0 +1,242 @@
+"""``fedcore privacy show | verify | export``: a device's ledger, looked at and never changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcore.cli import Command
+from fedcore.config import Privacy
+from fedcore.crypto.keys import load_key, public_bytes
+from fedcore.crypto.kit import KEY
+from fedcore.errors import ConfigError, DataError, PrivacyError
+from fedcore.files import read_bytes, write_atomic
+from fedcore.owner import OPEN_POLICY, load_owner
+
+if TYPE_CHECKING:
+    from edge_client.node.ledger_view import Found, RunView, Total, View
+
+_SHOWN_ROUNDS = 12
+"""Charges of a run that a table shows, the first and the last ones: composing takes time."""
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="where the device keeps its ledger, as --state /var/lib/fedcore/device (default: "
+        "`device` in the folder of the kit)",
+    )
+    parser.add_argument(
+        "--kit",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the device's kit, whose mark and count are compared, as --kit kit",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _counting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--owner", type=Path, help="what the owner of this device allows, as --owner owner.toml"
+    )
+    parser.add_argument(
+        "--accountant",
+        choices=["rdp", "prv"],
+        default=Privacy().accountant,
+        help="how charges are composed; a run's own is in its settings (default: %(default)s)",
+    )
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    _counting(parser)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw epsilon by round, as --plot ledger.png"
+    )
+
+
+def _find(options: argparse.Namespace) -> Found:
+    """The ledger that the options name.
+
+    Raises:
+        ConfigError: they name none.
+        DataError: there is no such folder.
+    """
+    if options.state is None and options.kit is None:
+        raise ConfigError(
+            "Neither --state nor --kit says whose ledger. Nothing was read; name one."
+        )
+    folder = options.state or options.kit / "device"
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: there is no such folder, so no ledger to look at. Nothing was read; name "
+            "the device's with --state, as its `fedcore client start` has it."
+        )
+    from edge_client.node.ledger_view import find_ledger
+
+    return find_ledger(folder, options.kit, os.environ)
+
+
+def _view(options: argparse.Namespace, found: Found, most_lines: int | None = None) -> View:
+    from edge_client.node.ledger_view import view_of
+
+    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
+    return view_of(found, owner, options.accountant, most_lines=most_lines)
+
+
+def _show(options: argparse.Namespace) -> int:
+    found = _find(options)
+    view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
+    if options.json:
+        problems = {"problems": list(found.problems), "notes": list(found.notes)}
+        print(json.dumps(view.to_dict() | problems, indent=2, allow_nan=False))
+    else:
+        print("\n".join(_table(view)))
+    if options.plot is not None:
+        from edge_client.node.ledger_plot import plot_ledger
+
+        plot_ledger(view, options.plot)
+    for problem in found.problems:
+        print(f"damaged: {problem}", file=sys.stderr)
+    return PrivacyError.exit_code if found.problems else 0
+
+
+def _table(view: View) -> Iterator[str]:
+    if not view.runs:
+        yield "Nothing was charged: this device has trained nothing with privacy."
+    for run in view.runs:
+        yield f"run {run.name}: epsilon {run.epsilon:.3f} at delta {run.target_delta:g}"
+        yield "  round   steps   sample rate   noise     epsilon so far"
+        yield from _lines(run)
+        if run.room is not None:
+            yield f"  the owner's budget has room for {run.room} more rounds like the latest"
+    yield from map(_total_line, view.totals)
+
+
+def _lines(run: RunView) -> Iterator[str]:
+    before = 0
+    for line in run.lines:
+        if line.place > before + 1:
+            yield f"  ... {line.place - before - 1} more; --json has them all"
+        before, one = line.place, line.spent
+        yield (
+            f"  {one.round:>5}   {one.steps:>5}   {one.sample_rate:>11.4g}   "
+            f"{one.noise_multiplier:<7.4g}   {line.epsilon:.3f}"
+        )
+
+
+def _total_line(total: Total) -> str:
+    who = f"data set {total.name}" if total.name else "device, all runs"
+    spent = f"{who}: epsilon {total.epsilon:.3f} at delta {total.target_delta:g}"
+    if total.left is None:
+        return f"{spent}; the owner sets no budget"
+    return f"{spent}; {total.left:.3f} of {total.max_epsilon:g} is left"
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="check what `fedcore privacy export` wrote, instead of a device's own files; with "
+        "--kit, that this device signed it",
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.export is not None:
+        return _verify_export(options)
+    found = _find(options)
+    charges = sum(map(len, found.runs.values()))
+    if options.json:
+        told = {"charges": charges, "problems": found.problems, "notes": found.notes}
+        print(json.dumps(told, indent=2))
+    else:
+        for note in found.notes:
+            print(f"note: {note}")
+        for problem in found.problems:
+            print(f"damaged: {problem}", file=sys.stderr)
+        if not found.problems:
+            print(f"{found.folder}: {charges} charges of {len(found.runs)} runs, and all agrees")
+    return PrivacyError.exit_code if found.problems else 0
+
+
+def _verify_export(options: argparse.Namespace) -> int:
+    from edge_client.node.ledger_export import MAX_EXPORT_BYTES, check_export
+
+    raw = read_bytes(options.export, max_bytes=MAX_EXPORT_BYTES, what="an exported ledger")
+    expected = public_bytes(load_key(options.kit / KEY)) if options.kit else None
+    checked = check_export(raw, where=str(options.export), expected=expected)
+    ledger = checked.ledger
+    told = {
+        "made_at": ledger.made_at,
+        "signer": checked.signer or None,
+        "charges": sum(map(len, ledger.runs.values())),
+        "epsilon": ledger.device.epsilon,
+        "target_delta": ledger.device.target_delta,
+        "problems": ledger.problems,
+    }
+    if options.json:
+        print(json.dumps(told, indent=2))
+    else:
+        signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
+        print(
+            f"{options.export}: of {ledger.made_at}, {signed}. {told['charges']} charges come to "
+            f"epsilon {ledger.device.epsilon:.3f} at delta {ledger.device.target_delta:g}, as it "
+            "says."
+        )
+        for problem in ledger.problems:
+            print(f"damaged when it was exported: {problem}", file=sys.stderr)
+    return PrivacyError.exit_code if ledger.problems else 0
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    _counting(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write it there, as --out ledger-export.json"
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    found = _find(options)
+    view = _view(options, found)
+    from edge_client.node.ledger_export import export_bytes
+
+    key = load_key(options.kit / KEY) if options.kit else None
+    raw = export_bytes(found, view, key, now=datetime.now(UTC))
+    if options.out is None:
+        sys.stdout.write(raw.decode())
+    else:
+        write_atomic(options.out, raw)
+        print(f"{options.out}: {sum(map(len, found.runs.values()))} charges")
+    return PrivacyError.exit_code if found.problems else 0
+
+
+show = Command(
+    help="what this device has spent, by run and round, and how much is left",
+    arguments=_show_arguments,
+    run=_show,
+    example="fedcore privacy show --kit kit --owner owner.toml",
+)
+verify = Command(
+    help="compare the places that tell what this device has spent, or check an export",
+    arguments=_verify_arguments,
+    run=_verify,
+    example="fedcore privacy verify --kit kit",
+)
+export = Command(
+    help="write every charge and what they come to, signed by this device, for an auditor",
+    arguments=_export_arguments,
+    run=_export,
+    example="fedcore privacy export --kit kit --out ledger-export.json",
+)
