@@ -67,7 +67,7 @@ def train_private(
     parameters = list(trained(model).values())
     device, count = parameters[0].device, size_of(examples)
     start = [parameter.detach().clone() for parameter in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    untrained = _untrained(model)
     optimizer = make_optimizer(model, settings)
     batch_size = expected_batch_size(count, plan)
     seed, skipped = draws.seed(), 0
@@ -97,8 +97,9 @@ def train_private(
         for parameter, first in zip(parameters, start, strict=True):
             parameter.grad = None
             _make_finite(parameter, first)
-        for buffer, before in buffers:  # they would leave without noise
-            buffer.copy_(before)
+        for module, name, tensor, before in untrained:  # they would leave without noise
+            tensor.copy_(before)
+            setattr(module, name, tensor)  # the model may have put another one in its place
     if skipped:
         log.warning(
             "%d examples had no finite gradient at the server's weights or could not be read, and "
@@ -110,6 +111,17 @@ def train_private(
 def noise_deviation(plan: PrivatePlan) -> float:
     """The standard deviation of the noise that is added to a sum of clipped gradients."""
     return plan.charge.noise_multiplier * plan.clip_norm * (1 + FLOAT_MARGIN)
+
+
+def _untrained(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Buffers and frozen parameters: whose they are, their names, themselves and their copies."""
+    return [
+        (module, name, tensor, tensor.detach().clone())
+        for module in model.modules()
+        for named in (module.named_buffers(recurse=False), module.named_parameters(recurse=False))
+        for name, tensor in named
+        if not tensor.requires_grad
+    ]
 
 
 def _make_finite(parameter: nn.Parameter, start: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config import Client, Privacy
 from fedcore.privacy.accounting import Charge
+from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.seeds import Simulated, torch_rng
 from fedcore.task import Examples
@@ -20,6 +21,7 @@ from fedcore.training.local import train
 from fedcore.training.memory import free_bytes
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
+from tests.ways import way_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -71,8 +73,8 @@ def test_private_training_with_next_to_no_noise_equals_that_of_the_cpu() -> None
             nn.functional.cross_entropy,
             Client(learning_rate=0.1),
             still,
-            sampling=torch_rng(0, "sampling"),
-            noise=Simulated(0).generator(device, "noise"),
+            way=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
+            draws=Simulated(0).draws(device),
         )
         trained.append(torch.from_numpy(pack(model)))
     assert torch.allclose(*trained, atol=1e-4)
@@ -97,13 +99,25 @@ def test_noise_on_the_gpu_has_the_size_of_the_plan_and_is_fixed_by_the_seed() ->
             nn.functional.cross_entropy,
             Client(batch_size=64, learning_rate=64.0),
             planned,
-            sampling=torch_rng(0, "sampling"),
-            noise=Simulated(0).generator(CUDA, "noise"),
+            way=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
+            draws=Simulated(0).draws(CUDA),
         )
         moved.append(torch.from_numpy(pack(model) - pack(start)))
     assert torch.equal(*moved)
     # 14,000 values: their deviation is within 4 % of the true one but for once in 10**10 seeds.
     assert moved[0].std().item() == pytest.approx(2.0 * 1e-6, rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_of_the_system_reaches_sums_on_the_gpu(dtype: torch.dtype) -> None:
+    sums = [torch.full((300, 7), 5.0, dtype=dtype, device=CUDA), torch.zeros((), device=CUDA)]
+    SystemDraws().add_noise(sums, deviation=0.5, bound=5.0)
+    assert [one.device.type for one in sums] == ["cuda", "cuda"]
+    noise = sums[0].cpu().double() - 5
+    # 2,100 values: farther out than 4.9 standard errors once in a million runs.
+    assert abs(noise.mean().item()) < 4.9 * 0.5 / 2100**0.5
+    assert noise.square().mean().sqrt().item() == pytest.approx(0.5, rel=4.9 / 4200**0.5)
+    assert sums[1].item() != 0
 
 
 def test_fine_tuning_runs_over_nccl(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
+from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
 from fedcore.task import Examples
@@ -24,6 +25,7 @@ from fedcore.updates.pack import pack
 from server.simulation.chained import train_chained
 from server.simulation.vectorised import train_cohort
 from server.simulation.work import LocalWork, PrivateWork, Trained
+from tests.ways import way_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -109,11 +111,13 @@ def test_with_privacy_and_the_same_noise(net: str) -> None:
         run=by_torch(chain),
     )
     alone = []
+    way = way_of(before.model, functional.cross_entropy, torch.zeros(1, 6, 6))
     for one in asked:
         assert one.private is not None
         alone.append(copy.deepcopy(before))
         train_private(
             alone[-1].preprocess, alone[-1].model, one.examples, functional.cross_entropy, SETTINGS,
-            one.private.plan, sampling=one.order(), noise=one.private.noise(CUDA),
+            one.private.plan, way=way,
+            draws=SimulatedDraws(one.order(), one.private.noise(CUDA)),
         )  # fmt: skip
     assert max(distances(before, got, alone)) <= 1e-4

@@ -51,8 +51,8 @@ def find_way(task: Task, model: FullModel) -> Way:
             afterwards.
 
     Raises:
-        UnsupportedLayer: the model's output for one example depends on others of its batch, or
-            running it changes its buffers.
+        UnsupportedLayer: the model's output for one example depends on others of its batch, a
+            batch of one fails, or running the model changes its buffers or parameters.
         PrivacyError: the loss is no mean over examples.
     """
     assert task.loss is not None  # a Task sets it
@@ -63,6 +63,7 @@ def find_way(task: Task, model: FullModel) -> Way:
         mapped = is_mappable(model.preprocess, tried.inputs)
         behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
         _check_apart(model.model, behind, "model")
+        _run_in_training(model.model, behind)
         if tried.targets is not None:
             _check_mean(task.loss, model, tried)
         return _quickest(task.loss, model, behind, tried, mapped)
@@ -191,6 +192,21 @@ def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
         )
 
 
+def _run_in_training(module: nn.Module, inputs: Tensor) -> None:
+    """Runs each example alone in training mode, in which alone some layers keep statistics."""
+    module.train()
+    try:
+        with torch.no_grad():
+            for one in inputs:
+                module(one.unsqueeze(0))
+    except Exception as error:
+        raise UnsupportedLayer(
+            f"model: in training mode a batch of one fails: {type(error).__name__}: "
+            f"{str(error)[:200]}. Nothing was trained or charged; make the model take a batch of "
+            "one, or set privacy.unit to 'none'."
+        ) from None
+
+
 def _check_mean(loss: Loss, model: FullModel, tried: MadeUp) -> None:
     assert tried.targets is not None
     with torch.no_grad(), _without_chance(model):
@@ -232,22 +248,35 @@ def _without_chance(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _as_before(model: FullModel) -> Iterator[None]:
-    """Leaves modes and gradients as they were; refuses a model whose buffers move."""
+    """Leaves modes and gradients as they were; refuses a model that changes its own numbers."""
     modes = {name: one.training for name, one in model.named_modules()}
-    buffers = {name: one.clone() for name, one in model.model.named_buffers()}
+    held = [
+        (f"{of}.{name}".lstrip("."), module, name, tensor, tensor.detach().clone())
+        for of, module in model.model.named_modules()
+        for named in (module.named_buffers(recurse=False), module.named_parameters(recurse=False))
+        for name, tensor in named
+    ]
+    moved = []
     try:
         yield
-        moved = [n for n, now in model.model.named_buffers() if not torch.equal(now, buffers[n])]
     finally:
         with torch.no_grad():
-            for name, now in model.model.named_buffers():
-                now.copy_(buffers[name])
+            for path, module, name, tensor, before in held:
+                # Another tensor in its place is a change; it may be one that only vmap can read.
+                if getattr(module, name) is not tensor or not _is_same(tensor, before):
+                    moved.append(path)
+                tensor.copy_(before)
+                setattr(module, name, tensor)
         for name, one in model.named_modules():
             one.training = modes[name]
         model.zero_grad(set_to_none=True)
     if moved:
         raise UnsupportedLayer(
-            f"model: running it changes {', '.join(moved)}, which no parameter is. It may hold "
-            "statistics of the data, and would leave the device without noise. Nothing was trained "
-            "or charged; use layers that keep none, or set privacy.unit to 'none'."
+            f"model: running it changes {', '.join(moved)}, which may then hold statistics of the "
+            "data, and would leave the device without noise. Nothing was trained or charged; use "
+            "layers that keep none, or set privacy.unit to 'none'."
         )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN is no change

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ from torch.utils.data import Subset, TensorDataset
 from fedcore.config import Client, Privacy
 from fedcore.errors import UnsupportedLayer
 from fedcore.privacy.accounting import Charge, epsilon_of
+from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.seeds import torch_rng
 from fedcore.task import Examples, size_of
 from fedcore.training.batches import gather
 from fedcore.training.local import make_optimizer
+from fedcore.training.per_example.ways import one_by_one
 from fedcore.training.private import train_private
+from tests.ways import way_of
 
 LOSS = nn.functional.cross_entropy
 EXAMPLE_DP = Privacy(unit="example", target_delta=1e-3)
@@ -47,9 +51,21 @@ def private(
     **more: Any,
 ) -> nn.Module:
     planned = PrivatePlan(Charge(1, multiplier, rate, steps), clip_norm=clip)
-    streams: dict[str, Any] = {"sampling": torch_rng(1, "s"), "noise": torch_rng(1, "n")} | more
-    preprocess = streams.pop("preprocess", nn.Identity())
-    train_private(preprocess, model, examples, LOSS, settings or Client(), planned, **streams)
+    streams = {"sampling": torch_rng(1, "s"), "noise": torch_rng(1, "n")}
+    streams |= {name: more.pop(name) for name in streams if name in more}
+    preprocess = more.pop("preprocess", nn.Identity())
+    way = more.pop("way", None) or way_of(model, LOSS, torch.zeros(6), preprocess=preprocess)
+    train_private(
+        preprocess,
+        model,
+        examples,
+        LOSS,
+        settings or Client(),
+        planned,
+        way=way,
+        draws=SimulatedDraws(**streams),
+        **more,
+    )
     return model
 
 
@@ -118,7 +134,7 @@ def test_empty_batches_pass_layers_that_cannot_take_them() -> None:
 
 
 @pytest.mark.parametrize("stream", ["sampling", "noise"])
-def test_the_two_generators_fix_every_bit(stream: str) -> None:
+def test_simulated_draws_fix_every_bit(stream: str) -> None:
     one, again = (private(network(), blobs(), multiplier=1.0, clip=1.0) for _ in range(2))
     assert torch.equal(weights(one), weights(again))
     streams = {stream: torch_rng(2, "other")}
@@ -135,21 +151,69 @@ def test_the_process_wide_generators_are_not_drawn_from() -> None:
 def test_the_module_is_an_ordinary_one_afterwards() -> None:
     model = private(network(), blobs(), multiplier=1.0, clip=1.0)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(hasattr(parameter, "grad_sample") for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     private(model, blobs(), multiplier=1.0, clip=1.0)  # and can be trained again
 
 
 class Failing(nn.Module):
+    """Fails on examples that nobody would make up."""
+
     def forward(self, x: Tensor) -> Tensor:
-        raise ValueError("no such shape")
+        if float(x.detach().abs().max()) > 100:
+            raise ValueError("no such example")
+        return x
 
 
-def test_a_model_that_fails_is_left_without_hooks() -> None:
-    model = nn.Sequential(nn.Linear(6, 3), Failing())
-    with pytest.raises(ValueError, match="no such shape"):
-        private(model, blobs(), multiplier=1.0)
-    assert not any(module._forward_hooks for module in model.modules())
+def test_an_example_on_which_the_model_fails_counts_as_zero_and_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inputs, targets = (one.clone() for one in blobs(8).tensors)
+    inputs[2] = 1000.0
+    failed: Any = TensorDataset(inputs, targets)
+    start = nn.Sequential(Failing(), nn.Linear(6, 3))
+    model, expected = copy.deepcopy(start), copy.deepcopy(start)
+    settings = Client(learning_rate=0.5)
+    private(model, failed, multiplier=1e-12, rate=1.0, steps=1, settings=settings)
+    kept = torch.arange(8) != 2
+    loss = LOSS(expected(inputs[kept]), targets[kept], reduction="sum") / 8
+    loss.backward()  # type: ignore[no-untyped-call]
+    make_optimizer(expected, settings).step()
+    assert (weights(model) - weights(expected)).abs().max() < 1e-6
+    assert (weights(model) - weights(start)).abs().max() > 1e-2
+    assert "1 examples had no finite gradient" in caplog.text
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+def test_a_model_that_fails_on_every_example_releases_noise_alone() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("no such shape")
+
+    model = nn.Sequential(nn.Linear(6, 3), Broken())
+    before = weights(model)
+    private(model, blobs(), multiplier=1.0, clip=1.0, way=one_by_one(LOSS, why=""))
+    assert torch.isfinite(weights(model)).all()
+    assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_weights_that_run_away_are_the_starts_again(value: float) -> None:
+    class Wild(SimulatedDraws):
+        def add_noise(self, sums: Any, *, deviation: float, bound: float) -> None:
+            super().add_noise(sums, deviation=deviation, bound=bound)
+            sums[0].flatten()[:2] = value
+
+    model = network()
+    draws = Wild(torch_rng(1, "s"), torch_rng(1, "n"))
+    planned = PrivatePlan(Charge(1, 1.0, 0.25, 3), clip_norm=1.0)
+    way = way_of(model, LOSS, torch.zeros(6))
+    train_private(
+        nn.Identity(), model, blobs(), LOSS, Client(), planned, way=way, draws=draws
+    )
+    got, start = model[0].weight.flatten(), network()[0].weight.flatten()
+    assert torch.equal(got[:2], start[:2])
+    assert torch.isfinite(weights(model)).all()
+    assert not torch.isclose(got[2:], start[2:], rtol=0, atol=1e-9).any()
 
 
 def test_preprocessing_runs_and_is_not_trained() -> None:
@@ -189,10 +253,45 @@ class Remembers(nn.Module):
         return x
 
 
-def test_a_layer_that_remembers_the_data_is_found_out() -> None:
+def test_a_layer_that_remembers_the_data_is_found_out_before_training() -> None:
     model = nn.Sequential(Remembers(), nn.Linear(6, 3))
-    with pytest.raises(UnsupportedLayer, match=r"training changed 0\.seen, .* Nothing was sent"):
+    before = weights(model)
+    with pytest.raises(UnsupportedLayer, match=r"running it changes 0\.seen, .* or charged"):
         private(model, blobs(), multiplier=1.0)
+    assert torch.equal(weights(model), before)
+    assert torch.equal(model[0].seen, torch.zeros(6))
+
+
+class RemembersOutliers(nn.Module):
+    """Keeps large values only, which no made-up example shows; in place, or by a new tensor."""
+
+    def __init__(self, *, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.register_buffer("seen", torch.zeros(6))
+        self.frozen = nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().abs().max()) > 100:
+            if self.where == "replaced":
+                self.seen = x.detach().mean(0)
+            else:
+                kept = self.frozen if self.where == "frozen" else self.seen
+                kept.data.copy_(x.detach().mean(0))
+        return x
+
+
+@pytest.mark.parametrize("where", ["in place", "replaced", "frozen"])
+def test_what_is_remembered_all_the_same_never_leaves(where: str) -> None:
+    inputs, targets = (one.clone() for one in blobs(8).tensors)
+    inputs[2] = 1000.0
+    seen: Any = TensorDataset(inputs, targets)
+    model = nn.Sequential(RemembersOutliers(where=where), nn.Linear(6, 3))
+    before = model[1].weight.clone()
+    private(model, seen, multiplier=1.0, clip=1.0, rate=1.0, steps=2)
+    assert torch.equal(model.state_dict()["0.seen"], torch.zeros(6))
+    assert torch.equal(model.state_dict()["0.frozen"], torch.zeros(6))
+    assert not torch.equal(model[1].weight, before)
 
 
 def test_the_proximal_term_is_that_of_training_without_privacy() -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from fedcore.config import Client
 from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
+from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
 from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
@@ -24,6 +25,7 @@ from fedcore.updates.pack import pack
 from server.simulation.chained import train_chained
 from server.simulation.straight import by_kernels
 from server.simulation.work import LocalWork, PrivateWork
+from tests.ways import way_of
 
 IMAGE = torch.randn(2, 2, 8, 8)
 
@@ -164,6 +166,8 @@ def test_what_is_found_learns_what_the_model_does(
     loss = functional.cross_entropy
     together = train_chained(model, chain, work, loss, settings, proximal_mu=0.0, run=run)
     before = torch.from_numpy(pack(net))
+    found = way_of(net, loss, IMAGE[0])
+    assert found.name == "chain"
     for one, weights in zip(work, together.weights, strict=True):
         alone = copy.deepcopy(net)
         train_private(
@@ -173,8 +177,8 @@ def test_what_is_found_learns_what_the_model_does(
             loss,
             settings,
             plan,
-            sampling=torch_rng(0, "order"),
-            noise=torch_rng(0, "noise"),
+            way=found,
+            draws=SimulatedDraws(torch_rng(0, "order"), torch_rng(0, "noise")),
             proximal_mu=0.0,
         )
         expected = torch.from_numpy(pack(alone))

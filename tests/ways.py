@@ -1,0 +1,51 @@
+"""How tests find the way in which a model's per-example gradients are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fedcore.model import FullModel
+from fedcore.task import Kind, Loss, Task
+from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.ways import Way
+
+
+def task_of(model: nn.Module, loss: Loss, example: Tensor, kind: Kind = "classification") -> Task:
+    """A task of a model and a loss, without data."""
+
+    def none(*_: str | Path | None) -> list[str]:
+        raise AssertionError("a way is found without a look at data")
+
+    return Task(
+        name="test",
+        kind=kind,
+        model=lambda: model,
+        clients=none,
+        client_data=none,  # type: ignore[arg-type]
+        test_data=none,  # type: ignore[arg-type]
+        example_input=example,
+        loss=loss,
+    )
+
+
+def way_of(
+    model: nn.Module,
+    loss: Loss,
+    example: Tensor,
+    kind: Kind = "classification",
+    *,
+    preprocess: nn.Module | None = None,
+) -> Way:
+    """What `find_way` finds for a model, on whatever device it is; the model is not changed.
+
+    Args:
+        model: Takes batches ``(B, *example.shape)`` behind preprocessing.
+        loss: Mean loss over a batch.
+        example: One input.
+        kind: Of the task: which targets are tried first.
+        preprocess: Runs before the model; nothing when None.
+    """
+    task = task_of(model, loss, example, kind)
+    return find_way(task, FullModel(preprocess or nn.Identity(), model))
