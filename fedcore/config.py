@@ -133,8 +133,8 @@ class Privacy(Section):
     unit: Literal["none", "example", "client", "both"] = "none"
     """What is protected: nothing; each ``example`` of each client, by noise that the client adds,
     so from the server as well, against a null record in its place (zero-out adjacency: how many
-    examples a client has is public); each ``client`` with all of its data, by noise that the server adds
-    (see ``[privacy.client]``), so from whoever gets its models; or ``both``."""
+    examples a client has is public); each ``client`` with all of its data, by noise that the server
+    adds (see ``[privacy.client]``), so from whoever gets its models; or ``both``."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
     """Budget of each client over the whole run."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
