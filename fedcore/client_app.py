@@ -97,7 +97,8 @@ class Client:
     def way(self) -> Way:
         """How per-example gradients are taken, found on made-up examples and fresh weights."""
         model = build_model(self.task, self.run).to(available(self.run.client.device))
-        return find_way(self.task, model)
+        with self.randomness.library_streams("way"):  # or the first message would draw otherwise
+            return find_way(self.task, model)
 
     @property
     def protects(self) -> bool:

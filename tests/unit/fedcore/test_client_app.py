@@ -147,6 +147,15 @@ def test_dropout_is_drawn_from_the_seed_and_not_from_the_process() -> None:
     assert trained(task, make_run()).tobytes() == one.tobytes()
 
 
+def test_who_trains_first_changes_nothing_for_those_who_train_later() -> None:
+    task = make_task(model=lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
+    run = make_run(privacy=PRIVATE)
+    app = app_of(task, run)
+    replies = [app(instruct(task, run), context()) for _ in range(2)]
+    first, later = (update_of(reply, task, run).weights for reply in replies)
+    assert first.tobytes() == later.tobytes()
+
+
 def test_a_node_without_a_name_is_the_client_of_its_partition() -> None:
     task, run = make_task(), make_run()
     node = Context(1, 2, {"partition-id": 1}, RecordDict(), {})
@@ -270,12 +279,100 @@ def nan_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.sum() * float("nan")
 
 
-@pytest.mark.parametrize("loss", [failing_loss, nan_loss])
-def test_the_ledger_is_charged_before_training_begins(loss: Any) -> None:
-    task, run, node = make_task(loss=loss), make_run(privacy=PRIVATE), context()
-    refused(ask(task, run, node=node))
+class Interrupted(torch.utils.data.Dataset[Any]):
+    """Data at whose first look the process is told to end."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        raise KeyboardInterrupt
+
+
+def test_the_ledger_is_charged_before_training_begins() -> None:
+    task = make_task(client_data=lambda client, folder: Interrupted())
+    run, node = make_run(privacy=PRIVATE), context()
+    with pytest.raises(KeyboardInterrupt):
+        ask(task, run, node=node)
     assert [charge.round for charge in read_ledger(node).charges] == [1]
     assert json.loads(str(node.state.config_records["fedcore.ledger"]["charges"]))
+
+
+@pytest.mark.parametrize("loss", [failing_loss, nan_loss])
+def test_a_loss_that_fails_under_privacy_sends_noise_as_planned(
+    loss: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, run, node = make_task(loss=loss), make_run(privacy=PRIVATE), context()
+    update = update_of(ask(task, run, node=node), task, run)
+    start = pack(build_model(task, run).model)
+    assert np.isfinite(update.weights).all()
+    assert (update.weights != start).mean() > 0.9
+    assert set(update.metrics) == {EPSILON}
+    assert update.num_examples == COUNT
+    assert [charge.round for charge in read_ledger(node).charges] == [1]
+    assert f"{COUNT} examples had no finite gradient" in caplog.text
+
+
+@pytest.mark.parametrize("spoilt", ["nan", "label", "odd shape", "unreadable"])
+def test_one_bad_example_answers_in_the_same_form_as_none(spoilt: str) -> None:
+    class Spoilt(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return COUNT
+
+        def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+            inputs, target = data()[row]
+            if row != 7:
+                return inputs, target
+            if spoilt == "unreadable":
+                raise ValueError("could not convert string to float: 'patient 4711'")
+            if spoilt == "label":
+                return inputs, torch.tensor(17)
+            return (torch.zeros(9) if spoilt == "odd shape" else inputs * float("nan")), target
+
+    run = make_run(privacy=PRIVATE)
+    forms = []
+    for load in (lambda client, folder: data(), lambda client, folder: Spoilt()):
+        task = make_task(client_data=load)
+        reply = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy())(
+            instruct(task, run), context()
+        )
+        update = update_of(reply, task, run)
+        assert np.isfinite(update.weights).all()
+        forms.append((update.num_examples, update.metrics, len(update.weights)))
+    assert forms[0] == forms[1]
+
+
+def test_a_private_device_sends_the_kind_of_an_error_and_keeps_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def load(client: str, folder: Any) -> Any:
+        raise ValueError("could not convert string to float: 'patient 4711'")
+
+    task = make_task(client_data=load)
+    texts = {}
+    for privacy in ({}, PRIVATE):
+        run = make_run(privacy=privacy) if privacy else make_run()
+        app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy())
+        texts[bool(privacy)] = refused(app(instruct(task, run), context()))
+    assert texts[True] == "client 'anna': DataError; its log says more"
+    assert "patient 4711" in texts[False]
+    assert "patient 4711" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "mu"), [(3e36, 0.0), (1.1e6, 0.0), (float("nan"), 0.0), (0.1, 1e9)]
+)
+def test_what_no_training_leads_to_is_refused_before_the_ledger_is_charged(
+    value: float, mu: float
+) -> None:
+    task, run, node = make_task(), make_run(privacy=PRIVATE), context()
+    sent = instruct(task, run, mu=mu)
+    weights = pack(build_model(task, run).model)
+    weights[3] = value
+    sent.content.array_records[ARRAYS] = weights_record(weights)
+    said = refused(app_of(task, run)(sent, node))
+    assert "InvalidUpdate: round 1: " in said
+    assert read_ledger(node).charges == ()
 
 
 def test_a_client_that_declines_is_not_charged() -> None:
@@ -285,18 +382,14 @@ def test_a_client_that_declines_is_not_charged() -> None:
     assert read_ledger(node).charges == ()
 
 
-@pytest.mark.parametrize("privacy", [{}, PRIVATE], ids=["plain", "private"])
-def test_a_loss_that_turns_nan_sends_nothing(privacy: dict[str, Any]) -> None:
-    said = refused(ask(make_task(loss=nan_loss), make_run(privacy=privacy)))
+def test_a_loss_that_turns_nan_sends_nothing() -> None:
+    said = refused(ask(make_task(loss=nan_loss), make_run()))
     assert "client 'anna': TrainingDiverged: " in said
     assert "lower the learning rate" in said
 
 
-@pytest.mark.parametrize("privacy", [{}, PRIVATE], ids=["plain", "private"])
-def test_an_error_of_the_tasks_code_is_reported_with_the_clients_name(
-    privacy: dict[str, Any],
-) -> None:
-    said = refused(ask(make_task(loss=failing_loss), make_run(privacy=privacy)))
+def test_an_error_of_the_tasks_code_is_reported_with_the_clients_name() -> None:
+    said = refused(ask(make_task(loss=failing_loss), make_run()))
     assert said == "client 'anna': the task raised OSError: sensor unplugged"
 
 
