@@ -127,7 +127,7 @@ class SystemDraws:
             joined = torch.cat(parts)
             exact = joined.to("cpu", torch.float64)
             exact.mul_(1 / step).round_().add_(steps.round_()).mul_(step)
-            noisy = exact.to(joined.device).split([len(part) for part in parts])
+            noisy = torch.split(exact.to(joined.device), [len(part) for part in parts])
             torch._foreach_copy_(parts, noisy)
         for tensor, one in zip(sums, flat, strict=True):
             if one.data_ptr() != tensor.data_ptr():  # its memory has gaps, or another order

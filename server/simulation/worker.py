@@ -300,7 +300,9 @@ class Worker:
         try:
             self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
         except InvalidUpdate as error:
-            return Answer(one, error=error_of(one.name, error, hide=False), ledger=ledger, fate=found)
+            return Answer(
+                one, error=error_of(one.name, error, hide=False), ledger=ledger, fate=found
+            )
         return Answer(
             one,
             num_examples=update.num_examples,
