@@ -9,7 +9,6 @@ from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Charge, noise_for
 from fedcore.task import Examples, size_of
 
-
 MAX_DELTA_SHARE = 0.1
 """Of one over a client's examples: what ``target_delta`` may come to."""
 

@@ -61,7 +61,7 @@ def _step(noise: float, rate: float, pessimistic: bool, interval: float) -> Priv
 
 
 def theirs(history: list[tuple[float, float, int]], delta: float, *, pessimistic: bool) -> float:
-    small = all(n >= 4 and q <= 0.1 or n >= 1 and q <= 0.001 for n, q, _ in history)
+    small = all((n >= 4 and q <= 0.1) or (n >= 1 and q <= 0.001) for n, q, _ in history)
     interval = 1e-4 if small else 1e-3  # finer than the losses of one step
     composed = [_step(n, q, pessimistic, interval).self_compose(steps) for n, q, steps in history]
     return float(functools.reduce(lambda a, b: a.compose(b), composed).get_epsilon_for_delta(delta))
