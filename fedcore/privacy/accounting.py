@@ -62,6 +62,8 @@ MIN_NOISE, MAX_NOISE = 0.1, 1e6
 """Noise multipliers that may be asked for: one step without sampling costs an epsilon of 91 at the
 lower end (delta 1e-5), and nothing measurable at the upper."""
 
+_ENOUGH_NOISE = 1e9  # more counts as this much: squares of all numbers stay floats
+
 History = tuple[Steps, ...]
 
 
@@ -134,7 +136,7 @@ def epsilon_of(
 def _history(charges: Sequence[Charge]) -> History:
     counts: dict[tuple[float, float], int] = {}
     for charge in charges:
-        mechanism = (charge.noise_multiplier, charge.sample_rate)
+        mechanism = (min(charge.noise_multiplier, _ENOUGH_NOISE), charge.sample_rate)
         counts[mechanism] = counts.get(mechanism, 0) + charge.steps
     return tuple(Steps(*mechanism, count) for mechanism, count in sorted(counts.items()) if count)
 
@@ -144,7 +146,7 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
     """The least of the upper bounds that hold for settings fixed beforehand.
 
     The exact one of the Gaussian mechanism without sampling always holds, as sampling can only
-    help, and is a closed form; so there is a bound even where the accountants give none.
+    help, and is a closed form: there is a bound even where the accountants give none.
     """
     try:
         unsampled = math.sqrt(
@@ -153,6 +155,8 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
         bound = gaussian_epsilon(unsampled, target_delta)
         if all(steps.sample_rate == 1 for steps in history):
             return bound
+        if bound == 0 or sum(steps.sample_rate * steps.number for steps in history) <= target_delta:
+            return 0.0  # the latter: the example is hardly ever drawn
         if accountant == "prv":
             composed = composed_epsilon(history, target_delta)
             if math.isfinite(composed):
@@ -227,8 +231,8 @@ def noise_for(
             raise PrivacyError(
                 f"privacy.max_epsilon = {max_epsilon} at target_delta = {target_delta} cannot be "
                 f"kept over {steps} steps at sample rate {sample_rate:.3g} by any noise multiplier "
-                f"up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, plan fewer rounds "
-                "or epochs, or set privacy.accountant to 'prv', which reaches lower."
+                f"up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, or plan fewer "
+                "rounds or epochs."
             )
         low, high = high, min(4 * high, MAX_NOISE)
     if low == high:

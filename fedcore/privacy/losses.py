@@ -30,6 +30,7 @@ MIN_NOISE = 0.05
 _INFLATION = 1e-3  # what the grid may add to the variance of the loss, relative to it
 _CUT = 1e-6  # of delta: what may be counted as lost in tails
 _MAX_LOSS = 600.0  # of one step: its exponential is still a float
+_LEAST = 1e-307  # in place of a sum that is too small for a float
 _ROUNDING = 1e-14  # relative error of a normal distribution function
 
 
@@ -136,6 +137,8 @@ def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:
         below, above = sensitivity / 2, epsilon / sensitivity
         return float(ndtr(below - above) - math.exp(epsilon + log_ndtr(-below - above)))
 
+    if sensitivity / math.sqrt(2 * math.pi) <= target_delta:  # above its total variation distance
+        return 0.0
     if not sensitivity < 1e6:  # epsilon would be above 5e11, where floats no longer hold delta
         return math.inf
     if delta(0.0) <= target_delta:
@@ -283,7 +286,9 @@ def _reach(steps: Sequence[_Losses], width: float, cut: float, sign: int) -> flo
         exponent = -math.log(cut)
         for each, y in zip(steps, losses, strict=True):
             top = float(tilt * y.max())
-            exponent += each.count * (top + math.log(float(each.masses @ np.exp(tilt * y - top))))
+            exponent += each.count * (
+                top + math.log(max(float(each.masses @ np.exp(tilt * y - top)), _LEAST))
+            )
         best = min(best, exponent / tilt)
     return best
 
@@ -299,8 +304,8 @@ def _quantile(masses: FloatArray, first: int, width: float, delta: float) -> flo
     while low < high:  # the first point of the grid that is not below epsilon
         middle = (low + high) // 2
         low, high = (low, middle) if above(middle) <= delta else (middle + 1, high)
-    rest = masses[low:]
-    share = (float(rest.sum()) - delta) / float(rest @ (1 - weights[: len(rest)]))
-    if share <= 0:
-        return 0.0
-    return max(0.0, (first + low) * width + math.log(share))
+    enough, rest = (first + low) * width, masses[low:]
+    share = (float(rest.sum()) - delta) / max(float(rest @ (1 - weights[: len(rest)])), _LEAST)
+    if share > 0:  # between this point and the one below, delta is linear in exp(epsilon)
+        return max(0.0, enough + min(0.0, math.log(share)))
+    return 0.0 if low == max(0, -first) else enough
