@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Message, RecordDict
 
 from edge_client.node import loop
@@ -40,7 +41,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.flower.quiet import quiet
 from fedcore.model import build_model, preprocess_bytes
 from fedcore.owner import OwnerPolicy
-from fedcore.privacy.accounting import epsilon_of
+from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.task import load_task
 from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import layout_of, pack
@@ -196,6 +197,7 @@ def kill_often(root: Path, kills: int, *, seed: int, say: Callable[[str], None])
     kills come before the release, spread over all that lies there, and some after it.
     """
     assume_identity(RUN_ID)
+    _import_what_a_life_needs()
     site, rng = Site(root), random.Random(seed)
     between = others = under_reported = 0
     longest_s = 0.05
@@ -221,6 +223,12 @@ def kill_often(root: Path, kills: int, *, seed: int, say: Callable[[str], None])
         "epsilon_released": cost,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _import_what_a_life_needs() -> None:
+    """Once, before any life: a first optimiser has torch import for seconds."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    epsilon_of([Charge(1, 1.0, 1 / 3, 3)], target_delta=DELTA, accountant="rdp")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
