@@ -17,6 +17,7 @@ from fedcore.task import Examples, Folder, Task, check_inputs, data_folder, read
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import find_way
 from fedcore.updates.pack import layout_of
+from server.client_privacy import protect
 from server.cloud import CloudData, read_cloud_data
 from server.folder import check_outside
 from server.release import check_publishable
@@ -51,6 +52,8 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
     data = data_folder()
     clients = _clients(task, run, data)
     check_rounds(run, task, folder, clients=len(clients))
+    if run.client_private:
+        protect(run, clients=len(clients), cohort=run.federation.cohort or len(clients))
     cloud, test = read_for_release(run, task, data)
     return Prepared(data, clients, cloud, test)
 

@@ -502,7 +502,7 @@ def client_level(**settings: Any) -> RunConfig:
 
 def bounded_ask(task: Task, run: RunConfig) -> Update:
     message = instruct(task, run)
-    message.content.config_records[CONFIG][CLIP_NORM] = 0.25
+    message.content.config_records[CONFIG][CLIP_NORM] = 0.01
     return update_of(app_of(task, run)(message, context()), task, run)
 
 
@@ -512,7 +512,7 @@ def test_under_client_level_privacy_a_bounded_update_leaves_and_nothing_else() -
     start = pack(build_model(task, run).model)
     assert update.num_examples == 1
     assert update.metrics == {}
-    assert 0.2499 < np.linalg.norm(update.weights.astype(np.float64) - start) <= 0.25
+    assert 0.00999 < np.linalg.norm(update.weights.astype(np.float64) - start) <= 0.01
 
 
 def test_a_client_that_diverges_answers_as_if_it_had_no_data() -> None:

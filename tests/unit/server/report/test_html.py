@@ -11,6 +11,7 @@ import pytest
 from server.records import RunRecord, TrainingRecord, VirtualRecord
 from server.report import sections
 from server.report.html import report_html
+from server.report.privacy import privacy
 from server.report.summary import summary
 
 
@@ -128,7 +129,7 @@ def test_a_rollback_and_a_model_that_was_not_fine_tuned_are_said(record: RunReco
 
 
 def test_privacy_is_stated_with_unit_epsilon_delta_and_rounds(record: RunRecord) -> None:
-    text = read(sections.privacy(record, figures_of(record))).text
+    text = read(privacy(record, figures_of(record))).text
     assert "one example of one client" in text
     assert "Epsilon is at most 4.50 at delta 0.001 for every client" in text
     assert "accumulated over 3 rounds" in text
@@ -146,7 +147,7 @@ def test_what_the_noise_is_worth_is_said(
     record: RunRecord, noise: str, said: str, unsaid: str
 ) -> None:
     changed = replace(record, noise=noise)
-    text = read(sections.privacy(changed, figures_of(changed))).text
+    text = read(privacy(changed, figures_of(changed))).text
     assert said in text
     assert unsaid not in text
 
