@@ -24,9 +24,9 @@ FLOAT_MARGIN = 1e-4
 """Noise is drawn larger by this share, and so covers what rounding adds to a sum's sensitivity: of
 float32 arithmetic in gradients, norms and sums, and of the grid."""
 
-_CHUNK = 1 << 15  # normal numbers at a time: their buffers stay in a core's cache
+_CHUNK = 1 << 16  # normal numbers at a time: their buffers stay in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
-_EXACT_BITS = 52  # whole numbers of grid steps below 2**52 add up exactly in float64
+_EXACT_BITS = 51  # sums and noise are below 2**51 steps, so that what is added to round them fits
 _TO_UNIT = 2.0**-63
 
 
@@ -82,6 +82,10 @@ class SimulatedDraws:
             )
 
 
+def _operating_system_key() -> bytes:
+    return os.urandom(32)
+
+
 @dataclass(frozen=True)
 class SystemDraws:
     """Draws from a cryptographic stream whose key nobody knows: what real devices use.
@@ -107,7 +111,7 @@ class SystemDraws:
         arXiv:2004.00010.
     """
 
-    _stream: _KeyStream = field(default_factory=lambda: _KeyStream(os.urandom(32), os.urandom(16)))
+    _stream: _KeyStream = field(default_factory=lambda: _KeyStream(_operating_system_key()))
 
     def seed(self) -> int:
         """Fresh, see `Draws.seed`."""
@@ -121,12 +125,13 @@ class SystemDraws:
     def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
         """Adds Gaussian noise on a grid, see `Draws.add_noise`."""
         step = grid_step(deviation, bound)
+        shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64 numbers lie a step apart
         flat = [tensor.detach().reshape(-1) for tensor in sums]
-        chunks = self._normals(sum(map(len, flat)), deviation / step)
+        chunks = self._normals(sum(map(len, flat)), deviation)
         for parts, steps in zip(_in_chunks(flat), chunks, strict=True):
             joined = torch.cat(parts)
-            exact = joined.to("cpu", torch.float64)
-            exact.mul_(1 / step).round_().add_(steps.round_()).mul_(step)
+            exact = joined.to("cpu", torch.float64).add_(shift)  # rounds to the grid
+            exact.add_(steps.sub_(shift))  # so does this, and what comes is exact
             noisy = torch.split(exact.to(joined.device), [len(part) for part in parts])
             torch._foreach_copy_(parts, noisy)
         for tensor, one in zip(sums, flat, strict=True):
@@ -143,12 +148,13 @@ class SystemDraws:
         words = np.empty(min(_CHUNK, count + count % 2), np.uint64)
         of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
         angle, radius = torch.empty(2, len(of_angle), dtype=torch.float64).unbind()
+        half = torch.tensor(_TO_UNIT / 2, dtype=torch.float64)
         found = torch.from_numpy(words.view(np.float64))  # over the words, once they are read
         cosines, sines = found.view(2, -1).unbind()
         for start in range(0, count, _CHUNK):
             self._stream.fill(words)
             angle.copy_(of_angle).mul_(math.pi * _TO_UNIT)  # in [-pi, pi)
-            radius.copy_(of_radius).abs_().add_(0.5).mul_(_TO_UNIT)  # in (0, 1]
+            torch.add(half, radius.copy_(of_radius).abs_(), alpha=_TO_UNIT, out=radius)  # (0, 1]
             radius.log_().mul_(-2 * deviation * deviation)
             np.sqrt(radius.numpy(), out=radius.numpy())  # twice as fast as torch's
             torch.cos(angle, out=cosines).mul_(radius)
@@ -181,7 +187,8 @@ def grid_step(deviation: float, bound: float) -> float:
 class _KeyStream:
     """AES-256 in counter mode, as 64-bit words; the key is nowhere but in the cipher."""
 
-    def __init__(self, key: bytes, counter: bytes) -> None:
+    def __init__(self, key: bytes) -> None:
+        counter = os.urandom(16)
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
         self._zeros = memoryview(bytes(_CHUNK * 8))
 

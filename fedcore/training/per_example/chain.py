@@ -213,7 +213,7 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
     window, weight = layer.window, matrix(layer, weights[layer.weight])
     window.check(*image.shape[3:])
     rows = patches(image.detach(), window)
-    z = torch.bmm(rows.flatten(1, 2), weight.transpose(1, 2)).view(*rows.shape[:3], -1)
+    z = products(rows, weight)
     if image.requires_grad:
         z = back_to_image(image, z, weight, window)
     z = result = _anchored(z)
@@ -222,6 +222,17 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
     if layer.bias is not None:
         result = result + weights[layer.bias][:, None, None]
     return rows, z, result
+
+
+def products(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows ``(K, B, R, F)`` times weights ``(K, out, F)``: ``(K, B, R, out)``.
+
+    One client's examples are taken one by one on a CPU: each then stays in a core's cache.
+    """
+    if len(rows) == 1 and not rows.is_cuda:
+        each = weight.transpose(1, 2).expand(rows.shape[1], -1, -1)
+        return torch.bmm(rows[0], each).unsqueeze(0)
+    return torch.bmm(rows.flatten(1, 2), weight.transpose(1, 2)).view(*rows.shape[:3], -1)
 
 
 def _anchored(z: Tensor) -> Tensor:
