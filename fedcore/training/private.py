@@ -74,7 +74,7 @@ def train_private(
     try:
         for step in range(plan.charge.steps):
             rows = draws.poisson(count, plan.charge.sample_rate)
-            batches = read_batch(examples, rows, device, seed=seed + step * count)
+            batches = read_batch(examples, rows, device, seed=seed + step * count, usual=way.usual)
             found = clipped_sum(
                 way,
                 preprocess,

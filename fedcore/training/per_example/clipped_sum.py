@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
+from fedcore.seeds import global_streams
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
-from fedcore.training.per_example.ways import Part, Way, one_by_one, trained
+from fedcore.training.per_example.ways import Kind, Part, Way, one_by_one, trained
 
 _MOST_ROWS = 256
 """Examples that are summed up in float32; their sums are added in float64. So rounding stays below
@@ -107,23 +107,48 @@ def _wide_zeros(parameter: Tensor) -> Tensor:
 def _of_part(
     way: Way, preprocess: nn.Module, model: nn.Module, loss: Loss, batch: Batch, clip_norm: float
 ) -> ClippedSum:
-    """That of one physical batch; examples that cannot be used are replaced until all can."""
-    skipped = 0
-    while bool(batch.counted.any()):
-        part = _taken(way, preprocess, model, batch)
-        if part is None:  # some example fails; which ones shows when each is alone
-            usable = _runs(preprocess, model, loss, batch)
-            if bool((usable | ~batch.counted).all()):
-                rest = _alone(preprocess, model, loss, batch, clip_norm)
-                return ClippedSum(rest.sums, skipped + rest.skipped)
-        else:
-            usable = part.usable
-            if bool((usable | ~batch.counted).all()):
-                shares = shares_of(part.squares, clip_norm) * batch.counted
-                return ClippedSum(part.weighted(shares), skipped)
-        skipped += int((batch.counted & ~usable).sum())
-        batch = _without(batch, batch.counted & usable)
-    return ClippedSum([torch.zeros_like(p) for p in trained(model).values()], skipped)
+    """That of one physical batch. What is done with an example is decided by that example alone."""
+
+    def taken(way: Way, batch: Batch) -> Part | None:
+        return _taken(way, preprocess, model, batch)
+
+    zero = ClippedSum([torch.zeros_like(p) for p in trained(model).values()], 0)
+    if not bool(batch.counted.any()):
+        return zero
+    part = taken(way, batch)
+    if part is not None:
+        return _weighted(part, batch, clip_norm)
+    runs, found = _running(lambda some: taken(way, some) is not None, batch), [zero]
+    together = _without(batch, batch.counted & runs)
+    part = taken(way, together) if bool(runs.any()) else None
+    if part is not None:
+        found.append(_weighted(part, together, clip_norm))
+        batch = replace(batch, counted=batch.counted & ~runs)
+    alone = one_by_one(loss, why="")
+    for place in batch.counted.nonzero().flatten().tolist():
+        single = batch.rows(place, place + 1)
+        part = taken(alone, single)
+        skipped = replace(zero, skipped=1)
+        found.append(skipped if part is None else _weighted(part, single, clip_norm))
+    sums = [torch.stack(each).sum(dim=0) for each in zip(*(f.sums for f in found), strict=True)]
+    return ClippedSum(sums, sum(f.skipped for f in found))
+
+
+def _running(runs: Callable[[Batch], bool], batch: Batch) -> Tensor:
+    """At which places there are examples that do not fail, ``(B,)``: what fails is halved."""
+    count = len(batch.counted)
+    if not bool(batch.counted.any()) or runs(batch):
+        return batch.counted
+    if count == 1:
+        return torch.zeros_like(batch.counted)
+    halves = batch.rows(0, count // 2), batch.rows(count // 2, count)
+    return torch.cat([_running(runs, half) for half in halves])
+
+
+def _weighted(part: Part, batch: Batch, clip_norm: float) -> ClippedSum:
+    used = batch.counted & part.usable
+    shares = torch.where(used, shares_of(part.squares, clip_norm), 0.0)
+    return ClippedSum(part.weighted(shares), int((batch.counted & ~used).sum()))
 
 
 def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> Part | None:
@@ -134,7 +159,7 @@ def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> P
             that depends on sizes, and not on values.
     """
     try:
-        with drawing_from(batch.seed):
+        with global_streams(batch.seed):
             return way.take(preprocess, model, batch.inputs, batch.targets)
     except (Exception, SystemExit) as error:  # the task's code, on values that nobody looked at
         if len(batch.counted) > 1 and _is_out_of_memory(error):
@@ -148,46 +173,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def _runs(preprocess: nn.Module, model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
-    """Which examples have a gradient, finite or not, when each is alone.
-
-    Whether it is finite is decided in the batch: it may differ by rounding.
-    """
-    way, runs = one_by_one(loss, why=""), torch.zeros_like(batch.counted)
-    for place in batch.counted.nonzero().flatten().tolist():
-        runs[place] = _taken(way, preprocess, model, batch.rows(place, place + 1)) is not None
-    return runs
-
-
-def _alone(
-    preprocess: nn.Module, model: nn.Module, loss: Loss, batch: Batch, clip_norm: float
-) -> ClippedSum:
-    """One example after the other, where torch cannot take these together."""
-    way = one_by_one(loss, why="")
-    parts = [
-        _of_part(way, preprocess, model, loss, batch.rows(place, place + 1), clip_norm)
-        for place in range(len(batch.counted))
-    ]
-    each = zip(*(part.sums for part in parts), strict=True)
-    return ClippedSum(
-        [torch.stack(one).sum(dim=0) for one in each], sum(part.skipped for part in parts)
-    )
-
-
-@contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Has torch's default generators begin at ``seed``, and go on afterwards where they were.
-
-    Not torch.manual_seed, which looks for GPUs of four kinds on each call.
-    """
-    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.default_generator.manual_seed(seed)
-        for gpu in gpus:
-            torch.cuda.default_generators[gpu].manual_seed(seed)
-        yield
-
-
 def _without(batch: Batch, counted: Tensor) -> Batch:
     """The same places, with the first example that counts in all that do not."""
     if not bool(counted.any()):
@@ -197,17 +182,28 @@ def _without(batch: Batch, counted: Tensor) -> Batch:
     return Batch(batch.inputs[index], batch.targets[index], counted, batch.seed)
 
 
-def read_batch(examples: Examples, rows: Tensor, device: torch.device, *, seed: int) -> list[Batch]:
+def read_batch(
+    examples: Examples,
+    rows: Tensor,
+    device: torch.device,
+    *,
+    seed: int,
+    usual: Kind | None = None,
+) -> list[Batch]:
     """The examples of some rows, on a device, ready to be summed over.
 
-    A row that cannot be read, or is no pair of tensors, is left out and counts as zero. Rows of
-    different shapes or dtypes come in batches of their own, in which the others' places are filled.
+    A row that cannot be read, or is no pair of tensors, is left out and counts as zero. Where
+    shapes or dtypes differ, rows with inputs of the usual kind come in a batch for each kind of
+    target, in which the others' places are filled. Any other row comes alone: a batch that is
+    filled with rows of a shape nobody planned for may take more memory than there is.
 
     Args:
         examples: A client's data.
         rows: Row numbers, int64, ``(B,)``.
         device: Where to train.
         seed: What random numbers of data sets and models begin at, place by place.
+        usual: Shape and dtype of the task's example, not of the data's; without it, the rows of
+            each kind come together.
     """
     if not len(rows):
         return []
@@ -216,7 +212,7 @@ def read_batch(examples: Examples, rows: Tensor, device: torch.device, *, seed: 
         counted = torch.ones(len(rows), dtype=torch.bool, device=device)
         return [Batch(inputs.to(device), targets.to(device), counted, seed)]
     read = [_read(examples, row, seed + place) for place, row in enumerate(rows.tolist())]
-    return list(_by_kind(read, device, seed))
+    return list(_by_kind(read, device, seed, usual))
 
 
 def _is_uniform(examples: Examples) -> bool:
@@ -231,21 +227,35 @@ _Pair = tuple[Tensor, Tensor]
 
 def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
     try:
-        with drawing_from(seed):
+        with global_streams(seed):
             inputs, targets = default_collate([examples[row]])
+        return _plain(inputs), _plain(targets)
     except (Exception, SystemExit):  # the user's code, or a broken file
         return None
-    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
-        return None
-    return inputs[0], targets[0]
 
 
-def _by_kind(read: Sequence[_Pair | None], device: torch.device, seed: int) -> Iterator[Batch]:
+def _plain(part: object) -> Tensor:
+    """A batch of one as a tensor that others can be stacked with."""
+    if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_quantized:
+        raise TypeError("no plain tensor")
+    if part.is_nested or part.is_meta:
+        raise TypeError("a tensor without numbers")
+    return part[0].detach().as_subclass(Tensor)
+
+
+def _by_kind(
+    read: Sequence[_Pair | None], device: torch.device, seed: int, usual: Kind | None
+) -> Iterator[Batch]:
     kinds: dict[object, list[int]] = {}
     for place, pair in enumerate(read):
         if pair is not None:
             kind = tuple((part.shape, part.dtype) for part in pair)
-            kinds.setdefault(kind, []).append(place)
+            if usual is not None and kind[0] != usual:
+                inputs, targets = (part.unsqueeze(0).to(device) for part in pair)
+                counted = torch.ones(1, dtype=torch.bool, device=device)
+                yield Batch(inputs, targets, counted, seed + place)
+            else:
+                kinds.setdefault(kind, []).append(place)
     for places in kinds.values():
         there = set(places)
         index = [place if place in there else places[0] for place in range(len(read))]

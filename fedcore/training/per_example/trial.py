@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.model import FullModel
 from fedcore.privacy.layers import check_layers
+from fedcore.seeds import global_streams
 from fedcore.task import Kind, Loss, Task
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.losses import is_mean
@@ -23,8 +24,10 @@ from fedcore.training.per_example.ways import (
     by_chain,
     by_vmap,
     each_alone,
+    fresh,
     is_mappable,
     one_by_one,
+    own_gradient,
     trained,
 )
 
@@ -47,26 +50,28 @@ def find_way(task: Task, model: FullModel) -> Way:
 
     Args:
         task: Its loss, kind and example; its data are not looked at.
-        model: A fresh model, on the device to train on. Its weights and buffers are as before
-            afterwards.
+        model: A fresh model, on the device to train on. Copies of it are run.
 
     Raises:
-        UnsupportedLayer: the model's output for one example depends on others of its batch, a
-            batch of one fails, or running the model changes its buffers or parameters.
+        UnsupportedLayer: the model's output for one example depends on others of its batch or
+            before it, running it changes its buffers, or it takes no batches of one.
         PrivacyError: the loss is no mean over examples.
     """
     assert task.loss is not None  # a Task sets it
+    check_layers(model.preprocess)
     check_layers(model.model)
-    with _as_before(model):
-        tried = made_up(task, model)
-        _check_apart(model.preprocess, tried.inputs, "preprocess")
-        mapped = is_mappable(model.preprocess, tried.inputs)
-        behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
-        _check_apart(model.model, behind, "model")
-        _run_in_training(model.model, behind)
-        if tried.targets is not None:
-            _check_mean(task.loss, model, tried)
-        return _quickest(task.loss, model, behind, tried, mapped)
+    model = _copied(model, task.loss)
+    tried = made_up(task, model)
+    _check_apart(model.preprocess, tried.inputs, "preprocess")
+    mapped = is_mappable(model.preprocess, tried.inputs)
+    behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
+    _check_apart(model.model, behind, "model")
+    if tried.targets is not None:
+        _check_mean(task.loss, model, tried)
+        _check_keeps_nothing(task.loss, model, tried)
+    way = _quickest(task.loss, model, behind, tried, mapped)
+    example = task.example_input
+    return replace(way, usual=(example.shape, example.dtype))
 
 
 def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mapped: bool) -> Way:
@@ -78,7 +83,8 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mappe
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
     elif not _has_hooks(model.model):
-        chain = find_chain(model.model, behind)
+        (network,) = fresh(model.model)  # tracing leaves stand-ins for tensors in attributes
+        chain = find_chain(network, behind)
         if chain is not None:
             way = by_chain(chain, loss, mapped=mapped)
             if _agree(way, alone, model, tried) is None:
@@ -170,19 +176,31 @@ def _targets(kind: Kind, outputs: Tensor, rng: torch.Generator) -> Iterator[Tens
         yield draw().to(device)
 
 
+def _copied(model: FullModel, loss: Loss) -> FullModel:
+    """A copy; refuses what cannot be copied, as each example is taken with copies of its own."""
+    try:
+        copied: FullModel = fresh(model, loss)[0]
+    except Exception as error:  # whatever the task's objects raise
+        raise UnsupportedLayer(
+            "model: example-level privacy takes each example with a copy of preprocessing, model "
+            f"and loss, and copying fails: {type(error).__name__}: {str(error)[:200]}. Nothing was "
+            "trained or charged; keep out of them what copy.deepcopy refuses (open files, locks, "
+            "tensors that are part of a graph), or set privacy.unit to 'none'."
+        ) from None
+    return copied
+
+
 def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
-    """Refuses a module whose output for one example depends on the others."""
-    with torch.no_grad(), _without_chance(module):
-        try:
-            alone = torch.cat([module(one.unsqueeze(0)) for one in inputs])
-        except Exception as error:
-            raise UnsupportedLayer(
-                f"{what}: example-level privacy trains on each example alone, and a batch of one "
-                f"fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained or "
-                f"charged; make {what} take a batch of one, or set privacy.unit to 'none'."
-            ) from None
-        together = module(inputs)
-    if together.shape != alone.shape or not _close(together.float(), alone.float()):
+    """Refuses a module whose output for one example depends on the others.
+
+    In evaluation mode, and as it is trained, unless chance then decides what it gives.
+    """
+    with torch.no_grad():
+        with _without_chance(module):
+            apart = _is_apart(module, inputs, what)
+        if apart and _repeats(module, inputs):
+            apart = _is_apart(module, inputs, what)
+    if not apart:
         raise UnsupportedLayer(
             f"{what}: its output for an example depends on the other examples of the batch, so a "
             "model that is trained on each example alone would not be the one that is served. "
@@ -192,19 +210,77 @@ def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
         )
 
 
-def _run_in_training(module: nn.Module, inputs: Tensor) -> None:
-    """Runs each example alone in training mode, in which alone some layers keep statistics."""
-    module.train()
+def _is_apart(module: nn.Module, inputs: Tensor, what: str) -> bool:
     try:
-        with torch.no_grad():
-            for one in inputs:
-                module(one.unsqueeze(0))
+        alone = torch.cat([fresh(module)[0](one.unsqueeze(0)) for one in inputs])
     except Exception as error:
         raise UnsupportedLayer(
-            f"model: in training mode a batch of one fails: {type(error).__name__}: "
-            f"{str(error)[:200]}. Nothing was trained or charged; make the model take a batch of "
-            "one, or set privacy.unit to 'none'."
+            f"{what}: example-level privacy trains on each example alone, and a batch of one "
+            f"fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained or "
+            f"charged; make {what} take a batch of one, or set privacy.unit to 'none'."
         ) from None
+    together = fresh(module)[0](inputs)
+    return together.shape == alone.shape and _close(together.float(), alone.float())
+
+
+def _repeats(module: nn.Module, inputs: Tensor) -> bool:
+    """Whether a module gives the same whatever random numbers it draws."""
+    given = []
+    for seed in (1, 2):
+        with global_streams(seed):
+            given.append(fresh(module)[0](inputs))
+    return torch.equal(*given)
+
+
+def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
+    """Refuses what carries something from one example to the next, as it is trained.
+
+    Copies of the modules for each example would hide it, and train another model than the task's.
+    """
+    assert tried.targets is not None
+    model.train()
+    pairs = list(zip(tried.inputs, tried.targets, strict=True))
+    found = []
+    for order in (pairs[:1], [*pairs[1:], pairs[0]]):
+        before, network, judge = fresh(model.preprocess, model.model, loss)
+        for one, target in order:
+            try:
+                with global_streams(1):
+                    gradient = own_gradient(before, network, judge, one, target)
+            except Exception as error:
+                raise UnsupportedLayer(
+                    "model: example-level privacy takes the gradient of each example alone, and "
+                    f"that fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained "
+                    "or charged; make model and loss take batches of one in training, or set "
+                    "privacy.unit to 'none'."
+                ) from None
+        found.append(gradient)
+        _check_buffers(model, FullModel(before, network))
+    scale = max((float(one.abs().max()) for one in found[0] if one.numel()), default=0.0)
+    for first, again in zip(*found, strict=True):
+        if not torch.allclose(first, again, rtol=0, atol=1e-6 * scale, equal_nan=True):
+            raise UnsupportedLayer(
+                "model: its gradient for an example changes with the examples that were taken "
+                "before: model, preprocessing or loss keep something of them, or draw from a "
+                "random generator of their own. Nothing was trained or charged; keep no counters, "
+                "running means or lists from one example to the next, and draw from torch's "
+                "default generator, or set privacy.unit to 'none'."
+            )
+
+
+def _check_buffers(before: FullModel, after: FullModel) -> None:
+    now = dict(after.named_buffers())
+    moved = [
+        name.partition(".")[2]
+        for name, buffer in before.named_buffers()
+        if not torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(now[name]))  # NaN stays NaN
+    ]
+    if moved:
+        raise UnsupportedLayer(
+            f"model: running it changes {', '.join(moved)}, which no parameter is. It may hold "
+            "statistics of the data, and would leave the device without noise. Nothing was trained "
+            "or charged; use layers that keep none, or set privacy.unit to 'none'."
+        )
 
 
 def _check_mean(loss: Loss, model: FullModel, tried: MadeUp) -> None:
@@ -244,39 +320,3 @@ def _without_chance(module: nn.Module) -> Iterator[None]:
     finally:
         for name, one in module.named_modules():
             one.training = modes[name]
-
-
-@contextmanager
-def _as_before(model: FullModel) -> Iterator[None]:
-    """Leaves modes and gradients as they were; refuses a model that changes its own numbers."""
-    modes = {name: one.training for name, one in model.named_modules()}
-    held = [
-        (f"{of}.{name}".lstrip("."), module, name, tensor, tensor.detach().clone())
-        for of, module in model.model.named_modules()
-        for named in (module.named_buffers(recurse=False), module.named_parameters(recurse=False))
-        for name, tensor in named
-    ]
-    moved = []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for path, module, name, tensor, before in held:
-                # Another tensor in its place is a change; it may be one that only vmap can read.
-                if getattr(module, name) is not tensor or not _is_same(tensor, before):
-                    moved.append(path)
-                tensor.copy_(before)
-                setattr(module, name, tensor)
-        for name, one in model.named_modules():
-            one.training = modes[name]
-        model.zero_grad(set_to_none=True)
-    if moved:
-        raise UnsupportedLayer(
-            f"model: running it changes {', '.join(moved)}, which may then hold statistics of the "
-            "data, and would leave the device without noise. Nothing was trained or charged; use "
-            "layers that keep none, or set privacy.unit to 'none'."
-        )
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN is no change

@@ -1,11 +1,14 @@
 """Three ways to take each example's own gradient, from the quickest to the most general.
 
 Each takes the gradient of a batch of one: the loss of one example behind preprocessing and model.
-What a model or a loss does across a batch can therefore not couple examples.
+What a model or a loss does across a batch can therefore not couple examples. Each runs copies of
+the modules, so that what these keep of one example (counters, running means, caches, in buffers or
+in plain attributes) never meets the next one.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +20,11 @@ from torch.func import functional_call, grad, vmap
 
 from fedcore.task import Loss
 from fedcore.training.per_example.chain import Chain, Conv, by_torch, like_weight, stacked
-from fedcore.training.per_example.clipping import ExampleGradients, Gradient, example_gradients
+from fedcore.training.per_example.clipping import (
+    Gradient,
+    example_gradients,
+    norms,
+)
 from fedcore.training.per_example.losses import example_losses
 
 Name = Literal["chain", "vmap", "alone"]
@@ -32,9 +39,12 @@ class Part:
     usable: Tensor
     """Whether the norm is to be believed, ``(B,)``; see `ExampleGradients.usable`."""
     weighted: Callable[[Tensor], list[Tensor]]
-    """The sum of all, each times its share ``(B,)``: a tensor for each trained parameter."""
+    """The sum of all that are usable, each times its share ``(B,)``: a tensor for each trained
+    parameter. It is finite whatever the others are."""
 
 
+Kind = tuple[torch.Size, torch.dtype]
+"""Of one input, without the batch dimension."""
 Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], Part]
 """From preprocessing, model, inputs ``(B, ...)`` and targets ``(B, ...)`` to their gradients."""
 
@@ -49,6 +59,8 @@ class Way:
     """What one more example of a physical batch takes, beside its activations."""
     why: str = ""
     """What keeps a quicker way from being taken; empty for the quickest."""
+    usual: Kind | None = None
+    """That of the task's example, for which the way was found."""
 
     def rows(self, memory_bytes: int) -> int:
         """The physical batch: how many examples are taken at once within ``memory_bytes``."""
@@ -60,6 +72,18 @@ class Way:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves, tied ones once, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fresh(*parts: Any) -> tuple[Any, ...]:
+    """Copies of modules that share their parameters; whatever is no module is left as it is.
+
+    Args:
+        parts: Model, preprocessing and loss; what two of them share, their copies share.
+    """
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    shared = {id(p): p for module in modules for p in module.parameters()}
+    copies = iter(copy.deepcopy(modules, shared))
+    return tuple(next(copies) if isinstance(part, nn.Module) else part for part in parts)
 
 
 def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
@@ -80,11 +104,15 @@ def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         weights = stacked(chain, {name: p.detach() for name, p in trained(model).items()}, 1)
         output, back = run(weights, each_alone(preprocess, inputs, mapped=mapped).unsqueeze(0))
-        _, slopes = example_losses(loss, output, targets.unsqueeze(0))
-        parts: list[ExampleGradients] = []
-        for layer, share in zip(chain.layers, back(slopes), strict=True):
-            # This way back leaves examples apart: it gives factors, never a whole batch's sum.
-            parts.append(example_gradients(*cast(Any, share), bias=layer.bias is not None))
+        _, slopes = example_losses(fresh(loss)[0], output, targets.unsqueeze(0))
+        # This way back leaves examples apart: it gives factors, never a whole batch's sum.
+        factors = [cast(Any, share) for share in back(slopes)]
+        biases = [layer.bias is not None for layer in chain.layers]
+        parts = [example_gradients(*f, bias=b) for f, b in zip(factors, biases, strict=True)]
+        usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
+        if not bool(usable.all()):
+            factors = [[_where(usable, one[0]).unsqueeze(0) for one in f] for f in factors]
+            parts = [example_gradients(*f, bias=b) for f, b in zip(factors, biases, strict=True)]
 
         def weighted(share: Tensor) -> list[Tensor]:
             sums: dict[str, Tensor] = {}
@@ -97,7 +125,6 @@ def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
             return [sums[name] for name in weights]
 
         squares = torch.stack([part.squares[0] for part in parts]).sum(dim=0)
-        usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
         return Part(squares, usable, weighted)
 
     convolved = sum(
@@ -119,14 +146,16 @@ def by_vmap(parameters: int, loss: Loss, *, why: str) -> Way:
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         values = {name: p.detach() for name, p in trained(model).items()}
+        before, network, judge = fresh(preprocess, model, loss)
 
         def alone(values: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
             with torch.no_grad():
-                behind = preprocess(one.unsqueeze(0))
-            return loss(functional_call(model, values, (behind,)), target.unsqueeze(0))
+                behind = before(one.unsqueeze(0))
+            output = functional_call(network, values, (behind,))
+            return cast(Tensor, judge(output, target.unsqueeze(0)))
 
         mapped = vmap(grad(alone), in_dims=(None, 0, 0), randomness="different")
-        with _own_states(model):
+        with _own_states(network):
             return _made(list(mapped(values, inputs, targets).values()))
 
     return Way("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
@@ -160,37 +189,57 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
     """For every model that takes a batch of one: an ordinary backward pass for each example."""
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
-        parameters = list(trained(model).values())
-        found: list[list[Tensor]] = []
+        found = []
         for one, target in zip(inputs, targets, strict=True):
-            with torch.no_grad():
-                behind = preprocess(one.unsqueeze(0))
-            with torch.enable_grad():
-                value = loss(model(behind), target.unsqueeze(0))
-                slopes = torch.autograd.grad(value, parameters, allow_unused=True)
-            found.append(
-                [
-                    torch.zeros_like(parameter) if slope is None else slope
-                    for parameter, slope in zip(parameters, slopes, strict=True)
-                ]
-            )
+            before, network, judge = fresh(preprocess, model, loss)
+            found.append(own_gradient(before, network, judge, one, target))
         return _made([torch.stack(each) for each in zip(*found, strict=True)])
 
     return Way("alone", take, 0, why)
 
 
+def own_gradient(
+    preprocess: nn.Module, model: nn.Module, loss: Loss, one: Tensor, target: Tensor
+) -> list[Tensor]:
+    """The gradient of a batch of one for each trained parameter; runs the modules themselves."""
+    parameters = list(trained(model).values())
+    with torch.no_grad():
+        behind = preprocess(one.unsqueeze(0))
+    try:
+        with torch.enable_grad():  # not autograd.grad, which reentrant checkpoints do not bear
+            torch.autograd.backward(loss(model(behind), target.unsqueeze(0)))
+        return [
+            torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense()
+            for p in parameters
+        ]
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
 def _made(each: Sequence[Tensor]) -> Part:
     """From gradients as they are, ``(B, ...)`` for each parameter."""
-    flat = [one.detach().flatten(1) for one in each]
-    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in flat])
-    # Norms below 1.8e19 have squares in float32; larger ones are infinite, and not usable.
-    squares = lengths.square().sum(dim=0)
+    flat = [_exact(one.detach().flatten(1)) for one in each]
+    squares = torch.stack([norms(one) for one in flat]).square().sum(dim=0)
+    usable = torch.isfinite(squares)
+    if not bool(usable.all()):
+        flat = [_where(usable, one) for one in flat]
 
     def weighted(share: Tensor) -> list[Tensor]:
-        sums = (torch.mv(one.transpose(0, 1), share) for one in flat)
+        sums = (torch.mv(one.transpose(0, 1), share.to(one.dtype)) for one in flat)
         return [total.view(one.shape[1:]) for total, one in zip(sums, each, strict=True)]
 
-    return Part(squares, torch.isfinite(squares), weighted)
+    return Part(squares, usable, weighted)
+
+
+def _where(usable: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``(B, ...)``, with zeros in place of those that are not usable."""
+    return torch.where(usable.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows))
+
+
+def _exact(one: Tensor) -> Tensor:
+    """Numbers of 16 bits in 32, in which norms and sums are what they are to be."""
+    return one.float() if one.dtype in (torch.float16, torch.bfloat16) else one
 
 
 def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor:
@@ -206,8 +255,10 @@ def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor
         return inputs
     with torch.no_grad():
         if mapped:
-            return cast(Tensor, vmap(lambda one: preprocess(one.unsqueeze(0)).squeeze(0))(inputs))
-        return torch.cat([preprocess(one.unsqueeze(0)) for one in inputs])
+            (before,) = fresh(preprocess)
+            alone = vmap(lambda one: before(one.unsqueeze(0)).squeeze(0), randomness="different")
+            return cast(Tensor, alone(inputs))
+        return torch.cat([fresh(preprocess)[0](one.unsqueeze(0)) for one in inputs])
 
 
 def is_mappable(preprocess: nn.Module, inputs: Tensor) -> bool:

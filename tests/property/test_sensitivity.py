@@ -1,0 +1,230 @@
+"""How far one example can move what noise is added to, over a zoo of models and losses.
+
+The real training runs, with noise off: two data sets differ in one example, which one of them
+replaces by a row that cannot be read. Models that are accepted keep to the clip norm whatever the
+example and the server's weights are; those that are refused are so before anything is charged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict  # noqa: F401  (imported first, before torch's own threads start)
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from fedcore.client_app import Client, learn
+from fedcore.config import Client as Settings
+from fedcore.config import RunConfig
+from fedcore.errors import PrivacyError, UnsupportedLayer
+from fedcore.model import FullModel, build_model, preprocess_bytes
+from fedcore.owner import OPEN_POLICY
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.ledger import Ledger
+from fedcore.privacy.planning import PrivatePlan
+from fedcore.seeds import SystemEntropy
+from fedcore.task import Task
+from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.ways import Way
+from fedcore.training.private import train_private
+from fedcore.updates.messages import Instruction
+from fedcore.updates.pack import layout_of, pack
+from tests.property.zoo import CASES, TOKENS, Case
+
+ROUNDING = 1e-4
+"""What the noise is drawn larger by."""
+COUNT, PLACE = 9, 4
+ACCEPTED = [case for case in CASES if case.outcome != "refused"]
+REFUSED = [case for case in CASES if case.outcome == "refused"]
+RUN = RunConfig.model_validate(
+    {
+        "name": "run",
+        "task": "task.py",
+        "client": {"batch_size": COUNT, "device": "cpu"},
+        "privacy": {"unit": "example", "target_delta": 1e-3},
+    }
+)
+Row = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Silent:
+    """Draws every example in every step, and no noise; keeps the sums that it is given."""
+
+    sums: list[Tensor] = field(default_factory=list)
+
+    def seed(self) -> int:
+        return 5
+
+    def poisson(self, count: int, rate: float) -> Tensor:
+        return torch.arange(count)
+
+    def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
+        self.sums.append(torch.cat([one.double().flatten() for one in sums]))
+
+
+class Rows(Dataset[Row]):
+    """Rows as they are, of which one may be unreadable."""
+
+    def __init__(self, rows: list[Row | None]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Row:
+        found = self.rows[row]
+        if found is None:
+            raise ValueError("row 4711 of the file is no number")
+        return found
+
+
+def task_of(case: Case) -> Task:
+    return Task(
+        name="zoo",
+        kind=case.kind,
+        model=case.model,
+        clients=lambda folder: ["anna"],
+        client_data=lambda client, folder: TensorDataset(*data_of(case)),
+        test_data=lambda folder: TensorDataset(*data_of(case)),
+        example_input=case.example,
+        preprocess=case.preprocess,
+        loss=copy.deepcopy(case.loss),
+    )
+
+
+def data_of(case: Case) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(3)
+    shape = (COUNT, *case.example.shape)
+    if case.example.is_floating_point():
+        inputs = torch.randn(shape, generator=rng)
+    else:
+        inputs = torch.randint(TOKENS, shape, generator=rng)
+    return inputs, case.targets(COUNT, rng)
+
+
+def adversaries(case: Case) -> Iterator[Row]:
+    """Examples that try to move the sum by more than one may, the plain one first."""
+    inputs, targets = (one[PLACE].clone() for one in data_of(case))
+    yield inputs, targets
+    if inputs.is_floating_point():
+        for factor in (50.0, 1e6, 1e19, 3e38):
+            yield inputs / inputs.abs().max() * factor, targets
+        for value in (0.0, 1e-40, 7.0, float("nan"), float("inf"), -float("inf")):
+            yield torch.full_like(inputs, value), targets
+        odd = inputs.clone()
+        odd.view(-1)[0] = float("nan")
+        yield odd, targets
+    else:
+        for token in (0, TOKENS - 1, TOKENS, -1, 2**40):
+            yield torch.full_like(inputs, token), targets
+    if targets.is_floating_point():
+        for value in (1e4, 1e20, -3e38, float("nan"), float("inf")):
+            yield inputs, torch.full_like(targets, value)
+    else:
+        for label in (0, -100, -1, 99, 2**62):
+            yield inputs, torch.full_like(targets, label)
+    yield inputs[..., :-1], targets  # rows of odd shapes and dtypes
+    yield inputs.unsqueeze(0), targets
+    yield inputs.double(), targets.to(torch.int32)
+
+
+def hostile(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model at weights of a hostile server, within what it may send."""
+    for name in ("fresh", "huge", "cancelling", "tiny", "equal"):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                signs = torch.ones(parameter.numel())
+                signs[::2] = -1
+                signs = signs.view(parameter.shape)
+                match name:
+                    case "huge":
+                        parameter.copy_(1e6 * torch.sign(parameter))
+                    case "cancelling":  # rows that cancel but for their last bits
+                        parameter.copy_(1e3 * signs + 1e-3 * parameter)
+                    case "tiny":
+                        parameter.mul_(1e-38)
+                    case "equal":
+                        parameter.fill_(1e6)
+        yield name, changed
+
+
+def sums(
+    way: Way, task: Task, full: FullModel, examples: Any, *, clip: float = 1.0, steps: int = 2
+) -> Tensor:
+    """What noise would have been added to, ``(steps, parameters)``; weights all but stand still."""
+    model, draws = copy.deepcopy(full), Silent()
+    assert task.loss is not None
+    train_private(
+        model.preprocess,
+        model.model,
+        examples,
+        task.loss,
+        Settings(learning_rate=1e-30),
+        PrivatePlan(Charge(1, 1.0, 1.0, steps), clip),
+        way=way,
+        draws=draws,
+    )
+    found = torch.stack(draws.sums)
+    assert found.shape[0] == steps
+    assert torch.isfinite(found).all()
+    return found
+
+
+def lazily(case: Case, row: Row | None) -> Rows:
+    rows: list[Row | None] = list(zip(*data_of(case), strict=True))
+    rows[PLACE] = row
+    return Rows(rows)
+
+
+def moved(with_it: Tensor, without: Tensor, clip: float = 1.0) -> float:
+    """The sensitivity that two data sets show, over the clip norm, in the worst step."""
+    return float((with_it - without).norm(dim=1).max()) / clip
+
+
+def test_the_zoo_is_large_and_has_both_kinds() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 40
+    assert len(ACCEPTED) >= 40
+    assert len(REFUSED) >= 20
+    assert {case.outcome for case in ACCEPTED} == {"chain", "vmap", "alone"}
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.name)
+def test_no_example_moves_a_sum_by_more_than_the_clip_norm(case: Case) -> None:
+    task = task_of(case)
+    full = build_model(task, RUN)
+    way = find_way(task, full)
+    assert way.name == case.outcome, way.why
+    for name, model in hostile(full.model):
+        at = FullModel(full.preprocess, model)
+        steps = 2 if name == "fresh" else 1
+        without = sums(way, task, at, lazily(case, None), steps=steps)
+        if name == "fresh":  # noise is not all that there is
+            assert float(without.norm(dim=1).min()) > 1e-3
+        rows = list(adversaries(case))
+        for number, row in enumerate(rows if name == "fresh" else rows[::4]):
+            seen = moved(sums(way, task, at, lazily(case, row), steps=steps), without)
+            assert seen <= 1 + ROUNDING, (name, number, seen)
+            if name == "fresh" and number == 0:
+                assert seen > 1e-6  # the plain example counts
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_what_couples_examples_is_refused_before_a_charge(case: Case) -> None:
+    task, charges = task_of(case), []
+    client = Client(task, RUN, OPEN_POLICY, SystemEntropy())
+    model = build_model(task, RUN)
+    asked = Instruction(
+        1, pack(model.model), layout_of(model.model).digest, preprocess_bytes(model), 0.0
+    )
+    with pytest.raises((PrivacyError, UnsupportedLayer), match=r"Nothing was trained") as caught:
+        learn(client, "anna", asked, Ledger(), on_spend=charges.append)
+    assert case.remedy in str(caught.value)
+    assert case.remedy
+    assert not charges
