@@ -20,7 +20,7 @@ from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
 from fedcore.privacy.losses import gaussian_epsilon
 
 HISTORIES = 1000
-_CELLS = 3000
+_CELLS = 2000
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def second_opinion(charges: tuple[Charge, ...], delta: float) -> float:
     """
     cells = [_cells(charge) for charge in charges]
     sizes = [math.sqrt(float(masses @ losses**2)) for losses, masses, _ in cells]
-    width = min(sizes) / 12
+    width = min(sizes) / 8
     found = []
     for direction in (+1, -1):
         parts = [
@@ -75,7 +75,7 @@ def second_opinion(charges: tuple[Charge, ...], delta: float) -> float:
         ]
         mean = sum(c.steps * float(m @ y) for (y, m), c in zip(parts, charges, strict=True))
         variance = sum(c.steps * s * s for s, c in zip(sizes, charges, strict=True))
-        reach = 10 * math.sqrt(variance) + max(float(np.abs(y).max()) for y, _ in parts)
+        reach = 8 * math.sqrt(variance) + max(float(np.abs(y).max()) for y, _ in parts)
         points = 2 ** math.ceil(math.log2(2 * reach / width))
         spectrum = np.ones(points // 2 + 1, dtype=complex)
         for (losses, masses), charge in zip(parts, charges, strict=True):
@@ -94,19 +94,24 @@ def _cells(charge: Charge) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss of each cell of outputs, and its mass with and without the example."""
     noise, rate = charge.noise_multiplier, charge.sample_rate
     edges = np.linspace(-8 * noise, 1 + 8 * noise, _CELLS + 1)
-    without, with_it = np.diff(ndtr(edges / noise)), np.diff(ndtr((edges - 1) / noise))
-    mixture = (1 - rate) * without + rate * with_it
-    return np.log(mixture / without), mixture, without
+    without, with_it = _normal(edges / noise), _normal((edges - 1) / noise)
+    middles = (edges[1:] + edges[:-1]) / 2
+    losses = np.log(1 - rate + rate * np.exp((middles - 0.5) / noise**2))
+    return losses, (1 - rate) * without + rate * with_it, without
+
+
+def _normal(edges: np.ndarray) -> np.ndarray:
+    return np.where(edges[1:] > 0, -np.diff(ndtr(-edges)), np.diff(ndtr(edges)))
 
 
 def _solve(losses: np.ndarray, masses: np.ndarray, delta: float) -> float:
-    low, high = 0.0, float(losses[-1])
-    for _ in range(50):
-        epsilon = (low + high) / 2
-        above = losses > epsilon
-        passes = masses[above] @ -np.expm1(epsilon - losses[above]) > delta
-        low, high = (epsilon, high) if passes else (low, epsilon)
-    return low
+    """Delta at a point of the grid is ``tail - exp(epsilon) * weighted``, and so between points."""
+    kept = (losses > 0) & (losses < 600)
+    losses, masses = losses[kept], masses[kept]
+    tail = np.cumsum(masses[::-1])[::-1]
+    weighted = np.cumsum((masses * np.exp(-losses))[::-1])[::-1]
+    place = int(np.argmax(tail - np.exp(losses) * weighted <= delta))
+    return math.log(max((tail[place] - delta) / weighted[place], 1.0))
 
 
 def never_below(histories: int, seed: int) -> list[float]:
