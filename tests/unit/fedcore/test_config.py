@@ -70,3 +70,41 @@ def test_a_model_made_in_code_is_checked_as_a_file_is() -> None:
         Client(learning_rate=0.0)
     with pytest.raises(ValidationError, match="belong together"):
         RunConfig(name="x", task="t.py", release=Release(keys="k"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "outside", "inside"),
+    [
+        (Client, "epochs", (0, 10_001), (1, 10_000)),
+        (Client, "batch_size", (0, 1_000_001), (1, 1_000_000)),
+        (Client, "learning_rate", (0.0, 1e-13, 1.1e6), (1e-12, 1e6)),
+        (Client, "momentum", (-0.1, 1.0), (0.0, 0.999)),
+        (Client, "weight_decay", (-1e-9, 1001.0), (0.0, 1000.0)),
+        (Privacy, "max_epsilon", (0.0, 0.009, 1.1e6), (0.01, 1e6)),
+        (Privacy, "target_delta", (0.0, 1e-13, 1.0), (1e-12, 0.5)),
+        (Privacy, "clip_norm", (0.0, 1e-7, 1.1e6), (1e-6, 1e6)),
+        (Privacy, "noise_multiplier", (0.0, 1e-160, 1e-3, 0.0999, 1.1e6), (0.1, 1e6, "auto")),
+        (Privacy, "participations", (0, 1_000_001), (1, 1_000_000, None)),
+    ],
+)
+def test_every_number_of_private_training_is_bounded(
+    section: type[Section], key: str, outside: tuple[object, ...], inside: tuple[object, ...]
+) -> None:
+    for value in inside:
+        assert getattr(section(**{key: value}), key) == value
+    for value in (*outside, float("nan"), float("inf")):
+        with pytest.raises(ValidationError):
+            section(**{key: value})
+
+
+def test_no_number_of_private_training_is_left_without_bounds() -> None:
+    for section in (Client, Privacy):
+        for key, schema in section.model_json_schema()["properties"].items():
+            for part in schema.get("anyOf", [schema]):
+                if part.get("type") in ("integer", "number"):
+                    assert {"minimum", "exclusiveMinimum"} & set(part), key
+                    assert {"maximum", "exclusiveMaximum"} & set(part), key
+
+
+def test_privacy_losses_are_composed_unless_asked_otherwise() -> None:
+    assert Privacy().accountant == "prv"

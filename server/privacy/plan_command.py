@@ -1,0 +1,178 @@
+"""``fedcore privacy plan``: what privacy will cost, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import ValidationError
+
+from fedcore.cli import Command
+from fedcore.config import Client, Privacy, RunConfig, Section
+from fedcore.errors import ConfigError, ResourceError
+from fedcore.settings import load_run
+
+if TYPE_CHECKING:
+    from server.privacy.plan import Answer, Question
+
+_Model = TypeVar("_Model", bound=Section)
+_CLIENT = {"batch": "batch_size", "epochs": "epochs"}
+_PRIVACY = {
+    "epsilon": "max_epsilon",
+    "delta": "target_delta",
+    "noise": "noise_multiplier",
+    "accountant": "accountant",
+}
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="a run's TOML file, for what the options leave open"
+    )
+    parser.add_argument(
+        "--examples", type=int, required=True, help="examples of one client, e.g. --examples 6000"
+    )
+    parser.add_argument("--batch", type=int, help="client.batch_size, e.g. --batch 64")
+    parser.add_argument("--epochs", type=int, help="client.epochs, e.g. --epochs 1")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="rounds that the client takes part in (privacy.participations), e.g. --rounds 30",
+    )
+    parser.add_argument("--epsilon", type=float, help="privacy.max_epsilon, e.g. --epsilon 3")
+    parser.add_argument("--delta", type=float, help="privacy.target_delta, e.g. --delta 1e-5")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        help="a fixed privacy.noise_multiplier in place of the least for --epsilon, e.g. --noise 1",
+    )
+    parser.add_argument("--accountant", choices=["prv", "rdp"], help="privacy.accountant")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, e.g. --plot plan.png")
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+
+def _run(options: argparse.Namespace) -> int:
+    question = _question(options)  # before torch: a mistake shows at once
+    from server.privacy.plan import answer
+
+    found = answer(question)
+    if options.plot:
+        _plot(found, question, options.plot)
+    print(json.dumps(_record(found, question)) if options.json else table(found, question))
+    return 0
+
+
+def _question(options: argparse.Namespace) -> Question:
+    run = load_run(options.config) if options.config else RunConfig(name="plan", task="task.py")
+    client = _changed(run.client, options, _CLIENT)
+    privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
+    from server.privacy.plan import Question
+
+    return Question(
+        examples=options.examples,
+        participations=privacy.participations or run.federation.rounds,
+        client=client,
+        privacy=privacy,
+    )
+
+
+def _changed(section: _Model, options: argparse.Namespace, names: dict[str, str]) -> _Model:
+    """A table of the file with what the command line gives instead."""
+    given = {key: getattr(options, name) for name, key in names.items()}
+    values = section.model_dump() | {k: v for k, v in given.items() if v is not None}
+    try:
+        return type(section).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = next(name for name, key in names.items() if key == first["loc"][0])
+        message = first["msg"].replace("Input", "it")
+        raise ConfigError(
+            f"--{flag} = {values[names[flag]]}: {message}. Nothing was planned; "
+            "`fedcore privacy plan --help` gives an example."
+        ) from None
+
+
+def _plot(found: Answer, question: Question, file: Path) -> None:
+    from server.privacy.plan_plot import plot
+
+    try:
+        plot(found, question, file)
+    except ValueError as error:
+        raise ConfigError(
+            f"--plot {file}: {error}. Nothing was drawn; let its name end in .png, .pdf or .svg."
+        ) from None
+    except OSError as error:
+        raise ResourceError(
+            f"--plot {file}: {error.strerror or error}. Nothing was drawn; name a file in a "
+            "folder that is there and may be written to."
+        ) from None
+
+
+def _record(found: Answer, question: Question) -> dict[str, object]:
+    privacy: Privacy = question.privacy
+    client: Client = question.client
+    return {
+        "unit": "example",
+        "max_epsilon": privacy.max_epsilon,
+        "target_delta": privacy.target_delta,
+        "accountant": privacy.accountant,
+        "epochs": client.epochs,
+        "plan": asdict(found.forecast),
+        "budget_lasts_rounds": found.lasts,
+        "epsilon_by_round": [
+            {"round": number, "epsilon": epsilon} for number, epsilon in found.epsilons
+        ],
+        "what_if": [asdict(each) for each in found.what_if],
+    }
+
+
+def table(found: Answer, question: Question) -> str:
+    """The plan for people to read."""
+    plan, privacy = found.forecast, question.privacy
+    how = "given" if privacy.noise_multiplier != "auto" else f"least for {privacy.max_epsilon:g}"
+    lines = [
+        f"Example-level privacy (one example, or a null record in its place) of a client with "
+        f"{plan.examples:,} examples.",
+        "",
+        f"noise multiplier      {plan.noise_multiplier:.4f}  ({how}, by {privacy.accountant})",
+        f"epsilon               {plan.epsilon:.3f} of {privacy.max_epsilon:g} at delta "
+        f"{privacy.target_delta:g} after {plan.participations:,} rounds",
+        f"steps                 {plan.steps_per_round:,} a round, {plan.steps:,} in all, of "
+        f"{plan.batch_size:.1f} examples expected (rate {plan.sample_rate:.4g})",
+        f"gradients             {plan.gradients_per_round:,} expected a round",
+        f"noise, mean gradient  {plan.step_noise:.4g} of clip_norm in a coordinate of one step; "
+        f"{plan.run_noise:.3g} in the mean over all",
+    ]
+    if found.lasts < plan.participations:
+        lines.append(f"budget lasts          {found.lasts:,} rounds; then the client declines")
+    lines += ["", f"{'round':>8}  {'epsilon':>8}"]
+    chosen = found.epsilons[:: max(1, len(found.epsilons) // 10)]
+    chosen += () if chosen[-1] == found.epsilons[-1] else (found.epsilons[-1],)
+    lines += [f"{number:>8,}  {epsilon:>8.3f}" for number, epsilon in chosen]
+    lines += [
+        "",
+        f"{'what would help':<34}{'noise':>10}{'epsilon':>10}{'a step':>10}{'overall':>10}",
+    ]
+    for change, row, refused in [
+        ("as planned", plan, ""),
+        *((each.change, each.forecast, each.refused) for each in found.what_if),
+    ]:
+        if row is None:
+            lines.append(f"{change:<34}  refused: {refused.split('. ')[0]}")
+            continue
+        lines.append(
+            f"{change:<34}{row.noise_multiplier:>10.4f}{row.epsilon:>10.3f}"
+            f"{row.step_noise:>10.4g}{row.run_noise:>10.3g}"
+        )
+    return "\n".join(lines)
+
+
+plan = Command(
+    help="what example-level privacy will cost a client: noise, epsilon by round, what would help",
+    arguments=_arguments,
+    run=_run,
+    example="fedcore privacy plan --examples 6000 --batch 64 --rounds 30 --epsilon 3 --delta 1e-5",
+)

@@ -1,0 +1,65 @@
+"""A plan as a picture: epsilon by round, and the noise that other settings would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from server.privacy.plan import Answer, Question
+from server.report.svg import BLUE, MUTED, ORANGE
+
+_SIZE_IN, _DOTS_PER_INCH = (11.0, 4.2), 150
+
+
+def plot(answer: Answer, question: Question, file: Path) -> None:
+    """Writes the picture; its format follows from the file's ending.
+
+    Raises:
+        ValueError: matplotlib knows no such format.
+    """
+    figure = Figure(figsize=_SIZE_IN, dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.3))
+    _epsilons(left, answer, question)
+    _noises(right, answer)
+    found = answer.forecast
+    figure.suptitle(
+        f"{found.examples:,} examples, noise multiplier {found.noise_multiplier:g}, "
+        f"{found.steps_per_round:,} steps a round"
+    )
+    figure.savefig(file)
+
+
+def _epsilons(axes: Axes, answer: Answer, question: Question) -> None:
+    rounds, epsilons = zip(*answer.epsilons, strict=True)
+    axes.plot(rounds, epsilons, color=BLUE, marker="o", markersize=3, label="spent")
+    budget = question.privacy.max_epsilon
+    if max(epsilons) > 0.2 * budget:  # or the curve would be flat beneath it
+        axes.axhline(budget, color=ORANGE, linestyle="--", label=f"budget {budget:g}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("rounds that the client took part in")
+    axes.set_ylabel(f"epsilon at delta {question.privacy.target_delta:g}")
+    axes.set_title("What is spent")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+
+
+def _noises(axes: Axes, answer: Answer) -> None:
+    shown = [("as planned", answer.forecast)]
+    shown += [(each.change, each.forecast) for each in answer.what_if if each.forecast]
+    names = [name.replace(" (", "\n(") for name, _ in shown][::-1]
+    noises = [100 * forecast.run_noise for _, forecast in shown][::-1]
+    colours = [MUTED] * (len(shown) - 1) + [BLUE]
+    bars = axes.barh(names, noises, color=colours)
+    labels = [
+        f"{noise:.3g} %  (noise {forecast.noise_multiplier:.3g}, epsilon {forecast.epsilon:.3g})"
+        for noise, (_, forecast) in zip(noises, shown[::-1], strict=True)
+    ]
+    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.set_xlim(0, 2.2 * max(noises))
+    axes.set_xlabel("noise in the mean gradient over all rounds, % of clip_norm")
+    axes.set_title("What would help")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedcore.config import Client, Privacy
+from fedcore.errors import ConfigError, PrivacyError, ResourceError
+from fedcore.privacy.accounting import Charge, epsilon_of
+from server.privacy.plan import Question, answer
+from server.privacy.plan_command import plan
+
+MNIST = Question(
+    examples=6000,
+    participations=30,
+    client=Client(batch_size=64),
+    privacy=Privacy(max_epsilon=3.0, target_delta=1e-5),
+)
+ASKED = [
+    *("--examples", "6000", "--batch", "64", "--rounds", "30", "--epsilon", "3"),
+    *("--delta", "1e-5"),
+]
+
+
+def ask(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    plan.arguments(parser)
+    return plan.run(parser.parse_args(words))
+
+
+def test_the_plan_is_what_a_ledger_would_count() -> None:
+    found = answer(MNIST)
+    forecast = found.forecast
+    assert forecast.noise_multiplier == pytest.approx(1.057, abs=0.002)
+    assert (forecast.steps_per_round, forecast.steps) == (94, 2820)
+    rounds = [Charge(n, forecast.noise_multiplier, 1 / 94, 94) for n in range(1, 31)]
+    for number, epsilon in found.epsilons:
+        counted = epsilon_of(rounds[:number], target_delta=1e-5, accountant="prv")
+        assert epsilon == pytest.approx(counted, rel=1e-9)
+    assert 2.98 < found.epsilons[-1][1] == forecast.epsilon <= 3.0
+    assert [number for number, _ in found.epsilons] == list(range(1, 31))
+    assert found.lasts == 30
+
+
+def test_noise_is_stated_against_the_clipped_signal() -> None:
+    forecast = answer(MNIST).forecast
+    batch = 6000 / 94
+    assert forecast.batch_size == pytest.approx(batch)
+    assert forecast.step_noise == pytest.approx(forecast.noise_multiplier / batch)
+    assert forecast.run_noise == pytest.approx(forecast.step_noise / math.sqrt(2820))
+
+
+def test_more_data_helps_and_less_does_not() -> None:
+    found = answer(MNIST)
+    by_change = {each.change.split(" (")[0]: each.forecast for each in found.what_if}
+    assert set(by_change) == {
+        *("twice the examples", "half the examples", "twice the rounds", "half the rounds"),
+        *("twice the batch", "half the batch"),
+    }
+    noise = {change: each.run_noise for change, each in by_change.items() if each}
+    assert len(noise) == 6
+    assert noise["twice the examples"] < found.forecast.run_noise < noise["half the examples"]
+    assert noise["twice the batch"] < found.forecast.run_noise < noise["half the batch"]
+    assert by_change["twice the rounds"].noise_multiplier > found.forecast.noise_multiplier  # type: ignore[union-attr]
+
+
+def test_twice_the_examples_take_the_delta_that_they_need() -> None:
+    (change,) = [each for each in answer(MNIST).what_if if each.change.startswith("twice the ex")]
+    assert change.change == "twice the examples (delta 8.3e-06)"
+
+
+def test_a_change_that_is_refused_says_why() -> None:
+    lax = Question(
+        examples=100_000, participations=2, client=Client(), privacy=Privacy(max_epsilon=3.0),
+        max_delta_share=1.0,
+    )  # fmt: skip
+    assert all(each.forecast for each in answer(lax).what_if)
+    with pytest.raises(PrivacyError, match=r"above 0\.1/100000"):
+        answer(Question(100_000, 2, Client(), Privacy(max_epsilon=3.0)))
+
+
+def test_many_rounds_are_shown_at_some_points_and_the_last() -> None:
+    found = answer(Question(60, 1001, Client(), Privacy(target_delta=1e-3)))
+    rounds = [number for number, _ in found.epsilons]
+    assert len(rounds) <= 42
+    assert (rounds[0], rounds[-1]) == (1, 1001)
+
+
+def test_a_given_noise_says_how_long_the_budget_lasts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("--examples", "60", "--noise", "2", "--delta", "1e-3", "--rounds", "100") == 0
+    printed = capsys.readouterr().out
+    assert "(given, by prv)" in printed
+    lasts = answer(
+        Question(60, 100, Client(), Privacy(noise_multiplier=2.0, target_delta=1e-3))
+    ).lasts
+    assert f"budget lasts          {lasts} rounds; then the client declines" in printed
+    step = Charge(1, 2.0, 0.5, 2)
+    spent = [
+        epsilon_of([step] * count, target_delta=1e-3, accountant="prv")
+        for count in (lasts, lasts + 1)
+    ]
+    assert spent[0] <= 8.0 < spent[1]
+
+
+def test_the_table_holds_what_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(*ASKED, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["unit"] == "example"
+    assert record["plan"]["noise_multiplier"] == pytest.approx(1.057, abs=0.002)
+    assert len(record["epsilon_by_round"]) == 30
+    assert ask(*ASKED) == 0
+    printed = capsys.readouterr().out
+    assert f"noise multiplier      {record['plan']['noise_multiplier']:.4f}" in printed
+    for change in record["what_if"]:
+        (line,) = [row for row in printed.splitlines() if row.startswith(change["change"])]
+        assert f"{change['forecast']['noise_multiplier']:.4f}" in line
+    assert "one example, or a null record in its place" in printed
+    assert "at delta 1e-05 after 30 rounds" in printed
+
+
+def test_a_run_file_gives_what_the_options_leave_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text(
+        'name = "x"\ntask = "t.py"\n[federation]\nrounds = 7\n[client]\nbatch_size = 10\n'
+        '[privacy]\nunit = "example"\nmax_epsilon = 2.0\ntarget_delta = 1e-4\naccountant = "rdp"\n'
+    )
+    assert ask(str(run), "--examples", "100", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["plan"]["participations"] == 7
+    assert record["plan"]["steps_per_round"] == 10
+    assert (record["max_epsilon"], record["target_delta"]) == (2.0, 1e-4)
+    assert record["accountant"] == "rdp"
+    assert ask(str(run), "--examples", "100", "--batch", "50", "--rounds", "3", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["plan"]["steps_per_round"], record["plan"]["participations"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ([*ASKED, "--noise", "1e-160"], ConfigError, r"--noise = 1e-160: .*0\.1"),
+        ([*ASKED, "--batch", "0"], ConfigError, "--batch = 0: .*greater than or equal to 1"),
+        ([*ASKED, "--rounds", "0"], ConfigError, "--rounds = 0"),
+        ([*ASKED, "--epsilon", "nan"], ConfigError, "--epsilon = nan"),
+        ([*ASKED, "--delta", "0.2"], PrivacyError, "0.2 on a client of 6000 examples"),
+        ([*ASKED, "--examples", "0"], PrivacyError, "has 0 examples"),
+        ([*ASKED, "--examples", "-5"], PrivacyError, "has -5 examples"),
+        ([*ASKED, "--plot", "plan.nosuch"], ConfigError, r"plan\.nosuch.*\.png"),
+        ([*ASKED, "--plot", "/no/such/folder/plan.png"], ResourceError, "Nothing was drawn"),
+        (["/no/such/run.toml", "--examples", "5"], ConfigError, "/no/such/run.toml"),
+    ],
+)
+def test_what_cannot_be_planned_is_a_typed_error(
+    words: list[str], error: type[Exception], message: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        ask(*words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_is_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "plan.png"
+    assert ask(*ASKED, "--plot", str(file)) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    svg = tmp_path / "plan.svg"
+    assert ask("--examples", "1", "--rounds", "1", "--delta", "1e-3", "--plot", str(svg)) == 0
+    assert "<svg" in svg.read_text()
+
+
+def test_the_verb_is_listed_without_torch_or_matplotlib() -> None:
+    script = (
+        "import sys, server.privacy.plan_command\n"
+        "sys.exit(bool({'torch', 'matplotlib', 'opacus'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
