@@ -64,3 +64,67 @@ def test_a_folder_of_data_must_be_there(tmp_path: Path) -> None:
     data.mkdir()
     path.write_text(f'data = "{data}"\n')
     assert load_owner(path).data_folder == data
+
+
+DATASETS = """
+max_epsilon = 4.0
+[[datasets]]
+name = "2026"
+path = "{one}"
+[[datasets]]
+name = "2027"
+path = "{other}"
+max_epsilon = 2.0
+"""
+
+
+def test_data_sets_are_found_by_where_the_data_are(tmp_path: Path) -> None:
+    path = tmp_path / "owner.toml"
+    path.write_text(DATASETS.format(one=tmp_path / "a", other=tmp_path / "b"))
+    (tmp_path / "b" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    owner = load_owner(path)
+    for folder, name in (
+        (tmp_path / "a", "2026"),
+        (tmp_path / "b" / "below", "2027"),
+        (tmp_path / "link", "2027"),
+        (tmp_path / "ab", None),
+        (tmp_path, None),
+        (None, None),
+    ):
+        found = owner.data_set(folder)
+        assert (found.name if found else None) == name
+    assert owner.on(tmp_path / "b").max_epsilon == 2.0
+    assert owner.on(tmp_path / "a") is owner
+    assert owner.budget(["2026"]) == owner.budget(["gone"]) == 4.0
+    assert owner.budget(["2026", "2027"]) == 2.0
+    assert OwnerPolicy().budget(["2026"]) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ("a", "a/below", "'2026' and '2027' overlap"),
+        ("a", "a", "overlap"),
+    ],
+)
+def test_data_sets_that_overlap_are_refused(
+    tmp_path: Path, one: str, other: str, told: str
+) -> None:
+    path = tmp_path / "owner.toml"
+    path.write_text(DATASETS.format(one=tmp_path / one, other=tmp_path / other))
+    with pytest.raises(ConfigError) as refused:
+        load_owner(path)
+    assert told in str(refused.value)
+
+
+def test_a_data_set_has_one_name_and_a_name_one_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "owner.toml"
+    text = DATASETS.format(one=tmp_path / "a", other=tmp_path / "b")
+    path.write_text(text.replace("2027", "2026"))
+    with pytest.raises(ConfigError, match="datasets names '2026' twice"):
+        load_owner(path)
+    for was, is_now in (('"2026"', '"a b"'), ("2.0", "0.0"), ("name = ", "nmae = ")):
+        path.write_text(text.replace(was, is_now, 1))
+        with pytest.raises(ConfigError, match="datasets"):
+            load_owner(path)

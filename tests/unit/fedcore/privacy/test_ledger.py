@@ -1,16 +1,28 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.config import Privacy
 from fedcore.errors import BudgetExhausted, PrivacyError
+from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge
-from fedcore.privacy.ledger import Ledger, charge, read_ledger, write_ledger
+from fedcore.privacy.ledger import (
+    Ledger,
+    OtherRuns,
+    Room,
+    charge,
+    owners_budget,
+    read_ledger,
+    room,
+    room_for,
+    write_ledger,
+)
 
-PRIVACY = Privacy(unit="example", max_epsilon=4.0, target_delta=1e-5)
+PRIVACY = Privacy(unit="example", max_epsilon=4.0, target_delta=1e-5, accountant="rdp")
 
 
 def context() -> Context:
@@ -56,6 +68,67 @@ def test_exactly_the_budget_may_be_spent() -> None:
     ledger = Ledger(tuple(rounds(3)))
     exact = PRIVACY.model_copy(update={"max_epsilon": ledger.epsilon(PRIVACY)})
     assert charge(Ledger(tuple(rounds(2))), rounds(3)[2], exact, client="anna") == ledger
+
+
+def made(
+    count: int, privacy: Privacy, owner: OwnerPolicy, others: OtherRuns, like: Charge
+) -> tuple[Ledger, int]:
+    """A ledger of ``count`` charges, and how many more like them are let through."""
+    ledger = Ledger((like,) * count)
+    more = 0
+    try:
+        while more < 200:
+            after = charge(ledger, like, privacy, client="a", owner=owner, others=others)
+            ledger, more = after, more + 1
+    except BudgetExhausted:
+        pass
+    return Ledger((like,) * count), more
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize(
+    ("owner", "others"),
+    [
+        (OwnerPolicy(), OtherRuns()),
+        (OwnerPolicy(max_epsilon=3.0), OtherRuns()),
+        (OwnerPolicy(max_epsilon=3.9), OtherRuns((Charge(1, 1.5, 0.1, 40),), 1e-6)),
+        (OwnerPolicy(), OtherRuns((Charge(1, 1.0, 1 / 16, 16),), 1e-5, max_epsilon=3.5)),
+        (OwnerPolicy(max_epsilon=0.5), OtherRuns()),
+    ],
+    ids=["the run's", "the owner's", "other runs", "of the data", "none"],
+)
+def test_the_room_that_is_told_is_what_is_let_through(
+    accountant: Literal["rdp", "prv"], owner: OwnerPolicy, others: OtherRuns
+) -> None:
+    privacy = PRIVACY.model_copy(update={"accountant": accountant})
+    ledger, more = made(1, privacy, owner, others, Charge(1, 1.0, 1 / 16, 16))
+    assert room(ledger, privacy, owner=owner, others=others) == Room(more, exact=True)
+    assert str(room(ledger, privacy, owner=owner, others=others)) == str(more)
+
+
+def test_room_for_many_rounds_is_an_estimate_and_takes_no_time() -> None:
+    like = Charge(1, 4.0, 0.01, 100)
+    privacy = PRIVACY.model_copy(update={"accountant": "prv", "max_epsilon": 8.0})
+    found = room_for((like,) * 3, like, privacy)
+    assert not found.exact
+    assert str(found) == f"about {found.rounds}"
+    exact = room_for((like,) * 3, like, privacy.model_copy(update={"accountant": "rdp"}))
+    assert (exact.rounds, exact.exact) == (found.rounds, True)
+    last = Ledger((like,) * (3 + exact.rounds))
+    assert last.epsilon(PRIVACY) <= 8.0 < Ledger((*last.charges, like)).epsilon(PRIVACY)
+
+
+def test_before_the_first_round_nothing_is_told_of_room() -> None:
+    assert room(Ledger(), PRIVACY) is None
+    assert room_for((), Charge(1, 1.0, 1.0, 0), PRIVACY).exact is False
+
+
+def test_the_budget_of_the_data_and_the_devices_both_hold() -> None:
+    others = OtherRuns(max_epsilon=2.0, target_delta=1e-7)
+    whole = owners_budget(PRIVACY, OwnerPolicy(max_epsilon=3.0), others)
+    assert whole is not None
+    assert (whole.max_epsilon, whole.target_delta) == (2.0, 1e-7)
+    assert owners_budget(PRIVACY, OwnerPolicy(), OtherRuns()) is None
 
 
 @pytest.mark.parametrize(

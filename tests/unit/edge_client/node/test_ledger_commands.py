@@ -1,0 +1,294 @@
+"""``fedcore privacy show | verify | export``: what they tell, and that they change nothing."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import RecordDict
+
+from edge_client.node import ledger_commands
+from edge_client.node.ledger import DeviceLedger
+from edge_client.node.ledger_book import LEDGER, MARK, count_path
+from edge_client.node.ledger_export import check_export
+from edge_client.node.state import own
+from fedcore.cli import Command
+from fedcore.config import Privacy, RunConfig
+from fedcore.crypto.keys import fingerprint, new_key, public_bytes, save_key
+from fedcore.errors import ConfigError, DataError, PrivacyError, ResourceError, SignatureInvalid
+from fedcore.owner import OwnerPolicy
+from fedcore.privacy.accounting import Charge, epsilon_of
+from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
+
+DELTA = 1e-6
+OWNER = f"max_epsilon = 8.0\ntarget_delta = {DELTA}\n"
+
+
+class Site:
+    """A device with charges on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.kit, self.state = root, root / "kit", root / "kit" / "device"
+        self.kit.mkdir()
+        key = new_key()
+        save_key(self.kit / "key.pem", key)
+        self.public = public_bytes(key)
+        self.owner = root / "owner.toml"
+        self.owner.write_text(OWNER)
+        counted = count_path(self.public, os.environ)
+        assert counted is not None
+        self.counted = counted
+
+    def charge(self, run: str, times: int, noise: float = 1.2) -> None:
+        privacy = Privacy(unit="example", max_epsilon=1e6)
+        config = RunConfig(name=run, task="task.py", privacy=privacy)
+        with own(self.state) as folder:
+            ledger = DeviceLedger(
+                folder, self.kit / MARK, self.counted, config, OwnerPolicy(), None
+            )
+            state = folder.state(run)
+            ledger.open(state)
+            for _ in range(times):
+                before = ledger_in(state).charges
+                new = Charge(len(before) + 1, noise, 1 / 10, 10)
+                put_ledger(state, Ledger((*before, new)))
+                ledger.label(state)
+                folder.keep(run, state, f"{run}{len(before)}", RecordDict())
+                ledger.copy(state)
+
+    def files(self) -> dict[Path, bytes]:
+        every = [*self.root.rglob("*"), *self.counted.parent.rglob("*")]
+        return {path: path.read_bytes() for path in every if path.is_file()}
+
+    def run(self, command: Command, *words: object) -> int:
+        parser = argparse.ArgumentParser()
+        command.arguments(parser)
+        return command.run(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    made = Site(tmp_path)
+    made.charge("digits", 3)
+    made.charge("wards", 20, noise=2.0)
+    return made
+
+
+def epsilon(count: int, noise: float, delta: float = 1e-5, more: int = 0) -> float:
+    charges = [Charge(1, noise, 0.1, 10)] * count + [Charge(1, 2.0, 0.1, 10)] * more
+    return epsilon_of(charges, target_delta=delta, accountant="rdp")
+
+
+def test_show_tells_runs_rounds_totals_and_what_fits(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = site.files()
+    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp")
+    assert site.run(ledger_commands.show, *words) == 0
+    said = capsys.readouterr().out
+    assert site.files() == before
+    whole = epsilon(3, 1.2, DELTA, more=20)
+    assert f"run digits: epsilon {epsilon(3, 1.2):.3f} at delta 1e-05" in said
+    assert f"      3      10           0.1   1.2       {epsilon(3, 1.2):.3f}" in said
+    assert "... 8 more; --json has them all" in said
+    assert f"device, all runs: epsilon {whole:.3f} at delta 1e-06; {8 - whole:.3f} of 8" in said
+
+    assert site.run(ledger_commands.show, *words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    wards = told["runs"][1]
+    assert [round(one["epsilon"], 9) for one in wards["charges"]] == [
+        round(epsilon(count, 2.0), 9) for count in range(1, 21)
+    ]
+    left = wards["rounds_left"]
+    assert epsilon(3, 1.2, DELTA, more=20 + left) <= 8 < epsilon(3, 1.2, DELTA, more=21 + left)
+    (total,) = told["totals"]
+    assert (total["epsilon"], total["left"]) == (pytest.approx(whole), pytest.approx(8 - whole))
+
+
+def test_show_without_an_owner_or_a_charge(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.run(ledger_commands.show, "--state", site.state) == 0
+    assert "the owner sets no budget" in capsys.readouterr().out
+    (tmp_path / "new").mkdir()
+    assert site.run(ledger_commands.show, "--state", tmp_path / "new") == 0
+    assert "Nothing was charged" in capsys.readouterr().out
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_where_the_ledger_is_must_be_said_and_be_there(site: Site) -> None:
+    with pytest.raises(ConfigError, match="Neither --state nor --kit"):
+        site.run(ledger_commands.show)
+    with pytest.raises(DataError, match="there is no such folder"):
+        site.run(ledger_commands.verify, "--state", site.root / "nosuch")
+
+
+def test_a_named_data_set_has_a_line_of_its_own(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = site.root / "ward"
+    data.mkdir()
+    site.owner.write_text(
+        f'{OWNER}[[datasets]]\nname = "ward"\npath = "{data}"\nmax_epsilon = 2.0\n'
+    )
+    words = ("--kit", site.kit, "--owner", site.owner)
+    assert site.run(ledger_commands.show, *words, "--json") == 0
+    device, ward = json.loads(capsys.readouterr().out)["totals"]
+    assert (ward["name"], ward["max_epsilon"]) == ("ward", 2.0)
+    assert ward["epsilon"] == pytest.approx(device["epsilon"]), "what has no name counts there"
+
+
+def test_a_plot_is_a_picture(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp", "--plot")
+    assert site.run(ledger_commands.show, *words, site.root / "plot.png") == 0
+    assert (site.root / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="expected the name of a PNG file"):
+        site.run(ledger_commands.show, *words, site.root / "plot.svg")
+    importing = builtins.__import__
+
+    def without(name: str, *more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return importing(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ResourceError, match="a plot needs matplotlib"):
+        site.run(ledger_commands.show, *words, site.root / "other.png")
+
+
+def test_verify_is_content_with_what_a_device_leaves(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = site.files()
+    assert site.run(ledger_commands.verify, "--kit", site.kit) == 0
+    said = capsys.readouterr()
+    assert "23 charges of 2 runs, and all agrees" in said.out
+    assert (said.err, "note" in said.out) == ("", False)
+    assert site.files() == before
+
+
+def _restore(site: Site, backup: Path) -> None:
+    shutil.rmtree(site.state)
+    shutil.copytree(backup, site.state)
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "told"),
+    [
+        (lambda site: (site.state / LEDGER).unlink(), 0, "ledger.json lacks 20 of the charges"),
+        (lambda site: (site.kit / MARK).unlink(), 0, "ledger.mark is not there: it is written"),
+        (lambda site: site.counted.unlink(), 0, "ledger.count is not there"),
+        (
+            lambda site: (site.state / "state" / "wards.state").unlink(),
+            0,
+            "",
+        ),
+        (lambda site: _restore(site, site.root / "backup"), 5, "says that 23 were made"),
+        (lambda site: (site.state / LEDGER).write_text("{"), 5, "ledger.json: "),
+        (lambda site: (site.kit / MARK).write_text("{"), 5, "ledger.mark: "),
+        (lambda site: site.counted.write_text("{"), 5, "ledger.count: "),
+        (
+            lambda site: (site.state / "state" / "wards.state").write_bytes(b"\xff\xff"),
+            5,
+            "holds no record",
+        ),
+        (
+            lambda site: (site.state / LEDGER).write_text(
+                (site.state / LEDGER).read_text().replace("2.0", "9.0")
+            ),
+            5,
+            "is one thing in ledger.json and another in the run's state",
+        ),
+    ],
+    ids=[
+        "copy gone",
+        "mark gone",
+        "count gone",
+        "state gone",
+        "rolled back",
+        "torn copy",
+        "torn mark",
+        "torn count",
+        "torn state",
+        "changed",
+    ],
+)
+def test_verify_says_what_is_damaged_and_what_is_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any, code: int, told: str
+) -> None:
+    site = Site(tmp_path)
+    site.charge("digits", 3)
+    shutil.copytree(site.state, site.root / "backup")
+    site.charge("wards", 20, noise=2.0)
+    harm(site)
+    before = site.files()
+    assert site.run(ledger_commands.verify, "--kit", site.kit) == code
+    said = capsys.readouterr()
+    assert told in said.out + said.err
+    assert site.files() == before
+    assert site.run(ledger_commands.verify, "--kit", site.kit, "--json") == code
+    found = json.loads(capsys.readouterr().out)
+    assert bool(found["problems"]) == (code == 5)
+    assert site.run(ledger_commands.show, "--kit", site.kit) == code
+
+
+def test_an_export_is_signed_and_can_be_computed_anew(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = site.root / "export.json"
+    before = site.files()
+    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp", "--out", out)
+    assert site.run(ledger_commands.export, *words) == 0
+    assert {path: raw for path, raw in site.files().items() if path != out} == before
+    checked = check_export(out.read_bytes(), where="export", expected=site.public)
+    assert checked.signer == fingerprint(site.public)
+    assert checked.ledger.device.epsilon == pytest.approx(epsilon(3, 1.2, DELTA, more=20))
+    assert checked.ledger.composed["digits"].epsilon == pytest.approx(epsilon(3, 1.2))
+    capsys.readouterr()
+    assert site.run(ledger_commands.verify, "--export", out, "--kit", site.kit) == 0
+    assert "23 charges come to epsilon" in capsys.readouterr().out
+    assert site.run(ledger_commands.verify, "--export", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["signer"] == fingerprint(site.public)
+
+
+def test_an_export_that_was_changed_is_refused(
+    site: Site, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.run(ledger_commands.export, "--kit", site.kit, "--accountant", "rdp") == 0
+    raw = capsys.readouterr().out
+    other = Site(tmp_path_factory.mktemp("other"))
+    with pytest.raises(SignatureInvalid, match="It is not this device's ledger"):
+        check_export(raw.encode(), where="export", expected=other.public)
+    for was, is_now in (('"steps": 10', '"steps": 9'), ('"round": 1', '"round": 2')):
+        with pytest.raises(SignatureInvalid, match="the signature does not hold"):
+            check_export(raw.replace(was, is_now, 1).encode(), where="export")
+    unsigned = json.loads(raw) | {"key": "", "signature": ""}
+    assert check_export(json.dumps(unsigned).encode(), where="export").signer == ""
+    with pytest.raises(SignatureInvalid, match="signed by nobody"):
+        check_export(json.dumps(unsigned).encode(), where="export", expected=site.public)
+    unsigned["ledger"]["device"]["epsilon"] /= 2
+    with pytest.raises(PrivacyError, match="the charges of the device come to epsilon"):
+        check_export(json.dumps(unsigned).encode(), where="export")
+    del unsigned["ledger"]["composed"]["digits"]
+    with pytest.raises(PrivacyError, match="are not those that were composed"):
+        check_export(json.dumps(unsigned).encode(), where="export")
+    for nonsense in (b"", b"{}", b"[]", b"\xff"):
+        with pytest.raises(PrivacyError, match="no ledger that"):
+            check_export(nonsense, where="export")
+
+
+def test_the_verbs_are_found_without_torch_or_flower() -> None:
+    code = (
+        "import sys; import edge_client.node.ledger_commands; "
+        "print([one for one in ('torch', 'flwr', 'opacus') if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
