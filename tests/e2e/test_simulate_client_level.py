@@ -19,7 +19,7 @@ PRIVATE = [
     *("--set", "finetune.epochs=0", "--set", 'compression.candidates=["fp32"]'),
     *("--set", "compression.timing_runs=100", "--set", "simulation.workers=1"),
     *("--set", "privacy.client.target_delta=1e-3", "--set", "privacy.client.accountant=rdp"),
-    *("--set", "privacy.client.noise_multiplier=2.0", "--set", "privacy.client.max_epsilon=3.0"),
+    *("--set", "privacy.client.noise_multiplier=2.0", "--set", "privacy.client.max_epsilon=2.0"),
 ]
 
 
@@ -36,14 +36,14 @@ def test_both_units_from_the_file_to_the_manifest(fedcore: Fedcore, tmp_path: Pa
     events = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["event"] == "round_finished"]
     assert 0 < len(rounds) < 6  # the budget of clients ends the run
-    assert "would take the client-level epsilon past privacy.client.max_epsilon = 3" in done.stdout
+    assert "would take the client-level epsilon past privacy.client.max_epsilon = 2" in done.stdout
     assert all(event["train_loss"] is None for event in rounds)
     expected = [
         epsilon_of([Charge(n, 2.0, 0.5, n)], target_delta=1e-3, accountant="rdp")
         for n in range(1, len(rounds) + 2)
     ]
     assert [event["client_epsilon"] for event in rounds] == pytest.approx(expected[:-1])
-    assert expected[-2] <= 3.0 < expected[-1]
+    assert expected[-2] <= 2.0 < expected[-1]
     manifest = json.loads(next((folder / "repository").rglob("*manifest.json")).read_text())
     privacy = manifest["privacy"]
     assert (privacy["unit"], privacy["noise"]) == ("both", "simulated")

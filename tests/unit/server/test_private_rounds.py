@@ -18,7 +18,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.metrics import ACCURACY
 from fedcore.model import FullModel
 from fedcore.privacy.client_level import bounded
-from fedcore.seeds import Simulated
+from fedcore.seeds import Randomness, Simulated, SystemEntropy
 from fedcore.updates.messages import REFUSED, Update, read_instruction, update_content
 from fedcore.updates.pack import Vector, unpack
 from server.progress import Forgetful, Progress, Start
@@ -30,6 +30,7 @@ NODES = list(range(10, 30))
 Answer = Callable[[int, int, Vector], Vector | Error]
 """What a node's weights are after training, given its number, the round and what it was sent."""
 CLIP = 0.5
+SIMULATED = Simulated(0)
 
 
 class Kept(Forgetful):
@@ -53,6 +54,8 @@ class Story:
         hostile: tuple[int, ...] = (),
         strategy: str = "FedAvg",
         start: Start | None = None,
+        randomness: Randomness = SIMULATED,
+        keeper: Kept | None = None,
         rounds: int = 1,
         cohort: int | None = None,
         quorum: float = 0.1,
@@ -77,7 +80,7 @@ class Story:
         self.records: list[RoundRecord] = []
         self.notes: list[str] = []
         self.asked: list[list[int]] = []
-        self.keeper = Kept()
+        self.keeper = keeper or Kept()
 
         def handle(message: Message) -> Message:
             node, asked = message.metadata.dst_node_id, read_instruction(message.content)
@@ -105,7 +108,7 @@ class Story:
             chosen=make_strategy(strategy, {}, cohort=size, size=3),
             cohort=size,
             primary=ACCURACY,
-            randomness=Simulated(0),
+            randomness=randomness,
             judge=None,
             on_round=self.records.append,
             on_note=self.notes.append,
@@ -256,3 +259,31 @@ def test_an_adaptive_bound_travels_with_the_round_and_follows_what_comes_back() 
     # Every update is clipped, so the bound grows by about exp(0.2 / 2) a round.
     assert bounds[0] == 0.1
     assert bounds[-1] == pytest.approx(0.1 * math.exp(0.1 * 6), rel=0.2)
+
+
+class Dies(Kept):
+    """A process that dies with the noise of a round drawn and the round not committed."""
+
+    def goes_on(self, progress: Progress) -> bool:
+        if progress.round == 3:
+            raise KeyboardInterrupt
+        return super().goes_on(progress)
+
+
+def test_noise_that_was_not_committed_is_never_sent() -> None:
+    sent: dict[int, set[bytes]] = {}
+
+    def sees(node: int, number: int, weights: Vector) -> Vector:
+        sent.setdefault(number, set()).add(weights.tobytes())
+        return weights
+
+    first = Story(sees, rounds=5, randomness=SystemEntropy(), keeper=Dies())
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    kept = first.keeper.all[-1]
+    assert kept.round == 2
+    start = Start(kept, tuple(first.records[:2]))
+    done = Story(sees, rounds=5, randomness=SystemEntropy(), start=start).run()
+    # Round 3 was noised twice, and each of its models depends on other noise: one was sent.
+    assert [len(sent[number]) for number in range(1, 6)] == [1] * 5
+    assert [record.round for record in done.rounds] == [1, 2, 3, 4, 5]
