@@ -5,12 +5,11 @@ arXiv:2011.11660). Choosing run.toml's settings on held-out training images isn'
 """
 
 import gzip
-import math
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, nn, pi
 from torch.nn.functional import avg_pool2d, conv2d, layer_norm, normalize
 from torch.utils.data import TensorDataset
 
@@ -33,9 +32,9 @@ class Features(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         y, x = torch.meshgrid(*2 * [torch.arange(-3.0, 4.0)], indexing="ij")
-        turns = torch.arange(8)[:, None, None] * math.pi / 8
+        turns = torch.arange(8)[:, None, None] * pi / 8
         bell = torch.exp(-(x.square() + y.square()) / 4.5)
-        gabor = bell * torch.exp(0.5j * math.pi * (x * turns.cos() + y * turns.sin()))
+        gabor = bell * torch.exp(0.5j * pi * (x * turns.cos() + y * turns.sin()))
         gabor -= bell * gabor.sum((1, 2), keepdim=True) / bell.sum()  # blind to brightness
         both = torch.cat([gabor.real, gabor.imag])[:, None]
         self.register_buffer("filters", normalize(both, dim=(2, 3)))
