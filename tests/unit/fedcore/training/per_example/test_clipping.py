@@ -88,13 +88,10 @@ def test_an_example_whose_norm_overflows_is_not_believed_and_spoils_no_other(
     spoilt[1, 3] = value
     found = example_gradients(inputs, slopes, slopes, bias=True)
     believed = torch.ones(K, B, dtype=torch.bool)
-    if not (kind == "many rows" and value == 1e30):  # whose gradient is made, and has a norm
-        believed[1, 3] = False
+    believed[1, 3] = False
     assert torch.equal(found.usable, believed)
     fine = example_gradients(*layer(kind), layer(kind)[1], bias=True)
-    others = torch.ones(K, B, dtype=torch.bool)
-    others[1, 3] = False
-    assert torch.equal(found.squares[others], fine.squares[others])
+    assert torch.equal(found.squares[believed], fine.squares[believed])
 
 
 def test_a_slope_that_would_vanish_beside_a_huge_input_is_not_believed() -> None:
@@ -150,7 +147,7 @@ def test_what_is_believed_adds_no_more_than_its_norm_whatever_the_scale() -> Non
             believed += 1
             left, right = factors(torch.ones(1, 1))
             length = torch.bmm(left.transpose(1, 2), right).double().norm().item()
-            assert length <= squares.sqrt().item() * (1 + 1e-4) + 1e-30
+            assert length <= squares.sqrt().item() * (1 + 1e-4) + 1e-18  # squares underflow below
     assert believed > 100
 
 

@@ -1,0 +1,217 @@
+"""Noise and batches that come of a seed of 32 bits are stripped by a scan; those of devices are not.
+
+Devices used to draw both from torch's generator on the CPU, a Mersenne Twister of which
+``manual_seed`` keeps 32 bits. Here the seed lies below 2**24, so that a test can scan them all; the
+scan of all 2**32 takes 256 times as long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedcore.config import Client
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.draws import FLOAT_MARGIN, Draws, SimulatedDraws, SystemDraws
+from fedcore.privacy.planning import PrivatePlan
+from fedcore.seeds import numpy_rng, torch_rng
+from fedcore.training.private import train_private
+from tests.ways import way_of
+
+SEEDS = 1 << 24
+NOISE_SEED, SAMPLING_SEED = 9_876_543, 16_000_001
+MULTIPLIER, CLIP, RATE, EXAMPLES = 1.3, 0.7, 0.5, 64
+BLANK, OUTS = 40, 16  # inputs that are zero in every example, as a picture's margin is
+Words = NDArray[np.uint32]
+
+LANES = 32
+_STATES = 397 + 64 + 1
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _seeds_within(first: int, last: int, place: Words, low: Words, high: Words) -> list[int]:
+    """Seeds whose Mersenne Twister gives, at each place, 24 bits within ``low <= bits < high``.
+
+    ``LANES`` seeds at a time, side by side, so that one instruction serves eight of them.
+    """
+    found = [0][:0]
+    states = np.empty((_STATES, LANES), np.uint32)
+    alive = np.empty(LANES, np.uint32)
+    final = place.max() + 398
+    for base in range(first, last, LANES):
+        for lane in range(LANES):
+            states[0, lane] = base + lane
+        for row in range(1, final):
+            for lane in range(LANES):
+                before = states[row - 1, lane]
+                mixed = np.uint32(before ^ (before >> np.uint32(30)))
+                states[row, lane] = np.uint32(np.uint32(1812433253) * mixed) + np.uint32(row)
+        for lane in range(LANES):
+            alive[lane] = 1
+        for index in range(len(place)):
+            row = place[index]
+            left = np.uint32(0)
+            for lane in range(LANES):
+                mixed = np.uint32(
+                    (states[row, lane] & np.uint32(0x80000000))
+                    | (states[row + 1, lane] & np.uint32(0x7FFFFFFF))
+                )
+                odd = np.uint32(states[row + 1, lane] & np.uint32(1)) * np.uint32(0x9908B0DF)
+                y = np.uint32(states[row + 397, lane] ^ (mixed >> np.uint32(1)) ^ odd)
+                y = np.uint32(y ^ (y >> np.uint32(11)))
+                y = np.uint32(y ^ ((y << np.uint32(7)) & np.uint32(0x9D2C5680)))
+                y = np.uint32(y ^ ((y << np.uint32(15)) & np.uint32(0xEFC60000)))
+                y = np.uint32(y ^ (y >> np.uint32(18))) & np.uint32(0xFFFFFF)
+                alive[lane] &= np.uint32(low[index] <= y) & np.uint32(y < high[index])
+                left |= alive[lane]
+            if left == 0:
+                break
+        for lane in range(LANES):
+            if alive[lane]:
+                found.append(base + lane)
+    return found
+
+
+def scan(wanted: Sequence[tuple[int, int, int]]) -> list[int]:
+    """All seeds below 2**24 that explain what was seen: (place in the stream, low, high)."""
+    place, low, high = (np.array(one, np.uint32) for one in zip(*wanted, strict=True))
+    return list(_seeds_within(0, SEEDS, place, low, high))
+
+
+def seeds_of_noise(z: Tensor) -> list[int]:
+    """Seeds whose torch generator begins with the normal numbers ``z``, at least 16 of them.
+
+    Torch makes of every 16 words 16 numbers: words ``i`` and ``i + 8`` are the radius and the angle
+    of numbers ``i`` and ``i + 8``.
+    """
+    wanted = []
+    for place in (0, 1):
+        one, other = z[place].item(), z[place + 8].item()
+        radius = 1 - math.exp(-(one**2 + other**2) / 2)
+        angle = math.atan2(other, one) / (2 * math.pi) % 1
+        for word, share in ((place, radius), (place + 8, angle)):
+            middle, slack = round(share * 2**24), 1 << 12
+            wanted.append((word, max(0, middle - slack), middle + slack))
+    return [
+        seed
+        for seed in scan(wanted)
+        if torch.allclose(
+            torch.normal(0.0, 1.0, z.shape, generator=torch.Generator().manual_seed(seed)),
+            z,
+            atol=1e-2,
+        )
+    ]
+
+
+def seeds_of_batch(rows: Tensor, count: int, rate: float) -> list[int]:
+    """Seeds under which ``torch.rand(count) < rate`` is true for just these rows."""
+    taken, limit = set(rows.tolist()), round(rate * 2**24)
+    return scan([(r, 0, limit) if r in taken else (r, limit, 1 << 24) for r in range(count)])
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Draws whose batches an attacker sees, as whoever knows the examples can find them out."""
+
+    draws: Draws
+    batches: list[Tensor] = field(default_factory=list)
+
+    def poisson(self, count: int, rate: float) -> Tensor:
+        self.batches.append(self.draws.poisson(count, rate))
+        return self.batches[-1]
+
+    def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
+        self.draws.add_noise(sums, deviation=deviation, bound=bound)
+
+
+def attacked(draws: Draws) -> tuple[Tensor, Tensor]:
+    """One private step, as a server sees it: the noise at blank inputs, and the batch's rows."""
+    model = nn.Linear(6 + BLANK, OUTS, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(model.weight.shape, generator=torch_rng(0)) / 10)
+    start = model.weight.detach().clone()
+    inputs = torch.randn(EXAMPLES, 6 + BLANK, generator=torch_rng(1))
+    inputs[:, :BLANK] = 0
+    data: Any = TensorDataset(inputs, torch.arange(EXAMPLES) % OUTS)
+    loss, watched = nn.functional.cross_entropy, Watched(draws)
+    train_private(
+        nn.Identity(),
+        model,
+        data,
+        loss,
+        Client(learning_rate=1.0),
+        PrivatePlan(Charge(1, MULTIPLIER, RATE, 1), CLIP),
+        way=way_of(model, loss, inputs[0]),
+        draws=watched,
+    )
+    moved = (start - model.weight.detach())[0, :BLANK].double()
+    noise = moved * (EXAMPLES * RATE) / (MULTIPLIER * CLIP * (1 + FLOAT_MARGIN))
+    return noise.float(), watched.batches[0]
+
+
+def old_draws() -> SimulatedDraws:
+    """What devices drew from: torch's generators, of seeds that nobody is told."""
+    return SimulatedDraws(
+        torch.Generator().manual_seed(SAMPLING_SEED), torch.Generator().manual_seed(NOISE_SEED)
+    )
+
+
+def test_torch_keeps_32_bits_of_a_seed_and_the_scan_knows_its_stream() -> None:
+    for seed in (5, 123_456):
+        drawn = torch.rand(64, generator=torch.Generator().manual_seed(seed + 7 * 2**32))
+        bits = (drawn.double() * 2**24).long().tolist()
+        assert scan([(place, one, one + 1) for place, one in enumerate(bits)]) == [seed]
+
+
+def test_the_seed_of_noise_that_a_torch_generator_drew_is_found() -> None:
+    noise, _ = attacked(old_draws())
+    assert seeds_of_noise(noise[:32]) == [NOISE_SEED]
+
+
+def test_the_seed_of_a_batch_that_a_torch_generator_drew_is_found() -> None:
+    _, rows = attacked(old_draws())
+    assert seeds_of_batch(rows, EXAMPLES, RATE) == [SAMPLING_SEED]
+
+
+@pytest.mark.parametrize("what", ["noise", "sampling"])
+def test_a_scan_finds_nothing_in_what_a_device_draws(what: str) -> None:
+    noise, rows = attacked(SystemDraws())
+    assert noise.std().item() > 0.3  # there is noise to look at
+    assert 8 < len(rows) < 56
+    if what == "noise":
+        assert seeds_of_noise(noise[:32]) == []
+    else:
+        assert seeds_of_batch(rows, EXAMPLES, RATE) == []
+
+
+@pytest.mark.parametrize("seeded", [torch.manual_seed, np.random.seed])
+def test_nor_does_seeding_the_process_make_a_device_repeat_itself(
+    seeded: Callable[[int], object],
+) -> None:
+    state, of_numpy = torch.get_rng_state(), np.random.get_state()
+    try:
+        seen = []
+        for _ in range(2):
+            seeded(1)
+            seen.append(attacked(SystemDraws()))
+    finally:
+        torch.set_rng_state(state)
+        np.random.set_state(of_numpy)
+    assert not torch.isclose(seen[0][0], seen[1][0], rtol=0, atol=1e-6).any()
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_a_guess_at_random_finds_nothing_either() -> None:
+    """The scan is not one that always answers."""
+    z = torch.from_numpy(numpy_rng(1, "z").standard_normal(32)).float()
+    assert seeds_of_noise(z) == []
