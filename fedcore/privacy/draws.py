@@ -68,7 +68,7 @@ class SimulatedDraws:
 
     def seed(self) -> int:
         """The seed that batches are drawn from, see `Draws.seed`."""
-        return self.sampling.initial_seed() >> 1
+        return self.sampling.initial_seed() & (2**62 - 1)
 
     def poisson(self, count: int, rate: float) -> Tensor:
         """One Poisson sample, see `Draws.poisson`."""
