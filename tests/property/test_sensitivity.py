@@ -135,7 +135,7 @@ def adversaries(case: Case) -> Iterator[Row]:
 
 
 def hostile(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model at weights of a hostile server, within what it may send."""
+    """The model at weights that a hostile server may send."""
     for name in ("fresh", "huge", "cancelling", "tiny", "equal"):
         changed = copy.deepcopy(model)
         with torch.no_grad():

@@ -205,6 +205,7 @@ def own_gradient(
     parameters = list(trained(model).values())
     with torch.no_grad():
         behind = preprocess(one.unsqueeze(0))
+    _clear(model)  # a backward pass would add to the step's before
     try:
         with torch.enable_grad():  # not autograd.grad, which reentrant checkpoints do not bear
             torch.autograd.backward(loss(model(behind), target.unsqueeze(0)))
@@ -213,8 +214,12 @@ def own_gradient(
             for p in parameters
         ]
     finally:
-        for parameter in model.parameters():
-            parameter.grad = None
+        _clear(model)
+
+
+def _clear(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def _made(each: Sequence[Tensor]) -> Part:
