@@ -1,0 +1,246 @@
+"""An audit: what a training function says of its privacy, against what its releases tell.
+
+The function is run as it is, on canaries, and attacked from outside. Two lower bounds on epsilon
+come out, of which neither knows how the function works:
+
+- from repeated releases, by the distance between runs with an example and without it, read as
+  that of a Gaussian mechanism (the Gaussian-DP bound);
+- from one run, by how many of its canaries are guessed right (Steinke, Nasr, Jagielski 2023).
+
+The larger one refutes the statement where it is above the stated epsilon. Start with `audit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcore.privacy.accounting import Accountant, epsilon_of
+from fedcore.privacy.planning import PrivatePlan
+from fedcore.seeds import numpy_rng
+from server.privacy.audit_bounds import (
+    Distance,
+    epsilon_at_least,
+    mean_lower_bound,
+    one_run_epsilon,
+)
+from server.privacy.canaries import Release, Train, release
+
+_BOUNDS = 2  # a statement faces so many for each seed
+_SAMPLED_EPSILON = 0.1  # where the distance is taken under sampling: accountants err by 0.01 at 0
+_THRESHOLDS = np.linspace(0.01, 0.999, 200)  # quantiles of the pilot's scores
+_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # of one run's canaries, to be guessed
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is stated of one training run, and audited."""
+
+    name: str
+    plan: PrivatePlan
+    target_delta: float
+    accountant: Accountant = "prv"
+
+    @property
+    def epsilon(self) -> float:
+        """The stated epsilon."""
+        return epsilon_of(
+            (self.plan.charge,), target_delta=self.target_delta, accountant=self.accountant
+        )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is run for one seed; a canary costs a weight, a release a training run."""
+
+    canaries: int = 128
+    """In each of the repeated releases."""
+    pilot: int = 60
+    """Releases on which thresholds are chosen; no bound is taken from them."""
+    releases: int = 400
+    one_run_canaries: int = 1500
+
+
+USUAL_EFFORT = Effort()
+
+
+@dataclass(frozen=True)
+class SeedBounds:
+    """What one seed's canaries tell."""
+
+    seed: int
+    repeated: float
+    """Lower bound on epsilon from repeated releases."""
+    one_run: float
+    """Lower bound on epsilon from one run."""
+    measured_noise: float
+    """Noise multiplier that the releases show. It proves nothing, and helps to find a fault."""
+
+    @property
+    def epsilon(self) -> float:
+        """The audited epsilon."""
+        return max(self.repeated, self.one_run)
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A statement and what was found of it."""
+
+    statement: Statement
+    stated: float
+    """The stated epsilon."""
+    seeds: tuple[SeedBounds, ...]
+    confidence: float
+    """With which all bounds hold together."""
+
+    @property
+    def epsilon(self) -> float:
+        """The audited epsilon: the largest lower bound of all seeds."""
+        return max(bounds.epsilon for bounds in self.seeds)
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the releases contradict the statement."""
+        return self.epsilon > self.stated
+
+
+def audit(
+    train: Train,
+    statement: Statement,
+    *,
+    seeds: int,
+    confidence: float = 0.95,
+    effort: Effort = USUAL_EFFORT,
+    done: Callable[[int, int], None] = lambda done, of: None,
+) -> Audited:
+    """Attacks ``train`` and compares what comes out with the statement.
+
+    Guarantee:
+        If ``train`` keeps the statement, `Audited.refuted` is true with a probability of at most
+        ``1 - confidence``, over all seeds and bounds together (Bonferroni), provided that calls of
+        ``train`` are independent of one another. That it is false proves nothing of ``train``.
+
+    Args:
+        train: What is audited.
+        statement: What is said of it.
+        seeds: Independent audits; each takes canaries from a seed of its own, 1, 2, and so on.
+        confidence: Of all bounds together.
+        effort: For each seed.
+        done: Called with releases done so far, and all there will be.
+    """
+    alone = 1 - (1 - confidence) / (seeds * _BOUNDS)
+    each = effort.pilot + effort.releases + 1
+    found = []
+    for seed in range(1, seeds + 1):
+
+        def tick(count: int, before: int = (seed - 1) * each) -> None:
+            done(before + count, seeds * each)
+
+        found.append(_one_seed(train, statement, seed, alone, effort, tick))
+    return Audited(statement, statement.epsilon, tuple(found), confidence)
+
+
+def _one_seed(
+    train: Train,
+    statement: Statement,
+    seed: int,
+    confidence: float,
+    effort: Effort,
+    tick: Callable[[int], None],
+) -> SeedBounds:
+    rng = numpy_rng(seed, "canaries")
+
+    def releases(count: int, before: int) -> list[Release]:
+        taken = []
+        for number in range(count):
+            taken.append(release(train, statement.plan, canaries=effort.canaries, rng=rng))
+            tick(before + number + 1)
+        return taken
+
+    pilot = releases(effort.pilot, 0)
+    rest = releases(effort.releases, effort.pilot)
+    alone = release(train, statement.plan, canaries=effort.one_run_canaries, rng=rng)
+    tick(effort.pilot + effort.releases + 1)
+    return SeedBounds(
+        seed,
+        repeated=_repeated(pilot, rest, statement, confidence),
+        one_run=_one_run(pilot, alone, statement, confidence),
+        measured_noise=_noise(rest, statement.plan.charge.steps),
+    )
+
+
+def _repeated(
+    pilot: list[Release], releases: list[Release], statement: Statement, confidence: float
+) -> float:
+    """Epsilon from how far apart canaries within and without are, over independent releases.
+
+    A right guess "included" earns 1, a right guess "left out" exp(epsilon). A guess from whatever
+    was released earns in expectation at most half of ``exp(epsilon) + delta(epsilon)``, and so
+    does the mean over the canaries of one release, however these hang together; releases are
+    independent.
+    """
+    charge = statement.plan.charge
+    epsilon = 0.0 if charge.sample_rate == 1 else _SAMPLED_EPSILON
+    reward = math.exp(epsilon)
+    scores = np.concatenate([one.scores for one in pilot])
+    included = np.concatenate([one.included for one in pilot])
+    threshold = max(
+        np.quantile(scores, _THRESHOLDS),
+        key=lambda tried: float(_earned(included, scores > tried, reward).mean()),
+    )
+    earned = [_earned(one.included, one.scores > threshold, reward).mean() for one in releases]
+    mean = reward * mean_lower_bound(np.array(earned) / reward, confidence=confidence)
+    seen = Distance(epsilon, 2 * mean - reward)
+    return epsilon_at_least(seen, charge, target_delta=statement.target_delta)
+
+
+def _earned(
+    included: NDArray[np.bool_], guessed: NDArray[np.bool_], reward: float
+) -> NDArray[np.float64]:
+    return (included & guessed) + reward * (~included & ~guessed)
+
+
+def _one_run(
+    pilot: list[Release], alone: Release, statement: Statement, confidence: float
+) -> float:
+    """Epsilon from guesses about the canaries of one run that stand out the most on either side."""
+    scores = np.concatenate([one.scores for one in pilot])
+    included = np.concatenate([one.included for one in pilot])
+    canaries = len(alone.scores)
+
+    def bound(guesses: int, right: int) -> float:
+        return one_run_epsilon(
+            canaries=canaries,
+            guesses=guesses,
+            right=right,
+            delta=statement.target_delta,
+            confidence=confidence,
+        )
+
+    def expected(share: float) -> float:
+        tried = _guesses(share, len(scores))
+        rate = _right(included, scores, tried) / tried
+        guesses = _guesses(share, canaries)
+        return bound(guesses, math.floor(rate * guesses))
+
+    guesses = _guesses(max(_SHARES, key=expected), canaries)
+    return bound(guesses, _right(alone.included, alone.scores, guesses))
+
+
+def _guesses(share: float, canaries: int) -> int:
+    return 2 * max(1, round(share * canaries / 2)) if canaries > 1 else 0
+
+
+def _right(included: NDArray[np.bool_], scores: NDArray[np.float64], guesses: int) -> int:
+    """Right guesses, half of them "left out" for the lowest scores, half "included"."""
+    order, half = np.argsort(scores, kind="stable"), guesses // 2
+    return int((~included[order[:half]]).sum() + included[order[len(order) - half :]].sum())
+
+
+def _noise(releases: list[Release], steps: int) -> float:
+    left_out = np.concatenate([one.scores[~one.included] for one in releases])
+    return float(np.sqrt(np.square(left_out).mean() / steps))

@@ -1,0 +1,104 @@
+"""Canaries: examples whose gradients point in directions of their own, and what a release tells.
+
+The model has one weight for each canary, and the canary's gradient moves that weight alone, by the
+clip norm. So the released weight is, up to known factors, the canary's presence plus the noise:
+nobody who attacks a release can do better than to look at it (Nasr et al. 2023, arXiv:2302.07956,
+section 4, Dirac canaries).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedcore.config import Client
+from fedcore.errors import PrivacyError
+from fedcore.privacy.planning import PrivatePlan, expected_batch_size
+from fedcore.seeds import Randomness
+from fedcore.task import Examples, Loss
+from fedcore.training.private import train_private
+
+Train = Callable[[nn.Module, Examples, Loss, Client], None]
+"""Trains a model in place on examples: the function that is audited, its plan already bound."""
+
+_SIZE = 16.0  # of a canary's gradient, in clip norms: what is clipped too late still shows
+_SETTINGS = Client(learning_rate=1.0, device="cpu")
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release, and what was in it."""
+
+    included: NDArray[np.bool_]
+    """Whether each canary was among the examples, shape ``(M,)``."""
+    scores: NDArray[np.float64]
+    """What the release shows of each canary, shape ``(M,)``, in clip norms: how often it was in a
+    batch, plus the noise."""
+
+
+def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
+    """The function that devices train with, under ``plan``; each call draws numbers of its own."""
+    calls = count()
+
+    def train(model: nn.Module, examples: Examples, loss: Loss, settings: Client) -> None:
+        call, device = next(calls), next(model.parameters()).device
+        train_private(
+            nn.Identity(),
+            model,
+            examples,
+            loss,
+            settings,
+            plan,
+            sampling=randomness.generator(torch.device("cpu"), "audit", call, "sampling"),
+            noise=randomness.generator(device, "audit", call, "noise"),
+        )
+
+    return train
+
+
+def release(
+    train: Train, stated: PrivatePlan, *, canaries: int, rng: np.random.Generator
+) -> Release:
+    """Trains once on canaries, each included with probability 1/2, and scores all of them.
+
+    A canary that is left out is an example of zeros: it has no gradient, and the number of
+    examples stays (zero-out adjacency).
+
+    Args:
+        train: What is audited.
+        stated: What it says that it does; read for its clip norm and sample rate alone.
+        canaries: How many, M.
+        rng: Draws which are included.
+
+    Raises:
+        PrivacyError: the release is not finite.
+    """
+    included = rng.random(canaries) < 0.5
+    size = _SIZE * stated.clip_norm
+    inputs = torch.diag(torch.from_numpy(included).to(torch.float32) * size)
+    examples = cast(Examples, TensorDataset(inputs, torch.zeros(canaries)))
+    model = nn.Linear(canaries, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    train(model, examples, _loss, _SETTINGS)
+    moved = model.weight.detach().double().flatten().numpy()
+    if not np.isfinite(moved).all():
+        raise PrivacyError(
+            f"audit: a release on {canaries} canaries holds weights that are not finite, so it "
+            "cannot be judged. The training function is at fault: every gradient of a canary is "
+            f"finite, of norm {size:g}."
+        )
+    batch = expected_batch_size(canaries, stated)
+    return Release(included, moved * batch / (_SETTINGS.learning_rate * stated.clip_norm))
+
+
+def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A mean over examples whose gradient is each example itself, downhill."""
+    return -outputs.mean()
