@@ -21,13 +21,15 @@ _HALVINGS = 60  # of an interval, until it is as narrow as float64 can tell
 _MOST_EPSILON = 700.0  # exp of more is no float64
 _NOISE_HALVINGS = 10  # each calls the accountant; leaves the noise within 0.4 %
 _LEAST_NOISE = 0.25  # below it the accountant's tables grow without bound
-_BOLDNESS = 0.99  # the share of all it owns that a bettor stakes: one that stakes all is ruined once
+_BOLDNESS = 0.99  # the share of all it owns that a bettor stakes; all of it could be lost at once
 
 
 # --- one run ------------------------------------------------------------------------------------
 
 
-def one_run_p_value(*, canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
+def one_run_p_value(
+    *, canaries: int, guesses: int, right: int, epsilon: float, delta: float
+) -> float:
     """How likely ``right`` guesses or more are in one run of an (epsilon, delta)-private function.
 
     Each canary was included with probability 1/2, on its own. The number of guesses was fixed
@@ -81,7 +83,8 @@ def _binomial(count: int, probability: float) -> Array:
             + successes * math.log(probability)
             + np.where(successes < count, (count - successes) * miss, 0.0)
         )
-    return np.exp(logs)
+    mass: Array = np.exp(logs)
+    return mass
 
 
 # --- repeated releases --------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def epsilon_at_least(seen: Distance, stated: Charge, *, target_delta: float) -> 
     two distributions closer than they were seen to be.
 
     Guarantee:
-        Above ``epsilon_of((stated,))`` only if the stated noise, rate and steps contradict ``seen``.
+        Above the epsilon of ``stated`` only if its noise, rate and steps contradict ``seen``.
 
     Source:
         Nasr et al. 2023, arXiv:2302.07956, section 5 (auditing by trade-off functions).

@@ -1,0 +1,201 @@
+"""Gradient inversion: from one client's update of one example back to the example.
+
+A small dense model takes one step on one picture, by the functions that devices train with. The
+attacker is a server: it has sent start weights under which a gradient speaks of the picture above
+all, knows the label, and looks for the picture, first in closed form, then by matching gradients.
+Without privacy it gets the picture; with it, a guess at best.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fedcore.config import Client
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.planning import PrivatePlan
+from fedcore.seeds import Randomness, global_streams, torch_rng
+from fedcore.training.local import train
+from server.privacy.canaries import private_training
+
+_HIDDEN = 32
+_CLASSES = 10
+_MATCHING_STEPS = 200
+_LOUDER = 30.0  # the last layer's weights: most of a gradient's norm is then in the first layer
+_SETTINGS = Client(learning_rate=1.0, batch_size=1, epochs=1, device="cpu")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and what an attacker made of its updates; pixels from 0 to 1, shape (H, W)."""
+
+    original: Tensor
+    without: Tensor
+    """Reconstructed from an update without privacy."""
+    private: Tensor
+    """Reconstructed from an update with the stated noise."""
+    blind: Tensor
+    """The mean of all other pictures: the attacker's guess without any update."""
+
+    def psnr_db(self) -> dict[str, float]:
+        """How close each guess comes to the original, in decibels; the higher, the closer."""
+        guesses = {"without": self.without, "private": self.private, "blind": self.blind}
+        return {name: psnr_db(guess, self.original) for name, guess in guesses.items()}
+
+
+def psnr_db(guess: Tensor, original: Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures with pixels from 0 to 1; at most 99 dB."""
+    error = (guess.double() - original.double()).square().mean().item()
+    return min(99.0, -10 * math.log10(error)) if error > 0 else 99.0
+
+
+def invert_digits(
+    noise_multiplier: float, clip_norm: float, randomness: Randomness, *, pictures: int, seed: int
+) -> list[Picture]:
+    """Attacks updates of handwritten digits, with and without privacy.
+
+    Args:
+        noise_multiplier: Of the private updates.
+        clip_norm: Of the private updates.
+        randomness: Draws the noise.
+        pictures: How many digits, each of another class.
+        seed: Chooses the digits and the models' weights.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn, which brings the digits, is not installed.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32) / 16
+    targets = torch.tensor(bunch.target)
+    plan = PrivatePlan(Charge(1, noise_multiplier, 1.0, 1), clip_norm)
+    rng = torch_rng(seed, "inversion")
+    found = []
+    for label in torch.randperm(_CLASSES, generator=rng)[:pictures].tolist():
+        rows = (targets == label).nonzero().flatten()
+        row = int(rows[torch.randint(len(rows), (1,), generator=rng)])
+        others = torch.cat([images[:row], images[row + 1 :]])
+        found.append(_attack(images[row], label, others.mean(0), plan, randomness, seed))
+    return found
+
+
+def _attack(
+    image: Tensor, label: int, blind: Tensor, plan: PrivatePlan, randomness: Randomness, seed: int
+) -> Picture:
+    with global_streams(seed, "inversion model", label):
+        start = _model(image.numel())
+    with torch.no_grad():
+        cast(nn.Linear, start[2]).weight.mul_(_LOUDER)
+    examples: Any = TensorDataset(image.reshape(1, -1), torch.tensor([label]))
+    loss = nn.functional.cross_entropy
+    plain, private = copy.deepcopy(start), copy.deepcopy(start)
+    train(plain, examples, loss, _SETTINGS, epochs=1, batch_size=1, rng=torch_rng(seed, "order"))
+    private_training(plan, randomness)(private, examples, loss, _SETTINGS)
+
+    def reconstruct(trained: nn.Sequential, clip_norm: float) -> Tensor:
+        update = [
+            (before - after).detach() / _SETTINGS.learning_rate
+            for before, after in zip(start.parameters(), trained.parameters(), strict=True)
+        ]
+        closed = in_closed_form(update[0], update[1])
+        matched = by_matching(start, update, label, clip_norm=clip_norm, guesses=(closed, blind))
+        # Which of the two the attacker would keep is its luck: the closer one is shown.
+        both = [guess.reshape(image.shape) for guess in (closed, matched)]
+        return max(both, key=lambda guess: psnr_db(guess, image))
+
+    return Picture(
+        original=image,
+        without=reconstruct(plain, math.inf),
+        private=reconstruct(private, plan.clip_norm),
+        blind=blind,
+    )
+
+
+def _model(pixels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(pixels, _HIDDEN), nn.Sigmoid(), nn.Linear(_HIDDEN, _CLASSES))
+
+
+def in_closed_form(weight: Tensor, bias: Tensor) -> Tensor:
+    """The input from the gradient of a first dense layer.
+
+    One example's gradient is the outer product of the layer's error and of the input with a 1 at
+    its end, for the bias: a matrix of rank one. The closest such matrix to what was seen gives the
+    most likely input under Gaussian noise; without noise it is exact.
+
+    Args:
+        weight: Gradient of the layer's weight, shape ``(H, P)``.
+        bias: Gradient of its bias, shape ``(H,)``.
+
+    Returns:
+        Pixels within 0 and 1, shape ``(P,)``.
+
+    Source:
+        Phong et al. 2018, 10.1109/TIFS.2017.2787987, section 3, in the form for noise.
+    """
+    seen = torch.cat([weight, bias[:, None]], dim=1).double()
+    direction = torch.linalg.svd(seen, full_matrices=False).Vh[0]
+    pixels: Tensor = (direction[:-1] / direction[-1]).nan_to_num(0.0).clamp(0, 1)
+    return pixels.float()
+
+
+def by_matching(
+    model: nn.Module,
+    update: list[Tensor],
+    label: int,
+    *,
+    clip_norm: float,
+    guesses: Sequence[Tensor],
+) -> Tensor:
+    """The input whose gradient, clipped as the mechanism would, is closest to the one seen.
+
+    Under Gaussian noise this is the most likely input with pixels within 0 and 1. The attacker is
+    given the label.
+
+    Source:
+        Zhu, Liu, Han 2019, arXiv:1906.08935, Algorithm 1, from given guesses in place of noise.
+    """
+    found = [_match(model, update, label, clip_norm, guess.flatten()) for guess in guesses]
+    _, best = min(found, key=lambda pair: pair[0])
+    return best
+
+
+def _match(
+    model: nn.Module, update: list[Tensor], label: int, clip_norm: float, guess: Tensor
+) -> tuple[float, Tensor]:
+    """Where the search ends that begins at a guess, and how far its gradient is from the update."""
+    model = copy.deepcopy(model).double()
+    weights, target = list(model.parameters()), torch.tensor([label])
+    # Pixels pass through a sigmoid, which keeps them within 0 and 1.
+    free = torch.logit(guess.double().clamp(0.02, 0.98)).reshape(1, -1).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [free], max_iter=_MATCHING_STEPS, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def distance() -> Tensor:
+        value = nn.functional.cross_entropy(model(torch.sigmoid(free)), target)
+        gradient = torch.autograd.grad(value, weights, create_graph=True)
+        norm = torch.stack([part.square().sum() for part in gradient]).sum().sqrt()
+        # Not by an infinite norm: its derivative, 0 times infinity, is no number.
+        scale = torch.clamp(clip_norm / norm, max=1.0) if math.isfinite(clip_norm) else 1.0
+        gaps = [
+            (part * scale - seen).square().sum()
+            for part, seen in zip(gradient, update, strict=True)
+        ]
+        return torch.stack(gaps).sum()
+
+    def evaluated() -> float:
+        optimizer.zero_grad()
+        total = distance()
+        torch.autograd.backward(total)
+        return total.item()
+
+    optimizer.step(evaluated)  # type: ignore[no-untyped-call]
+    return distance().item(), torch.sigmoid(free).detach().flatten().float()
