@@ -21,13 +21,16 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config import Client
 from fedcore.errors import PrivacyError
+from fedcore.model import FullModel
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
-from fedcore.task import Examples, Loss
+from fedcore.task import Examples, Kind, Loss, Task
+from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.ways import Way
 from fedcore.training.private import train_private
 
-Train = Callable[[nn.Module, Examples, Loss, Client], None]
-"""Trains a model in place on examples: the function that is audited, its plan already bound."""
+Train = Callable[[Task, FullModel, Examples, Client], None]
+"""Trains a task's model in place on examples: what is audited, its plan already bound."""
 
 _SIZE = 16.0  # of a canary's gradient, in clip norms: what is clipped too late still shows
 _SETTINGS = Client(learning_rate=1.0, device="cpu")
@@ -45,20 +48,25 @@ class Release:
 
 
 def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
-    """The function that devices train with, under ``plan``; each call draws numbers of its own."""
-    calls = count()
+    """The function that devices train with, under ``plan``; each call draws numbers of its own.
 
-    def train(model: nn.Module, examples: Examples, loss: Loss, settings: Client) -> None:
-        call, device = next(calls), next(model.parameters()).device
+    How a task's per-example gradients are taken is found out once for each task.
+    """
+    calls, ways = count(), dict[str, Way]()
+
+    def train(task: Task, model: FullModel, examples: Examples, settings: Client) -> None:
+        device = next(model.parameters()).device
+        if task.name not in ways:
+            ways[task.name] = find_way(task, model)
         train_private(
-            nn.Identity(),
-            model,
+            model.preprocess,
+            model.model,
             examples,
-            loss,
+            task.loss_of,
             settings,
             plan,
-            sampling=randomness.generator(torch.device("cpu"), "audit", call, "sampling"),
-            noise=randomness.generator(device, "audit", call, "noise"),
+            way=ways[task.name],
+            draws=randomness.draws(device, "audit", next(calls)),
         )
 
     return train
@@ -85,10 +93,10 @@ def release(
     size = _SIZE * stated.clip_norm
     inputs = torch.diag(torch.from_numpy(included).to(torch.float32) * size)
     examples = cast(Examples, TensorDataset(inputs, torch.zeros(canaries)))
-    model = nn.Linear(canaries, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    train(model, examples, _loss, _SETTINGS)
-    moved = model.weight.detach().double().flatten().numpy()
+    task = canary_task(canaries)
+    model = FullModel(nn.Identity(), task.model())
+    train(task, model, examples, _SETTINGS)
+    moved = cast(nn.Linear, model.model).weight.detach().double().flatten().numpy()
     if not np.isfinite(moved).all():
         raise PrivacyError(
             f"audit: a release on {canaries} canaries holds weights that are not finite, so it "
@@ -99,6 +107,38 @@ def release(
     return Release(included, moved * batch / (_SETTINGS.learning_rate * stated.clip_norm))
 
 
-def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """A mean over examples whose gradient is each example itself, downhill."""
-    return -outputs.mean()
+def canary_task(canaries: int) -> Task:
+    """A linear model that starts at zero, and a loss whose gradient is the example, uphill."""
+
+    def model() -> nn.Module:
+        linear = nn.Linear(canaries, 1, bias=False)
+        nn.init.zeros_(linear.weight)
+        return linear
+
+    return artificial_task(
+        f"canaries-{canaries}",
+        kind="regression",
+        model=model,
+        loss=lambda outputs, targets: -outputs.mean(),
+        example_input=torch.zeros(canaries),
+    )
+
+
+def artificial_task(
+    name: str, *, kind: Kind, model: Callable[[], nn.Module], loss: Loss, example_input: Tensor
+) -> Task:
+    """A task without data: what is trained on is handed to the training function."""
+
+    def none(*_: object) -> Examples:
+        raise AssertionError(f"task {name!r} has no data of its own")
+
+    return Task(
+        name=name,
+        kind=kind,
+        model=model,
+        clients=lambda folder: (),
+        client_data=none,
+        test_data=none,
+        loss=loss,
+        example_input=example_input,
+    )

@@ -12,22 +12,24 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedcore.config import Client
+from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Randomness, global_streams, torch_rng
+from fedcore.task import Task
 from fedcore.training.local import train
-from server.privacy.canaries import private_training
+from server.privacy.canaries import artificial_task, private_training
 
 _HIDDEN = 32
 _CLASSES = 10
-_MATCHING_STEPS = 200
+_MATCHING_STEPS = 60
 _LOUDER = 30.0  # the last layer's weights: most of a gradient's norm is then in the first layer
 _SETTINGS = Client(learning_rate=1.0, batch_size=1, epochs=1, device="cpu")
 
@@ -90,17 +92,16 @@ def invert_digits(
 def _attack(
     image: Tensor, label: int, blind: Tensor, plan: PrivatePlan, randomness: Randomness, seed: int
 ) -> Picture:
+    task = _task(image.numel())
     with global_streams(seed, "inversion model", label):
-        start = _model(image.numel())
-    with torch.no_grad():
-        cast(nn.Linear, start[2]).weight.mul_(_LOUDER)
+        start = FullModel(nn.Identity(), task.model())
     examples: Any = TensorDataset(image.reshape(1, -1), torch.tensor([label]))
-    loss = nn.functional.cross_entropy
     plain, private = copy.deepcopy(start), copy.deepcopy(start)
-    train(plain, examples, loss, _SETTINGS, epochs=1, batch_size=1, rng=torch_rng(seed, "order"))
-    private_training(plan, randomness)(private, examples, loss, _SETTINGS)
+    order = torch_rng(seed, "order")
+    train(plain, examples, task.loss_of, _SETTINGS, epochs=1, batch_size=1, rng=order)
+    private_training(plan, randomness)(task, private, examples, _SETTINGS)
 
-    def reconstruct(trained: nn.Sequential, clip_norm: float) -> Tensor:
+    def reconstruct(trained: nn.Module, clip_norm: float) -> Tensor:
         update = [
             (before - after).detach() / _SETTINGS.learning_rate
             for before, after in zip(start.parameters(), trained.parameters(), strict=True)
@@ -119,8 +120,20 @@ def _attack(
     )
 
 
-def _model(pixels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(pixels, _HIDDEN), nn.Sigmoid(), nn.Linear(_HIDDEN, _CLASSES))
+def _task(pixels: int) -> Task:
+    def model() -> nn.Module:
+        last = nn.Linear(_HIDDEN, _CLASSES)
+        with torch.no_grad():
+            last.weight.mul_(_LOUDER)
+        return nn.Sequential(nn.Linear(pixels, _HIDDEN), nn.Sigmoid(), last)
+
+    return artificial_task(
+        "inversion",
+        kind="classification",
+        model=model,
+        loss=nn.functional.cross_entropy,
+        example_input=torch.zeros(pixels),
+    )
 
 
 def in_closed_form(weight: Tensor, bias: Tensor) -> Tensor:
