@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ from server.privacy.canaries import Release, Train, release
 
 _BOUNDS = 2  # a statement faces so many for each seed
 _SAMPLED_EPSILON = 0.1  # where the distance is taken under sampling: accountants err by 0.01 at 0
+_MOST_STEPS = 4000  # of training, over one seed's repeated releases: some 20 s on a core
+_MIN_RELEASES = 40
 _THRESHOLDS = np.linspace(0.01, 0.999, 200)  # quantiles of the pilot's scores
 _SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # of one run's canaries, to be guessed
 
@@ -63,6 +65,17 @@ class Effort:
     """Releases on which thresholds are chosen; no bound is taken from them."""
     releases: int = 400
     one_run_canaries: int = 1500
+
+    @property
+    def trainings(self) -> int:
+        """How often the audited function is called."""
+        return self.pilot + self.releases + 1
+
+    def within(self, steps: int) -> Effort:
+        """At most this effort, with fewer releases where each takes many steps."""
+        allowed = max(_MIN_RELEASES, _MOST_STEPS // max(1, steps))
+        share = min(1.0, allowed / (self.pilot + self.releases))
+        return replace(self, pilot=round(self.pilot * share), releases=round(self.releases * share))
 
 
 USUAL_EFFORT = Effort()
@@ -115,7 +128,7 @@ def audit(
     seeds: int,
     confidence: float = 0.95,
     effort: Effort = USUAL_EFFORT,
-    done: Callable[[int, int], None] = lambda done, of: None,
+    done: Callable[[int], None] = lambda trainings: None,
 ) -> Audited:
     """Attacks ``train`` and compares what comes out with the statement.
 
@@ -129,16 +142,16 @@ def audit(
         statement: What is said of it.
         seeds: Independent audits; each takes canaries from a seed of its own, 1, 2, and so on.
         confidence: Of all bounds together.
-        effort: For each seed.
-        done: Called with releases done so far, and all there will be.
+        effort: For each seed, at most.
+        done: Called after each training with how many are done, of ``effort.trainings`` a seed.
     """
+    effort = effort.within(statement.plan.charge.steps)
     alone = 1 - (1 - confidence) / (seeds * _BOUNDS)
-    each = effort.pilot + effort.releases + 1
     found = []
     for seed in range(1, seeds + 1):
 
-        def tick(count: int, before: int = (seed - 1) * each) -> None:
-            done(before + count, seeds * each)
+        def tick(count: int, before: int = (seed - 1) * effort.trainings) -> None:
+            done(before + count)
 
         found.append(_one_seed(train, statement, seed, alone, effort, tick))
     return Audited(statement, statement.epsilon, tuple(found), confidence)
@@ -164,7 +177,7 @@ def _one_seed(
     pilot = releases(effort.pilot, 0)
     rest = releases(effort.releases, effort.pilot)
     alone = release(train, statement.plan, canaries=effort.one_run_canaries, rng=rng)
-    tick(effort.pilot + effort.releases + 1)
+    tick(effort.trainings)
     return SeedBounds(
         seed,
         repeated=_repeated(pilot, rest, statement, confidence),

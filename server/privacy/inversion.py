@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from server.privacy.canaries import artificial_task, private_training
 
 _HIDDEN = 32
 _CLASSES = 10
-_MATCHING_STEPS = 60
+_MATCHING_STEPS = 120
 _LOUDER = 30.0  # the last layer's weights: most of a gradient's norm is then in the first layer
 _SETTINGS = Client(learning_rate=1.0, batch_size=1, epochs=1, device="cpu")
 
@@ -60,8 +60,8 @@ def psnr_db(guess: Tensor, original: Tensor) -> float:
 
 def invert_digits(
     noise_multiplier: float, clip_norm: float, randomness: Randomness, *, pictures: int, seed: int
-) -> list[Picture]:
-    """Attacks updates of handwritten digits, with and without privacy.
+) -> Iterator[Picture]:
+    """Attacks updates of handwritten digits, with and without privacy, one after the other.
 
     Args:
         noise_multiplier: Of the private updates.
@@ -80,13 +80,11 @@ def invert_digits(
     targets = torch.tensor(bunch.target)
     plan = PrivatePlan(Charge(1, noise_multiplier, 1.0, 1), clip_norm)
     rng = torch_rng(seed, "inversion")
-    found = []
     for label in torch.randperm(_CLASSES, generator=rng)[:pictures].tolist():
         rows = (targets == label).nonzero().flatten()
         row = int(rows[torch.randint(len(rows), (1,), generator=rng)])
         others = torch.cat([images[:row], images[row + 1 :]])
-        found.append(_attack(images[row], label, others.mean(0), plan, randomness, seed))
-    return found
+        yield _attack(images[row], label, others.mean(0), plan, randomness, seed)
 
 
 def _attack(

@@ -1,0 +1,234 @@
+"""``fedcore privacy audit``: attacks the training that devices run, and says what it got."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from fedcore.cli import Command
+from fedcore.errors import ConfigError, PrivacyError
+
+if TYPE_CHECKING:
+    from fedcore.config import RunConfig
+    from fedcore.observability.events import Sink
+    from fedcore.task import Examples
+    from server.privacy.audit import Audited, Statement
+    from server.privacy.inversion import Picture
+
+_CONFIDENCE = 0.95
+_PICTURES = 3
+_SHOW_EVERY_S = 2.0
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        help="a run's TOML file, whose noise, clip norm, sample rate and steps are audited; one "
+        "step with noise multiplier 1 when unset",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the file, e.g. --set privacy.max_epsilon=4; may be repeated",
+    )
+    parser.add_argument(
+        "--examples",
+        type=_positive,
+        metavar="N",
+        help="plan for a client of so many examples, e.g. --examples 600; those of the task's "
+        "first client when unset",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_positive,
+        default=5,
+        help="independent audits, each with canaries from a seed of its own; the noise is that of "
+        "devices, from the operating system (default: 5)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.html and inversion.png there, e.g. --report runs/audit",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print progress, and at the end the findings, as JSON"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _audit(options: argparse.Namespace) -> int:
+    if options.config is None and (options.overrides or options.examples):
+        raise ConfigError(
+            "audit: --set and --examples say how a run is planned, and no run's file was named. "
+            "Nothing was audited; put the file's path before them."
+        )
+    statements = _statements(options)
+    from fedcore.observability.console import choose
+    from fedcore.observability.events import Noted
+    from server.privacy.audit_report import summary, text, write_report
+
+    audited: list[Audited] = []
+    with choose(sys.stdout, json=options.json) as emit:
+        for statement in statements:
+            alone = 1 - (1 - _CONFIDENCE) / len(statements)
+            audited.append(_audited(statement, options.seeds, alone, emit))
+        pictures = _pictures(statements[0], emit)
+        if options.report:
+            write_report(options.report, audited, pictures)
+            emit(Noted(f"report: {options.report / 'report.html'}"))
+    if options.json:
+        print(json.dumps({"event": "summary", **summary(audited, pictures)}))
+    else:
+        print(text(audited, pictures))
+    _check(audited)
+    return 0
+
+
+def _statements(options: argparse.Namespace) -> list[Statement]:
+    """What is audited: a planned round, and one step of it with every example in the batch."""
+    if options.config is None:
+        from fedcore.privacy.accounting import Charge
+        from fedcore.privacy.planning import PrivatePlan
+        from server.privacy.audit import Statement
+
+        plan = PrivatePlan(Charge(1, 1.0, 1.0, 1), clip_norm=1.0)
+        return [Statement("one step with every example", plan, target_delta=1e-5)]
+    from fedcore.settings import load_run
+
+    run = load_run(options.config, options.overrides)
+    if not run.private:
+        raise ConfigError(
+            f"{options.config}: privacy.unit is 'none', so no epsilon is stated that an audit "
+            "could refute. Nothing was audited; set privacy.unit to 'example'."
+        )
+    with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
+        return _of_run(run, options.examples)
+
+
+def _of_run(run: RunConfig, examples: int | None) -> list[Statement]:
+    from dataclasses import replace
+
+    from fedcore.privacy.planning import plan
+    from server.privacy.audit import Statement
+
+    data = _first_client(run) if examples is None else cast("Examples", range(examples))
+    participations = run.privacy.participations or run.federation.rounds
+    planned = plan(data, run.client, run.privacy, round=1, participations=participations)
+    delta, accountant = run.privacy.target_delta, run.privacy.accountant
+    one = replace(planned, charge=replace(planned.charge, sample_rate=1.0, steps=1))
+    found = [Statement("one step with every example", one, delta, accountant)]
+    if planned != one:
+        found.append(Statement("one round as planned", planned, delta, accountant))
+    return found
+
+
+def _first_client(run: RunConfig) -> Examples:
+    from fedcore.errors import DataError
+    from fedcore.task import data_folder, load_task, read_examples
+
+    task, folder = load_task(run.path(run.task)), data_folder()
+    name = next(iter(task.clients(folder)), None)
+    if name is None:
+        raise DataError(
+            f"task {task.name!r}: it names no clients, and the first one's number of examples "
+            "fixes what is audited. Nothing was audited; say it by --examples."
+        )
+    return read_examples(lambda: task.client_data(name, folder), what=f"data of client {name!r}")
+
+
+def _audited(statement: Statement, seeds: int, confidence: float, emit: Sink) -> Audited:
+    from fedcore.observability.events import StageAdvanced, StageFinished, StageStarted
+    from fedcore.seeds import SystemEntropy
+    from server.privacy.audit import USUAL_EFFORT, audit
+    from server.privacy.canaries import private_training
+
+    stage, started_s = f"audit: {statement.name}", time.monotonic()
+    total = seeds * USUAL_EFFORT.within(statement.plan.charge.steps).trainings
+    emit(StageStarted(stage, total))
+    found = audit(
+        private_training(statement.plan, SystemEntropy()),
+        statement,
+        seeds=seeds,
+        confidence=confidence,
+        done=_remaining(total, lambda done, note: emit(StageAdvanced(stage, done, note))),
+    )
+    said = "refuted" if found.refuted else "not refuted"
+    emit(StageFinished(stage, time.monotonic() - started_s, said))
+    return found
+
+
+def _remaining(total: int, show: Callable[[int, str], None]) -> Callable[[int], None]:
+    """Shows how far the work is and how long it will take, every other second."""
+    from fedcore.observability.words import seconds_text
+
+    started_s = shown_s = time.monotonic()
+
+    def done(count: int) -> None:
+        nonlocal shown_s
+        now_s = time.monotonic()
+        if now_s - shown_s >= _SHOW_EVERY_S:
+            shown_s = now_s
+            left_s = (now_s - started_s) / count * (total - count)
+            show(count, f"of {total} trainings, {seconds_text(left_s)} left")
+
+    return done
+
+
+def _pictures(statement: Statement, emit: Sink) -> list[Picture]:
+    from fedcore.observability.events import Noted, StageAdvanced, StageFinished, StageStarted
+    from fedcore.seeds import SystemEntropy
+    from server.privacy.inversion import invert_digits
+
+    stage, started_s = "gradient inversion", time.monotonic()
+    emit(StageStarted(stage, _PICTURES))
+    noise, clip_norm = statement.plan.charge.noise_multiplier, statement.plan.clip_norm
+    step = _remaining(_PICTURES, lambda done, note: emit(StageAdvanced(stage, done, note)))
+    found: list[Picture] = []
+    try:
+        for picture in invert_digits(noise, clip_norm, SystemEntropy(), pictures=_PICTURES, seed=1):
+            found.append(picture)
+            step(len(found))
+    except ModuleNotFoundError as error:
+        emit(Noted(f"gradient inversion left out: {error.name} is not installed"))
+    emit(StageFinished(stage, time.monotonic() - started_s, f"{len(found)} pictures"))
+    return found
+
+
+def _check(audited: Sequence[Audited]) -> None:
+    """Raises `PrivacyError` where the releases contradict what is stated."""
+    for one in audited:
+        if one.refuted:
+            noise = one.statement.plan.charge.noise_multiplier
+            seen = ", ".join(f"{seed.measured_noise:.3f}" for seed in one.seeds)
+            raise PrivacyError(
+                f"audit: {one.statement.name}: epsilon is at least {one.epsilon:.3f}, stated "
+                f"{one.stated:.3f} (confidence {one.confidence:.1%}). The training function leaks "
+                f"more than its ledger says; noise multiplier {noise:g} is stated, and {seen} was "
+                "measured. Train nothing private with this installation until the cause is found."
+            )
+
+
+audit = Command(
+    help="attack the training that devices run, and compare what leaks with the stated epsilon",
+    arguments=_arguments,
+    run=_audit,
+    example="fedcore privacy audit run.toml --seeds 5 --report runs/audit",
+)
