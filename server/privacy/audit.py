@@ -13,7 +13,7 @@ The larger one refutes the statement where it is above the stated epsilon. Start
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -125,7 +125,7 @@ def audit(
     train: Train,
     statement: Statement,
     *,
-    seeds: int,
+    seeds: Sequence[int],
     confidence: float = 0.95,
     effort: Effort = USUAL_EFFORT,
     done: Callable[[int], None] = lambda trainings: None,
@@ -140,17 +140,17 @@ def audit(
     Args:
         train: What is audited.
         statement: What is said of it.
-        seeds: Independent audits; each takes canaries from a seed of its own, 1, 2, and so on.
+        seeds: Independent audits; each takes its canaries from its own seed.
         confidence: Of all bounds together.
         effort: For each seed, at most.
         done: Called after each training with how many are done, of ``effort.trainings`` a seed.
     """
     effort = effort.within(statement.plan.charge.steps)
-    alone = 1 - (1 - confidence) / (seeds * _BOUNDS)
+    alone = 1 - (1 - confidence) / (len(seeds) * _BOUNDS)
     found = []
-    for seed in range(1, seeds + 1):
+    for number, seed in enumerate(seeds):
 
-        def tick(count: int, before: int = (seed - 1) * effort.trainings) -> None:
+        def tick(count: int, before: int = number * effort.trainings) -> None:
             done(before + count)
 
         found.append(_one_seed(train, statement, seed, alone, effort, tick))

@@ -166,28 +166,35 @@ def _audited(statement: Statement, seeds: int, confidence: float, emit: Sink) ->
     found = audit(
         private_training(statement.plan, SystemEntropy()),
         statement,
-        seeds=seeds,
+        seeds=range(1, seeds + 1),
         confidence=confidence,
-        done=_remaining(total, lambda done, note: emit(StageAdvanced(stage, done, note))),
+        done=_remaining(
+            total, "trainings", lambda done, note: emit(StageAdvanced(stage, done, note))
+        ),
     )
     said = "refuted" if found.refuted else "not refuted"
     emit(StageFinished(stage, time.monotonic() - started_s, said))
     return found
 
 
-def _remaining(total: int, show: Callable[[int, str], None]) -> Callable[[int], None]:
-    """Shows how far the work is and how long it will take, every other second."""
+def _remaining(total: int, what: str, show: Callable[[int, str], None]) -> Callable[[int], None]:
+    """Shows how far the work is and how long it will take, every other second.
+
+    The first piece sets much up, so time counts from its end.
+    """
     from fedcore.observability.words import seconds_text
 
-    started_s = shown_s = time.monotonic()
+    first_s = shown_s = 0.0
 
     def done(count: int) -> None:
-        nonlocal shown_s
+        nonlocal first_s, shown_s
         now_s = time.monotonic()
-        if now_s - shown_s >= _SHOW_EVERY_S:
+        if count == 1:
+            first_s = shown_s = now_s
+        elif now_s - shown_s >= _SHOW_EVERY_S:
             shown_s = now_s
-            left_s = (now_s - started_s) / count * (total - count)
-            show(count, f"of {total} trainings, {seconds_text(left_s)} left")
+            left_s = (now_s - first_s) / (count - 1) * (total - count)
+            show(count, f"of {total} {what}, {seconds_text(left_s)} left")
 
     return done
 
@@ -200,7 +207,9 @@ def _pictures(statement: Statement, emit: Sink) -> list[Picture]:
     stage, started_s = "gradient inversion", time.monotonic()
     emit(StageStarted(stage, _PICTURES))
     noise, clip_norm = statement.plan.charge.noise_multiplier, statement.plan.clip_norm
-    step = _remaining(_PICTURES, lambda done, note: emit(StageAdvanced(stage, done, note)))
+    step = _remaining(
+        _PICTURES, "pictures", lambda done, note: emit(StageAdvanced(stage, done, note))
+    )
     found: list[Picture] = []
     try:
         for picture in invert_digits(noise, clip_norm, SystemEntropy(), pictures=_PICTURES, seed=1):
