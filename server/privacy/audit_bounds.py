@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 _HALVINGS = 60  # of an interval, until it is as narrow as float64 can tell
 _MOST_EPSILON = 700.0  # exp of more is no float64
-_NOISE_HALVINGS = 10  # each calls the accountant; leaves the noise within 0.4 %
+_NOISE_HALVINGS = 8  # each calls the accountant; leaves the noise within 1.4 %
 _LEAST_NOISE = 0.25  # below it the accountant's tables grow without bound
 _BOLDNESS = 0.99  # the share of all it owns that a bettor stakes; all of it could be lost at once
 

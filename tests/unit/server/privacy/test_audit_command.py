@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcore.errors import ConfigError, PrivacyError
+from fedcore.privacy.draws import Draws
+from fedcore.seeds import SystemEntropy
+from server.privacy import audit as auditing
+from server.privacy.audit import Effort
+from server.privacy.audit_command import audit
+
+QUICK = Effort(canaries=128, pilot=10, releases=40, one_run_canaries=60)
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from fedcore import Task
+
+data = TensorDataset(torch.zeros(60, 2), torch.zeros(60, dtype=torch.long))
+print("read by nobody")
+task = Task(
+    name="small", kind="classification", model=lambda: nn.Linear(2, 2),
+    clients=lambda folder: ["anna"], client_data=lambda client, folder: data,
+    test_data=lambda folder: data, example_input=torch.zeros(2),
+)
+"""
+RUN = """
+name = "small"
+task = "task.py"
+[federation]
+rounds = 2
+[client]
+batch_size = 30
+[privacy]
+unit = "example"
+noise_multiplier = 2.0
+target_delta = 1e-4
+clip_norm = 0.5
+"""
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    audit.arguments(parser)
+    return audit.run(parser.parse_args(words))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auditing, "USUAL_EFFORT", QUICK)
+    monkeypatch.setattr(
+        auditing.audit, "__kwdefaults__", {**auditing.audit.__kwdefaults__, "effort": QUICK}
+    )
+    monkeypatch.setattr("server.privacy.audit_command._PICTURES", 1)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "task.py").write_text(TASK)
+    path = tmp_path / "run.toml"
+    path.write_text(RUN)
+    return path
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_run_one_step_is_audited_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--seeds", "1", "--report", str(tmp_path / "audit")) == 0
+    said = capsys.readouterr().out
+    assert "one step with every example: noise multiplier 1, 1 step at sample rate 1" in said
+    assert "stated epsilon 4.39 at delta 1e-05" in said or "stated epsilon 4.38" in said
+    assert "gradient inversion" in said
+    assert {path.name for path in (tmp_path / "audit").iterdir()} == {
+        "report.html",
+        "inversion.png",
+    }
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_is_audited_as_it_is_planned(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(str(config), "--seeds", "1", "--json") == 0
+    *progress, summary = events(capsys.readouterr().out)
+    assert {"stage_started", "stage_finished"} <= {event["event"] for event in progress}
+    one, planned = summary["statements"]
+    assert (one["sample_rate"], one["steps"], one["noise_multiplier"]) == (1.0, 1, 2.0)
+    assert (planned["sample_rate"], planned["steps"]) == (0.5, 2)
+    assert planned["clip_norm"] == 0.5
+    assert planned["target_delta"] == 1e-4
+    assert not summary["refuted"]
+    assert one["confidence"] == pytest.approx(0.975)
+
+
+@pytest.mark.usefixtures("quick")
+def test_examples_stand_for_a_client_and_its_data_are_not_read(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "task.py").unlink()
+    assert run(str(config), "--seeds", "1", "--json", "--examples", "30") == 0
+    (statement,) = events(capsys.readouterr().out)[-1]["statements"]  # a round is one step then
+    assert (statement["sample_rate"], statement["steps"]) == (1.0, 1)
+
+
+class Silent:
+    """Draws without noise."""
+
+    def __init__(self, right: Draws) -> None:
+        self.seed, self.poisson = right.seed, right.poisson
+
+    def add_noise(self, *_: object, **__: object) -> None:
+        return
+
+
+@pytest.mark.usefixtures("quick")
+def test_training_without_noise_ends_in_an_error_after_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = SystemEntropy.draws
+    monkeypatch.setattr(SystemEntropy, "draws", lambda *words: Silent(right(*words)))
+    with pytest.raises(PrivacyError, match=r"at least \d+.* stated 4\.3.*0\.000 was measured"):
+        run("--seeds", "1", "--report", str(tmp_path))
+    assert PrivacyError.exit_code == 5
+    assert "REFUTED" in capsys.readouterr().out
+    assert "REFUTED" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_without_privacy_states_nothing(config: Path) -> None:
+    with pytest.raises(ConfigError, match="no epsilon is stated"):
+        run(str(config), "--set", "privacy.unit='none'")
+
+
+@pytest.mark.parametrize("words", [["--examples", "600"], ["--set", "privacy.max_epsilon=4"]])
+def test_what_is_said_of_no_run_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="no run's file was named"):
+        run(*words)
+
+
+@pytest.mark.parametrize("words", [["--seeds", "0"], ["--seeds", "x"], ["--examples", "-1"]])
+def test_counts_are_at_least_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert words[0] in capsys.readouterr().err
