@@ -150,4 +150,4 @@ def test_what_is_said_of_no_run_is_refused(words: list[str]) -> None:
 def test_counts_are_at_least_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(*words)
-    assert words[0] in capsys.readouterr().err
+    assert f"{words[0]}: expected a whole number from 1 on" in capsys.readouterr().err
