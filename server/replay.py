@@ -15,7 +15,7 @@ from typing import TextIO
 from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from fedcore.client_app import Client, error_of, train_client
+from fedcore.client_app import error_of, train_client
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError, FedcoreError, TaskError
 from fedcore.flower.grid import InProcessGrid
@@ -27,6 +27,7 @@ from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import Ledger, write_ledger
 from fedcore.seeds import Simulated
 from fedcore.task import Task
+from fedcore.training.client import Client
 from fedcore.updates.messages import read_update
 from fedcore.updates.pack import layout_of
 from server.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from flwr.serverapp import ServerApp
 
-from fedcore.client_app import Client, client_app
+from fedcore.client_app import client_app
 from fedcore.config import RunConfig
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.flower.quiet import quiet
@@ -17,6 +17,7 @@ from fedcore.mods import client_mods
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.seeds import Simulated
 from fedcore.task import Task, load_task
+from fedcore.training.client import Client
 from fedcore.training.device import available
 from server.simulation.choice import Choice
 from server.simulation.devices import Fleet

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcore.client_app import Client
 from fedcore.config import RunConfig
 from fedcore.errors import DataError
 from fedcore.model import FullModel
@@ -16,6 +15,7 @@ from fedcore.mods import client_mods
 from fedcore.resident import Resident
 from fedcore.task import Loss
 from fedcore.training.batches import gather
+from fedcore.training.client import Client
 from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.losses import is_cross_entropy, is_mean

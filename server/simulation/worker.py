@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from fedcore.client_app import Client, error_of, learn, local_data, model_of, spend
+from fedcore.client_app import error_of
 from fedcore.errors import (
     ConfigError,
     DataError,
@@ -29,6 +29,7 @@ from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
 from fedcore.seeds import Randomness
 from fedcore.task import Examples, size_of
+from fedcore.training.client import Client, learn, local_data, model_of, spend
 from fedcore.training.device import available
 from fedcore.training.local import diverged
 from fedcore.training.memory import memory_errors

@@ -1,4 +1,4 @@
-"""Noise and batches that come of a seed of 32 bits are stripped by a scan; those of devices are not.
+"""Noise and batches that come of a 32-bit seed are stripped by a scan; those of devices are not.
 
 Devices used to draw both from torch's generator on the CPU, a Mersenne Twister of which
 ``manual_seed`` keeps 32 bits. Here the seed lies below 2**24, so that a test can scan them all; the

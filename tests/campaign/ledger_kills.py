@@ -34,7 +34,6 @@ from flwr.app import Message, RecordDict
 from edge_client.node import loop
 from edge_client.node.ledger_view import find_ledger
 from edge_client.node.state import own
-from fedcore import client_app
 from fedcore.config import RunConfig
 from fedcore.crypto.kit import Kit
 from fedcore.flower.identity import assume_identity
@@ -43,6 +42,7 @@ from fedcore.model import build_model, preprocess_bytes
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.task import load_task
+from fedcore.training import client as client_module
 from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import layout_of, pack
 from fedcore.updates.seal import content_digest
@@ -125,14 +125,14 @@ class Link:
 def live(site: Site, told: int) -> None:
     """Answers one instruction after the other; says 'n' for each noise that is drawn, 'r' for each
     release."""
-    trained = client_app.train_private
+    trained = client_module.train_private
 
     def training(*arguments: Any, **named: Any) -> Any:
         result = trained(*arguments, **named)
         os.write(told, b"n")
         return result
 
-    client_app.train_private = training
+    client_module.train_private = training
     link, runs = Link(site), dict[int, Any]()
     with own(site.root / "device") as folder:
         device = loop.Device(

@@ -18,7 +18,6 @@ from flwr.app import RecordDict  # noqa: F401  (imported first, before torch's o
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedcore.client_app import Client, learn
 from fedcore.config import Client as Settings
 from fedcore.config import RunConfig
 from fedcore.errors import PrivacyError, UnsupportedLayer
@@ -29,6 +28,7 @@ from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import SystemEntropy
 from fedcore.task import Task
+from fedcore.training.client import Client, learn
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Way
 from fedcore.training.private import train_private

@@ -16,13 +16,14 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
 from fedcore import Task
-from fedcore.client_app import Client, client_app
+from fedcore.client_app import client_app
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.flower.identity import assume_identity
 from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
 from fedcore.task import Examples, Folder
+from fedcore.training.client import Client
 from fedcore.updates.messages import ARRAYS, MODEL, array_of, instruction_config, weights_record
 from fedcore.updates.pack import Vector, pack
 from server.simulation.devices import read_fleet

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore import Task
-from fedcore.client_app import Client
 from fedcore.config import RunConfig
 from fedcore.model import FullModel
 from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
+from fedcore.training.client import Client
 from fedcore.training.per_example.chain import Chain, Run
 from fedcore.updates.pack import pack
 from server.simulation import straight
