@@ -76,12 +76,12 @@ def test_twice_the_examples_take_the_delta_that_they_need() -> None:
 
 def test_a_change_that_is_refused_says_why() -> None:
     lax = Question(
-        examples=100_000, participations=2, client=Client(), privacy=Privacy(max_epsilon=3.0),
+        examples=100_000, participations=2, client=Client(batch_size=999), privacy=Privacy(max_epsilon=3.0),
         max_delta_share=1.0,
     )  # fmt: skip
     assert all(each.forecast for each in answer(lax).what_if)
     with pytest.raises(PrivacyError, match=r"above 0\.1/100000"):
-        answer(Question(100_000, 2, Client(), Privacy(max_epsilon=3.0)))
+        answer(Question(100_000, 2, Client(batch_size=999), Privacy(max_epsilon=3.0)))
 
 
 def test_many_rounds_are_shown_at_some_points_and_the_last() -> None:
