@@ -143,9 +143,8 @@ def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:
         return math.inf
     if delta(0.0) <= target_delta:
         return 0.0
-    above = sensitivity * (
-        sensitivity / 2 - float(ndtri(target_delta))
-    )  # where its first term is delta
+    # Where the first term alone is delta:
+    above = sensitivity * (sensitivity / 2 - float(ndtri(target_delta)))
     found = brentq(lambda epsilon: delta(epsilon) - target_delta, 0.0, above, rtol=1e-12)
     return float(found) * (1 + 1e-9)  # above the root, not beside it
 

@@ -61,8 +61,8 @@ def random_history(rng: np.random.Generator) -> History:
 def second_opinion(charges: tuple[Charge, ...], delta: float) -> float:
     """Epsilon by integrating over outputs, not over losses: both directions, no rounding up.
 
-    Good to about 0.1 %: each cell of outputs passes its mass to the two points of the grid next to
-    its loss, in proportion.
+    Up to 0.3 % too large: each cell of outputs passes its mass to the two points of the grid next
+    to its loss, in proportion.
     """
     cells = [_cells(charge) for charge in charges]
     sizes = [math.sqrt(float(masses @ losses**2)) for losses, masses, _ in cells]
@@ -139,7 +139,7 @@ def never_below(histories: int, seed: int) -> list[float]:
 
 @pytest.mark.slow
 def test_no_recorded_epsilon_is_below_the_recomputed_one() -> None:
-    """Deterministic given the seed; the second accountant is off by 0.1 % at most."""
+    """Deterministic given the seed."""
     ratios = never_below(HISTORIES, seed=12)
     assert len(ratios) > 0.8 * HISTORIES
     assert min(ratios) < 1.01  # the comparison is sharp where nothing was lost
@@ -150,7 +150,7 @@ def test_no_recorded_epsilon_is_below_the_recomputed_one() -> None:
 def test_the_second_accountant_knows_the_gaussian_mechanism(noise: float, steps: int) -> None:
     exact = gaussian_epsilon(math.sqrt(steps) / noise, 1e-5)
     found = second_opinion((Charge(1, noise, 1.0, steps),), 1e-5)
-    assert found == pytest.approx(exact, rel=0.002)
+    assert exact * (1 - 1e-4) <= found <= 1.005 * exact
 
 
 if __name__ == "__main__":

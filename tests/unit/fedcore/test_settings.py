@@ -106,7 +106,7 @@ def test_a_required_key_that_is_not_set_is_named(tmp_path: Path) -> None:
         ),
         (
             "[privacy]\nnoise_multiplier = -1",
-            "noise_multiplier = -1: it should be greater than 0 or 'auto'",
+            "noise_multiplier = -1: it should be greater than or equal to 0.1 or 'auto'",
         ),
         (
             "[federation.strategy_options]\nmu = [1, true]",

@@ -13,7 +13,7 @@ from fedcore.config import Client, Privacy
 from fedcore.errors import ConfigError, PrivacyError, ResourceError
 from fedcore.privacy.accounting import Charge, epsilon_of
 from server.privacy.plan import Question, answer
-from server.privacy.plan_command import plan
+from server.privacy.plan_command import plan, table
 
 MNIST = Question(
     examples=6000,
@@ -75,13 +75,27 @@ def test_twice_the_examples_take_the_delta_that_they_need() -> None:
 
 
 def test_a_change_that_is_refused_says_why() -> None:
-    lax = Question(
-        examples=100_000, participations=2, client=Client(), privacy=Privacy(max_epsilon=3.0),
-        max_delta_share=1.0,
-    )  # fmt: skip
-    assert all(each.forecast for each in answer(lax).what_if)
-    with pytest.raises(PrivacyError, match=r"above 0\.1/100000"):
-        answer(Question(100_000, 2, Client(), Privacy(max_epsilon=3.0)))
+    """The most rounds that a noise of a million allows: twice as many are refused."""
+    small = Privacy(max_epsilon=0.01, target_delta=1e-9)
+    rounds = 4_000_000
+    found = answer(Question(1, rounds, Client(batch_size=1), small))
+    assert found.forecast.noise_multiplier < 1e6
+    (refused,) = [each for each in found.what_if if each.change == "twice the rounds"]
+    assert refused.forecast is None
+    assert "by any noise multiplier up to 1e+06" in refused.refused
+    (line,) = [
+        row
+        for row in table(found, Question(1, rounds, Client(batch_size=1), small)).splitlines()
+        if row.startswith("twice the rounds")
+    ]
+    assert "refused: privacy.max_epsilon = 0.01" in line
+
+
+def test_the_share_of_delta_that_an_owner_allows_is_kept() -> None:
+    privacy = Privacy(max_epsilon=3.0)
+    with pytest.raises(PrivacyError, match=r"above 0\.1/20000"):
+        answer(Question(20_000, 1, Client(batch_size=999), privacy))
+    assert answer(Question(20_000, 1, Client(batch_size=999), privacy, max_delta_share=0.5))
 
 
 def test_many_rounds_are_shown_at_some_points_and_the_last() -> None:
