@@ -102,14 +102,20 @@ def page() -> str:
         if section:
             _, _, rest = (section.__doc__ or "").strip().partition("``: ")
             parts += [f"\n## `[{name}]`\n", rest[0].upper() + rest[1:] + "\n", table(section)]
-            for key, inner in section.model_fields.items():
-                if below := section_of(inner.annotation):
-                    _, _, rest = (below.__doc__ or "").strip().partition("``: ")
-                    head = f"\n### `[[{name}.{key}]]`\n"
-                    told = f"{rest[0].upper()}{rest[1:]} {one_line(inner)}\n"
-                    parts += [head, told, table(below)]
-    parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy)]
+            parts += arrays_of(section, f"{name}.")
+    parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy), *arrays_of(OwnerPolicy, "")]
     return "\n".join(parts) + "\n"
+
+
+def arrays_of(section: type[Section], prefix: str) -> list[str]:
+    """The arrays of tables in a table, each with what it is."""
+    parts = []
+    for key, inner in section.model_fields.items():
+        if below := section_of(inner.annotation):
+            _, _, rest = (below.__doc__ or "").strip().partition("``: ")
+            told = f"{rest[0].upper()}{rest[1:]} {one_line(inner)}\n"
+            parts += [f"\n### `[[{prefix}{key}]]`\n", told, table(below)]
+    return parts
 
 
 if __name__ == "__main__":
