@@ -102,15 +102,22 @@ def page() -> str:
         if section:
             _, _, rest = (section.__doc__ or "").strip().partition("``: ")
             parts += [f"\n## `[{name}]`\n", rest[0].upper() + rest[1:] + "\n", table(section)]
-            for key, inner in section.model_fields.items():
-                if below := section_of(inner.annotation):
-                    _, _, rest = (below.__doc__ or "").strip().partition("``: ")
-                    many = get_origin(inner.annotation) is tuple
-                    head = f"\n### `[[{name}.{key}]]`\n" if many else f"\n### `[{name}.{key}]`\n"
-                    told = f"{rest[0].upper()}{rest[1:]} {one_line(inner)}\n"
-                    parts += [head, told, table(below)]
-    parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy)]
+            parts += tables_in(section, f"{name}.")
+    parts += ["\n## `owner.toml`\n", OWNER, table(OwnerPolicy), *tables_in(OwnerPolicy, "")]
     return "\n".join(parts) + "\n"
+
+
+def tables_in(section: type[Section], prefix: str) -> list[str]:
+    """The tables and arrays of tables in a table, each with what it is."""
+    parts = []
+    for key, inner in section.model_fields.items():
+        if below := section_of(inner.annotation):
+            _, _, rest = (below.__doc__ or "").strip().partition("``: ")
+            told = f"{rest[0].upper()}{rest[1:]} {one_line(inner)}\n"
+            many = get_origin(inner.annotation) is tuple
+            head = f"[[{prefix}{key}]]" if many else f"[{prefix}{key}]"
+            parts += [f"\n### `{head}`\n", told, table(below)]
+    return parts
 
 
 if __name__ == "__main__":

@@ -239,7 +239,11 @@ def _tell_room(run: _Run, kind: str) -> None:
     """Says how many more rounds the budget has room for, once the reply is on its way."""
     if run.ledger is None or run.others is None or kind != MessageType.TRAIN:
         return
-    room = run.ledger.room(run.context.state, run.others)
+    try:
+        room = run.ledger.room(run.context.state, run.others)
+    except (FedcoreError, ArithmeticError, ValueError) as error:  # it is told, and decides nothing
+        log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
+        return
     if room is not None:
         log.info("%s: the budget has room for %s more rounds like the latest", run.name, room)
 

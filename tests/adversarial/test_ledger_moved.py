@@ -386,13 +386,6 @@ def test_the_least_budget_of_names_that_are_one_holds(lab: Lab) -> None:
     assert on(lab, "2026", "two") == 2
 
 
-def test_a_name_that_leads_into_a_circle_of_links_is_looked_at_once(lab: Lab) -> None:
-    named(lab, "2026")
-    (lab.root / "2026" / "circle").symlink_to(lab.root / "2026")
-    (lab.root / "2026" / "nowhere").symlink_to(lab.root / "nosuch")
-    assert on(lab, "2026") == 3
-
-
 def test_a_data_set_that_is_too_large_to_look_at_is_refused(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,12 +92,19 @@ def test_a_quorum_that_is_gone_with_the_budgets_ends_a_run_with_what_it_has_lear
     )
     owner = project.root / "owner.toml"
     owner.write_text(f"max_epsilon = {(two + three) / 2}\n")
-    for name in ("edge-0", "edge-1", "edge-2"):
-        launch_device(name, *(["--owner", str(owner)] if name != "edge-2" else []))
+    names = ("edge-0", "edge-1", "edge-2")
+    for name in names:
+        project.device(name)
     server = launch_server(
-        *PRIVATE[:-1], "federation.cohort=3", "federation.rounds=5", name="spent"
+        *PRIVATE[:-1],
+        "federation.cohort=3",
+        "federation.rounds=5",
+        "federation.deadline_s=250",
+        name="spent",
     )
-    assert server.end(120) == 0, server.log.read_text()
+    for name in names:
+        launch_device(name, *(["--owner", str(owner)] if name != "edge-2" else []))
+    assert server.end(280) == 0, server.log.read_text()
     assert [one["updates"] for one in rounds(project, "spent")] == [3, 3]
     said = "Ended before round 3: the privacy budget of 2 of 3 clients asked is spent."
     assert said in server.log.read_text()

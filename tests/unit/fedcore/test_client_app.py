@@ -13,7 +13,6 @@ from torch.utils.data import Subset, TensorDataset
 
 from fedcore.client_app import client_app
 from fedcore.config import RunConfig
-from fedcore.errors import PrivacyError
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model, preprocess_bytes
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
@@ -471,15 +470,6 @@ def test_real_devices_draw_noise_that_no_seed_repeats() -> None:
         update_of(app(instruct(task, run), context()), task, run).weights for _ in range(2)
     )
     assert not np.array_equal(one, other)
-
-
-def test_real_data_are_not_trained_on_with_privacy_where_nothing_is_kept_of_what_it_cost() -> None:
-    """As under a SuperNode of Flower's, which forgets its state with its process."""
-    run = make_run(privacy=PRIVATE)
-    with pytest.raises(PrivacyError, match=r"a ledger that outlives this process.*client start"):
-        client_app(make_task(), run, owner=OPEN_POLICY, randomness=SystemEntropy())
-    client_app(make_task(), run, owner=OPEN_POLICY, randomness=Simulated(1))
-    client_app(make_task(), make_run(), owner=OPEN_POLICY, randomness=SystemEntropy())
 
 
 def test_statistics_are_sums_behind_the_tasks_preprocessing() -> None:

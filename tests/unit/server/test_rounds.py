@@ -329,46 +329,6 @@ def test_when_all_budgets_are_spent_the_run_ends_with_the_best_model_so_far() ->
     ]
 
 
-@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
-@pytest.mark.parametrize("other", ["an error", "silence"])
-def test_a_quorum_that_is_gone_with_the_budgets_ends_the_run_and_fails_no_round(
-    strategy: str, other: str
-) -> None:
-    """Three of five have spent their budgets, and of the two that are left one does not answer."""
-
-    def fails_from(last: int) -> Answer:
-        def answer(node: int, number: int, weights: Vector) -> RecordDict | Error:
-            if number <= last:
-                return adds()(node, number, weights)
-            if other == "silence":
-                time.sleep(0.3)
-            return Error(REFUSED, "it broke")
-
-        return answer
-
-    answer = mixed(declines_from(3), n13=adds(), n14=fails_from(3))
-    deadline_s = 0.2 if other == "silence" else 30.0
-    judge = scores(0.5, 0.8, 0.7)
-    story = Story(answer, strategy=strategy, rounds=10, judge=judge, deadline_s=deadline_s)
-    done = story.run()
-    assert (len(done.rounds), done.best_round) == (3, 2)
-    assert done.weights.tolist() == [2.0, 2.0, 2.0]
-    assert story.notes[-1] == (
-        "Ended before round 4: the privacy budget of 3 of 5 clients asked is spent."
-    )
-
-
-def test_a_failure_that_budgets_do_not_explain_still_fails_the_round() -> None:
-    """Four of five would have made the quorum: that three of them broke is no matter of budgets."""
-    broken = BAD["an error"]
-    answer = mixed(adds(), n10=declines_from(0), n11=broken, n12=broken, n13=broken)
-    with pytest.raises(RoundFailed, match="1 of 4 clients sent an update"):
-        Story(answer, quorum=0.8).run()
-    nothing_yet = mixed(declines_from(0), n14=broken)
-    with pytest.raises(RoundFailed, match="round 1: 0 of 1 clients sent an update"):
-        Story(nothing_yet).run()
-
-
 def test_a_budget_that_allows_no_round_at_all_is_an_error() -> None:
     with pytest.raises(BudgetExhausted, match=r"round 1: all 5 clients declined\. Nothing was tr"):
         Story(declines_from(0)).run()

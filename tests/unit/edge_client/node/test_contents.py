@@ -73,6 +73,15 @@ def test_names_are_counted_together_as_far_as_files_lead() -> None:
     assert counted_with("four", changed, held) is None
 
 
+def test_links_are_followed_and_a_circle_of_them_is_seen_once(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").write_text("1")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "nowhere").symlink_to(tmp_path / "nosuch")
+    assert len(list(digests_of("x", tmp_path / "data"))) == 1
+
+
 def test_a_file_that_is_not_changed_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
