@@ -15,11 +15,12 @@ pytestmark = pytest.mark.slow
 
 Fedcore = Callable[..., subprocess.CompletedProcess[str]]
 PRIVATE = [
-    *("--set", "federation.rounds=6", "--set", "federation.cohort=4", "--set", "client.epochs=1"),
+    *("--set", "federation.rounds=4", "--set", "federation.cohort=4", "--set", "client.epochs=1"),
     *("--set", "finetune.epochs=0", "--set", 'compression.candidates=["fp32"]'),
     *("--set", "compression.timing_runs=100", "--set", "simulation.workers=1"),
+    *("--set", "simulation.training=loop", "--set", "privacy.noise_multiplier=2.0"),
     *("--set", "privacy.client.target_delta=1e-3", "--set", "privacy.client.accountant=rdp"),
-    *("--set", "privacy.client.noise_multiplier=2.0", "--set", "privacy.client.max_epsilon=2.0"),
+    *("--set", "privacy.client.noise_multiplier=2.0", "--set", "privacy.client.max_epsilon=1.5"),
 ]
 
 
@@ -35,15 +36,17 @@ def test_both_units_from_the_file_to_the_manifest(fedcore: Fedcore, tmp_path: Pa
     results = folder / "runs" / "work"
     events = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["event"] == "round_finished"]
-    assert 0 < len(rounds) < 6  # the budget of clients ends the run
-    assert "would take the client-level epsilon past privacy.client.max_epsilon = 2" in done.stdout
+    assert 0 < len(rounds) < 4  # the budget of clients ends the run
+    assert (
+        "would take the client-level epsilon past privacy.client.max_epsilon = 1.5" in done.stdout
+    )
     assert all(event["train_loss"] is None for event in rounds)
     expected = [
         epsilon_of([Charge(n, 2.0, 0.5, n)], target_delta=1e-3, accountant="rdp")
         for n in range(1, len(rounds) + 2)
     ]
     assert [event["client_epsilon"] for event in rounds] == pytest.approx(expected[:-1])
-    assert expected[-2] <= 2.0 < expected[-1]
+    assert expected[-2] <= 1.5 < expected[-1]
     manifest = json.loads(next((folder / "repository").rglob("*manifest.json")).read_text())
     privacy = manifest["privacy"]
     assert (privacy["unit"], privacy["noise"]) == ("both", "simulated")

@@ -16,6 +16,7 @@ CLIENT = (
     "privacy.client.accountant=rdp",
     "federation.rounds=3",
     "federation.cohort=2",
+    "federation.deadline_s=200.0",
 )
 
 
@@ -23,10 +24,10 @@ CLIENT = (
 def test_rounds_are_counted_over_all_devices_of_the_project(
     project: Any, launch_server: Any, launch_device: Any
 ) -> None:
+    server = launch_server(*CLIENT, name="clients")
     for name in ("edge-0", "edge-1", "edge-2"):
         launch_device(name)
-    server = launch_server(*CLIENT, name="clients")
-    assert server.end(120) == 0
+    assert server.end(240) == 0, server.log.read_text()
     lines = (project.root / "runs" / "clients" / "metrics.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     rounds = [event for event in told if event["event"] == "round_finished"]

@@ -21,7 +21,6 @@ from fedcore.seeds import Simulated, SystemEntropy, torch_rng
 from fedcore.task import Task
 from fedcore.updates.messages import (
     ARRAYS,
-    CLIP_NORM,
     CONFIG,
     DECLINED,
     EPSILON,
@@ -484,38 +483,3 @@ def test_statistics_are_sums_behind_the_tasks_preprocessing() -> None:
     assert np.allclose(arrays["sum"].numpy(), inputs.sum(0), rtol=1e-7)
     assert np.allclose(arrays["squares"].numpy(), inputs.square().sum(0), rtol=1e-6)
     assert reply.content.metric_records[METRICS][NUM_EXAMPLES] == COUNT
-
-
-def client_level(**settings: Any) -> RunConfig:
-    return make_run(privacy={"unit": "client", "client": settings})
-
-
-def bounded_ask(task: Task, run: RunConfig) -> Update:
-    message = instruct(task, run)
-    message.content.config_records[CONFIG][CLIP_NORM] = 0.01
-    return update_of(app_of(task, run)(message, context()), task, run)
-
-
-def test_under_client_level_privacy_a_bounded_update_leaves_and_nothing_else() -> None:
-    task, run = make_task(), client_level()
-    update = bounded_ask(task, run)
-    start = pack(build_model(task, run).model)
-    assert update.num_examples == 1
-    assert update.metrics == {}
-    assert 0.00999 < np.linalg.norm(update.weights.astype(np.float64) - start) <= 0.01
-
-
-def test_a_client_that_diverges_answers_as_if_it_had_no_data() -> None:
-    def diverges(outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.sum() * float("nan")
-
-    task, run = make_task(loss=diverges), client_level()
-    update = bounded_ask(task, run)
-    assert update.weights.tolist() == pack(build_model(task, run).model).tolist()
-
-
-def test_a_server_that_names_no_bound_gets_no_update() -> None:
-    task, run = make_task(), client_level()
-    reply = ask(task, run)
-    assert reply.has_error()
-    assert "names no bound" in str(reply.error.reason)

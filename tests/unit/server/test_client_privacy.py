@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from fedcore.errors import BudgetExhausted, PrivacyError, RoundFailed
 from fedcore.privacy.accounting import epsilon_of
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.matrix import participations_of
-from fedcore.seeds import Simulated, SystemEntropy
+from fedcore.seeds import Simulated
 from fedcore.updates.pack import Vector
 from server.aggregation.exact import ExactMean
 from server.client_privacy import (
@@ -96,17 +95,6 @@ def test_noise_goes_on_the_sum_and_the_divisor_is_the_expected_number() -> None:
     assert moved - quiet == pytest.approx(np.full(SIZE, 3 * 0.001 / 50), abs=2e-7)
 
 
-@pytest.mark.parametrize("origin", [Simulated(3), SystemEntropy()])
-def test_the_noise_has_the_size_that_is_counted(origin: Any) -> None:
-    run = run_of(clip_norm=0.5, noise_multiplier=2.0, max_epsilon=1e5)
-    protection = protect(run, clients=1000, cohort=50)
-    draws = draws_of(origin, "client noise", 1)
-    found = (released(run, protection, summed(), draws=draws) - START) * 50
-    # 2,000 normal numbers: their deviation is off by more than 9 % less than once in 10^8.
-    assert np.std(found) == pytest.approx(2.0 * 0.5, rel=0.09)
-    assert abs(np.mean(found)) < 6 / math.sqrt(SIZE)
-
-
 def test_system_draws_differ_and_simulated_ones_repeat() -> None:
     run = run_of(noise_multiplier=1.0, max_epsilon=1e5)
     protection = protect(run, clients=1000, cohort=50)
@@ -114,24 +102,6 @@ def test_system_draws_differ_and_simulated_ones_repeat() -> None:
     assert (system[0] != system[1]).mean() > 0.99
     simulated = [released(run, protection, summed()) for _ in range(2)]
     assert (simulated[0] == simulated[1]).all()
-
-
-def test_every_node_is_drawn_on_its_own_with_the_rate_that_is_counted() -> None:
-    run, there = run_of(), range(10, 210)
-    protection = protect(run, clients=200, cohort=20)
-    rounds = 400
-    drawn = [
-        draw(run, protection, there, draws_of(Simulated(0), "cohort", n), number=n)
-        for n in range(rounds)
-    ]
-    sizes = [len(each) for each in drawn]
-    # Binomial(200, 0.1): mean 20, deviation 4.24; over 400 rounds the mean is off by 5 deviations
-    # less than once in a million, and sizes do vary.
-    assert abs(np.mean(sizes) - 20) < 5 * 4.24 / math.sqrt(rounds)
-    assert 3.4 < np.std(sizes) < 5.1
-    often = Counter(node for each in drawn for node in each)
-    assert set(often) <= set(there)
-    assert all(abs(often[node] - 40) < 6 * 6 for node in there)
 
 
 def test_nobody_is_drawn_while_too_few_are_there() -> None:
