@@ -48,12 +48,17 @@ PIXELS = Variant(
     (
         f"task={ROOT / 'benchmarks' / 'tasks' / 'mnist_pixels.py'}",
         "client.learning_rate=4.0",
-        "privacy.clip_norm=1.0",
+        "privacy.clip_norm=3.0",
     ),
 )
 WITHOUT_PRIVACY = Variant(
     "features-no-privacy",
-    ("privacy.unit=none", "client.batch_size=60", "client.learning_rate=0.02"),
+    (
+        "privacy.unit=none",
+        "client.batch_size=60",
+        "client.optimizer=adam",
+        "client.learning_rate=0.001",
+    ),
 )
 VARIANTS = (FEATURES, PIXELS, WITHOUT_PRIVACY)
 METRICS = {"accuracy": "fraction", "epsilon": "epsilon", "rounds": "rounds", "seconds": "s"}

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.mnist_private import FEATURES, WITHOUT_PRIVACY, checks_of, main, rows_of, trained_of
+from benchmarks.mnist_private import (
+    EXAMPLE,
+    FEATURES,
+    WITHOUT_PRIVACY,
+    checks_of,
+    main,
+    rows_of,
+    trained_of,
+)
+from benchmarks.workloads import TASKS
+from fedcore.task import load_task
+
+PIXELS_TASK = TASKS / "mnist_pixels.py"
 
 
 def summary(**changed: Any) -> dict[str, Any]:
@@ -66,3 +80,27 @@ def test_without_data_it_says_so(
     monkeypatch.delenv("FEDCORE_DATA", raising=False)
     assert main([]) != 0
     assert "FEDCORE_DATA is not set" in capsys.readouterr().err
+
+
+def test_the_baseline_has_the_same_clients_and_test(data_folder: Path) -> None:
+    task, pixels = (load_task(path) for path in (EXAMPLE.with_name("task.py"), PIXELS_TASK))
+    assert list(pixels.clients(data_folder)) == list(task.clients(data_folder))
+    for share in ("client_data", "test_data"):
+        words = ("7",) if share == "client_data" else ()
+        ours, theirs = (getattr(one, share)(*words, data_folder) for one in (task, pixels))
+        assert all(map(torch.equal, ours.tensors, theirs.tensors))
+    assert pixels.preprocess is not None
+    assert pixels.model()(pixels.preprocess()(pixels.example_input[None])).shape == (1, 10)
+
+
+def test_features_of_a_blank_image_are_zero_and_of_an_image_alone() -> None:
+    task = load_task(EXAMPLE.with_name("task.py"))
+    assert task.preprocess is not None
+    features = task.preprocess()
+    images = torch.randint(256, (4, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    images[0] = 0
+    together = features(images.to(torch.uint8))
+    alone = torch.cat([features(image[None].to(torch.uint8)) for image in images])
+    assert not together[0].any()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert not list(features.parameters())
