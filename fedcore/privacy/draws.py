@@ -126,29 +126,27 @@ class SystemDraws:
         """Adds Gaussian noise on a grid, see `Draws.add_noise`."""
         step = grid_step(deviation, bound)
         shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64 numbers lie a step apart
-        flat = [tensor.detach().reshape(-1) for tensor in sums]
-        chunks = self._normals(sum(map(len, flat)), deviation)
-        for parts, steps in zip(_in_chunks(flat), chunks, strict=True):
-            joined = torch.cat(parts)
-            exact = joined.to("cpu", torch.float64).add_(shift)  # rounds to the grid
-            exact.add_(steps.sub_(shift))  # so does this, and what comes is exact
-            noisy = exact.to(joined.device).split([len(part) for part in parts])
-            torch._foreach_copy_(parts, noisy)
-        for tensor, one in zip(sums, flat, strict=True):
-            if one.data_ptr() != tensor.data_ptr():  # its memory has gaps, or another order
+        cpu = torch.device("cpu")
+        exact = [tensor.detach().to(cpu, torch.float64).reshape(-1) for tensor in sums]
+        chunks = self._normals(sum(map(len, exact)), deviation, -shift)
+        for parts, steps in zip(_in_chunks(exact), chunks, strict=True):
+            torch._foreach_add_(parts, shift)  # rounds to the grid, as noise is; the rest is exact
+            torch._foreach_add_(parts, torch.split(steps, [len(part) for part in parts]))
+        for tensor, one in zip(sums, exact, strict=True):
+            if one.data_ptr() != tensor.data_ptr():
                 tensor.copy_(one.view(tensor.shape))
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """Independent standard normal numbers, float64, shape ``(count,)``, not yet on a grid."""
-        chunks = [chunk.clone() for chunk in self._normals(count, 1.0)]
+        chunks = [chunk.clone() for chunk in self._normals(count, 1.0, 0.0)]
         return torch.cat([torch.empty(0, dtype=torch.float64), *chunks]).numpy()
 
-    def _normals(self, count: int, deviation: float) -> Iterator[Tensor]:
+    def _normals(self, count: int, deviation: float, mean: float) -> Iterator[Tensor]:
         """Independent normal numbers, float64, in chunks; each overwrites the one before."""
         words = np.empty(min(_CHUNK, count + count % 2), np.uint64)
         of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
         angle, radius = torch.empty(2, len(of_angle), dtype=torch.float64).unbind()
-        half = torch.tensor(_TO_UNIT / 2, dtype=torch.float64)
+        half, middle = torch.tensor([_TO_UNIT / 2, mean], dtype=torch.float64).unbind()
         found = torch.from_numpy(words.view(np.float64))  # over the words, once they are read
         cosines, sines = found.view(2, -1).unbind()
         for start in range(0, count, _CHUNK):
@@ -157,8 +155,8 @@ class SystemDraws:
             torch.add(half, radius.copy_(of_radius).abs_(), alpha=_TO_UNIT, out=radius)  # (0, 1]
             radius.log_().mul_(-2 * deviation * deviation)
             np.sqrt(radius.numpy(), out=radius.numpy())  # twice as fast as torch's
-            torch.cos(angle, out=cosines).mul_(radius)
-            torch.sin(angle, out=sines).mul_(radius)
+            torch.addcmul(middle, torch.cos(angle, out=cosines), radius, out=cosines)
+            torch.addcmul(middle, torch.sin(angle, out=sines), radius, out=sines)
             yield found[: count - start]
 
 
