@@ -143,21 +143,24 @@ class SystemDraws:
 
     def _normals(self, count: int, deviation: float, mean: float) -> Iterator[Tensor]:
         """Independent normal numbers, float64, in chunks; each overwrites the one before."""
-        words = np.empty(min(_CHUNK, count + count % 2), np.uint64)
-        of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
-        angle, radius = torch.empty(2, len(of_angle), dtype=torch.float64).unbind()
+        most = min(_CHUNK, count + count % 2)
+        filled, pair = np.empty(most, np.uint64), torch.empty(most, dtype=torch.float64)
         half, middle = torch.tensor([_TO_UNIT / 2, mean], dtype=torch.float64).unbind()
-        found = torch.from_numpy(words.view(np.float64))  # over the words, once they are read
-        cosines, sines = found.view(2, -1).unbind()
         for start in range(0, count, _CHUNK):
+            size = min(_CHUNK, count - start)
+            words = filled[: size + size % 2]
             self._stream.fill(words)
+            angle, radius = pair[: len(words)].view(2, -1).unbind()
+            of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
             angle.copy_(of_angle).mul_(math.pi * _TO_UNIT)  # in [-pi, pi)
             torch.add(half, radius.copy_(of_radius).abs_(), alpha=_TO_UNIT, out=radius)  # (0, 1]
             radius.log_().mul_(-2 * deviation * deviation)
             np.sqrt(radius.numpy(), out=radius.numpy())  # twice as fast as torch's
+            found = torch.from_numpy(words.view(np.float64))  # over the words, which have served
+            cosines, sines = found.view(2, -1).unbind()
             torch.addcmul(middle, torch.cos(angle, out=cosines), radius, out=cosines)
             torch.addcmul(middle, torch.sin(angle, out=sines), radius, out=sines)
-            yield found[: count - start]
+            yield found[:size]
 
 
 def _in_chunks(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
