@@ -82,6 +82,10 @@ class SimulatedDraws:
             )
 
 
+def _operating_system_key() -> bytes:
+    return os.urandom(32)
+
+
 @dataclass(frozen=True)
 class SystemDraws:
     """Draws from a cryptographic stream whose key nobody knows: what real devices use.
@@ -107,7 +111,7 @@ class SystemDraws:
         arXiv:2004.00010.
     """
 
-    _stream: _KeyStream = field(default_factory=lambda: _KeyStream(os.urandom(32), os.urandom(16)))
+    _stream: _KeyStream = field(default_factory=lambda: _KeyStream(_operating_system_key()))
 
     def seed(self) -> int:
         """Fresh, see `Draws.seed`."""
@@ -122,40 +126,41 @@ class SystemDraws:
         """Adds Gaussian noise on a grid, see `Draws.add_noise`."""
         step = grid_step(deviation, bound)
         shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64 numbers lie a step apart
-        flat = [tensor.detach().reshape(-1) for tensor in sums]
-        chunks = self._normals(sum(map(len, flat)), deviation)
-        for parts, steps in zip(_in_chunks(flat), chunks, strict=True):
-            joined = torch.cat(parts)
-            exact = joined.to("cpu", torch.float64).add_(shift)  # rounds to the grid
-            exact.add_(steps.sub_(shift))  # so does this, and what comes is exact
-            noisy = torch.split(exact.to(joined.device), [len(part) for part in parts])
-            torch._foreach_copy_(parts, noisy)
-        for tensor, one in zip(sums, flat, strict=True):
-            if one.data_ptr() != tensor.data_ptr():  # its memory has gaps, or another order
+        cpu = torch.device("cpu")
+        exact = [tensor.detach().to(cpu, torch.float64).reshape(-1) for tensor in sums]
+        chunks = self._normals(sum(map(len, exact)), deviation, -shift)
+        for parts, steps in zip(_in_chunks(exact), chunks, strict=True):
+            torch._foreach_add_(parts, shift)  # rounds to the grid, as noise is; the rest is exact
+            torch._foreach_add_(parts, torch.split(steps, [len(part) for part in parts]))
+        for tensor, one in zip(sums, exact, strict=True):
+            if one.data_ptr() != tensor.data_ptr():
                 tensor.copy_(one.view(tensor.shape))
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """Independent standard normal numbers, float64, shape ``(count,)``, not yet on a grid."""
-        chunks = [chunk.clone() for chunk in self._normals(count, 1.0)]
+        chunks = [chunk.clone() for chunk in self._normals(count, 1.0, 0.0)]
         return torch.cat([torch.empty(0, dtype=torch.float64), *chunks]).numpy()
 
-    def _normals(self, count: int, deviation: float) -> Iterator[Tensor]:
+    def _normals(self, count: int, deviation: float, mean: float) -> Iterator[Tensor]:
         """Independent normal numbers, float64, in chunks; each overwrites the one before."""
-        words = np.empty(min(_CHUNK, count + count % 2), np.uint64)
-        of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
-        angle, radius = torch.empty(2, len(of_angle), dtype=torch.float64).unbind()
-        half = torch.tensor(_TO_UNIT / 2, dtype=torch.float64)
-        found = torch.from_numpy(words.view(np.float64))  # over the words, once they are read
-        cosines, sines = found.view(2, -1).unbind()
+        most = min(_CHUNK, count + count % 2)
+        filled, pair = np.empty(most, np.uint64), torch.empty(most, dtype=torch.float64)
+        half, middle = torch.tensor([_TO_UNIT / 2, mean], dtype=torch.float64).unbind()
         for start in range(0, count, _CHUNK):
+            size = min(_CHUNK, count - start)
+            words = filled[: size + size % 2]
             self._stream.fill(words)
+            angle, radius = pair[: len(words)].view(2, -1).unbind()
+            of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
             angle.copy_(of_angle).mul_(math.pi * _TO_UNIT)  # in [-pi, pi)
             torch.add(half, radius.copy_(of_radius).abs_(), alpha=_TO_UNIT, out=radius)  # (0, 1]
             radius.log_().mul_(-2 * deviation * deviation)
             np.sqrt(radius.numpy(), out=radius.numpy())  # twice as fast as torch's
-            torch.cos(angle, out=cosines).mul_(radius)
-            torch.sin(angle, out=sines).mul_(radius)
-            yield found[: count - start]
+            found = torch.from_numpy(words.view(np.float64))  # over the words, which have served
+            cosines, sines = found.view(2, -1).unbind()
+            torch.addcmul(middle, torch.cos(angle, out=cosines), radius, out=cosines)
+            torch.addcmul(middle, torch.sin(angle, out=sines), radius, out=sines)
+            yield found[:size]
 
 
 def _in_chunks(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -183,7 +188,8 @@ def grid_step(deviation: float, bound: float) -> float:
 class _KeyStream:
     """AES-256 in counter mode, as 64-bit words; the key is nowhere but in the cipher."""
 
-    def __init__(self, key: bytes, counter: bytes) -> None:
+    def __init__(self, key: bytes) -> None:
+        counter = os.urandom(16)
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
         self._zeros = memoryview(bytes(_CHUNK * 8))
 

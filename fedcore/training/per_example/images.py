@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn import grad as conv_grad
+from torch.nn.grad import conv2d_input
 
 Pair = tuple[int, int]
 _FEW_CHANNELS = 8  # rows of fewer are too short to be copied one by one
@@ -195,7 +195,7 @@ def slopes_of_one(slopes: Tensor, weight: Tensor, window: Window, shape: Sequenc
         for x in range(wide):
             image[:, y : high * cells_down : high, x : wide * cells_across : wide] = rows[:, y, x]
     kernel = weight.view(-1, *window.kernel, channels).permute(0, 3, 1, 2)
-    found: Tensor = conv_grad.conv2d_input(  # type: ignore[no-untyped-call]
+    found: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
         (batch, channels, height, width),
         kernel,
         image.permute(0, 3, 1, 2),
