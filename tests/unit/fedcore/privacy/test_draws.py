@@ -172,7 +172,9 @@ def test_an_odd_number_of_normals_is_drawn_whole() -> None:
     assert fixed().normal(0).shape == (0,)
 
 
-@pytest.mark.parametrize("draws", [fixed(), SystemDraws(), simulated()], ids=["fixed", "fresh", "simulated"])
+@pytest.mark.parametrize(
+    "draws", [fixed(), SystemDraws(), simulated()], ids=["fixed", "fresh", "simulated"]
+)
 def test_a_batch_is_row_numbers_in_rising_order(draws: SystemDraws | SimulatedDraws) -> None:
     for _ in range(20):
         rows = draws.poisson(100, 0.5)

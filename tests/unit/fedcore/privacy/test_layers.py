@@ -113,8 +113,10 @@ class TakesLast(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (
-            self.layer(x)
+        found = (
+            self.layer(x, x, x)
+            if isinstance(self.layer, nn.MultiheadAttention)
+            else (self.layer(x))
         )
         return (found[0] if isinstance(found, tuple) else found)[:, -1]
 

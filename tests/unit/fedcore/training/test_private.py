@@ -207,9 +207,7 @@ def test_weights_that_run_away_are_the_starts_again(value: float) -> None:
     draws = Wild(torch_rng(1, "s"), torch_rng(1, "n"))
     planned = PrivatePlan(Charge(1, 1.0, 0.25, 3), clip_norm=1.0)
     way = way_of(model, LOSS, torch.zeros(6))
-    train_private(
-        nn.Identity(), model, blobs(), LOSS, Client(), planned, way=way, draws=draws
-    )
+    train_private(nn.Identity(), model, blobs(), LOSS, Client(), planned, way=way, draws=draws)
     got, start = model[0].weight.flatten(), network()[0].weight.flatten()
     assert torch.equal(got[:2], start[:2])
     assert torch.isfinite(weights(model)).all()

@@ -123,9 +123,7 @@ NETWORKS: dict[str, Network] = {
     "tied": Network(Tied, words, "vmap", opacus=False),
     "unused": Network(Unused, rows, "vmap", opacus=False),
     "frozen": Network(
-        lambda: nn.Sequential(
-            nn.Linear(6, 9).requires_grad_(False), nn.ReLU(), nn.Linear(9, 3)
-        ),
+        lambda: nn.Sequential(nn.Linear(6, 9).requires_grad_(False), nn.ReLU(), nn.Linear(9, 3)),
         *(rows, "vmap"),
     ),
     "gru": Network(
@@ -136,7 +134,9 @@ NETWORKS: dict[str, Network] = {
     "lstm": Network(
         lambda: Recurrent(nn.LSTM(6, 7, batch_first=True), 7), words, "vmap", opacus=False
     ),
-    "rnn": Network(lambda: Recurrent(nn.RNN(6, 7, batch_first=True), 7), words, "vmap", opacus=False),
+    "rnn": Network(
+        lambda: Recurrent(nn.RNN(6, 7, batch_first=True), 7), words, "vmap", opacus=False
+    ),
     "smoothed": Network(
         lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 3)),
         *(rows, "chain"),

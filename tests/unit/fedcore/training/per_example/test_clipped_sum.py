@@ -34,9 +34,7 @@ def summed(
     clip: float = HUGE,
     physical: int = 256,
 ) -> ClippedSum:
-    return clipped_sum(
-        way, nn.Identity(), model, loss, batches, clip_norm=clip, physical=physical
-    )
+    return clipped_sum(way, nn.Identity(), model, loss, batches, clip_norm=clip, physical=physical)
 
 
 def batch(inputs: Tensor, targets: Tensor, counted: Tensor | None = None) -> list[Batch]:
@@ -304,7 +302,7 @@ def test_examples_of_two_shapes_are_all_summed_each_in_its_place() -> None:
             words = torch.randint(11, (3 + row % 2,), generator=torch_rng(row))
             return words, torch.tensor(row % 3)
 
-    network, model, way = prepared("lstm")
+    _, model, way = prepared("lstm")
     data: Examples = Lengths()  # type: ignore[assignment]
     batches = read_batch(data, torch.arange(6), CPU)
     assert [one.counted.tolist() for one in batches] == [[True, False] * 3, [False, True] * 3]
@@ -327,9 +325,7 @@ def test_a_loss_that_ends_the_process_counts_as_zero() -> None:
     way = one_by_one(leaving, why="")
     found = summed(way, model, batch(inputs, targets), loss=leaving, physical=1)
     counted = targets != 2
-    expected = summed(
-        one_by_one(LOSS, why=""), model, batch(inputs, targets, counted), physical=1
-    )
+    expected = summed(one_by_one(LOSS, why=""), model, batch(inputs, targets, counted), physical=1)
     assert found.skipped == int((~counted).sum())
     assert is_same(found, expected)
 

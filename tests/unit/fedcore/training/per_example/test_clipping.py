@@ -160,4 +160,6 @@ def test_shares_scale_to_the_clip_norm_and_never_up() -> None:
     assert (scaled <= 1 + 1e-6).all()
     assert scaled[3:].tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
     each = shares_of(squares.unsqueeze(0), torch.tensor([[0.5]]))
-    assert torch.allclose(each[0].double() * squares.sqrt(), squares.sqrt().clamp(max=0.5), rtol=1e-5)
+    assert torch.allclose(
+        each[0].double() * squares.sqrt(), squares.sqrt().clamp(max=0.5), rtol=1e-5
+    )
