@@ -1,4 +1,4 @@
-"""Noise and batches that come of a 32-bit seed are stripped by a scan; those of devices are not.
+"""Noise and batches of a seed of 32 bits are stripped by a scan; those of devices are not.
 
 Devices used to draw both from torch's generator on the CPU, a Mersenne Twister of which
 ``manual_seed`` keeps 32 bits. Here the seed lies below 2**24, so that a test can scan them all; the
@@ -29,38 +29,44 @@ from fedcore.training.private import train_private
 from tests.ways import way_of
 
 SEEDS = 1 << 24
-NOISE_SEED, SAMPLING_SEED = 9_876_543, 16_000_001
+NOISE_SEED, SAMPLING_SEED, KNOWN_SEED = 9_876_543, 16_000_001, 123_456
 MULTIPLIER, CLIP, RATE, EXAMPLES = 1.3, 0.7, 0.5, 64
-BLANK, OUTS = 40, 16  # inputs that are zero in every example, as a picture's margin is
+BLANK, OUTS = 32, 16  # inputs that are zero in every example, as a picture's margin is
 Words = NDArray[np.uint32]
 
-LANES = 32
+LANES = 128
 _STATES = 397 + 64 + 1
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def _seeds_within(first: int, last: int, place: Words, low: Words, high: Words) -> list[int]:
-    """Seeds whose Mersenne Twister gives, at each place, 24 bits within ``low <= bits < high``.
+def _scan(last: int, question: Words, place: Words, low: Words, high: Words) -> list[Any]:
+    """Seeds below ``last`` whose Mersenne Twister gives ``low <= 24 bits < high`` at each place.
 
-    ``LANES`` seeds at a time, side by side, so that one instruction serves eight of them.
+    ``LANES`` seeds at a time, side by side, so that one instruction serves eight of them. A row of
+    the arguments is a condition; those of one question stand together, and all must hold.
+
+    Returns:
+        Pairs of a question and a seed.
     """
-    found = [0][:0]
+    found = [(0, 0)][:0]
     states = np.empty((_STATES, LANES), np.uint32)
-    alive = np.empty(LANES, np.uint32)
-    final = place.max() + 398
-    for base in range(first, last, LANES):
+    alive = np.ones(LANES, np.uint32)
+    for base in range(0, last, LANES):
         for lane in range(LANES):
             states[0, lane] = base + lane
-        for row in range(1, final):
+        for row in range(1, _STATES):
             for lane in range(LANES):
                 before = states[row - 1, lane]
                 mixed = np.uint32(before ^ (before >> np.uint32(30)))
                 states[row, lane] = np.uint32(np.uint32(1812433253) * mixed) + np.uint32(row)
-        for lane in range(LANES):
-            alive[lane] = 1
+        left = np.uint32(1)
         for index in range(len(place)):
-            row = place[index]
-            left = np.uint32(0)
+            if index == 0 or question[index] != question[index - 1]:
+                alive[:] = 1
+                left = np.uint32(1)
+            if left == 0:
+                continue
+            row, left = place[index], np.uint32(0)
             for lane in range(LANES):
                 mixed = np.uint32(
                     (states[row, lane] & np.uint32(0x80000000))
@@ -74,22 +80,29 @@ def _seeds_within(first: int, last: int, place: Words, low: Words, high: Words) 
                 y = np.uint32(y ^ (y >> np.uint32(18))) & np.uint32(0xFFFFFF)
                 alive[lane] &= np.uint32(low[index] <= y) & np.uint32(y < high[index])
                 left |= alive[lane]
-            if left == 0:
-                break
-        for lane in range(LANES):
-            if alive[lane]:
-                found.append(base + lane)
+            if left and (index + 1 == len(place) or question[index + 1] != question[index]):
+                for lane in range(LANES):
+                    if alive[lane]:
+                        found.append((question[index], base + lane))
     return found
 
 
-def scan(wanted: Sequence[tuple[int, int, int]]) -> list[int]:
-    """All seeds below 2**24 that explain what was seen: (place in the stream, low, high)."""
-    place, low, high = (np.array(one, np.uint32) for one in zip(*wanted, strict=True))
-    return list(_seeds_within(0, SEEDS, place, low, high))
+Question = list[tuple[int, int, int]]
+"""Conditions on a stream: place, and the least 24 bits and the first too large there."""
 
 
-def seeds_of_noise(z: Tensor) -> list[int]:
-    """Seeds whose torch generator begins with the normal numbers ``z``, at least 16 of them.
+def scan(questions: Sequence[Question]) -> list[list[int]]:
+    """For each question all seeds below 2**24 under which its conditions hold; one pass for all."""
+    rows = [(number, *one) for number, asked in enumerate(questions) for one in asked]
+    columns = [np.array(one, np.uint32) for one in zip(*rows, strict=True)]
+    found = _scan(SEEDS, *columns)
+    return [
+        [seed for number, seed in found if number == wanted] for wanted in range(len(questions))
+    ]
+
+
+def asks_noise(z: Tensor) -> Question:
+    """Which torch generator begins with such normal numbers, of at least 16?
 
     Torch makes of every 16 words 16 numbers: words ``i`` and ``i + 8`` are the radius and the angle
     of numbers ``i`` and ``i + 8``.
@@ -102,21 +115,19 @@ def seeds_of_noise(z: Tensor) -> list[int]:
         for word, share in ((place, radius), (place + 8, angle)):
             middle, slack = round(share * 2**24), 1 << 12
             wanted.append((word, max(0, middle - slack), middle + slack))
-    return [
-        seed
-        for seed in scan(wanted)
-        if torch.allclose(
-            torch.normal(0.0, 1.0, z.shape, generator=torch.Generator().manual_seed(seed)),
-            z,
-            atol=1e-2,
-        )
-    ]
+    return wanted
 
 
-def seeds_of_batch(rows: Tensor, count: int, rate: float) -> list[int]:
-    """Seeds under which ``torch.rand(count) < rate`` is true for just these rows."""
-    taken, limit = set(rows.tolist()), round(rate * 2**24)
-    return scan([(r, 0, limit) if r in taken else (r, limit, 1 << 24) for r in range(count)])
+def draws_noise(seed: int, z: Tensor) -> bool:
+    """Whether a seed that the scan found explains every number."""
+    drawn = torch.normal(0.0, 1.0, z.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.allclose(drawn, z, atol=1e-2)
+
+
+def asks_batch(rows: Tensor) -> Question:
+    """Under which seed is ``torch.rand(EXAMPLES) < RATE`` true for just these rows?"""
+    taken, limit = set(rows.tolist()), round(RATE * 2**24)
+    return [(r, 0, limit) if r in taken else (r, limit, 1 << 24) for r in range(EXAMPLES)]
 
 
 @dataclass(frozen=True)
@@ -166,32 +177,56 @@ def old_draws() -> SimulatedDraws:
     )
 
 
-def test_torch_keeps_32_bits_of_a_seed_and_the_scan_knows_its_stream() -> None:
-    for seed in (5, 123_456):
-        drawn = torch.rand(64, generator=torch.Generator().manual_seed(seed + 7 * 2**32))
-        bits = (drawn.double() * 2**24).long().tolist()
-        assert scan([(place, one, one + 1) for place, one in enumerate(bits)]) == [seed]
+@dataclass(frozen=True)
+class Scanned:
+    """What one scan found."""
+
+    old_noise: list[int]
+    old_batch: list[int]
+    new_noise: list[int]
+    new_batch: list[int]
+    guessed: list[int]
+    known: list[int]
 
 
-def test_the_seed_of_noise_that_a_torch_generator_drew_is_found() -> None:
-    noise, _ = attacked(old_draws())
-    assert seeds_of_noise(noise[:32]) == [NOISE_SEED]
+@pytest.fixture(scope="module")
+def scanned() -> Scanned:
+    old, new = attacked(old_draws()), attacked(SystemDraws())
+    assert new[0].std().item() > 0.3  # there is noise to look at
+    assert 8 < len(new[1]) < 56
+    guess = torch.from_numpy(numpy_rng(1, "z").standard_normal(BLANK)).float()
+    known = torch.rand(64, generator=torch.Generator().manual_seed(KNOWN_SEED + 7 * 2**32))
+    bits = (known.double() * 2**24).long().tolist()
+    found = scan(
+        [
+            *(asks_noise(old[0]), asks_batch(old[1]), asks_noise(new[0]), asks_batch(new[1])),
+            *(asks_noise(guess), [(place, one, one + 1) for place, one in enumerate(bits)]),
+        ]
+    )
+    for place, z in ((0, old[0]), (2, new[0]), (4, guess)):
+        found[place] = [seed for seed in found[place] if draws_noise(seed, z)]
+    return Scanned(*found)
 
 
-def test_the_seed_of_a_batch_that_a_torch_generator_drew_is_found() -> None:
-    _, rows = attacked(old_draws())
-    assert seeds_of_batch(rows, EXAMPLES, RATE) == [SAMPLING_SEED]
+def test_torch_keeps_32_bits_of_a_seed_and_the_scan_knows_its_stream(scanned: Scanned) -> None:
+    assert scanned.known == [KNOWN_SEED]
 
 
-@pytest.mark.parametrize("what", ["noise", "sampling"])
-def test_a_scan_finds_nothing_in_what_a_device_draws(what: str) -> None:
-    noise, rows = attacked(SystemDraws())
-    assert noise.std().item() > 0.3  # there is noise to look at
-    assert 8 < len(rows) < 56
-    if what == "noise":
-        assert seeds_of_noise(noise[:32]) == []
-    else:
-        assert seeds_of_batch(rows, EXAMPLES, RATE) == []
+def test_the_seed_of_noise_that_a_torch_generator_drew_is_found(scanned: Scanned) -> None:
+    assert scanned.old_noise == [NOISE_SEED]
+
+
+def test_the_seed_of_a_batch_that_a_torch_generator_drew_is_found(scanned: Scanned) -> None:
+    assert scanned.old_batch == [SAMPLING_SEED]
+
+
+def test_the_scan_finds_nothing_in_what_a_device_draws(scanned: Scanned) -> None:
+    assert scanned.new_noise == []
+    assert scanned.new_batch == []
+
+
+def test_the_scan_is_not_one_that_always_answers(scanned: Scanned) -> None:
+    assert scanned.guessed == []
 
 
 @pytest.mark.parametrize("seeded", [torch.manual_seed, np.random.seed])
@@ -209,9 +244,3 @@ def test_nor_does_seeding_the_process_make_a_device_repeat_itself(
         np.random.set_state(of_numpy)
     assert not torch.isclose(seen[0][0], seen[1][0], rtol=0, atol=1e-6).any()
     assert not torch.equal(seen[0][1], seen[1][1])
-
-
-def test_a_guess_at_random_finds_nothing_either() -> None:
-    """The scan is not one that always answers."""
-    z = torch.from_numpy(numpy_rng(1, "z").standard_normal(32)).float()
-    assert seeds_of_noise(z) == []
