@@ -102,9 +102,25 @@ def _odd(dice: random.Random) -> Callable[[], Any]:
     x, y = _input(dice), torch.tensor(dice.randrange(CLASSES))
     row = dice.choice(
         [
-            *((SECRET, y), (x, SECRET), (x,), (x, y, y), (x, None), None, SECRET, {}, {"x": x, "y": y}),
+            *(
+                (SECRET, y),
+                (x, SECRET),
+                (x,),
+                (x, y, y),
+                (x, None),
+                None,
+                SECRET,
+                {},
+                {"x": x, "y": y},
+            ),
             *((x[:-1], y), (x.unsqueeze(0), y), (torch.zeros(0), y), (x, y.repeat(2)), (x[0], y)),
-            *((torch.zeros(50_000), y), (x.double(), y), (x.half(), y), (x.long(), y), (x, y.int())),
+            *(
+                (torch.zeros(50_000), y),
+                (x.double(), y),
+                (x.half(), y),
+                (x.long(), y),
+                (x, y.int()),
+            ),
             *((x > 0, y), (x.to(torch.complex64), y), (x, y.float()), (x, y.double() / 0)),
             *((x.to_sparse(), y), (x.to("meta"), y), (x, y.to("meta")), (x.requires_grad_(), y)),
             *((x.detach().numpy(), np.int64(1)), ([float(v) for v in x], 1), (1.0, 1), (x, 1.5)),
