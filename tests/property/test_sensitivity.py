@@ -31,7 +31,7 @@ from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.planning import PrivatePlan
-from fedcore.seeds import SystemEntropy
+from fedcore.seeds import SystemEntropy, global_streams
 from fedcore.task import Task
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.trial import find_way
@@ -277,7 +277,8 @@ def test_a_data_set_in_memory_is_no_different(name: str) -> None:
 @pytest.mark.parametrize("cancelled", [0.0, 1e-3, 4e-3, 1e-2, 0.1])
 def test_rows_that_cancel_do_not_hide_what_rounding_adds(cancelled: float) -> None:
     """A full physical batch of images whose gradients are small sums of large rows."""
-    model = nn.Sequential(nn.Conv2d(1, 32, 5, stride=5), nn.Flatten(), nn.Linear(128, 2))
+    with global_streams(4):
+        model = nn.Sequential(nn.Conv2d(1, 32, 5, stride=5), nn.Flatten(), nn.Linear(128, 2))
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
         alternating = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(32)
@@ -300,7 +301,8 @@ def test_rows_that_cancel_do_not_hide_what_rounding_adds(cancelled: float) -> No
 
 
 def test_a_long_gradient_of_equal_entries_is_not_longer_than_its_norm_says() -> None:
-    model = nn.Sequential(nn.Embedding(1000, 4000), nn.Linear(4000, 1))
+    with global_streams(4):
+        model = nn.Sequential(nn.Embedding(1000, 4000), nn.Linear(4000, 1))
     with torch.no_grad():
         model[1].weight.fill_(0.3)  # type: ignore[index]
     example = torch.arange(1000)
@@ -326,9 +328,10 @@ def test_random_chains(
     widths: list[int], between: list[type[nn.Module]], scale: float, size: float, clip: float
 ) -> None:
     layers: list[nn.Module] = []
-    for inputs, outs, kind in zip([WIDTH, *widths], widths, between, strict=False):
-        layers += [nn.Linear(inputs, outs), kind()]
-    model = nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
+    with global_streams(4):
+        for inputs, outs, kind in zip([WIDTH, *widths], widths, between, strict=False):
+            layers += [nn.Linear(inputs, outs), kind()]
+        model = nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10**scale).clamp_(-1e6, 1e6)
