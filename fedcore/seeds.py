@@ -47,23 +47,36 @@ def global_streams(seed: int, *words: str | int) -> Iterator[None]:
     Flower's strategies draw from ``random`` and ``numpy.random``, torch's initialisers and dropout
     from torch's default generator. Nothing of ours draws from these.
     """
+    with kept_streams():
+        pin_streams(derive(seed, *words))
+        yield
+
+
+@contextmanager
+def kept_streams() -> Iterator[None]:
+    """Restores the process-wide streams afterwards."""
     import torch
 
-    derived = derive(seed, *words)
     kept_python, kept_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        random.seed(derived)
-        np.random.seed(derived % 2**32)
-        # Not torch.manual_seed: on a machine without GPUs it queues calls for four kinds of them,
-        # each with a traceback, and takes a hundred times as long.
-        torch.default_generator.manual_seed(derived)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(derived)
         try:
             yield
         finally:
             random.setstate(kept_python)
             np.random.set_state(kept_numpy)
+
+
+def pin_streams(seed: int) -> None:
+    """Has the process-wide streams begin at a seed."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Not torch.manual_seed: on a machine without GPUs it queues calls for four kinds of them,
+    # each with a traceback, and takes a hundred times as long.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 class Randomness(Protocol):

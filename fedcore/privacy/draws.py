@@ -82,10 +82,6 @@ class SimulatedDraws:
             )
 
 
-def _operating_system_key() -> bytes:
-    return os.urandom(32)
-
-
 @dataclass(frozen=True)
 class SystemDraws:
     """Draws from a cryptographic stream whose key nobody knows: what real devices use.
@@ -111,7 +107,7 @@ class SystemDraws:
         arXiv:2004.00010.
     """
 
-    _stream: _KeyStream = field(default_factory=lambda: _KeyStream(_operating_system_key()))
+    _stream: _KeyStream = field(default_factory=lambda: _KeyStream(os.urandom(32), os.urandom(16)))
 
     def seed(self) -> int:
         """Fresh, see `Draws.seed`."""
@@ -188,8 +184,7 @@ def grid_step(deviation: float, bound: float) -> float:
 class _KeyStream:
     """AES-256 in counter mode, as 64-bit words; the key is nowhere but in the cipher."""
 
-    def __init__(self, key: bytes) -> None:
-        counter = os.urandom(16)
+    def __init__(self, key: bytes, counter: bytes) -> None:
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
         self._zeros = memoryview(bytes(_CHUNK * 8))
 

@@ -8,13 +8,17 @@ example and the server's weights are; those that are refused are so before anyth
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict  # noqa: F401  (imported first, before torch's own threads start)
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -26,21 +30,20 @@ from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.planning import PrivatePlan
-from fedcore.seeds import SystemEntropy
+from fedcore.seeds import SystemEntropy, global_streams
 from fedcore.task import Task
 from fedcore.training.client import Client, learn
+from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import Way, by_chain
 from fedcore.training.private import train_private
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of, pack
-from tests.property.zoo import CASES, TOKENS, Case
+from tests.property.zoo import ACCEPTED, CLASSES, REFUSED, TOKENS, WIDTH, Case, classes
 
 ROUNDING = 1e-4
 """What the noise is drawn larger by."""
 COUNT, PLACE = 9, 4
-ACCEPTED = [case for case in CASES if case.outcome != "refused"]
-REFUSED = [case for case in CASES if case.outcome == "refused"]
 RUN = RunConfig.model_validate(
     {
         "name": "run",
@@ -189,7 +192,8 @@ def moved(with_it: Tensor, without: Tensor, clip: float = 1.0) -> float:
 
 
 def test_the_zoo_is_large_and_has_both_kinds() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) >= 40
+    cases = [*ACCEPTED, *REFUSED]
+    assert len({case.name for case in cases}) == len(cases)
     assert len(ACCEPTED) >= 40
     assert len(REFUSED) >= 20
     assert {case.outcome for case in ACCEPTED} == {"chain", "vmap", "alone"}
@@ -228,3 +232,118 @@ def test_what_couples_examples_is_refused_before_a_charge(case: Case) -> None:
     assert case.remedy in str(caught.value)
     assert case.remedy
     assert not charges
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in ACCEPTED if case.name == name)
+
+
+SOME = ["mlp, cross-entropy", "cnn", "cnn, many filters", "dropout", "lstm"]
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("clip", [1e-30, 1e-6, 1e6])
+def test_the_clip_norm_holds_whatever_its_size(name: str, clip: float) -> None:
+    case = case_named(name)
+    task = task_of(case)
+    full = build_model(task, RUN)
+    way = find_way(task, full)
+    for _, model in hostile(full.model):
+        at = FullModel(full.preprocess, model)
+        without = sums(way, task, at, lazily(case, None), clip=clip, steps=1)
+        for row in list(adversaries(case))[:6]:
+            found = sums(way, task, at, lazily(case, row), clip=clip, steps=1)
+            assert moved(found, without, clip) <= 1 + ROUNDING
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_data_set_in_memory_is_no_different(name: str) -> None:
+    """There, the example that counts as zero is one whose gradient is not finite."""
+    case = case_named(name)
+    task = task_of(case)
+    full = build_model(task, RUN)
+    way = find_way(task, full)
+    inputs, targets = data_of(case)
+    found = []
+    for value in (float("nan"), float("inf"), 3e38, 50.0, 0.0):
+        inputs = inputs.clone()
+        inputs[PLACE] = value
+        found.append(sums(way, task, full, TensorDataset(inputs, targets)))
+    assert all(moved(one, found[0]) <= 1 + ROUNDING for one in found)
+    # What is not finite leaves the others' gradients as they are, to the bit.
+    assert torch.equal(found[0], sums(way, task, full, lazily(case, None)))
+
+
+@pytest.mark.parametrize("cancelled", [0.0, 1e-3, 4e-3, 1e-2, 0.1])
+def test_rows_that_cancel_do_not_hide_what_rounding_adds(cancelled: float) -> None:
+    """A full physical batch of images whose gradients are small sums of large rows."""
+    with global_streams(4):
+        model = nn.Sequential(nn.Conv2d(1, 32, 5, stride=5), nn.Flatten(), nn.Linear(128, 2))
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        alternating = torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(32)
+        model[2].weight[0] = alternating + cancelled * torch.randn(128, generator=rng)  # type: ignore[index]
+        model[2].weight[1] = -model[2].weight[0]  # type: ignore[index]
+    case = Case("cancelling", "chain", lambda: model, torch.zeros(1, 10, 10), classes)
+    task = task_of(case)
+    full = FullModel(nn.Identity(), model)
+    way = find_way(task, full)
+    assert way.name == "chain"
+    inputs = (1 + 1e-3 * torch.randn(256, 1, 10, 10, generator=rng)) * 30
+    targets = torch.randint(2, (256,), generator=rng)
+    without = inputs.clone()
+    without[0] = float("nan")
+    pair = [
+        sums(way, task, full, TensorDataset(one, targets), clip=1e-2, steps=1)
+        for one in (inputs, without)
+    ]
+    assert moved(*pair, clip=1e-2) <= 1 + ROUNDING
+
+
+def test_a_long_gradient_of_equal_entries_is_not_longer_than_its_norm_says() -> None:
+    with global_streams(4):
+        model = nn.Sequential(nn.Embedding(1000, 4000), nn.Linear(4000, 1))
+    with torch.no_grad():
+        model[1].weight.fill_(0.3)  # type: ignore[index]
+    example = torch.arange(1000)
+    case = Case(
+        "long", "vmap", lambda: model, example, lambda count, rng: torch.ones(count, 1000, 1)
+    )
+    task = dataclasses.replace(task_of(case), kind="regression", loss=nn.functional.mse_loss)
+    full = FullModel(nn.Identity(), model)
+    data = TensorDataset(example.unsqueeze(0), torch.full((1, 1000, 1), 50.0))
+    found = sums(find_way(task, full), task, full, data, steps=1)
+    assert 0.99 < float(found.norm()) <= 1 + ROUNDING
+
+
+@hypothesis.settings(max_examples=15)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    between=st.lists(st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.Identity]), min_size=3),
+    scale=st.floats(-38, 6),
+    size=st.floats(-38, 38),
+    clip=st.floats(-6, 6),
+)
+def test_random_chains(
+    widths: list[int], between: list[type[nn.Module]], scale: float, size: float, clip: float
+) -> None:
+    layers: list[nn.Module] = []
+    with global_streams(4):
+        for inputs, outs, kind in zip([WIDTH, *widths], widths, between, strict=False):
+            layers += [nn.Linear(inputs, outs), kind()]
+        model = nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10**scale).clamp_(-1e6, 1e6)
+    case = dataclasses.replace(case_named("mlp, cross-entropy"), model=lambda: model)
+    task, full = task_of(case), FullModel(nn.Identity(), model)
+    way = by_chain_of(full)
+    row = torch.full((WIDTH,), float(np.float32(10**size))), torch.tensor(1)
+    pair = [sums(way, task, full, lazily(case, one), clip=10**clip, steps=1) for one in (row, None)]
+    assert moved(*pair, clip=10**clip) <= 1 + ROUNDING
+
+
+def by_chain_of(full: FullModel) -> Way:
+    chain = find_chain(full.model, torch.zeros(2, WIDTH))
+    assert chain is not None
+    return by_chain(chain, nn.functional.cross_entropy, mapped=True)

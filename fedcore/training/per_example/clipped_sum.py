@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from fedcore.seeds import global_streams
+from fedcore.seeds import kept_streams, pin_streams
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
@@ -159,7 +159,8 @@ def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> P
             that depends on sizes, and not on values.
     """
     try:
-        with global_streams(batch.seed):
+        with kept_streams():
+            pin_streams(batch.seed)
             return way.take(preprocess, model, batch.inputs, batch.targets)
     except (Exception, SystemExit) as error:  # the task's code, on values that nobody looked at
         if len(batch.counted) > 1 and _is_out_of_memory(error):
@@ -211,7 +212,8 @@ def read_batch(
         inputs, targets = gather(examples, rows)
         counted = torch.ones(len(rows), dtype=torch.bool, device=device)
         return [Batch(inputs.to(device), targets.to(device), counted, seed)]
-    read = [_read(examples, row, seed + place) for place, row in enumerate(rows.tolist())]
+    with kept_streams():
+        read = [_read(examples, row, seed + place) for place, row in enumerate(rows.tolist())]
     return list(_by_kind(read, device, seed, usual))
 
 
@@ -227,8 +229,8 @@ _Pair = tuple[Tensor, Tensor]
 
 def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
     try:
-        with global_streams(seed):
-            inputs, targets = default_collate([examples[row]])
+        pin_streams(seed)
+        inputs, targets = default_collate([examples[row]])
         return _plain(inputs), _plain(targets)
     except (Exception, SystemExit):  # the user's code, or a broken file
         return None
