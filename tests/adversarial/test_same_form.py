@@ -36,7 +36,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.model import FullModel, build_model, preprocess_bytes
 from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import Charge
-from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
+from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, read_ledger, write_ledger
 from fedcore.seeds import SystemEntropy
 from fedcore.task import Task
 from fedcore.updates.messages import (
@@ -243,7 +243,7 @@ def _site(model: Callable[[], nn.Module], **changed: dict[str, Any]) -> Site:
         test_data=lambda folder: data[0],
         example_input=torch.zeros(WIDTH),
     )
-    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy())
+    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS)
     return Site(run, build_model(task, run), app, data)
 
 

@@ -14,7 +14,7 @@ from fedcore.client_app import client_app
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
-from fedcore.privacy.ledger import read_ledger
+from fedcore.privacy.ledger import NO_OTHER_RUNS, read_ledger
 from fedcore.seeds import SystemEntropy
 from fedcore.updates.messages import (
     ARRAYS,
@@ -164,9 +164,9 @@ def test_one_bad_example_answers_in_the_same_form_as_none(spoilt: str) -> None:
     forms = []
     for load in (lambda client, folder: data(), lambda client, folder: Spoilt()):
         task = make_task(client_data=load)
-        reply = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy())(
-            instruct(task, run), context()
-        )
+        reply = client_app(
+            task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS
+        )(instruct(task, run), context())
         update = update_of(reply, task, run)
         assert np.isfinite(update.weights).all()
         forms.append((update.num_examples, update.metrics, len(update.weights)))
@@ -183,7 +183,9 @@ def test_a_private_device_sends_the_kind_of_an_error_and_keeps_its_text(
     texts = {}
     for privacy in ({}, PRIVATE):
         run = make_run(privacy=privacy) if privacy else make_run()
-        app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy())
+        app = client_app(
+            task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS
+        )
         texts[bool(privacy)] = refused(app(instruct(task, run), context()))
     assert texts[True] == "client 'anna': DataError; its log says more"
     assert "patient 4711" in texts[False]
@@ -231,7 +233,7 @@ def test_more_memory_than_the_owner_allows_is_refused_before_the_ledger_is_charg
 
 def test_real_devices_draw_noise_that_no_seed_repeats() -> None:
     task, run = make_task(), make_run(privacy=PRIVATE)
-    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy())
+    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS)
     one, other = (
         update_of(app(instruct(task, run), context()), task, run).weights for _ in range(2)
     )
