@@ -347,7 +347,7 @@ def test_automatic_noise_keeps_all_rounds_within_the_budget_and_small_clients_ne
     )
     for charge in (large, small):
         rounds = [charge] * 20
-        spent = epsilon_of(rounds, target_delta=1e-3, accountant="rdp")
+        spent = epsilon_of(rounds, target_delta=1e-3, accountant="prv")
         assert 0.95 * EXAMPLE_DP.max_epsilon < spent <= EXAMPLE_DP.max_epsilon
     assert small.noise_multiplier > large.noise_multiplier
     fewer = plan(blobs(10), settings, EXAMPLE_DP, round=1, participations=2).charge
