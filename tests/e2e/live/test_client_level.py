@@ -31,8 +31,9 @@ def test_rounds_are_counted_over_all_devices_of_the_project(
     lines = (project.root / "runs" / "clients" / "metrics.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     rounds = [event for event in told if event["event"] == "round_finished"]
-    expected = [  # the project has four devices, two are expected a round
-        epsilon_of([Charge(n, 2.0, 0.5, n)], target_delta=1e-3, accountant="rdp") for n in (1, 2, 3)
+    expected = [  # the project has three devices, two are expected a round
+        epsilon_of([Charge(n, 2.0, 2 / 3, n)], target_delta=1e-3, accountant="rdp")
+        for n in (1, 2, 3)
     ]
     assert [event["client_epsilon"] for event in rounds] == pytest.approx(expected)
     assert all(event["train_loss"] is None for event in rounds)
