@@ -78,13 +78,15 @@ def test_mnist_by_writer_on_people_never_seen(data_folder: Path, tmp_path: Path)
     assert summary["accuracy"]["federated"] >= 0.96
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_one_round_of_private_mnist(data_folder: Path, tmp_path: Path) -> None:
     config = EXAMPLES / "mnist_private" / "run.toml"
     task = load_task(config.with_name("task.py"))
     shares = [task.client_data(client, data_folder) for client in task.clients(data_folder)]
     assert [len(share) for share in shares] == [6000] * 10  # type: ignore[arg-type]
     summary = simulate(config, tmp_path / "runs", data_folder, "--set", "federation.rounds=1")
-    assert summary["accuracy"]["federated"] >= 0.90  # all ten give is one short, noisy walk
+    assert summary["accuracy"]["federated"] >= 0.93  # ten steps a client, the whole budget
     assert summary["accuracy"]["released"] == summary["accuracy"]["federated"]
     assert 2.9 <= summary["epsilon"]["max"] <= 3
 
