@@ -126,14 +126,14 @@ def by_vmap(parameters: int, loss: Loss, *, why: str) -> Way:
             return loss(functional_call(model, values, (behind,)), target.unsqueeze(0))
 
         mapped = vmap(grad(alone), in_dims=(None, 0, 0), randomness="different")
-        with _own_states(model):
-            return _made(list(mapped(values, inputs, targets).values()))
+        with own_states(model):
+            return of_gradients(list(mapped(values, inputs, targets).values()))
 
     return Way("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
 
 
 @contextmanager
-def _own_states(model: nn.Module) -> Iterator[None]:
+def own_states(model: nn.Module) -> Iterator[None]:
     """Gives recurrent layers an initial state for each example: theirs is one for all of vmap's."""
 
     def give(layer: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,12 +174,12 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
                     for parameter, slope in zip(parameters, slopes, strict=True)
                 ]
             )
-        return _made([torch.stack(each) for each in zip(*found, strict=True)])
+        return of_gradients([torch.stack(each) for each in zip(*found, strict=True)])
 
     return Way("alone", take, 0, why)
 
 
-def _made(each: Sequence[Tensor]) -> Part:
+def of_gradients(each: Sequence[Tensor]) -> Part:
     """From gradients as they are, ``(B, ...)`` for each parameter."""
     flat = [one.detach().flatten(1) for one in each]
     lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in flat])
