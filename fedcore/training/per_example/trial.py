@@ -18,6 +18,7 @@ from fedcore.privacy.layers import check_layers
 from fedcore.seeds import global_streams
 from fedcore.task import Kind, Loss, Task
 from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.lookups import by_lookups
 from fedcore.training.per_example.losses import is_mean
 from fedcore.training.per_example.ways import (
     Way,
@@ -89,6 +90,9 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mappe
             way = by_chain(chain, loss, mapped=mapped)
             if _agree(way, alone, model, tried) is None:
                 return way
+    lookups = by_lookups(model.model, behind, loss, why=why)
+    if lookups is not None and _agree(lookups, alone, model, tried) is None:
+        return lookups
     way = by_vmap(sum(p.numel() for p in parameters.values()), loss, why=why)
     problem = _agree(way, alone, model, tried)
     return way if problem is None else one_by_one(loss, why=problem)

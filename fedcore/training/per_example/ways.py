@@ -111,7 +111,7 @@ def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
         parts = [example_gradients(*f, bias=b) for f, b in zip(factors, biases, strict=True)]
         usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
         if not bool(usable.all()):
-            factors = [[_where(usable, one[0]).unsqueeze(0) for one in f] for f in factors]
+            factors = [[where(usable, one[0]).unsqueeze(0) for one in f] for f in factors]
             parts = [example_gradients(*f, bias=b) for f, b in zip(factors, biases, strict=True)]
 
         def weighted(share: Tensor) -> list[Tensor]:
@@ -155,14 +155,14 @@ def by_vmap(parameters: int, loss: Loss, *, why: str) -> Way:
             return cast(Tensor, judge(output, target.unsqueeze(0)))
 
         mapped = vmap(grad(alone), in_dims=(None, 0, 0), randomness="different")
-        with _own_states(network):
-            return _made(list(mapped(values, inputs, targets).values()))
+        with own_states(network):
+            return of_gradients(list(mapped(values, inputs, targets).values()))
 
     return Way("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
 
 
 @contextmanager
-def _own_states(model: nn.Module) -> Iterator[None]:
+def own_states(model: nn.Module) -> Iterator[None]:
     """Gives recurrent layers an initial state for each example: theirs is one for all of vmap's."""
 
     def give(layer: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,7 +193,7 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
         for one, target in zip(inputs, targets, strict=True):
             before, network, judge = fresh(preprocess, model, loss)
             found.append(own_gradient(before, network, judge, one, target))
-        return _made([torch.stack(each) for each in zip(*found, strict=True)])
+        return of_gradients([torch.stack(each) for each in zip(*found, strict=True)])
 
     return Way("alone", take, 0, why)
 
@@ -222,13 +222,13 @@ def _clear(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def _made(each: Sequence[Tensor]) -> Part:
+def of_gradients(each: Sequence[Tensor]) -> Part:
     """From gradients as they are, ``(B, ...)`` for each parameter."""
     flat = [_exact(one.detach().flatten(1)) for one in each]
     squares = torch.stack([norms(one) for one in flat]).square().sum(dim=0)
     usable = torch.isfinite(squares)
     if not bool(usable.all()):
-        flat = [_where(usable, one) for one in flat]
+        flat = [where(usable, one) for one in flat]
 
     def weighted(share: Tensor) -> list[Tensor]:
         sums = (torch.mv(one.transpose(0, 1), share.to(one.dtype)) for one in flat)
@@ -237,7 +237,7 @@ def _made(each: Sequence[Tensor]) -> Part:
     return Part(squares, usable, weighted)
 
 
-def _where(usable: Tensor, rows: Tensor) -> Tensor:
+def where(usable: Tensor, rows: Tensor) -> Tensor:
     """Rows ``(B, ...)``, with zeros in place of those that are not usable."""
     return torch.where(usable.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows))
 

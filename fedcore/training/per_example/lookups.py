@@ -1,0 +1,200 @@
+"""Per-example gradients of models with embeddings, without a table for each example.
+
+An example looks at a few rows of a table, and has a gradient in those rows alone. So gradients are
+taken by what was looked up, and rows that an example looked at more than once are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedcore.task import Loss
+from fedcore.training.per_example.clipping import norms
+from fedcore.training.per_example.ways import (
+    Part,
+    Way,
+    fresh,
+    of_gradients,
+    own_states,
+    trained,
+    where,
+)
+
+Taps = Mapping[str, Sequence[Tensor]]
+"""By a layer's name, a tensor for each time that it is called in one forward pass."""
+
+
+def find_tables(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers whose tables need not be copied for each example.
+
+    Left out are tables that are tied or frozen, and settings that change rows as they are read or
+    scale them by how often they are.
+    """
+    used: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        used[id(parameter)] = used.get(id(parameter), 0) + 1
+    return tuple(
+        name
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Embedding
+        and name
+        and layer.weight.requires_grad
+        and used[id(layer.weight)] == 1
+        and layer.max_norm is None
+        and not (layer.scale_grad_by_freq or layer.sparse)
+    )
+
+
+def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> Way | None:
+    """For models with embeddings that torch can vectorise; None for those without.
+
+    Guarantee:
+        The norm of an example is that of what ``weighted`` adds for it, up to float32 rounding. A
+        use of a table beside its layer gives no gradient here: it must be found by comparing.
+
+    Args:
+        model: On the device to train on.
+        behind: Inputs behind preprocessing, ``(B, ...)``, to see how much is looked up.
+        loss: Mean loss over a batch, called on batches of one.
+        why: What keeps the model from being a chain.
+    """
+    names = find_tables(model)
+    if not names:
+        return None
+    kept = {f"{name}.weight" for name in names}
+    others = sum(one.numel() for name, one in trained(model).items() if name not in kept)
+    looked_up = _no_taps(fresh(model)[0], names, behind[:1])
+    numbers = sum(tap.numel() for taps in looked_up.values() for tap in taps)
+
+    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+        values = {name: p.detach() for name, p in trained(model).items()}
+        tables = {name: values.pop(name) for name in kept}
+        before, network, judge = fresh(preprocess, model, loss)
+        with torch.no_grad():
+            (first, once) = fresh(before, network)
+            taps = _no_taps(once, names, first(inputs[:1]))
+
+        def alone(values: Any, taps: Taps, one: Tensor, target: Tensor) -> Any:
+            with torch.no_grad():
+                given = before(one.unsqueeze(0))
+            with _tapped(network, taps) as rows:
+                output = functional_call(network, {**values, **tables}, (given,))
+            return judge(output, target.unsqueeze(0)), rows
+
+        mapped = vmap(
+            grad(alone, argnums=(0, 1), has_aux=True),
+            in_dims=(None, None, 0, 0),
+            randomness="different",
+        )
+        with own_states(network):
+            (found, slopes), rows = mapped(values, taps, inputs, targets)
+        parts = {
+            f"{name}.weight": _of_table(
+                model.get_submodule(name), rows[name], slopes[name], tables[f"{name}.weight"]
+            )
+            for name in names
+            if slopes[name]
+        }
+        parts |= {name: of_gradients([one]) for name, one in found.items()}
+        return _together(model, parts)
+
+    return Way("vmap", take, 12 * others + 20 * numbers, why)
+
+
+def _no_taps(model: nn.Module, names: Sequence[str], behind: Tensor) -> Taps:
+    """Zeros of the shape of what each layer gives for one example, ``(1, ..., numbers a row)``."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def see(name: str) -> Any:
+        return lambda layer, args, output: found[name].append(torch.zeros_like(output))
+
+    hooks = [model.get_submodule(name).register_forward_hook(see(name)) for name in names]
+    try:
+        with torch.no_grad():
+            model(behind)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _tapped(model: nn.Module, taps: Taps) -> Iterator[dict[str, list[Tensor]]]:
+    """Adds each tap to what its layer gives, and notes the row numbers that it was given."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in taps}
+
+    def tap(name: str) -> Any:
+        def add(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            rows[name].append(args[0])
+            return output + taps[name][len(rows[name]) - 1]
+
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_hook(tap(name)) for name in taps]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _of_table(
+    layer: nn.Module, rows: Sequence[Tensor], slopes: Sequence[Tensor], table: Tensor
+) -> Part:
+    """The gradients of one table, from the numbers of the rows and the slopes of what they gave."""
+    index = torch.cat([one.flatten(1).long() for one in rows], dim=1)
+    each = torch.cat([one.reshape(len(one), -1, table.shape[1]) for one in slopes], dim=1)
+    if isinstance(layer.padding_idx, int):
+        each = each.masked_fill((index == layer.padding_idx).unsqueeze(2), 0.0)
+    index, each = added_up(index, each)
+    squares = norms(each.flatten(1)).square()
+    usable = torch.isfinite(squares)
+    each = where(usable, each)
+
+    def weighted(share: Tensor) -> list[Tensor]:
+        shared = each * share[:, None, None]
+        total = torch.zeros_like(table)
+        return [total.index_add_(0, index.flatten(), shared.flatten(0, 1))]
+
+    return Part(squares, usable, weighted)
+
+
+def added_up(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+    """What one example has for equal row numbers, added up in one place.
+
+    Args:
+        index: Row numbers, int64, ``(B, L)``.
+        each: ``(B, L, numbers a row)``.
+
+    Returns:
+        The same shapes: no row number stands twice in an example but for some of places that are
+        left over, which hold zeros.
+    """
+    index, order = index.sort(dim=1, stable=True)
+    new = torch.zeros_like(index)
+    new[:, 1:] = index[:, 1:] != index[:, :-1]
+    place = new.cumsum(dim=1)
+    wide = order.unsqueeze(2).expand_as(each)
+    total = torch.zeros_like(each)
+    total.scatter_add_(1, place.unsqueeze(2).expand_as(each), each.gather(1, wide))
+    return torch.zeros_like(index).scatter_(1, place, index), total
+
+
+def _together(model: nn.Module, parts: Mapping[str, Part]) -> Part:
+    """The part of all parameters, in the order of the model; those without a part are not used."""
+    squares = torch.stack([part.squares for part in parts.values()]).sum(dim=0)
+    usable = torch.stack([part.usable for part in parts.values()]).all(dim=0)
+
+    def weighted(share: Tensor) -> list[Tensor]:
+        return [
+            parts[name].weighted(share)[0] if name in parts else torch.zeros_like(parameter)
+            for name, parameter in trained(model).items()
+        ]
+
+    return Part(squares, usable & torch.isfinite(squares), weighted)
