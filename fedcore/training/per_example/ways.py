@@ -191,7 +191,8 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         found = []
         for one, target in zip(inputs, targets, strict=True):
-            before, network, judge = fresh(preprocess, model, loss)
+            # Parameters, too: a model that overwrites its own must not move those of the others.
+            before, network, judge = copy.deepcopy((preprocess, model, loss))
             found.append(own_gradient(before, network, judge, one, target))
         return of_gradients([torch.stack(each) for each in zip(*found, strict=True)])
 
