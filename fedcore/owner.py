@@ -43,6 +43,9 @@ class OwnerPolicy(Section):
     over all runs, tasks and data; where ``datasets`` names data, over all runs on the same ones."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The delta at which ``max_epsilon`` is counted, when stricter than the server's."""
+    max_delta_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A run's ``target_delta`` times the number of examples is at most so much: at 1, showing one
+    of them to everyone would count as private."""
     max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """Training that would need more is declined before it starts."""
     max_threads: Annotated[int, Field(ge=1, le=2**16)] | None = None

@@ -80,7 +80,7 @@ def plan_for(
             f"privacy.target_delta = {privacy.target_delta:g} on a client of {count} examples is "
             f"above {max_delta_share:g}/{count} = {max_delta_share / count:.3g}: at 1/{count}, "
             "showing one of them to everyone would count as private. Nothing was trained; set it "
-            f"to {max_delta_share / count:.3g} or less, or let the owner of the device allow more."
+            f"to {max_delta_share / count:.3g} or less, or max_delta_share in owner.toml higher."
         )
     steps_per_epoch = -(-count // client.batch_size)
     sample_rate = 1 / steps_per_epoch

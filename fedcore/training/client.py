@@ -238,7 +238,14 @@ def spend(
     """
     run = client.run
     participations = run.privacy.participations or run.federation.rounds
-    planned = plan(examples, run.client, run.privacy, round=round, participations=participations)
+    planned = plan(
+        examples,
+        run.client,
+        run.privacy,
+        round=round,
+        participations=participations,
+        max_delta_share=client.owner.max_delta_share,
+    )
     after = charge(
         ledger,
         planned.charge,

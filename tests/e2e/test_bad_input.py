@@ -228,7 +228,7 @@ def test_one_client_without_data_is_told_of_and_the_others_train(
     ("options", "code", "kind", "said"),
     [
         (
-            ["--set", "privacy.unit=example", "--set", "privacy.noise_multiplier=0.01"],
+            ["--set", "privacy.unit=example", "--set", "privacy.noise_multiplier=0.1"],
             5,
             "BudgetExhausted",
             "round 1: all 8 clients declined. Nothing was trained",
