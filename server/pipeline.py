@@ -40,7 +40,7 @@ from server.federated_part import federated_part
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
 from server.preflight import Prepared
-from server.records import ClientRecord, Finished, RunRecord, TrainingRecord
+from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
 from server.release import Draft, publish
 from server.simulation.clients import client_records
 
@@ -223,6 +223,7 @@ def after_rounds(
             best_round=outcome.federated.best_round,
             training=trained.training,
             clients=trained.clients,
+            epsilon=_epsilon_of(run, trained),
             client_privacy=_client_statement(run, trained),
             candidates=compressed.records,
             chosen=compressed.chosen,
@@ -281,11 +282,6 @@ def _draft(
     parent: bytes,
 ) -> Draft:
     federated = trained.outcome.federated
-    told = (
-        *(client.epsilon for client in trained.clients),
-        *(each.epsilon_max for each in federated.rounds),
-    )
-    spent = [epsilon for epsilon in told if epsilon is not None]
     return Draft(
         model=run.model_name,
         onnx=compressed.files[compressed.chosen],
@@ -307,13 +303,19 @@ def _draft(
         ),
         privacy=PrivacyStatement(
             unit=run.privacy.unit,
-            epsilon=max(spent) if run.private and spent else None,
+            epsilon=_epsilon_of(run, trained),
             target_delta=run.privacy.target_delta if run.private else None,
             noise=trained.noise,
             client=_client_statement(run, trained),
         ),
         parity=compressed.parity,
     )
+
+
+def _epsilon_of(run: RunConfig, trained: Trained) -> float | None:
+    """What examples of any client may have cost, over the whole run."""
+    budget = run.privacy.max_epsilon if run.private else None
+    return epsilon_spent(trained.outcome.federated.rounds, trained.clients, budget=budget)
 
 
 def _client_statement(run: RunConfig, trained: Trained) -> ClientStatement | None:

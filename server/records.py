@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedcore.artifacts.manifest import ClientStatement, Manifest
@@ -91,6 +92,33 @@ class ClientRecord:
     """Rounds that it took part in."""
 
 
+def epsilon_spent(
+    rounds: Sequence[RoundRecord], clients: Sequence[ClientRecord], *, budget: float | None
+) -> float | None:
+    """The most that any client may have spent, over all updates that left it, used or not.
+
+    A device says what it has spent with each update. An update that was refused, or came too late,
+    may be its last and cost what nobody was told; no device spends more than the run's budget, so
+    that is stated then. A simulation has all ledgers, and needs no such bound.
+
+    Args:
+        rounds: Of the run.
+        clients: With their ledgers, in a simulation; empty for devices.
+        budget: ``privacy.max_epsilon``; None without example-level privacy.
+
+    Returns:
+        Epsilon, or None without example-level privacy or before any update.
+    """
+    told = (*(each.epsilon_max for each in rounds), *(client.epsilon for client in clients))
+    spent = [epsilon for epsilon in told if epsilon is not None]
+    if budget is None or not spent:
+        return None
+    unused = any(each.cohort > each.updates + each.declined for each in rounds)
+    if clients:
+        return max(spent)
+    return budget if unused else min(max(spent), budget)
+
+
 @dataclass(frozen=True)
 class CandidateRecord:
     """One compression candidate, measured."""
@@ -139,6 +167,8 @@ class RunRecord:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final test split: by metric, then ``federated``, ``cloud_alone``, ``finetuned``,
     ``released``."""
+    epsilon: float | None = None
+    """The most that any client may have spent on its examples, see `epsilon_spent`."""
     client_privacy: ClientStatement | None = None
     """What the models guarantee to each client; None where clients are not protected."""
     stages: dict[str, float] = field(default_factory=dict)

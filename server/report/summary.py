@@ -42,7 +42,7 @@ def summary(
     chosen, manifest = record.chosen or "", record.manifest
     fixed: dict[str, Any] = {
         "rounds": len(record.rounds),
-        "epsilon": {"max": epsilon_max(record)},
+        "epsilon": {"max": record.epsilon},
         "target_delta": target_delta,
         "client_privacy": record.client_privacy and record.client_privacy.model_dump(mode="json"),
         "bytes": {
@@ -76,19 +76,6 @@ def virtual_total(record: RunRecord) -> dict[str, float] | None:
     """The rounds on the virtual clock added up; None where no clock ran."""
     rounds = [asdict(each.virtual) for each in record.rounds if each.virtual]
     return {name: sum(each[name] for each in rounds) for name in rounds[0]} if rounds else None
-
-
-def epsilon_max(record: RunRecord) -> float | None:
-    """The most that any client spent over the whole run; None without privacy."""
-    spent = [
-        epsilon
-        for epsilon in (
-            *(each.epsilon_max for each in record.rounds),
-            *(client.epsilon for client in record.clients),
-        )
-        if epsilon is not None
-    ]
-    return max(spent, default=None)
 
 
 def _finite(value: Any) -> Any:

@@ -90,6 +90,7 @@ def record() -> RunRecord:
         noise="simulated",
         rounds=tuple(_round(number) for number in (1, 2, 3)),
         best_round=3,
+        epsilon=4.5,
         clients=tuple(
             ClientRecord(f"client-{n}", 10 * (n + 1), 0.7 + n / 20, 4.0 + n / 4, 3)
             for n in range(3)

@@ -156,6 +156,7 @@ def _public(record: RunRecord) -> RunRecord:
     return replace(
         record,
         noise="none",
+        epsilon=None,
         rounds=tuple(replace(each, epsilon_max=None) for each in record.rounds),
         clients=tuple(replace(each, epsilon=None) for each in record.clients),
     )

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from server.records import RunRecord, TrainingRecord, VirtualRecord
-from server.report.summary import epsilon_max, summary
+from server.report.summary import summary
 
 
 def test_a_whole_run(record: RunRecord) -> None:
@@ -34,6 +34,7 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
     bare = replace(
         record,
         rounds=(),
+        epsilon=None,
         clients=(),
         candidates=(),
         chosen=None,
@@ -116,10 +117,3 @@ def test_what_is_not_finite_is_null(record: RunRecord) -> None:
     json.dumps(made, allow_nan=False)
     assert made["accuracy"]["federated"] is None
     assert made["accuracy"]["released"] is None
-
-
-def test_epsilon_is_the_most_of_rounds_and_clients(record: RunRecord) -> None:
-    assert epsilon_max(record) == 4.5
-    first, *others = record.clients
-    assert epsilon_max(replace(record, clients=(replace(first, epsilon=6.0), *others))) == 6.0
-    assert epsilon_max(replace(record, rounds=(), clients=())) is None
