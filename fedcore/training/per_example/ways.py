@@ -161,20 +161,17 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         parameters = list(trained(model).values())
-        found: list[list[Tensor]] = []
-        for one, target in zip(inputs, targets, strict=True):
+        each = [parameter.new_zeros(len(inputs), *parameter.shape) for parameter in parameters]
+        for place, (one, target) in enumerate(zip(inputs, targets, strict=True)):
             with torch.no_grad():
                 behind = preprocess(one.unsqueeze(0))
             with torch.enable_grad():
                 value = loss(model(behind), target.unsqueeze(0))
                 slopes = torch.autograd.grad(value, parameters, allow_unused=True)
-            found.append(
-                [
-                    torch.zeros_like(parameter) if slope is None else slope
-                    for parameter, slope in zip(parameters, slopes, strict=True)
-                ]
-            )
-        return of_gradients([torch.stack(each) for each in zip(*found, strict=True)])
+            for gradients, slope in zip(each, slopes, strict=True):
+                if slope is not None:
+                    gradients[place] = slope
+        return of_gradients(each)
 
     return Way("alone", take, 0, why)
 
