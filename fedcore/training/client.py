@@ -142,7 +142,6 @@ def _learn(
             run.client,
             run.privacy,
             device,
-            examples=size_of(examples),
             owner_limit_bytes=limit,
         )
         metrics: dict[str, float] = {}

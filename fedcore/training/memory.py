@@ -16,15 +16,21 @@ _FLOAT_BYTES = 4
 _SMALL_BYTES = 64 << 20  # what needs less fits, or nothing else would run either
 
 
-def needed_bytes(model: nn.Module, client: Client, privacy: Privacy, *, examples: int) -> int:
+_PRIVATE_COPIES = 9
+"""Under privacy, in numbers for each parameter: weights at the start, the gradient, sums and their
+scaled copy in float64, the sum of one physical batch, one example's gradient and what it is made
+of. More examples at once take what `fedcore.training.private.train_private` is given for them."""
+
+
+def needed_bytes(model: nn.Module, client: Client, privacy: Privacy) -> int:
     """The least that local training takes beyond the model, activations not counted.
 
-    Gradients, the optimiser's state, and under privacy a gradient for each example of a batch.
+    Gradients and the optimiser's state, and under privacy what a sum of clipped gradients needs.
+    No batch size counts: private training takes as many examples at once as memory allows.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = {"adam": 2, "sgd": 1 if client.momentum else 0}[client.optimizer]
-    batch = min(client.batch_size, examples)
-    copies = 1 + states + (batch if privacy.of_examples else 0)
+    copies = states + (_PRIVATE_COPIES if privacy.of_examples else 1)
     return copies * parameters * _FLOAT_BYTES
 
 
@@ -48,7 +54,6 @@ def check_memory(
     privacy: Privacy,
     device: torch.device,
     *,
-    examples: int,
     owner_limit_bytes: int | None,
 ) -> None:
     """Refuses training that cannot fit.
@@ -56,17 +61,16 @@ def check_memory(
     Raises:
         InsufficientMemory: it needs more than is free, or than the device's owner allows.
     """
-    needed = needed_bytes(model, client, privacy, examples=examples)
+    needed = needed_bytes(model, client, privacy)
     limits = {"the owner's limit": owner_limit_bytes}
     if needed > _SMALL_BYTES:
         limits[f"free on {device}"] = free_bytes(device)
     for name, limit in limits.items():
         if limit is not None and needed > limit:
-            advice = "client.batch_size" if privacy.of_examples else "the model"
             raise InsufficientMemory(
                 f"training needs at least {needed:,} bytes and {name} is "
-                f"{limit:,} bytes. Nothing was trained; make {advice} smaller, or use a "
-                "device with more memory."
+                f"{limit:,} bytes. Nothing was trained; make the model smaller, or use "
+                "a device with more memory."
             )
 
 

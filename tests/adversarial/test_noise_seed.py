@@ -137,6 +137,9 @@ class Watched:
     draws: Draws
     batches: list[Tensor] = field(default_factory=list)
 
+    def seed(self) -> int:
+        return self.draws.seed()
+
     def poisson(self, count: int, rate: float) -> Tensor:
         self.batches.append(self.draws.poisson(count, rate))
         return self.batches[-1]

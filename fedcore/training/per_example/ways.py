@@ -189,12 +189,15 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
     """For every model that takes a batch of one: an ordinary backward pass for each example."""
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
-        found = []
-        for one, target in zip(inputs, targets, strict=True):
+        parameters = trained(model).values()
+        each = [parameter.new_zeros(len(inputs), *parameter.shape) for parameter in parameters]
+        for place, (one, target) in enumerate(zip(inputs, targets, strict=True)):
             # Parameters, too: a model that overwrites its own must not move those of the others.
             before, network, judge = copy.deepcopy((preprocess, model, loss))
-            found.append(own_gradient(before, network, judge, one, target))
-        return of_gradients([torch.stack(each) for each in zip(*found, strict=True)])
+            found = own_gradient(before, network, judge, one, target)
+            for gradients, gradient in zip(each, found, strict=True):
+                gradients[place] = gradient
+        return of_gradients(each)
 
     return Way("alone", take, 0, why)
 

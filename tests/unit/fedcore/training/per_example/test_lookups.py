@@ -18,8 +18,8 @@ class Words(nn.Module):
 
     def __init__(self, width: int = 5, padding: int | None = None, calls: int = 1) -> None:
         super().__init__()
-        self.words = nn.Embedding(11, width, padding_idx=padding)
-        self.places = nn.Embedding(7, width)
+        self.words = nn.Embedding(200, width, padding_idx=padding)
+        self.places = nn.Embedding(200, width)
         self.calls = calls
         self.head = nn.Linear(width, 3)
 
@@ -138,6 +138,8 @@ def test_tables_that_must_be_whole_are_left_alone() -> None:
         nn.Linear(2, 2),
     ):
         assert find_tables(nn.Sequential(layer)) == ()
+    small = nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Linear(35, 3))
+    assert by_lookups(small, batch()[0], LOSS, why="") is None
     assert by_lookups(nn.Linear(2, 2), torch.zeros(1, 2), LOSS, why="") is None
 
 
