@@ -40,7 +40,7 @@ from fedcore.training.per_example.ways import Way, by_chain
 from fedcore.training.private import train_private
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of, pack
-from tests.property.zoo import ACCEPTED, CLASSES, REFUSED, TOKENS, WIDTH, Case, classes
+from tests.property.zoo import ACCEPTED, CLASSES, REFUSED, TOKENS, WIDTH, Case
 
 ROUNDING = 1e-4
 """What the noise is drawn larger by."""
@@ -292,7 +292,7 @@ def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: f
         length = float((product.double().square().sum() + made.bias.double().square().sum()).sqrt())
         if bool(found.usable[0, place]):
             assert length <= float(found.squares[0, place].sqrt()) * (1 + ROUNDING)
-    assert bool(found.usable.all()) is (left >= 1e-2)
+    assert bool(found.usable.any()) is (left >= 1e-2)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
