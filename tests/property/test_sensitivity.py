@@ -292,7 +292,7 @@ def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: f
         length = float((product.double().square().sum() + made.bias.double().square().sum()).sqrt())
         if bool(found.usable[0, place]):
             assert length <= float(found.squares[0, place].sqrt()) * (1 + ROUNDING)
-    assert bool(found.usable.all()) is (left >= 1e-2)
+    assert bool(found.usable.any()) is (left >= 1e-2)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
