@@ -141,8 +141,8 @@ def _site(model: Callable[[], nn.Module], **changed: dict[str, Any]) -> Site:
 def sites() -> list[Site]:
     return [
         _site(_dense),
-        _site(_dense, client={"learning_rate": 1e30, "epochs": 3}),
-        _site(_dense, client={"optimizer": "adam", "learning_rate": 1e6, "weight_decay": 1e6}),
+        _site(_dense, client={"learning_rate": 1e6, "epochs": 3}),
+        _site(_dense, client={"optimizer": "adam", "learning_rate": 1e6, "weight_decay": 1e3}),
         _site(_dense, client={"momentum": 0.99, "epochs": 2}),
         _site(_dense, client={"batch_size": 2}, privacy={"clip_norm": 1e-6}),
         _site(_dense, privacy={"clip_norm": 1e6}, federation={"normalisation": "cloud"}),
