@@ -54,7 +54,7 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import layout_of, pack
 from tests.adversarial.hostile_rows import CLASSES, COUNT, SECRET, WIDTH, data_sets
 
-PAIRS = int(os.environ.get("FEDCORE_HOSTILE_PAIRS", "1000"))
+PAIRS = int(os.environ.get("FEDCORE_HOSTILE_PAIRS", "500"))
 """How many instructions and data sets are drawn; 10,000 take some minutes."""
 _HIDDEN = re.compile(r"client 'anna': [A-Za-z]+; its log says more")
 
