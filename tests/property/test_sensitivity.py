@@ -44,7 +44,7 @@ from tests.property.zoo import ACCEPTED, CLASSES, REFUSED, TOKENS, WIDTH, Case
 
 ROUNDING = 1e-4
 """What the noise is drawn larger by."""
-COUNT, PLACE = 9, 4
+COUNT, PLACE = 6, 3
 RUN = RunConfig.model_validate(
     {
         "name": "run",
@@ -170,7 +170,7 @@ def sums(
         model.model,
         examples,
         task.loss,
-        Settings(learning_rate=1e-30),
+        Settings(learning_rate=1e-12),
         PrivatePlan(Charge(1, 1.0, 1.0, steps), clip),
         way=way,
         draws=draws,
@@ -206,6 +206,8 @@ def test_no_example_moves_a_sum_by_more_than_the_clip_norm(case: Case) -> None:
     full = build_model(task, RUN)
     way = find_way(task, full)
     assert way.name == case.outcome, way.why
+    if case.name.startswith("large table"):  # gradients by what was looked up, no table an example
+        assert way.bytes_per_example < sum(p.numel() for p in full.parameters())
     for name, model in hostile(full.model):
         at = FullModel(full.preprocess, model)
         steps = 2 if name == "fresh" else 1
@@ -213,7 +215,7 @@ def test_no_example_moves_a_sum_by_more_than_the_clip_norm(case: Case) -> None:
         if name == "fresh":  # noise is not all that there is
             assert float(without.norm(dim=1).min()) > 1e-3
         rows = list(adversaries(case))
-        for number, row in enumerate(rows if name == "fresh" else rows[::4]):
+        for number, row in enumerate(rows if name == "fresh" else rows[::5]):
             seen = moved(sums(way, task, at, lazily(case, row), steps=steps), without)
             assert seen <= 1 + ROUNDING, (name, number, seen)
             if name == "fresh" and number == 0:
@@ -275,7 +277,7 @@ def test_a_data_set_in_memory_is_no_different(name: str) -> None:
     assert torch.equal(found[0], sums(way, task, full, lazily(case, None)))
 
 
-@pytest.mark.parametrize("left", [0.0, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("left", [0.0, 1e-4, 0.1, 1.0])
 def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: float) -> None:
     """What is left of large rows may be smaller than what rounding makes of them."""
     rng = torch.Generator().manual_seed(2)

@@ -167,6 +167,8 @@ def _accepted() -> Iterator[Case]:
     yield Case("bag of tokens", "vmap", bags, SENTENCE, classes)
     table = made(lambda n, x: n.head(n.table(x).mean(1)), table=sparse, head=m.dense())
     yield Case("sparse embedding", "alone", table, SENTENCE, classes)
+    for name, model in m.LARGE_TABLES.items():
+        yield Case(f"large table, {name}", "vmap", model, SENTENCE, classes)
     by_example = Case("standardised by example", "chain", m.mlp, FEATURES, classes)
     yield Case(**{**vars(by_example), "preprocess": s.ByExample})
     for name, width, before in (("spectrum", 18, s.Spectrum), ("stft", 25, s.ShortTime)):

@@ -216,3 +216,22 @@ batch_norm = made(
 )
 by_frames = made(frames, layer=lambda: nn.Conv2d(1, 4, 3), head=dense(8))
 by_rows = made(rows_as_batch, first=dense(WIDTH, 16), second=dense(16))
+
+
+def large_table(forward: Callable[[Any, Tensor], Tensor], **more: Any) -> Callable[[], nn.Module]:
+    return made(forward, table=lambda: nn.Embedding(3000, WIDTH, **more), head=dense())
+
+
+def reads_once(m: Any, x: Tensor) -> Tensor:
+    return m.head(torch.tanh(m.table(x)).mean(1))  # type: ignore[no-any-return]
+
+
+def reads_twice(m: Any, x: Tensor) -> Tensor:
+    return m.head((m.table(x) * m.table(x.flip(1))).mean(1) - m.table(x[:, 0]))  # type: ignore[no-any-return]
+
+
+LARGE_TABLES = {
+    "read once": large_table(reads_once),
+    "read twice": large_table(reads_twice),
+    "padded": large_table(reads_once, padding_idx=0),
+}
