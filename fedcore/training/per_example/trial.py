@@ -35,8 +35,14 @@ from fedcore.training.per_example.ways import (
 )
 
 _EXAMPLES = 8
-_FIXED_DRAWS = {"aten::bernoulli", "aten::bernoulli_", "aten::native_dropout"}
-"""Dropout's: as many numbers as there are places, whatever stands there."""
+_FIXED_DRAWS = (
+    "aten::bernoulli",
+    "aten::native_dropout",
+    "aten::_fused_dropout",
+    "aten::_scaled_dot_product",
+    "aten::_cudnn_rnn",
+)
+"""How the names of dropout's operations begin: as many numbers as there are places, whatever stands there."""
 _SAME = 1e-4  # relative; float32 sums in another order differ by about 1e-6
 
 
@@ -86,9 +92,9 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, ma
         return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
     if not mapped:
         return one_by_one(loss, why="torch cannot map the preprocessing over examples")
-    drawn = ", ".join(sorted(_drawn(loss, model, tried) - _FIXED_DRAWS))
+    drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
     if drawn:  # how many numbers it takes may depend on an example, and shift those of the next
-        return one_by_one(loss, why=f"it draws random numbers by {drawn}")
+        return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
     why = "the model is no chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"

@@ -63,14 +63,14 @@ def test_ten_rounds_cost_what_is_known_of_all_their_steps() -> None:
         [(3.0, 1.0, 30)],
     ],
 )
-def test_renyi_accounting_is_above_that_of_opacus_and_within_one_percent(
+def test_renyi_accounting_is_above_that_of_opacus_and_within_two_percent(
     history: list[tuple[float, float, int]],
 ) -> None:
     charges = [Charge(1, *mechanism) for mechanism in history]
     if all(rate == 1 for _, rate, _ in history):
         assert epsilon(charges, "rdp") <= opacus(charges)  # exact
         return
-    assert opacus(charges) * (1 - 1e-9) <= epsilon(charges, "rdp") <= 1.01 * opacus(charges)
+    assert opacus(charges) * (1 - 1e-9) <= epsilon(charges, "rdp") <= 1.02 * opacus(charges)
 
 
 @pytest.mark.parametrize("rate", [1e-9, 0.1, 0.5, 1 - 1e-9])
