@@ -42,7 +42,7 @@ _FIXED_DRAWS = (
     "aten::_scaled_dot_product",
     "aten::_cudnn_rnn",
 )
-"""How the names of dropout's operations begin: as many numbers as there are places, whatever stands there."""
+"""How the names of dropout's operations begin: as many numbers as places, whatever stands there."""
 _SAME = 1e-4  # relative; float32 sums in another order differ by about 1e-6
 
 
