@@ -155,17 +155,26 @@ def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> P
     """The gradients of one physical batch; None where some example's values made them fail.
 
     Raises:
-        MemoryError, torch.OutOfMemoryError, RuntimeError: there is no memory for so many at once;
-            that depends on sizes, and not on values.
+        MemoryError, torch.OutOfMemoryError, RuntimeError: there is no memory for so many at once,
+            whatever their values are: zeros do not fit, either.
     """
-    try:
+
+    def take(inputs: Tensor, targets: Tensor) -> Part:
         with kept_streams():
             pin_streams(batch.seed)
-            return way.take(preprocess, model, batch.inputs, batch.targets)
+            return way.take(preprocess, model, inputs, targets)
+
+    try:
+        return take(batch.inputs, batch.targets)
     except (Exception, SystemExit) as error:  # the task's code, on values that nobody looked at
-        if len(batch.counted) > 1 and _is_out_of_memory(error):
+        if len(batch.counted) == 1 or not _is_out_of_memory(error):
+            return None
+    try:
+        take(torch.zeros_like(batch.inputs), torch.zeros_like(batch.targets))
+    except (Exception, SystemExit) as error:
+        if _is_out_of_memory(error):
             raise
-        return None
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
