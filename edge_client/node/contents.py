@@ -120,6 +120,9 @@ def _files(data: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 found = path.stat()
             except FileNotFoundError:
                 continue  # a link to nowhere, or it went away
+            except OSError as error:  # a link to itself, a folder that may not be looked into
+                _unreadable(error)
+                continue
             if stat.S_ISREG(found.st_mode):
                 yield path, found
 

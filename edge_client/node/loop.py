@@ -18,11 +18,11 @@ from flwr.clientapp import ClientApp
 from edge_client.node.ledger import DeviceLedger, ledger_of
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
-from fedcore.client_app import client_app
+from fedcore.client_app import client_app, error_of
 from fedcore.config import RunConfig
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit
-from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
+from fedcore.errors import ConfigError, DataError, FedcoreError, InvalidUpdate, ResourceError
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
@@ -204,9 +204,11 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise
-        reason = f"client {device.kit.name!r}: {type(error).__name__}: {error}"
         log.warning("run %d: takes no part: %s", run_id, error)
-        link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=message))
+        # What is wrong with this device's own files may name people; the rest is the server's part.
+        hide = isinstance(error, DataError | ResourceError)
+        reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=message)
+        link.answer(reply)
         return
     runs.clear()
     runs[run_id] = run

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
 from fedcore.config import RunConfig
@@ -212,11 +213,17 @@ def check_instruction(instruction: Instruction, model: FullModel) -> None:
         InvalidUpdate: a weight, a statistic of the preprocessing or FedProx's weight is not finite,
             or larger than training leads to.
     """
-    statistics = [t for t in model.preprocess.buffers() if t.is_floating_point() and t.numel()]
+    if instruction.weights.dtype != np.float32:  # of the least whole number, abs is negative
+        raise InvalidUpdate(
+            f"round {instruction.round}: the server's weights are {instruction.weights.dtype}, "
+            "expected float32. Nothing was trained or charged; server and client must run the same "
+            "version."
+        )
+    statistics = [t.detach().to("cpu") for t in model.preprocess.buffers() if t.numel()]
     found = [
         ("weight", float(np.abs(instruction.weights).max(initial=0)), _LARGEST_WEIGHT),
         ("proximal_mu", abs(instruction.proximal_mu), _LARGEST_WEIGHT),
-        *(("statistic of inputs", float(t.abs().max()), _LARGEST_STATISTIC) for t in statistics),
+        *(("statistic of inputs", _largest(t), _LARGEST_STATISTIC) for t in statistics),
     ]
     for what, largest, limit in found:
         if not largest <= limit:  # holds for NaN, too
@@ -225,6 +232,11 @@ def check_instruction(instruction: Instruction, model: FullModel) -> None:
                 f"most {limit:g}. Nothing was trained or charged; the server's model has diverged, "
                 "or the server is not honest."
             )
+
+
+def _largest(values: Tensor) -> float:
+    wide = torch.complex128 if values.is_complex() else torch.float64
+    return float(values.to(wide).abs().max())
 
 
 def spend(

@@ -92,6 +92,9 @@ class Noted:
     batches: list[Tensor] = field(default_factory=list)
     summed: list[Tensor] = field(default_factory=list)
 
+    def seed(self) -> int:
+        return self.draws.seed()
+
     def poisson(self, count: int, rate: float) -> Tensor:
         self.batches.append(self.draws.poisson(count, rate))
         return self.batches[-1]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from fedcore.seeds import kept_streams, pin_streams
+from fedcore.seeds import global_streams, kept_streams, pin_streams
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
@@ -118,7 +118,10 @@ def _of_part(
     part = taken(way, batch)
     if part is not None:
         return _weighted(part, batch, clip_norm)
-    runs, found = _running(lambda some: taken(way, some) is not None, batch), [zero]
+    runs = torch.zeros_like(batch.counted)
+    for place in batch.counted.nonzero().flatten().tolist():
+        runs[place] = taken(way, batch.rows(place, place + 1)) is not None
+    found = [zero]
     together = _without(batch, batch.counted & runs)
     part = taken(way, together) if bool(runs.any()) else None
     if part is not None:
@@ -134,17 +137,6 @@ def _of_part(
     return ClippedSum(sums, sum(f.skipped for f in found))
 
 
-def _running(runs: Callable[[Batch], bool], batch: Batch) -> Tensor:
-    """At which places there are examples that do not fail, ``(B,)``: what fails is halved."""
-    count = len(batch.counted)
-    if not bool(batch.counted.any()) or runs(batch):
-        return batch.counted
-    if count == 1:
-        return torch.zeros_like(batch.counted)
-    halves = batch.rows(0, count // 2), batch.rows(count // 2, count)
-    return torch.cat([_running(runs, half) for half in halves])
-
-
 def _weighted(part: Part, batch: Batch, clip_norm: float) -> ClippedSum:
     used = batch.counted & part.usable
     shares = torch.where(used, shares_of(part.squares, clip_norm), 0.0)
@@ -152,35 +144,17 @@ def _weighted(part: Part, batch: Batch, clip_norm: float) -> ClippedSum:
 
 
 def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> Part | None:
-    """The gradients of one physical batch; None where some example's values made them fail.
+    """The gradients of one physical batch; None where they fail, for want of memory, too.
 
-    Raises:
-        MemoryError, torch.OutOfMemoryError, RuntimeError: there is no memory for so many at once,
-            whatever their values are: zeros do not fit, either.
+    What an example makes of its values, memory to take among it, must not end the work.
     """
-
-    def take(inputs: Tensor, targets: Tensor) -> Part:
-        with kept_streams():
-            pin_streams(batch.seed)
-            return way.take(preprocess, model, inputs, targets)
-
     try:
-        return take(batch.inputs, batch.targets)
-    except (Exception, SystemExit) as error:  # the task's code, on values that nobody looked at
-        if len(batch.counted) == 1 or not _is_out_of_memory(error):
-            return None
-    try:
-        take(torch.zeros_like(batch.inputs), torch.zeros_like(batch.targets))
-    except (Exception, SystemExit) as error:
-        if _is_out_of_memory(error):
-            raise
-    return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        with global_streams(batch.seed):
+            return way.take(preprocess, model, batch.inputs, batch.targets)
+    except KeyboardInterrupt:  # the user's, or SIGTERM
+        raise
+    except BaseException:  # the task's code, on values that nobody looked at
+        return None
 
 
 def _without(batch: Batch, counted: Tensor) -> Batch:
@@ -204,8 +178,9 @@ def read_batch(
 
     A row that cannot be read, or is no pair of tensors, is left out and counts as zero. Where
     shapes or dtypes differ, rows with inputs of the usual kind come in a batch for each kind of
-    target, in which the others' places are filled. Any other row comes alone: a batch that is
-    filled with rows of a shape nobody planned for may take more memory than there is.
+    target, in which the others' places are filled. Any other row comes alone, and so does one with
+    a far larger target: a batch that is filled with rows of a shape nobody planned for may take
+    more memory than there is.
 
     Args:
         examples: A client's data.
@@ -217,8 +192,8 @@ def read_batch(
     """
     if not len(rows):
         return []
-    if _is_uniform(examples):
-        inputs, targets = gather(examples, rows)
+    if (found := _gathered(examples, rows)) is not None:
+        inputs, targets = found
         counted = torch.ones(len(rows), dtype=torch.bool, device=device)
         return [Batch(inputs.to(device), targets.to(device), counted, seed)]
     with kept_streams():
@@ -226,11 +201,17 @@ def read_batch(
     return list(_by_kind(read, device, seed, usual))
 
 
-def _is_uniform(examples: Examples) -> bool:
-    """Whether all rows are slices of two tensors, so that none can fail to be read."""
-    if isinstance(examples, TensorDataset):
-        return len(examples.tensors) == 2
-    return isinstance(examples, Subset) and _is_uniform(examples.dataset)
+def _gathered(examples: Examples, rows: Tensor) -> _Pair | None:
+    """Rows that are slices of two tensors; None where they are not, or some cannot be read."""
+    whole = examples
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if not isinstance(whole, TensorDataset) or len(whole.tensors) != 2:
+        return None
+    try:
+        return gather(examples, rows)
+    except Exception:  # an index that is none: its row counts as zero, read by itself
+        return None
 
 
 _Pair = tuple[Tensor, Tensor]
@@ -241,7 +222,9 @@ def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
         pin_streams(seed)
         inputs, targets = default_collate([examples[row]])
         return _plain(inputs), _plain(targets)
-    except (Exception, SystemExit):  # the user's code, or a broken file
+    except KeyboardInterrupt:  # the user's, or SIGTERM
+        raise
+    except BaseException:  # the task's code, or a broken file
         return None
 
 
@@ -254,6 +237,11 @@ def _plain(part: object) -> Tensor:
     return part[0].detach().as_subclass(Tensor)
 
 
+def _large(one: Tensor) -> int:
+    """More numbers than a target has beside such an input, in whatever task it is."""
+    return 16 * one.numel() + 4096
+
+
 def _by_kind(
     read: Sequence[_Pair | None], device: torch.device, seed: int, usual: Kind | None
 ) -> Iterator[Batch]:
@@ -261,7 +249,7 @@ def _by_kind(
     for place, pair in enumerate(read):
         if pair is not None:
             kind = tuple((part.shape, part.dtype) for part in pair)
-            if usual is not None and kind[0] != usual:
+            if usual is not None and (kind[0] != usual or pair[1].numel() > _large(pair[0])):
                 inputs, targets = (part.unsqueeze(0).to(device) for part in pair)
                 counted = torch.ones(1, dtype=torch.bool, device=device)
                 yield Batch(inputs, targets, counted, seed + place)

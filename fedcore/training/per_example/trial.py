@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.model import FullModel
@@ -33,6 +35,8 @@ from fedcore.training.per_example.ways import (
 )
 
 _EXAMPLES = 8
+_FIXED_DRAWS = {"aten::bernoulli", "aten::bernoulli_", "aten::native_dropout"}
+"""Dropout's: as many numbers as there are places, whatever stands there."""
 _SAME = 1e-4  # relative; float32 sums in another order differ by about 1e-6
 
 
@@ -70,16 +74,21 @@ def find_way(task: Task, model: FullModel) -> Way:
     if tried.targets is not None:
         _check_mean(task.loss, model, tried)
         _check_keeps_nothing(task.loss, model, tried)
-    way = _quickest(task.loss, model, behind, tried, mapped)
+    way = _quickest(task.loss, model, behind, tried, mapped=mapped)
     example = task.example_input
     return replace(way, usual=(example.shape, example.dtype))
 
 
-def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mapped: bool) -> Way:
+def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, mapped: bool) -> Way:
     parameters = trained(model.model)
     alone = one_by_one(loss, why="")
     if tried.targets is None:
         return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
+    if not mapped:
+        return one_by_one(loss, why="torch cannot map the preprocessing over examples")
+    drawn = ", ".join(sorted(_drawn(loss, model, tried) - _FIXED_DRAWS))
+    if drawn:  # how many numbers it takes may depend on an example, and shift those of the next
+        return one_by_one(loss, why=f"it draws random numbers by {drawn}")
     why = "the model is no chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
@@ -87,7 +96,7 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mappe
         (network,) = fresh(model.model)  # tracing leaves stand-ins for tensors in attributes
         chain = find_chain(network, behind)
         if chain is not None:
-            way = by_chain(chain, loss, mapped=mapped)
+            way = by_chain(chain, loss)
             if _agree(way, alone, model, tried) is None:
                 return way
     lookups = by_lookups(model.model, behind, loss, why=why)
@@ -96,6 +105,30 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, mappe
     way = by_vmap(sum(p.numel() for p in parameters.values()), loss, why=why)
     problem = _agree(way, alone, model, tried)
     return way if problem is None else one_by_one(loss, why=problem)
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which operations draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
+    """The operations by which one example draws random numbers when it is trained on."""
+    assert tried.targets is not None
+    model.train()
+    before, network, judge = fresh(model.preprocess, model.model, loss)
+    draws = _Draws()
+    with draws:
+        own_gradient(before, network, judge, tried.inputs[0], tried.targets[0])
+    return draws.names
 
 
 def _agree(way: Way, reference: Way, model: FullModel, tried: MadeUp) -> str | None:

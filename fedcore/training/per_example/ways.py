@@ -86,7 +86,7 @@ def fresh(*parts: Any) -> tuple[Any, ...]:
     return tuple(next(copies) if isinstance(part, nn.Module) else part for part in parts)
 
 
-def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
+def by_chain(chain: Chain, loss: Loss) -> Way:
     """For chains of dense layers and convolutions: products of what went in and came back.
 
     No gradient of a dense layer is ever made, and one pass back serves the whole batch.
@@ -94,7 +94,6 @@ def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
     Args:
         chain: Of the whole model, all of it trained.
         loss: Mean loss over a batch, called on batches of one.
-        mapped: Whether vmap takes the preprocessing, see `each_alone`.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038.
@@ -103,7 +102,7 @@ def by_chain(chain: Chain, loss: Loss, *, mapped: bool) -> Way:
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         weights = stacked(chain, {name: p.detach() for name, p in trained(model).items()}, 1)
-        output, back = run(weights, each_alone(preprocess, inputs, mapped=mapped).unsqueeze(0))
+        output, back = run(weights, each_alone(preprocess, inputs, mapped=True).unsqueeze(0))
         _, slopes = example_losses(fresh(loss)[0], output, targets.unsqueeze(0))
         # This way back leaves examples apart: it gives factors, never a whole batch's sum.
         factors = [cast(Any, share) for share in back(slopes)]
