@@ -115,7 +115,19 @@ class _Branching(nn.Module):
         return self.head(x + self.seen)  # type: ignore[no-any-return]
 
 
-def _site(model: Callable[[], nn.Module], **changed: dict[str, Any]) -> Site:
+class _Allocating(nn.Module):
+    """A preprocessing that asks for as much memory as a value says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        largest = float(x.nan_to_num().abs().max())
+        return x + torch.zeros(int(min(largest, 1e18)) if largest > 1e10 else 1)[:1]
+
+
+def _site(
+    model: Callable[[], nn.Module],
+    before: Callable[[], nn.Module] | None = None,
+    **changed: dict[str, Any],
+) -> Site:
     values: dict[str, dict[str, Any]] = {
         "client": {"batch_size": COUNT, "learning_rate": 0.1, "device": "cpu"},
         "privacy": {"unit": "example", "target_delta": 1e-3, "noise_multiplier": 1.0},
@@ -133,6 +145,7 @@ def _site(model: Callable[[], nn.Module], **changed: dict[str, Any]) -> Site:
         client_data=lambda client, folder: data[0],
         test_data=lambda folder: data[0],
         example_input=torch.zeros(WIDTH),
+        preprocess=before,
     )
     app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS)
     return Site(run, build_model(task, run), app, data)
@@ -149,6 +162,7 @@ def sites() -> list[Site]:
         _site(_dropout, client={"epochs": 2}),
         _site(_dropout, federation={"normalisation": "cloud"}),
         _site(_Branching, client={"epochs": 2}),
+        _site(_dense, _Allocating),
     ]
 
 
