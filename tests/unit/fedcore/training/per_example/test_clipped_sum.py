@@ -309,7 +309,8 @@ def test_examples_of_two_shapes_are_all_summed_each_in_its_place() -> None:
     assert all(len(one.inputs) == 6 for one in batches)
     found = flat(summed(way, model, batches))
     alone = sum(
-        flat(summed(way, model, read_batch(data, torch.tensor([row]), CPU, seed=0))) for row in range(6)
+        flat(summed(way, model, read_batch(data, torch.tensor([row]), CPU, seed=0)))
+        for row in range(6)
     )
     assert (found - alone).abs().max() <= 1e-6 * found.abs().max()
 
