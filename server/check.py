@@ -17,7 +17,7 @@ from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
-from fedcore.privacy.planning import PrivatePlan
+from fedcore.privacy.planning import PrivatePlan, plan_for
 from fedcore.settings import load_run
 from fedcore.task import Examples, Task, data_folder, load_task, read_examples, size_of
 from fedcore.training.batches import gather
@@ -219,8 +219,11 @@ def _metrics(state: _State) -> str:
 
 def _privacy(state: _State) -> str:
     """Checked even when privacy is off, so that switching it on holds no surprise."""
-    model = build_model(state.task, state.run)
+    model, run = build_model(state.task, state.run), state.run
     way = find_way(state.task, model)
+    if run.private:  # refuses a delta that protects nobody on a client of this size
+        count = size_of(cast(Examples, state.examples))
+        plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
     examples = state.few()
     charge = Charge(round=1, noise_multiplier=1.0, sample_rate=0.5, steps=2)
     train_private(

@@ -219,6 +219,8 @@ def _export(options: argparse.Namespace) -> int:
     else:
         write_atomic(options.out, raw)
         print(f"{options.out}: {sum(map(len, found.runs.values()))} charges")
+    for problem in found.problems:
+        print(f"damaged: {problem}", file=sys.stderr)
     return PrivacyError.exit_code if found.problems else 0
 
 

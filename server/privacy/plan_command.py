@@ -28,12 +28,22 @@ _PRIVACY = {
 }
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, nargs="?", help="a run's TOML file, for what the options leave open"
     )
     parser.add_argument(
-        "--examples", type=int, required=True, help="examples of one client, e.g. --examples 6000"
+        "--examples",
+        type=_positive,
+        required=True,
+        help="examples of one client, e.g. --examples 6000",
     )
     parser.add_argument("--batch", type=int, help="client.batch_size, e.g. --batch 64")
     parser.add_argument("--epochs", type=int, help="client.epochs, e.g. --epochs 1")

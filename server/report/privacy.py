@@ -64,9 +64,10 @@ def _of_examples(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
     epsilon = summary["epsilon"]["max"]
     return tag(
         "p",
-        "The unit that is protected is one example of one client: adding or removing it "
-        "changes the probability of any updates that the client sends by at most a factor "
-        "of e to the power of epsilon, except with probability delta. ",
+        "The unit that is protected is one example of one client: putting a record that counts as "
+        "zero in its place changes the probability of any updates that the client sends by at "
+        "most a factor of e to the power of epsilon, except with probability delta. How many "
+        "examples a client has is public. ",
         "No epsilon was recorded, so nothing is promised."
         if epsilon is None
         else f"Epsilon is at most {epsilon_text(epsilon)} at delta {_delta(summary)} for "
