@@ -57,9 +57,6 @@ def train_private(
             is added behind the noise and costs no privacy.
         memory_bytes: What the gradients of one physical batch may take.
 
-    Raises:
-        MemoryError, torch.OutOfMemoryError: there is no memory for a physical batch.
-
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """

@@ -28,20 +28,13 @@ _PRIVACY = {
 }
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
-    return number
-
-
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, nargs="?", help="a run's TOML file, for what the options leave open"
     )
     parser.add_argument(
         "--examples",
-        type=_positive,
+        type=int,
         required=True,
         help="examples of one client, e.g. --examples 6000",
     )
@@ -65,6 +58,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.examples < 1:
+        raise ConfigError(
+            f"--examples = {options.examples}: expected at least 1. Nothing was planned; name how "
+            "many examples one client has."
+        )
     question = _question(options)  # before torch: a mistake shows at once
     from server.privacy.plan import answer
 
