@@ -28,6 +28,7 @@ STATEMENT = ClientStatement(
 def of_clients(record: RunRecord, **changes: object) -> RunRecord:
     return replace(
         record,
+        epsilon=None,
         rounds=tuple(
             replace(each, epsilon_max=None, client_epsilon=0.75 * each.round)
             for each in record.rounds
