@@ -342,4 +342,4 @@ def test_random_chains(
 def by_chain_of(full: FullModel) -> Way:
     chain = find_chain(full.model, torch.zeros(2, WIDTH))
     assert chain is not None
-    return by_chain(chain, nn.functional.cross_entropy, mapped=True)
+    return by_chain(chain, nn.functional.cross_entropy)

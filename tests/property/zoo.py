@@ -227,7 +227,7 @@ def _refused() -> Iterator[Case]:
     yield Case(*masked, "next_token", remedy="each example's own")
     before: list[tuple[str, Build, str]] = [
         ("standardised by batch", s.ByBatch, _APART),
-        ("scaled by the largest seen", s.RunningScale, _APART),
+        ("scaled by the largest seen", s.RunningScale, _KEEP_NONE),
         ("BatchNorm1d in front", lambda: nn.BatchNorm1d(WIDTH, affine=False), "GroupNorm"),
     ]
     for name, layer, remedy in before:

@@ -5,6 +5,7 @@ Made up, because a refusal that depends on real examples would tell of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,12 +72,22 @@ def find_way(task: Task, model: FullModel) -> Way:
     assert task.loss is not None  # a Task sets it
     check_layers(model.preprocess)
     check_layers(model.model)
-    model = _copied(model, task.loss)
+    given, model = model, _copied(model, task.loss)
     tried = made_up(task, model)
-    _check_apart(model.preprocess, tried.inputs, "preprocess")
-    mapped = is_mappable(model.preprocess, tried.inputs)
-    behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
-    _check_apart(model.model, behind, "model")
+    with _without_chance(model):
+        _check_apart(model.preprocess, tried.inputs, "preprocess")
+        mapped = is_mappable(model.preprocess, tried.inputs)
+        behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
+        _check_apart(model.model, behind, "model")
+    _check_moves_nothing(given, model.train(), tried)
+    (model,) = fresh(given)  # a copy that holds no parameters of its own from here on
+    model.train()
+    for part, inputs, what in (
+        (model.preprocess, tried.inputs, "preprocess"),
+        (model.model, behind, "model"),
+    ):
+        if _repeats(part, inputs):  # otherwise chance decides what it gives
+            _check_apart(part, inputs, what)
     if tried.targets is not None:
         _check_mean(task.loss, model, tried)
         _check_keeps_nothing(task.loss, model, tried)
@@ -222,7 +233,7 @@ def _targets(kind: Kind, outputs: Tensor, rng: torch.Generator) -> Iterator[Tens
 def _copied(model: FullModel, loss: Loss) -> FullModel:
     """A copy; refuses what cannot be copied, as each example is taken with copies of its own."""
     try:
-        copied: FullModel = fresh(model, loss)[0]
+        copied, _ = copy.deepcopy((model, loss))
     except Exception as error:  # whatever the task's objects raise
         raise UnsupportedLayer(
             "model: example-level privacy takes each example with a copy of preprocessing, model "
@@ -234,16 +245,11 @@ def _copied(model: FullModel, loss: Loss) -> FullModel:
 
 
 def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
-    """Refuses a module whose output for one example depends on the others.
-
-    In evaluation mode, and as it is trained, unless chance then decides what it gives.
-    """
+    """Refuses a module whose output for one example depends on the others, in the mode it is in."""
     with torch.no_grad():
-        with _without_chance(module):
-            apart = _is_apart(module, inputs, what)
-        if apart and _repeats(module, inputs):
-            apart = _is_apart(module, inputs, what)
-    if not apart:
+        alone = torch.cat([_of_one(fresh(module)[0], one, what) for one in inputs])
+        together = fresh(module)[0](inputs)
+    if together.shape != alone.shape or not _close(together.float(), alone.float()):
         raise UnsupportedLayer(
             f"{what}: its output for an example depends on the other examples of the batch, so a "
             "model that is trained on each example alone would not be the one that is served. "
@@ -253,24 +259,25 @@ def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
         )
 
 
-def _is_apart(module: nn.Module, inputs: Tensor, what: str) -> bool:
+def _of_one(module: nn.Module, one: Tensor, what: str) -> Tensor:
+    """What a module gives for a batch of one; refuses a module that takes none."""
     try:
-        alone = torch.cat([fresh(module)[0](one.unsqueeze(0)) for one in inputs])
+        found: Tensor = module(one.unsqueeze(0))
     except Exception as error:
+        mode = "in training mode " if module.training else ""
         raise UnsupportedLayer(
-            f"{what}: example-level privacy trains on each example alone, and a batch of one "
+            f"{what}: example-level privacy trains on each example alone, and {mode}a batch of one "
             f"fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained or "
             f"charged; make {what} take a batch of one, or set privacy.unit to 'none'."
         ) from None
-    together = fresh(module)[0](inputs)
-    return together.shape == alone.shape and _close(together.float(), alone.float())
+    return found
 
 
 def _repeats(module: nn.Module, inputs: Tensor) -> bool:
     """Whether a module gives the same whatever random numbers it draws."""
     given = []
     for seed in (1, 2):
-        with global_streams(seed):
+        with torch.no_grad(), global_streams(seed):
             given.append(fresh(module)[0](inputs))
     return torch.equal(*given)
 
@@ -281,7 +288,6 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
     Copies of the modules for each example would hide it, and train another model than the task's.
     """
     assert tried.targets is not None
-    model.train()
     pairs = list(zip(tried.inputs, tried.targets, strict=True))
     found = []
     for order in (pairs[:1], [*pairs[1:], pairs[0]]):
@@ -298,7 +304,6 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
                     "privacy.unit to 'none'."
                 ) from None
         found.append(gradient)
-        _check_buffers(model, FullModel(before, network))
     scale = max((float(one.abs().max()) for one in found[0] if one.numel()), default=0.0)
     for first, again in zip(*found, strict=True):
         if not torch.allclose(first, again, rtol=0, atol=1e-6 * scale, equal_nan=True):
@@ -311,19 +316,28 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
             )
 
 
-def _check_buffers(before: FullModel, after: FullModel) -> None:
-    now = dict(after.named_buffers())
-    moved = [
-        name.partition(".")[2]
-        for name, buffer in before.named_buffers()
-        if not torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(now[name]))  # NaN stays NaN
-    ]
+def _check_moves_nothing(given: FullModel, copied: FullModel, tried: MadeUp) -> None:
+    """Refuses a model that changes its parameters or buffers as it is run, the copy of one here."""
+    with torch.no_grad():
+        for one in tried.inputs:
+            _of_one(copied.model, _of_one(copied.preprocess, one, "preprocess")[0], "model")
+    now = dict(_state(copied))
+    moved = [name.partition(".")[2] for name, one in _state(given) if not _same(one, now[name])]
     if moved:
         raise UnsupportedLayer(
-            f"model: running it changes {', '.join(moved)}, which no parameter is. It may hold "
+            f"model: running it changes {', '.join(moved)}, with no training step. It may hold "
             "statistics of the data, and would leave the device without noise. Nothing was trained "
             "or charged; use layers that keep none, or set privacy.unit to 'none'."
         )
+
+
+def _state(model: FullModel) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN stays NaN
 
 
 def _check_mean(loss: Loss, model: FullModel, tried: MadeUp) -> None:

@@ -30,7 +30,7 @@ def taken(model: nn.Module, *, alone: bool, other: bool = False) -> Part:
         inputs[0] = torch.randn(1, 13, 13, generator=rng)
     chain = find_chain(model, inputs)
     assert chain is not None
-    way = one_by_one(LOSS, why="") if alone else by_chain(chain, LOSS, mapped=False)
+    way = one_by_one(LOSS, why="") if alone else by_chain(chain, LOSS)
     return way.take(nn.Identity(), model, inputs, targets)
 
 

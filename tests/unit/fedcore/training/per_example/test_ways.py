@@ -77,7 +77,7 @@ def test_all_ways_agree(name: str) -> None:
     if network.way == "chain":
         chain = find_chain(model, network.examples(2)[0])
         assert chain is not None
-        ways.append(by_chain(chain, network.loss, mapped=True))
+        ways.append(by_chain(chain, network.loss))
     for way in ways:
         check_same(way, network, model, expected)
 
