@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# The benchmarks and the tests' own helpers are no installed packages, and Opacus installs a
+# `benchmarks` and an `examples` of its own: the project's folder comes first, for all modules.
+ROOT = str(Path(__file__).parents[1])
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
 
 # multiprocessing starts these once a process and ends them with it.
 _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")

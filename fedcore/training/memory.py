@@ -16,7 +16,7 @@ _FLOAT_BYTES = 4
 _SMALL_BYTES = 64 << 20  # what needs less fits, or nothing else would run either
 
 
-_PRIVATE_COPIES = 9
+_PRIVATE_COPIES = 10
 """Under privacy, in numbers for each parameter: weights at the start, the gradient, sums and their
 scaled copy in float64, the sum of one physical batch, one example's gradient and what it is made
 of. More examples at once take what `fedcore.training.private.train_private` is given for them."""

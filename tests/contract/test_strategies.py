@@ -155,7 +155,7 @@ def test_whose_new_weights_are_the_mean_says_so(name: str, tiny: Task) -> None:
     (asked,) = chosen.strategy.configure_train(
         1, record, ConfigRecord({}), CohortGrid(InProcessGrid(1, [5], lambda m: m), [5])
     )
-    arrays, _ = chosen.strategy.aggregate_train(1, [carry(mean, asked)])
+    arrays, _ = chosen.strategy.aggregate_train(1, [carry(mean.mean(), mean.weight, asked)])
     assert arrays is not None
     same = np.array_equal(arrays[MODEL].numpy(), mean.mean())
     assert same or not chosen.means

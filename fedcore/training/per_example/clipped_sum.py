@@ -112,12 +112,10 @@ def _of_part(
     def taken(way: Way, batch: Batch) -> Part | None:
         return _taken(way, preprocess, model, batch)
 
-    zero = ClippedSum([torch.zeros_like(p) for p in trained(model).values()], 0)
-    if not bool(batch.counted.any()):
-        return zero
     part = taken(way, batch)
     if part is not None:
         return _weighted(part, batch, clip_norm)
+    zero = ClippedSum([torch.zeros_like(p) for p in trained(model).values()], 0)
     runs = torch.zeros_like(batch.counted)
     for place in batch.counted.nonzero().flatten().tolist():
         runs[place] = taken(way, batch.rows(place, place + 1)) is not None

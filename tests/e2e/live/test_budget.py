@@ -52,7 +52,7 @@ def test_another_name_and_a_copy_of_the_data_go_on_with_the_same_budget(
     device.wait_for("over all runs client 'edge-0' has spent epsilon", 5)
 
     # A server that asks at a larger delta, and a device whose ledger was wiped, gain nothing.
-    more = launch_server(*PRIVATE, "privacy.target_delta=0.04", name="lax")
+    more = launch_server(*PRIVATE, "privacy.target_delta=0.004", name="lax")
     assert more.end(90) == 5
     assert "over all runs client 'edge-0' has spent epsilon" in more.log.read_text()
     assert f"at delta {DELTA:g}" in more.log.read_text()
@@ -112,16 +112,17 @@ def test_a_quorum_that_is_gone_with_the_budgets_ends_a_run_with_what_it_has_lear
 
 
 @pytest.mark.slow
-def test_training_that_fails_after_it_was_charged_stays_charged(
+def test_training_that_leads_nowhere_is_charged_and_answered_like_any_other(
     project: Any, launch_server: Any, launch_device: Any
 ) -> None:
+    """Were divergence an error, one example could decide whether the server sees it."""
     device = launch_device("edge-0")
-    server = launch_server(*PRIVATE, "client.learning_rate=1e38", name="diverges")
-    assert server.end(90) == 6
-    assert "not finite" in server.log.read_text()
+    server = launch_server(*PRIVATE, "client.learning_rate=1e6", name="diverges")
+    assert server.end(90) == 0, server.log.read_text()
+    assert [one["updates"] for one in rounds(project, "diverges")] == [1, 1]
     device.process.kill()
     device.end()
-    (charge,) = json.loads((project.root / "edge-0" / "device" / LEDGER).read_text())["runs"][
+    charges = json.loads((project.root / "edge-0" / "device" / LEDGER).read_text())["runs"][
         "diverges"
     ]
-    assert (charge["round"], charge["steps"], charge["data"]) == (1, 3, "")
+    assert [(one["round"], one["steps"], one["data"]) for one in charges] == [(1, 3, ""), (2, 3, "")]

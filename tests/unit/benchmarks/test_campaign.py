@@ -63,7 +63,7 @@ def test_accuracy_below_flowers_breaks_a_check() -> None:
     assert not check.holds
 
 
-@pytest.mark.parametrize(("theirs", "holds"), [(2.5, True), (2.5001, False)])
+@pytest.mark.parametrize(("theirs", "holds"), [(2.5, True), (2.62, True), (2.64, False)])
 def test_private_runs_spend_the_same(theirs: float, holds: bool) -> None:
     runs = [
         replace(run("fedcore", "w2_dp", 1.0), epsilon=2.5),

@@ -128,7 +128,7 @@ def test_both_ways_give_the_same_model_and_the_same_failures(
     loop = train(run_of(LOOP, privacy, **asked))
     side = train(run_of(SIDE_BY_SIDE, privacy, **asked))
     assert distance(loop.weights, side.weights) <= 1e-5
-    expected = [4] * 4
+    expected = [5 if privacy else 4] * 4  # under privacy an example of NaN counts as zero
     assert [r.updates for r in loop.records] == [r.updates for r in side.records] == expected
     assert [r.bytes_up for r in loop.records] == [r.bytes_up for r in side.records]
     assert [r.epsilon_max for r in loop.records] == [r.epsilon_max for r in side.records]
@@ -342,7 +342,8 @@ def test_one_clients_bad_data_is_its_own_failure(
         ("two", LOOP | {"workers": 2}),
     ):
         told = train(run_of(simulation, privacy), task)
-        assert [record.updates for record in told.records] == [3] * 4
+        # Under privacy who answers must not show what the data is: such examples count as zero.
+        assert [record.updates for record in told.records] == [5 if privacy else 3] * 4
         found[name] = told.weights
     assert found["loop"].tobytes() == found["two"].tobytes()
     assert distance(found["loop"], found["side"]) <= 1e-5
