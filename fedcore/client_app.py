@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,6 +56,17 @@ from fedcore.updates.messages import (
 log = logging.getLogger("fedcore.device")
 
 
+@dataclass(frozen=True)
+class DurableLedger:
+    """A ledger that outlives this process."""
+
+    others: OtherRuns
+    """What other runs have spent on the same data."""
+    keep: Callable[[], None]
+    """Has what the node's state says on disk when it returns; called once a round is charged and
+    before it is trained, so that whatever training ends with, its charge stays."""
+
+
 def client_app(
     task: Task,
     run: RunConfig,
@@ -62,7 +74,7 @@ def client_app(
     owner: OwnerPolicy,
     randomness: Randomness,
     mods: Sequence[Mod] = (),
-    others: OtherRuns | None = None,
+    durable: DurableLedger | None = None,
 ) -> ClientApp:
     """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
 
@@ -72,15 +84,15 @@ def client_app(
         owner: What the owner of this device allows; it tightens ``run``.
         randomness: The seed of a simulation, or the operating system's entropy.
         mods: Flower mods around training, as some strategies need.
-        others: What other runs have spent on the same data, as a ledger on disk says; None where
-            there is none, and the node's state in memory is all that is kept.
+        durable: Where charges are kept; None where the node's state in memory is all there is.
 
     Raises:
         PrivacyError: it would train real data with privacy, and forget what that cost; or as
             `tighten` says.
     """
-    client = Client(task, tighten(run, owner), owner, randomness, others or NO_OTHER_RUNS)
-    if others is None and client.run.private and randomness.origin == "system":
+    others = durable.others if durable else NO_OTHER_RUNS
+    client = Client(task, tighten(run, owner), owner, randomness, others)
+    if durable is None and client.run.private and randomness.origin == "system":
         raise PrivacyError(
             f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "
             "and Flower keeps a node's state in memory: after a restart the whole budget would "
@@ -91,7 +103,10 @@ def client_app(
 
     @app.train(mods=list(mods))
     def on_train(message: Message, context: Context) -> Message:
-        return _answer(train_client, client, message, context)
+        def work(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+            return train_client(client, name, message, context, durable.keep if durable else None)
+
+        return _answer(work, client, message, context)
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
@@ -159,14 +174,31 @@ def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[i
     return REFUSED + TaskError.exit_code, reason
 
 
-def train_client(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-    """Trains one client as a message asks; whatever fails is raised as it is."""
+def train_client(
+    client: Client,
+    name: str,
+    message: Message,
+    context: Context,
+    keep: Callable[[], None] | None = None,
+) -> RecordDict:
+    """Trains one client as a message asks; whatever fails is raised as it is.
+
+    Args:
+        client: The task and the limits.
+        name: Whose data is trained on.
+        message: What the server asks for.
+        context: Whose state the ledger is in.
+        keep: Called when the state has the charge, before anything is trained.
+    """
     instruction = read_instruction(message.content)
     ledger = read_ledger(context) if client.run.private else Ledger()
-    update = learn(
-        client, name, instruction, ledger, on_spend=lambda spent: write_ledger(context, spent)
-    )
-    return update_content(update)
+
+    def on_spend(spent: Ledger) -> None:
+        write_ledger(context, spent)
+        if keep is not None:
+            keep()
+
+    return update_content(learn(client, name, instruction, ledger, on_spend=on_spend))
 
 
 def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:

@@ -103,23 +103,20 @@ class DeviceLedger:
             self.owner.budget(everybody if names is None else names),
         )
 
-    def label(self, state: RecordDict) -> bool:
-        """Notes on what terms the latest charges were made; says whether there are any."""
-        noted, made = terms_in(state), len(ledger_in(state).charges)
-        if made > len(noted):
-            new = self._terms
-            more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
-            put_terms(state, [*noted, *more])
-        return made > len(noted)
-
-    def copy(self, state: RecordDict) -> None:
-        """Copies the run's charges, which are on disk by now: before anything leaves.
+    def keep(self, state: RecordDict) -> None:
+        """Has the charges in ``state`` on disk, there and in the copies; before anything trains.
 
         Raises:
             PrivacyError: the ledger has become unreadable meanwhile, or another copy of this device
                 has trained.
             DiskFull: there is no room.
         """
+        noted, made = terms_in(state), len(ledger_in(state).charges)
+        if made > len(noted):
+            new = self._terms
+            more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
+            put_terms(state, [*noted, *more])
+        self.folder.keep_state(self.run.name, state)
         with self._alone():
             self._mend(state, only_own=True)
 

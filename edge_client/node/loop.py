@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from flwr.clientapp import ClientApp
 from edge_client.node.ledger import DeviceLedger, ledger_of
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
-from fedcore.client_app import client_app, error_of
+from fedcore.client_app import DurableLedger, client_app, error_of
 from fedcore.config import RunConfig
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit
@@ -29,7 +30,6 @@ from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
 from fedcore.owner import OwnerPolicy
-from fedcore.privacy.ledger import OtherRuns
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from fedcore.task import Task, data_folder
@@ -74,8 +74,8 @@ class _Run:
     context: Context
     ledger: DeviceLedger | None
     """None where nothing is charged."""
-    others: OtherRuns | None
-    """What was charged before, by others; None where nothing is."""
+    durable: DurableLedger | None
+    """None where nothing is charged."""
 
 
 def run_device(device: Device, signals: Signals) -> None:
@@ -239,10 +239,10 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
 
 def _tell_room(run: _Run, kind: str) -> None:
     """Says how many more rounds the budget has room for, once the reply is on its way."""
-    if run.ledger is None or run.others is None or kind != MessageType.TRAIN:
+    if run.ledger is None or run.durable is None or kind != MessageType.TRAIN:
         return
     try:
-        room = run.ledger.room(run.context.state, run.others)
+        room = run.ledger.room(run.context.state, run.durable.others)
     except (FedcoreError, ArithmeticError, ValueError) as error:  # it is told, and decides nothing
         log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
         return
@@ -251,15 +251,14 @@ def _tell_room(run: _Run, kind: str) -> None:
 
 
 def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
-    """Has a reply on disk, and what it cost: a failure may have cost something, too."""
+    """Has a reply on disk, before it may leave. What it cost is there since before it was made."""
     state = run.context.state
-    charged = run.ledger is not None and run.ledger.label(state)
     if not reply.has_error():
         device.folder.keep(run.name, state, key, reply.content)
-    elif charged:
-        device.folder.keep_state(run.name, state)
-    if run.ledger is not None and charged:
-        run.ledger.copy(state)
+    elif (
+        run.ledger is not None
+    ):  # what kept the charge from the disk before keeps this from it, too
+        run.ledger.keep(state)
 
 
 def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
@@ -274,11 +273,11 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
             "install the server's version of fedcore on it."
         ) from None
     assume_identity(run_id)
-    state, ledger, others = device.folder.state(config.name), None, None
+    state, ledger, durable = device.folder.state(config.name), None, None
     data = device.owner.data_folder or data_folder()
     if config.private:
         ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
-        others = ledger.open(state)
+        durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
     context = Context(
         run_id=run_id,
         node_id=link.node_id,
@@ -292,9 +291,9 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
         owner=device.owner.on(data),
         randomness=device.randomness,
         mods=client_mods(config.federation.strategy),
-        others=others,
+        durable=durable,
     )
-    return _Run(config.name, run_digest(told), app, context, ledger, others)
+    return _Run(config.name, run_digest(told), app, context, ledger, durable)
 
 
 def _goodbye(link: FleetLink) -> None:

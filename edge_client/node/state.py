@@ -101,8 +101,8 @@ class DeviceFolder:
     def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
         """Writes a reply and the run's state after it, durably: before any of it may leave.
 
-        The reply counts once the state is there: whatever this process dies of, what an
-        instruction costs is charged once for each reply that can ever leave.
+        The reply counts once the state is there: whatever this process dies of, each reply that
+        can ever leave was charged.
         """
         raw = record_bytes(reply)
         kept = [(one, digest) for one, digest in _answered(state).items() if one != key]

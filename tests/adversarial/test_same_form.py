@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from torch import nn
 
-from fedcore.client_app import client_app
+from fedcore.client_app import DurableLedger, client_app
 from fedcore.config import RunConfig
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
@@ -147,7 +147,13 @@ def _site(
         example_input=torch.zeros(WIDTH),
         preprocess=before,
     )
-    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS)
+    app = client_app(
+        task,
+        run,
+        owner=OPEN_POLICY,
+        randomness=SystemEntropy(),
+        durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
+    )
     return Site(run, build_model(task, run), app, data)
 
 

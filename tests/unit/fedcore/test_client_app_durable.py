@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedcore.client_app import client_app
+from fedcore.client_app import DurableLedger, client_app
 from fedcore.config import Privacy, RunConfig
 from fedcore.errors import PrivacyError
 from fedcore.owner import OPEN_POLICY
@@ -28,10 +28,12 @@ TASK = Task(
 )
 
 
-def app(randomness: Randomness, *, private: bool, others: OtherRuns | None = None) -> ClientApp:
+def app(
+    randomness: Randomness, *, private: bool, durable: DurableLedger | None = None
+) -> ClientApp:
     privacy = Privacy(unit="example" if private else "none")
     run = RunConfig(name="x", task="t.py", privacy=privacy)
-    return client_app(TASK, run, owner=OPEN_POLICY, randomness=randomness, others=others)
+    return client_app(TASK, run, owner=OPEN_POLICY, randomness=randomness, durable=durable)
 
 
 def test_a_node_that_forgets_its_ledger_with_its_process_is_refused() -> None:
@@ -41,6 +43,6 @@ def test_a_node_that_forgets_its_ledger_with_its_process_is_refused() -> None:
 
 
 def test_a_ledger_on_disk_a_simulation_and_a_run_without_privacy_are_let_through() -> None:
-    assert app(SystemEntropy(), private=True, others=OtherRuns())
+    assert app(SystemEntropy(), private=True, durable=DurableLedger(OtherRuns(), lambda: None))
     assert app(Simulated(1), private=True)
     assert app(SystemEntropy(), private=False)

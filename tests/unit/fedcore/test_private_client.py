@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedcore.client_app import client_app
+from fedcore.client_app import DurableLedger, client_app
+from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
@@ -165,7 +166,11 @@ def test_one_bad_example_answers_in_the_same_form_as_none(spoilt: str) -> None:
     for load in (lambda client, folder: data(), lambda client, folder: Spoilt()):
         task = make_task(client_data=load)
         reply = client_app(
-            task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS
+            task,
+            run,
+            owner=OPEN_POLICY,
+            randomness=SystemEntropy(),
+            durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
         )(instruct(task, run), context())
         update = update_of(reply, task, run)
         assert np.isfinite(update.weights).all()
@@ -184,12 +189,56 @@ def test_a_private_device_sends_the_kind_of_an_error_and_keeps_its_text(
     for privacy in ({}, PRIVATE):
         run = make_run(privacy=privacy) if privacy else make_run()
         app = client_app(
-            task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS
+            task,
+            run,
+            owner=OPEN_POLICY,
+            randomness=SystemEntropy(),
+            durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
         )
         texts[bool(privacy)] = refused(app(instruct(task, run), context()))
     assert texts[True] == "client 'anna': DataError; its log says more"
     assert "patient 4711" in texts[False]
     assert "patient 4711" in caplog.text
+
+
+def test_a_charge_is_on_disk_before_any_example_is_read() -> None:
+    """Whatever an example makes of the process then, what it shows by that is charged."""
+    happened: list[str] = []
+
+    class Rows:
+        def __len__(self) -> int:
+            return COUNT
+
+        def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+            happened.append("read")
+            return data()[row]  # type: ignore[no-any-return]
+
+    def keep() -> None:
+        happened.append(f"{len(read_ledger(node).charges)} charged")
+
+    task = make_task(client_data=lambda client, folder: Rows())
+    run, node = make_run(privacy=PRIVATE), context()
+    durable = DurableLedger(NO_OTHER_RUNS, keep)
+    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), durable=durable)
+    update_of(app(instruct(task, run), node), task, run)
+    assert happened[:2] == ["1 charged", "read"]
+
+
+def test_nothing_is_trained_when_the_charge_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keep() -> None:
+        raise DiskFull("no room")
+
+    trained: list[object] = []
+    monkeypatch.setattr("fedcore.training.client.train_private", lambda *a, **k: trained.append(a))
+    task, run = make_task(), make_run(privacy=PRIVATE)
+    durable = DurableLedger(NO_OTHER_RUNS, keep)
+    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), durable=durable)
+    assert (
+        refused(app(instruct(task, run), context())) == "client 'anna': DiskFull; its log says more"
+    )
+    assert trained == []
 
 
 @pytest.mark.parametrize(
@@ -233,7 +282,13 @@ def test_more_memory_than_the_owner_allows_is_refused_before_the_ledger_is_charg
 
 def test_real_devices_draw_noise_that_no_seed_repeats() -> None:
     task, run = make_task(), make_run(privacy=PRIVATE)
-    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), others=NO_OTHER_RUNS)
+    app = client_app(
+        task,
+        run,
+        owner=OPEN_POLICY,
+        randomness=SystemEntropy(),
+        durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
+    )
     one, other = (
         update_of(app(instruct(task, run), context()), task, run).weights for _ in range(2)
     )

@@ -60,9 +60,8 @@ class Site:
                 before = ledger_in(state).charges
                 new = Charge(len(before) + 1, noise, 1 / 10, 10)
                 put_ledger(state, Ledger((*before, new)))
-                ledger.label(state)
+                ledger.keep(state)
                 folder.keep(run, state, f"{run}{len(before)}", RecordDict())
-                ledger.copy(state)
 
     def files(self) -> dict[Path, bytes]:
         every = [*self.root.rglob("*"), *self.counted.parent.rglob("*")]
