@@ -114,10 +114,11 @@ class Task:
         """The metric that decisions follow."""
         return self.metrics[0]
 
-    def loss_of(self, output: Tensor, target: Tensor) -> Tensor:
-        """The mean loss over a batch, a scalar."""
+    @property
+    def loss_of(self) -> Loss:
+        """The mean loss over a batch: ``loss_of(outputs, targets)`` is a scalar."""
         assert self.loss is not None  # set in __post_init__
-        return self.loss(output, target)
+        return self.loss
 
 
 def load_task(path: Path) -> Task:

@@ -150,8 +150,10 @@ class SystemDraws:
             of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
             angle.copy_(of_angle).mul_(math.pi * _TO_UNIT)  # in [-pi, pi)
             torch.add(half, radius.copy_(of_radius).abs_(), alpha=_TO_UNIT, out=radius)  # (0, 1]
-            radius.log_().mul_(-2 * deviation * deviation)
-            np.sqrt(radius.numpy(), out=radius.numpy())  # twice as fast as torch's
+            numbers = radius.numpy()
+            np.log(numbers, out=numbers)  # three times as fast as torch's, the root twice
+            np.multiply(numbers, -2 * deviation * deviation, out=numbers)
+            np.sqrt(numbers, out=numbers)
             found = torch.from_numpy(words.view(np.float64))  # over the words, which have served
             cosines, sines = found.view(2, -1).unbind()
             torch.addcmul(middle, torch.cos(angle, out=cosines), radius, out=cosines)

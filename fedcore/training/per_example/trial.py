@@ -69,10 +69,9 @@ def find_way(task: Task, model: FullModel) -> Way:
             before it, running it changes its buffers, or it takes no batches of one.
         PrivacyError: the loss is no mean over examples.
     """
-    assert task.loss is not None  # a Task sets it
     check_layers(model.preprocess)
     check_layers(model.model)
-    given, model = model, _copied(model, task.loss)
+    given, model = model, _copied(model, task.loss_of)
     tried = made_up(task, model)
     with _without_chance(model):
         _check_apart(model.preprocess, tried.inputs, "preprocess")
@@ -89,9 +88,9 @@ def find_way(task: Task, model: FullModel) -> Way:
         if _repeats(part, inputs):  # otherwise chance decides what it gives
             _check_apart(part, inputs, what)
     if tried.targets is not None:
-        _check_mean(task.loss, model, tried)
-        _check_keeps_nothing(task.loss, model, tried)
-    way = _quickest(task.loss, model, behind, tried, mapped=mapped)
+        _check_mean(task.loss_of, model, tried)
+        _check_keeps_nothing(task.loss_of, model, tried)
+    way = _quickest(task.loss_of, model, behind, tried, mapped=mapped)
     example = task.example_input
     return replace(way, usual=(example.shape, example.dtype))
 
@@ -185,8 +184,9 @@ def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> MadeUp:
         inputs = torch.stack([task.example_input] * count).to(device)
         with torch.no_grad(), _without_chance(model):
             outputs = model(inputs)
-    assert task.loss is not None
-    fitting = (one for one in _targets(task.kind, outputs, rng) if _takes(task.loss, outputs, one))
+    fitting = (
+        one for one in _targets(task.kind, outputs, rng) if _takes(task.loss_of, outputs, one)
+    )
     return MadeUp(inputs, next(fitting, None))
 
 
