@@ -12,18 +12,29 @@ import numpy as np
 
 from edge_client import store as installed
 from edge_client.bench import bench
+from edge_client.confined import (
+    MAX_MEMORY_BYTES,
+    MAX_SECONDS,
+    MIN_MEMORY_BYTES,
+    MIN_SECONDS,
+    Limits,
+    predict,
+)
 from edge_client.inputs import parse_inputs, read_text
-from edge_client.runtime import Runtime, load
+from edge_client.runtime import labels, load
 from edge_client.source import folder_source
 from edge_client.store import Installed
 from edge_client.trust import MAX_ROOT_BYTES
 from edge_client.update import update
 from fedcore.artifacts.golden import parse_golden
+from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.cli import Command, group
 from fedcore.config import Serving
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.files import read_bytes
+
+_MAX_THREADS = 256
 
 
 def _store(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +55,60 @@ def _model(parser: argparse.ArgumentParser) -> None:
 def _threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
-        type=_count,
+        type=_thread_count,
         default=Serving().threads,
         metavar="N",
         help="threads of one inference, as --threads 2 (default: %(default)s)",
     )
+
+
+def _thread_count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= _MAX_THREADS:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 on, {_MAX_THREADS} at most, got {text!r}"
+        )
+    return int(text)
+
+
+def _limits_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-seconds",
+        type=_seconds,
+        default=Limits().seconds,
+        metavar="S",
+        help="the model is ended after so long, as --max-seconds 600 (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-memory-mib",
+        type=_memory,
+        metavar="MIB",
+        help="address space that the model may take, as --max-memory-mib 4096 (default: 1024, 160 "
+        "a thread, and six times the model's file)",
+    )
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    mib = options.max_memory_mib
+    return Limits(seconds=options.max_seconds, memory_bytes=mib and mib << 20)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"expected {MIN_SECONDS:g} to {MAX_SECONDS:g} seconds, got {text!r}"
+        )
+    return seconds
+
+
+def _memory(text: str) -> int:
+    least, most = MIN_MEMORY_BYTES >> 20, MAX_MEMORY_BYTES >> 20
+    if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected {least} to {most} MiB, got {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:
@@ -61,6 +121,7 @@ def _update_arguments(parser: argparse.ArgumentParser) -> None:
     _store(parser)
     _model(parser)
     _threads(parser)
+    _limits_arguments(parser)
     parser.add_argument(
         "--repository",
         type=Path,
@@ -84,6 +145,7 @@ def _update(options: argparse.Namespace) -> int:
         model=options.model,
         root=root,
         threads=options.threads,
+        limits=_limits(options),
     )
     if not done.changed:
         text = f"{done.model}: version {done.version} is already current"
@@ -107,6 +169,7 @@ def _infer_arguments(parser: argparse.ArgumentParser) -> None:
     _store(parser)
     _model(parser)
     _threads(parser)
+    _limits_arguments(parser)
     parser.add_argument(
         "--input",
         required=True,
@@ -118,23 +181,24 @@ def _infer_arguments(parser: argparse.ArgumentParser) -> None:
 def _infer(options: argparse.Namespace) -> int:
     version = _serving(options.store, options.model)
     inputs = parse_inputs(read_text(options.input), version.manifest, where=options.input)
-    runtime = load(version.manifest, version.onnx, threads=options.threads)
-    outputs = runtime.predict(inputs)
+    outputs = predict(
+        version.manifest, version.path, inputs, threads=options.threads, limits=_limits(options)
+    )
     value: dict[str, Any] = {
         "model": version.manifest.model,
         "version": version.manifest.version,
         "outputs": outputs.tolist(),
     }
     if version.manifest.kind == "classification":
-        value["labels"] = runtime.labels(outputs)
-    return _print(options, "\n".join(_answers(runtime, outputs)), value)
+        value["labels"] = labels(version.manifest, outputs)
+    return _print(options, "\n".join(_answers(version.manifest, outputs)), value)
 
 
-def _answers(runtime: Runtime, outputs: FloatArray) -> list[str]:
+def _answers(manifest: Manifest, outputs: FloatArray) -> list[str]:
     """One line an input: the class, the values, or the most likely token at each position."""
-    kind = runtime.manifest.kind
+    kind = manifest.kind
     if kind == "classification":
-        return runtime.labels(outputs)
+        return labels(manifest, outputs)
     rows = outputs if kind == "regression" else outputs.argmax(axis=-1)
     return [" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows]
 

@@ -1,4 +1,4 @@
-"""Running a released model with onnxruntime, without torch."""
+"""Running a released model in this process, without torch: one that has passed its self-test."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 
+from edge_client.session import open_session
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.errors import DataError, DeviceError
-
-_SILENT = 4  # onnxruntime's severity "fatal": what goes wrong arrives as an exception
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,17 @@ class Runtime:
                 f"failed on an input of shape {inputs.shape}: {error}. Nothing was answered."
             ) from error
 
-    def labels(self, outputs: FloatArray) -> list[str]:
-        """The name of the most likely class of each row; its number where classes have no names.
 
-        Args:
-            outputs: Of a classification, shape ``(B, C)``.
-        """
-        classes = outputs.argmax(axis=-1)
-        names = self.manifest.labels
-        return [names[row] if row < len(names) else str(row) for row in classes.tolist()]
+def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
+    """The name of the most likely class of each row; its number where classes have no names.
+
+    Args:
+        manifest: Of a classification.
+        outputs: Shape ``(B, C)``.
+    """
+    classes = outputs.argmax(axis=-1)
+    names = manifest.labels
+    return [names[row] if row < len(names) else str(row) for row in classes.tolist()]
 
 
 def load(manifest: Manifest, onnx: bytes, *, threads: int) -> Runtime:
@@ -78,24 +79,12 @@ def load(manifest: Manifest, onnx: bytes, *, threads: int) -> Runtime:
     Raises:
         DeviceError: onnxruntime on this device cannot run the model.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _SILENT
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    if threads > 1:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        session = open_session(onnx, threads=threads)
         dtype = np.dtype(manifest.input_dtype)
     except Exception as error:  # as above; and a type that NumPy does not know
         raise DeviceError(
             f"model {manifest.model!r} version {manifest.version}: onnxruntime "
             f"{onnxruntime.__version__} on this device cannot run it: {error}. It does not serve."
         ) from error
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or len(session.get_outputs()) != 1:
-        raise DeviceError(
-            f"model {manifest.model!r} version {manifest.version}: expected one input and one "
-            f"output, found {len(inputs)} and {len(session.get_outputs())}. It does not serve."
-        )
-    return Runtime(manifest, session, inputs[0].name, dtype)
+    return Runtime(manifest, session, session.get_inputs()[0].name, dtype)

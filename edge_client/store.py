@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,8 @@ class Installed:
 
     manifest: Manifest
     record: Record
+    path: Path
+    """The file of ``onnx``, which an update may take away at any time."""
     onnx: bytes = field(repr=False)
     golden: bytes = field(repr=False)
     damage: str | None = None
@@ -126,7 +128,7 @@ def serving(store: Path, model: str) -> Installed:
         raise DigestMismatch(
             f"{damage} There is no whole version before it to fall back to ({error})"
         ) from error
-    return Installed(before.manifest, before.record, before.onnx, before.golden, damage)
+    return replace(before, damage=damage)
 
 
 def read_record(store: Path, model: str, slot: Slot) -> Record:
@@ -166,6 +168,7 @@ def read(store: Path, model: str, slot: Slot) -> Installed:
     return Installed(
         manifest,
         record,
+        folder / "model.onnx",
         _read_file(folder / "model.onnx", manifest.onnx, MAX_MODEL_BYTES),
         _read_file(folder / "golden.safetensors", manifest.golden, MAX_GOLDEN_BYTES),
     )

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client import store as installed
+from edge_client.confined import Limits
 from edge_client.fetch import fetch
-from edge_client.runtime import load
 from edge_client.selftest import self_test
 from edge_client.source import Source
 from edge_client.store import Record
-from edge_client.trust import Offer, current_offer, pin_root, trusted_root
+from edge_client.trust import current_offer, pin_root, trusted_root
 from fedcore.errors import DataError, DeviceError, DigestMismatch, RollbackRefused
 from fedcore.files import disk_errors, sha256_hex
 
@@ -30,7 +30,15 @@ class Update:
     """Largest difference in the self-test; None when nothing changed."""
 
 
-def update(source: Source, *, store: Path, model: str, root: bytes | None, threads: int) -> Update:
+def update(
+    source: Source,
+    *,
+    store: Path,
+    model: str,
+    root: bytes | None,
+    threads: int,
+    limits: Limits | None = None,
+) -> Update:
     """Fetches the current release of a model, verifies it, tests it, and makes it serve.
 
     Whatever fails, the version that served before serves on.
@@ -41,13 +49,14 @@ def update(source: Source, *, store: Path, model: str, root: bytes | None, threa
         model: The name to ask for.
         root: Trusted root metadata; needed on the first update, pinned by it.
         threads: Of one inference, in the self-test.
+        limits: What the model may take in the self-test; `Limits()` when None.
 
     Raises:
         ConfigError: the name is not valid, or no root is trusted yet.
         TrustError: the release, or who offers it, cannot be trusted (see `current_offer`).
         DataError: the repository lacks something.
-        SelfTestFailed: the model answers differently here.
-        DeviceError: another update is at work, or onnxruntime cannot run the model here.
+        SelfTestFailed: the model answers differently here, cannot run, or passes its limits.
+        DeviceError: another update is at work.
         ResourceError: the store cannot be written, or (`DiskFull`) has no room.
     """
     installed.check_name(model)
@@ -69,17 +78,18 @@ def update(source: Source, *, store: Path, model: str, root: bytes | None, threa
             for entry in (offer.manifest.onnx, offer.manifest.golden)
         )
         with installed.staged(store, model, offer.manifest_raw, onnx, golden) as folder:
-            golden_error = _test(folder, offer, threads)
+            golden_error = self_test(
+                offer.manifest,
+                folder / "model.onnx",
+                (folder / "golden.safetensors").read_bytes(),
+                threads=threads,
+                limits=limits or Limits(),
+            )
             installed.activate(store, model, folder, record, before)
         for unfinished in incoming.iterdir():
             unfinished.unlink()
         previous = before.version if before else None
         return Update(model, record.version, previous, changed=True, golden_error=golden_error)
-
-
-def _test(folder: Path, offer: Offer, threads: int) -> float:
-    runtime = load(offer.manifest, (folder / "model.onnx").read_bytes(), threads=threads)
-    return self_test(runtime, (folder / "golden.safetensors").read_bytes())
 
 
 def _before(store: Path, model: str) -> Record | None:

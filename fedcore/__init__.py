@@ -5,8 +5,15 @@ Names that need torch are imported on first use, so that a device that only infe
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime and Flower report how they are used to their makers unless they are told not to before
+# they are loaded. A device that holds private data calls nobody but its server; whoever wants those
+# reports sets the variables.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError

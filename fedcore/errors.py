@@ -29,7 +29,8 @@
     |   |-- UpdateExpired              a signed update after its time
     |   `-- UpdateReplayed             a second update of a node in one round
     `-- DeviceError                 11   a device cannot serve what it was asked to
-        `-- SelfTestFailed
+        |-- SelfTestFailed
+        `-- LimitExceeded              a model took more time or memory than it may
 
 130 is left for an interrupt (Ctrl-C), as shells expect. A message is one short paragraph:
 what happened, where, what was got against what was expected, the consequence, the next step.
@@ -172,6 +173,10 @@ class DeviceError(FedcoreError):
 
 class SelfTestFailed(DeviceError):
     """A delivered model does not reproduce its golden outputs on this device."""
+
+
+class LimitExceeded(DeviceError):
+    """A model took more time or memory than it may on this device."""
 
 
 INTERRUPTED = 130

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from edge_client import store as installed
+from edge_client.confined import Limits
 from edge_client.source import folder_source
 from edge_client.update import update
 from fedcore.artifacts.manifest import manifest_bytes, parse_manifest
@@ -28,6 +29,7 @@ from fedcore.errors import (
 )
 from fedcore.files import sha256_hex
 from server.release import Draft, publish, rollback
+from tests import hostile_models as hostile
 
 
 def test_an_older_version_under_newer_signatures(world: Any) -> None:
@@ -162,3 +164,31 @@ def test_an_intended_rollback_is_taken(world: Any) -> None:
     done = world.update()
     assert (done.version, done.previous) == (3, 2)
     assert world.answers() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("onnx", "match"),
+    [
+        (hostile.endless_loop(), "no answer within 1 s, the limit of time"),
+        (hostile.memory_bomb(10**12), "MiB, the limit of memory"),
+        (hostile.reads_a_file("/etc/hostname", 4), "cannot run it"),
+    ],
+)
+def test_a_model_that_does_harm_where_it_is_run(
+    world: Any, draft: Callable[..., Draft], onnx: bytes, match: str
+) -> None:
+    harm = replace(draft(2.0), onnx=onnx)
+    publish(harm, repository=world.repository, keys=world.keys, created=datetime.now(UTC))
+    with pytest.raises(SelfTestFailed, match=match):
+        update(
+            folder_source(world.repository),
+            store=world.store,
+            model="digits",
+            root=None,
+            threads=1,
+            limits=Limits(seconds=1),
+        )
+    assert world.answers() == 1.0
+    world.publish(4.0)
+    assert world.update().version == 3
+    assert world.answers() == 4.0

@@ -220,6 +220,21 @@ def test_a_device_that_only_infers_loads_neither_torch_nor_flower() -> None:
     assert not loaded & {"torch", "flwr", "opacus", "onnx", "server"}
 
 
+def test_neither_onnxruntime_nor_flower_reports_to_its_maker(tmp_path: Path) -> None:
+    code = """
+import os, sys
+for name in ("ORT_DISABLE_TELEMETRY", "FLWR_TELEMETRY_ENABLED"):
+    os.environ.pop(name, None)
+os.environ["HOME"] = os.environ["XDG_CACHE_HOME"] = sys.argv[1]
+import edge_client.commands, flwr.supercore.telemetry as flower
+held = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{n}")]
+print(flower.FLWR_TELEMETRY_ENABLED, [path for path in held if "onnxruntime" in path])
+"""
+    assert run_python(code, str(tmp_path)) == "0 []\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_line_is_parsed_without_torch_or_flower() -> None:
     loaded = loaded_by("from fedcore.cli import build_parser\nbuild_parser()")
     assert "fedcore" in loaded

@@ -123,18 +123,29 @@ def test_bad_input_is_told_apart(at: list[str], tmp_path: Path) -> None:
         run("update", "--repository", str(tmp_path / "none"), *at)
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "x", "1.5"])
+@pytest.mark.parametrize("threads", ["0", "-1", "x", "1.5", "257", "9" * 5000])
 def test_threads_are_a_whole_number(at: list[str], threads: str) -> None:
     with pytest.raises(ConfigError, match="--threads: expected a whole number from 1 on"):
         run("infer", *at, "--input", "-", "--threads", threads)
 
 
-def test_kinds_have_their_own_lines(manifest: Any, matmul: Any) -> None:
+def test_kinds_have_their_own_lines(manifest: Any) -> None:
     from edge_client.commands import _answers
-    from edge_client.runtime import load
 
     values = np.array([[1.5, 2], [3, 4]], np.float32)
-    regression = load(manifest.model_copy(update={"kind": "regression"}), matmul.onnx(1), threads=1)
+    regression = manifest.model_copy(update={"kind": "regression"})
     assert _answers(regression, values) == ["1.5 2", "3 4"]
-    tokens = load(manifest.model_copy(update={"kind": "next_token"}), matmul.onnx(1), threads=1)
+    tokens = manifest.model_copy(update={"kind": "next_token"})
     assert _answers(tokens, values.reshape(1, 2, 2)) == ["1 1"]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x", "1e9", "0.5"])
+def test_the_limit_of_time_has_limits(at: list[str], seconds: str) -> None:
+    with pytest.raises(ConfigError, match="--max-seconds: expected 1 to 86400 seconds"):
+        run("infer", *at, "--input", "-", "--max-seconds", seconds)
+
+
+@pytest.mark.parametrize("mib", ["0", "-1", "x", "1.5", "255", "9" * 5000])
+def test_the_limit_of_memory_has_limits(at: list[str], mib: str) -> None:
+    with pytest.raises(ConfigError, match="--max-memory-mib: expected 256 to 1048576 MiB"):
+        run("infer", *at, "--input", "-", "--max-memory-mib", mib)
