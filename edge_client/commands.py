@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edge_client import store as installed
-from edge_client.bench import bench
+from edge_client.answers import answers, labels
 from edge_client.confined import (
     MAX_MEMORY_BYTES,
     MAX_SECONDS,
@@ -21,14 +19,11 @@ from edge_client.confined import (
     predict,
 )
 from edge_client.inputs import parse_inputs, read_text
-from edge_client.runtime import labels, load
 from edge_client.source import folder_source
 from edge_client.store import Installed
 from edge_client.trust import MAX_ROOT_BYTES
 from edge_client.update import update
 from fedcore.artifacts.golden import parse_golden
-from fedcore.artifacts.manifest import Manifest
-from fedcore.artifacts.parity import FloatArray
 from fedcore.cli import Command, group
 from fedcore.config import Serving
 from fedcore.errors import DeviceError, DigestMismatch
@@ -191,16 +186,7 @@ def _infer(options: argparse.Namespace) -> int:
     }
     if version.manifest.kind == "classification":
         value["labels"] = labels(version.manifest, outputs)
-    return _print(options, "\n".join(_answers(version.manifest, outputs)), value)
-
-
-def _answers(manifest: Manifest, outputs: FloatArray) -> list[str]:
-    """One line an input: the class, the values, or the most likely token at each position."""
-    kind = manifest.kind
-    if kind == "classification":
-        return labels(manifest, outputs)
-    rows = outputs if kind == "regression" else outputs.argmax(axis=-1)
-    return [" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows]
+    return _print(options, "\n".join(answers(version.manifest, outputs)), value)
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +241,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from edge_client.bench import bench  # no other verb needs onnxruntime in this process
+    from edge_client.runtime import load
+
     version = _serving(options.store, options.model)
     inputs, _ = parse_golden(version.golden)
     runtime = load(version.manifest, version.onnx, threads=1)

@@ -56,18 +56,6 @@ class Runtime:
             ) from error
 
 
-def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
-    """The name of the most likely class of each row; its number where classes have no names.
-
-    Args:
-        manifest: Of a classification.
-        outputs: Shape ``(B, C)``.
-    """
-    classes = outputs.argmax(axis=-1)
-    names = manifest.labels
-    return [names[row] if row < len(names) else str(row) for row in classes.tolist()]
-
-
 def load(manifest: Manifest, onnx: bytes, *, threads: int) -> Runtime:
     """Prepares a model for serving. Callers in several threads take turns.
 

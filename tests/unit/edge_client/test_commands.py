@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from edge_client.commands import device
@@ -127,16 +126,6 @@ def test_bad_input_is_told_apart(at: list[str], tmp_path: Path) -> None:
 def test_threads_are_a_whole_number(at: list[str], threads: str) -> None:
     with pytest.raises(ConfigError, match="--threads: expected a whole number from 1 on"):
         run("infer", *at, "--input", "-", "--threads", threads)
-
-
-def test_kinds_have_their_own_lines(manifest: Any) -> None:
-    from edge_client.commands import _answers
-
-    values = np.array([[1.5, 2], [3, 4]], np.float32)
-    regression = manifest.model_copy(update={"kind": "regression"})
-    assert _answers(regression, values) == ["1.5 2", "3 4"]
-    tokens = manifest.model_copy(update={"kind": "next_token"})
-    assert _answers(tokens, values.reshape(1, 2, 2)) == ["1 1"]
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x", "1e9", "0.5"])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.runtime import labels, load
+from edge_client.runtime import load
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import DataError, DeviceError
 
@@ -66,13 +66,6 @@ def test_a_manifest_that_does_not_fit_the_model_is_noticed(manifest: Manifest, m
     unknown = manifest.model_copy(update={"input_dtype": "float33"})
     with pytest.raises(DeviceError, match="float33"):
         load(unknown, matmul.onnx(1.0), threads=1)
-
-
-def test_labels_name_the_most_likely_class(manifest: Manifest) -> None:
-    outputs = np.array([[1, 0], [0, 1]], np.float32)
-    assert labels(manifest, outputs) == ["no", "yes"]
-    bare = manifest.model_copy(update={"labels": ()})
-    assert labels(bare, outputs) == ["0", "1"]
 
 
 def test_several_threads_may_ask_at_once(manifest: Manifest, matmul: Any) -> None:

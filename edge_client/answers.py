@@ -1,0 +1,33 @@
+"""What a model's outputs say, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.parity import FloatArray
+
+
+def answers(manifest: Manifest, outputs: FloatArray) -> list[str]:
+    """One line an input: the class, the values, or the most likely token at each position.
+
+    Args:
+        manifest: Of the model.
+        outputs: Shape ``(B, ...)``.
+    """
+    if manifest.kind == "classification":
+        return labels(manifest, outputs)
+    rows = outputs if manifest.kind == "regression" else outputs.argmax(axis=-1)
+    return [" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows]
+
+
+def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
+    """The name of the most likely class of each row; its number where classes have no names.
+
+    Args:
+        manifest: Of a classification.
+        outputs: Shape ``(B, C)``.
+    """
+    classes = outputs.argmax(axis=-1)
+    names = manifest.labels
+    return [names[row] if row < len(names) else str(row) for row in classes.tolist()]
