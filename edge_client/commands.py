@@ -19,9 +19,9 @@ from edge_client.confined import (
     predict,
 )
 from edge_client.inputs import parse_inputs, read_text
+from edge_client.roots import MAX_ROOT_BYTES
 from edge_client.source import folder_source
 from edge_client.store import Installed
-from edge_client.trust import MAX_ROOT_BYTES
 from edge_client.update import update
 from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group
@@ -142,6 +142,8 @@ def _update(options: argparse.Namespace) -> int:
         threads=options.threads,
         limits=_limits(options),
     )
+    if done.clock:
+        print(f"warning: {done.clock}", file=sys.stderr)
     if not done.changed:
         text = f"{done.model}: version {done.version} is already current"
     else:
@@ -156,6 +158,7 @@ def _update(options: argparse.Namespace) -> int:
         "previous": done.previous,
         "changed": done.changed,
         "golden_error": done.golden_error,
+        "clock": done.clock,
     }
     return _print(options, text, value)
 

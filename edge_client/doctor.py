@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from edge_client.clock import Judged, read_floor
+from edge_client.clock import shown as shown_time
 from fedcore.crypto.kit import Kit, client_context, load_kit
-from fedcore.doctor import Finding, disk, expiry
+from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import ConfigError, FedcoreError
 from fedcore.rpc.proxy import check_proxies, proxy_for, shown
 
@@ -25,6 +28,17 @@ _MAX_HEAD_BYTES = 1 << 15
 
 def examine(options: argparse.Namespace) -> Iterator[Finding]:
     """A device's findings."""
+    if options.kit is not None:
+        yield from _kit(options)
+    if options.store is not None:
+        yield guarded(
+            "store", lambda: _releases_clock(options.store), remedy="see docs/release.md, Clocks"
+        )
+        yield disk(options.store)
+
+
+def _kit(options: argparse.Namespace) -> Iterator[Finding]:
+    """The kit, and the connection that it is for."""
     try:
         kit = load_kit(options.kit)
     except FedcoreError as error:
@@ -119,6 +133,27 @@ def _clock(theirs: datetime) -> Finding:
     if abs(off_s) > _SKEW_S:
         return Finding("clock", "fail", f"{told}, more than the {_SKEW_S:.0f} s allowed", remedy)
     return Finding("clock", "warn" if abs(off_s) > _SKEW_S / 5 else "ok", told, remedy)
+
+
+def _releases_clock(store: Path, now: datetime | None = None) -> Finding:
+    """The clock against what releases say of the time, and how long they are signed still."""
+    judged = Judged(now or datetime.now(UTC), read_floor(store / "trust"))
+    floor, remedy = judged.floor, "set the clock; NTP keeps it right (timedatectl set-ntp true)"
+    if floor.at is None:
+        remedy = "`fedcore device update --root` fetches the first release"
+        return Finding("store", "warn", f"{store}: no release has been verified here yet", remedy)
+    if (complaint := judged.complaint()) is not None:
+        return Finding("store", "fail" if judged.behind else "warn", complaint, remedy)
+    if floor.until is not None and floor.until <= judged.at:
+        return Finding(
+            "store",
+            "warn",
+            f"what was verified last was signed until {shown_time(floor.until)}; this device's "
+            f"clock says {shown_time(judged.now)}",
+            "`fedcore device update` fetches what is current; if that is refused, whoever "
+            "publishes runs `fedcore release refresh`",
+        )
+    return Finding("store", "ok", f"the clock is not before {shown_time(floor.at)}, signed time")
 
 
 def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> Finding:

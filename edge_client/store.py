@@ -3,6 +3,7 @@
 ::
 
     models/MODEL/VERSION/{manifest.json,model.onnx,golden.safetensors}
+    models/MODEL/EPOCH.VERSION/...    likewise, where the epoch is not 0
     models/MODEL/active      the version that serves, and the digest of its manifest
     models/MODEL/previous    the one that served before, to fall back to
     incoming/                unfinished fetches
@@ -54,6 +55,13 @@ class Record(BaseModel):
 
     version: int
     manifest_sha256: str
+    epoch: int = 0
+    """A version of a later epoch is newer, whatever its number."""
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that holds it: two epochs may each have a version 3."""
+        return f"{self.epoch}.{self.version}" if self.epoch else str(self.version)
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def read(store: Path, model: str, slot: Slot) -> Installed:
         DigestMismatch: a file has changed since it was installed.
     """
     record = read_record(store, model, slot)
-    folder = _folder(store, model) / str(record.version)
+    folder = _folder(store, model) / record.folder
     path = folder / "manifest.json"
     raw = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES, what="an installed manifest")
     _check_digest(path, raw, record.manifest_sha256)
@@ -217,15 +225,15 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
         DiskFull: there was no room; the version before keeps serving.
     """
     place = _folder(store, model)
-    final = place / str(record.version)
+    final = place / record.folder
     if final.exists():  # left by an activation that was interrupted, or damaged
         final.rename(place / f".replaced-{folder.name}")
     folder.rename(final)
     sync_folder(place)
     if before is not None:
-        write_json(_slot(store, model, "previous"), before.model_dump())
-    write_json(_slot(store, model, "active"), record.model_dump())
-    keep = {str(kept.version) for kept in (record, before) if kept}
+        write_json(_slot(store, model, "previous"), before.model_dump(exclude_defaults=True))
+    write_json(_slot(store, model, "active"), record.model_dump(exclude_defaults=True))
+    keep = {kept.folder for kept in (record, before) if kept}
     for path in place.iterdir():
         if path.is_dir() and path.name not in keep:
             shutil.rmtree(path)

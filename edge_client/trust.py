@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from tuf.api import exceptions as tuf
@@ -17,12 +18,24 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsa
     Metadata,
     Root,
     TargetFile,
+    Timestamp,
 )
 from tuf.ngclient import (  # type: ignore[attr-defined]  # likewise
     FetcherInterface,
     Updater,
+    UpdaterConfig,
 )
 
+from edge_client.clock import (
+    Judged,
+    forgotten,
+    learned,
+    looked,
+    read_floor,
+    shown,
+    write_floor,
+)
+from edge_client.roots import Anchor, check_awaited, pin, rotated
 from edge_client.source import Source
 from fedcore.artifacts.manifest import (
     MAX_MANIFEST_BYTES,
@@ -30,18 +43,23 @@ from fedcore.artifacts.manifest import (
     Manifest,
     parse_manifest,
 )
-from fedcore.errors import (
-    ConfigError,
-    DataError,
-    DigestMismatch,
-    RollbackRefused,
-    SignatureInvalid,
-    TrustError,
+from fedcore.artifacts.statements import (
+    EPOCHS,
+    MAX_EPOCHS_BYTES,
+    Epochs,
+    moment_of,
+    parse_epochs,
 )
-from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from fedcore.errors import DataError, DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
+from fedcore.files import disk_errors, read_bytes, sync_folder
 
-MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
 _AFTER = "Nothing was installed; the version before keeps serving."
+_SET_CLOCK = "Set the clock; NTP keeps it right (timedatectl set-ntp true)."
+_MAX_ROOTS = 100_000
+"""Rotations that a device may have been off for. Each was signed by the keys before it."""
+
+
+_MAX_CACHED_BYTES = 16_384  # bytes: what python-tuf's updater allows a timestamp
 
 
 @dataclass(frozen=True)
@@ -52,75 +70,55 @@ class Offer:
     manifest_raw: bytes = field(repr=False)
     locations: dict[str, str] = field(repr=False)
     """Where in the repository each target path's bytes are."""
+    epoch: int
+    """Of the model's versions, as the offline keys state it."""
+    clock: str | None
+    """What is wrong with this device's clock; None where nothing is known to be."""
 
 
-def trusted_root(trust: Path, given: bytes | None) -> bytes:
-    """The root that this device trusts: the one pinned earlier, else the one its owner gives.
-
-    Raises:
-        ConfigError: nothing is pinned yet and none is given.
-        TrustError: the one given is not the pinned one, or is no root.
-    """
-    path = _pin(trust)
-    if not path.exists():
-        if given is None:
-            raise ConfigError(
-                f"{trust}: this device trusts no root yet. Nothing was fetched; give it once with "
-                "--root, the root.json that `fedcore release init` made."
-            )
-        _check_root(given)
-        return given
-    pinned = read_bytes(path, max_bytes=MAX_ROOT_BYTES, what="the pinned root")
-    if given is not None and given != pinned:
-        raise TrustError(
-            f"{path}: the root given is not the one that this device has trusted since its first "
-            f"update. {_AFTER} Leave --root out to go on trusting that one; to trust another, "
-            "choose another store."
-        )
-    return pinned
-
-
-def pin_root(trust: Path, root: bytes) -> None:
-    """Keeps the root that has just vouched for a release; from now on no other is taken."""
-    if not _pin(trust).exists():
-        write_atomic(_pin(trust), root)
-
-
-def current_offer(source: Source, *, trust: Path, root: bytes, model: str) -> Offer:
+def current_offer(
+    source: Source, *, trust: Path, start: Anchor, model: str, now: datetime
+) -> Offer:
     """Asks a repository what the current release of a model is, and believes only what is signed.
 
     Guarantee:
         The manifest is named, with its digest, by metadata that is signed by the keys that
-        ``root`` trusts, has not expired, and is no older than any seen with this ``trust``; so is
-        each file that the manifest names.
+        ``start`` trusts, or that its keys have put in their place; it has not expired, and is no
+        older than any seen with this ``trust`` since those keys were last changed. So is each file
+        that the manifest names.
 
     Args:
         source: The repository.
         trust: The folder of the trusted state; it is brought up to date and made durable.
-        root: Trusted root metadata.
+        start: The root that is trusted; the newest that it leads to is pinned.
         model: The name to ask for, valid as `fedcore.config.Name`.
+        now: What this device's clock says. Expiry is judged by no earlier time than it has seen.
 
     Raises:
-        SignatureInvalid: the metadata is signed by others, or has expired.
+        SignatureInvalid: the metadata is signed by others, or has expired; the text tells a
+            repository that may be frozen from a clock that is behind, or may be ahead.
         RollbackRefused: the metadata is older than what was seen before.
         DigestMismatch: a file differs from what was signed.
-        TrustError: the metadata, or the manifest, is not what it should be.
+        TrustError: the metadata, or the manifest, is not what it should be, or the roots do not
+            lead to the one that the owner gave.
         DataError: the repository lacks a file or the model.
         DiskFull: there was no room.
     """
     metadata = trust / "metadata"
-    with _explained(f"model {model!r}"), disk_errors(metadata):
-        updater = Updater(str(metadata), "metadata", fetcher=_Fetcher(source), bootstrap=root)
-        updater.refresh()
+    view = _View(metadata, Judged(now, read_floor(trust)), _cached_version(metadata))
+    with _explained(f"model {model!r}", view), disk_errors(metadata):
+        updater, judged = _refreshed(source, trust, start, view)
         pointer = f"models/{model}/release.json"
         info = updater.get_targetinfo(pointer)
+        pin(trust, start, updater.root.version, metadata / "root_history")
+        check_awaited(start, trust)
         _make_durable(metadata)
         if info is None:
             raise DataError(
                 f"model {model!r}: this repository has released no model of that name. {_AFTER} "
                 "Check --model."
             )
-        raw = _read_manifest(source, info)
+        raw = _read_target(source, info, MAX_MANIFEST_BYTES, "the manifest")
         manifest = parse_manifest(raw)
         locations = {
             entry.path: _location(_agreed(updater, entry, manifest, name, model))
@@ -129,7 +127,87 @@ def current_offer(source: Source, *, trust: Path, root: bytes, model: str) -> Of
                 (manifest.golden, "golden.safetensors"),
             )
         }
-    return Offer(manifest, raw, locations)
+        epoch = _epochs(source, updater).of(model)
+    created = moment_of(manifest.created)
+    floor = learned(
+        judged.floor, now, root=updater.root, timestamp=updater.timestamp, created=created
+    )
+    write_floor(trust, floor)
+    return Offer(manifest, raw, locations, epoch, judged.complaint())
+
+
+class _Updater(Updater):
+    """python-tuf's updater, which judges expiry by a time of ours, and tells what it has verified.
+
+    Both need one attribute of its that is nobody's API.
+    """
+
+    def judge_at(self, moment: datetime) -> None:
+        self._trusted_set.reference_time = moment
+
+    @property
+    def root(self) -> Root:
+        return self._trusted_set.root
+
+    @property
+    def timestamp(self) -> Timestamp:
+        """The newest whose signatures fit, be it expired or not."""
+        return self._trusted_set.timestamp
+
+    @property
+    def has_timestamp(self) -> bool:
+        return Timestamp.type in self._trusted_set
+
+
+@dataclass
+class _View:
+    """What explains a refusal."""
+
+    metadata: Path
+    judged: Judged
+    seen_version: int | None
+    """Of the newest timestamp before this update."""
+    updater: _Updater | None = None
+
+
+def _refreshed(source: Source, trust: Path, start: Anchor, view: _View) -> tuple[_Updater, Judged]:
+    """An updater that has followed root, timestamp, snapshot and targets; and by what time.
+
+    Where the keys of timestamp or snapshot were changed, what the old ones signed is forgotten
+    first: whoever stole them may have signed versions that the owner never reaches (step 5.3.11 of
+    the specification).
+    """
+    failure: Exception | None = None
+    for forgetting in (True, False):
+        floor, failure = view.judged.floor, None
+        if floor.until is not None:  # remembered whether or not this update succeeds
+            write_floor(trust, looked(floor, view.judged.now))
+        updater = view.updater = _Updater(
+            str(view.metadata),
+            "metadata",
+            fetcher=_Fetcher(source),
+            config=UpdaterConfig(max_root_rotations=_MAX_ROOTS),
+            bootstrap=start.raw,
+        )
+        updater.judge_at(view.judged.at)
+        try:
+            updater.refresh()
+        except (tuf.RepositoryError, tuf.DownloadError) as error:
+            failure = error
+        if not (forgetting and rotated(start.root, updater.root, ("timestamp", "snapshot"))):
+            break
+        for role in ("timestamp", "snapshot"):
+            (view.metadata / f"{role}.json").unlink(missing_ok=True)
+        sync_folder(view.metadata)
+        view.judged = Judged(view.judged.now, forgotten(updater.root))
+        view.seen_version = None
+        if start.pinned:
+            write_floor(trust, view.judged.floor)
+    if start.pinned:
+        pin(trust, start, updater.root.version, view.metadata / "root_history")
+    if failure is not None:
+        raise failure
+    return updater, view.judged
 
 
 class _Fetcher(FetcherInterface):
@@ -146,15 +224,12 @@ class _Fetcher(FetcherInterface):
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, view: _View) -> Iterator[None]:
     """Turns what python-tuf raises into errors that say what it means for this device."""
     try:
         yield
     except tuf.ExpiredMetadataError as error:
-        raise SignatureInvalid(
-            f"{what}: the repository's signatures have run out ({error}), so it may be frozen, or "
-            f"this device's clock wrong. {_AFTER} Whoever publishes runs `fedcore release refresh`."
-        ) from error
+        raise SignatureInvalid(_expired(f"{what}: the repository's", error, view)) from error
     except tuf.UnsignedMetadataError as error:
         raise SignatureInvalid(
             f"{what}: the repository is not signed by the keys that this device trusts ({error}). "
@@ -163,7 +238,8 @@ def _explained(what: str) -> Iterator[None]:
     except tuf.BadVersionNumberError as error:
         raise RollbackRefused(
             f"{what}: the repository offers signed metadata that is older than what this device "
-            f"has seen ({error}). {_AFTER} Fetch from the current repository."
+            f"has seen ({error}). {_AFTER} Fetch from the current repository. If a stolen key has "
+            "signed versions that are too high, whoever publishes runs `fedcore release rotate`."
         ) from error
     except (tuf.LengthOrHashMismatchError, tuf.DownloadLengthMismatchError) as error:
         raise DigestMismatch(
@@ -181,11 +257,64 @@ def _explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def _read_manifest(source: Source, info: TargetFile) -> bytes:
-    if info.length > MAX_MANIFEST_BYTES:
+def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
+    """What run-out signatures mean: a frozen repository, or a clock that is wrong."""
+    judged, updater = view.judged, view.updater
+    told = f"{whose} signatures have run out ({error})"
+    clock = f"this device's clock says {shown(judged.now)}"
+    if judged.held:
+        how = "" if judged.behind else ", or was ahead then"
+        return (
+            f"{told}, judged by {shown(judged.at)}, a time that this device has seen before; "
+            f"{clock}, so it is behind, or was set back{how}. {_AFTER} {_SET_CLOCK} What is signed "
+            "anew is taken."
+        )
+    doubts = []
+    if updater is not None and updater.root.is_expired(judged.now):
+        doubts.append(f"even the root has run out, on {shown(updater.root.expires)}")
+    if (
+        updater is not None
+        and updater.has_timestamp
+        and view.seen_version is not None
+        and updater.timestamp.version > view.seen_version
+    ):
+        doubts.append("somebody has signed anew since this device last looked")
+    if judged.jumped():
+        doubts.append("it said much less when this device last looked")
+    if doubts:
+        return (
+            f"{told}; {clock}, and may be ahead: {' and '.join(doubts)}. {_AFTER} See that the "
+            "clock is right; if it is, whoever publishes runs `fedcore release refresh`."
+        )
+    return (
+        f"{told}: nobody has signed it anew, or somebody shows an old copy (frozen); {clock}. "
+        f"{_AFTER} Whoever publishes runs `fedcore release refresh`."
+    )
+
+
+def _epochs(source: Source, updater: Updater) -> Epochs:
+    """The epochs of models, which the offline targets keys sign; none where they say nothing."""
+    info = updater.get_targetinfo(EPOCHS)
+    if info is None:
+        return Epochs()
+    return parse_epochs(_read_target(source, info, MAX_EPOCHS_BYTES, "the list of epochs"))
+
+
+def _cached_version(metadata: Path) -> int | None:
+    """Of the newest timestamp that was verified; it explains, and decides nothing."""
+    try:
+        raw = read_bytes(metadata / "timestamp.json", max_bytes=_MAX_CACHED_BYTES, what="it")
+        cached: Metadata[Timestamp] = Metadata.from_bytes(raw)
+    except (DataError, tuf.RepositoryError, ValueError):
+        return None
+    return cached.signed.version
+
+
+def _read_target(source: Source, info: TargetFile, most_bytes: int, what: str) -> bytes:
+    if info.length > most_bytes:
         raise TrustError(
-            f"{info.path}: the manifest has {info.length} bytes, more than the "
-            f"{MAX_MANIFEST_BYTES} allowed. {_AFTER}"
+            f"{info.path}: {what} has {info.length} bytes, more than the {most_bytes} allowed. "
+            f"{_AFTER}"
         )
     raw = _Fetcher(source).download_bytes(_location(info), info.length)
     info.verify_length_and_hashes(raw)
@@ -219,23 +348,6 @@ def _location(info: TargetFile) -> str:
         raise TrustError(f"{info.path}: it is signed without a sha256 digest. {_AFTER}")
     folder, _, name = info.path.rpartition("/")
     return f"targets/{folder}/{digest}.{name}"
-
-
-def _check_root(raw: bytes) -> None:
-    try:
-        metadata: Metadata[Root] = Metadata.from_bytes(raw)
-        if not isinstance(metadata.signed, Root):
-            raise tuf.RepositoryError(f"it is metadata of type {metadata.signed.type!r}")
-        metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
-    except (tuf.RepositoryError, ValueError) as error:
-        raise TrustError(
-            f"--root: expected the root.json that `fedcore release init` made, got something else "
-            f"({error}). {_AFTER}"
-        ) from error
-
-
-def _pin(trust: Path) -> Path:
-    return trust / "pinned.root.json"
 
 
 def _make_durable(folder: Path) -> None:

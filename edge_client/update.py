@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from edge_client import store as installed
 from edge_client.confined import Limits
 from edge_client.fetch import fetch
+from edge_client.roots import anchor
 from edge_client.selftest import self_test
 from edge_client.source import Source
 from edge_client.store import Record
-from edge_client.trust import current_offer, pin_root, trusted_root
+from edge_client.trust import current_offer
 from fedcore.errors import DataError, DeviceError, DigestMismatch, RollbackRefused
 from fedcore.files import disk_errors, sha256_hex
 
@@ -28,6 +30,8 @@ class Update:
     changed: bool
     golden_error: float | None
     """Largest difference in the self-test; None when nothing changed."""
+    clock: str | None = None
+    """What is wrong with this device's clock; None where nothing is known to be."""
 
 
 def update(
@@ -38,6 +42,7 @@ def update(
     root: bytes | None,
     threads: int,
     limits: Limits | None = None,
+    now: datetime | None = None,
 ) -> Update:
     """Fetches the current release of a model, verifies it, tests it, and makes it serve.
 
@@ -50,6 +55,7 @@ def update(
         root: Trusted root metadata; needed on the first update, pinned by it.
         threads: Of one inference, in the self-test.
         limits: What the model may take in the self-test; `Limits()` when None.
+        now: What this device's clock says; it is asked when None.
 
     Raises:
         ConfigError: the name is not valid, or no root is trusted yet.
@@ -62,15 +68,23 @@ def update(
     installed.check_name(model)
     with disk_errors(store), installed.locked(store):
         trust = store / "trust"
-        root = trusted_root(trust, root)
-        offer = current_offer(source, trust=trust, root=root, model=model)
-        pin_root(trust, root)
+        offer = current_offer(
+            source,
+            trust=trust,
+            start=anchor(trust, root),
+            model=model,
+            now=now or datetime.now(UTC),
+        )
         record = Record(
-            version=offer.manifest.version, manifest_sha256=sha256_hex(offer.manifest_raw)
+            version=offer.manifest.version,
+            manifest_sha256=sha256_hex(offer.manifest_raw),
+            epoch=offer.epoch,
         )
         before = _before(store, model)
         if before == record and before == _active(store, model):
-            return Update(model, record.version, None, changed=False, golden_error=None)
+            return Update(
+                model, record.version, None, changed=False, golden_error=None, clock=offer.clock
+            )
         _refuse_older(record, _active(store, model) or before, model)
         incoming = store / "incoming"
         onnx, golden = (
@@ -89,7 +103,14 @@ def update(
         for unfinished in incoming.iterdir():
             unfinished.unlink()
         previous = before.version if before else None
-        return Update(model, record.version, previous, changed=True, golden_error=golden_error)
+        return Update(
+            model,
+            record.version,
+            previous,
+            changed=True,
+            golden_error=golden_error,
+            clock=offer.clock,
+        )
 
 
 def _before(store: Path, model: str) -> Record | None:
@@ -112,16 +133,22 @@ def _refuse_older(offered: Record, active: Record | None, model: str) -> None:
     """A version never goes back, and what a version is never changes."""
     if active is None:
         return
-    if offered.version < active.version:
+    if (offered.epoch, offered.version) < (active.epoch, active.version):
         raise RollbackRefused(
-            f"model {model!r}: the repository offers version {offered.version}, older than version "
-            f"{active.version} here. Nothing was installed; the version before keeps serving. "
-            "`fedcore release rollback` publishes older bytes under a new version."
+            f"model {model!r}: the repository offers {_named(offered)}, older than "
+            f"{_named(active)} here. Nothing was installed; the version before keeps serving. "
+            "`fedcore release rollback` publishes older bytes under a new version; after a theft "
+            "of keys, `fedcore release rotate --last-good` begins a new epoch."
         )
-    if offered.version == active.version and offered != active:
+    same = (offered.epoch, offered.version) == (active.epoch, active.version)
+    if same and offered != active:
         raise DigestMismatch(
-            f"model {model!r}: the repository offers a version {offered.version} that differs from "
+            f"model {model!r}: the repository offers a {_named(offered)} that differs from "
             f"the one installed here: manifest sha256 {offered.manifest_sha256}, here "
             f"{active.manifest_sha256}. Nothing was installed; the version before keeps serving. "
             "Whoever publishes has to look into this."
         )
+
+
+def _named(record: Record) -> str:
+    return f"version {record.version}" + (f" of epoch {record.epoch}" if record.epoch else "")

@@ -18,7 +18,7 @@ from typing import Literal
 
 from fedcore import __version__
 from fedcore.cli import Command
-from fedcore.errors import FedcoreError, ResourceError
+from fedcore.errors import ConfigError, FedcoreError, ResourceError
 
 _SOON = timedelta(days=14)
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 2 << 30, 200 << 20
@@ -158,7 +158,7 @@ def task_layers(path: Path) -> Finding:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    side = parser.add_mutually_exclusive_group(required=True)
+    side = parser.add_mutually_exclusive_group()
     side.add_argument(
         "--kit", type=Path, metavar="DIR", help="look at a device, whose kit is here, as --kit kit"
     )
@@ -167,6 +167,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="look at a server, whose identity is here, as --identity authority/server",
+    )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="look at a device's released models, too, as --store /var/lib/fedcore",
     )
     parser.add_argument("--task", type=Path, help="look at a task, too, as --task churn/task.py")
     parser.add_argument(
@@ -179,7 +185,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    side = "device" if options.kit else "server"
+    if (options.kit or options.store or options.identity) is None:
+        raise ConfigError(
+            "doctor: expected --kit or --store for a device, or --identity for a server; got none. "
+            "Nothing was looked at."
+        )
+    if options.store is not None and options.identity is not None:
+        raise ConfigError(
+            "doctor: --store is a device's, --identity a server's. Nothing was looked at; run it "
+            "once for each."
+        )
+    side = "device" if options.identity is None else "server"
     (entry,) = entry_points(group="fedcore.doctors", name=side)
     examine: Examine = entry.load()
     findings = [versions(), *examine(options), gpu(), providers()]

@@ -37,6 +37,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsa
 )
 from tuf.api.serialization.json import JSONSerializer
 
+from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
 from fedcore.files import disk_errors, read_bytes, write_atomic
 from server.registry.keys import MAX_METADATA_BYTES, Keys
@@ -119,7 +120,12 @@ def create(repository: Path, keys: Keys, *, models: Sequence[str], now: datetime
     Raises:
         DiskFull: there was no room.
     """
-    root = Root(version=1, expires=now + OFFLINE_EXPIRY, consistent_snapshot=True)
+    root = Root(
+        version=1,
+        expires=now + OFFLINE_EXPIRY,
+        consistent_snapshot=True,
+        unrecognized_fields=stamp(now),
+    )
     for role in sorted(TOP_LEVEL_ROLE_NAMES):
         root.add_key(keys.public(role), role)
     releases_key = keys.public("releases")
@@ -246,6 +252,7 @@ def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) 
     """
     root = Root.from_dict(state.root.to_dict())
     root.version, root.expires = root.version + 1, now + OFFLINE_EXPIRY
+    root.unrecognized_fields |= stamp(now)
     targets = Targets.from_dict(state.targets.to_dict())
     targets.version, targets.expires = targets.version + 1, now + OFFLINE_EXPIRY
     # The new root names the same keys, so that it may be in force before the rest is.
@@ -326,6 +333,7 @@ def _replace(
         version=timestamp_version,
         expires=now + TIMESTAMP_EXPIRY,
         snapshot_meta=MetaFile.from_data(snapshot.version, raw, ["sha256"]),
+        unrecognized_fields=stamp(now),
     )
     switch, raw = repository / "metadata" / "timestamp.json", sign(timestamp, keys, "timestamp")
     written: list[Path] = []

@@ -99,13 +99,14 @@ class World:
             keys = read_keys(self.keys, ONLINE)
             registry.add(self.repository, state, keys, files, now=datetime.now(UTC))
 
-    def update(self, source: Source | None = None) -> Update:
+    def update(self, source: Source | None = None, *, now: datetime | None = None) -> Update:
         return update(
             source or folder_source(self.repository),
             store=self.store,
             model="digits",
             root=(self.keys / "root.json").read_bytes(),
             threads=1,
+            now=now,
         )
 
     def answers(self) -> float:

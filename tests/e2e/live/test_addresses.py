@@ -119,7 +119,7 @@ def test_the_doctor_looks_at_each_address(
     kit = several(project, "edge-0", ELSEWHERE, "127.0.0.1")
 
     def servers() -> list[tuple[str, str]]:
-        found = edge_client.doctor.examine(argparse.Namespace(kit=kit.folder))
+        found = edge_client.doctor.examine(argparse.Namespace(kit=kit.folder, store=None))
         return [(one.verdict, one.detail) for one in found if one.check in ("server", "proxy")]
 
     _, *nobody = servers()

@@ -18,7 +18,7 @@ from fedcore.doctor import Finding
 
 
 def device(folder: Path) -> dict[str, Finding]:
-    options = argparse.Namespace(kit=folder)
+    options = argparse.Namespace(kit=folder, store=None)
     return {one.check: one for one in edge_client.doctor.examine(options)}
 
 

@@ -111,7 +111,7 @@ def test_operators_and_the_doctor_go_through_it_too(
     project.device("edge-0")
     monkeypatch.setenv("https_proxy", proxy.url)
     assert ask_there(anna, {"verb": "status"})["run"] == "trial"
-    findings = {one.check: one for one in examine(type("O", (), {"kit": folder})())}
+    findings = {one.check: one for one in examine(type("O", (), {"kit": folder, "store": None})())}
     assert proxy.url.removeprefix("http://") in findings["proxy"].detail
     assert findings["server"].verdict == "ok"
     assert findings["clock"].verdict == "ok"
@@ -119,7 +119,7 @@ def test_operators_and_the_doctor_go_through_it_too(
     proxy.close()
     with pytest.raises(ResourceError, match="cannot be reached"):
         ask_there(load_kit(project.root / "anna"), {"verb": "status"})
-    findings = {one.check: one for one in examine(type("O", (), {"kit": folder})())}
+    findings = {one.check: one for one in examine(type("O", (), {"kit": folder, "store": None})())}
     assert findings["server"].verdict == "fail"
     assert "through 127.0.0.1" in findings["server"].detail
 

@@ -46,6 +46,7 @@ def test_update_says_what_it_did(
         "previous": 1,
         "changed": True,
         "golden_error": 0.0,
+        "clock": None,
     }
 
 

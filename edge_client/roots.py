@@ -1,0 +1,162 @@
+"""Which root a device trusts: its owner's, and whatever root that one's signers put in its place.
+
+::
+
+    trust/pinned.root.json    the newest root that the chain of signatures has led to
+    trust/roots.json          digests of all roots on the way there, as `--root` may name any
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuf.api import exceptions as tuf
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+    Metadata,
+    Root,
+)
+
+from fedcore.errors import ConfigError, DataError, TrustError
+from fedcore.files import read_bytes, sha256_hex, write_atomic
+
+MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
+_MAX_KNOWN = 4096
+_MAX_KNOWN_BYTES = 1 << 20
+_AFTER = "Nothing was installed; the version before keeps serving."
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the chain of roots starts in this update."""
+
+    raw: bytes = field(repr=False)
+    root: Root = field(repr=False)
+    pinned: bool
+    """Whether an update has succeeded with it before."""
+    awaited: str | None = None
+    """The digest of a newer root that the owner gives: the chain must lead to it."""
+
+
+def anchor(trust: Path, given: bytes | None) -> Anchor:
+    """The root to start from: the one pinned earlier, else the one that the owner gives.
+
+    Raises:
+        ConfigError: nothing is pinned yet and none is given.
+        TrustError: the one given is none that this device has trusted, or is no root.
+        DataError: what was pinned is damaged.
+    """
+    if not _pin(trust).exists():
+        if given is None:
+            raise ConfigError(
+                f"{trust}: this device trusts no root yet. Nothing was fetched; give it once with "
+                "--root, the root.json that `fedcore release init` made."
+            )
+        return Anchor(given, parse_root(given), pinned=False)
+    raw = read_bytes(_pin(trust), max_bytes=MAX_ROOT_BYTES, what="the pinned root")
+    try:
+        root = parse_root(raw)
+    except TrustError as error:
+        raise DataError(
+            f"{_pin(trust)}: it is not the root that was pinned; the disk may be failing. {_AFTER} "
+            "Restore it from a copy, or begin another store with --root."
+        ) from error
+    if given is None or given == raw or sha256_hex(given) in _known(trust):
+        return Anchor(raw, root, pinned=True)
+    newer = parse_root(given)
+    if newer.version <= root.version:
+        raise _foreign(trust)
+    return Anchor(raw, root, pinned=True, awaited=sha256_hex(given))
+
+
+def check_awaited(start: Anchor, trust: Path) -> None:
+    """Raises `TrustError` where the chain of roots has not led to the one that the owner gave."""
+    if start.awaited is not None and start.awaited not in _known(trust):
+        raise _foreign(trust)
+
+
+def pin(trust: Path, start: Anchor, newest: int, history: Path) -> None:
+    """Keeps the root that the chain has led to; from now on it is where the chain starts.
+
+    Args:
+        trust: The folder of the trusted state.
+        start: Where the chain started.
+        newest: The version that it led to.
+        history: python-tuf's folder of roots, by version; each was verified by the one before.
+    """
+    if start.pinned and newest == start.root.version:
+        return
+    later = range(start.root.version + 1, newest + 1)
+    roots = [start.raw, *(_read(history / f"{version}.root.json") for version in later)]
+    digests = dict.fromkeys([*_known(trust), *map(sha256_hex, roots)])
+    kept = list(digests)[-_MAX_KNOWN:]
+    write_atomic(_path(trust), (json.dumps({"sha256": kept}) + "\n").encode())
+    write_atomic(_pin(trust), roots[-1])
+    for path in history.glob("*.root.json"):  # the chain starts after them now
+        version = path.name.partition(".")[0]
+        if version.isdecimal() and int(version) < newest:
+            path.unlink()
+
+
+def parse_root(raw: bytes) -> Root:
+    """Root metadata that its own keys have signed.
+
+    Raises:
+        TrustError: it is none.
+    """
+    try:
+        metadata: Metadata[Root] = Metadata.from_bytes(raw)
+        if not isinstance(metadata.signed, Root):
+            raise tuf.RepositoryError(f"it is metadata of type {metadata.signed.type!r}")
+        metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
+    except (tuf.RepositoryError, ValueError) as error:
+        raise TrustError(
+            f"--root: expected the root.json that `fedcore release init` made, got something else "
+            f"({error}). {_AFTER}"
+        ) from error
+    return metadata.signed
+
+
+def rotated(before: Root, after: Root, roles: Iterable[str]) -> bool:
+    """Whether a key that was trusted for one of the roles is trusted no more."""
+    return any(set(before.roles[role].keyids) - set(after.roles[role].keyids) for role in roles)
+
+
+def _foreign(trust: Path) -> TrustError:
+    return TrustError(
+        f"{_pin(trust)}: the root given is not the one that this device has trusted since its "
+        f"first update, nor one that its signers put in its place. {_AFTER} Leave --root out to go "
+        "on trusting that one; to trust another, choose another store."
+    )
+
+
+def _known(trust: Path) -> list[str]:
+    """The digests of the roots on the way to the pinned one."""
+    path = _path(trust)
+    if not path.exists():
+        return []
+    raw = read_bytes(path, max_bytes=_MAX_KNOWN_BYTES, what="the digests of trusted roots")
+    try:
+        known = json.loads(raw)["sha256"]
+        if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):
+            raise TypeError("no list of digests")
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise DataError(
+            f"{path}: it does not hold the digests that were written; the disk may be failing. "
+            f"{_AFTER} Remove it, leave --root out, and run again."
+        ) from None
+    return known
+
+
+def _read(path: Path) -> bytes:
+    return read_bytes(path, max_bytes=MAX_ROOT_BYTES, what="a verified root")
+
+
+def _pin(trust: Path) -> Path:
+    return trust / "pinned.root.json"
+
+
+def _path(trust: Path) -> Path:
+    return trust / "roots.json"

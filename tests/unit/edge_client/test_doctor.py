@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_client.clock import Floor, write_floor
+from edge_client.doctor import _releases_clock, examine
+from fedcore import doctor
+from fedcore.errors import ConfigError
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("floor", "verdict", "told"),
+    [
+        (Floor(), "warn", "no release has been verified here yet"),
+        (Floor(signed=NOW - DAY, until=NOW + DAY), "ok", "not before 2026-04-30 00:00 UTC"),
+        (Floor(signed=NOW + DAY, until=NOW + 8 * DAY), "fail", "is behind: it is 2026-05-02"),
+        (Floor(signed=NOW - DAY, latest=NOW + DAY), "warn", "it was ahead, or is behind now"),
+        (Floor(signed=NOW - 9 * DAY, until=NOW - DAY), "warn", "was signed until 2026-04-30"),
+    ],
+)
+def test_the_clock_is_compared_with_what_was_signed(
+    tmp_path: Path, floor: Floor, verdict: str, told: str
+) -> None:
+    write_floor(tmp_path / "trust", floor)
+    found = _releases_clock(tmp_path, NOW)
+    assert found.verdict == verdict
+    assert told in found.detail
+    assert (found.remedy != "") == (verdict != "ok")
+
+
+def test_a_damaged_floor_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "trust").mkdir()
+    (tmp_path / "trust" / "clock.json").write_text("{")
+    found = list(examine(argparse.Namespace(kit=None, store=tmp_path)))
+    assert [(one.check, one.verdict) for one in found] == [("store", "fail"), ("disk", "ok")]
+
+
+def test_a_device_that_only_infers_is_looked_at(
+    publisher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edge_client.source import folder_source
+    from edge_client.update import update
+
+    publisher.publish()
+    store = tmp_path / "store"
+    update(
+        folder_source(publisher.repository),
+        store=store,
+        model="digits",
+        root=publisher.root,
+        threads=1,
+    )
+    parser = argparse.ArgumentParser()
+    doctor.doctor.arguments(parser)
+    assert doctor.doctor.run(parser.parse_args(["--store", str(store)])) == 0
+    assert "OK   store        the clock is not before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sides", [[], ["--store", "s", "--identity", "i"]])
+def test_a_side_has_to_be_named(sides: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    doctor.doctor.arguments(parser)
+    with pytest.raises(ConfigError, match=r"doctor: .*Nothing was looked at"):
+        doctor.doctor.run(parser.parse_args(sides))
