@@ -110,7 +110,8 @@ def current_offer(
         updater, judged = _refreshed(source, trust, start, view)
         pointer = f"models/{model}/release.json"
         info = updater.get_targetinfo(pointer)
-        pin(trust, start, updater.root.version, metadata / "root_history")
+        if not start.pinned:  # it has just vouched for a release
+            pin(trust, start, updater.root.version, metadata / "root_history")
         check_awaited(start, trust)
         _make_durable(metadata)
         if info is None:
@@ -346,8 +347,8 @@ def _location(info: TargetFile) -> str:
     digest = info.hashes.get("sha256")
     if digest is None:
         raise TrustError(f"{info.path}: it is signed without a sha256 digest. {_AFTER}")
-    folder, _, name = info.path.rpartition("/")
-    return f"targets/{folder}/{digest}.{name}"
+    folder, slash, name = info.path.rpartition("/")
+    return f"targets/{folder}{slash}{digest}.{name}"
 
 
 def _make_durable(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,12 +27,14 @@ from fedcore.artifacts.manifest import (
 from fedcore.config import Name
 from fedcore.errors import ReleaseError, TrustError
 from fedcore.files import disk_errors, sha256_hex, write_atomic
+from server.registry import creation
 from server.registry import repository as registry
 from server.registry.keys import (
     OFFLINE,
     ONLINE,
     TRUSTED_ROOT,
     Keys,
+    Quorum,
     generate_keys,
     read_keys,
     read_trusted_root,
@@ -61,13 +63,21 @@ class Draft:
     """As `fedcore.artifacts.golden.golden_bytes` makes them."""
 
 
-def initialise(repository: Path, keys: Path, *, models: Sequence[str] = (), now: datetime) -> Path:
+def initialise(
+    repository: Path,
+    keys: Path,
+    *,
+    models: Sequence[str] = (),
+    quorums: Mapping[str, Quorum] | None = None,
+    now: datetime,
+) -> Path:
     """Makes keys and an empty repository that they sign.
 
     Args:
         repository: A folder that is not there yet, or is empty.
         keys: A folder without keys.
         models: The only models that the online keys may publish; any when empty.
+        quorums: How many keys each role has, and how many must sign; one where nothing is said.
         now: Expiry counts from here.
 
     Returns:
@@ -84,12 +94,14 @@ def initialise(repository: Path, keys: Path, *, models: Sequence[str] = (), now:
             f"{keys}: this folder of keys lies within the repository, so private keys would be "
             "delivered with it. Nothing was written; choose a folder elsewhere."
         )
-    made = generate_keys()
+    made = generate_keys(quorums=quorums)
     with disk_errors(repository):
         refuse_existing(keys)
-        registry.refuse_occupied(repository)
+        creation.refuse_occupied(repository)
         try:
-            root = registry.create(repository, made, models=models, now=_utc(now))
+            root = creation.create(
+                repository, made, models=models, quorums=quorums or {}, now=_utc(now)
+            )
             write_keys(made, keys)
             write_atomic(keys / TRUSTED_ROOT, root)
         except BaseException:  # half a set of keys is of no use; neither is what it has signed
@@ -246,8 +258,7 @@ def _publishing(
 def _open(repository: Path, keys: Path, roles: Sequence[str]) -> tuple[registry.State, Keys]:
     signing = read_keys(keys, roles)
     state = registry.read_state(repository, read_trusted_root(keys))
-    registry.check_keys(state, signing, repository)
-    return state, signing
+    return state, registry.trusted_keys(state, signing, repository)
 
 
 def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[str, bytes]]:

@@ -1,8 +1,9 @@
-"""The keys of a release repository: made once, kept in two folders, never shown.
+"""The keys of a release repository: kept in two folders, a file each, never shown.
 
 ``offline/`` holds the keys that say who may sign what (root, targets); they are needed once a year
-and belong on storage that is not connected. ``online/`` holds those that publish. ``root.json`` is
-public: what every device starts its trust from.
+and belong on storage that is not connected. ``online/`` holds those that publish. A role may have
+several: ``root.pem``, ``root-2.pem``, ..., each on storage of its own, and needs as many of them as
+its threshold says. ``root.json`` is public: what every device starts its trust from.
 """
 
 from __future__ import annotations
@@ -24,34 +25,66 @@ from fedcore.files import read_bytes, write_atomic
 
 OFFLINE = ("root", "targets")
 ONLINE = ("releases", "snapshot", "timestamp")
+ROLES = (*OFFLINE, *ONLINE)
 TRUSTED_ROOT = "root.json"
+MAX_KEYS = 16
+"""Of one role."""
 MAX_METADATA_BYTES = 5_000_000  # bytes: python-tuf's updater reads no more of one file on a device
 _MAX_KEY_BYTES = 4096  # bytes: an Ed25519 key as PKCS#8 PEM has 119
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """How many keys a role has, and how many of them must sign."""
+
+    threshold: int = 1
+    keys: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threshold <= self.keys <= MAX_KEYS:
+            raise ReleaseError(
+                f"{self.threshold} of {self.keys} keys: expected a threshold from 1 to the number "
+                f"of keys, and {MAX_KEYS} keys at most. Nothing was written."
+            )
 
 
 @dataclass(frozen=True)
 class Keys:
     """Signing keys by role; printing them shows roles and key ids alone."""
 
-    signers: Mapping[str, CryptoSigner] = field(repr=False)
+    signers: Mapping[str, tuple[CryptoSigner, ...]] = field(repr=False)
 
     def __repr__(self) -> str:
-        ids = (f"{role}={self.public(role).keyid[:12]}" for role in sorted(self.signers))
+        ids = (
+            f"{role}={key.keyid[:12]}" for role in sorted(self.signers) for key in self.public(role)
+        )
         return f"Keys({', '.join(ids)}, private parts hidden)"
 
-    def public(self, role: str) -> SSlibKey:
-        """The public part of a role's key."""
-        return self.signers[role].public_key
+    def public(self, role: str) -> list[SSlibKey]:
+        """The public parts of a role's keys."""
+        return [signer.public_key for signer in self.signers[role]]
+
+    def ids(self, role: str) -> list[str]:
+        """The ids of a role's keys."""
+        return [key.keyid for key in self.public(role)]
 
 
-def generate_keys() -> Keys:
-    """A fresh Ed25519 key for each role, from the operating system's randomness."""
-    return Keys({role: CryptoSigner.generate_ed25519() for role in (*OFFLINE, *ONLINE)})
+def generate_keys(
+    roles: Iterable[str] = ROLES, quorums: Mapping[str, Quorum] | None = None
+) -> Keys:
+    """Fresh Ed25519 keys for roles, from the operating system's randomness; one each by default."""
+    count = {role: quorum.keys for role, quorum in (quorums or {}).items()}
+    return Keys(
+        {
+            role: tuple(CryptoSigner.generate_ed25519() for _ in range(count.get(role, 1)))
+            for role in roles
+        }
+    )
 
 
 def refuse_existing(folder: Path) -> None:
     """Raises `ReleaseError` when ``folder`` already holds a key: none is ever overwritten."""
-    found = [path for role in (*OFFLINE, *ONLINE) if (path := _path(folder, role)).exists()]
+    found = [path for role in ROLES for path in key_files(folder, role)]
     if found or (folder / TRUSTED_ROOT).exists():
         raise ReleaseError(
             f"{folder}: keys already exist there ({(found or [folder / TRUSTED_ROOT])[0].name}). "
@@ -61,34 +94,82 @@ def refuse_existing(folder: Path) -> None:
 
 
 def write_keys(keys: Keys, folder: Path) -> None:
-    """Writes each key as PKCS#8 PEM, readable by its owner alone.
+    """Writes the first keys of a folder.
 
     Raises:
         ReleaseError: a key exists there already; nothing was written.
         DiskFull: there was no room.
     """
     refuse_existing(folder)
-    for role, signer in keys.signers.items():
-        path = _path(folder, role)
-        for parent in (folder, path.parent):
-            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            parent.chmod(0o700)  # it may have stood there, open to others, before
-        write_atomic(path, signer.private_bytes, mode=0o600)
+    add_keys(keys, folder)
+
+
+def add_keys(keys: Keys, folder: Path) -> list[Path]:
+    """Writes each key as PKCS#8 PEM, readable by its owner alone, beside those that are there.
+
+    Returns:
+        The files. What was written is gone again where this raises.
+
+    Raises:
+        DiskFull: there was no room.
+    """
+    written: list[Path] = []
+    try:
+        for role, signers in keys.signers.items():
+            number = 0
+            for signer in signers:
+                number += 1
+                while (path := _path(folder, role, number)).exists():
+                    number += 1
+                for parent in (folder, path.parent):
+                    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    parent.chmod(0o700)  # it may have stood there, open to others, before
+                write_atomic(path, signer.private_bytes, mode=0o600)
+                written.append(path)
+    except BaseException:
+        remove_files(written)
+        raise
+    return written
 
 
 def remove_keys(folder: Path) -> None:
     """Takes back what `write_keys` wrote, when making a repository failed."""
-    for path in (*(_path(folder, role) for role in (*OFFLINE, *ONLINE)), folder / TRUSTED_ROOT):
+    for role in ROLES:
+        remove_files(key_files(folder, role))
+    (folder / TRUSTED_ROOT).unlink(missing_ok=True)
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Removes private keys that count for nothing."""
+    for path in paths:
         path.unlink(missing_ok=True)
 
 
 def read_keys(folder: Path, roles: Iterable[str]) -> Keys:
-    """Reads the keys of some roles.
+    """Reads the keys of some roles, all that are there.
 
     Raises:
-        ReleaseError: a key is missing, unreadable, or no Ed25519 key.
+        ReleaseError: a role has none, or one is unreadable or no Ed25519 key.
     """
-    return Keys({role: _read(_path(folder, role), role) for role in roles})
+    return Keys(
+        {
+            role: tuple(
+                read_key(path, role) for path in key_files(folder, role) or [_path(folder, role, 1)]
+            )
+            for role in roles
+        }
+    )
+
+
+def key_files(folder: Path, role: str) -> list[Path]:
+    """The files of a role's keys that are there, in the order of their numbers."""
+    first = _path(folder, role, 1)
+    numbered = {
+        int(number): path
+        for path in first.parent.glob(f"{role}-*.pem")
+        if (number := path.stem.removeprefix(f"{role}-")).isdecimal()
+    }
+    return ([first] if first.exists() else []) + [numbered[number] for number in sorted(numbered)]
 
 
 def read_trusted_root(folder: Path) -> bytes:
@@ -107,11 +188,12 @@ def read_trusted_root(folder: Path) -> bytes:
         ) from None
 
 
-def _path(folder: Path, role: str) -> Path:
-    return folder / ("offline" if role in OFFLINE else "online") / f"{role}.pem"
+def read_key(path: Path, role: str) -> CryptoSigner:
+    """One private key.
 
-
-def _read(path: Path, role: str) -> CryptoSigner:
+    Raises:
+        ReleaseError: it is missing, unreadable, or no Ed25519 key.
+    """
     try:
         raw = read_bytes(path, max_bytes=_MAX_KEY_BYTES, what=f"the private key of role {role!r}")
     except DataError as error:
@@ -131,3 +213,8 @@ def _read(path: Path, role: str) -> CryptoSigner:
             f"{role!r}, found something else. Nothing was published; restore the key from its copy."
         )
     return CryptoSigner(private)
+
+
+def _path(folder: Path, role: str, number: int) -> Path:
+    name = role if number == 1 else f"{role}-{number}"
+    return folder / ("offline" if role in OFFLINE else "online") / f"{name}.pem"

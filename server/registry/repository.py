@@ -14,19 +14,17 @@ repository is either as it was or wholly changed.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported unsaid
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
-    TOP_LEVEL_ROLE_NAMES,
     DelegatedRole,
-    Delegations,
-    Key,
     Metadata,
     MetaFile,
     Root,
@@ -40,6 +38,7 @@ from tuf.api.serialization.json import JSONSerializer
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
 from fedcore.files import disk_errors, read_bytes, write_atomic
+from server.registry import pending
 from server.registry.keys import MAX_METADATA_BYTES, Keys
 
 OFFLINE_EXPIRY = timedelta(days=365)
@@ -83,77 +82,8 @@ def locked(repository: Path) -> Iterator[None]:
         )
     with disk_errors(repository), (repository / ".lock").open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        pending.finish(repository)
         yield
-
-
-def delegated_paths(models: Sequence[str]) -> list[str]:
-    """The target paths that the online ``releases`` key may sign, file by file.
-
-    A wildcard of TUF stays within one folder, so ``*`` stands for one model or one version.
-    """
-    return [
-        f"models/{model}/{rest}"
-        for model in models or ["*"]
-        for rest in (POINTER, *(f"*/{name}" for name in RELEASE_FILES))
-    ]
-
-
-def refuse_occupied(repository: Path) -> None:
-    """Raises `ReleaseError` unless a repository can be made in this folder."""
-    if repository.exists() and (not repository.is_dir() or any(repository.iterdir())):
-        raise ReleaseError(
-            f"{repository}: expected an empty folder, or none. Nothing was written; choose "
-            "another, or publish to the repository that is there."
-        )
-
-
-def create(repository: Path, keys: Keys, *, models: Sequence[str], now: datetime) -> bytes:
-    """Makes an empty repository and returns its root metadata, which devices are given.
-
-    Args:
-        repository: A folder that is not there yet, or is empty.
-        keys: All five.
-        models: The only models that may ever be published without the offline keys; any when
-            empty.
-        now: Expiry counts from here; UTC.
-
-    Raises:
-        DiskFull: there was no room.
-    """
-    root = Root(
-        version=1,
-        expires=now + OFFLINE_EXPIRY,
-        consistent_snapshot=True,
-        unrecognized_fields=stamp(now),
-    )
-    for role in sorted(TOP_LEVEL_ROLE_NAMES):
-        root.add_key(keys.public(role), role)
-    releases_key = keys.public("releases")
-    delegated = DelegatedRole(
-        name="releases",
-        keyids=[releases_key.keyid],
-        threshold=1,
-        terminating=True,  # what it does not list does not exist: nobody else is asked
-        paths=delegated_paths(models),
-    )
-    by_id: dict[str, Key] = {releases_key.keyid: releases_key}
-    targets = Targets(
-        version=1,
-        expires=now + OFFLINE_EXPIRY,
-        delegations=Delegations(keys=by_id, roles={"releases": delegated}),
-    )
-    releases = Targets(version=1, expires=now + RELEASES_EXPIRY)
-    raw_root = sign(root, keys, "root")
-    _replace(
-        repository,
-        keys,
-        {"targets": targets, "releases": releases},
-        {"metadata/1.root.json": raw_root},
-        snapshot=Snapshot(version=1, expires=now + RELEASES_EXPIRY, meta={}),
-        timestamp_version=1,
-        now=now,
-    )
-    return raw_root
 
 
 def read_state(repository: Path, trusted_root: bytes) -> State:
@@ -185,16 +115,32 @@ def read_state(repository: Path, trusted_root: bytes) -> State:
     return State(root, targets, releases, snapshot, timestamp)
 
 
-def check_keys(state: State, keys: Keys, repository: Path) -> None:
-    """Raises `ReleaseError` unless each key is the one that its role trusts."""
-    for role in keys.signers:
+def trusted_keys(state: State, keys: Keys, repository: Path) -> Keys:
+    """Those of the keys that their roles trust.
+
+    Raises:
+        ReleaseError: a role has none of them, or fewer than its threshold.
+    """
+    trusted = dict[str, tuple[CryptoSigner, ...]]()
+    for role, signers in keys.signers.items():
         delegator = state.targets if role == "releases" else state.root
-        if keys.public(role).keyid not in delegator.get_delegated_role(role).keyids:
+        required = delegator.get_delegated_role(role)
+        trusted[role] = tuple(
+            signer for signer in signers if signer.public_key.keyid in required.keyids
+        )
+        if not trusted[role]:
             raise ReleaseError(
                 f"{repository}: its role {role!r} is signed by another key than the one given "
-                f"({keys.public(role).keyid[:12]}). Nothing was published; name the folder of keys "
+                f"({keys.ids(role)[0][:12]}). Nothing was published; name the folder of keys "
                 "that `fedcore release init` made for this repository."
             )
+        if len(trusted[role]) < required.threshold:
+            raise ReleaseError(
+                f"{repository}: its role {role!r} needs {required.threshold} of its "
+                f"{len(required.keyids)} keys, and {len(trusted[role])} is given. Nothing was "
+                "published; bring the files of more of them into the folder of keys."
+            )
+    return Keys(trusted)
 
 
 def may_publish(state: State, path: str) -> bool:
@@ -261,10 +207,18 @@ def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) 
     _replace_online(repository, renewed, keys, {}, {"targets": targets}, now=now)
 
 
-def sign(payload: Payload, keys: Keys, role: str) -> bytes:
-    """A metadata file: the payload with the signature of its role's key."""
+def sign(payload: Payload, keys: Keys, role: str, *others: Keys) -> bytes:
+    """A metadata file: the payload with the signatures of its role's keys.
+
+    Args:
+        payload: What is signed.
+        keys: Signs it.
+        role: Whose keys sign.
+        others: More keys that sign in the same role: a root is signed by those before it, too.
+    """
     metadata: Metadata[Payload] = Metadata(payload)
-    metadata.sign(keys.signers[role])
+    for signer in (*keys.signers[role], *(one for other in others for one in other.signers[role])):
+        metadata.sign(signer, append=True)
     return metadata.to_bytes(JSONSerializer(compact=True))
 
 
@@ -290,7 +244,7 @@ def _replace_online(
         expires=now + RELEASES_EXPIRY,
         targets={**state.releases.targets, **infos},
     )
-    _replace(
+    replace(
         repository,
         keys,
         {**roles, "releases": releases},
@@ -305,7 +259,7 @@ def _replace_online(
     )
 
 
-def _replace(
+def replace(
     repository: Path,
     keys: Keys,
     roles: Mapping[str, Targets],
@@ -314,8 +268,20 @@ def _replace(
     snapshot: Snapshot,
     timestamp_version: int,
     now: datetime,
+    root: tuple[int, bytes] | None = None,
 ) -> None:
-    """Writes everything under new names, then the timestamp, which alone is replaced."""
+    """Writes everything under new names, then the timestamp, which alone is replaced.
+
+    Args:
+        repository: Locked by the caller.
+        keys: Of the roles, of snapshot and timestamp.
+        roles: New targets metadata by role.
+        files: More files, by path within the repository.
+        snapshot: The new one; its ``meta`` is brought up to date.
+        timestamp_version: Of the new timestamp.
+        now: Expiry counts from here; UTC.
+        root: The version and the bytes of a root that comes into force with the timestamp.
+    """
     new = dict(files)
     for role, payload in roles.items():
         raw = sign(payload, keys, role)
@@ -342,9 +308,15 @@ def _replace(
             if not (path := repository / name).exists():
                 written.append(path)
             write_atomic(path, data)
-        write_atomic(switch, raw)
+        if root is None:
+            write_atomic(switch, raw)
+        else:
+            pending.begin(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
     except BaseException:
-        if not switch.exists() or switch.read_bytes() != raw:  # not in force: nothing names them
+        begun = pending.is_begun(repository)
+        if not begun and (
+            not switch.exists() or switch.read_bytes() != raw
+        ):  # not in force: nothing names them
             for path in written:
                 path.unlink(missing_ok=True)
         raise

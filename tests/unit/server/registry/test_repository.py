@@ -11,6 +11,7 @@ from tuf.api.metadata import DelegatedRole
 from fedcore.errors import DiskFull, ReleaseError
 from fedcore.files import write_atomic
 from server.registry import repository as registry
+from server.registry.creation import delegated_paths
 from server.registry.keys import ONLINE, read_keys, read_trusted_root
 from server.release import initialise, refresh
 
@@ -35,12 +36,12 @@ def state_of(publisher: Any) -> registry.State:
     ],
 )
 def test_the_online_key_may_sign_the_files_of_its_models_alone(path: str, allowed: bool) -> None:
-    role = DelegatedRole("releases", [], 1, True, registry.delegated_paths(["digits"]))
+    role = DelegatedRole("releases", [], 1, True, delegated_paths(["digits"]))
     assert role.is_delegated_path(path) is allowed
 
 
 def test_without_names_any_model_may_be_published_but_nothing_else() -> None:
-    role = DelegatedRole("releases", [], 1, True, registry.delegated_paths([]))
+    role = DelegatedRole("releases", [], 1, True, delegated_paths([]))
     assert role.is_delegated_path("models/anything/3/model.onnx")
     assert not role.is_delegated_path("models/anything/3/run.sh")
     assert not role.is_delegated_path("models/a/b/3/model.onnx")
@@ -50,8 +51,8 @@ def test_each_role_has_its_key_and_its_expiry(publisher: Any, now: datetime) -> 
     state = state_of(publisher)
     keys = read_keys(publisher.keys, ("root", "targets", *ONLINE))
     for role in ("root", "targets", "snapshot", "timestamp"):
-        assert state.root.get_delegated_role(role).keyids == [keys.public(role).keyid]
-    assert state.targets.get_delegated_role("releases").keyids == [keys.public("releases").keyid]
+        assert state.root.get_delegated_role(role).keyids == keys.ids(role)
+    assert state.targets.get_delegated_role("releases").keyids == keys.ids("releases")
     assert state.root.consistent_snapshot
     assert state.root.expires == state.targets.expires == now + timedelta(days=365)
     assert state.releases.expires == state.snapshot.expires == now + timedelta(days=30)
