@@ -109,7 +109,7 @@ class Manifest(_Part):
 
     format: Literal[1] = 1
     model: str
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, le=10**15)]
     created: str
     """UTC, ISO 8601, to the second."""
     kind: Literal["classification", "regression", "next_token"]

@@ -10,7 +10,11 @@ from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
 from fedcore.cli import Command, group
+from server.registry.keys import OFFLINE, ONLINE, ROLES, Quorum
+from server.registry.rotation import rotate
 from server.release import history, initialise, refresh, rollback
+
+_GROUPS = {"online": ONLINE, "offline": OFFLINE}
 
 
 def _places(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +45,43 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model that may be published with the online keys, as --model digits; repeat it for "
         "more, leave it out for any",
     )
+    _threshold(parser, "a role's keys, one each by default")
+
+
+def _threshold(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--threshold",
+        action="append",
+        type=_role_quorum,
+        default=[],
+        metavar="ROLE=K/N",
+        help=f"{what}, as --threshold root=2/3 for three keys of which two must sign; roles: "
+        f"{', '.join(ROLES)}; repeat it for more",
+    )
+
+
+def _role_quorum(text: str) -> tuple[str, Quorum]:
+    role, _, numbers = text.partition("=")
+    threshold, _, keys = numbers.partition("/")
+    if role not in ROLES or not _is_number(threshold) or not _is_number(keys):
+        raise argparse.ArgumentTypeError(
+            f"expected ROLE=K/N with a role of {', '.join(ROLES)}, as root=2/3, got {text!r}"
+        )
+    return role, Quorum(int(threshold), int(keys))
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 19
 
 
 def _init(options: argparse.Namespace) -> int:
-    root = initialise(options.repository, options.keys, models=options.model, now=_now())
+    root = initialise(
+        options.repository,
+        options.keys,
+        models=options.model,
+        quorums=dict(options.threshold),
+        now=_now(),
+    )
     text = (
         f"Repository: {options.repository}\n"
         f"Keys:       {options.keys}/online publish; move {options.keys}/offline to storage that "
@@ -122,6 +159,64 @@ def _refresh(options: argparse.Namespace) -> int:
     )
 
 
+def _rotate_arguments(parser: argparse.ArgumentParser) -> None:
+    _places(parser)
+    parser.add_argument(
+        "--role",
+        action="append",
+        choices=[*ROLES, *_GROUPS],
+        default=[],
+        help="whose keys are replaced, as --role online (default: online); repeat it for more",
+    )
+    _threshold(parser, "the new keys of a role, as many as before by default")
+    parser.add_argument(
+        "--last-good",
+        action="append",
+        type=_model_version,
+        default=[],
+        metavar="MODEL=VERSION",
+        help="what came after this version is withdrawn, and devices go back to it, as "
+        "--last-good digits=7; repeat it for more models",
+    )
+
+
+def _model_version(text: str) -> tuple[str, int]:
+    model, _, version = text.rpartition("=")
+    if not model or not _is_number(version):
+        raise argparse.ArgumentTypeError(f"expected MODEL=VERSION, as digits=7, got {text!r}")
+    return model, int(version)
+
+
+def _rotate(options: argparse.Namespace) -> int:
+    named = options.role or ["online"]
+    roles = [role for name in named for role in _GROUPS.get(name, (name,))]
+    done = rotate(
+        options.repository,
+        options.keys,
+        roles=roles,
+        quorums=dict(options.threshold),
+        last_good=dict(options.last_good),
+        now=_now().replace(microsecond=0),
+    )
+    offline = sorted({str(path) for path in done.written if path.parent.name == "offline"})
+    lines = [
+        f"New keys:   {', '.join(done.roles)}; devices follow by themselves from any root before",
+        f"New root:   version {done.root_version}, {options.keys / 'root.json'}: give it to new "
+        "devices",
+        *(f"Epoch {epoch}: {model}" for model, epoch in done.epochs.items()),
+        *(f"Offline:    move {path} to storage that is not connected" for path in offline),
+        *(f"Removed:    {path}; destroy every copy of it" for path in done.removed),
+    ]
+    value = {
+        "root_version": done.root_version,
+        "roles": list(done.roles),
+        "written": [str(path) for path in done.written],
+        "removed": [str(path) for path in done.removed],
+        "epochs": dict(done.epochs),
+    }
+    return _print(options, "\n".join(lines), value)
+
+
 def _print(options: argparse.Namespace, text: str, value: Any) -> int:
     print(json.dumps(value, indent=2) if options.json else text)
     return 0
@@ -157,6 +252,14 @@ release = group(
             _refresh,
             "fedcore release refresh --repository releases --keys keys",
         ),
+        "rotate": Command(
+            "Give roles new keys, vouched for by the old root's; undo what a thief published.",
+            _rotate_arguments,
+            _rotate,
+            "fedcore release rotate --repository releases --keys keys --role online "
+            "--last-good digits=7",
+        ),
     },
-    "Keep a signed repository of models: make it, list it, renew it, roll a model back.",
+    "Keep a signed repository of models: make it, list it, renew it, rotate its keys, roll a "
+    "model back.",
 )

@@ -155,7 +155,15 @@ def read_target(repository: Path, state: State, path: str) -> bytes:
     Raises:
         ReleaseError: it is missing or differs from what was signed.
     """
-    info = state.releases.targets[path]
+    return read_info(repository, state.releases.targets[path])
+
+
+def read_info(repository: Path, info: TargetFile) -> bytes:
+    """The bytes of a file that signed metadata describes, verified.
+
+    Raises:
+        ReleaseError: it is missing or differs from what was signed.
+    """
     try:
         raw = read_bytes(
             repository / "targets" / info.get_prefixed_paths()[0],
@@ -165,8 +173,8 @@ def read_target(repository: Path, state: State, path: str) -> bytes:
         info.verify_length_and_hashes(raw)
     except (DataError, RepositoryError) as error:
         raise ReleaseError(
-            f"{repository}: {path} is not what was published: {error} Nothing was changed; restore "
-            "the file from a copy of the repository."
+            f"{repository}: {info.path} is not what was published: {error} Nothing was changed; "
+            "restore the file from a copy of the repository."
         ) from error
     return raw
 

@@ -22,6 +22,7 @@ from fedcore.artifacts.manifest import Lineage, Manifest, Parity, PrivacyStateme
 from fedcore.errors import FedcoreError
 from server.registry import repository as registry
 from server.registry.keys import ONLINE, read_keys, read_trusted_root
+from server.registry.rotation import Rotation, rotate
 from server.release import Draft, initialise, publish
 
 INPUTS = np.eye(3, dtype=np.float32)
@@ -99,6 +100,21 @@ class World:
             keys = read_keys(self.keys, ONLINE)
             registry.add(self.repository, state, keys, files, now=datetime.now(UTC))
 
+    def rotate(
+        self,
+        *roles: str,
+        created: datetime | None = None,
+        repository: Path | None = None,
+        **more: Any,
+    ) -> Rotation:
+        return rotate(
+            self.repository,
+            self.keys,
+            roles=roles,
+            now=(created or datetime.now(UTC)).replace(microsecond=0),
+            **more,
+        )
+
     def update(self, source: Source | None = None, *, now: datetime | None = None) -> Update:
         return update(
             source or folder_source(self.repository),
@@ -130,10 +146,12 @@ class World:
         assert self.answers() == 1.0
 
 
-def initialised(folder: Path, *, models: Sequence[str] = (), now: datetime | None = None) -> World:
+def initialised(
+    folder: Path, *, models: Sequence[str] = (), now: datetime | None = None, **more: Any
+) -> World:
     """A publisher that has released nothing, and a device that has fetched nothing."""
     world = World(folder)
-    initialise(world.repository, world.keys, models=models, now=now or datetime.now(UTC))
+    initialise(world.repository, world.keys, models=models, now=now or datetime.now(UTC), **more)
     return world
 
 
