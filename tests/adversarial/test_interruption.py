@@ -17,9 +17,10 @@ import pytest
 
 from edge_client import store as installed
 from edge_client.source import folder_source
-from fedcore.errors import DigestMismatch, DiskFull, RollbackRefused
+from fedcore.errors import DigestMismatch, DiskFull, RollbackRefused, SignatureInvalid
 from fedcore.files import write_atomic
 from server.registry import repository as registry
+from server.registry.keys import ONLINE
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors", "manifest.json"])
@@ -148,6 +149,38 @@ def test_a_publisher_that_is_killed_at_any_step_leaves_a_release_in_force(world:
         raise AssertionError("the publication never ended")
     assert world.publish(3.0).version == 3  # what was left lying does no harm
     assert world.update().version == 3
+
+
+def test_a_rotation_that_is_killed_at_any_step_is_finished_or_never_was(world: Any) -> None:
+    for name in ("repository", "keys", "store"):
+        shutil.copytree(world.folder / name, world.folder / "saved" / name, symlinks=True)
+    versions, refused = set(), 0
+    for step in range(100):
+        status = in_child(
+            dying(lambda: world.rotate("root", *ONLINE, last_good={"digits": 1}), step)
+        )
+        try:
+            world.update()
+        except SignatureInvalid:  # between a new root and the timestamp that its keys sign
+            refused += 1
+        assert world.answers() == 1.0
+        root = (world.keys / "root.json").read_bytes()
+        assert world.publish(2.0).version == 2  # with the keys that are there, and count
+        versions.add(len(list((world.repository / "metadata").glob("*.root.json"))))
+        assert world.update().version == 2
+        assert world.answers() == 2.0
+        if status == 0:
+            assert step == 13  # four keys, two files, four of metadata, and three in one step
+            assert b'"version":2' in root
+            break
+        assert status == 9
+        for name in ("repository", "keys", "store"):
+            shutil.rmtree(world.folder / name)
+            shutil.copytree(world.folder / "saved" / name, world.folder / name, symlinks=True)
+    else:
+        raise AssertionError("the rotation never ended")
+    assert versions == {1, 2}
+    assert refused == 1
 
 
 def limited(work: Callable[[], object], most_bytes: int) -> Callable[[], int]:

@@ -107,3 +107,40 @@ def test_an_update_that_is_ended_leaves_no_process_and_no_lock(
     world.publish(3.0)
     assert fedcore(*update(world)[1:], cwd=world.folder).returncode == 0
     assert answers(world, fedcore) == [[3.0, 6.0]]
+
+
+def test_keys_are_rotated_under_a_devices_store(
+    tmp_path: Path, fedcore: Callable[..., Any]
+) -> None:
+    world = World(tmp_path)
+    places = ("--repository", world.repository, "--keys", world.keys)
+
+    def release(verb: str, *more: str) -> None:
+        done = fedcore("release", verb, *places, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    release("init", "--threshold", "root=2/3", "--threshold", "releases=2/2")
+    first = (world.keys / "root.json").read_bytes()
+    (tmp_path / "first.json").write_bytes(first)
+    world.publish(1.0)
+    assert fedcore(*update(world, "--root", "first.json")[1:], cwd=tmp_path).returncode == 0
+    for factor in (2.0, 3.0):
+        world.publish(factor)
+    assert fedcore(*update(world)[1:], cwd=tmp_path).returncode == 0
+    assert answers(world, fedcore) == [[3.0, 6.0]]
+
+    # The device is off for all of these.
+    release("rotate", "--role", "root", "--role", "online")
+    release("rotate", "--role", "offline", "--threshold", "root=1/1")
+    release("refresh", "--offline")
+    release("rotate", "--last-good", "digits=2")
+    for name in ("first.json", "keys/root.json"):
+        done = fedcore(*update(world, "--root", name)[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert answers(world, fedcore) == [[2.0, 4.0]]
+    world.publish(5.0)
+    done = fedcore(*update(world, "--json")[1:], cwd=tmp_path)
+    assert json.loads(done.stdout)["version"] == 3
+    assert answers(world, fedcore) == [[5.0, 10.0]]
+    looked_at = fedcore("doctor", "--store", world.store, cwd=tmp_path)
+    assert "OK   store" in looked_at.stdout, looked_at.stdout + looked_at.stderr

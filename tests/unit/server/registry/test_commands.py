@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedcore.errors import ConfigError, ReleaseError
 from server.registry.commands import release
 
 
@@ -61,3 +62,49 @@ def test_a_model_that_init_names_is_bound(places: list[str], tmp_path: Path) -> 
         "delegations"
     ]["roles"][0]["paths"]
     assert {path.split("/")[1] for path in paths} == {"digits", "letters"}
+
+
+def test_rotate_says_what_is_new_and_what_to_destroy(
+    publisher: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--repository", str(publisher.repository), "--keys", str(publisher.keys)]
+    for raw in (b"one", b"two"):
+        publisher.publish(raw)
+    assert run("rotate", *places, "--last-good", "digits=1") == 0
+    shown = capsys.readouterr().out
+    assert "New keys:   releases, snapshot, timestamp; devices follow" in shown
+    assert f"New root:   version 2, {publisher.keys}/root.json" in shown
+    assert "Epoch 1: digits" in shown
+    assert f"Removed:    {publisher.keys}/online/releases.pem; destroy every copy" in shown
+    assert run("rotate", *places, "--role", "offline", "--threshold", "root=2/3", "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["root_version"], value["roles"]) == (3, ["root", "targets"])
+    assert len(value["written"]) == 4
+    assert run("rotate", *places, "--role", "root") == 0
+    assert "Offline:    move" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--threshold", "root"),
+        ("--threshold", "boot=1/1"),
+        ("--threshold", "root=1"),
+        ("--threshold", "root=x/2"),
+        ("--threshold", "root=" + "9" * 5000 + "/3"),
+        ("--last-good", "digits"),
+        ("--last-good", "digits=x"),
+        ("--role", "boot"),
+    ],
+)
+def test_rotate_refuses_what_it_cannot_read(places: list[str], wrong: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=wrong[0]):
+        run("rotate", *places, *wrong)
+
+
+def test_init_takes_thresholds(places: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match="3 of 2 keys"):
+        run("init", *places, "--threshold", "root=3/2")
+    assert not (tmp_path / "k").exists()
+    run("init", *places, "--threshold", "root=2/3", "--threshold", "targets=1/2")
+    assert len(list((tmp_path / "k" / "offline").iterdir())) == 5
