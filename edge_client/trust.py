@@ -52,6 +52,7 @@ from fedcore.artifacts.statements import (
 )
 from fedcore.errors import DataError, DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
 from fedcore.files import disk_errors, read_bytes, sync_folder
+from fedcore.observability.words import one_line
 
 _AFTER = "Nothing was installed; the version before keeps serving."
 _SET_CLOCK = "Set the clock; NTP keeps it right (timedatectl set-ntp true)."
@@ -233,35 +234,42 @@ def _explained(what: str, view: _View) -> Iterator[None]:
         raise SignatureInvalid(_expired(f"{what}: the repository's", error, view)) from error
     except tuf.UnsignedMetadataError as error:
         raise SignatureInvalid(
-            f"{what}: the repository is not signed by the keys that this device trusts ({error}). "
-            f"{_AFTER} Check --repository; whoever keeps it has to look into this."
+            f"{what}: the repository is not signed by the keys that this device trusts "
+            f"({_said(error)}). {_AFTER} Check --repository; whoever keeps it has to look into this."
         ) from error
     except tuf.BadVersionNumberError as error:
         raise RollbackRefused(
             f"{what}: the repository offers signed metadata that is older than what this device "
-            f"has seen ({error}). {_AFTER} Fetch from the current repository. If a stolen key has "
-            "signed versions that are too high, whoever publishes runs `fedcore release rotate`."
+            f"has seen ({_said(error)}). {_AFTER} Fetch from the current repository. If a stolen "
+            "key has signed versions that are too high, whoever publishes runs `fedcore release rotate`."
         ) from error
     except (tuf.LengthOrHashMismatchError, tuf.DownloadLengthMismatchError) as error:
         raise DigestMismatch(
-            f"{what}: a metadata file differs from what was signed ({error}). {_AFTER} The "
+            f"{what}: a metadata file differs from what was signed ({_said(error)}). {_AFTER} The "
             "repository is damaged or was tampered with; restore it, then run again."
         ) from error
     except tuf.RepositoryError as error:
         raise TrustError(
             f"{what}: the repository's metadata cannot be read as such "
-            f"({type(error).__name__}: {error}). {_AFTER} Restore the repository, then run again."
+            f"({type(error).__name__}: {_said(error)}). {_AFTER} Restore the repository, then run "
+            "again."
         ) from error
     except tuf.DownloadError as error:
         raise DataError(
-            f"{what}: the repository is not whole: {error}. {_AFTER} Run again when it is complete."
+            f"{what}: the repository is not whole: {_said(error)}. {_AFTER} Run again when it is "
+            "complete."
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """python-tuf's own words, which may quote what was delivered."""
+    return one_line(str(error))[:300]
 
 
 def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
     """What run-out signatures mean: a frozen repository, or a clock that is wrong."""
     judged, updater = view.judged, view.updater
-    told = f"{whose} signatures have run out ({error})"
+    told = f"{whose} signatures have run out ({_said(error)})"
     clock = f"this device's clock says {shown(judged.now)}"
     if judged.held:
         how = "" if judged.behind else ", or was ahead then"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.errors import TrustError
+from fedcore.observability.words import one_line
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: lineage and labels, never weights
@@ -142,8 +143,14 @@ def parse_manifest(raw: bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
         raise TrustError(
-            f"manifest: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. "
-            "The release was not installed; the version before keeps serving."
+            f"manifest: {first_fault(error)}. The release was not installed; the version before "
+            "keeps serving."
         ) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where and why something delivered is not of its format; short, and safe to print."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"])) or "document"
+    return f"{one_line(where)[:100]}: {one_line(first['msg'])[:300]}"

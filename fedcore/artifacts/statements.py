@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedcore.artifacts.manifest import first_fault
 from fedcore.config import Name
 from fedcore.errors import TrustError
 
@@ -54,10 +55,9 @@ def parse_epochs(raw: bytes) -> Epochs:
     try:
         return Epochs.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
         raise TrustError(
-            f"{EPOCHS}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. Nothing "
-            "was installed; the version before keeps serving."
+            f"{EPOCHS}: {first_fault(error)}. Nothing was installed; the version before keeps "
+            "serving."
         ) from None
 
 

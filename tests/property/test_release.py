@@ -1,0 +1,119 @@
+"""What a device reads of a release, of its own trusted state, and of the clock, whatever it is."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
+
+from edge_client import confined
+from edge_client.clock import Floor, Judged, learned, looked, read_floor
+from edge_client.roots import anchor, parse_root
+from fedcore.artifacts.manifest import parse_manifest
+from fedcore.artifacts.statements import moment_of, parse_epochs, stamp
+from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+EXPIRY = timedelta(days=7)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["format", "epochs", "digits", "dtype", "shape", "fault", "text", "signed", "clock"]
+            )
+            | st.text(max_size=5)
+            | st.sampled_from(["\x1b[31m", "line\nbreak", "x" * 3000]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+RAW = st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode())
+
+
+def told(work: Any, *kinds: type[FedcoreError]) -> None:
+    """Runs ``work``, which may refuse in a typed way, in one short line, and not fail otherwise."""
+    refused = ""
+    try:
+        work()
+    except kinds as error:
+        refused = str(error)
+    assert len(refused) < 2000
+    assert refused.isprintable()
+
+
+@given(RAW)
+def test_epochs_and_manifests_are_read_or_refused(raw: bytes) -> None:
+    told(lambda: parse_epochs(raw), TrustError)
+    told(lambda: parse_manifest(raw), TrustError)
+
+
+@given(RAW)
+def test_roots_are_read_or_refused(raw: bytes) -> None:
+    told(lambda: parse_root(raw), TrustError)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pinned.root.json").write_bytes(raw)
+        told(lambda: anchor(Path(folder), None), TrustError, DataError)
+
+
+@given(RAW)
+def test_a_floor_is_read_or_refused(raw: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "clock.json").write_bytes(raw)
+        told(lambda: read_floor(Path(folder)), DataError)
+
+
+@given(RAW, st.binary(max_size=64), st.integers(-64, 255))
+def test_what_a_child_says_is_an_array_or_refused(head: bytes, data: bytes, status: int) -> None:
+    def outputs() -> None:
+        array = confined._outputs(head + b"\n" + data, status, "model", 1 << 30, 3)
+        assert array.dtype.kind in "fiub"
+        assert len(array) == 3
+
+    told(outputs, DeviceError)
+
+
+@given(JSON | st.text())
+def test_a_moment_is_one_or_none(said: Any) -> None:
+    moment = moment_of(said)
+    assert moment is None or moment.tzinfo is UTC
+
+
+HOURS = st.floats(-24 * 9000, 24 * 9000, allow_nan=False)
+
+
+@given(st.lists(st.tuples(st.booleans(), HOURS, HOURS), max_size=12), HOURS)
+def test_the_floor_never_falls_and_what_has_expired_once_stays_so(
+    steps: list[tuple[bool, float, float]], last: float
+) -> None:
+    floor, highest, newest = Floor(), None, None
+    root = Root(expires=T0 + timedelta(days=9999), unrecognized_fields=stamp(T0))
+    for verified, clock, signed in steps:
+        now, at = T0 + timedelta(hours=clock), T0 + timedelta(hours=signed)
+        timestamp = Timestamp(expires=at + EXPIRY, unrecognized_fields=stamp(at))
+        if verified and timestamp.is_expired(Judged(now, floor).at):
+            continue  # it would be refused
+        if verified:
+            floor = learned(floor, now, root=root, timestamp=timestamp, created=None)
+            newest = timestamp
+        else:
+            floor = looked(floor, now)
+        if highest is not None:
+            assert floor.at is not None
+            assert floor.at >= highest
+        highest = floor.at
+        if newest is not None and newest.is_expired(now):
+            assert newest.is_expired(Judged(T0 + timedelta(hours=last), floor).at)
+        if highest is not None and newest is not None:
+            # Whatever the clock has said, what is signed after the newest is not too old for it.
+            assert highest <= max(newest.expires, T0)
