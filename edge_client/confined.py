@@ -13,7 +13,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,7 @@ def predict(
         "max_output_bytes": _MAX_OUTPUT_BYTES,
     }
     deadline = time.monotonic() + limits.seconds
-    with tempfile.TemporaryFile() as request:
+    with os.fdopen(os.memfd_create("request"), "w+b") as request:
         request.write(json.dumps(head).encode() + b"\n")
         request.write(np.ascontiguousarray(inputs).data)
         request.seek(0)

@@ -7,6 +7,7 @@ connection can be opened, and nothing written but the answer.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -63,8 +64,8 @@ def _die_with(parent: int) -> None:
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        with Path("/proc/self/oom_score_adj").open("w") as stream:
-            stream.write("1000")  # if memory runs out, this process goes first
+        with contextlib.suppress(OSError):  # if memory runs out, this process goes first
+            Path("/proc/self/oom_score_adj").write_text("1000")
     if os.getppid() != parent:  # it died before this was asked for
         os.kill(os.getpid(), signal.SIGKILL)
 

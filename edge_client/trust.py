@@ -235,13 +235,15 @@ def _explained(what: str, view: _View) -> Iterator[None]:
     except tuf.UnsignedMetadataError as error:
         raise SignatureInvalid(
             f"{what}: the repository is not signed by the keys that this device trusts "
-            f"({_said(error)}). {_AFTER} Check --repository; whoever keeps it has to look into this."
+            f"({_said(error)}). {_AFTER} Check --repository; whoever keeps it has to look into "
+            "this."
         ) from error
     except tuf.BadVersionNumberError as error:
         raise RollbackRefused(
             f"{what}: the repository offers signed metadata that is older than what this device "
             f"has seen ({_said(error)}). {_AFTER} Fetch from the current repository. If a stolen "
-            "key has signed versions that are too high, whoever publishes runs `fedcore release rotate`."
+            "key has signed versions that are too high, whoever publishes runs `fedcore release "
+            "rotate`."
         ) from error
     except (tuf.LengthOrHashMismatchError, tuf.DownloadLengthMismatchError) as error:
         raise DigestMismatch(

@@ -17,7 +17,13 @@ import pytest
 
 from edge_client import store as installed
 from edge_client.source import folder_source
-from fedcore.errors import DigestMismatch, DiskFull, RollbackRefused, SignatureInvalid
+from fedcore.errors import (
+    DigestMismatch,
+    DiskFull,
+    FedcoreError,
+    RollbackRefused,
+    SignatureInvalid,
+)
 from fedcore.files import write_atomic
 from server.registry import repository as registry
 from server.registry.keys import ONLINE
@@ -235,6 +241,43 @@ def test_a_publication_that_fails_before_the_timestamp(
     assert world.publish(3.0).version == 2
     assert world.update().version == 2
     assert world.answers() == 3.0
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "removed": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + b"{}"),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:40]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_file_of_a_store_is_damaged_nothing_goes_back(world: Any, damage: str) -> None:
+    shutil.copytree(world.repository, world.folder / "old")
+    world.publish(2.0)
+    world.rotate("root")
+    assert world.update().version == 2
+    shutil.copytree(world.store, world.folder / "whole", symlinks=True)
+    names = [path.relative_to(world.store) for path in world.store.rglob("*") if path.is_file()]
+    assert len(names) > 15
+    refused = dict[str, str]()
+    for name in names:
+        if (world.store / name).is_symlink():
+            continue
+        DAMAGES[damage](world.store / name)
+        with pytest.raises(FedcoreError):
+            world.update(folder_source(world.folder / "old"))
+        try:
+            assert world.update().version == 2
+            assert world.answers() == 2.0
+        except FedcoreError as error:
+            refused[name.name] = str(error)
+        shutil.rmtree(world.store)
+        shutil.copytree(world.folder / "whole", world.store, symlinks=True)
+    # What only this device knows is asked for; all else comes back from the repository.
+    known = set() if damage == "removed" else {"clock.json", "pinned.root.json"}
+    assert set(refused) == known
+    assert all(text.isprintable() for text in refused.values())
 
 
 def test_the_store_holds_plain_files_only(world: Any) -> None:

@@ -20,6 +20,7 @@ from edge_client.source import folder_source
 from fedcore.artifacts.manifest import manifest_bytes
 from fedcore.artifacts.statements import EPOCHS, Epochs
 from fedcore.errors import (
+    DataError,
     ReleaseError,
     RollbackRefused,
     SignatureInvalid,
@@ -40,11 +41,17 @@ def steal(world: Any) -> Any:
     return keys
 
 
-def fast_forward(world: Any, keys: Any, version: int = FAR) -> None:
-    """Signs timestamp and snapshot of a version that the owner never reaches."""
+def fast_forward(
+    world: Any, keys: Any, version: int = FAR, *, below: dict[str, int] | None = None
+) -> None:
+    """Signs timestamp and snapshot of a version that the owner never reaches.
+
+    ``below`` is what the snapshot says of the versions of other metadata, where that is not so.
+    """
     state = registry.read_state(world.folder / "thief", read_trusted_root(world.keys))
     now = datetime.now(UTC)
     meta = {name: MetaFile(version=file.version) for name, file in state.snapshot.meta.items()}
+    meta |= {name: MetaFile(version=number) for name, number in (below or {}).items()}
     snapshot = Snapshot(version=version, expires=now + timedelta(days=3000), meta=meta)
     raw = registry.sign(snapshot, keys, "snapshot")
     timestamp = Timestamp(
@@ -95,6 +102,18 @@ def test_a_fast_forward_is_recovered_from_by_rotation(world: Any, roles: tuple[s
             world.update(from_thief(world))
     world.publish(3.0)
     assert world.update().version == 3
+
+
+@pytest.mark.parametrize("role", ["targets", "releases"])
+def test_a_fast_forward_of_what_the_snapshot_lists_is_recovered_from(world: Any, role: str) -> None:
+    fast_forward(world, steal(world), below={f"{role}.json": FAR})
+    with pytest.raises(DataError, match=f"{FAR}.{role}.json is not in the repository"):
+        world.update(from_thief(world))
+    world.publish(2.0)
+    world.check_refused(RollbackRefused, "fedcore release rotate")
+    world.rotate(*ONLINE)
+    assert world.update().version == 2
+    assert world.answers() == 2.0
 
 
 def test_a_model_far_ahead_is_recovered_from_by_an_epoch(world: Any) -> None:
