@@ -159,7 +159,7 @@ def learned(
         created: When a manifest says that its release was made.
     """
     times = (signed_at(timestamp.unrecognized_fields), signed_at(root.unrecognized_fields), created)
-    most = min(timestamp.expires, root.expires - timedelta(seconds=1))
+    most = min(timestamp.expires, root.expires) - timedelta(seconds=1)
     signed = max((min(time, most) for time in times if time), default=None)
     known = floor.model_copy(
         update={

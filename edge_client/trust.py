@@ -106,7 +106,10 @@ def current_offer(
         DiskFull: there was no room.
     """
     metadata = trust / "metadata"
-    view = _View(metadata, Judged(now, read_floor(trust)), _cached_version(metadata))
+    cached, floor = _cached_timestamp(metadata), read_floor(trust)
+    if floor.until is None and cached is not None:  # verified before this device kept a floor
+        floor = floor.model_copy(update={"until": cached.expires})
+    view = _View(metadata, Judged(now, floor), cached.version if cached else None)
     with _explained(f"model {model!r}", view), disk_errors(metadata):
         updater, judged = _refreshed(source, trust, start, view)
         pointer = f"models/{model}/release.json"
@@ -131,10 +134,10 @@ def current_offer(
         }
         epoch = _epochs(source, updater).of(model)
     created = moment_of(manifest.created)
-    floor = learned(
+    known = learned(
         judged.floor, now, root=updater.root, timestamp=updater.timestamp, created=created
     )
-    write_floor(trust, floor)
+    write_floor(trust, known)
     return Offer(manifest, raw, locations, epoch, judged.complaint())
 
 
@@ -311,14 +314,14 @@ def _epochs(source: Source, updater: Updater) -> Epochs:
     return parse_epochs(_read_target(source, info, MAX_EPOCHS_BYTES, "the list of epochs"))
 
 
-def _cached_version(metadata: Path) -> int | None:
-    """Of the newest timestamp that was verified; it explains, and decides nothing."""
+def _cached_timestamp(metadata: Path) -> Timestamp | None:
+    """The newest timestamp that was verified, as it lies there; None where none does."""
     try:
         raw = read_bytes(metadata / "timestamp.json", max_bytes=_MAX_CACHED_BYTES, what="it")
         cached: Metadata[Timestamp] = Metadata.from_bytes(raw)
     except (DataError, tuf.RepositoryError, ValueError):
         return None
-    return cached.signed.version
+    return cached.signed if isinstance(cached.signed, Timestamp) else None
 
 
 def _read_target(source: Source, info: TargetFile, most_bytes: int, what: str) -> bytes:

@@ -93,12 +93,12 @@ class World:
             created=created or datetime.now(UTC),
         )
 
-    def sign(self, files: dict[str, bytes]) -> None:
+    def sign(self, files: dict[str, bytes], *, now: datetime | None = None) -> None:
         """Publishes any files at all, as whoever holds the online keys could."""
         with registry.locked(self.repository):
             state = registry.read_state(self.repository, read_trusted_root(self.keys))
             keys = read_keys(self.keys, ONLINE)
-            registry.add(self.repository, state, keys, files, now=datetime.now(UTC))
+            registry.add(self.repository, state, keys, files, now=now or datetime.now(UTC))
 
     def rotate(
         self,

@@ -15,6 +15,7 @@ import pytest
 from edge_client.roots import anchor
 from edge_client.source import folder_source
 from edge_client.trust import current_offer
+from fedcore.artifacts.manifest import manifest_bytes
 from fedcore.errors import DataError, SignatureInvalid
 from server.release import refresh
 
@@ -49,6 +50,25 @@ def test_a_clock_set_back_does_not_thaw_a_frozen_repository(world: Any, wiped: s
     assert (done.version, done.clock) == (2, None)
 
 
+def test_a_store_from_before_there_was_a_floor_is_protected_too(world: Any) -> None:
+    (world.store / "trust" / "clock.json").unlink()
+    for days in (20, 1):
+        with pytest.raises(SignatureInvalid, match="have run out"):
+            world.update(now=T0 + days * DAY)
+    world.publish(2.0, created=T0 + DAY)
+    assert world.update(now=T0 + DAY).version == 2
+
+
+def test_a_release_dated_far_ahead_does_not_make_its_own_metadata_expire(world: Any) -> None:
+    manifest = world.publish(2.0, created=T0)
+    ahead = manifest.model_copy(update={"created": "2099-01-01T00:00:00Z"})
+    world.sign({"models/digits/release.json": manifest_bytes(ahead)}, now=T0)
+    for hours in (0, 1, 100):
+        assert world.update(now=T0 + timedelta(hours=hours)).version == 2
+    refresh(world.repository, world.keys, now=T0 + 5 * DAY, offline=False)
+    assert not world.update(now=T0 + 5 * DAY).changed
+
+
 def test_a_clock_that_is_behind_is_said_and_does_not_keep_a_release_away(world: Any) -> None:
     world.publish(2.0, created=T0 + DAY)
     done = world.update(now=datetime(1970, 1, 1, 0, 5, tzinfo=UTC))
@@ -74,6 +94,17 @@ def test_a_clock_that_was_ahead_for_a_while_is_forgiven(world: Any) -> None:
         done = world.update(now=T0 + days * DAY)
         assert done.changed
         assert done.clock is None
+
+
+def test_signed_times_far_ahead_are_forgotten_with_the_key_that_signed_them(world: Any) -> None:
+    world.publish(2.0, created=T0 + 60 * DAY)  # a publisher whose clock is wrong, or a thief
+    assert "is behind" in world.update(now=T0).clock
+    world.publish(3.0, created=T0 + DAY)
+    with pytest.raises(SignatureInvalid, match=r"judged by 2026-06-30 .* it is behind"):
+        world.update(now=T0 + DAY)
+    world.rotate("timestamp", created=T0 + DAY)
+    done = world.update(now=T0 + DAY)
+    assert (done.version, done.clock) == (3, None)
 
 
 def test_a_clock_that_leaps_is_suspected(world: Any) -> None:
