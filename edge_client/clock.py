@@ -169,7 +169,7 @@ def learned(
     )
     after = looked(known, now)
     # That the clock was ahead is said once; what it says now is right, as far as can be told.
-    return after if Judged(now, floor).behind else after.model_copy(update={"latest": now})
+    return after if Judged(now, known).behind else after.model_copy(update={"latest": now})
 
 
 def forgotten(root: Root) -> Floor:

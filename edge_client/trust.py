@@ -138,7 +138,8 @@ def current_offer(
         judged.floor, now, root=updater.root, timestamp=updater.timestamp, created=created
     )
     write_floor(trust, known)
-    return Offer(manifest, raw, locations, epoch, judged.complaint())
+    said = Judged(now, known.model_copy(update={"latest": judged.floor.latest}))
+    return Offer(manifest, raw, locations, epoch, said.complaint())
 
 
 class _Updater(Updater):
