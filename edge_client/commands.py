@@ -15,7 +15,7 @@ from edge_client.confined import (
     MAX_SECONDS,
     MIN_MEMORY_BYTES,
     MIN_SECONDS,
-    Limits,
+    ModelLimits,
     predict,
 )
 from edge_client.inputs import parse_inputs, read_text
@@ -69,7 +69,7 @@ def _limits_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seconds",
         type=_seconds,
-        default=Limits().seconds,
+        default=ModelLimits().seconds,
         metavar="S",
         help="the model is ended after so long, as --max-seconds 600 (default: %(default)g)",
     )
@@ -82,9 +82,9 @@ def _limits_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _limits(options: argparse.Namespace) -> Limits:
+def _limits(options: argparse.Namespace) -> ModelLimits:
     mib = options.max_memory_mib
-    return Limits(seconds=options.max_seconds, memory_bytes=mib and mib << 20)
+    return ModelLimits(seconds=options.max_seconds, memory_bytes=mib and mib << 20)
 
 
 def _seconds(text: str) -> float:

@@ -52,7 +52,7 @@ _SET = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ModelLimits:
     """What a model may take on this device while it is tried."""
 
     seconds: float = 120.0
@@ -79,7 +79,7 @@ def predict(
     inputs: AnyArray,
     *,
     threads: int,
-    limits: Limits,
+    limits: ModelLimits,
     one_at_a_time: bool = False,
 ) -> FloatArray:
     """A model's outputs, computed by a child process.

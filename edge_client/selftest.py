@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge_client.confined import Limits, predict
+from edge_client.confined import ModelLimits, predict
 from fedcore.artifacts.golden import parse_golden
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import max_abs_error
@@ -12,7 +12,7 @@ from fedcore.errors import DataError, DeviceError, SelfTestFailed
 
 
 def self_test(
-    manifest: Manifest, onnx: Path, golden: bytes, *, threads: int, limits: Limits
+    manifest: Manifest, onnx: Path, golden: bytes, *, threads: int, limits: ModelLimits
 ) -> float:
     """Runs the golden inputs in a process with limits, and compares with the golden outputs.
 

@@ -114,8 +114,6 @@ def current_offer(
         updater, judged = _refreshed(source, trust, start, view)
         pointer = f"models/{model}/release.json"
         info = updater.get_targetinfo(pointer)
-        if not start.pinned:  # it has just vouched for a release
-            pin(trust, start, updater.root.version, metadata / "root_history")
         check_awaited(start, trust)
         _make_durable(metadata)
         if info is None:
@@ -138,6 +136,8 @@ def current_offer(
         judged.floor, now, root=updater.root, timestamp=updater.timestamp, created=created
     )
     write_floor(trust, known)
+    if not start.pinned:  # it has just vouched for a release
+        pin(trust, start, updater.root.version, metadata / "root_history")
     said = Judged(now, known.model_copy(update={"latest": judged.floor.latest}))
     return Offer(manifest, raw, locations, epoch, said.complaint())
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edge_client import store as installed
-from edge_client.confined import Limits
+from edge_client.confined import ModelLimits
 from edge_client.fetch import fetch
 from edge_client.roots import anchor
 from edge_client.selftest import self_test
@@ -41,7 +41,7 @@ def update(
     model: str,
     root: bytes | None,
     threads: int,
-    limits: Limits | None = None,
+    limits: ModelLimits | None = None,
     now: datetime | None = None,
 ) -> Update:
     """Fetches the current release of a model, verifies it, tests it, and makes it serve.
@@ -54,7 +54,7 @@ def update(
         model: The name to ask for.
         root: Trusted root metadata; needed on the first update, pinned by it.
         threads: Of one inference, in the self-test.
-        limits: What the model may take in the self-test; `Limits()` when None.
+        limits: What the model may take in the self-test; `ModelLimits()` when None.
         now: What this device's clock says; it is asked when None.
 
     Raises:
@@ -97,7 +97,7 @@ def update(
                 folder / "model.onnx",
                 (folder / "golden.safetensors").read_bytes(),
                 threads=threads,
-                limits=limits or Limits(),
+                limits=limits or ModelLimits(),
             )
             installed.activate(store, model, folder, record, before)
         for unfinished in incoming.iterdir():

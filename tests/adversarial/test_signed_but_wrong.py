@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edge_client import store as installed
-from edge_client.confined import Limits
+from edge_client.confined import ModelLimits
 from edge_client.source import folder_source
 from edge_client.update import update
 from fedcore.artifacts.manifest import manifest_bytes, parse_manifest
@@ -186,7 +186,7 @@ def test_a_model_that_does_harm_where_it_is_run(
             model="digits",
             root=None,
             threads=1,
-            limits=Limits(seconds=1),
+            limits=ModelLimits(seconds=1),
         )
     assert world.answers() == 1.0
     world.publish(4.0)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edge_client import confined
-from edge_client.confined import Limits, predict
+from edge_client.confined import ModelLimits, predict
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import DataError, DeviceError, LimitExceeded, ResourceError
 from fedcore.files import sha256_hex
@@ -35,7 +35,9 @@ def run(manifest: Manifest, tmp_path: Path) -> Run:
     def run(raw: bytes, inputs: Any = EYE, *, threads: int = 1, **limits: Any) -> Any:
         path = tmp_path / "model.onnx"
         path.write_bytes(raw)
-        return predict(of(manifest, raw), path, inputs, threads=threads, limits=Limits(**limits))
+        return predict(
+            of(manifest, raw), path, inputs, threads=threads, limits=ModelLimits(**limits)
+        )
 
     return run
 
@@ -53,7 +55,7 @@ def test_inputs_go_one_at_a_time_where_that_is_asked_for(
     (tmp_path / "m").write_bytes(raw)
     place = (of(manifest, raw), tmp_path / "m", EYE)
     for one_at_a_time in (True, False):
-        outputs = predict(*place, threads=1, limits=Limits(), one_at_a_time=one_at_a_time)
+        outputs = predict(*place, threads=1, limits=ModelLimits(), one_at_a_time=one_at_a_time)
         # A sum over all that it is given together, so each answer tells its batch.
         assert outputs.shape == (3, 5)
         assert (outputs == (1 if one_at_a_time else 3)).all()
@@ -120,7 +122,7 @@ def test_inputs_are_looked_at_first(run: Run, matmul: Any, manifest: Manifest) -
                 Path("none"),
                 EYE,
                 threads=1,
-                limits=Limits(),
+                limits=ModelLimits(),
             )
         assert str(caught.value).isprintable()
 
@@ -133,7 +135,7 @@ def test_a_file_that_went_away_or_changed_is_not_run(
         if raw is not None:
             path.write_bytes(raw)
         with pytest.raises(DeviceError, match="not what it was a moment ago"):
-            predict(manifest, path, EYE, threads=1, limits=Limits())
+            predict(manifest, path, EYE, threads=1, limits=ModelLimits())
 
 
 @pytest.mark.parametrize(
@@ -226,12 +228,12 @@ def test_it_dies_with_its_parent_at_whatever_it_is(manifest: Manifest, tmp_path:
     code = f"""
         import numpy as np
         from pathlib import Path
-        from edge_client.confined import Limits, predict
+        from edge_client.confined import ModelLimits, predict
         from fedcore.artifacts.manifest import parse_manifest
         here = Path({str(tmp_path)!r})
         predict(
             parse_manifest((here / "manifest.json").read_bytes()), here / "model.onnx",
-            np.eye(3, dtype=np.float32), threads=1, limits=Limits(seconds=60),
+            np.eye(3, dtype=np.float32), threads=1, limits=ModelLimits(seconds=60),
         )
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
@@ -283,4 +285,4 @@ def test_a_machine_without_room_for_a_process_is_an_error_of_ours(
 )
 def test_limits_have_limits(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        Limits(**wrong)
+        ModelLimits(**wrong)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.confined import Limits
+from edge_client.confined import ModelLimits
 from edge_client.selftest import self_test
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest
@@ -22,7 +22,7 @@ def tested(manifest: Manifest, matmul: Any, tmp_path: Path) -> Test:
     """The self-test of the model with factor 1, with golden bytes of the test's choice."""
     onnx = tmp_path / "model.onnx"
     onnx.write_bytes(matmul.onnx(1.0))
-    return lambda golden: self_test(manifest, onnx, golden, threads=1, limits=Limits())
+    return lambda golden: self_test(manifest, onnx, golden, threads=1, limits=ModelLimits())
 
 
 def test_a_model_that_answers_as_in_the_cloud_passes(tested: Test, matmul: Any) -> None:
@@ -79,6 +79,6 @@ def test_the_limit_that_was_passed_is_named(manifest: Manifest, tmp_path: Path) 
             tmp_path / "model.onnx",
             golden_bytes(EYE, np.zeros((3, 2), np.float32)),
             threads=1,
-            limits=Limits(seconds=1),
+            limits=ModelLimits(seconds=1),
         )
     assert isinstance(caught.value.__cause__, LimitExceeded)
