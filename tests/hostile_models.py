@@ -19,8 +19,11 @@ def _model(
     return bytes(model.SerializeToString())
 
 
-def endless_loop(iterations: int = 2**62) -> bytes:
-    """A Loop that adds zero to the input, so many times."""
+def endless_loop(iterations: int = 2**62, *, of: str = "x") -> bytes:
+    """A Loop that adds zero to the input, so many times.
+
+    Where it is ``of`` the constant ``zero``, onnxruntime runs it while it loads the model.
+    """
     body = helper.make_graph(
         [
             helper.make_node("Add", ["state", "zero"], ["added"]),
@@ -38,7 +41,7 @@ def endless_loop(iterations: int = 2**62) -> bytes:
         ],
     )
     return _model(
-        [helper.make_node("Loop", ["turns", "yes", "x"], ["y"], body=body)],
+        [helper.make_node("Loop", ["turns", "yes", of], ["y"], body=body)],
         [
             numpy_helper.from_array(np.array(iterations, np.int64), "turns"),
             numpy_helper.from_array(np.array(True), "yes"),

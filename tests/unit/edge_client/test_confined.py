@@ -61,10 +61,11 @@ def test_inputs_go_one_at_a_time_where_that_is_asked_for(
         assert (outputs == (1 if one_at_a_time else 3)).all()
 
 
-def test_a_loop_without_end_is_ended(run: Run) -> None:
+@pytest.mark.parametrize("added", ["x", "zero"])
+def test_a_loop_without_end_is_ended(run: Run, added: str) -> None:
     started = time.monotonic()
     with pytest.raises(LimitExceeded, match="no answer within 1 s, the limit of time"):
-        run(hostile.endless_loop(), seconds=1.0)
+        run(hostile.endless_loop(of=added), seconds=1.0)
     assert time.monotonic() - started < 3
 
 
@@ -221,8 +222,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_it_dies_with_its_parent_at_whatever_it_is(manifest: Manifest, tmp_path: Path) -> None:
-    raw = hostile.endless_loop()
+@pytest.mark.parametrize("added", ["x", "zero"])
+def test_it_dies_with_its_parent_at_whatever_it_is(
+    manifest: Manifest, tmp_path: Path, added: str
+) -> None:
+    raw = hostile.endless_loop(of=added)
     (tmp_path / "model.onnx").write_bytes(raw)
     (tmp_path / "manifest.json").write_text(of(manifest, raw).model_dump_json())
     code = f"""
