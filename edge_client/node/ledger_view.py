@@ -72,7 +72,8 @@ class RunView:
     lines: tuple[Line, ...]
     """All, or the first and the last of them: composing takes time."""
     room: Room | None
-    """How many more rounds like its latest the owner's budget has room for; None without one."""
+    """How many more rounds like its latest the owner's budget has room for; None without one, and
+    where the ledger is damaged."""
 
     @property
     def epsilon(self) -> float:
@@ -90,11 +91,15 @@ class Total:
     epsilon: float
     max_epsilon: float | None
     """What the owner allows; None without a limit."""
+    whole: bool = True
+    """False where the ledger is damaged: charges may be missing, and epsilon is the least."""
 
     @property
     def left(self) -> float | None:
-        """Epsilon that may still be spent."""
-        return None if self.max_epsilon is None else max(0.0, self.max_epsilon - self.epsilon)
+        """Epsilon that may still be spent; None without a limit, and where it is not known."""
+        if self.max_epsilon is None or not self.whole:
+            return None
+        return max(0.0, self.max_epsilon - self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ class View:
     runs: tuple[RunView, ...]
     totals: tuple[Total, ...]
     """The device's, and that of each data set which the owner names."""
+    problems: tuple[str, ...] = ()
+    """Of the ledger: where there are any, figures are the least that was spent."""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -124,6 +132,9 @@ class View:
                 for run in self.runs
             ],
             "totals": [asdict(total) | {"left": total.left} for total in self.totals],
+            "damaged": bool(self.problems),
+            "problems": list(self.problems),
+            "notes": list(self.notes),
         }
 
 
@@ -134,9 +145,16 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
         folder: Where the device keeps its states.
         kit: The folder of its kit, for the mark and the count; None to leave these out.
         environ: As `edge_client.node.ledger_book.count_path` takes it.
+
+    Raises:
+        DeviceError: the folder is noted as that of another kit.
+        TrustError: the kit holds no key.
     """
     problems, notes = list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
+    if kit is not None:
+        public = public_bytes(load_key(kit / KEY))
+        device.belongs_to(public, so="Nothing was compared, and no file is to be removed")
     try:
         copied = read_book(folder)
         runs = dict(copied.runs) if copied else {}
@@ -197,6 +215,8 @@ def view_of(
 ) -> View:
     """Composes a ledger, by run and over all of them.
 
+    Where the ledger is damaged, whatever comes out is the least that was spent.
+
     Epsilon of a run is at the least delta that any of its charges was counted at; totals are at the
     owner's, or, where it sets none, at the least of all.
 
@@ -215,7 +235,7 @@ def view_of(
         for name, spent in sorted(found.runs.items())
         if spent
     )
-    return View(accountant, runs, totals)
+    return View(accountant, runs, totals, found.problems, found.notes)
 
 
 def _run(
@@ -235,7 +255,7 @@ def _run(
     data = name_in(spent[-1].data)
     limit, there = _limit(found, owner, data), _counted(found, data)
     left = None
-    if limit is not None:
+    if limit is not None and not found.problems:
         budget = _privacy(accountant, _delta(there, owner), limit)
         left = room_for([one.charge for one in there], spent[-1].charge, budget)
     return RunView(name, delta, lines, left)
@@ -245,7 +265,7 @@ def _total(found: Found, owner: OwnerPolicy, name: str, accountant: Accountant) 
     there = _counted(found, name)
     delta = _delta(there, owner)
     limit = _limit(found, owner, name)
-    return Total(name, delta, _epsilon(there, delta, accountant), limit)
+    return Total(name, delta, _epsilon(there, delta, accountant), limit, not found.problems)
 
 
 def _counted(found: Found, name: str) -> list[Spent]:

@@ -17,13 +17,21 @@ from flwr.app import RecordDict
 
 from edge_client.node import ledger_commands
 from edge_client.node.ledger import DeviceLedger
-from edge_client.node.ledger_book import LEDGER, MARK, count_path
+from edge_client.node.ledger_book import COUNT, LEDGER, MARK, count_path
 from edge_client.node.ledger_export import check_export
 from edge_client.node.state import own
 from fedcore.cli import Command
 from fedcore.config import Privacy, RunConfig
 from fedcore.crypto.keys import fingerprint, new_key, public_bytes, save_key
-from fedcore.errors import ConfigError, DataError, PrivacyError, ResourceError, SignatureInvalid
+from fedcore.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    PrivacyError,
+    ResourceError,
+    SignatureInvalid,
+)
+from fedcore.observability.words import epsilon_left_text, epsilon_text
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
@@ -96,10 +104,12 @@ def test_show_tells_runs_rounds_totals_and_what_fits(
     said = capsys.readouterr().out
     assert site.files() == before
     whole = epsilon(3, 1.2, DELTA, more=20)
-    assert f"run digits: epsilon {epsilon(3, 1.2):.3f} at delta 1e-05" in said
-    assert f"      3      10           0.1   1.2       {epsilon(3, 1.2):.3f}" in said
+    digits, left_text = epsilon_text(epsilon(3, 1.2)), epsilon_left_text(8 - whole)
+    assert f"run digits: epsilon {digits} at delta 1e-05" in said
+    assert f"      3      10           0.1   1.2       {digits}" in said
     assert "... 8 more; --json has them all" in said
-    assert f"device, all runs: epsilon {whole:.3f} at delta 1e-06; {8 - whole:.3f} of 8" in said
+    told = f"device, all runs: epsilon {epsilon_text(whole)} at delta 1e-06; {left_text} of 8"
+    assert told in said
 
     assert site.run(ledger_commands.show, *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -131,6 +141,27 @@ def test_where_the_ledger_is_must_be_said_and_be_there(site: Site) -> None:
         site.run(ledger_commands.verify, "--state", site.root / "nosuch")
 
 
+@pytest.mark.parametrize(("verb", "option"), [("show", "--plot"), ("export", "--out")])
+def test_where_a_result_goes_is_looked_at_before_any_work(
+    site: Site, verb: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--kit", site.kit, "--accountant", "rdp", option)
+    made = site.root / "new" / "deep" / "result.png"
+    assert site.run(getattr(ledger_commands, verb), *words, made) == 0
+    made.write_bytes(b"old")
+    assert site.run(getattr(ledger_commands, verb), *words, made) == 0
+    assert made.read_bytes() != b"old"
+
+    def work(*_: Any) -> Any:
+        raise AssertionError("the ledger was read")
+
+    monkeypatch.setattr(ledger_commands, "_find", work)
+    (site.root / "folder.png").mkdir()
+    for where, said in ((site.root / "folder.png", "a folder"), (made / "in.png", "is a file")):
+        with pytest.raises(ResourceError, match=said):
+            site.run(getattr(ledger_commands, verb), *words, where)
+
+
 def test_a_named_data_set_has_a_line_of_its_own(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,8 +181,10 @@ def test_a_plot_is_a_picture(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp", "--plot")
     assert site.run(ledger_commands.show, *words, site.root / "plot.png") == 0
     assert (site.root / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="expected the name of a PNG file"):
-        site.run(ledger_commands.show, *words, site.root / "plot.svg")
+    assert site.run(ledger_commands.show, *words, site.root / "made" / "plot.SVG") == 0
+    assert b"<svg" in (site.root / "made" / "plot.SVG").read_bytes()
+    with pytest.raises(ConfigError, match=r"ends in \.png, \.pdf or \.svg"):
+        site.run(ledger_commands.show, *words, site.root / "plot.gif")
     importing = builtins.__import__
 
     def without(name: str, *more: Any) -> Any:
@@ -238,6 +271,70 @@ def test_verify_says_what_is_damaged_and_what_is_mended(
     found = json.loads(capsys.readouterr().out)
     assert bool(found["problems"]) == (code == 5)
     assert site.run(ledger_commands.show, "--kit", site.kit) == code
+    if code == 5:
+        assert told in capsys.readouterr().out
+        assert site.run(ledger_commands.export, "--kit", site.kit, "--out", tmp_path / "out") == 5
+        assert told in capsys.readouterr().out
+
+
+def test_a_damaged_ledger_says_so_with_its_figures(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site.state / LEDGER).unlink()
+    (site.state / "state" / "wards.state").write_bytes(b"\xff")
+    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp")
+    assert site.run(ledger_commands.show, *words) == PrivacyError.exit_code
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("damaged: ") and "wards.state" in lines[0]
+    least = epsilon_text(epsilon(3, 1.2))
+    assert f"run digits: epsilon at least {least} at delta 1e-05" in lines
+    assert lines[-1].startswith("device, all runs: epsilon at least ")
+    assert lines[-1].endswith("; what is left of 8 is not known")
+    assert "room for" not in said.out
+    assert "named on standard output" in said.err
+
+    assert site.run(ledger_commands.show, *words, "--json") == PrivacyError.exit_code
+    told = json.loads(capsys.readouterr().out)
+    assert told["damaged"] and any("wards.state" in one for one in told["problems"])
+    assert [(one["left"], one["whole"]) for one in told["totals"]] == [(None, False)]
+    assert [run["rounds_left"] for run in told["runs"]] == [None]
+
+
+def test_a_ledger_of_which_nothing_can_be_read_is_not_called_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / LEDGER).write_text("{")
+    assert site_free_show(tmp_path) == PrivacyError.exit_code
+    said = capsys.readouterr().out
+    assert "Nothing was charged" not in said
+    assert "what was spent is not known" in said
+    assert said.startswith("damaged: ")
+
+
+def site_free_show(state: Path) -> int:
+    parser = argparse.ArgumentParser()
+    ledger_commands.show.arguments(parser)
+    return ledger_commands.show.run(parser.parse_args(["--state", str(state)]))
+
+
+@pytest.mark.parametrize("verb", ["show", "verify", "export"])
+def test_the_folder_of_another_kit_is_not_looked_at_as_this_ones(
+    site: Site, tmp_path_factory: pytest.TempPathFactory, verb: str
+) -> None:
+    with own(site.state) as folder:
+        folder.note_let_in(site.public)
+    other = Site(tmp_path_factory.mktemp("other"))
+    other.charge("digits", 30)
+    before = site.files() | other.files()
+    words = ("--kit", other.kit, "--state", site.state)
+    with pytest.raises(DeviceError, match="--kit") as refused:
+        site.run(getattr(ledger_commands, verb), *words)
+    assert refused.value.exit_code == 11
+    assert not any(name in str(refused.value) for name in (MARK, COUNT, LEDGER))
+    assert "no file is to be removed" in str(refused.value)
+    assert site.files() | other.files() == before
+    assert site.run(getattr(ledger_commands, verb), "--kit", site.kit) == 0
 
 
 def test_an_export_is_signed_and_can_be_computed_anew(
