@@ -17,7 +17,7 @@ from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
 from fedcore.errors import ConfigError, DataError, PrivacyError
 from fedcore.files import check_file, read_bytes, write_atomic
-from fedcore.observability.words import counted, epsilon_left_text, epsilon_text
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 from fedcore.owner import OPEN_POLICY, load_owner
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _total_line(total: Total) -> str:
         return f"{spent}; the owner sets no budget"
     if total.left is None:
         return f"{spent}; what is left of {total.max_epsilon:g} is not known"
-    return f"{spent}; {epsilon_left_text(total.left)} of {total.max_epsilon:g} is left"
+    return f"{spent}; {epsilon_floor_text(total.left)} of {total.max_epsilon:g} is left"
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -49,10 +49,10 @@ def epsilon_text(epsilon: float | None) -> str:
     return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.01"), ROUND_CEILING))
 
 
-def epsilon_left_text(epsilon: float) -> str:
+def epsilon_floor_text(epsilon: float) -> str:
     """What is left of a budget, or is proved at least, rounded down: never more than there is.
 
-    >>> epsilon_left_text(0.579), epsilon_left_text(0.004)
+    >>> epsilon_floor_text(0.579), epsilon_floor_text(0.004)
     ('0.57', '0.00')
     """
     if not math.isfinite(epsilon):

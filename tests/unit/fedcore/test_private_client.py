@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedcore.client_app import client_app
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
+from fedcore.observability.words import epsilon_text
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.ledger import NO_OTHER_RUNS, read_ledger
 from fedcore.seeds import SystemEntropy
@@ -81,7 +82,7 @@ def test_epsilon_adds_up_over_rounds_until_the_client_declines() -> None:
     assert spent == sorted(set(spent))
     assert spent[-1] <= 8
     said = refused(reply, DECLINED)
-    assert f"client 'anna' has spent epsilon {spent[-1]:.2f} of 8" in said
+    assert f"client 'anna' has spent epsilon {epsilon_text(spent[-1])} of 8" in said
     assert len(read_ledger(node).charges) == len(spent)
 
 

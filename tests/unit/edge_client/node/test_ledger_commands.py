@@ -31,7 +31,7 @@ from fedcore.errors import (
     ResourceError,
     SignatureInvalid,
 )
-from fedcore.observability.words import epsilon_left_text, epsilon_text
+from fedcore.observability.words import epsilon_floor_text, epsilon_text
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
@@ -104,7 +104,7 @@ def test_show_tells_runs_rounds_totals_and_what_fits(
     said = capsys.readouterr().out
     assert site.files() == before
     whole = epsilon(3, 1.2, DELTA, more=20)
-    digits, left_text = epsilon_text(epsilon(3, 1.2)), epsilon_left_text(8 - whole)
+    digits, left_text = epsilon_text(epsilon(3, 1.2)), epsilon_floor_text(8 - whole)
     assert f"run digits: epsilon {digits} at delta 1e-05" in said
     assert f"      3      10           0.1   1.2       {digits}" in said
     assert "... 8 more; --json has them all" in said
@@ -286,7 +286,8 @@ def test_a_damaged_ledger_says_so_with_its_figures(
     assert site.run(ledger_commands.show, *words) == PrivacyError.exit_code
     said = capsys.readouterr()
     lines = said.out.splitlines()
-    assert lines[0].startswith("damaged: ") and "wards.state" in lines[0]
+    assert lines[0].startswith("damaged: ")
+    assert "wards.state" in lines[0]
     least = epsilon_text(epsilon(3, 1.2))
     assert f"run digits: epsilon at least {least} at delta 1e-05" in lines
     assert lines[-1].startswith("device, all runs: epsilon at least ")
@@ -296,7 +297,8 @@ def test_a_damaged_ledger_says_so_with_its_figures(
 
     assert site.run(ledger_commands.show, *words, "--json") == PrivacyError.exit_code
     told = json.loads(capsys.readouterr().out)
-    assert told["damaged"] and any("wards.state" in one for one in told["problems"])
+    assert told["damaged"]
+    assert any("wards.state" in one for one in told["problems"])
     assert [(one["left"], one["whole"]) for one in told["totals"]] == [(None, False)]
     assert [run["rounds_left"] for run in told["runs"]] == [None]
 
