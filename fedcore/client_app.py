@@ -39,7 +39,7 @@ from fedcore.privacy.ledger import (
 from fedcore.seeds import Randomness
 from fedcore.task import Task, data_folder, size_of
 from fedcore.training.batches import in_order
-from fedcore.training.client import Client, learn, local_data, model_of
+from fedcore.training.client import Client, learn, local_data, log_skipped, model_of
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.updates.messages import (
@@ -63,6 +63,7 @@ def client_app(
     randomness: Randomness,
     mods: Sequence[Mod] = (),
     others: OtherRuns | None = None,
+    on_skipped: Callable[[str, int], None] = log_skipped,
 ) -> ClientApp:
     """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
 
@@ -74,12 +75,14 @@ def client_app(
         mods: Flower mods around training, as some strategies need.
         others: What other runs have spent on the same data, as a ledger on disk says; None where
             there is none, and the node's state in memory is all that is kept.
+        on_skipped: See `fedcore.training.client.Client`.
 
     Raises:
         PrivacyError: it would train real data with privacy, and forget what that cost; or as
             `tighten` says.
     """
-    client = Client(task, tighten(run, owner), owner, randomness, others or NO_OTHER_RUNS)
+    spent = others or NO_OTHER_RUNS
+    client = Client(task, tighten(run, owner), owner, randomness, spent, on_skipped)
     if others is None and client.run.private and randomness.origin == "system":
         raise PrivacyError(
             f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "

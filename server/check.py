@@ -15,6 +15,7 @@ from torch import Tensor
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
+from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan_for
@@ -226,7 +227,7 @@ def _privacy(state: _State) -> str:
         plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
     examples = state.few()
     charge = Charge(round=1, noise_multiplier=1.0, sample_rate=0.5, steps=2)
-    train_private(
+    skipped = train_private(
         model.preprocess,
         model.model,
         examples,
@@ -236,7 +237,10 @@ def _privacy(state: _State) -> str:
         way=way,
         draws=SystemDraws(),
     )
-    return f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
+    said = f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
+    if skipped:
+        said += f"; {counted(skipped, 'example')} without a finite gradient counted as zero"
+    return said
 
 
 def _export(state: _State) -> str:

@@ -182,7 +182,8 @@ def _gradients(model: nn.Module, loss: Loss, *, full: bool) -> Step:
         if full:
             return loss(outputs, targets)
         each = vmap(lambda one, target: loss(one.unsqueeze(0), target.unsqueeze(0)))
-        return (each(outputs, targets) * mask).sum() / mask.sum()
+        losses: Tensor = each(outputs, targets)
+        return (losses * mask).sum() / mask.sum()
 
     side_by_side: Step = vmap(grad_and_value(objective))
     return side_by_side

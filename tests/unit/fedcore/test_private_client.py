@@ -142,7 +142,7 @@ def test_a_loss_that_fails_under_privacy_sends_noise_as_planned(
     assert set(update.metrics) == {EPSILON}
     assert update.num_examples == COUNT
     assert [charge.round for charge in read_ledger(node).charges] == [1]
-    assert f"{COUNT} examples had no finite gradient" in caplog.text
+    assert f"{COUNT} examples of its batches had no finite gradient" in caplog.text
 
 
 @pytest.mark.parametrize("spoilt", ["nan", "label", "odd shape", "unreadable"])
