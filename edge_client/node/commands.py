@@ -102,6 +102,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
         if reason_to_rest(owner) is None:
             # Before torch is imported: that takes long.
             announce(kit, options.task, folder, instance)
+        log.info("loading torch, and its compiler with it: some seconds, more the first time")
         loading.set()
         import edge_client.node.loop  # noqa: F401
 

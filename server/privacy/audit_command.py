@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from fedcore.cli import Command
 from fedcore.errors import ConfigError, FedcoreError, PrivacyError
 from fedcore.files import check_file, check_folder
+from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
@@ -86,10 +87,11 @@ def _audit(options: argparse.Namespace) -> int:
         check_folder(options.report, option="--report")
         for name in ("report.html", "inversion.png"):
             check_file(options.report / name, option="--report")
-    statements = _statements(options)
-    from fedcore.observability.console import choose
-    from fedcore.observability.events import Noted
-    from server.privacy.audit_report import summary, text, write_report
+    with told_if_slow(LOADING):
+        statements = _statements(options)
+        from fedcore.observability.console import choose
+        from fedcore.observability.events import Noted
+        from server.privacy.audit_report import summary, text, write_report
 
     audited: list[Audited] = []
     pictures: list[Picture] = []

@@ -14,6 +14,7 @@ from fedcore.cli import Command
 from fedcore.config import Client, Privacy, RunConfig, Section
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
+from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import counted, epsilon_text
 from fedcore.settings import load_run
 
@@ -69,8 +70,9 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.plot is not None:
         check_picture(options.plot, option="--plot")
-    question = _question(options)  # before torch: a mistake shows at once
-    from server.privacy.plan import answer
+    with told_if_slow(LOADING):
+        question = _question(options)  # before torch: a mistake shows at once
+        from server.privacy.plan import answer
 
     found = answer(question)
     print(json.dumps(_record(found, question)) if options.json else table(found, question))
