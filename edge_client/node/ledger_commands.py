@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from fedcore.cli import Command
 from fedcore.config import Privacy
-from fedcore.crypto.keys import load_key, public_bytes
+from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import KEY
 from fedcore.errors import ConfigError, DataError, PrivacyError
 from fedcore.files import check_file, read_bytes, write_atomic
-from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text, one_line
 from fedcore.owner import OPEN_POLICY, load_owner
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _ended(found: Found) -> int:
 
 
 def _table(view: View) -> Iterator[str]:
-    yield from (f"damaged: {problem}" for problem in view.problems)
+    yield from (f"damaged: {one_line(problem)}" for problem in view.problems)
     if view.problems and view.runs:
         yield "Charges may be missing: what follows is the least that was spent."
     elif view.problems:
@@ -139,7 +139,7 @@ def _table(view: View) -> Iterator[str]:
     least = "at least " if view.problems else ""
     for run in view.runs:
         spent = epsilon_text(run.epsilon)
-        yield f"run {run.name}: epsilon {least}{spent} at delta {run.target_delta:g}"
+        yield f"run {one_line(run.name)}: epsilon {least}{spent} at delta {run.target_delta:g}"
         yield "  round   steps   sample rate   noise     epsilon so far"
         yield from _lines(run)
         if run.room is not None:
@@ -191,9 +191,9 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            print(f"note: {note}")
+            print(f"note: {one_line(note)}")
         for problem in found.problems:
-            print(f"damaged: {problem}")
+            print(f"damaged: {one_line(problem)}")
         held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
         agreed = "can be read, and others may be missing" if found.problems else "and all agrees"
         print(f"{found.folder}: {held}, {agreed}")
@@ -202,15 +202,22 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_export(options: argparse.Namespace) -> int:
     from edge_client.node.ledger_export import MAX_EXPORT_BYTES, check_export
+    from edge_client.node.ledger_view import public_of
 
-    raw = read_bytes(options.export, max_bytes=MAX_EXPORT_BYTES, what="an exported ledger")
-    expected = public_bytes(load_key(options.kit / KEY)) if options.kit else None
+    otherwise = "Nothing was verified; name the file that `fedcore privacy export --out` wrote."
+    raw = read_bytes(
+        options.export,
+        max_bytes=MAX_EXPORT_BYTES,
+        what="an exported ledger",
+        otherwise=otherwise,
+    )
+    expected = public_of(options.kit) if options.kit else None
     checked = check_export(raw, where=str(options.export), expected=expected)
     ledger = checked.ledger
     told = {
         "made_at": ledger.made_at,
         "signer": checked.signer or None,
-        "charges": sum(map(len, ledger.runs.values())),
+        "charges": checked.charges,
         "epsilon": ledger.device.epsilon,
         "target_delta": ledger.device.target_delta,
         "problems": ledger.problems,
@@ -220,12 +227,13 @@ def _verify_export(options: argparse.Namespace) -> int:
     else:
         signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
         print(
-            f"{options.export}: of {ledger.made_at}, {signed}. {told['charges']} charges come to "
-            f"epsilon {epsilon_text(ledger.device.epsilon)} at delta "
-            f"{ledger.device.target_delta:g}, as it says."
+            f"{options.export}: of {one_line(ledger.made_at)}, {signed}. "
+            f"{counted(checked.charges, 'charge')} come to epsilon "
+            f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as it "
+            "says."
         )
         for problem in ledger.problems:
-            print(f"damaged when it was exported: {problem}")
+            print(f"damaged when it was exported: {one_line(problem)}")
     if not ledger.problems:
         return 0
     print(
@@ -259,7 +267,7 @@ def _export(options: argparse.Namespace) -> int:
     else:
         write_atomic(options.out, raw)
         for problem in found.problems:
-            print(f"damaged: {problem}")
+            print(f"damaged: {one_line(problem)}")
         print(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
     return _ended(found)
 

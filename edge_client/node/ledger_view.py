@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from edge_client.node.state import DeviceFolder
 from fedcore.config import Privacy
 from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
-from fedcore.errors import FedcoreError, PrivacyError
+from fedcore.errors import DataError, FedcoreError, PrivacyError
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Accountant, epsilon_of
 from fedcore.privacy.ledger import Room, room_for
@@ -115,27 +116,35 @@ class View:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; an epsilon that is no number, as no training has, stands as null."""
         return {
             "accountant": self.accountant,
             "runs": [
                 {
                     "name": run.name,
                     "target_delta": run.target_delta,
-                    "epsilon": run.epsilon,
+                    "epsilon": _number(run.epsilon),
                     "rounds_left": run.room.rounds if run.room else None,
                     "rounds_left_exact": run.room.exact if run.room else None,
                     "charges": [
-                        line.spent.model_dump() | {"epsilon": line.epsilon} for line in run.lines
+                        line.spent.model_dump() | {"epsilon": _number(line.epsilon)}
+                        for line in run.lines
                     ],
                 }
                 for run in self.runs
             ],
-            "totals": [asdict(total) | {"left": total.left} for total in self.totals],
+            "totals": [
+                asdict(total) | {"epsilon": _number(total.epsilon), "left": total.left}
+                for total in self.totals
+            ],
             "damaged": bool(self.problems),
             "problems": list(self.problems),
             "notes": list(self.notes),
         }
+
+
+def _number(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> Found:
@@ -148,13 +157,13 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
 
     Raises:
         DeviceError: the folder is noted as that of another kit.
-        TrustError: the kit holds no key.
+        DataError: the kit's folder holds no key.
+        CertificateRefused: others may read its key, or it is none.
     """
     problems, notes = list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
     if kit is not None:
-        public = public_bytes(load_key(kit / KEY))
-        device.belongs_to(public, so="Nothing was compared, and no file is to be removed")
+        device.belongs_to(public_of(kit), so="Nothing was compared, and no file is to be removed")
     try:
         copied = read_book(folder)
         runs = dict(copied.runs) if copied else {}
@@ -187,10 +196,24 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
     return Found(folder, runs, tuple(problems), tuple(notes))
 
 
+def public_of(kit: Path) -> bytes:
+    """The public key of the device whose kit is in a folder.
+
+    Raises:
+        DataError: there is no key.
+        CertificateRefused: others may read it, or it is none.
+    """
+    if not (kit / KEY).is_file():
+        raise DataError(
+            f"{kit / KEY}: there is no such file, so {kit} is no folder of a device's kit. Nothing "
+            "was looked at; name with --kit the folder that `fedcore client enrol` made."
+        )
+    return public_bytes(load_key(kit / KEY))
+
+
 def mark_paths(kit: Path, environ: Mapping[str, str], notes: list[str]) -> list[Path]:
     """The mark in a kit, and the count for its key; ``notes`` hears what has no place."""
-    public = public_bytes(load_key(kit / KEY))
-    counted = count_path(public, environ)
+    counted = count_path(public_of(kit), environ)
     if counted is None:
         notes.append(
             f"This machine has no place for {COUNT}: neither XDG_STATE_HOME nor HOME names one. "
