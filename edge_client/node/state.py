@@ -115,7 +115,14 @@ class DeviceFolder:
         if not path.exists():
             return RecordDict()
         raw = read_bytes(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
-        return read_record(raw, where=str(path))
+        try:
+            return read_record(raw, where=str(path))
+        except DataError:
+            raise DataError(
+                f"{path}: this file holds no record of a run, so what it charged is not known. "
+                "Nothing was trained; put it back from a backup, or, where there is none, remove "
+                "it: its charges are mended from ledger.json, and what it answered is done anew."
+            ) from None
 
     def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
         """Writes a reply and the run's state after it, durably: before any of it may leave.

@@ -498,3 +498,26 @@ def test_the_verbs_are_found_without_torch_or_flower() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_messages_advise_of_a_damaged_file_mends_the_ledger(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`docs/faults.md` and `docs/deployment.md` send people there."""
+    whole = {path: raw for path, raw in site.files().items() if path != site.owner}
+    damaged = (site.state / LEDGER, site.kit / MARK, site.state / "state" / "wards.state")
+    for path in damaged:
+        path.write_bytes(b"\xff")
+        assert site.run(ledger_commands.verify, "--kit", site.kit) == PrivacyError.exit_code
+        said = capsys.readouterr().out
+        assert str(path) in said
+        assert "remove it" in said
+        with pytest.raises((DataError, PrivacyError), match="remove it"):
+            site.charge("digits", 1)
+        assert site.files()[path] == b"\xff"
+        path.unlink()
+        site.charge("digits", 0)
+        site.charge("wards", 0)
+        assert site.run(ledger_commands.verify, "--kit", site.kit) == 0
+        assert "23 charges of 2 runs, and all agrees" in capsys.readouterr().out
+        assert {one for one in whole if one not in site.files()} <= {path}
