@@ -163,7 +163,7 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
     problems, notes = list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
     if kit is not None:
-        device.belongs_to(public_of(kit), so="Nothing was compared, and no file is to be removed")
+        device.belongs_to(public_of(kit), so="Nothing was looked at")
     try:
         copied = read_book(folder)
         runs = dict(copied.runs) if copied else {}

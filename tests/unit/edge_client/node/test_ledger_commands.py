@@ -336,7 +336,7 @@ def test_the_folder_of_another_kit_is_not_looked_at_as_this_ones(
         site.run(getattr(ledger_commands, verb), *words)
     assert refused.value.exit_code == 11
     assert not any(name in str(refused.value) for name in (MARK, COUNT, LEDGER))
-    assert "no file is to be removed" in str(refused.value)
+    assert "name this device's own folder with --state" in str(refused.value)
     assert site.files() | other.files() == before
     assert site.run(getattr(ledger_commands, verb), "--kit", site.kit) == 0
 
