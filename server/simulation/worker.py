@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -68,15 +68,11 @@ class Worker:
     """
 
     def __init__(
-        self,
-        client: Client,
-        app: ClientApp,
-        fleet: Fleet | None,
-        skipped: MutableMapping[str, int] | None = None,
+        self, client: Client, app: ClientApp, fleet: Fleet | None, skipped: dict[str, int]
     ) -> None:
         """``skipped`` is where ``client`` and ``app`` note what counted as zero, by client."""
         self._client = client
-        self._skipped = {} if skipped is None else skipped
+        self._skipped = skipped
         self._app = app
         self._fleet = fleet
         self._order: Order | None = None
