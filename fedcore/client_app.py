@@ -40,7 +40,7 @@ from fedcore.privacy.ledger import (
 from fedcore.seeds import Randomness
 from fedcore.task import Task, data_folder, size_of
 from fedcore.training.batches import in_order
-from fedcore.training.client import Client, learn, local_data, model_of
+from fedcore.training.client import Client, learn, local_data, log_skipped, model_of
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.updates.messages import (
@@ -75,6 +75,7 @@ def client_app(
     randomness: Randomness,
     mods: Sequence[Mod] = (),
     durable: DurableLedger | None = None,
+    on_skipped: Callable[[str, int], None] = log_skipped,
 ) -> ClientApp:
     """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
 
@@ -85,13 +86,14 @@ def client_app(
         randomness: The seed of a simulation, or the operating system's entropy.
         mods: Flower mods around training, as some strategies need.
         durable: Where charges are kept; None where the node's state in memory is all there is.
+        on_skipped: See `fedcore.training.client.Client`.
 
     Raises:
         PrivacyError: it would train real data with privacy, and forget what that cost; or as
             `tighten` says.
     """
     others = durable.others if durable else NO_OTHER_RUNS
-    client = Client(task, tighten(run, owner), owner, randomness, others)
+    client = Client(task, tighten(run, owner), owner, randomness, others, on_skipped)
     if durable is None and client.run.private and randomness.origin == "system":
         raise PrivacyError(
             f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "

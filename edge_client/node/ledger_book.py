@@ -218,18 +218,20 @@ def against_marks(
         if found < mark.charges:
             yield PrivacyError(
                 f"{where}: this device's ledger holds {found} charges, and "
-                f"{path} says that {mark.charges} were made: it was removed, or put back as "
-                "it was before. What was spent is unknown, so nothing was trained; put the latest "
-                "folder back, or, where it is lost, lower max_epsilon in owner.toml by what was "
+                f"{path} says that {mark.charges} were made: it was removed, put back as it was "
+                "before, or is another device's. What was spent is unknown, so nothing was "
+                "trained; put the latest folder back, or name this device's own with --state. "
+                "Only where that is lost for good, lower max_epsilon in owner.toml by what was "
                 f"spent at most and remove {path.name}."
             )
         elif strange := _strange(runs, mark):
             yield PrivacyError(
                 f"{where}: this device's ledger does not hold the charge of run {strange!r} that "
-                f"{path} says was made last: a second copy of this device has trained meanwhile. "
-                "What was spent is unknown, so nothing was trained; go on with that copy alone, "
-                "or, where it is lost, lower max_epsilon in owner.toml by what it spent at most "
-                f"and remove {path.name}."
+                f"{path} says was made last: a second copy of this device has trained meanwhile, "
+                "or the folder is another device's. What was spent is unknown, so nothing was "
+                "trained; go on with that copy alone, or name this device's own folder with "
+                "--state. Only where that is lost for good, lower max_epsilon in owner.toml by "
+                f"what it spent at most and remove {path.name}."
             )
 
 

@@ -215,7 +215,7 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
     key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
     content, again = device.folder.reply(key, run.context.state), True
     if content is None:
-        reply, again = run.app(message, run.context), False
+        reply, again = _by_app(device, run, message), False
         _keep(device, run, key, reply)
     else:
         reply = Message(content, reply_to=message)
@@ -235,6 +235,29 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
         outcome = f"declined or failed: {reply.error.reason}"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
     _tell_room(run, kind)
+
+
+def _by_app(device: Device, run: _Run, message: Message) -> Message:
+    """What the app answers; what it does not catch itself refuses one message, and ends nothing.
+
+    The app answers for the task's failures. What is left are mods that a strategy has run around
+    it: they believe the numbers of a server's message. What was charged meanwhile is in the state.
+    """
+    try:
+        reply = run.app(message, run.context)
+        if isinstance(reply, Message):
+            return reply
+        raise TypeError(f"it answered with a {type(reply).__name__}")
+    except (Exception, SystemExit) as error:
+        kind = message.metadata.message_type
+        log.debug("%s %s: its app failed", run.name, kind, exc_info=True)
+        refused = InvalidUpdate(
+            f"{kind}: what runs around training for this strategy failed on the server's message: "
+            f"{type(error).__name__}: {error}. Nothing was sent, and what was charged stays "
+            "charged; see the options of federation.strategy on the server."
+        )
+        hide = run.ledger is not None
+        return Message(Error(*error_of(device.kit.name, refused, hide=hide)), reply_to=message)
 
 
 def _tell_room(run: _Run, kind: str) -> None:

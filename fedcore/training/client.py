@@ -19,6 +19,7 @@ from fedcore.errors import (
     TrainingDiverged,
 )
 from fedcore.model import FullModel, build_model
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import (
@@ -53,6 +54,19 @@ _LARGEST_STATISTIC = 1e12
 """What a server may send where examples are protected: nothing larger comes of training."""
 
 
+def log_skipped(name: str, count: int) -> None:
+    """Says in the device's own log that examples counted as zero; how many is private."""
+    log.warning("%s", skipped_text(name, count))
+
+
+def skipped_text(name: str, count: int) -> str:
+    """What is said of places in a client's batches that counted as zero."""
+    return (
+        f"client {name!r}: {counted(count, 'example')} of its batches had no finite "
+        "gradient at the server's weights or could not be read, and counted as zero"
+    )
+
+
 @dataclass(frozen=True)
 class Client:
     """What a client is made of: the task and the limits it runs within."""
@@ -63,6 +77,8 @@ class Client:
     randomness: Randomness
     others: OtherRuns = NO_OTHER_RUNS
     """What other runs have spent on the same data."""
+    on_skipped: Callable[[str, int], None] = log_skipped
+    """Hears a client's name, and how many places in its batches counted as zero: private."""
 
     @cached_property
     def folder(self) -> Folder:
@@ -191,7 +207,7 @@ def _train_private(
     device = next(model.model.parameters()).device
     planned, ledger = spend(client, name, examples, ledger, round=number)
     on_spend(ledger)  # spend before release
-    train_private(
+    skipped = train_private(
         model.preprocess,
         model.model,
         examples,
@@ -203,6 +219,8 @@ def _train_private(
         proximal_mu=instruction.proximal_mu,
         memory_bytes=min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2),
     )
+    if skipped:
+        client.on_skipped(name, skipped)
     return ledger.epsilon(run.privacy)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +12,6 @@ from fedcore.task import Examples, Loss, size_of
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
 from fedcore.training.per_example.ways import Way, trained
-
-log = logging.getLogger("fedcore.device")
 
 MEMORY_BYTES = 512 << 20
 """What the gradients of one physical batch may take."""
@@ -34,7 +30,7 @@ def train_private(
     draws: Draws,
     proximal_mu: float = 0.0,
     memory_bytes: int = MEMORY_BYTES,
-) -> None:
+) -> int:
     """Trains ``model`` in place by DP-SGD.
 
     Guarantee:
@@ -56,6 +52,10 @@ def train_private(
         proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it
             is added behind the noise and costs no privacy.
         memory_bytes: What the gradients of one physical batch may take.
+
+    Returns:
+        How many places in batches counted as zero, as the example there had no finite gradient or
+        could not be read. It is private.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
@@ -97,12 +97,7 @@ def train_private(
         for module, name, tensor, before in untrained:  # they would leave without noise
             tensor.copy_(before)
             setattr(module, name, tensor)  # the model may have put another one in its place
-    if skipped:
-        log.warning(
-            "%d examples had no finite gradient at the server's weights or could not be read, and "
-            "counted as zero",
-            skipped,
-        )
+    return skipped
 
 
 def noise_deviation(plan: PrivatePlan) -> float:

@@ -7,6 +7,7 @@ with a run answers its devices before. What rounds need is imported in their own
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedcore.flower.identity import SERVER_NODE_ID
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, Sink, tee
 from fedcore.observability.jsonl import json_lines
+from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.folder import check_outside
@@ -134,7 +136,9 @@ def _serve(
     read: list[CloudData | None] = []  # what the check of a start has read is not read again
     if not goes_on:
         with insistent():
-            read.append(_check_begins(run, load(), deployment.runs / run.name))
+            task = load()
+            with told_if_slow(FIRST_STEP) if run.private else nullcontext():
+                read.append(_check_begins(run, task, deployment.runs / run.name))
     elif run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), deployment.runs / run.name)
     address = deployment.address(identity)

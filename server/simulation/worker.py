@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 
@@ -67,8 +67,12 @@ class Worker:
     Of a folded order only the sum of its updates is kept, until `hand_in`.
     """
 
-    def __init__(self, client: Client, app: ClientApp, fleet: Fleet | None) -> None:
+    def __init__(
+        self, client: Client, app: ClientApp, fleet: Fleet | None, skipped: dict[str, int]
+    ) -> None:
+        """``skipped`` is where ``client`` and ``app`` note what counted as zero, by client."""
         self._client = client
+        self._skipped = skipped
         self._app = app
         self._fleet = fleet
         self._order: Order | None = None
@@ -98,6 +102,7 @@ class Worker:
         if order.kind != MessageType.TRAIN:
             return [self._by_app(order, one, None) for one in asked]
         there, lost = [], []
+        self._skipped.clear()
         for one in asked:
             found = self._fate(order, one)
             if found is None or counts(found, deadline_s=order.deadline_s):
@@ -109,6 +114,7 @@ class Worker:
         else:
             answers = [self._alone(order, one, found) for one, found in there]
         places = {one.node: place for place, one in enumerate(asked)}
+        answers = [replace(one, skipped=self._skipped.get(one.asked.name, 0)) for one in answers]
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
 
     def reached(self, order: Order, asked: Sequence[Asked]) -> list[Asked]:
