@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.observability.words import one_line
@@ -19,16 +20,16 @@ from fedcore.updates.messages import (
     MODEL,
     TRAIN_LOSS,
     UNCLIPPED,
-    Arrived,
     Update,
-    arrived_update,
     check_weights,
     refused_as,
     update_content,
 )
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
+from fedcore.updates.replies import Asked, Reply, read_reply
 from server.aggregation.exact import ExactMean
+from server.progress import Forgetful, Keeper, Nameless, Peers
 from server.records import VirtualRecord
 
 _MAX_REASON = 2000  # characters that are shown of what a client says
@@ -68,8 +69,8 @@ class Tally:
     declined: int = 0
     failed: int = 0
     examples: int = 0
-    loss: float = 0.0
-    has_loss: bool = False
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    """The training loss of each update that tells it, and its number of examples."""
     epsilon_max: float | None = None
     bytes_up: int = 0
     unclipped: int = 0
@@ -100,11 +101,18 @@ class Tally:
         self.updates += 1
         self.examples += num_examples
         if TRAIN_LOSS in metrics:
-            self.has_loss = True
-            self.loss += metrics[TRAIN_LOSS] * num_examples
+            self.losses.append((metrics[TRAIN_LOSS], num_examples))
         if EPSILON in metrics:
             self.epsilon_max = max(self.epsilon_max or 0.0, metrics[EPSILON])
         self.unclipped += metrics.get(UNCLIPPED) == 1.0
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean over the examples of those who told it, in whatever order; None without any."""
+        if not self.losses:
+            return None
+        total = math.fsum(loss * count for loss, count in self.losses)
+        return total / sum(count for _, count in self.losses)
 
     def failure(self, code: int, reason: str) -> None:
         """Counts a client that answered with an error."""
@@ -115,43 +123,88 @@ class Tally:
             self.refuse(reason, kind=refused_as(code))
 
 
-def accepted(
-    replies: Iterable[Message], layout: Layout, tally: Tally, *, first: int
-) -> Iterator[tuple[Message, Arrived]]:
-    """Replies that passed every check, as they arrive; none is held here while the next comes.
+@dataclass(frozen=True)
+class Intake:
+    """What the replies to one question are held to, and who keeps those that are taken."""
 
-    After ``first`` of them that whoever takes them has not refused, no other is waited for.
+    asked: Asked
+    keeper: Keeper = field(default_factory=Forgetful)
+    peers: Peers = field(default_factory=Nameless)
+    base: Vector | None = None
+    """The weights that were sent, where the distance to them is to be measured."""
+    bound: Bound | None = None
+    """Of client-level privacy."""
+    on_note: Callable[[str], None] = lambda text: None
+
+    def where(self, reply: Message) -> str:
+        """Whose a reply is, for what is said of it."""
+        return f"{_WHAT[self.asked.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
+
+    def read(self, reply: Message) -> Reply:
+        """The reply, checked.
+
+        Raises:
+            InvalidUpdate: it is not what was asked for.
+        """
+        where = self.where(reply)
+        found = read_reply(reply, self.asked, where=where, base=self.base)
+        if self.bound is not None:
+            self.bound.check(found.parts(), found.metrics, where=where)
+        return found
+
+
+_WHAT = {MessageType.TRAIN: "update from", MessageType.EVALUATE: "metrics from"}
+
+
+def accepted(
+    replies: Iterable[Message], intake: Intake, tally: Tally, *, first: int
+) -> Iterator[tuple[Message, Reply]]:
+    """Replies that passed every check and are kept, as they arrive; none is held here.
+
+    Each is checked, then kept, then handed on; one that is refused is counted, told of by its
+    name, and changes nothing else. After ``first`` that were taken no other is waited for.
     """
     taken = 0
     for reply in replies:
         if reply.has_error():
-            tally.failure(reply.error.code, reason_of(reply))
+            tally.failure(*failure_of(reply))
             continue
-        tally.bytes_up += payload_bytes(reply)
         try:
-            update = arrived_update(reply, layout)
+            found = intake.read(reply)
+            tally.bytes_up += payload_bytes(reply)
         except InvalidUpdate as error:
-            tally.refuse(str(error))
+            _refuse(reply, intake, tally, str(error))
             del reply
             continue
-        failed = tally.failed
-        yield reply, update
-        del reply, update
-        taken += tally.failed == failed
+        kept = intake.keeper.accept(reply)
+        if found.arrays:
+            arrays = kept.content[ARRAYS]
+            found = replace(found, arrays={name: arrays[name] for name in found.arrays})  # type: ignore[misc]
+        del reply
+        yield kept, found
+        del kept, found
+        taken += 1
         if taken == first:
             return
 
 
-def hold(taken: Iterator[tuple[Message, Arrived]], tally: Tally, *, uniform: bool) -> list[Message]:
+def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
+    if intake.keeper.discard(reply):
+        intake.on_note(f"Dropped from the journal, which an earlier process had kept: {reason}")
+    intake.peers.refused(reply.metadata.src_node_id, reason)
+    tally.refuse(reason)
+
+
+def hold(taken: Iterator[tuple[Message, Reply]], tally: Tally, *, uniform: bool) -> list[Message]:
     """Every update of the round, in the order of the cohort.
 
     Flower refuses a whole round over one metric that not every client sends, so what some do not
     send is left out.
     """
     held = []
-    for reply, arrived in taken:
-        held.append((reply, arrived.whole()))
-        del reply.content[ARRAYS], arrived  # weights are in memory now, once
+    for reply, found in taken:
+        held.append((reply, found.update()))
+        del reply.content[ARRAYS], found  # weights are in memory now, once
     held.sort(key=lambda pair: pair[0].metadata.src_node_id)
     common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
     for reply, update in held:
@@ -167,29 +220,14 @@ def hold(taken: Iterator[tuple[Message, Arrived]], tally: Tally, *, uniform: boo
 
 
 def fold(
-    taken: Iterator[tuple[Message, Arrived]],
-    layout: Layout,
-    tally: Tally,
-    *,
-    uniform: bool,
-    bound: Bound | None = None,
+    taken: Iterator[tuple[Message, Reply]], layout: Layout, tally: Tally, *, uniform: bool
 ) -> ExactMean:
-    """The exact weighted mean of all updates; one that came as a file is held by pieces.
-
-    Those that are not within ``bound`` are refused.
-    """
+    """The exact weighted mean of all updates; one that came as a file is held by pieces."""
     mean = ExactMean(layout.size)
-    for reply, update in taken:
-        try:
-            if bound is not None:
-                where = f"update from node {reply.metadata.src_node_id}"
-                bound.check(update.parts(), update.metrics, where=where)
-            mean.add_parts(update.parts, 1 if uniform else update.num_examples)
-        except InvalidUpdate as error:
-            tally.refuse(str(error))
-        else:
-            tally.count(update.num_examples, update.metrics)
-        del reply, update  # the next one is read while this frame waits
+    for reply, found in taken:
+        mean.add_parts(found.parts, 1 if uniform else found.num_examples)
+        tally.count(found.num_examples, found.metrics)
+        del reply, found  # the next one is read while this frame waits
     return mean
 
 
@@ -267,10 +305,11 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
     )
 
 
-def reason_of(reply: Message) -> str:
-    """Why a client failed, in its own words: a line of them, whatever it sent."""
-    reason = one_line((reply.error.reason or "")[:_MAX_REASON])
-    return reason or f"error {reply.error.code}"
+def failure_of(reply: Message) -> tuple[int, str]:
+    """The code of a reply with an error, and why, in its client's own words: a line of them."""
+    code, reason = reply.error.code, reply.error.reason
+    said = one_line(reason[:_MAX_REASON]) if isinstance(reason, str) else ""
+    return code, said or f"error {code}"
 
 
 def payload_bytes(message: Message) -> int:

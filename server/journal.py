@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedcore.errors import DataError
 from fedcore.flower.records import read_record, record_bytes
-from fedcore.updates.pieces import FileArray, pieces, size_of
+from fedcore.updates.pieces import KeptArray, pieces, size_of
 from server.blobs import Blobs, Pieces
 from server.entries import Entries, Entry, new_entry
 from server.journal_head import (
@@ -86,6 +86,8 @@ class Journal:
         self.round = start.progress.round if start else 0
         """The last round that is over."""
         self._over = start.progress.over if start else False
+        self._replies: set[tuple[str, int]] = set()
+        """Kinds and nodes of what this process accepted, or handed out, in the round."""
         self._sweep()
 
     def close(self) -> None:
@@ -138,6 +140,7 @@ class Journal:
         add_to_head(self._folder, self._entries, told)
         self._reached(COPIED)
         self._begun, self.round, self._over = True, progress.round, progress.over
+        self._replies.clear()
         self._sweep()
 
     def asked(self, kind: str) -> list[int] | None:
@@ -172,13 +175,18 @@ class Journal:
         kinds = [kind for kind in self._kinds() if kind.startswith(ASKED)]
         self._entries.write(drop=[(kind, number, number) for kind in kinds])
 
-    def accept(self, reply: Message) -> None:
-        """Makes a reply of the round that goes on durable; it holds no error.
+    def accept(self, reply: Message) -> Message:
+        """Makes a reply of the round that goes on durable; it was checked, and holds no error.
+
+        Returns the same reply, with large arrays where the journal keeps them: what they came in
+        can be let go. It is written once, however often it is accepted.
 
         Raises:
             DiskFull: there was no room; it was not kept.
         """
         metadata, packed = reply.metadata, _Packing(self._blobs)
+        if self.holds(metadata.message_type, metadata.src_node_id):
+            return reply
         doc = _content_doc(reply.content, packed)
         self._reached(ACCEPTING)
         kind = REPLY + metadata.message_type
@@ -186,6 +194,25 @@ class Journal:
             [new_entry(kind, self.round + 1, metadata.src_node_id, doc, bytes(packed.data))]
         )
         self._reached(ACCEPTED)
+        self._replies.add((metadata.message_type, metadata.src_node_id))
+        for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
+            record = reply.content[name]
+            if isinstance(first, str) and isinstance(record, ArrayRecord):
+                path = self._blobs.path(first)
+                record[key] = KeptArray(dtype, tuple(shape), stype, path)
+        return reply
+
+    def holds(self, kind: str, node: int) -> bool:
+        """Whether a reply of ``node`` to ``kind`` stands that this process accepted or gave out."""
+        return (kind, node) in self._replies
+
+    def discard(self, kind: str, node: int) -> bool:
+        """Forgets an accepted reply, whose node is to be asked again; False where there is none."""
+        if not self.holds(kind, node):
+            return False
+        self._replies.discard((kind, node))
+        self._entries.remove(REPLY + kind, self.round + 1, node)
+        return True
 
     def reply(self, message: Message) -> Message | None:
         """The reply that was accepted to ``message`` of the round that goes on.
@@ -201,6 +228,7 @@ class Journal:
             content = self._content(entry)
         except DataError:
             return None
+        self._replies.add((metadata.message_type, metadata.dst_node_id))
         return Message(content, reply_to=message)
 
     def _run(self) -> dict[str, Any]:
@@ -219,7 +247,7 @@ class Journal:
         records = {name: ArrayRecord() for name in values["records"]}
         for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
             records[name][key] = (
-                FileArray(dtype, tuple(shape), stype, self._blobs.open(first))
+                KeptArray(dtype, tuple(shape), stype, self._blobs.checked(first))
                 if isinstance(first, str)
                 else Array(dtype, tuple(shape), stype, entry.data[first:last])
             )

@@ -37,8 +37,10 @@ from server.client_privacy import (
 )
 from server.cohort import asked_for, select
 from server.evaluation import is_better, judge_round
+from server.expected import asked_to_train
 from server.inbound import (
     FoldingGrid,
+    Intake,
     Tally,
     accepted,
     aggregated,
@@ -49,7 +51,7 @@ from server.inbound import (
     hold,
     payload_bytes,
 )
-from server.progress import Forgetful, Keeper, Progress, Start
+from server.progress import Forgetful, Keeper, Nameless, Peers, Progress, Start
 from server.protection import Protection
 from server.records import RoundRecord
 from server.strategies import Chosen
@@ -66,7 +68,8 @@ class Federation:
     grid: Grid
     chosen: Chosen
     cohort: int
-    primary: Metric
+    metrics: tuple[Metric, ...]
+    """Of the task; the first is its primary one."""
     randomness: Randomness
     judge: Judge | None
     """Scores a model on the cloud's data; None when there is none."""
@@ -75,9 +78,16 @@ class Federation:
     keeper: Keeper = field(default_factory=Forgetful)
     start: Start | None = None
     """Where to go on; from the beginning when None."""
+    peers: Peers = field(default_factory=Nameless)
+    """Who clients are."""
     clients: int = 0
     """Those that rounds draw from, as client-level privacy counts on; as many as are there, or
     as a round asks, where those are more."""
+
+    @property
+    def primary(self) -> Metric:
+        """What rounds are compared by."""
+        return self.metrics[0]
 
     @cached_property
     def folding(self) -> FoldingGrid | None:
@@ -301,10 +311,17 @@ def _train_round(
         sent = sum(payload_bytes(message) for message in messages)
         replies = grid.send_and_receive(messages, timeout=deadline_s)
         enough = len(nodes) if protection else federation.cohort
-        taken = accepted(replies, layout, tally, first=enough)
+        intake = Intake(
+            asked_to_train(run, layout),
+            keeper=federation.keeper,
+            peers=federation.peers,
+            bound=bound,
+            on_note=federation.on_note,
+        )
+        taken = accepted(replies, intake, tally, first=enough)
         del replies  # whoever is late is forgotten once enough are taken
         if folds:
-            mean = fold(taken, layout, tally, uniform=uniform, bound=bound)
+            mean = fold(taken, layout, tally, uniform=uniform)
         else:
             ready = hold(taken, tally, uniform=uniform)
     _announce(federation, progress, tally)
@@ -373,7 +390,7 @@ def _record(
         updates=tally.updates,
         declined=tally.declined,
         failed=tally.failed,
-        train_loss=tally.loss / tally.examples if tally.has_loss else None,
+        train_loss=tally.train_loss,
         metrics=metrics,
         judged_on=judged_on,
         epsilon_max=tally.epsilon_max,

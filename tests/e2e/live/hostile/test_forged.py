@@ -30,8 +30,8 @@ from flwr.app import (
 
 from fedcore.crypto.keys import new_key
 from fedcore.updates.messages import weights_record
-from fedcore.updates.pack import Layout
-from server.inbound import Tally, accepted
+from fedcore.updates.replies import Asked, Form, Range
+from server.inbound import Intake, Tally, accepted
 from server.live.limits import Limits
 
 COUNT = int(os.environ.get("FEDCORE_HOSTILE", "40"))
@@ -41,7 +41,7 @@ PATIENCE_S = 60.0 + COUNT
 pytestmark = pytest.mark.timeout(300 + COUNT)
 BATCH = 8
 SIZE = 7
-LAYOUT = Layout(("weights",), ((SIZE,),))
+INTAKE = Intake(Asked("train", {"train_loss": Range()}, {"model": Form("float32", (SIZE,))}))
 WIDE = Limits(calls_per_s=1e6, burst=10**6)
 
 Forge = Callable[[Any, Message, RecordDict, random.Random], None]
@@ -156,8 +156,8 @@ class Round:
 
         def collect() -> None:
             replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
-            for reply, found in accepted(replies, LAYOUT, tally, first=len(rogues)):
-                assert np.isfinite(found.whole().weights).all()
+            for reply, found in accepted(replies, INTAKE, tally, first=len(rogues)):
+                assert np.isfinite(found.update().weights).all()
                 taken.append(reply.metadata.src_node_id)
 
         thread = threading.Thread(target=collect)
@@ -325,7 +325,7 @@ def test_a_client_weighs_what_it_enrolled_with(project: Any, served: Any, rogue:
         def collect(messages: Any = messages, grid: Any = grid, found: Any = found) -> None:
             replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
             tally = Tally(len(messages))
-            for _, update in accepted(replies, LAYOUT, tally, first=len(messages)):
+            for _, update in accepted(replies, INTAKE, tally, first=len(messages)):
                 found.append(update.num_examples)
 
         thread = threading.Thread(target=collect)
