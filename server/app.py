@@ -67,7 +67,8 @@ def server_app(
         listener: Who is told what happens.
         keeper: Keeps what it takes to go on with rounds that are interrupted; nobody when None.
         start: Where such rounds go on; from the beginning when None.
-        peers: Who clients are, for what is said of them; numbers when None.
+        peers: Who clients are, for what is said of them. None where they are virtual, or a
+            network's that is not ours: numbers then.
         awaited: How many clients there are to wait for where the run names no cohort. All who are
             there then are the cohort; those who come after the deadline are not waited for.
     """
@@ -118,6 +119,7 @@ def server_app(
             keeper=keeper or Forgetful(),
             start=start,
             peers=peers or Nameless(),
+            live=peers is not None,
             clients=max(_count(grid), awaited()) if run.client_private else 0,
         )
         federated = run_rounds(federation, model)

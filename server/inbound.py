@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +30,7 @@ from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
 from fedcore.updates.replies import Asked, Reply, read_reply
 from server.aggregation.exact import ExactMean
+from server.norms import NormBound
 from server.progress import Forgetful, Keeper, Nameless, Peers
 from server.records import VirtualRecord
 
@@ -75,6 +77,8 @@ class Tally:
     bytes_up: int = 0
     unclipped: int = 0
     """Updates that were within an adaptive bound by themselves."""
+    clipped: list[tuple[int, float]] = field(default_factory=list)
+    """Nodes whose updates were longer than the round's bound, and how long those were."""
     reasons: list[str] = field(default_factory=list)
     """Why clients failed."""
     spent: str = ""
@@ -195,16 +199,29 @@ def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
     tally.refuse(reason)
 
 
-def hold(taken: Iterator[tuple[Message, Reply]], tally: Tally, *, uniform: bool) -> list[Message]:
-    """Every update of the round, in the order of the cohort.
+def hold(
+    taken: Iterator[tuple[Message, Reply]],
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: NormBound | None = None,
+) -> list[Message]:
+    """Every update of the round, in the order of the cohort; none is longer than ``bound`` allows.
 
     Flower refuses a whole round over one metric that not every client sends, so what some do not
     send is left out.
     """
-    held = []
+    held, lengths = [], list[float]()
     for reply, found in taken:
         held.append((reply, found.update()))
+        lengths.append(found.distance or 0.0)
         del reply.content[ARRAYS], found  # weights are in memory now, once
+    limit = bound.limit(lengths) if bound is not None else None
+    for place, (reply, update) in enumerate(held):
+        scale = _scale(bound, reply, lengths[place], limit, tally)
+        if bound is not None and scale < 1.0:
+            whole = np.concatenate([*bound.moved(partial(iter, (update.weights,)), scale)])
+            held[place] = reply, replace(update, weights=whole)
     held.sort(key=lambda pair: pair[0].metadata.src_node_id)
     common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
     for reply, update in held:
@@ -220,15 +237,41 @@ def hold(taken: Iterator[tuple[Message, Reply]], tally: Tally, *, uniform: bool)
 
 
 def fold(
-    taken: Iterator[tuple[Message, Reply]], layout: Layout, tally: Tally, *, uniform: bool
+    taken: Iterable[tuple[Message, Reply]],
+    layout: Layout,
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: NormBound | None = None,
 ) -> ExactMean:
-    """The exact weighted mean of all updates; one that came as a file is held by pieces."""
-    mean = ExactMean(layout.size)
+    """The exact weighted mean of all updates; one that lies in a file is held by pieces.
+
+    Each is folded in as it comes, but where ``bound`` follows from all of them: then they wait
+    where they lie.
+    """
+    mean, limit = ExactMean(layout.size), bound.limit(()) if bound is not None else None
+    if bound is not None and bound.fixed is None:
+        taken = list(taken)
+        limit = bound.limit([found.distance or 0.0 for _, found in taken])
     for reply, found in taken:
-        mean.add_parts(found.parts, 1 if uniform else found.num_examples)
+        scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
+        parts = found.parts
+        if bound is not None and scale < 1.0:
+            parts = partial(bound.moved, found.parts, scale)
+        mean.add_parts(parts, 1 if uniform else found.num_examples)
         tally.count(found.num_examples, found.metrics)
-        del reply, found  # the next one is read while this frame waits
+        del reply, found, parts  # the next one is read while this frame waits
     return mean
+
+
+def _scale(
+    bound: NormBound | None, reply: Message, length: float, limit: float | None, tally: Tally
+) -> float:
+    """What a difference is multiplied by, see `NormBound`; one that is clipped is counted."""
+    if bound is None or limit is None or length <= limit:
+        return 1.0
+    tally.clipped.append((reply.metadata.src_node_id, length))
+    return limit / length
 
 
 def fold_in_place(

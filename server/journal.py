@@ -7,22 +7,18 @@ is neither asked for again nor counted twice.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from numpy.typing import NDArray
+from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import DataError
-from fedcore.flower.records import read_record, record_bytes
-from fedcore.updates.pieces import KeptArray, pieces, size_of
-from server.blobs import Blobs, Pieces
-from server.entries import Entries, Entry, new_entry
+from fedcore.updates.pieces import KeptArray
+from server.blobs import Blobs
+from server.entries import Entries, new_entry
 from server.journal_head import (
     ASKED,
     COMMIT,
@@ -38,10 +34,16 @@ from server.journal_head import (
     shorten_head,
     write_head,
 )
+from server.packing import (
+    Packing,
+    content_doc,
+    content_from,
+    digests_of,
+    progress_doc,
+    progress_from,
+)
 from server.progress import Progress, Start
-from server.protection import noise_of, protection_doc, protection_of
 from server.records import RoundRecord
-from server.strategy_state import Remembered
 
 SELECTING, SELECTED = "selecting", "selected"
 ACCEPTING, ACCEPTED = "accepting", "accepted"
@@ -54,7 +56,6 @@ Reached = Callable[[str], None]
 VALUES = "values"
 """Folder of what is too large for the database."""
 _FORMAT = 1
-_INLINE_BYTES = 2**16
 _FIRST, _LAST = 0, 2**62
 _TRAIN, _EVALUATE = "train", "evaluate"
 
@@ -127,8 +128,8 @@ class Journal:
         """
         if self._begun and (progress.round, progress.over) == (self.round, self._over):
             return
-        packed = _Packing(self._blobs)
-        doc = _progress_doc(progress, packed)
+        packed = Packing(self._blobs)
+        doc = progress_doc(progress, packed)
         commit = new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))
         told = None if record is None else new_entry(RECORD, record.round, 0, asdict(record))
         # The round before stays: it is what is gone back to where this one's values are damaged.
@@ -184,10 +185,10 @@ class Journal:
         Raises:
             DiskFull: there was no room; it was not kept.
         """
-        metadata, packed = reply.metadata, _Packing(self._blobs)
+        metadata, packed = reply.metadata, Packing(self._blobs)
         if self.holds(metadata.message_type, metadata.src_node_id):
             return reply
-        doc = _content_doc(reply.content, packed)
+        doc = content_doc(reply.content, packed)
         self._reached(ACCEPTING)
         kind = REPLY + metadata.message_type
         self._entries.write(
@@ -225,7 +226,7 @@ class Journal:
         if entry is None or not entry.is_intact:
             return None
         try:
-            content = self._content(entry)
+            content = content_from(entry, self._blobs, where=str(self._folder / JOURNAL))
         except DataError:
             return None
         self._replies.add((metadata.message_type, metadata.dst_node_id))
@@ -239,28 +240,13 @@ class Journal:
     def _kinds(self) -> list[str]:
         return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, _EVALUATE)]
 
-    def _content(self, entry: Entry) -> RecordDict:
-        values = entry.values
-        start, end = values["rest"]
-        content = read_record(entry.data[start:end], where=str(self._folder / JOURNAL))
-        # A record that is made of all its arrays at once reads and copies them.
-        records = {name: ArrayRecord() for name in values["records"]}
-        for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
-            records[name][key] = (
-                KeptArray(dtype, tuple(shape), stype, self._blobs.checked(first))
-                if isinstance(first, str)
-                else Array(dtype, tuple(shape), stype, entry.data[first:last])
-            )
-        content.update(records)
-        return content
-
     def _last_whole(self) -> Start | None:
         """Where the run goes on: after the last commit whose values are what was written."""
         commits = self._entries.of(COMMIT)
         records = [RoundRecord(**entry.values) for entry in self._entries.of(RECORD)]
         for entry in reversed(commits):
             try:
-                progress = _progress(entry, self._blobs)
+                progress = progress_from(entry, self._blobs)
             except DataError as error:
                 self.mended = " ".join(filter(None, (self.mended, str(error))))
                 continue
@@ -296,7 +282,7 @@ class Journal:
 def values_of(entries: Entries) -> set[str]:
     """The names of the values that entries refer to."""
     kinds = [COMMIT, *(REPLY + kind for kind in (_TRAIN, _EVALUATE))]
-    return {digest for kind in kinds for one in entries.of(kind) for digest in _digests(one)}
+    return {digest for kind in kinds for one in entries.of(kind) for digest in digests_of(one)}
 
 
 def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
@@ -333,95 +319,3 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
     except BaseException:
         entries.close()
         raise
-
-
-class _Packing:
-    """Puts values where an entry finds them again: beside it, or into a file where large."""
-
-    def __init__(self, blobs: Blobs) -> None:
-        self._blobs = blobs
-        self.data = bytearray()
-
-    def add(self, values: NDArray[Any]) -> list[Any]:
-        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        return self._add(lambda: (raw,), len(raw))
-
-    def add_array(self, array: Array) -> list[Any]:
-        return self._add(lambda: pieces(array), size_of(array))
-
-    def _add(self, value: Pieces, size_bytes: int) -> list[Any]:
-        if size_bytes > _INLINE_BYTES:
-            return [self._blobs.put(value), size_bytes]
-        start = len(self.data)
-        for piece in value():
-            self.data += piece
-        return [start, len(self.data)]
-
-
-def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
-    first, last = place
-    return blobs.get(first, last) if isinstance(first, str) else data[first:last]
-
-
-def _digests(entry: Entry) -> list[str]:
-    """The files that an entry refers to."""
-    places = [described[-1] for described in entry.values.get("arrays", ())]
-    return [place[0] for place in places if isinstance(place[0], str)]
-
-
-def _content_doc(content: RecordDict, packed: _Packing) -> dict[str, Any]:
-    arrays = {name: one for name, one in content.items() if isinstance(one, ArrayRecord)}
-    rest = RecordDict({name: one for name, one in content.items() if name not in arrays})
-    start = len(packed.data)
-    packed.data += record_bytes(rest)
-    return {
-        "rest": [start, len(packed.data)],
-        "records": list(arrays),
-        "arrays": [
-            [name, key, array.dtype, list(array.shape), array.stype, packed.add_array(array)]
-            for name, record in arrays.items()
-            for key, array in record.items()
-        ],
-    }
-
-
-def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
-    noise = noise_of(progress.protection)
-    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *noise]
-    vectors += progress.strategy.arrays
-    described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
-    raw = np.frombuffer(progress.preprocess, np.uint8)
-    preprocess = ["|u1", [len(raw)], packed.add(raw)]
-    return {
-        "round": progress.round,
-        "over": progress.over,
-        "best_round": progress.best_round,
-        "most_failed": progress.most_failed,
-        "strategy": progress.strategy.tree,
-        "protection": protection_doc(progress.protection),
-        "arrays": [preprocess, *described],
-    }
-
-
-def _progress(entry: Entry, blobs: Blobs) -> Progress:
-    values, raw = json.loads(entry.doc), dict[str, bytes]()
-    for *_, place in values["arrays"]:  # weights that are the best ones too are held once
-        key = json.dumps(place)
-        raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
-    preprocess, weights, best, *rest = [
-        np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
-        for dtype, shape, place in values["arrays"]
-    ]
-    protection = values.get("protection")  # there is none in journals from before there was one
-    noise = protection["noise"] if protection else 0
-    return Progress(
-        round=values["round"],
-        over=values["over"],
-        weights=weights,
-        best=best,
-        best_round=values["best_round"],
-        most_failed=values["most_failed"],
-        strategy=Remembered(values["strategy"], tuple(rest[noise:])),
-        preprocess=preprocess.tobytes(),
-        protection=protection_of(protection, rest[:noise]),
-    )

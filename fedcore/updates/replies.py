@@ -121,14 +121,14 @@ def check_legible(content: RecordDict, *, where: str) -> None:
                 f"{_NOT_USED}."
             )
         for name, record in content.items():
-            _check_name(name, "record", where)
+            _check_name(name, "a record", where)
             if len(record) > MAX_ENTRIES:
                 raise InvalidUpdate(
                     f"{where}: record {name!r} has {len(record)} entries, expected at most "
                     f"{MAX_ENTRIES}. {_NOT_USED}."
                 )
             for key, value in record.items():
-                _check_name(key, f"entry of {name!r}", where)
+                _check_name(key, f"an entry of {name!r}", where)
                 _check_entry(value, f"{name}.{key}", where)
 
 
@@ -197,7 +197,7 @@ def _shown(text: object) -> str:
 def _check_name(name: object, what: str, where: str) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise InvalidUpdate(
-            f"{where}: the name of a {what} is {_shown(name)}, expected 1 to {MAX_NAME} printable "
+            f"{where}: the name of {what} is {_shown(name)}, expected 1 to {MAX_NAME} printable "
             f"characters. {_NOT_USED}."
         )
 
@@ -205,7 +205,7 @@ def _check_name(name: object, what: str, where: str) -> None:
 def _check_entry(value: object, name: str, where: str) -> None:
     if isinstance(value, Array):
         for text in (value.dtype, value.stype):
-            _check_name(text, f"type in {name!r}", where)
+            _check_name(text, f"a type in {name!r}", where)
         shape = value.shape
         if len(shape) > MAX_DIMENSIONS or not all(
             type(size) is int and 0 <= size < 2**63 for size in shape
