@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -72,7 +73,7 @@ class ExactMean:
             InvalidUpdate: a value is not finite; the sum is unchanged then.
         """
         peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
-        if not np.isfinite(peaks).all():
+        if not all(map(math.isfinite, peaks)):
             raise InvalidUpdate(
                 "aggregation: an update holds values that are not finite. This client was not "
                 "aggregated; lower client.learning_rate."

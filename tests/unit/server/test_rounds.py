@@ -392,3 +392,62 @@ def test_scores_are_those_of_the_new_model() -> None:
 
     done = Story(adds(), evaluate=evaluate, **HELD_BACK).run()
     assert [round(r.metrics["accuracy"], 3) for r in done.rounds] == [0.1, 0.2, 0.3]
+
+
+def measured(value: float) -> Answer:
+    return lambda *_: RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: 10, "rmse": value})})
+
+
+@pytest.mark.parametrize("lie", [1e300, 1.7e308, -1.0, 2e18])
+def test_a_metric_out_of_its_range_decides_nothing(lie: float) -> None:
+    story = Story(
+        adds(), primary=RMSE, evaluate=mixed(measured(0.5), n11=measured(lie)), **HELD_BACK
+    )
+    done = story.run()
+    assert [record.metrics for record in done.rounds] == [{"rmse": 0.5}] * 3
+    assert "round 1: 1 of 5 clients could not be evaluated. First: metrics from node 11" in "".join(
+        story.notes
+    )
+
+
+@pytest.mark.parametrize("lie", [1e17, 50.0])
+def test_a_metric_without_a_range_is_without_those_that_are_far_from_all_others(lie: float) -> None:
+    story = Story(
+        adds(), primary=RMSE, evaluate=mixed(measured(0.5), n11=measured(lie)), **HELD_BACK
+    )
+    done = story.run()
+    assert [record.metrics for record in done.rounds] == [{"rmse": 0.5}] * 3
+    assert story.notes[0] == (
+        f"round 1: rmse is without node 11 ({lie:.4g}): far from what the other 4 clients measured."
+    )
+
+
+def test_metrics_that_differ_as_those_of_clients_do_are_all_counted() -> None:
+    values = {f"n{node}": measured(0.1 * 2 ** (node - 10)) for node in NODES}
+    done = Story(adds(), primary=RMSE, evaluate=mixed(measured(0.1), **values), **HELD_BACK).run()
+    assert done.rounds[0].metrics == {"rmse": pytest.approx(0.62)}
+
+
+def test_a_client_that_leaves_a_metric_out_does_not_lower_its_mean() -> None:
+    silent = mixed(told(0.8), n11=lambda *_: RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: 9})}))
+    assert Story(adds(), evaluate=silent, **HELD_BACK).run().rounds[0].metrics == {
+        "accuracy": pytest.approx(0.8)
+    }
+
+
+def test_too_many_metrics_are_refused() -> None:
+    many = {f"m{place}": 1.0 for place in range(90_000)}
+    noisy = mixed(told(0.8), n11=lambda *_: RecordDict({METRICS: MetricRecord(many)}))
+    story = Story(adds(), evaluate=noisy, **HELD_BACK)
+    assert story.run().rounds[0].metrics == {"accuracy": pytest.approx(0.8)}
+    assert max(map(len, story.notes)) < 500
+
+
+def test_a_fixed_bound_on_updates_holds_in_a_simulation_too() -> None:
+    story = Story(mixed(adds(0.1), n11=adds(1e9)), max_update_norm=0.5, rounds=1)
+    done = story.run()
+    moved = (4 * 0.1 + 0.5 / 3**0.5) / 5
+    assert done.weights == pytest.approx([moved] * 3, rel=1e-6)
+    assert story.notes[0].startswith(
+        "round 1: 1 update longer than federation.max_update_norm = 0.5, clipped to that: node 11"
+    )
