@@ -261,12 +261,32 @@ class Journal:
             )
         return None
 
+    def rounds_kept(self) -> list[int]:
+        """The rounds whose models are kept, the latest last; 0 is the model from before the first.
+
+        Two at most: the last round's, and the one before, which it goes back to.
+        """
+        return [entry.round for entry in self._entries.of(COMMIT)]
+
+    def roll_back(self, number: int) -> None:
+        """Goes back to after a round of `rounds_kept`; this journal must be reopened then.
+
+        Raises:
+            DataError: that round's weights are damaged; nothing was changed.
+        """
+        (commit,) = (entry for entry in self._entries.of(COMMIT) if entry.round == number)
+        progress_from(commit, self._blobs)
+        self._drop_after(number)
+
     def _go_back(self, number: int) -> None:
         """Drops what came after a round. Devices answer again with what they have kept."""
+        self._drop_after(number)
+        self.mended += f" The run goes on after round {number}, whose weights are whole."
+
+    def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)
         self._entries.write(drop=[(kind, *after) for kind in (COMMIT, RECORD, *self._kinds())])
         shorten_head(self._folder, self._entries)
-        self.mended += f" The run goes on after round {number}, whose weights are whole."
 
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
         entry = self._entries.one(ASKED + _TRAIN, number + 1, 0)

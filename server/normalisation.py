@@ -21,7 +21,7 @@ from server.cloud import CloudData
 from server.expected import SQUARES, SUM, asked_for_sums
 from server.inbound import failure_of
 from server.progress import Peers
-from server.robust import FAR, LEAST
+from server.robust import DECIDES, FAR, LEAST
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
 """Number of examples, sum and sum of squares by feature."""
@@ -104,8 +104,8 @@ def _from_clients(
         named = [name for (name, _), out in zip(found, far, strict=True) if out]
         on_note(
             f"normalisation: without the inputs of {', '.join(named[:_NAMED])}"
-            f"{', ...' if len(named) > _NAMED else ''}, whose means or magnitudes are far from "
-            f"those of the other {len(kept)} clients. Look at their data."
+            f"{', ...' if len(named) > _NAMED else ''}, which are far from those of the "
+            f"other {len(kept)} clients. Look at their data."
         )
     if not kept or len(kept) < run.federation.quorum * len(nodes):
         raise RoundFailed(
@@ -120,20 +120,34 @@ def _from_clients(
 
 
 def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
-    """Whose means, or root mean squares, of some feature are far from what is usual.
+    """Whose inputs are far from what is usual, or would decide alone what comes out.
 
-    Both are compared with the root mean square of most clients, so that a feature that is centred
-    at zero has a scale, too; one that is zero for most has that of the largest feature.
+    The first by their means and root mean squares, of any feature, beside the root mean square of
+    most clients: so a feature that is centred at zero has a scale, too, and one that is zero for
+    most has that of the largest feature. The second by what leaving them out would change: a client
+    may have most of the examples, where they are like those of others.
     """
     if len(found) < LEAST:
         return np.zeros(len(found), np.bool_)
-    means = np.array([total.ravel() / count for count, total, _ in found])
-    sizes = np.array([np.sqrt(squares.ravel() / count) for count, _, squares in found])
+    counts = np.array([[count] for count, _, _ in found], np.float64)
+    totals = np.array([total.ravel() for _, total, _ in found])
+    squares = np.array([squared.ravel() for _, _, squared in found])
+    means, sizes = totals / counts, np.sqrt(squares / counts)
     usual = np.median(sizes, axis=0)
     usual = np.where(usual > 0, usual, usual.max(initial=0.0))
     away = np.maximum(np.abs(means - np.median(means, axis=0)), sizes)
-    far: NDArray[np.bool_] = ((away > FAR * usual) & (usual > 0)).any(axis=1)
-    return far
+    far = np.logical_and(away > FAR * usual, usual > 0).any(axis=1, keepdims=True)
+    kept = np.where(far, 0.0, counts)
+    others = kept.sum() - kept
+    total, squared = (np.where(far, 0.0, one) for one in (totals, squares))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of one that is alone
+        mean, size = total.sum(axis=0) / kept.sum(), np.sqrt(squared.sum(axis=0) / kept.sum())
+        without = (total.sum(axis=0) - total) / others
+        size_without = np.sqrt(np.maximum(squared.sum(axis=0) - squared, 0.0) / others)
+    moved = np.maximum(np.abs(mean - without), np.abs(size - size_without))
+    decides = np.logical_and(moved > DECIDES * usual, usual > 0).any(axis=1, keepdims=True)
+    out: NDArray[np.bool_] = np.logical_or(far, decides)[:, 0]
+    return out
 
 
 def _read_sums(reply: Message, shape: tuple[int, ...], name: str) -> Sums:

@@ -10,6 +10,9 @@ LEAST = 3
 FAR = 30.0
 """So many spreads from the median are far: no honest client of a federation was seen there."""
 
+DECIDES = 3.0
+"""Whoever moves a mean by so many times what is usual decides it alone."""
+
 
 def outlying(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which rows hold a number far from those of the same column; all finite.

@@ -249,3 +249,23 @@ def test_clients_of_different_kinds_are_all_counted() -> None:
     notes: list[str] = []
     fitted(make_run("federated"), notes=notes)
     assert notes == []
+
+
+def test_one_who_claims_most_of_the_examples_does_not_decide_alone() -> None:
+    notes: list[str] = []
+    count = 2**31 - 1
+    liar = answer(np.full(4, 20.0 * count), np.full(4, 500.0 * count), count)
+    run = make_run("federated", quorum=0.7)
+    model = fitted(run, handle=with_liar(liar, 10), nodes=range(10, 20), notes=notes)
+    assert standardise_of(model).mean.abs().max() < 2
+    assert "without the inputs of node 19" in notes[0]
+
+
+def test_one_who_has_most_of_the_examples_and_is_like_the_others_counts_in_full() -> None:
+    notes: list[str] = []
+    large = answer(np.full(4, 1.5e6), np.full(4, 1e6 * (1 + 1.5**2)), 10**6)
+    model = fitted(
+        make_run("federated"), handle=with_liar(large, 10), nodes=range(10, 20), notes=notes
+    )
+    assert notes == []
+    assert torch.allclose(standardise_of(model).mean, torch.tensor(1.5), atol=1e-3)
