@@ -171,7 +171,8 @@ def accepted(
     taken = 0
     for reply in replies:
         if reply.has_error():
-            tally.failure(*failure_of(reply))
+            code, reason = failure_of(reply)
+            tally.failure(code, intake.peers.said(reply.metadata.src_node_id, reason))
             continue
         try:
             found = intake.read(reply)

@@ -91,7 +91,7 @@ def _from_clients(
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
         node = reply.metadata.src_node_id
         if reply.has_error():
-            reasons.append(failure_of(reply)[1])
+            reasons.append(peers.said(node, failure_of(reply)[1]))
             continue
         try:
             found.append((peers.name(node), _read_sums(reply, shape, peers.name(node))))

@@ -113,6 +113,9 @@ class Peers(Protocol):
     def name(self, node_id: int) -> str:
         """What people call a node, fit to be printed."""
 
+    def said(self, node_id: int, reason: str) -> str:
+        """What a node says of its failure, as a line that names the node."""
+
     def refused(self, node_id: int, reason: str) -> None:
         """A reply of a node was refused for ``reason``."""
 
@@ -123,6 +126,10 @@ class Nameless:
     def name(self, node_id: int) -> str:
         """Its number."""
         return f"node {node_id}"
+
+    def said(self, node_id: int, reason: str) -> str:
+        """The reason alone: clients name themselves."""
+        return reason
 
     def refused(self, node_id: int, reason: str) -> None:
         """The round tells."""

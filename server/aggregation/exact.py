@@ -177,8 +177,9 @@ class ExactMean:
         assert self.weight == self.count
         found = np.empty(len(self._limbs[0]))
         for part in self._chunks():
-            scaled = np.rint(np.multiply(base[part], _SCALE, dtype=np.float64))
-            peak = float(np.abs(scaled).max(initial=0.0))
+            own = base[part]
+            peak = max(float(own.max()), -float(own.min())) * _SCALE + 1
+            scaled = np.rint(np.multiply(own, _SCALE, dtype=np.float64))
             if len(self._limbs) == 1 and self._bounds[0] + peak * self.count < MOST:
                 whole = self._limbs[0][part] - self.count * scaled.astype(np.int64)
                 np.multiply(whole, STEP, out=found[part])

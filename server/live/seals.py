@@ -150,6 +150,11 @@ class DevicePeers:
         member = self.roster.member(public) if public is not None else None
         return f"client {one_line(member.name)!r}" if member else f"node {node_id}"
 
+    def said(self, node_id: int, reason: str) -> str:
+        """The reason behind the device's name: it may have said anything, of any other device."""
+        name = self.name(node_id)
+        return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
+
     def refused(self, node_id: int, reason: str) -> None:
         """Logs it: one line for each device in a while."""
         self.refusals.note(self.name(node_id), 409, reason)
