@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
-from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError, RoundFailed
 from fedcore.observability.words import one_line
 from fedcore.privacy.client_level import Bound
 from fedcore.updates.messages import (
@@ -214,7 +215,8 @@ def hold(
     """
     held, lengths = [], list[float]()
     for reply, found in taken:
-        held.append((reply, found.update()))
+        with _kept(reply):
+            held.append((reply, found.update()))
         lengths.append(found.distance or 0.0)
         del reply.content[ARRAYS], found  # weights are in memory now, once
     limit = bound.limit(lengths) if bound is not None else None
@@ -259,10 +261,24 @@ def fold(
         parts = found.parts
         if bound is not None and scale < 1.0:
             parts = partial(bound.moved, found.parts, scale)
-        mean.add_parts(parts, 1 if uniform else found.num_examples)
+        with _kept(reply):
+            mean.add_parts(parts, 1 if uniform else found.num_examples)
         tally.count(found.num_examples, found.metrics)
         del reply, found, parts  # the next one is read while this frame waits
     return mean
+
+
+@contextmanager
+def _kept(reply: Message) -> Iterator[None]:
+    """Tells of an update that was taken, and cannot be read again from where it is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"update from node {reply.metadata.src_node_id}: what was kept of it cannot be read "
+            f"({error.strerror or error}). The round was not aggregated, and what the journal "
+            "holds stands; make the disk work again, and go on with --resume."
+        ) from error
 
 
 def _scale(

@@ -7,6 +7,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 
 from fedcore.config import RunConfig
+from fedcore.errors import ResourceError
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
@@ -21,6 +23,7 @@ from fedcore.updates.pieces import FileArray
 from server.expected import asked_to_train
 from server.inbound import Intake, Tally, accepted, fold, hold
 from server.journal import create, reopen
+from server.live.journal_keeper import JournalKeeper
 
 SIZE = 1_000_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
@@ -137,3 +140,35 @@ def test_what_a_client_says_of_its_failure_is_one_line_of_words() -> None:
     assert reason.startswith("bad 2026-01-01T00:00:00Z INFO device d2: forged")
     assert reason.isprintable()
     assert len(reason) <= 2000
+
+
+def test_an_update_that_is_lost_after_it_was_kept_is_this_machines_fault(tmp_path: Path) -> None:
+    with closing(create(tmp_path, {})) as journal:
+        keeper = JournalKeeper(
+            journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+        )
+        tally = Tally(1)
+        taken = list(accepted(iter([reply(4)]), replace(INTAKE, keeper=keeper), tally, first=1))
+        for path in (tmp_path / "values").iterdir():
+            path.unlink()
+        with pytest.raises(ResourceError, match=r"cannot be read .*go on with --resume"):
+            fold(taken, LAYOUT, tally, uniform=True)
+        assert tally.updates == 0
+
+
+def test_updates_that_wait_in_the_journal_take_no_descriptors(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with closing(create(tmp_path, {})) as journal:
+        keeper = JournalKeeper(
+            journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+        )
+        before, tally = descriptors(), Tally(5)
+        replies = (reply(node) for node in range(4, 9))
+        taken = list(accepted(replies, replace(INTAKE, keeper=keeper), tally, first=5))
+        assert descriptors() == before
+        mean = fold(taken, LAYOUT, tally, uniform=True)
+    assert (
+        np.abs(mean.mean() - np.mean([weights(node) for node in range(4, 9)], axis=0)).max() < 1e-6
+    )
