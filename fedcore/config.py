@@ -63,6 +63,13 @@ class Federation(Section):
     reports later; unless every device of the project has committed to one, all weigh the same.
     Which of the two holds is settled when a round selects, for all of it. Under client-level
     privacy all weigh the same, whatever stands here: a bound on each update bounds nothing else."""
+    max_update_norm: Annotated[float, Field(ge=1e-9, le=1e12)] | Literal["adaptive", "none"] = (
+        "adaptive"
+    )
+    """L2 bound of an update, the difference to the weights that were sent; a longer one is clipped
+    to it, and its client named. ``adaptive`` is ten times the median of the round's updates, on a
+    live run alone, and needs three of them: among fewer nobody can tell who is wrong. Client-level
+    privacy has a bound of its own in its place."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
     the others are told that they are late. At 1.3 three of thirteen may be slow."""

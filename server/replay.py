@@ -28,10 +28,11 @@ from fedcore.privacy.ledger import Ledger, write_ledger
 from fedcore.seeds import Simulated
 from fedcore.task import Task
 from fedcore.training.client import Client
-from fedcore.updates.messages import read_update
 from fedcore.updates.pack import layout_of
+from fedcore.updates.replies import read_reply
 from server.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from server.cohort import asked_for, select
+from server.expected import asked_to_train
 from server.federated_part import rounds
 from server.identity import TASK, changes, check_same, identity_of
 from server.inbound import payload_bytes
@@ -213,7 +214,8 @@ def _train_alone(
     try:
         with one_thread():
             reply = handle(message, context)
-        update = read_update(reply, client.resident.layout)
+        asked = asked_to_train(client.run, client.resident.layout)
+        update = read_reply(reply, asked, where=f"update from client {wanted.client!r}")
     except (Exception, SystemExit) as error:  # here the traceback is what the user asked for
         traceback.print_exception(error, file=sys.stderr)
         _, reason = error_of(wanted.client, error, hide=False)
@@ -279,7 +281,7 @@ def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress)
             grid=InProcessGrid(RUN_ID, wanted.cohort, lambda message: message),
             chosen=chosen,
             cohort=len(wanted.cohort),
-            primary=task.primary,
+            metrics=tuple(task.metrics),
             randomness=Simulated(run.seed),
             judge=None,
             on_round=lambda record: None,

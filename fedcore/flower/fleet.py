@@ -32,8 +32,10 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
+from fedcore.observability.words import one_line
 from fedcore.updates.messages import REFUSED
 
+_SHOWN = 200  # characters of an error over bytes that a peer made up
 _FOREVER = datetime.max.replace(tzinfo=UTC)
 
 
@@ -266,9 +268,10 @@ class Fleet:
         except ResourceError:
             raise  # this machine's, and no fault of the node's
         except Exception as failure:  # bytes that were made up fail in many ways
+            said = one_line(str(failure)[:_SHOWN])
             reason = (
                 f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
-                f"{failure}). It was not used."
+                f"{said}). It was not used."
             )
             content, error = None, Error(REFUSED, reason)
         self.forget([message_id])

@@ -10,7 +10,7 @@ from typing import Protocol
 from flwr.app import Error, Message
 from flwr.app.message import make_message
 
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.grid import OwnGrid
 from fedcore.updates.messages import REFUSED
@@ -162,10 +162,19 @@ class FleetGrid(OwnGrid):
             return reply
         try:
             check(reply)
+        except (ResourceError, OSError):
+            raise  # this machine's, and no fault of the node's
         except FedcoreError as error:
-            code = REFUSED + error.exit_code
-            return make_message(metadata=reply.metadata, error=Error(code, str(error)))
-        return reply
+            code, said = REFUSED + error.exit_code, str(error)
+        except Exception as error:  # what was made up may fail in ways that no check foresees
+            code = REFUSED + InvalidUpdate.exit_code
+            said = (
+                f"update from node {reply.metadata.src_node_id}: it cannot be checked "
+                f"({type(error).__name__}). It was not used."
+            )
+        else:
+            return reply
+        return make_message(metadata=reply.metadata, error=Error(code, said))
 
     def _go_on(self) -> None:
         if self._stopping.is_set():

@@ -38,6 +38,7 @@ from server.live.operate import check_socket, operated, operated_meanwhile, over
 from server.live.resume import Complete, has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
+from server.progress import Peers
 from server.records import RoundRecord
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _serve(
         for note in _resumed(journal):
             emit(Noted(note))
 
-        def work(members: Members, grid: Grid) -> None:
+        def work(members: Members, peers: Peers, grid: Grid) -> None:
             over = _journaled(grid, run, journal, members.admit, control)
             task = load()
             cloud = read.pop() if read else _read_cloud(run, task)
@@ -173,6 +174,7 @@ def _serve(
                 over,
                 journal,
                 members,
+                peers,
                 folder,
                 emit,
                 control,
@@ -192,7 +194,7 @@ def _serve(
                 operated(control, identity, listening),
             ):
                 members = Members(identity.roster(), listening.fleet)
-                return await run_beside(partial(work, members), listening)
+                return await run_beside(partial(work, members, listening.peers), listening)
 
         if not (journal.ended or asyncio.run(serve())):
             return False
@@ -261,6 +263,7 @@ def _federate(
     grid: Grid,
     journal: Journal,
     members: Members,
+    peers: Peers,
     folder: Path,
     emit: Sink,
     control: Control,
@@ -296,6 +299,7 @@ def _federate(
         listener=listener,
         keeper=control.steered(keeper),
         start=start,
+        peers=peers,
         awaited=lambda: members.count(drained=control.drained),
     )
     context = Context(
