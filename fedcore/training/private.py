@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def train_private(
     draws: Draws,
     proximal_mu: float = 0.0,
     memory_bytes: int = MEMORY_BYTES,
+    between: Callable[[], None] | None = None,
 ) -> None:
     """Trains ``model`` in place by DP-SGD.
 
@@ -56,6 +58,8 @@ def train_private(
         proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it
             is added behind the noise and costs no privacy.
         memory_bytes: What the gradients of one physical batch may take.
+        between: Called before each step; what it raises ends the work. It must look at nothing that
+            the examples decide but the time that has passed.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
@@ -70,6 +74,8 @@ def train_private(
     seed, skipped = draws.seed(), 0
     try:
         for step in range(plan.charge.steps):
+            if between is not None:
+                between()
             rows = draws.poisson(count, plan.charge.sample_rate)
             batches = read_batch(examples, rows, device, seed=seed + step * count, usual=way.usual)
             found = clipped_sum(

@@ -125,4 +125,7 @@ def test_training_that_leads_nowhere_is_charged_and_answered_like_any_other(
     charges = json.loads((project.root / "edge-0" / "device" / LEDGER).read_text())["runs"][
         "diverges"
     ]
-    assert [(one["round"], one["steps"], one["data"]) for one in charges] == [(1, 3, ""), (2, 3, "")]
+    assert [(one["round"], one["steps"], one["data"]) for one in charges] == [
+        (1, 3, ""),
+        (2, 3, ""),
+    ]
