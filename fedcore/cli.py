@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedcore import __version__
 from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError
+from fedcore.observability.foreign import bounded_line, say
 
 _EXTRA_OF = {
     "torch": "server",
@@ -104,16 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build_parser(next(iter(words), None)).parse_args(words)
         return int(options.run_verb(options))
     except FedcoreError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(bounded_line(f"{type(error).__name__}: {error}"), to=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        print(
+        say(
             f"ResourceError: this verb needs {error.name}, which is not installed here. "
             f"Nothing was run; `pip install 'fedcore[{extra}]'` brings it.",
-            file=sys.stderr,
+            to=sys.stderr,
         )
         return 7
     except BrokenPipeError:  # `fedcore ... | head`: the reader has what it wanted
@@ -121,14 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # what no step foresaw: a device gone, a path that is a folder
         where = f"{error.filename}: " if error.filename else ""
-        print(
+        say(
             f"ResourceError: {where}{error.strerror or error}. The command was stopped; see that "
             "the path is there and may be used by this user, and run again.",
-            file=sys.stderr,
+            to=sys.stderr,
         )
         return 7
     except KeyboardInterrupt:
-        print("Interrupted: stopped where it was; nothing half-written was left.", file=sys.stderr)
+        say("Interrupted: stopped where it was; nothing half-written was left.", to=sys.stderr)
         return INTERRUPTED
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
+from fedcore.observability.foreign import say
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan_for
@@ -80,12 +81,12 @@ def print_findings(findings: list[Finding], *, as_json: bool) -> int:
     """Prints a line a step; the exit code is that of `TaskError` when a required one failed."""
     failed = any(finding.required and not finding.ok for finding in findings)
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
+        say(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
     else:
         for finding in findings:
             mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
-            print(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]")
-        print("This task would fail." if failed else "This task is ready.")
+            say(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]")
+        say("This task would fail." if failed else "This task is ready.")
     return TaskError.exit_code if failed else 0
 
 

@@ -11,6 +11,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedcore.errors import InvalidUpdate, RoundFailed
 from fedcore.metrics import Metric
 from fedcore.model import FullModel
+from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
@@ -66,7 +67,7 @@ def _evaluate_on_clients(
     total, reasons = 0, []
     for reply in federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s):
         if reply.has_error():
-            reasons.append(reply.error.reason or f"error {reply.error.code}")
+            reasons.append(foreign(reply.error.reason or f"error {reply.error.code}"))
             continue
         try:
             count, values = read_metrics(reply, where=f"node {reply.metadata.src_node_id}")

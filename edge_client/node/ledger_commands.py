@@ -17,6 +17,7 @@ from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
 from fedcore.errors import ConfigError, DataError, PrivacyError
 from fedcore.files import read_bytes, write_atomic
+from fedcore.observability.foreign import say
 from fedcore.owner import OPEN_POLICY, load_owner
 
 if TYPE_CHECKING:
@@ -97,15 +98,15 @@ def _show(options: argparse.Namespace) -> int:
     view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
     if options.json:
         problems = {"problems": list(found.problems), "notes": list(found.notes)}
-        print(json.dumps(view.to_dict() | problems, indent=2, allow_nan=False))
+        say(json.dumps(view.to_dict() | problems, indent=2, allow_nan=False))
     else:
-        print("\n".join(_table(view)))
+        say("\n".join(_table(view)))
     if options.plot is not None:
         from edge_client.node.ledger_plot import plot_ledger
 
         plot_ledger(view, options.plot)
     for problem in found.problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        say(f"damaged: {problem}", to=sys.stderr)
     return PrivacyError.exit_code if found.problems else 0
 
 
@@ -159,14 +160,14 @@ def _verify(options: argparse.Namespace) -> int:
     charges = sum(map(len, found.runs.values()))
     if options.json:
         told = {"charges": charges, "problems": found.problems, "notes": found.notes}
-        print(json.dumps(told, indent=2))
+        say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            print(f"note: {note}")
+            say(f"note: {note}")
         for problem in found.problems:
-            print(f"damaged: {problem}", file=sys.stderr)
+            say(f"damaged: {problem}", to=sys.stderr)
         if not found.problems:
-            print(f"{found.folder}: {charges} charges of {len(found.runs)} runs, and all agrees")
+            say(f"{found.folder}: {charges} charges of {len(found.runs)} runs, and all agrees")
     return PrivacyError.exit_code if found.problems else 0
 
 
@@ -186,16 +187,16 @@ def _verify_export(options: argparse.Namespace) -> int:
         "problems": ledger.problems,
     }
     if options.json:
-        print(json.dumps(told, indent=2))
+        say(json.dumps(told, indent=2))
     else:
         signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
-        print(
+        say(
             f"{options.export}: of {ledger.made_at}, {signed}. {told['charges']} charges come to "
             f"epsilon {ledger.device.epsilon:.3f} at delta {ledger.device.target_delta:g}, as it "
             "says."
         )
         for problem in ledger.problems:
-            print(f"damaged when it was exported: {problem}", file=sys.stderr)
+            say(f"damaged when it was exported: {problem}", to=sys.stderr)
     return PrivacyError.exit_code if ledger.problems else 0
 
 
@@ -215,12 +216,12 @@ def _export(options: argparse.Namespace) -> int:
     key = load_key(options.kit / KEY) if options.kit else None
     raw = export_bytes(found, view, key, now=datetime.now(UTC))
     if options.out is None:
-        sys.stdout.write(raw.decode())
+        say(raw.decode().removesuffix("\n"))
     else:
         write_atomic(options.out, raw)
-        print(f"{options.out}: {sum(map(len, found.runs.values()))} charges")
+        say(f"{options.out}: {sum(map(len, found.runs.values()))} charges")
     for problem in found.problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        say(f"damaged: {problem}", to=sys.stderr)
     return PrivacyError.exit_code if found.problems else 0
 
 

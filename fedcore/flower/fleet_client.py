@@ -122,7 +122,9 @@ class FleetLink:
         elif len(self.kit.servers) > 1:
             context.request.extensions["timeout"]["connect"] = _CONNECT_S
         response = call_next(context)
-        self.wake_port = int(response.headers.get(WAKE_PORT, self.wake_port))
+        told = response.headers.get(WAKE_PORT, "")
+        if told.isdecimal() and len(told) <= 5 and int(told) < 2**16:
+            self.wake_port = int(told)
         if self._passed is not None and self._last is None:
             came = int(response.headers.get("content-length", 0))
             self._passed(len(context.request.content) + came)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from fedcore.cli import Command
 from fedcore.errors import ConfigError, PrivacyError
+from fedcore.observability.foreign import say
 
 if TYPE_CHECKING:
     from fedcore.config import RunConfig
@@ -94,9 +95,9 @@ def _audit(options: argparse.Namespace) -> int:
             write_report(options.report, audited, pictures)
             emit(Noted(f"report: {options.report / 'report.html'}"))
     if options.json:
-        print(json.dumps({"event": "summary", **summary(audited, pictures)}))
+        say(json.dumps({"event": "summary", **summary(audited, pictures)}))
     else:
-        print(text(audited, pictures))
+        say(text(audited, pictures))
     _check(audited)
     return 0
 

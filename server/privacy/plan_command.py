@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fedcore.cli import Command
 from fedcore.config import Client, Privacy, RunConfig, Section
 from fedcore.errors import ConfigError, ResourceError
+from fedcore.observability.foreign import say
 from fedcore.settings import load_run
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     found = answer(question)
     if options.plot:
         _plot(found, question, options.plot)
-    print(json.dumps(_record(found, question)) if options.json else table(found, question))
+    say(json.dumps(_record(found, question)) if options.json else table(found, question))
     return 0
 
 
