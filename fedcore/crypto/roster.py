@@ -102,15 +102,18 @@ class ServerIdentity:
     """Where devices expect it."""
     roster_path: Path
 
-    def roster(self) -> Roster:
+    def roster(self, *, clock: Callable[[], datetime] | None = None) -> Roster:
         """The members, in no older a version than this server has ever seen.
+
+        ``clock`` is the time, UTC, by which they expire; the system's when None.
 
         Raises:
             DataError: as `Roster`.
             TrustError: as `Roster`.
         """
         seen = self.kit.folder / SEEN
-        return Roster(self.roster_path, self.kit.authority_pem, seen=seen)
+        more = {"clock": clock} if clock is not None else {}
+        return Roster(self.roster_path, self.kit.authority_pem, seen=seen, **more)
 
 
 def load_server_identity(folder: Path, *, now: datetime | None = None) -> ServerIdentity:

@@ -35,6 +35,8 @@ from fedcore.flower.fleet_store import FleetStore
 from fedcore.updates.messages import REFUSED
 
 _FOREVER = datetime.max.replace(tzinfo=UTC)
+_TTL_S = 10 * 365 * 86_400.0
+"""When Flower drops a message, by the time of day; a round ends by what has passed."""
 
 
 def node_id_of(public_key: bytes) -> int:
@@ -195,6 +197,7 @@ class Fleet:
         # Messages of a round share their weights: each array is hashed once, not once a node.
         with no_object_id_recompute():
             for message in messages:
+                message.metadata.ttl = _TTL_S
                 message_id = message.object_id
                 message.metadata.__dict__["_message_id"] = message_id
                 objects, tree = get_all_nested_objects(message), get_object_tree(message)
