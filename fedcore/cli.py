@@ -13,8 +13,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedcore import __version__
-from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError
-from fedcore.observability.foreign import bounded_line, say
+from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
+from fedcore.observability.foreign import bounded_line, foreign, say
 
 _EXTRA_OF = {
     "torch": "server",
@@ -128,9 +128,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             to=sys.stderr,
         )
         return 7
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say(
+            f"InsufficientMemory: memory ran out ({foreign(error) or type(error).__name__}). The "
+            "command was stopped; give it more, or make the model, the batches or the number of "
+            "processes smaller.",
+            to=sys.stderr,
+        )
+        return InsufficientMemory.exit_code
     except KeyboardInterrupt:
         say("Interrupted: stopped where it was; nothing half-written was left.", to=sys.stderr)
         return INTERRUPTED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, NumPy, torch or the system say that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return any(part in text for part in ("allocate memory", "out of memory", "start new thread"))
 
 
 if __name__ == "__main__":

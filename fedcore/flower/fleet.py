@@ -103,6 +103,8 @@ class Fleet:
         self.state = FleetState(self.store)
         self.asked: dict[str, Asked] = {}
         self.run_id = 0
+        self.lacks: ResourceError | None = None
+        """What this machine lacked when it last failed to take something in; None where it did."""
         self._sent: defaultdict[int, int] = defaultdict(int)
         self._answered = threading.Condition()
         self._ready: deque[str] = deque()
@@ -236,6 +238,10 @@ class Fleet:
         with self._answered:
             self._ready.append(message_id)
             self._answered.notify_all()
+
+    def lack(self, error: ResourceError | None) -> None:
+        """Notes that this machine could not take a reply in, or, by None, that it can again."""
+        self.lacks = error
 
     def wake(self) -> None:
         """Ends the wait of `next_answered` early: who is there has changed."""

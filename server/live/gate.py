@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedcore.crypto.roster import Member, Roster
-from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, TrustError
+from fedcore.errors import (
+    DataError,
+    DeviceError,
+    FedcoreError,
+    InvalidUpdate,
+    ResourceError,
+    TrustError,
+)
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
@@ -94,6 +101,8 @@ class Gate:
         except _Refusal as refusal:
             await self._refuse(send, peer, scope["path"], refusal)
         except FedcoreError as error:
+            if isinstance(error, ResourceError):  # the device comes again: the round waits
+                self.fleet.lack(error)
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
         except Exception as error:  # whatever a peer sent that nobody thought of
@@ -150,7 +159,9 @@ class Gate:
             if path == PUSH_OBJECT:
                 self.uploads.progress_of(caller.node_id)
                 async with self.bodies:  # what is parsed takes several times its size
-                    return await asyncio.to_thread(call, self.fleet, caller, route, body)
+                    answer = await asyncio.to_thread(call, self.fleet, caller, route, body)
+                self.fleet.lack(None)
+                return answer
             raw = body.read()
             await self._before(path, caller, instance, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
