@@ -72,7 +72,8 @@ def _roster(identity: ServerIdentity) -> Finding:
     roster = Roster(identity.roster_path, identity.kit.authority_pem)
     had = read_seen(identity.kit.folder / SEEN)
     if roster.version < had.version:
-        told = f"version {roster.version}, and {had.version} was in force: the server refuses it"
+        was = f"version {roster.version}, and version {had.version} was in force"
+        told = f"{was}: the server refuses it"
         remedy = (
             "copy the newest roster.json from the authority; where that is lost, revoke anew whom "
             f"it lacks, and remove {SEEN}"

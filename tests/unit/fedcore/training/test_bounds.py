@@ -80,9 +80,9 @@ def test_each_limit_of_time_is_kept(limit: str) -> None:
 
 def test_the_memory_of_this_process_is_known_on_linux() -> None:
     before = resident_bytes()
-    kept = torch.ones(16 << 20, dtype=torch.uint8)
+    kept = torch.ones(512 << 20, dtype=torch.uint8)  # far more than what was freed lies ready for
     after = resident_bytes()
     assert before is not None
     assert after is not None
-    assert after - before > 8 << 20
+    assert after - before > 128 << 20
     assert kept[0] == 1
