@@ -10,9 +10,7 @@ import inspect
 import io
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import (
-    PullMessagesRequest,
-    PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
@@ -311,39 +304,6 @@ def test_a_reply_is_taken_once_and_what_is_large_of_it_stays_in_a_file(
     assert isinstance(array, FileArray) == (weights > 10)
     assert (array.shape, array.data) == ((weights,), raw)
     assert fleet.take(message_id) is None
-
-
-@pytest.mark.parametrize("days", [100, -100])
-@pytest.mark.parametrize("moment", ["send", "pull", "push", "take"])
-def test_a_clock_that_jumps_for_a_moment_loses_no_message(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, moment: str, days: int
-) -> None:
-    modules = [
-        import_module("flwr.supercore.corestate.in_memory_corestate"),
-        import_module("flwr.server.superlink.linkstate.in_memory_linkstate"),
-    ]
-    true = modules[0].now
-
-    @contextmanager
-    def at(step: str) -> Iterator[None]:
-        with monkeypatch.context() as patched:
-            for module in modules if step == moment else ():
-                patched.setattr(module, "now", lambda: true() + timedelta(days=days))
-            yield
-
-    asked = ask(10)
-    with at("send"):
-        (message_id,) = fleet.send([asked])
-    with at("pull"):
-        request = PullMessagesRequest(node=Node(node_id=CALLER.node_id))
-        raw = call(fleet, CALLER, ROUTES["/v1/fleet/pull-messages"], request.SerializeToString())
-        assert isinstance(raw, bytes)
-        assert len(PullMessagesResponse.FromString(raw).messages_list) == 1
-    with at("push"):
-        push(fleet, asked, 10)
-    with at("take"):
-        assert fleet.next_answered(0.0) == message_id
-        assert fleet.take(message_id) is not None
 
 
 def test_a_disk_without_room_is_no_fault_of_a_node(
