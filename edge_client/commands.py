@@ -24,6 +24,7 @@ from fedcore.cli import Command, group
 from fedcore.config import Serving
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.files import read_bytes
+from fedcore.observability.foreign import foreign, say
 
 
 def _store(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +135,7 @@ def _answers(runtime: Runtime, outputs: FloatArray) -> list[str]:
     """One line an input: the class, the values, or the most likely token at each position."""
     kind = runtime.manifest.kind
     if kind == "classification":
-        return runtime.labels(outputs)
+        return [foreign(label) for label in runtime.labels(outputs)]
     rows = outputs if kind == "regression" else outputs.argmax(axis=-1)
     return [" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows]
 
@@ -214,16 +215,16 @@ def _serving(store: Path, model: str) -> Installed:
     """The version that serves; that it is not the active one is said aloud."""
     version = installed.serving(store, model)
     if version.damage:
-        print(
+        say(
             f"warning: version {version.manifest.version} serves in place of the active one: "
             f"{version.damage}",
-            file=sys.stderr,
+            to=sys.stderr,
         )
     return version
 
 
 def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    print(json.dumps(value, indent=2) if options.json else text)
+    say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
 

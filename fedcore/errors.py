@@ -29,7 +29,8 @@
     |   |-- UpdateExpired              a signed update after its time
     |   `-- UpdateReplayed             a second update of a node in one round
     `-- DeviceError                 11   a device cannot serve what it was asked to
-        `-- SelfTestFailed
+        |-- SelfTestFailed
+        `-- OwnerLimit                   more than the owner of the device allows
 
 130 is left for an interrupt (Ctrl-C), as shells expect. A message is one short paragraph:
 what happened, where, what was got against what was expected, the consequence, the next step.
@@ -172,6 +173,10 @@ class DeviceError(FedcoreError):
 
 class SelfTestFailed(DeviceError):
     """A delivered model does not reproduce its golden outputs on this device."""
+
+
+class OwnerLimit(DeviceError):
+    """What a server asks for or sends is more than the device's owner, or its model, allows."""
 
 
 INTERRUPTED = 130

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
+from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
@@ -88,7 +89,7 @@ def check_task(
 def print_finding(finding: Finding) -> None:
     """Prints a line for one step."""
     mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
-    print(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]", flush=True)
+    say(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]", flush=True)
 
 
 def print_findings(findings: list[Finding], *, as_json: bool, told: bool = False) -> int:
@@ -101,11 +102,11 @@ def print_findings(findings: list[Finding], *, as_json: bool, told: bool = False
     """
     failed = any(finding.required and not finding.ok for finding in findings)
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
+        say(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
     else:
         for finding in () if told else findings:
             print_finding(finding)
-        print("This task would fail." if failed else "This task is ready.")
+        say("This task would fail." if failed else "This task is ready.")
     return TaskError.exit_code if failed else 0
 
 

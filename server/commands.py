@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedcore.cli import Command
 from fedcore.errors import INTERRUPTED
+from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, LOADING, told_if_slow
 from fedcore.owner import OPEN_POLICY, load_owner, tighten
 from fedcore.settings import load_run
@@ -110,15 +111,15 @@ def _simulate(options: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 if not (folder / CHECKPOINT).is_file():
                     raise
-                print(f"Interrupted: `{command} --resume` goes on with it.", file=sys.stderr)
+                say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
                 return INTERRUPTED
             delta = tighten(run, owner).privacy.target_delta if run.private else None
             taken = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
             summary = write_results(folder, finished, target_delta=delta, seconds=taken)
     if options.json:
-        print(json.dumps({"event": "summary", **summary}))
+        say(json.dumps({"event": "summary", **summary}))
     else:
-        print(f"report: {os.path.relpath(folder / 'report.html')}")
+        say(f"report: {os.path.relpath(folder / 'report.html')}")
     return 0
 
 

@@ -22,6 +22,7 @@ from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.mods import client_mods
+from fedcore.observability.foreign import say
 from fedcore.observability.words import bytes_text, figure, seconds_text
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import Ledger, write_ledger
@@ -141,7 +142,7 @@ def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoi
         ):
             best = found
     if best is not None and changes(best.identity, identity):
-        print("The task file is not the one that the run was begun with.", file=sys.stderr)
+        say("The task file is not the one that the run was begun with.", to=sys.stderr)
     return best
 
 
@@ -171,7 +172,7 @@ def _progress_before(
     if nearest is not None and nearest.progress.round == wanted.round - 1:
         return nearest.progress
     begun = nearest.progress.round if nearest else 0
-    print(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", file=sys.stderr)
+    say(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", to=sys.stderr)
     keeper = _Until(wanted.round)
     rounds(
         run,
@@ -241,7 +242,7 @@ def _train_alone(
     if json:
         event = {"event": "replayed", "round": wanted.round, "client": wanted.client, **found}
         said = json_format.dumps(event)
-    print(said, file=out, flush=True)
+    say(said, to=out, flush=True)
     return code
 
 

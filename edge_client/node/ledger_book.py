@@ -18,7 +18,7 @@ from typing import Annotated, Literal, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
-from fedcore.config import Fraction, Positive, Section
+from fedcore.config import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
 from fedcore.files import read_bytes
@@ -36,7 +36,7 @@ class Spent(Section):
     """One charge, and what it was made on."""
 
     round: int
-    noise_multiplier: Positive
+    noise_multiplier: Annotated[float, Field(gt=0)]
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=0)]
     target_delta: Fraction

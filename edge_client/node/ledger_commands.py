@@ -17,6 +17,7 @@ from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import KEY
 from fedcore.errors import ConfigError, DataError, PrivacyError
 from fedcore.files import check_file, read_bytes, write_atomic
+from fedcore.observability.foreign import say
 from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text, one_line
 from fedcore.owner import OPEN_POLICY, load_owner
 
@@ -104,9 +105,9 @@ def _show(options: argparse.Namespace) -> int:
     found = _find(options)
     view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
     if options.json:
-        print(json.dumps(view.to_dict(), indent=2, allow_nan=False))
+        say(json.dumps(view.to_dict(), indent=2, allow_nan=False))
     else:
-        print("\n".join(_table(view)))
+        say("\n".join(_table(view)))
     if options.plot is not None:
         from edge_client.node.ledger_plot import plot_ledger
 
@@ -118,12 +119,12 @@ def _ended(found: Found) -> int:
     """The exit code; what is wrong stands with the figures, and that something is, here as well."""
     if not found.problems:
         return 0
-    print(
+    say(
         f"{PrivacyError.__name__}: {found.folder}: this ledger is damaged, and what was spent is "
         f"the figures' amount at the least: {counted(len(found.problems), 'problem')}, named on "
         "standard output. Nothing was changed, and this device trains nothing with privacy; each "
         "says what to do.",
-        file=sys.stderr,
+        to=sys.stderr,
     )
     return PrivacyError.exit_code
 
@@ -188,15 +189,15 @@ def _verify(options: argparse.Namespace) -> int:
     charges = sum(map(len, found.runs.values()))
     if options.json:
         told = {"charges": charges, "problems": found.problems, "notes": found.notes}
-        print(json.dumps(told, indent=2))
+        say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            print(f"note: {one_line(note)}")
+            say(f"note: {one_line(note)}")
         for problem in found.problems:
-            print(f"damaged: {one_line(problem)}")
+            say(f"damaged: {one_line(problem)}")
         held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
         agreed = "can be read, and others may be missing" if found.problems else "and all agrees"
-        print(f"{found.folder}: {held}, {agreed}")
+        say(f"{found.folder}: {held}, {agreed}")
     return _ended(found)
 
 
@@ -223,24 +224,24 @@ def _verify_export(options: argparse.Namespace) -> int:
         "problems": ledger.problems,
     }
     if options.json:
-        print(json.dumps(told, indent=2))
+        say(json.dumps(told, indent=2))
     else:
         signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
-        print(
+        say(
             f"{options.export}: of {one_line(ledger.made_at)}, {signed}. "
             f"{counted(checked.charges, 'charge')} come to epsilon "
             f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as it "
             "says."
         )
         for problem in ledger.problems:
-            print(f"damaged when it was exported: {one_line(problem)}")
+            say(f"damaged when it was exported: {one_line(problem)}")
     if not ledger.problems:
         return 0
-    print(
+    say(
         f"{PrivacyError.__name__}: {options.export}: the device's ledger was damaged when this was "
         "exported, so epsilon is the least that was spent; standard output says what was wrong. "
         "Have the device mend it, and export it anew.",
-        file=sys.stderr,
+        to=sys.stderr,
     )
     return PrivacyError.exit_code
 
@@ -263,12 +264,12 @@ def _export(options: argparse.Namespace) -> int:
     key = load_key(options.kit / KEY) if options.kit else None
     raw = export_bytes(found, view, key, now=datetime.now(UTC))
     if options.out is None:
-        sys.stdout.write(raw.decode())
+        say(raw.decode().removesuffix("\n"))
     else:
         write_atomic(options.out, raw)
         for problem in found.problems:
-            print(f"damaged: {one_line(problem)}")
-        print(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
+            say(f"damaged: {one_line(problem)}")
+        say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
     return _ended(found)
 
 

@@ -37,6 +37,8 @@ from fedcore.updates.messages import REFUSED
 
 _SHOWN = 200  # characters of an error over bytes that a peer made up
 _FOREVER = datetime.max.replace(tzinfo=UTC)
+_TTL_S = 10 * 365 * 86_400.0
+"""When Flower drops a message, by the time of day; a round ends by what has passed."""
 
 
 def node_id_of(public_key: bytes) -> int:
@@ -103,6 +105,8 @@ class Fleet:
         self.state = FleetState(self.store)
         self.asked: dict[str, Asked] = {}
         self.run_id = 0
+        self.lacks: ResourceError | None = None
+        """What this machine lacked when it last failed to take something in; None where it did."""
         self._sent: defaultdict[int, int] = defaultdict(int)
         self._answered = threading.Condition()
         self._ready: deque[str] = deque()
@@ -197,6 +201,7 @@ class Fleet:
         # Messages of a round share their weights: each array is hashed once, not once a node.
         with no_object_id_recompute():
             for message in messages:
+                message.metadata.ttl = _TTL_S
                 message_id = message.object_id
                 message.metadata.__dict__["_message_id"] = message_id
                 objects, tree = get_all_nested_objects(message), get_object_tree(message)
@@ -235,6 +240,10 @@ class Fleet:
         with self._answered:
             self._ready.append(message_id)
             self._answered.notify_all()
+
+    def lack(self, error: ResourceError | None) -> None:
+        """Notes that this machine could not take a reply in, or, by None, that it can again."""
+        self.lacks = error
 
     def wake(self) -> None:
         """Ends the wait of `next_answered` early: who is there has changed."""

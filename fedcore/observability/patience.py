@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fedcore.observability.foreign import say
+
 _AFTER_S = 3.0
 
 FIRST_STEP = (
@@ -25,7 +27,7 @@ def told_if_slow(text: str, *, after_s: float = _AFTER_S) -> Iterator[None]:
     """
 
     def tell() -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, to=sys.stderr, flush=True)
 
     timer = threading.Timer(after_s, tell)
     timer.daemon = True

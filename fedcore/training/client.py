@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,14 +28,16 @@ from fedcore.privacy.ledger import (
     OtherRuns,
     charge,
 )
-from fedcore.privacy.planning import PrivatePlan, plan
+from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan
 from fedcore.resident import Resident
 from fedcore.seeds import Randomness, derive
 from fedcore.task import Examples, Folder, Task, data_folder, read_examples, size_of
 from fedcore.training.batches import split
+from fedcore.training.bounds import Bounds, unbounded
 from fedcore.training.device import available
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
+from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Way
 from fedcore.training.private import MEMORY_BYTES, train_private
@@ -79,6 +81,8 @@ class Client:
     """What other runs have spent on the same data."""
     on_skipped: Callable[[str, int], None] = log_skipped
     """Hears a client's name, and how many places in its batches counted as zero: private."""
+    bounds: Callable[[], Bounds] = unbounded
+    """What bounds the work on a message that comes now."""
 
     @cached_property
     def folder(self) -> Folder:
@@ -143,8 +147,10 @@ def _learn(
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
 ) -> Update:
-    run, number = client.run, instruction.round
+    run, number, bounds = client.run, instruction.round, client.bounds()
     examples, _ = local_data(client, name)
+    steps = run.client.epochs * -(-size_of(examples) // run.client.batch_size)
+    bounds.admit(steps)
     device = available(run.client.device)
     if client.owner.max_threads:
         torch.set_num_threads(min(torch.get_num_threads(), client.owner.max_threads))
@@ -164,7 +170,7 @@ def _learn(
         metrics: dict[str, float] = {}
         if run.private:
             metrics[EPSILON] = _train_private(
-                client, name, model, examples, ledger, on_spend, instruction
+                client, name, model, examples, ledger, on_spend, instruction, bounds
             )
         else:
             order = client.randomness.generator(torch.device("cpu"), "order", number, name)
@@ -179,6 +185,7 @@ def _learn(
                 penalty=proximal(model.model, instruction.proximal_mu)
                 if instruction.proximal_mu
                 else None,
+                between=bounds.check,
             )
         weights = pack(model.model)
     if not np.isfinite(weights).all():
@@ -199,6 +206,7 @@ def _train_private(
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
     instruction: Instruction,
+    bounds: Bounds,
 ) -> float:
     """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
     run, number = client.run, instruction.round
@@ -206,6 +214,22 @@ def _train_private(
     way = client.way
     device = next(model.model.parameters()).device
     planned, ledger = spend(client, name, examples, ledger, round=number)
+    memory_bytes = min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2)
+    bounds.admit(
+        planned.charge.steps,
+        # As large a batch as the settings ask for: the data decide nothing but their number.
+        step_s=partial(
+            step_seconds,
+            client.task,
+            model,
+            way,
+            planned,
+            batch_size=expected_batch_size(size_of(examples), planned),
+            memory_bytes=memory_bytes,
+        )
+        if client.owner.max_round_s is not None or client.owner.hours is not None
+        else None,
+    )
     on_spend(ledger)  # spend before release
     skipped = train_private(
         model.preprocess,
@@ -217,7 +241,8 @@ def _train_private(
         way=way,
         draws=client.randomness.draws(device, number, name),
         proximal_mu=instruction.proximal_mu,
-        memory_bytes=min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2),
+        memory_bytes=memory_bytes,
+        between=partial(bounds.check, memory=False),  # what it takes may depend on the examples
     )
     if skipped:
         client.on_skipped(name, skipped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ def train_private(
     draws: Draws,
     proximal_mu: float = 0.0,
     memory_bytes: int = MEMORY_BYTES,
+    between: Callable[[], None] | None = None,
 ) -> int:
     """Trains ``model`` in place by DP-SGD.
 
@@ -52,6 +55,8 @@ def train_private(
         proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it
             is added behind the noise and costs no privacy.
         memory_bytes: What the gradients of one physical batch may take.
+        between: Called before each step; what it raises ends the work. It must look at nothing that
+            the examples decide but the time that has passed.
 
     Returns:
         How many places in batches counted as zero, as the example there had no finite gradient or
@@ -70,6 +75,8 @@ def train_private(
     seed, skipped = draws.seed(), 0
     try:
         for step in range(plan.charge.steps):
+            if between is not None:
+                between()
             rows = draws.poisson(count, plan.charge.sample_rate)
             batches = read_batch(examples, rows, device, seed=seed + step * count, usual=way.usual)
             found = clipped_sum(

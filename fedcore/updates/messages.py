@@ -7,6 +7,7 @@ those works unchanged.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,8 @@ STATISTICS = "query.statistics"
 """Message type that asks for sums over a client's inputs."""
 DECLINED = 1001
 """Error code of a reply from a client whose budget is spent."""
+MOST_ROUNDS = 10_000_000
+"""Numbers of rounds end here; a run has a million at most, and may be resumed."""
 REFUSED = 1100
 """Error code of a reply from a client that could not do what was asked; the exit code of the kind
 of error is added where it is known."""
@@ -112,8 +115,11 @@ def read_instruction(content: RecordDict) -> Instruction:
     """
     try:
         config = content.config_records[CONFIG]
+        number = int(str(config["server-round"]))
+        if not 0 <= number <= MOST_ROUNDS:
+            raise ValueError(f"round {str(number)[:20]}")
         return Instruction(
-            round=int(str(config["server-round"])),
+            round=number,
             weights=array_of(content.array_records[ARRAYS][MODEL], where="instruction"),
             layout=str(config["layout"]),
             preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
@@ -146,13 +152,29 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
     if vector is not None:
         return vector
     try:
+        stream = io.BytesIO(data)
+        _check_declared(stream)
         # Not `array.numpy()`, which takes archives for arrays, too. Pickled objects are refused.
-        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data))
+        values: NDArray[Any] = np.lib.format.read_array(stream)
     except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
         ) from None
     return values
+
+
+def _check_declared(stream: io.BytesIO) -> None:
+    """Refuses a header that declares another size than what follows: NumPy allocates that first."""
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(stream)]
+    shape, _, dtype = read_header(stream)
+    declared = math.prod(shape) * dtype.itemsize
+    left = len(stream.getbuffer()) - stream.tell()
+    if min(shape, default=0) < 0 or declared != left:
+        raise ValueError(f"its header declares {str(declared)[:20]} bytes, and {left} follow")
+    stream.seek(0)
 
 
 def _float_vector(data: bytes) -> Vector | None:

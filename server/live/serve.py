@@ -32,6 +32,7 @@ from server.live.limits import Limits, Rates, Refusals, Uploads
 from server.live.memory import give_back_early
 from server.live.presence import Presence
 from server.live.seals import DevicePeers, Seals
+from server.live.steady import SteadyClock
 from server.live.wake import Wakeups, put_out_strangers, serve_wakeups
 
 log = logging.getLogger("fedcore.server")
@@ -118,7 +119,8 @@ async def listen(
     """
     give_back_early()
     limits = limits or Limits()
-    roster = identity.roster()
+    clock = SteadyClock()
+    roster = identity.roster(clock=clock)
     with disk_errors(spool):
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True, mode=0o700)
@@ -127,7 +129,13 @@ async def listen(
     presence = Presence(fleet.wake)
     uploads = Uploads(limits, fleet.abandon)
     refusals = Refusals()
-    seals = Seals(roster, fleet.key_of, run_id=run_digest(settings), refusals=refusals)
+    seals = Seals(
+        roster,
+        fleet.key_of,
+        run_id=run_digest(settings),
+        refusals=refusals,
+        clock=clock.seconds,
+    )
     peers = DevicePeers(roster, fleet.key_of, refusals)
     most = min(limits.connections, grant_descriptors())
     connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))

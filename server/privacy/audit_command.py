@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from fedcore.cli import Command
 from fedcore.errors import ConfigError, FedcoreError, PrivacyError
 from fedcore.files import check_file, check_folder
+from fedcore.observability.foreign import say
 from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import epsilon_floor_text, epsilon_text
 
@@ -107,12 +108,12 @@ def _audit(options: argparse.Namespace) -> int:
     except FedcoreError as error:
         if not any(one.refuted for one in audited):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # the lesser of the two
+        say(f"{type(error).__name__}: {error}", to=sys.stderr)  # the lesser of the two
     finally:  # whatever stops it, what was found by then is not lost
         if audited and options.json:
-            print(json.dumps({"event": "summary", **summary(audited, pictures)}))
+            say(json.dumps({"event": "summary", **summary(audited, pictures)}))
         elif audited:
-            print(text(audited, pictures))
+            say(text(audited, pictures))
     _check(audited)
     return 0
 

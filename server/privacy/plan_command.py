@@ -14,6 +14,7 @@ from fedcore.cli import Command
 from fedcore.config import Client, Privacy, RunConfig, Section
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
+from fedcore.observability.foreign import say
 from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import counted, epsilon_text
 from fedcore.settings import load_run
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         from server.privacy.plan import answer
 
     found = answer(question)
-    print(json.dumps(_record(found, question)) if options.json else table(found, question))
+    say(json.dumps(_record(found, question)) if options.json else table(found, question))
     if options.plot is not None:
         from server.privacy.plan_plot import plot
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
 from fedcore.cli import Command, group
+from fedcore.observability.foreign import say
 from server.release import history, initialise, refresh, rollback
 
 
@@ -123,7 +124,7 @@ def _refresh(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    print(json.dumps(value, indent=2) if options.json else text)
+    say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
 
