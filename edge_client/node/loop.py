@@ -259,7 +259,6 @@ def _by_app(device: Device, run: _Run, message: Message) -> Message:
         raise TypeError(f"it answered with a {type(reply).__name__}")
     except (Exception, SystemExit) as error:
         kind = message.metadata.message_type
-        log.debug("%s %s: its app failed", run.name, kind, exc_info=True)
         refused = InvalidUpdate(
             f"{kind}: what runs around training for this strategy failed on the server's message: "
             f"{type(error).__name__}: {error}. Nothing was sent, and what was charged stays "

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedcore.cli import Command, group
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
+from fedcore.observability.foreign import say
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from fedcore.settings import load_run
 from server.live.memory import loading
@@ -158,10 +159,10 @@ def _rollback(options: argparse.Namespace) -> int:
     by = f"uid {os.getuid()}"
     done = roll_back(run, options.runs, options.round, identity=options.identity, by=by)
     if options.json:
-        print(json.dumps(asdict(done)))
+        say(json.dumps(asdict(done)))
         return 0
     dropped = ", ".join(map(str, done.dropped)) or "none"
-    print(
+    say(
         f"{run.name}: goes on after round {done.round} with --resume; rounds dropped: {dropped}. "
         "Drain or revoke the device that spoilt them first, or it answers again as it did."
     )

@@ -9,12 +9,15 @@ from typing import Any, cast
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
 
 from edge_client.node import loop
 from edge_client.node.state import own
+from edge_client.node.wake import Signals
 from fedcore.config import RunConfig
 from fedcore.crypto.keys import new_key, public_bytes, save_key
 from fedcore.errors import InvalidUpdate
+from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model, preprocess_bytes
 from fedcore.owner import OPEN_POLICY
@@ -45,6 +48,10 @@ class Link:
 
     def settings(self, run_id: int) -> dict[str, str]:
         return device_settings(self.run, instance="first")
+
+    def fetch(self, found: Any, *, limit_bytes: int) -> Message:
+        message: Message = found.message
+        return message
 
     def answer(self, reply: Message) -> None:
         self.answers.append(reply)
@@ -95,7 +102,8 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
         device = loop.Device(cast(Any, kit), task, tmp_path / "task.py", OPEN_POLICY, folder)
         for number, norm in ((1, wrong), (2, 0.5)):
             message = instruction(task, run, number, clipping_norm=norm)
-            loop._answer_or_say_why(device, cast(Any, link), runs, message)
+            found = Announced(message, ObjectTree())
+            loop._answer_or_say_why(device, cast(Any, link), Signals(), runs, found)
             charged = len(ledger_in(folder.state("run")).charges)
             assert charged == (number if privacy else 0)
     refused, done = link.answers
