@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, Context, Message
 from torch import Tensor, nn
 
-from fedcore.client_app import client_app
+from fedcore.client_app import DurableLedger, client_app
 from fedcore.config import RunConfig
 from fedcore.errors import DeviceError, InvalidUpdate, OwnerLimit
 from fedcore.flower.identity import assume_identity
@@ -43,7 +43,12 @@ def ask(
     task: Task, run: RunConfig, owner: OwnerPolicy, *, node: Context | None = None, **more: Any
 ) -> Message:
     app = client_app(
-        task, run, owner=owner, randomness=SystemEntropy(), others=NO_OTHER_RUNS, **more
+        task,
+        run,
+        owner=owner,
+        randomness=SystemEntropy(),
+        durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
+        **more,
     )
     return app(instruct(task, run), node or context())
 
