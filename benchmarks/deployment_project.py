@@ -126,7 +126,7 @@ def make_project(root: Path, devices: int, *, parameters: int = SMALL_PARAMETERS
         now=now,
     )
     install(root / "server", key, certificate)
-    roster = RosterFile(version=1, members=tuple(members))
+    roster = RosterFile(version=1, members=tuple(members)).signed(authority_key)
     write_atomic(root / "server" / "roster.json", roster.to_bytes())
     pad = parameters - SMALL_PARAMETERS
     project.task.write_text(_TASK.format(about="", parameters=f"{parameters} parameters.", pad=pad))

@@ -6,6 +6,7 @@ import numpy as np
 
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
+from fedcore.observability.foreign import foreign
 
 
 def answers(manifest: Manifest, outputs: FloatArray) -> list[str]:
@@ -16,7 +17,7 @@ def answers(manifest: Manifest, outputs: FloatArray) -> list[str]:
         outputs: Shape ``(B, ...)``.
     """
     if manifest.kind == "classification":
-        return labels(manifest, outputs)
+        return [foreign(label) for label in labels(manifest, outputs)]
     rows = outputs if manifest.kind == "regression" else outputs.argmax(axis=-1)
     return [" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows]
 

@@ -12,6 +12,7 @@ from edge_client.enrol import enrol, install
 from edge_client.node.commands import start
 from fedcore.cli import Command, group
 from fedcore.crypto.certificates import certificate_sha256
+from fedcore.observability.foreign import say
 
 
 def _kit(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def _install(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    print(json.dumps(value, indent=2) if options.json else text)
+    say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
 

@@ -28,6 +28,7 @@ from fedcore.cli import Command, group
 from fedcore.config import Serving
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.files import read_bytes
+from fedcore.observability.foreign import say
 
 _MAX_THREADS = 256
 
@@ -143,7 +144,7 @@ def _update(options: argparse.Namespace) -> int:
         limits=_limits(options),
     )
     if done.clock:
-        print(f"warning: {done.clock}", file=sys.stderr)
+        say(f"warning: {done.clock}", to=sys.stderr)
     if not done.changed:
         text = f"{done.model}: version {done.version} is already current"
     else:
@@ -270,16 +271,16 @@ def _serving(store: Path, model: str) -> Installed:
     """The version that serves; that it is not the active one is said aloud."""
     version = installed.serving(store, model)
     if version.damage:
-        print(
+        say(
             f"warning: version {version.manifest.version} serves in place of the active one: "
             f"{version.damage}",
-            file=sys.stderr,
+            to=sys.stderr,
         )
     return version
 
 
 def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    print(json.dumps(value, indent=2) if options.json else text)
+    say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
 

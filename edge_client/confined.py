@@ -24,7 +24,7 @@ from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.errors import DataError, DeviceError, LimitExceeded, ResourceError
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 
 MIN_SECONDS, MAX_SECONDS = 1.0, 86_400.0
 MIN_MEMORY_BYTES, MAX_MEMORY_BYTES = 256 << 20, 1 << 40
@@ -159,7 +159,7 @@ def _check_inputs(manifest: Manifest, inputs: AnyArray, of: str) -> None:
         dtype = np.dtype(object)
     if dtype.kind not in "fiub":
         raise DeviceError(
-            f"{of}: its inputs are of type {one_line(manifest.input_dtype)[:50]!r}, which is none "
+            f"{of}: its inputs are of type {foreign(manifest.input_dtype, 50)!r}, which is none "
             "of numbers. It does not serve."
         )
     if inputs.dtype != dtype:
@@ -215,7 +215,7 @@ def _outputs(raw: bytes, status: int, of: str, memory_bytes: int, rows: int) -> 
         if not isinstance(head, dict):
             raise TypeError(f"an answer of type {type(head).__name__}")
         if "fault" in head:
-            _explain_fault(str(head["fault"]), one_line(str(head["text"])), of, memory_bytes)
+            _explain_fault(str(head["fault"]), foreign(head["text"]), of, memory_bytes)
         dtype = np.dtype(str(head["dtype"]))
         outputs = np.frombuffer(data, dtype).reshape([int(size) for size in head["shape"]])
         if dtype.kind not in "fiub" or outputs.ndim == 0 or len(outputs) != rows:
@@ -223,7 +223,7 @@ def _outputs(raw: bytes, status: int, of: str, memory_bytes: int, rows: int) -> 
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise DeviceError(
             f"{of}: it did not answer as a model does "
-            f"({type(error).__name__}: {one_line(str(error))[:200]}). Nothing was answered."
+            f"({type(error).__name__}: {foreign(error, 200)}). Nothing was answered."
         ) from error
     return outputs
 

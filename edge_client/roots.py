@@ -21,7 +21,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsa
 
 from fedcore.errors import ConfigError, DataError, TrustError
 from fedcore.files import read_bytes, sha256_hex, write_atomic
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 
 MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
 _MAX_KNOWN = 4096
@@ -115,7 +115,7 @@ def parse_root(raw: bytes) -> Root:
     except (tuf.RepositoryError, ValueError) as error:
         raise TrustError(
             f"--root: expected the root.json that `fedcore release init` made, got something else "
-            f"({one_line(str(error))[:300]}). {_AFTER}"
+            f"({foreign(error, 300)}). {_AFTER}"
         ) from error
     return metadata.signed
 

@@ -52,7 +52,7 @@ from fedcore.artifacts.statements import (
 )
 from fedcore.errors import DataError, DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
 from fedcore.files import disk_errors, read_bytes, sync_folder
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 
 _AFTER = "Nothing was installed; the version before keeps serving."
 _SET_CLOCK = "Set the clock; NTP keeps it right (timedatectl set-ntp true)."
@@ -269,7 +269,7 @@ def _explained(what: str, view: _View) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     """python-tuf's own words, which may quote what was delivered."""
-    return one_line(str(error))[:300]
+    return foreign(error, 300)
 
 
 def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:

@@ -13,7 +13,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedcore import __version__
-from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError
+from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
+from fedcore.observability.foreign import bounded_line, foreign, say
 
 _EXTRA_OF = {
     "torch": "server",
@@ -104,16 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = build_parser(next(iter(words), None)).parse_args(words)
         return int(options.run_verb(options))
     except FedcoreError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(bounded_line(f"{type(error).__name__}: {error}"), to=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        print(
+        say(
             f"ResourceError: this verb needs {error.name}, which is not installed here. "
             f"Nothing was run; `pip install 'fedcore[{extra}]'` brings it.",
-            file=sys.stderr,
+            to=sys.stderr,
         )
         return 7
     except BrokenPipeError:  # `fedcore ... | head`: the reader has what it wanted
@@ -121,15 +122,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # what no step foresaw: a device gone, a path that is a folder
         where = f"{error.filename}: " if error.filename else ""
-        print(
+        say(
             f"ResourceError: {where}{error.strerror or error}. The command was stopped; see that "
             "the path is there and may be used by this user, and run again.",
-            file=sys.stderr,
+            to=sys.stderr,
         )
         return 7
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say(
+            f"InsufficientMemory: memory ran out ({foreign(error) or type(error).__name__}). The "
+            "command was stopped; give it more, or make the model, the batches or the number of "
+            "processes smaller.",
+            to=sys.stderr,
+        )
+        return InsufficientMemory.exit_code
     except KeyboardInterrupt:
-        print("Interrupted: stopped where it was; nothing half-written was left.", file=sys.stderr)
+        say("Interrupted: stopped where it was; nothing half-written was left.", to=sys.stderr)
         return INTERRUPTED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, NumPy, torch or the system say that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return any(part in text for part in ("allocate memory", "out of memory", "start new thread"))
 
 
 if __name__ == "__main__":

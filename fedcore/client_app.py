@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ from fedcore.privacy.ledger import (
 from fedcore.seeds import Randomness
 from fedcore.task import Task, data_folder, size_of
 from fedcore.training.batches import in_order
-from fedcore.training.client import Client, learn, local_data, model_of
+from fedcore.training.bounds import Bounds, bounds_of
+from fedcore.training.client import Client, learn, local_data, log_skipped, model_of
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.updates.messages import (
@@ -75,6 +77,8 @@ def client_app(
     randomness: Randomness,
     mods: Sequence[Mod] = (),
     durable: DurableLedger | None = None,
+    on_skipped: Callable[[str, int], None] = log_skipped,
+    bounds: Callable[[], Bounds] | None = None,
 ) -> ClientApp:
     """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
 
@@ -85,13 +89,22 @@ def client_app(
         randomness: The seed of a simulation, or the operating system's entropy.
         mods: Flower mods around training, as some strategies need.
         durable: Where charges are kept; None where the node's state in memory is all there is.
+        on_skipped: See `fedcore.training.client.Client`.
+        bounds: What bounds the work on a message that comes now; the owner's limits when None.
 
     Raises:
         PrivacyError: it would train real data with privacy, and forget what that cost; or as
             `tighten` says.
     """
-    others = durable.others if durable else NO_OTHER_RUNS
-    client = Client(task, tighten(run, owner), owner, randomness, others)
+    client = Client(
+        task,
+        tighten(run, owner),
+        owner,
+        randomness,
+        durable.others if durable else NO_OTHER_RUNS,
+        on_skipped,
+        bounds or partial(bounds_of, owner),
+    )
     if durable is None and client.run.private and randomness.origin == "system":
         raise PrivacyError(
             f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "
@@ -202,7 +215,7 @@ def train_client(
 
 
 def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-    instruction = read_instruction(message.content)
+    instruction, bounds = read_instruction(message.content), client.bounds()
     if client.run.private:
         raise InvalidUpdate(
             "evaluation: this client trains with example-level privacy and releases no metrics."
@@ -211,7 +224,7 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
     if not size_of(held_out):
         raise InvalidUpdate("evaluation: this client holds no data back; set federation.holdout.")
     model = model_of(client, instruction).to(available(client.run.client.device))
-    values = evaluate(model, held_out, client.task.metrics)
+    values = evaluate(model, held_out, client.task.metrics, between=bounds.check)
     return RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: size_of(held_out), **values})})
 
 
@@ -221,11 +234,13 @@ def _statistics(client: Client, name: str, message: Message, context: Context) -
         raise InvalidUpdate(
             "statistics: this client trains with example-level privacy and releases no sums."
         )
+    bounds = client.bounds()
     examples, _ = local_data(client, name)
     preprocess = client.task.preprocess() if client.task.preprocess else torch.nn.Identity()
     total, squares = np.zeros(0), np.zeros(0)
     with torch.inference_mode():
         for inputs, _ in in_order(examples, BATCH_SIZE):
+            bounds.check()
             values = preprocess(inputs).double().numpy()
             total = total + values.sum(axis=0) if total.size else values.sum(axis=0)
             squared = np.square(values).sum(axis=0)

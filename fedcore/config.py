@@ -13,8 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedcore.privacy.unsound import unsound
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+MOST_CLIENTS = 10_000_000
+MOST_SECONDS = 31 * 86_400.0  # a month: whoever waits longer has been forgotten
+Clients = Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
+Rounds = Annotated[int, Field(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
+WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
@@ -47,9 +53,9 @@ class Section(BaseModel):
 class Federation(Section):
     """``[federation]``: who takes part in a round and how updates become a model."""
 
-    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    rounds: Rounds = 10
     """How many rounds to run at most."""
-    cohort: Count | None = None
+    cohort: Clients | None = None
     """Clients a round, or their expected number (see ``privacy.client``); every client when unset.
     On a live run these are the project's devices that are there before the first round: all are
     waited for, until the deadline."""
@@ -63,18 +69,25 @@ class Federation(Section):
     reports later; unless every device of the project has committed to one, all weigh the same.
     Which of the two holds is settled when a round selects, for all of it. Under client-level
     privacy all weigh the same, whatever stands here: a bound on each update bounds nothing else."""
+    max_update_norm: Annotated[float, Field(ge=1e-9, le=1e12)] | Literal["adaptive", "none"] = (
+        "adaptive"
+    )
+    """L2 bound of an update, the difference to the weights that were sent; a longer one is clipped
+    to it, and its client named. ``adaptive`` is ten times the median of the round's updates, on a
+    live run alone, and needs three of them: among fewer nobody can tell who is wrong. Client-level
+    privacy has a bound of its own in its place."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
     the others are told that they are late. At 1.3 three of thirteen may be slow."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The share of a cohort whose updates a round needs."""
-    deadline_s: Positive = 3600.0
+    deadline_s: Seconds = 3600.0
     """A round goes on with the updates that have come in by then."""
-    evaluate_cohort: Annotated[int, Field(ge=0)] = 0
+    evaluate_cohort: Annotated[int, Field(ge=0, le=MOST_CLIENTS)] = 0
     """Clients that report metrics on data they hold back, each round; 0 for none."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of a client's data held back from training for that."""
-    patience: Annotated[int, Field(ge=0)] = 0
+    patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Stop after so many rounds without a better validation metric; 0 to run every round."""
     normalisation: Literal["task", "cloud", "federated"] = "task"
     """Where the mean and deviation of the inputs come from: the task's own preprocessing, the
@@ -88,13 +101,13 @@ class Client(Section):
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Passes over a client's data in one round."""
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    batch_size: BatchSize = 32
     """Examples a step; under privacy the expected number of a Poisson sample."""
-    learning_rate: Annotated[float, Field(ge=1e-12, le=1e6)] = 0.1
+    learning_rate: LearningRate = 0.1
     """Step size of the local optimiser."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of SGD; begins at zero in every round."""
-    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    weight_decay: WeightDecay = 0.0
     """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """The local optimiser."""
@@ -120,7 +133,7 @@ class ClientPrivacy(Section):
     ``federation.cohort`` of them in expectation, and tells nobody whom; epsilon counts on that.
     ``matrix``: each round asks exactly so many, nobody's absence is counted on, and noise is
     correlated over rounds so that much of it cancels in the model."""
-    separation: Count | None = None
+    separation: Rounds | None = None
     """Of ``matrix``: no client is asked more than once in so many rounds in a row. The more, the
     less noise; unset, as many as the number of clients over the cohort allows."""
     accountant: Literal["rdp", "prv"] = "prv"
@@ -145,7 +158,7 @@ class Privacy(Section):
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
     """Noise over ``clip_norm``; ``auto`` takes, for each client, the least that keeps
     ``participations`` rounds within ``max_epsilon``."""
-    participations: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    participations: Rounds | None = None
     """Rounds one client is expected in; ``federation.rounds`` when unset. A client whose budget
     is spent earlier takes no further part."""
     accountant: Literal["rdp", "prv"] = "prv"
@@ -168,26 +181,26 @@ class Privacy(Section):
 class Finetune(Section):
     """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
 
-    epochs: Annotated[int, Field(ge=0)] = 10
+    epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
     """0 to leave fine-tuning out."""
-    processes: Count = 1
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes on this machine; one a GPU where there are GPUs."""
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     """Examples a step, over all processes."""
-    learning_rate: Positive = 0.05
+    learning_rate: LearningRate = 0.05
     """Step size, for pruned models too."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: WeightDecay = 0.0
     """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """The optimiser in the cloud."""
     holdout: Fraction = 0.3
     """The share of the cloud's data kept for the gate and for choosing a candidate, at random;
     a task that brings ``cloud_heldout`` decides that itself."""
-    max_metric_drop: Annotated[float, Field(ge=0)] = 0.0
+    max_metric_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     """The gate: how much worse the held-out metric may be after fine-tuning."""
-    timeout_s: Positive = 3600.0
+    timeout_s: Seconds = 3600.0
     """Fine-tuning that takes longer fails; so does a process that waits so long for another."""
 
 
@@ -196,18 +209,18 @@ class Compression(Section):
 
     candidates: tuple[CandidateName, ...] = CANDIDATES
     """What to build; ``fp32`` always, as the others are weighed against it."""
-    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.01
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
     such as RMSE, a fraction of it)."""
-    max_bytes: Count | None = None
+    max_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Size of the ONNX file."""
-    max_p50_us: Positive | None = None
+    max_p50_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Median time of one inference on the machine that compresses."""
     prune_fraction: Fraction = 0.5
     """The share of each hidden layer's channels that structured pruning removes."""
-    prune_epochs: Annotated[int, Field(ge=0)] = 10
+    prune_epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
     """Epochs on the cloud's data after pruning."""
-    calibration_examples: Count = 256
+    calibration_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Examples of the cloud's data that static quantisation sees, at most."""
     timing_runs: Annotated[int, Field(ge=100, le=1_000_000)] = 2000
     """Timed inferences of each candidate, in turn."""

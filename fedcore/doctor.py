@@ -19,6 +19,7 @@ from typing import Literal
 from fedcore import __version__
 from fedcore.cli import Command
 from fedcore.errors import ConfigError, FedcoreError, ResourceError
+from fedcore.observability.foreign import say
 
 _SOON = timedelta(days=14)
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 2 << 30, 200 << 20
@@ -204,13 +205,13 @@ def _doctor(options: argparse.Namespace) -> int:
         findings.append(guarded("task", lambda: task_layers(options.task), remedy=remedy))
     failed = any(finding.verdict == "fail" for finding in findings)
     if options.json:
-        print(json.dumps({"ok": not failed, "findings": list(map(asdict, findings))}, indent=2))
+        say(json.dumps({"ok": not failed, "findings": list(map(asdict, findings))}, indent=2))
     else:
         for finding in findings:
-            print(f"{finding.verdict.upper():<5}{finding.check:<12} {finding.detail}")
+            say(f"{finding.verdict.upper():<5}{finding.check:<12} {finding.detail}")
             if finding.verdict != "ok":
-                print(f"     {'':<12} -> {finding.remedy}")
-        print("This would fail." if failed else f"This {side} is ready.")
+                say(f"     {'':<12} -> {finding.remedy}")
+        say("This would fail." if failed else f"This {side} is ready.")
     return ResourceError.exit_code if failed else 0
 
 

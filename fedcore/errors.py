@@ -30,7 +30,8 @@
     |   `-- UpdateReplayed             a second update of a node in one round
     `-- DeviceError                 11   a device cannot serve what it was asked to
         |-- SelfTestFailed
-        `-- LimitExceeded              a model took more time or memory than it may
+        |-- LimitExceeded              a model took more time or memory than it may
+        `-- OwnerLimit                   more than the owner of the device allows
 
 130 is left for an interrupt (Ctrl-C), as shells expect. A message is one short paragraph:
 what happened, where, what was got against what was expected, the consequence, the next step.
@@ -177,6 +178,10 @@ class SelfTestFailed(DeviceError):
 
 class LimitExceeded(DeviceError):
     """A model took more time or memory than it may on this device."""
+
+
+class OwnerLimit(DeviceError):
+    """What a server asks for or sends is more than the device's owner, or its model, allows."""
 
 
 INTERRUPTED = 130

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import DataError, DiskFull, FedcoreError, ResourceError
+from fedcore.errors import ConfigError, DataError, DiskFull, FedcoreError, ResourceError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PICTURES = (".png", ".pdf", ".svg")
+"""How the name of a picture ends: its format follows from it."""
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
@@ -68,6 +70,81 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def check_file(path: Path, *, option: str) -> None:
+    """Sees, before any work, that a result can be written to ``path``; nothing is made.
+
+    A file that is there is replaced then, and folders that are missing are made.
+
+    Args:
+        path: Where `write_atomic` is to write it.
+        option: Of the command line that names it, for errors.
+
+    Raises:
+        ResourceError: a folder has its name, or what should be its folder is none or may not be
+            written to.
+        DiskFull: there is no room.
+    """
+    if path.is_dir():
+        raise ResourceError(
+            f"{option} {path}: a folder has this name, and a file is to be written. Nothing was "
+            "done; name a file in it."
+        )
+    _check_place(path.parent, f"{option} {path}")
+
+
+def check_folder(path: Path, *, option: str) -> None:
+    """Sees, before any work, that results can be written into a folder; nothing is made.
+
+    Files that are there are replaced then, and folders that are missing are made.
+
+    Args:
+        path: The folder.
+        option: Of the command line that names it, for errors.
+
+    Raises:
+        ResourceError: it, or what should be a folder above it, is none or may not be written to.
+        DiskFull: there is no room.
+    """
+    _check_place(path, f"{option} {path}")
+
+
+def check_picture(path: Path, *, option: str) -> None:
+    """As `check_file`, for a picture.
+
+    Raises:
+        ConfigError: its name ends in none of `PICTURES`.
+        ResourceError: as `check_file` says.
+        DiskFull: there is no room.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise ConfigError(
+            f"{option} {path}: the name of a picture ends in .png, .pdf or .svg, and its format "
+            "follows from that. Nothing was drawn; name it so."
+        )
+    check_file(path, option=option)
+
+
+def _check_place(folder: Path, named: str) -> None:
+    """Writes a file without a name in the nearest folder that is there; it leaves no trace."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ResourceError(
+            f"{named}: {there} is a file, and a folder is needed there. Nothing was done; name "
+            "another place, or move that file away."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=there) as stream:
+            stream.write(b"\0")
+    except OSError as error:
+        kind = DiskFull if error.errno in _FULL else ResourceError
+        raise kind(
+            f"{named}: nothing can be written into {there} ({error.strerror}). Nothing was done; "
+            "name another place, or make room and have it writable by this user."
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

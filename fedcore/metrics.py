@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedcore.errors import TaskError
+
+LARGEST_METRIC = 1e18
+"""No metric may be larger: means of such, weighed by examples, stay far from overflow."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -21,6 +26,18 @@ class Metric:
     compute: Callable[[Tensor, Tensor], float]
     """Takes outputs ``(N, ...)`` and targets ``(N, ...)``, both on the CPU."""
     higher_is_better: bool
+    low: float = -LARGEST_METRIC
+    """The least that it can be. A client that reports less is not believed."""
+    high: float = LARGEST_METRIC
+    """The most that it can be, likewise."""
+
+    def __post_init__(self) -> None:
+        if not -LARGEST_METRIC <= self.low < self.high <= LARGEST_METRIC:
+            raise TaskError(
+                f"metric {self.name!r}: its range is {self.low:g} to {self.high:g}, expected low "
+                f"below high, both within {LARGEST_METRIC:g} of zero. Nothing was run; mend the "
+                "task file."
+            )
 
     def worsening(self, before: float, after: float) -> float:
         """How much worse ``after`` is than ``before``; negative when it is better.
@@ -58,8 +75,8 @@ def _perplexity(outputs: Tensor, targets: Tensor) -> float:
     return loss.double().exp().item()
 
 
-ACCURACY = Metric("accuracy", _accuracy, higher_is_better=True)
+ACCURACY = Metric("accuracy", _accuracy, higher_is_better=True, low=0.0, high=1.0)
 """The share of rows (or tokens) whose largest output is the target."""
-RMSE = Metric("rmse", _rmse, higher_is_better=False)
-MAE = Metric("mae", _mae, higher_is_better=False)
-PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
+RMSE = Metric("rmse", _rmse, higher_is_better=False, low=0.0)
+MAE = Metric("mae", _mae, higher_is_better=False, low=0.0)
+PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False, low=0.0)

@@ -10,10 +10,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fedcore.config import RunConfig
-from fedcore.errors import DataError, InvalidUpdate, TaskError
+from fedcore.errors import DataError, InsufficientMemory, InvalidUpdate, TaskError
 from fedcore.files import read_bytes
 from fedcore.seeds import global_streams
 from fedcore.task import Task
+from fedcore.training.memory import memory_errors
 
 MAX_CHECKPOINT_BYTES = 8 << 30  # 8 GiB
 
@@ -52,11 +53,17 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
 
     Raises:
         TaskError: building it failed, or the preprocessing has parameters.
+        InsufficientMemory: there is no memory for it.
     """
     try:
-        with global_streams(run.seed, "initial weights"):
+        with (
+            memory_errors(f"task {task.name!r}: building the model"),
+            global_streams(run.seed, "initial weights"),
+        ):
             model = task.model()
             preprocess = task.preprocess() if task.preprocess else nn.Identity()
+    except InsufficientMemory:
+        raise
     except Exception as error:  # the user's code: any failure of it is one of the task
         raise TaskError(
             f"task {task.name!r}: building the model failed: {type(error).__name__}: {error}. "

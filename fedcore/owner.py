@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from fedcore.config import DeviceChoice, RunConfig, Section
+from fedcore.config import MOST_SECONDS, DeviceChoice, RunConfig, Section
 from fedcore.errors import ConfigError, PrivacyError
 from fedcore.settings import load
 
@@ -24,7 +24,7 @@ class DataSet(Section):
     """Whatever is trained on data of this name adds up for good, however the files change."""
     path: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """The folder that holds them; ``data`` must be it, or lie in it, for a run to count there."""
-    max_epsilon: Annotated[float, Field(ge=0.01)] | None = None
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
     """In place of the device's, for what is trained on these data."""
 
     @property
@@ -38,7 +38,7 @@ class OwnerPolicy(Section):
 
     data: str | None = None
     """Folder of the local data, handed to the task in place of its default; it must be there."""
-    max_epsilon: Annotated[float, Field(ge=0.01)] | None = None
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
     """No update leaves once it would take this device past so much, whatever the server allows,
     over all runs, tasks and data; where ``datasets`` names data, over all runs on the same ones."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -47,7 +47,17 @@ class OwnerPolicy(Section):
     """A run's ``target_delta`` times the number of examples is at most so much: at 1, showing one
     of them to everyone would count as private."""
     max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
-    """Training that would need more is declined before it starts."""
+    """A message that is larger, or training that would need more, is declined before it starts;
+    training without privacy that comes to need more ends between two steps."""
+    max_round_s: Annotated[float, Field(ge=1, le=MOST_SECONDS)] | None = None
+    """Most seconds of work for one message. Training with privacy that would take longer, by a step
+    that is timed on made-up examples, is declined before it starts; whatever goes on ends between
+    two steps, and no update is sent."""
+    max_round_steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    """Most steps of the optimiser in one round; a round that asks for more is declined."""
+    max_round_bytes: Annotated[int, Field(ge=1, le=10**15)] | None = None
+    """Most bytes of one message from the server. Whatever stands here, no message may have more
+    than a few times the bytes of the installed task's model."""
     max_threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Most threads of torch that training uses."""
     device: DeviceChoice | None = None
@@ -56,7 +66,7 @@ class OwnerPolicy(Section):
     """SHA-256 of each task file that may run here; any that is installed when unset."""
     hours: tuple[Hours, ...] | None = None
     """When this device takes part, by its own clock, as ``["22:00-06:00"]``; always when unset.
-    What was begun within the hours is finished."""
+    Training that is not over by their end is given up."""
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
     """Most bytes a second, to and from the server together, over a transfer as a whole."""
     min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedcore.cli import Command
 from fedcore.errors import ConfigError, FedcoreError
 from fedcore.files import write_atomic
+from fedcore.observability.foreign import say
 
 KINDS = ("classification", "regression", "next_token")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # what `name` in a run's file may be
@@ -76,9 +77,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     task, run = write_scaffold(options.name, kind=options.kind)
-    print(f"wrote {task}: what is learned; it says what to replace")
-    print(f"wrote {run}: how it is learned")
-    print(f"next: fedcore check {task}, then fedcore simulate {run}")
+    say(f"wrote {task}: what is learned; it says what to replace")
+    say(f"wrote {run}: how it is learned")
+    say(f"next: fedcore check {task}, then fedcore simulate {run}")
     return 0
 
 

@@ -18,7 +18,7 @@ from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.normalisation import normalise
-from server.progress import Forgetful, Keeper, Start
+from server.progress import Forgetful, Keeper, Nameless, Peers, Start
 from server.records import RoundRecord
 from server.rounds import Federated, Federation, run_rounds
 from server.strategies import make_strategy
@@ -54,6 +54,7 @@ def server_app(
     listener: Listener,
     keeper: Keeper | None = None,
     start: Start | None = None,
+    peers: Peers | None = None,
     awaited: Callable[[], int] = lambda: 1,
 ) -> ServerApp:
     """An ordinary Flower ServerApp that trains ``task`` as ``run`` says.
@@ -66,6 +67,8 @@ def server_app(
         listener: Who is told what happens.
         keeper: Keeps what it takes to go on with rounds that are interrupted; nobody when None.
         start: Where such rounds go on; from the beginning when None.
+        peers: Who clients are, for what is said of them. None where they are virtual, or a
+            network's that is not ours: numbers then.
         awaited: How many clients there are to wait for where the run names no cohort. All who are
             there then are the cohort; those who come after the deadline are not waited for.
     """
@@ -94,7 +97,7 @@ def server_app(
             for note in chosen.notes:
                 listener.on_note(note)
             warm_start(run, model)
-            normalise(run, model, grid, cloud)
+            normalise(run, model, grid, cloud, peers or Nameless(), listener.on_note)
         else:
             load_preprocess(start.progress.preprocess, model)
             remind(chosen.strategy, start.progress.strategy)
@@ -108,13 +111,15 @@ def server_app(
             grid=grid,
             chosen=chosen,
             cohort=cohort,
-            primary=task.primary,
+            metrics=tuple(task.metrics),
             randomness=randomness,
             judge=judge if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
             keeper=keeper or Forgetful(),
             start=start,
+            peers=peers or Nameless(),
+            live=peers is not None,
             clients=max(_count(grid), awaited()) if run.client_private else 0,
         )
         federated = run_rounds(federation, model)

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from fedcore.errors import DataError
 from fedcore.files import disk_errors, read_bytes, sync_folder
@@ -68,25 +67,26 @@ class Blobs:
             raise _damaged(path)
         return raw
 
-    def open(self, digest: str) -> BinaryIO:
-        """The value that was written under ``digest``, as a file for its reader to close.
+    def path(self, digest: str) -> Path:
+        """The file of a value that was written under ``digest`` by this process."""
+        return self._folder / digest
 
-        It can be read to its end even if it is removed meanwhile, and is never written to.
+    def checked(self, digest: str) -> Path:
+        """The file of the value that was written under ``digest``, by whatever process.
 
         Raises:
             DataError: it is not there, or not what was written.
         """
         path = self._folder / digest
         try:
-            file = path.open("rb")
+            found = _digest_of(path)
         except OSError as error:
             raise DataError(
                 f"{path}: a value of the journal cannot be read ({error.strerror})."
             ) from error
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            file.close()
+        if found != digest:
             raise _damaged(path)
-        return file
+        return path
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Removes every other value, and what was half-written when a process died."""

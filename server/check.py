@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,9 @@ from torch import Tensor
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, TaskError
 from fedcore.model import FullModel, build_model
+from fedcore.observability.foreign import say
+from fedcore.observability.patience import FIRST_STEP, told_if_slow
+from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan_for
@@ -29,6 +33,7 @@ from server.compression.runtime import answer, open_session
 from server.export import export_onnx
 
 _MOST_EXAMPLES = 64
+_FIRST_STEPS = ("training", "privacy")
 _WAYS = {
     "chain": "the quickest way, a chain of dense layers and convolutions",
     "vmap": "all examples of a batch at once",
@@ -48,12 +53,15 @@ class Finding:
     seconds: float
 
 
-def check_task(path: Path, *, client: str | None) -> list[Finding]:
+def check_task(
+    path: Path, *, client: str | None, tell: Callable[[Finding], None] = lambda finding: None
+) -> list[Finding]:
     """Runs every step, each on what the ones before it left; a required failure ends it.
 
     Args:
         path: A task file, or a run's TOML file, whose settings are then kept to.
         client: The client whose data is used; the first one when None.
+        tell: Called with each finding as soon as there is one.
     """
     if path.suffix == ".toml":
         run = load_run(path)
@@ -65,27 +73,40 @@ def check_task(path: Path, *, client: str | None) -> list[Finding]:
     for step, required, work in _steps(state):
         started = time.monotonic()
         try:
-            ok, detail = True, work()
+            with told_if_slow(FIRST_STEP) if step in _FIRST_STEPS else nullcontext():
+                ok, detail = True, work()
         except FedcoreError as error:
             ok, detail = False, str(error)
         except Exception as error:  # the task's code: its failure is what was looked for
             ok, detail = False, f"{type(error).__name__}: {error}"
         findings.append(Finding(step, ok, required, detail, time.monotonic() - started))
+        tell(findings[-1])
         if required and not ok:
             break
     return findings
 
 
-def print_findings(findings: list[Finding], *, as_json: bool) -> int:
-    """Prints a line a step; the exit code is that of `TaskError` when a required one failed."""
+def print_finding(finding: Finding) -> None:
+    """Prints a line for one step."""
+    mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
+    say(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]", flush=True)
+
+
+def print_findings(findings: list[Finding], *, as_json: bool, told: bool = False) -> int:
+    """Prints a line a step; the exit code is that of `TaskError` when a required one failed.
+
+    Args:
+        findings: Of every step.
+        as_json: Prints one JSON object in place of lines.
+        told: Whether the lines were printed before; the last one is left then.
+    """
     failed = any(finding.required and not finding.ok for finding in findings)
     if as_json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
+        say(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
     else:
-        for finding in findings:
-            mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
-            print(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]")
-        print("This task would fail." if failed else "This task is ready.")
+        for finding in () if told else findings:
+            print_finding(finding)
+        say("This task would fail." if failed else "This task is ready.")
     return TaskError.exit_code if failed else 0
 
 
@@ -226,7 +247,7 @@ def _privacy(state: _State) -> str:
         plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
     examples = state.few()
     charge = Charge(round=1, noise_multiplier=1.0, sample_rate=0.5, steps=2)
-    train_private(
+    skipped = train_private(
         model.preprocess,
         model.model,
         examples,
@@ -236,7 +257,10 @@ def _privacy(state: _State) -> str:
         way=way,
         draws=SystemDraws(),
     )
-    return f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
+    said = f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
+    if skipped:
+        said += f"; {counted(skipped, 'example')} without a finite gradient counted as zero"
+    return said
 
 
 def _export(state: _State) -> str:

@@ -19,6 +19,7 @@ import torch
 from fedcore.artifacts.manifest import ClientStatement
 from fedcore.config import ClientPrivacy, RunConfig
 from fedcore.errors import BudgetExhausted, PrivacyError, RoundFailed
+from fedcore.observability.words import epsilon_text
 from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
 from fedcore.privacy.client_level import SLACK, Bound
 from fedcore.privacy.draws import Draws, SimulatedDraws, SystemDraws
@@ -85,8 +86,9 @@ def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
     first = _FIRST_CLIP_NORM if settings.clip_norm == "adaptive" else settings.clip_norm
     protection = Protection(plan, first)
     if not allows(run, protection, rounds=1):
+        needed = epsilon(run, protection, rounds=1)
         raise BudgetExhausted(
-            f"round 1: it would spend epsilon {epsilon(run, protection, rounds=1):.2f} of "
+            f"round 1: it would spend epsilon {epsilon_text(needed)} of "
             f"privacy.client.max_epsilon = {settings.max_epsilon:g} at noise_multiplier = "
             f"{noise:g}. Nothing was trained; raise either, or set noise_multiplier to 'auto'."
         )

@@ -8,11 +8,13 @@ import os
 import shlex
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from fedcore.cli import Command
 from fedcore.errors import INTERRUPTED
+from fedcore.observability.foreign import say
+from fedcore.observability.patience import FIRST_STEP, LOADING, told_if_slow
 from fedcore.owner import OPEN_POLICY, load_owner, tighten
 from fedcore.settings import load_run
 from server.options import run_options
@@ -75,7 +77,8 @@ def _simulate(options: argparse.Namespace) -> int:
     out, command = sys.stdout, _command(options)
     with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
         task = load_task(run.path(run.task))
-        prepared = prepare(run, task, owner, options.runs / run.name)
+        with told_if_slow(FIRST_STEP) if run.private else nullcontext():
+            prepared = prepare(run, task, owner, options.runs / run.name)
         if options.replay:
             from server.replay import replay
 
@@ -108,15 +111,15 @@ def _simulate(options: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 if not (folder / CHECKPOINT).is_file():
                     raise
-                print(f"Interrupted: `{command} --resume` goes on with it.", file=sys.stderr)
+                say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
                 return INTERRUPTED
             delta = tighten(run, owner).privacy.target_delta if run.private else None
             taken = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
             summary = write_results(folder, finished, target_delta=delta, seconds=taken)
     if options.json:
-        print(json.dumps({"event": "summary", **summary}))
+        say(json.dumps({"event": "summary", **summary}))
     else:
-        print(f"report: {os.path.relpath(folder / 'report.html')}")
+        say(f"report: {os.path.relpath(folder / 'report.html')}")
     return 0
 
 
@@ -147,12 +150,15 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fedcore.flower.quiet import quiet
-    from server.check import check_task, print_findings
+    with told_if_slow(LOADING):
+        from fedcore.flower.quiet import quiet
+        from server.check import check_task, print_finding, print_findings
 
     quiet()
-    findings = check_task(options.task, client=options.client)
-    return print_findings(findings, as_json=options.json)
+    if options.json:
+        return print_findings(check_task(options.task, client=options.client), as_json=True)
+    findings = check_task(options.task, client=options.client, tell=print_finding)
+    return print_findings(findings, as_json=False, told=True)
 
 
 check = Command(

@@ -10,13 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedcore.crypto.certificates import parse_certificate
-from fedcore.crypto.roster import (
-    SEEN,
-    Roster,
-    ServerIdentity,
-    load_server_identity,
-    seen_version,
-)
+from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
+from fedcore.crypto.roster_seen import SEEN, read_seen
 from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
 from fedcore.rpc.proxy import proxy_for, shown
@@ -24,6 +19,8 @@ from server.live.audit import AUDIT, MARK, check_audit
 from server.live.drained import read_drained, unknown
 
 _SOON_DAYS = 14
+AUTHORITY = "authority.pem"
+"""Lies beside the server's folder, where the authority is on this machine."""
 
 
 def examine(options: argparse.Namespace) -> Iterator[Finding]:
@@ -47,6 +44,9 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
         yield guarded("drained", lambda: _drained(identity), remedy=remedy)
         yield _ports(identity)
         yield guarded("audit", lambda: _audit(options.identity), remedy="look who may write to it")
+        if (options.identity.absolute().parent / AUTHORITY).is_file():
+            log = options.identity.absolute().parent / AUDIT
+            yield guarded("authority", lambda: _log(log), remedy="look who may write to it")
     yield disk(options.runs)
     proxy = proxy_for("https://", os.environ)
     told = f"{shown(proxy)}; a server needs none, operators who ask it may" if proxy else "none"
@@ -70,9 +70,10 @@ def _clock(identity: ServerIdentity) -> Finding:
 def _roster(identity: ServerIdentity) -> Finding:
     # As whoever runs this may not be who runs the server, nothing is written.
     roster = Roster(identity.roster_path, identity.kit.authority_pem)
-    seen = seen_version(identity.kit.folder / SEEN)
-    if roster.version < seen:
-        told = f"version {roster.version}, and version {seen} was in force: the server refuses it"
+    had = read_seen(identity.kit.folder / SEEN)
+    if roster.version < had.version:
+        was = f"version {roster.version}, and version {had.version} was in force"
+        told = f"{was}: the server refuses it"
         remedy = (
             "copy the newest roster.json from the authority; where that is lost, revoke anew whom "
             f"it lacks, and remove {SEEN}"
@@ -83,6 +84,13 @@ def _roster(identity: ServerIdentity) -> Finding:
     soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]
     devices = sum(one.role == "device" for one in members)
     told = f"version {roster.version}: {devices} devices, {len(members) - devices} others"
+    if had.restored is not None and roster.version <= had.version:
+        told = (
+            f"{told}; it came back from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, and whoever "
+            "was revoked since is in force again"
+        )
+        remedy = "`fedcore provision revoke NAME` for each; with the next change this goes away"
+        return Finding("roster", "warn", told, remedy)
     if not devices:
         return Finding("roster", "warn", told, "`fedcore provision device NAME --request FILE`")
     if soon:
@@ -91,6 +99,11 @@ def _roster(identity: ServerIdentity) -> Finding:
         remedy = "`fedcore provision renew NAME`, and install what it makes"
         return Finding("roster", "warn", told, remedy)
     return Finding("roster", "ok", told)
+
+
+def _log(path: Path) -> Finding:
+    lines = check_audit(path, begun_loose=True)
+    return Finding("authority", "ok", f"{lines} lines in its audit log, each follows the last")
 
 
 def _drained(identity: ServerIdentity) -> Finding:

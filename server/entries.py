@@ -164,6 +164,13 @@ class Entries:
                     self._connection.execute("rollback")
                 raise
 
+    def remove(self, kind: str, number: int, node: int) -> None:
+        """Drops the entry of that name."""
+        with sqlite_errors(self.path):
+            self._connection.execute(
+                "delete from entry where kind = ? and round = ? and node = ?", (kind, number, node)
+            )
+
     def of(self, kind: str) -> list[Entry]:
         """Every entry of a kind, by round and node."""
         with sqlite_errors(self.path):

@@ -6,25 +6,31 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 
-from fedcore.errors import InvalidUpdate, RoundFailed
-from fedcore.metrics import Metric
+from fedcore.errors import RoundFailed
+from fedcore.metrics import LARGEST_METRIC, Metric
 from fedcore.model import FullModel
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
     instruction_config,
-    read_metrics,
     weights_record,
 )
 from fedcore.updates.pack import Layout, Vector, unpack
+from fedcore.updates.replies import Reply
 from server.cohort import select
+from server.expected import asked_to_evaluate
+from server.inbound import Intake, Tally, accepted
 from server.progress import Progress
 from server.records import RoundRecord
+from server.robust import outlying
 
 if TYPE_CHECKING:
     from server.rounds import Federation
+
+_NAMED = 5  # clients that a note names
 
 
 def judge_round(
@@ -62,27 +68,56 @@ def _evaluate_on_clients(
     config["server-round"] = number
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
-    parts: dict[str, list[float]] = {}
-    total, reasons = 0, []
-    for reply in federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s):
-        if reply.has_error():
-            reasons.append(reply.error.reason or f"error {reply.error.code}")
-            continue
-        try:
-            count, values = read_metrics(reply, where=f"node {reply.metadata.src_node_id}")
-        except InvalidUpdate as error:
-            reasons.append(str(error))
-            continue
-        total += count
-        for name, value in values.items():
-            parts.setdefault(name, []).append(value * count)
-    if not total:
+    intake = Intake(
+        asked_to_evaluate(federation.metrics),
+        keeper=federation.keeper,
+        peers=federation.peers,
+        on_note=federation.on_note,
+    )
+    tally = Tally(len(nodes))
+    replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
+    found = [
+        (federation.peers.name(reply.metadata.src_node_id), measured)
+        for reply, measured in accepted(replies, intake, tally, first=len(nodes))
+    ]
+    if not found:
         raise RoundFailed(
             f"round {number}: none of {len(nodes)} clients could be evaluated. First: "
-            f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
+            f"{'; '.join(tally.reasons[:1]) or 'no reply came before the deadline'}"
+        )
+    if tally.reasons:
+        federation.on_note(
+            f"round {number}: {len(tally.reasons)} of {len(nodes)} clients could not be evaluated. "
+            f"First: {tally.reasons[0]}"
+        )
+    return {metric.name: _mean(federation, metric, found, number) for metric in federation.metrics}
+
+
+def _mean(
+    federation: Federation, metric: Metric, found: Sequence[tuple[str, Reply]], number: int
+) -> float:
+    """The mean of what clients measured, by examples; without those that are far from the others.
+
+    A metric with a range of its own needs no such care: no client moves it by more than its share.
+    """
+    values = np.array([[one.metrics[metric.name]] for _, one in found], np.float64)
+    bounded = metric.high - metric.low < LARGEST_METRIC
+    far = np.zeros(len(found), np.bool_) if bounded else outlying(values)
+    kept = [one for (_, one), out in zip(found, far, strict=True) if not out]
+    if far.any():
+        named = [
+            f"{name} ({one.metrics[metric.name]:.4g})"
+            for (name, one), out in zip(found, far, strict=True)
+            if out
+        ]
+        federation.on_note(
+            f"round {number}: {metric.name} is without {', '.join(sorted(named)[:_NAMED])}"
+            f"{', ...' if len(named) > _NAMED else ''}: far from what the other "
+            f"{len(kept)} clients measured."
         )
     # Summed as if with infinite precision: the order in which clients answer must not show.
-    return {name: math.fsum(values) / total for name, values in sorted(parts.items())}
+    total = sum(one.num_examples for one in kept)
+    return math.fsum(one.metrics[metric.name] * one.num_examples for one in kept) / total
 
 
 def is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:

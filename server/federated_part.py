@@ -12,6 +12,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError
 from fedcore.model import build_model, load_preprocess
 from fedcore.observability.events import Noted, RoundFinished, Sink
+from fedcore.observability.foreign import say
 from fedcore.observability.pace import Pace
 from fedcore.owner import OwnerPolicy
 from fedcore.seeds import Simulated
@@ -173,9 +174,9 @@ def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
 
 def _say_stopping() -> None:
     with suppress(RuntimeError):  # the signal came in the middle of another line
-        print(
+        say(
             "Interrupted: the round is finished first, and a checkpoint written. Again to stop at "
             "once.",
-            file=sys.stderr,
+            to=sys.stderr,
             flush=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def changes(
             continue
         if any(key.startswith(f"run.{one}") for one in free):
             continue
+        if key not in old and key in _defaults() and new[key] == _defaults()[key]:
+            continue  # an earlier version began it, which had no such setting
         if isinstance(old.get(key), str) and key in (TASK, "trace"):
             found.append(f"the {key}")
         else:
@@ -83,6 +86,12 @@ def _digest(path: Path, what: str) -> str:
     return sha256_hex(
         read_bytes(path, max_bytes=_MAX_FILE_BYTES, what=f"the {what}", otherwise=more)
     )
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    run = RunConfig(name="run", task="task.py")
+    return dict(_flat({"run": run.model_dump(mode="json")}))
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

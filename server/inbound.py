@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
-from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError, RoundFailed
 from fedcore.observability.words import one_line
 from fedcore.privacy.client_level import Bound
 from fedcore.updates.messages import (
@@ -19,16 +22,17 @@ from fedcore.updates.messages import (
     MODEL,
     TRAIN_LOSS,
     UNCLIPPED,
-    Arrived,
     Update,
-    arrived_update,
     check_weights,
     refused_as,
     update_content,
 )
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
+from fedcore.updates.replies import Asked, Reply, read_reply
 from server.aggregation.exact import ExactMean
+from server.norms import NormBound
+from server.progress import Forgetful, Keeper, Nameless, Peers
 from server.records import VirtualRecord
 
 _MAX_REASON = 2000  # characters that are shown of what a client says
@@ -68,12 +72,14 @@ class Tally:
     declined: int = 0
     failed: int = 0
     examples: int = 0
-    loss: float = 0.0
-    has_loss: bool = False
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    """The training loss of each update that tells it, and its number of examples."""
     epsilon_max: float | None = None
     bytes_up: int = 0
     unclipped: int = 0
     """Updates that were within an adaptive bound by themselves."""
+    clipped: list[tuple[int, float]] = field(default_factory=list)
+    """Nodes whose updates were longer than the round's bound, and how long those were."""
     reasons: list[str] = field(default_factory=list)
     """Why clients failed."""
     spent: str = ""
@@ -100,11 +106,18 @@ class Tally:
         self.updates += 1
         self.examples += num_examples
         if TRAIN_LOSS in metrics:
-            self.has_loss = True
-            self.loss += metrics[TRAIN_LOSS] * num_examples
+            self.losses.append((metrics[TRAIN_LOSS], num_examples))
         if EPSILON in metrics:
             self.epsilon_max = max(self.epsilon_max or 0.0, metrics[EPSILON])
         self.unclipped += metrics.get(UNCLIPPED) == 1.0
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean over the examples of those who told it, in whatever order; None without any."""
+        if not self.losses:
+            return None
+        total = math.fsum(loss * count for loss, count in self.losses)
+        return total / sum(count for _, count in self.losses)
 
     def failure(self, code: int, reason: str) -> None:
         """Counts a client that answered with an error."""
@@ -115,43 +128,103 @@ class Tally:
             self.refuse(reason, kind=refused_as(code))
 
 
-def accepted(
-    replies: Iterable[Message], layout: Layout, tally: Tally, *, first: int
-) -> Iterator[tuple[Message, Arrived]]:
-    """Replies that passed every check, as they arrive; none is held here while the next comes.
+@dataclass(frozen=True)
+class Intake:
+    """What the replies to one question are held to, and who keeps those that are taken."""
 
-    After ``first`` of them that whoever takes them has not refused, no other is waited for.
+    asked: Asked
+    keeper: Keeper = field(default_factory=Forgetful)
+    peers: Peers = field(default_factory=Nameless)
+    base: Vector | None = None
+    """The weights that were sent, where the distance to them is to be measured."""
+    bound: Bound | None = None
+    """Of client-level privacy."""
+    on_note: Callable[[str], None] = lambda text: None
+
+    def where(self, reply: Message) -> str:
+        """Whose a reply is, for what is said of it."""
+        return f"{_WHAT[self.asked.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
+
+    def read(self, reply: Message) -> Reply:
+        """The reply, checked.
+
+        Raises:
+            InvalidUpdate: it is not what was asked for.
+        """
+        where = self.where(reply)
+        found = read_reply(reply, self.asked, where=where, base=self.base)
+        if self.bound is not None:
+            self.bound.check(found.parts(), found.metrics, where=where)
+        return found
+
+
+_WHAT = {MessageType.TRAIN: "update from", MessageType.EVALUATE: "metrics from"}
+
+
+def accepted(
+    replies: Iterable[Message], intake: Intake, tally: Tally, *, first: int
+) -> Iterator[tuple[Message, Reply]]:
+    """Replies that passed every check and are kept, as they arrive; none is held here.
+
+    Each is checked, then kept, then handed on; one that is refused is counted, told of by its
+    name, and changes nothing else. After ``first`` that were taken no other is waited for.
     """
     taken = 0
     for reply in replies:
         if reply.has_error():
-            tally.failure(reply.error.code, reason_of(reply))
+            code, reason = failure_of(reply)
+            tally.failure(code, intake.peers.said(reply.metadata.src_node_id, reason))
             continue
-        tally.bytes_up += payload_bytes(reply)
         try:
-            update = arrived_update(reply, layout)
+            found = intake.read(reply)
+            tally.bytes_up += payload_bytes(reply)
         except InvalidUpdate as error:
-            tally.refuse(str(error))
+            _refuse(reply, intake, tally, str(error))
             del reply
             continue
-        failed = tally.failed
-        yield reply, update
-        del reply, update
-        taken += tally.failed == failed
+        kept = intake.keeper.accept(reply)
+        if found.arrays:
+            arrays = kept.content[ARRAYS]
+            found = replace(found, arrays={name: arrays[name] for name in found.arrays})  # type: ignore[misc]
+        del reply
+        yield kept, found
+        del kept, found
+        taken += 1
         if taken == first:
             return
 
 
-def hold(taken: Iterator[tuple[Message, Arrived]], tally: Tally, *, uniform: bool) -> list[Message]:
-    """Every update of the round, in the order of the cohort.
+def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
+    if intake.keeper.discard(reply):
+        intake.on_note(f"Dropped from the journal, which an earlier process had kept: {reason}")
+    intake.peers.refused(reply.metadata.src_node_id, reason)
+    tally.refuse(reason)
+
+
+def hold(
+    taken: Iterator[tuple[Message, Reply]],
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: NormBound | None = None,
+) -> list[Message]:
+    """Every update of the round, in the order of the cohort; none is longer than ``bound`` allows.
 
     Flower refuses a whole round over one metric that not every client sends, so what some do not
     send is left out.
     """
-    held = []
-    for reply, arrived in taken:
-        held.append((reply, arrived.whole()))
-        del reply.content[ARRAYS], arrived  # weights are in memory now, once
+    held, lengths = [], list[float]()
+    for reply, found in taken:
+        with _kept(reply):
+            held.append((reply, found.update()))
+        lengths.append(found.distance or 0.0)
+        del reply.content[ARRAYS], found  # weights are in memory now, once
+    limit = bound.limit(lengths) if bound is not None else None
+    for place, (reply, update) in enumerate(held):
+        scale = _scale(bound, reply, lengths[place], limit, tally)
+        if bound is not None and scale < 1.0:
+            whole = np.concatenate([*bound.moved(partial(iter, (update.weights,)), scale)])
+            held[place] = reply, replace(update, weights=whole)
     held.sort(key=lambda pair: pair[0].metadata.src_node_id)
     common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
     for reply, update in held:
@@ -167,30 +240,55 @@ def hold(taken: Iterator[tuple[Message, Arrived]], tally: Tally, *, uniform: boo
 
 
 def fold(
-    taken: Iterator[tuple[Message, Arrived]],
+    taken: Iterable[tuple[Message, Reply]],
     layout: Layout,
     tally: Tally,
     *,
     uniform: bool,
-    bound: Bound | None = None,
+    bound: NormBound | None = None,
 ) -> ExactMean:
-    """The exact weighted mean of all updates; one that came as a file is held by pieces.
+    """The exact weighted mean of all updates; one that lies in a file is held by pieces.
 
-    Those that are not within ``bound`` are refused.
+    Each is folded in as it comes, but where ``bound`` follows from all of them: then they wait
+    where they lie.
     """
-    mean = ExactMean(layout.size)
-    for reply, update in taken:
-        try:
-            if bound is not None:
-                where = f"update from node {reply.metadata.src_node_id}"
-                bound.check(update.parts(), update.metrics, where=where)
-            mean.add_parts(update.parts, 1 if uniform else update.num_examples)
-        except InvalidUpdate as error:
-            tally.refuse(str(error))
-        else:
-            tally.count(update.num_examples, update.metrics)
-        del reply, update  # the next one is read while this frame waits
+    mean, limit = ExactMean(layout.size), bound.limit(()) if bound is not None else None
+    if bound is not None and bound.fixed is None:
+        taken = list(taken)
+        limit = bound.limit([found.distance or 0.0 for _, found in taken])
+    for reply, found in taken:
+        scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
+        parts = found.parts
+        if bound is not None and scale < 1.0:
+            parts = partial(bound.moved, found.parts, scale)
+        with _kept(reply):
+            mean.add_parts(parts, 1 if uniform else found.num_examples)
+        tally.count(found.num_examples, found.metrics)
+        del reply, found, parts  # the next one is read while this frame waits
     return mean
+
+
+@contextmanager
+def _kept(reply: Message) -> Iterator[None]:
+    """Tells of an update that was taken, and cannot be read again from where it is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"update from node {reply.metadata.src_node_id}: what was kept of it cannot be read "
+            f"({error.strerror or error}). The round was not aggregated, and what the journal "
+            "holds stands; make the disk work again, and go on with --resume."
+        ) from error
+
+
+def _scale(
+    bound: NormBound | None, reply: Message, length: float, limit: float | None, tally: Tally
+) -> float:
+    """What a difference is multiplied by, see `NormBound`; one that is clipped is counted."""
+    if bound is None or limit is None or length <= limit:
+        return 1.0
+    tally.clipped.append((reply.metadata.src_node_id, length))
+    return limit / length
 
 
 def fold_in_place(
@@ -267,10 +365,11 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
     )
 
 
-def reason_of(reply: Message) -> str:
-    """Why a client failed, in its own words: a line of them, whatever it sent."""
-    reason = one_line((reply.error.reason or "")[:_MAX_REASON])
-    return reason or f"error {reply.error.code}"
+def failure_of(reply: Message) -> tuple[int, str]:
+    """The code of a reply with an error, and why, in its client's own words: a line of them."""
+    code, reason = reply.error.code, reply.error.reason
+    said = one_line(reason[:_MAX_REASON]) if isinstance(reason, str) else ""
+    return code, said or f"error {code}"
 
 
 def payload_bytes(message: Message) -> int:

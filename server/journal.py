@@ -7,22 +7,18 @@ is neither asked for again nor counted twice.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from numpy.typing import NDArray
+from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import DataError
-from fedcore.flower.records import read_record, record_bytes
-from fedcore.updates.pieces import FileArray, pieces, size_of
-from server.blobs import Blobs, Pieces
-from server.entries import Entries, Entry, new_entry
+from fedcore.updates.pieces import KeptArray
+from server.blobs import Blobs
+from server.entries import Entries, new_entry
 from server.journal_head import (
     ASKED,
     COMMIT,
@@ -38,10 +34,16 @@ from server.journal_head import (
     shorten_head,
     write_head,
 )
+from server.packing import (
+    Packing,
+    content_doc,
+    content_from,
+    digests_of,
+    progress_doc,
+    progress_from,
+)
 from server.progress import Progress, Start
-from server.protection import noise_of, protection_doc, protection_of
 from server.records import RoundRecord
-from server.strategy_state import Remembered
 
 SELECTING, SELECTED = "selecting", "selected"
 ACCEPTING, ACCEPTED = "accepting", "accepted"
@@ -54,7 +56,6 @@ Reached = Callable[[str], None]
 VALUES = "values"
 """Folder of what is too large for the database."""
 _FORMAT = 1
-_INLINE_BYTES = 2**16
 _FIRST, _LAST = 0, 2**62
 _TRAIN, _EVALUATE = "train", "evaluate"
 
@@ -86,6 +87,8 @@ class Journal:
         self.round = start.progress.round if start else 0
         """The last round that is over."""
         self._over = start.progress.over if start else False
+        self._replies: set[tuple[str, int]] = set()
+        """Kinds and nodes of what this process accepted, or handed out, in the round."""
         self._sweep()
 
     def close(self) -> None:
@@ -125,8 +128,8 @@ class Journal:
         """
         if self._begun and (progress.round, progress.over) == (self.round, self._over):
             return
-        packed = _Packing(self._blobs)
-        doc = _progress_doc(progress, packed)
+        packed = Packing(self._blobs)
+        doc = progress_doc(progress, packed)
         commit = new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))
         told = None if record is None else new_entry(RECORD, record.round, 0, asdict(record))
         # The round before stays: it is what is gone back to where this one's values are damaged.
@@ -138,6 +141,7 @@ class Journal:
         add_to_head(self._folder, self._entries, told)
         self._reached(COPIED)
         self._begun, self.round, self._over = True, progress.round, progress.over
+        self._replies.clear()
         self._sweep()
 
     def asked(self, kind: str) -> list[int] | None:
@@ -172,20 +176,44 @@ class Journal:
         kinds = [kind for kind in self._kinds() if kind.startswith(ASKED)]
         self._entries.write(drop=[(kind, number, number) for kind in kinds])
 
-    def accept(self, reply: Message) -> None:
-        """Makes a reply of the round that goes on durable; it holds no error.
+    def accept(self, reply: Message) -> Message:
+        """Makes a reply of the round that goes on durable; it was checked, and holds no error.
+
+        Returns the same reply, with large arrays where the journal keeps them: what they came in
+        can be let go. It is written once, however often it is accepted.
 
         Raises:
             DiskFull: there was no room; it was not kept.
         """
-        metadata, packed = reply.metadata, _Packing(self._blobs)
-        doc = _content_doc(reply.content, packed)
+        metadata, packed = reply.metadata, Packing(self._blobs)
+        if self.holds(metadata.message_type, metadata.src_node_id):
+            return reply
+        doc = content_doc(reply.content, packed)
         self._reached(ACCEPTING)
         kind = REPLY + metadata.message_type
         self._entries.write(
             [new_entry(kind, self.round + 1, metadata.src_node_id, doc, bytes(packed.data))]
         )
         self._reached(ACCEPTED)
+        self._replies.add((metadata.message_type, metadata.src_node_id))
+        for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
+            record = reply.content[name]
+            if isinstance(first, str) and isinstance(record, ArrayRecord):
+                path = self._blobs.path(first)
+                record[key] = KeptArray(dtype, tuple(shape), stype, path)
+        return reply
+
+    def holds(self, kind: str, node: int) -> bool:
+        """Whether a reply of ``node`` to ``kind`` stands that this process accepted or gave out."""
+        return (kind, node) in self._replies
+
+    def discard(self, kind: str, node: int) -> bool:
+        """Forgets an accepted reply, whose node is to be asked again; False where there is none."""
+        if not self.holds(kind, node):
+            return False
+        self._replies.discard((kind, node))
+        self._entries.remove(REPLY + kind, self.round + 1, node)
+        return True
 
     def reply(self, message: Message) -> Message | None:
         """The reply that was accepted to ``message`` of the round that goes on.
@@ -198,9 +226,10 @@ class Journal:
         if entry is None or not entry.is_intact:
             return None
         try:
-            content = self._content(entry)
+            content = content_from(entry, self._blobs, where=str(self._folder / JOURNAL))
         except DataError:
             return None
+        self._replies.add((metadata.message_type, metadata.dst_node_id))
         return Message(content, reply_to=message)
 
     def _run(self) -> dict[str, Any]:
@@ -211,28 +240,13 @@ class Journal:
     def _kinds(self) -> list[str]:
         return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, _EVALUATE)]
 
-    def _content(self, entry: Entry) -> RecordDict:
-        values = entry.values
-        start, end = values["rest"]
-        content = read_record(entry.data[start:end], where=str(self._folder / JOURNAL))
-        # A record that is made of all its arrays at once reads and copies them.
-        records = {name: ArrayRecord() for name in values["records"]}
-        for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
-            records[name][key] = (
-                FileArray(dtype, tuple(shape), stype, self._blobs.open(first))
-                if isinstance(first, str)
-                else Array(dtype, tuple(shape), stype, entry.data[first:last])
-            )
-        content.update(records)
-        return content
-
     def _last_whole(self) -> Start | None:
         """Where the run goes on: after the last commit whose values are what was written."""
         commits = self._entries.of(COMMIT)
         records = [RoundRecord(**entry.values) for entry in self._entries.of(RECORD)]
         for entry in reversed(commits):
             try:
-                progress = _progress(entry, self._blobs)
+                progress = progress_from(entry, self._blobs)
             except DataError as error:
                 self.mended = " ".join(filter(None, (self.mended, str(error))))
                 continue
@@ -247,12 +261,32 @@ class Journal:
             )
         return None
 
+    def rounds_kept(self) -> list[int]:
+        """The rounds whose models are kept, the latest last; 0 is the model from before the first.
+
+        Two at most: the last round's, and the one before, which it goes back to.
+        """
+        return [entry.round for entry in self._entries.of(COMMIT)]
+
+    def roll_back(self, number: int) -> None:
+        """Goes back to after a round of `rounds_kept`; this journal must be reopened then.
+
+        Raises:
+            DataError: that round's weights are damaged; nothing was changed.
+        """
+        (commit,) = (entry for entry in self._entries.of(COMMIT) if entry.round == number)
+        progress_from(commit, self._blobs)
+        self._drop_after(number)
+
     def _go_back(self, number: int) -> None:
         """Drops what came after a round. Devices answer again with what they have kept."""
+        self._drop_after(number)
+        self.mended += f" The run goes on after round {number}, whose weights are whole."
+
+    def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)
         self._entries.write(drop=[(kind, *after) for kind in (COMMIT, RECORD, *self._kinds())])
         shorten_head(self._folder, self._entries)
-        self.mended += f" The run goes on after round {number}, whose weights are whole."
 
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
         entry = self._entries.one(ASKED + _TRAIN, number + 1, 0)
@@ -268,7 +302,7 @@ class Journal:
 def values_of(entries: Entries) -> set[str]:
     """The names of the values that entries refer to."""
     kinds = [COMMIT, *(REPLY + kind for kind in (_TRAIN, _EVALUATE))]
-    return {digest for kind in kinds for one in entries.of(kind) for digest in _digests(one)}
+    return {digest for kind in kinds for one in entries.of(kind) for digest in digests_of(one)}
 
 
 def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
@@ -305,95 +339,3 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
     except BaseException:
         entries.close()
         raise
-
-
-class _Packing:
-    """Puts values where an entry finds them again: beside it, or into a file where large."""
-
-    def __init__(self, blobs: Blobs) -> None:
-        self._blobs = blobs
-        self.data = bytearray()
-
-    def add(self, values: NDArray[Any]) -> list[Any]:
-        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        return self._add(lambda: (raw,), len(raw))
-
-    def add_array(self, array: Array) -> list[Any]:
-        return self._add(lambda: pieces(array), size_of(array))
-
-    def _add(self, value: Pieces, size_bytes: int) -> list[Any]:
-        if size_bytes > _INLINE_BYTES:
-            return [self._blobs.put(value), size_bytes]
-        start = len(self.data)
-        for piece in value():
-            self.data += piece
-        return [start, len(self.data)]
-
-
-def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
-    first, last = place
-    return blobs.get(first, last) if isinstance(first, str) else data[first:last]
-
-
-def _digests(entry: Entry) -> list[str]:
-    """The files that an entry refers to."""
-    places = [described[-1] for described in entry.values.get("arrays", ())]
-    return [place[0] for place in places if isinstance(place[0], str)]
-
-
-def _content_doc(content: RecordDict, packed: _Packing) -> dict[str, Any]:
-    arrays = {name: one for name, one in content.items() if isinstance(one, ArrayRecord)}
-    rest = RecordDict({name: one for name, one in content.items() if name not in arrays})
-    start = len(packed.data)
-    packed.data += record_bytes(rest)
-    return {
-        "rest": [start, len(packed.data)],
-        "records": list(arrays),
-        "arrays": [
-            [name, key, array.dtype, list(array.shape), array.stype, packed.add_array(array)]
-            for name, record in arrays.items()
-            for key, array in record.items()
-        ],
-    }
-
-
-def _progress_doc(progress: Progress, packed: _Packing) -> dict[str, Any]:
-    noise = noise_of(progress.protection)
-    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *noise]
-    vectors += progress.strategy.arrays
-    described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
-    raw = np.frombuffer(progress.preprocess, np.uint8)
-    preprocess = ["|u1", [len(raw)], packed.add(raw)]
-    return {
-        "round": progress.round,
-        "over": progress.over,
-        "best_round": progress.best_round,
-        "most_failed": progress.most_failed,
-        "strategy": progress.strategy.tree,
-        "protection": protection_doc(progress.protection),
-        "arrays": [preprocess, *described],
-    }
-
-
-def _progress(entry: Entry, blobs: Blobs) -> Progress:
-    values, raw = json.loads(entry.doc), dict[str, bytes]()
-    for *_, place in values["arrays"]:  # weights that are the best ones too are held once
-        key = json.dumps(place)
-        raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
-    preprocess, weights, best, *rest = [
-        np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
-        for dtype, shape, place in values["arrays"]
-    ]
-    protection = values.get("protection")  # there is none in journals from before there was one
-    noise = protection["noise"] if protection else 0
-    return Progress(
-        round=values["round"],
-        over=values["over"],
-        weights=weights,
-        best=best,
-        best_round=values["best_round"],
-        most_failed=values["most_failed"],
-        strategy=Remembered(values["strategy"], tuple(rest[noise:])),
-        preprocess=preprocess.tobytes(),
-        protection=protection_of(protection, rest[:noise]),
-    )

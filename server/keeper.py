@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Message
+
 from fedcore.privacy.ledger import Ledger
 from server.checkpoint import CHECKPOINT, Checkpoint, Told, write_checkpoint
 from server.interrupt import Asked
@@ -102,6 +104,14 @@ class CheckpointKeeper:
             {name: state.rounds.get(name, 0) for name in names.values()},
             state.clock_s,
         )
+
+    def accept(self, reply: Message) -> Message:
+        """The reply as it is: what a round took is computed again."""
+        return reply
+
+    def discard(self, reply: Message) -> bool:
+        """Nothing was accepted before."""
+        return False
 
     def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """Keeps what the clients of the round were sent; names the command to see one fail."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flwr.app import Message
+
 from fedcore.updates.pack import Vector
 from server.protection import Protection
 from server.records import RoundRecord
@@ -59,6 +61,15 @@ class Keeper(Protocol):
     def begin(self, nodes: Sequence[int]) -> None:
         """These nodes are about to be asked to train."""
 
+    def accept(self, reply: Message) -> Message:
+        """Makes a reply durable that passed every check, before anything follows from it.
+
+        Returns the same reply; its large arrays may lie elsewhere now.
+        """
+
+    def discard(self, reply: Message) -> bool:
+        """Forgets a reply that is refused; True where it had been accepted, by a process before."""
+
     def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """Clients failed for ``reasons`` in the round after ``progress``: what a user can do."""
 
@@ -80,9 +91,45 @@ class Forgetful:
     def begin(self, nodes: Sequence[int]) -> None:
         """Nothing."""
 
+    def accept(self, reply: Message) -> Message:
+        """The reply as it is."""
+        return reply
+
+    def discard(self, reply: Message) -> bool:
+        """Nothing was accepted before."""
+        return False
+
     def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """No advice."""
         return ()
 
     def fail(self, progress: Progress) -> None:
         """Nothing."""
+
+
+class Peers(Protocol):
+    """Who clients are, and where it is told that a reply of one was refused."""
+
+    def name(self, node_id: int) -> str:
+        """What people call a node, fit to be printed."""
+
+    def said(self, node_id: int, reason: str) -> str:
+        """What a node says of its failure, as a line that names the node."""
+
+    def refused(self, node_id: int, reason: str) -> None:
+        """A reply of a node was refused for ``reason``."""
+
+
+class Nameless:
+    """Clients that nothing is known of but their numbers."""
+
+    def name(self, node_id: int) -> str:
+        """Its number."""
+        return f"node {node_id}"
+
+    def said(self, node_id: int, reason: str) -> str:
+        """The reason alone: clients name themselves."""
+        return reason
+
+    def refused(self, node_id: int, reason: str) -> None:
+        """The round tells."""

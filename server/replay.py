@@ -22,16 +22,18 @@ from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.mods import client_mods
+from fedcore.observability.foreign import say
 from fedcore.observability.words import bytes_text, figure, seconds_text
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import Ledger, write_ledger
 from fedcore.seeds import Simulated
 from fedcore.task import Task
 from fedcore.training.client import Client
-from fedcore.updates.messages import read_update
 from fedcore.updates.pack import layout_of
+from fedcore.updates.replies import read_reply
 from server.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from server.cohort import asked_for, select
+from server.expected import asked_to_train
 from server.federated_part import rounds
 from server.identity import TASK, changes, check_same, identity_of
 from server.inbound import payload_bytes
@@ -140,7 +142,7 @@ def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoi
         ):
             best = found
     if best is not None and changes(best.identity, identity):
-        print("The task file is not the one that the run was begun with.", file=sys.stderr)
+        say("The task file is not the one that the run was begun with.", to=sys.stderr)
     return best
 
 
@@ -170,7 +172,7 @@ def _progress_before(
     if nearest is not None and nearest.progress.round == wanted.round - 1:
         return nearest.progress
     begun = nearest.progress.round if nearest else 0
-    print(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", file=sys.stderr)
+    say(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", to=sys.stderr)
     keeper = _Until(wanted.round)
     rounds(
         run,
@@ -213,7 +215,8 @@ def _train_alone(
     try:
         with one_thread():
             reply = handle(message, context)
-        update = read_update(reply, client.resident.layout)
+        asked = asked_to_train(client.run, client.resident.layout)
+        update = read_reply(reply, asked, where=f"update from client {wanted.client!r}")
     except (Exception, SystemExit) as error:  # here the traceback is what the user asked for
         traceback.print_exception(error, file=sys.stderr)
         _, reason = error_of(wanted.client, error, hide=False)
@@ -239,7 +242,7 @@ def _train_alone(
     if json:
         event = {"event": "replayed", "round": wanted.round, "client": wanted.client, **found}
         said = json_format.dumps(event)
-    print(said, file=out, flush=True)
+    say(said, to=out, flush=True)
     return code
 
 
@@ -279,7 +282,7 @@ def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress)
             grid=InProcessGrid(RUN_ID, wanted.cohort, lambda message: message),
             chosen=chosen,
             cohort=len(wanted.cohort),
-            primary=task.primary,
+            metrics=tuple(task.metrics),
             randomness=Simulated(run.seed),
             judge=None,
             on_round=lambda record: None,

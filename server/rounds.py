@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
-from fedcore.errors import BudgetExhausted, FedcoreError, RoundFailed
+from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
@@ -27,7 +27,6 @@ from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.aggregation.exact import ExactMean
 from server.client_privacy import (
     Released,
-    allows,
     bound_of,
     draw,
     draws_of,
@@ -36,9 +35,12 @@ from server.client_privacy import (
     release,
 )
 from server.cohort import asked_for, select
+from server.endings import announce, end_early, is_over
 from server.evaluation import is_better, judge_round
+from server.expected import asked_to_train
 from server.inbound import (
     FoldingGrid,
+    Intake,
     Tally,
     accepted,
     aggregated,
@@ -49,7 +51,8 @@ from server.inbound import (
     hold,
     payload_bytes,
 )
-from server.progress import Forgetful, Keeper, Progress, Start
+from server.norms import is_bounded, norm_bound
+from server.progress import Forgetful, Keeper, Nameless, Peers, Progress, Start
 from server.protection import Protection
 from server.records import RoundRecord
 from server.strategies import Chosen
@@ -66,7 +69,8 @@ class Federation:
     grid: Grid
     chosen: Chosen
     cohort: int
-    primary: Metric
+    metrics: tuple[Metric, ...]
+    """Of the task; the first is its primary one."""
     randomness: Randomness
     judge: Judge | None
     """Scores a model on the cloud's data; None when there is none."""
@@ -75,14 +79,24 @@ class Federation:
     keeper: Keeper = field(default_factory=Forgetful)
     start: Start | None = None
     """Where to go on; from the beginning when None."""
+    peers: Peers = field(default_factory=Nameless)
+    """Who clients are."""
+    live: bool = False
+    """Whether they are devices, whose updates are bounded unless the run says otherwise."""
     clients: int = 0
     """Those that rounds draw from, as client-level privacy counts on; as many as are there, or
     as a round asks, where those are more."""
 
+    @property
+    def primary(self) -> Metric:
+        """What rounds are compared by."""
+        return self.metrics[0]
+
     @cached_property
     def folding(self) -> FoldingGrid | None:
         """The grid, where it adds updates up itself and the strategy lets it."""
-        folds = self.chosen.folds and self.asked == self.cohort
+        bounded = is_bounded(self.run, live=self.live)  # which looks at each update
+        folds = self.chosen.folds and self.asked == self.cohort and not bounded
         return self.grid if folds and isinstance(self.grid, FoldingGrid) else None
 
     @cached_property
@@ -131,7 +145,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             released, sent = _train_round(federation, progress, layout, nodes, tally)
             arrays = sendable(released.weights)
             if tally.over:
-                _end_early(federation, number, tally)  # what was learnt before stands
+                end_early(federation, number, tally)  # what was learnt before stands
                 progress = replace(progress, over=True)
                 continue
             metrics, judged_on = judge_round(federation, model, layout, progress, arrays)
@@ -155,7 +169,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             strategy=remembered(federation.chosen.strategy),
             protection=protection,
         )
-        progress = replace(progress, over=_is_over(federation, progress))
+        progress = replace(progress, over=is_over(federation, progress))
     unpack(progress.weights, model.model)
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
@@ -199,56 +213,6 @@ def _held_once(progress: Progress) -> Progress:
     return replace(progress, weights=weights, best=best)
 
 
-def _announce(federation: Federation, progress: Progress, tally: Tally) -> None:
-    """Says that clients failed, if more did than ever before.
-
-    Not every round: a client that fails tends to fail again.
-    """
-    if tally.failed <= progress.most_failed:
-        return
-    advice = federation.keeper.failures(progress, tally.reasons)
-    federation.on_note(
-        f"round {progress.round + 1}: {tally.failed} of {tally.asked} clients failed. First: "
-        f"{' '.join([tally.reasons[0], *advice])}"
-    )
-
-
-def _is_over(federation: Federation, progress: Progress) -> bool:
-    """Whether the round that ended was the last; says so where more were planned."""
-    settings = federation.run.federation
-    if progress.round >= settings.rounds:
-        return True
-    protection, following = progress.protection, progress.round + 1
-    if protection is not None and not allows(federation.run, protection, rounds=following):
-        federation.on_note(
-            f"Ended before round {following}: it would take the client-level epsilon past "
-            f"privacy.client.max_epsilon = {federation.run.privacy.client.max_epsilon:g}."
-        )
-        return True
-    if not settings.patience or progress.round - progress.best_round < settings.patience:
-        return False
-    federation.on_note(
-        f"Stopped after round {progress.round}: none was better than round {progress.best_round} "
-        f"for federation.patience = {settings.patience} rounds."
-    )
-    return True
-
-
-def _end_early(federation: Federation, number: int, tally: Tally) -> None:
-    """Says that budgets are spent; that is an error where no client ever took part."""
-    if number == 1:
-        raise BudgetExhausted(
-            f"round 1: all {tally.declined} clients declined. Nothing was trained; raise "
-            "privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs. Last: "
-            f"{tally.spent}"
-        )
-    spent = "all" if tally.all_declined else f"{tally.declined} of"
-    federation.on_note(
-        f"Ended before round {number}: the privacy budget of {spent} {tally.asked} clients asked "
-        "is spent."
-    )
-
-
 def instructions(
     federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
 ) -> list[Message]:
@@ -287,6 +251,7 @@ def _train_round(
     messages = instructions(federation, progress, layout, shown or _there(federation)[:1])
     uniform, deadline_s = run.uniform, run.federation.deadline_s
     bound = bound_of(run, protection, progress.weights) if protection else None
+    norm = norm_bound(run, progress.weights, live=federation.live)
     mean: ExactMean | None = None
     ready: list[Message] = []
     if not nodes:
@@ -301,13 +266,21 @@ def _train_round(
         sent = sum(payload_bytes(message) for message in messages)
         replies = grid.send_and_receive(messages, timeout=deadline_s)
         enough = len(nodes) if protection else federation.cohort
-        taken = accepted(replies, layout, tally, first=enough)
+        intake = Intake(
+            asked_to_train(run, layout),
+            keeper=federation.keeper,
+            peers=federation.peers,
+            base=progress.weights if norm else None,
+            bound=bound,
+            on_note=federation.on_note,
+        )
+        taken = accepted(replies, intake, tally, first=enough)
         del replies  # whoever is late is forgotten once enough are taken
         if folds:
-            mean = fold(taken, layout, tally, uniform=uniform, bound=bound)
+            mean = fold(taken, layout, tally, uniform=uniform, bound=norm)
         else:
-            ready = hold(taken, tally, uniform=uniform)
-    _announce(federation, progress, tally)
+            ready = hold(taken, tally, uniform=uniform, bound=norm)
+    announce(federation, progress, tally, norm)
     check_quorum(tally, run.federation.quorum, federation.cohort, number)
     if tally.over or (not tally.updates and protection is None):
         return Released(progress.weights, protection), sent
@@ -373,7 +346,7 @@ def _record(
         updates=tally.updates,
         declined=tally.declined,
         failed=tally.failed,
-        train_loss=tally.loss / tally.examples if tally.has_loss else None,
+        train_loss=tally.train_loss,
         metrics=metrics,
         judged_on=judged_on,
         epsilon_max=tally.epsilon_max,

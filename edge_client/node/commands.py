@@ -97,10 +97,12 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     log_lines(options.log or sys.stderr)
     check_task(owner, options.task)
     with own(options.state or options.kit / "device") as folder:
+        folder.belongs_to(kit.public, so="Nothing was started")  # also while its owner lets it rest
         instance = secrets.token_hex(16)
         if reason_to_rest(owner) is None:
             # Before torch is imported: that takes long.
             announce(kit, options.task, folder, instance)
+        log.info("loading torch, and its compiler with it: some seconds, more the first time")
         loading.set()
         import edge_client.node.loop  # noqa: F401
 

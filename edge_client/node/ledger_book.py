@@ -18,7 +18,7 @@ from typing import Annotated, Literal, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
-from fedcore.config import Fraction, Positive, Section
+from fedcore.config import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
 from fedcore.files import read_bytes
@@ -36,7 +36,7 @@ class Spent(Section):
     """One charge, and what it was made on."""
 
     round: int
-    noise_multiplier: Positive
+    noise_multiplier: Annotated[float, Field(gt=0)]
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=0)]
     target_delta: Fraction
@@ -218,18 +218,20 @@ def against_marks(
         if found < mark.charges:
             yield PrivacyError(
                 f"{where}: this device's ledger holds {found} charges, and "
-                f"{path} says that {mark.charges} were made: it was removed, or put back as "
-                "it was before. What was spent is unknown, so nothing was trained; put the latest "
-                "folder back, or, where it is lost, lower max_epsilon in owner.toml by what was "
+                f"{path} says that {mark.charges} were made: it was removed, put back as it was "
+                "before, or is another device's. What was spent is unknown, so nothing was "
+                "trained; put the latest folder back, or name this device's own with --state. "
+                "Only where that is lost for good, lower max_epsilon in owner.toml by what was "
                 f"spent at most and remove {path.name}."
             )
         elif strange := _strange(runs, mark):
             yield PrivacyError(
                 f"{where}: this device's ledger does not hold the charge of run {strange!r} that "
-                f"{path} says was made last: a second copy of this device has trained meanwhile. "
-                "What was spent is unknown, so nothing was trained; go on with that copy alone, "
-                "or, where it is lost, lower max_epsilon in owner.toml by what it spent at most "
-                f"and remove {path.name}."
+                f"{path} says was made last: a second copy of this device has trained meanwhile, "
+                "or the folder is another device's. What was spent is unknown, so nothing was "
+                "trained; go on with that copy alone, or name this device's own folder with "
+                "--state. Only where that is lost for good, lower max_epsilon in owner.toml by "
+                f"what it spent at most and remove {path.name}."
             )
 
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from fedcore.cli import Command
 from fedcore.config import Privacy
-from fedcore.crypto.keys import load_key, public_bytes
+from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import KEY
 from fedcore.errors import ConfigError, DataError, PrivacyError
-from fedcore.files import read_bytes, write_atomic
+from fedcore.files import check_file, read_bytes, write_atomic
+from fedcore.observability.foreign import say
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text, one_line
 from fedcore.owner import OPEN_POLICY, load_owner
 
 if TYPE_CHECKING:
@@ -59,7 +61,10 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _where(parser)
     _counting(parser)
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw epsilon by round, as --plot ledger.png"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw epsilon by round, as --plot ledger.png (.pdf, .svg)",
     )
 
 
@@ -93,27 +98,49 @@ def _view(options: argparse.Namespace, found: Found, most_lines: int | None = No
 
 
 def _show(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        from edge_client.node.ledger_plot import check_plot
+
+        check_plot(options.plot)
     found = _find(options)
     view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
     if options.json:
-        problems = {"problems": list(found.problems), "notes": list(found.notes)}
-        print(json.dumps(view.to_dict() | problems, indent=2, allow_nan=False))
+        say(json.dumps(view.to_dict(), indent=2, allow_nan=False))
     else:
-        print("\n".join(_table(view)))
+        say("\n".join(_table(view)))
     if options.plot is not None:
         from edge_client.node.ledger_plot import plot_ledger
 
         plot_ledger(view, options.plot)
-    for problem in found.problems:
-        print(f"damaged: {problem}", file=sys.stderr)
-    return PrivacyError.exit_code if found.problems else 0
+    return _ended(found)
+
+
+def _ended(found: Found) -> int:
+    """The exit code; what is wrong stands with the figures, and that something is, here as well."""
+    if not found.problems:
+        return 0
+    say(
+        f"{PrivacyError.__name__}: {found.folder}: this ledger is damaged, and what was spent is "
+        f"the figures' amount at the least: {counted(len(found.problems), 'problem')}, named on "
+        "standard output. Nothing was changed, and this device trains nothing with privacy; each "
+        "says what to do.",
+        to=sys.stderr,
+    )
+    return PrivacyError.exit_code
 
 
 def _table(view: View) -> Iterator[str]:
-    if not view.runs:
+    yield from (f"damaged: {one_line(problem)}" for problem in view.problems)
+    if view.problems and view.runs:
+        yield "Charges may be missing: what follows is the least that was spent."
+    elif view.problems:
+        yield "No charge can be read, so what was spent is not known."
+    elif not view.runs:
         yield "Nothing was charged: this device has trained nothing with privacy."
+    least = "at least " if view.problems else ""
     for run in view.runs:
-        yield f"run {run.name}: epsilon {run.epsilon:.3f} at delta {run.target_delta:g}"
+        spent = epsilon_text(run.epsilon)
+        yield f"run {one_line(run.name)}: epsilon {least}{spent} at delta {run.target_delta:g}"
         yield "  round   steps   sample rate   noise     epsilon so far"
         yield from _lines(run)
         if run.room is not None:
@@ -129,16 +156,19 @@ def _lines(run: RunView) -> Iterator[str]:
         before, one = line.place, line.spent
         yield (
             f"  {one.round:>5}   {one.steps:>5}   {one.sample_rate:>11.4g}   "
-            f"{one.noise_multiplier:<7.4g}   {line.epsilon:.3f}"
+            f"{one.noise_multiplier:<7.4g}   {epsilon_text(line.epsilon)}"
         )
 
 
 def _total_line(total: Total) -> str:
     who = f"data set {total.name}" if total.name else "device, all runs"
-    spent = f"{who}: epsilon {total.epsilon:.3f} at delta {total.target_delta:g}"
-    if total.left is None:
+    least = "" if total.whole else "at least "
+    spent = f"{who}: epsilon {least}{epsilon_text(total.epsilon)} at delta {total.target_delta:g}"
+    if total.max_epsilon is None:
         return f"{spent}; the owner sets no budget"
-    return f"{spent}; {total.left:.3f} of {total.max_epsilon:g} is left"
+    if total.left is None:
+        return f"{spent}; what is left of {total.max_epsilon:g} is not known"
+    return f"{spent}; {epsilon_floor_text(total.left)} of {total.max_epsilon:g} is left"
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,44 +189,61 @@ def _verify(options: argparse.Namespace) -> int:
     charges = sum(map(len, found.runs.values()))
     if options.json:
         told = {"charges": charges, "problems": found.problems, "notes": found.notes}
-        print(json.dumps(told, indent=2))
+        say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            print(f"note: {note}")
+            say(f"note: {one_line(note)}")
         for problem in found.problems:
-            print(f"damaged: {problem}", file=sys.stderr)
-        if not found.problems:
-            print(f"{found.folder}: {charges} charges of {len(found.runs)} runs, and all agrees")
-    return PrivacyError.exit_code if found.problems else 0
+            say(f"damaged: {one_line(problem)}")
+        held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
+        agreed = "can be read, and others may be missing" if found.problems else "and all agrees"
+        say(f"{found.folder}: {held}, {agreed}")
+    return _ended(found)
 
 
 def _verify_export(options: argparse.Namespace) -> int:
     from edge_client.node.ledger_export import MAX_EXPORT_BYTES, check_export
+    from edge_client.node.ledger_view import public_of
 
-    raw = read_bytes(options.export, max_bytes=MAX_EXPORT_BYTES, what="an exported ledger")
-    expected = public_bytes(load_key(options.kit / KEY)) if options.kit else None
+    otherwise = "Nothing was verified; name the file that `fedcore privacy export --out` wrote."
+    raw = read_bytes(
+        options.export,
+        max_bytes=MAX_EXPORT_BYTES,
+        what="an exported ledger",
+        otherwise=otherwise,
+    )
+    expected = public_of(options.kit) if options.kit else None
     checked = check_export(raw, where=str(options.export), expected=expected)
     ledger = checked.ledger
     told = {
         "made_at": ledger.made_at,
         "signer": checked.signer or None,
-        "charges": sum(map(len, ledger.runs.values())),
+        "charges": checked.charges,
         "epsilon": ledger.device.epsilon,
         "target_delta": ledger.device.target_delta,
         "problems": ledger.problems,
     }
     if options.json:
-        print(json.dumps(told, indent=2))
+        say(json.dumps(told, indent=2))
     else:
         signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
-        print(
-            f"{options.export}: of {ledger.made_at}, {signed}. {told['charges']} charges come to "
-            f"epsilon {ledger.device.epsilon:.3f} at delta {ledger.device.target_delta:g}, as it "
+        say(
+            f"{options.export}: of {one_line(ledger.made_at)}, {signed}. "
+            f"{counted(checked.charges, 'charge')} come to epsilon "
+            f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as it "
             "says."
         )
         for problem in ledger.problems:
-            print(f"damaged when it was exported: {problem}", file=sys.stderr)
-    return PrivacyError.exit_code if ledger.problems else 0
+            say(f"damaged when it was exported: {one_line(problem)}")
+    if not ledger.problems:
+        return 0
+    say(
+        f"{PrivacyError.__name__}: {options.export}: the device's ledger was damaged when this was "
+        "exported, so epsilon is the least that was spent; standard output says what was wrong. "
+        "Have the device mend it, and export it anew.",
+        to=sys.stderr,
+    )
+    return PrivacyError.exit_code
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +255,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        check_file(options.out, option="--out")
     found = _find(options)
     view = _view(options, found)
     from edge_client.node.ledger_export import export_bytes
@@ -215,13 +264,13 @@ def _export(options: argparse.Namespace) -> int:
     key = load_key(options.kit / KEY) if options.kit else None
     raw = export_bytes(found, view, key, now=datetime.now(UTC))
     if options.out is None:
-        sys.stdout.write(raw.decode())
+        say(raw.decode().removesuffix("\n"))
     else:
         write_atomic(options.out, raw)
-        print(f"{options.out}: {sum(map(len, found.runs.values()))} charges")
-    for problem in found.problems:
-        print(f"damaged: {problem}", file=sys.stderr)
-    return PrivacyError.exit_code if found.problems else 0
+        for problem in found.problems:
+            say(f"damaged: {one_line(problem)}")
+        say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
+    return _ended(found)
 
 
 show = Command(

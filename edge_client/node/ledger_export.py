@@ -7,6 +7,7 @@ come to, whoever holds the file can compute anew.
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from edge_client.node.ledger_book import Spent
 from edge_client.node.ledger_view import Found, View
 from fedcore.config import Fraction, Section
 from fedcore.crypto.keys import MAX_KEY_BYTES, fingerprint, parse_public, public_bytes
-from fedcore.errors import PrivacyError, SignatureInvalid
+from fedcore.errors import CertificateRefused, PrivacyError, SignatureInvalid
 from fedcore.privacy.accounting import Accountant, epsilon_of
 
 MAX_EXPORT_BYTES = 128 << 20
@@ -72,12 +73,27 @@ class Checked:
     signer: str
     """The SHA-256 of the key that signed it; empty where nobody did."""
 
+    @property
+    def charges(self) -> int:
+        """How many it holds."""
+        return sum(map(len, self.ledger.runs.values()))
+
 
 def export_bytes(
     found: Found, view: View, key: EllipticCurvePrivateKey | None, *, now: datetime
 ) -> bytes:
-    """A ledger as a file, signed where there is a key."""
+    """A ledger as a file, signed where there is a key.
+
+    Raises:
+        PrivacyError: its charges come to no number.
+    """
     whole = view.totals[0]
+    if not all(map(math.isfinite, (whole.epsilon, *(run.epsilon for run in view.runs)))):
+        raise PrivacyError(
+            f"{found.folder}: the charges come to an infinite epsilon, which no training of this "
+            "project does: a file of the ledger was changed. Nothing was exported; put the latest "
+            "folder back from a backup."
+        )
     ledger = Exported(
         made_at=now.astimezone(UTC).isoformat(timespec="seconds"),
         accountant=view.accountant,
@@ -116,11 +132,10 @@ def check_export(raw: bytes, *, where: str, expected: bytes | None = None) -> Ch
     try:
         file = _File.model_validate_json(raw)
         values = json.loads(raw)["ledger"]
-    except ValidationError as error:
-        first = error.errors()[0]
+    except (ValidationError, ValueError, RecursionError) as error:
         raise PrivacyError(
-            f"{where}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. This is "
-            "no ledger that `fedcore privacy export` wrote; export it anew."
+            f"{where}: {_reason(error)}. This is no whole ledger that `fedcore privacy export` "
+            "wrote, so nothing was verified; have the device export it anew."
         ) from None
     signer = _signer(file, values, where)
     if expected is not None and signer != fingerprint(expected):
@@ -133,10 +148,23 @@ def check_export(raw: bytes, *, where: str, expected: bytes | None = None) -> Ch
     return Checked(file.ledger, signer)
 
 
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"document: {error}"
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}"
+
+
 def _signer(file: _File, values: Mapping[str, Any], where: str) -> str:
     if not file.signature and not file.key:
         return ""
-    key = parse_public(file.key.encode(), where=where)
+    try:
+        key = parse_public(file.key.encode(), where=where)
+    except CertificateRefused:
+        raise SignatureInvalid(
+            f"{where}: its key is no public key of a device (ECDSA on P-384), so whoever signed it "
+            "is not known. It proves nothing; have the device export it anew."
+        ) from None
     try:
         key.verify(b64decode(file.signature, validate=True), _signed(values), ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
@@ -156,12 +184,15 @@ def _check_sums(ledger: Exported, where: str) -> None:
     every = tuple(one for spent in ledger.runs.values() for one in spent)
     parts = [(f"run {name!r}", ledger.runs[name], one) for name, one in ledger.composed.items()]
     for what, spent, said in [*parts, ("the device", every, ledger.device)]:
-        found = epsilon_of(
-            [one.charge for one in spent],
-            target_delta=said.target_delta,
-            accountant=ledger.accountant,
-        )
-        if abs(found - said.epsilon) > _TOLERANCE * max(1.0, found):
+        try:
+            found = epsilon_of(
+                [one.charge for one in spent],
+                target_delta=said.target_delta,
+                accountant=ledger.accountant,
+            )
+        except PrivacyError:  # numbers that no training has
+            found = math.inf
+        if not (math.isfinite(found) and abs(found - said.epsilon) <= _TOLERANCE * max(1.0, found)):
             raise PrivacyError(
                 f"{where}: the charges of {what} come to epsilon {found:.6g} at delta "
                 f"{said.target_delta:g}, and it says {said.epsilon:.6g}. The figures are not those "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcore.errors import ConfigError, ResourceError
-from fedcore.files import disk_errors
+from fedcore.errors import ResourceError
+from fedcore.files import check_picture, write_atomic
+from fedcore.observability.words import epsilon_text
 
 if TYPE_CHECKING:
     from edge_client.node.ledger_view import View
@@ -15,24 +17,34 @@ _MOST_NAMED = 8
 """Runs that a legend has a line for."""
 
 
-def plot_ledger(view: View, path: Path) -> None:
-    """Draws a curve for each run, and the owner's budget as a line, into a PNG file.
+def check_plot(path: Path) -> None:
+    """Sees, before charges are composed, that a plot can be drawn into ``path``.
 
     Raises:
-        ConfigError: the file is not called ``.png``.
+        ConfigError: its name does not end like a picture's.
         ResourceError: matplotlib is not installed here, or the file may not be written.
         DiskFull: there is no room.
     """
-    if path.suffix != ".png":
-        raise ConfigError(f"--plot {path}: expected the name of a PNG file, as --plot ledger.png.")
+    check_picture(path, option="--plot")
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError:
         raise ResourceError(
             f"{path}: a plot needs matplotlib, which is not installed here. Nothing was drawn; "
             "`pip install matplotlib`, or draw it elsewhere from `fedcore privacy show --json`."
         ) from None
+
+
+def plot_ledger(view: View, path: Path) -> None:
+    """Draws a curve for each run, and the owner's budget as a line; see `check_plot`.
+
+    Raises:
+        ResourceError: the file may not be written.
+        DiskFull: there is no room.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(8, 4.5), dpi=144, layout="constrained")
     axes = figure.add_subplot()
     for run in view.runs:
@@ -50,7 +62,7 @@ def plot_ledger(view: View, path: Path) -> None:
         whole.epsilon,
         color="#555555",
         linestyle=":",
-        label=f"device, all runs: {whole.epsilon:.2f} at delta {whole.target_delta:g}",
+        label=f"device, all runs: {epsilon_text(whole.epsilon)} at delta {whole.target_delta:g}",
     )
     if whole.max_epsilon is not None:
         axes.axhline(
@@ -66,8 +78,12 @@ def plot_ledger(view: View, path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"Privacy spent, by {view.accountant.upper()} accounting", loc="left")
+    title = f"Privacy spent, by {view.accountant.upper()} accounting"
+    if view.problems:
+        title += "; the ledger is damaged: at least so much"
+    axes.set_title(title, loc="left")
     if len(view.runs) <= _MOST_NAMED:
         axes.legend(frameon=False, fontsize="small")
-    with disk_errors(path):
-        figure.savefig(path)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower())
+    write_atomic(path, drawn.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from edge_client.node.state import DeviceFolder
 from fedcore.config import Privacy
 from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
-from fedcore.errors import FedcoreError, PrivacyError
+from fedcore.errors import DataError, FedcoreError, PrivacyError
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Accountant, epsilon_of
 from fedcore.privacy.ledger import Room, room_for
@@ -72,7 +73,8 @@ class RunView:
     lines: tuple[Line, ...]
     """All, or the first and the last of them: composing takes time."""
     room: Room | None
-    """How many more rounds like its latest the owner's budget has room for; None without one."""
+    """How many more rounds like its latest the owner's budget has room for; None without one, and
+    where the ledger is damaged."""
 
     @property
     def epsilon(self) -> float:
@@ -90,11 +92,15 @@ class Total:
     epsilon: float
     max_epsilon: float | None
     """What the owner allows; None without a limit."""
+    whole: bool = True
+    """False where the ledger is damaged: charges may be missing, and epsilon is the least."""
 
     @property
     def left(self) -> float | None:
-        """Epsilon that may still be spent."""
-        return None if self.max_epsilon is None else max(0.0, self.max_epsilon - self.epsilon)
+        """Epsilon that may still be spent; None without a limit, and where it is not known."""
+        if self.max_epsilon is None or not self.whole:
+            return None
+        return max(0.0, self.max_epsilon - self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -105,26 +111,40 @@ class View:
     runs: tuple[RunView, ...]
     totals: tuple[Total, ...]
     """The device's, and that of each data set which the owner names."""
+    problems: tuple[str, ...] = ()
+    """Of the ledger: where there are any, figures are the least that was spent."""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; an epsilon that is no number, as no training has, stands as null."""
         return {
             "accountant": self.accountant,
             "runs": [
                 {
                     "name": run.name,
                     "target_delta": run.target_delta,
-                    "epsilon": run.epsilon,
+                    "epsilon": _number(run.epsilon),
                     "rounds_left": run.room.rounds if run.room else None,
                     "rounds_left_exact": run.room.exact if run.room else None,
                     "charges": [
-                        line.spent.model_dump() | {"epsilon": line.epsilon} for line in run.lines
+                        line.spent.model_dump() | {"epsilon": _number(line.epsilon)}
+                        for line in run.lines
                     ],
                 }
                 for run in self.runs
             ],
-            "totals": [asdict(total) | {"left": total.left} for total in self.totals],
+            "totals": [
+                asdict(total) | {"epsilon": _number(total.epsilon), "left": total.left}
+                for total in self.totals
+            ],
+            "damaged": bool(self.problems),
+            "problems": list(self.problems),
+            "notes": list(self.notes),
         }
+
+
+def _number(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> Found:
@@ -134,9 +154,16 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
         folder: Where the device keeps its states.
         kit: The folder of its kit, for the mark and the count; None to leave these out.
         environ: As `edge_client.node.ledger_book.count_path` takes it.
+
+    Raises:
+        DeviceError: the folder is noted as that of another kit.
+        DataError: the kit's folder holds no key.
+        CertificateRefused: others may read its key, or it is none.
     """
     problems, notes = list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
+    if kit is not None:
+        device.belongs_to(public_of(kit), so="Nothing was looked at")
     try:
         copied = read_book(folder)
         runs = dict(copied.runs) if copied else {}
@@ -169,10 +196,24 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
     return Found(folder, runs, tuple(problems), tuple(notes))
 
 
+def public_of(kit: Path) -> bytes:
+    """The public key of the device whose kit is in a folder.
+
+    Raises:
+        DataError: there is no key.
+        CertificateRefused: others may read it, or it is none.
+    """
+    if not (kit / KEY).is_file():
+        raise DataError(
+            f"{kit / KEY}: there is no such file, so {kit} is no folder of a device's kit. Nothing "
+            "was looked at; name with --kit the folder that `fedcore client enrol` made."
+        )
+    return public_bytes(load_key(kit / KEY))
+
+
 def mark_paths(kit: Path, environ: Mapping[str, str], notes: list[str]) -> list[Path]:
     """The mark in a kit, and the count for its key; ``notes`` hears what has no place."""
-    public = public_bytes(load_key(kit / KEY))
-    counted = count_path(public, environ)
+    counted = count_path(public_of(kit), environ)
     if counted is None:
         notes.append(
             f"This machine has no place for {COUNT}: neither XDG_STATE_HOME nor HOME names one. "
@@ -197,6 +238,8 @@ def view_of(
 ) -> View:
     """Composes a ledger, by run and over all of them.
 
+    Where the ledger is damaged, whatever comes out is the least that was spent.
+
     Epsilon of a run is at the least delta that any of its charges was counted at; totals are at the
     owner's, or, where it sets none, at the least of all.
 
@@ -215,7 +258,7 @@ def view_of(
         for name, spent in sorted(found.runs.items())
         if spent
     )
-    return View(accountant, runs, totals)
+    return View(accountant, runs, totals, found.problems, found.notes)
 
 
 def _run(
@@ -235,7 +278,7 @@ def _run(
     data = name_in(spent[-1].data)
     limit, there = _limit(found, owner, data), _counted(found, data)
     left = None
-    if limit is not None:
+    if limit is not None and not found.problems:
         budget = _privacy(accountant, _delta(there, owner), limit)
         left = room_for([one.charge for one in there], spent[-1].charge, budget)
     return RunView(name, delta, lines, left)
@@ -245,7 +288,7 @@ def _total(found: Found, owner: OwnerPolicy, name: str, accountant: Accountant) 
     there = _counted(found, name)
     delta = _delta(there, owner)
     limit = _limit(found, owner, name)
-    return Total(name, delta, _epsilon(there, delta, accountant), limit)
+    return Total(name, delta, _epsilon(there, delta, accountant), limit, not found.problems)
 
 
 def _counted(found: Found, name: str) -> list[Spent]:

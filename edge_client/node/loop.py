@@ -16,7 +16,9 @@ import torch
 from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 
+from edge_client.node.demands import message_limit_bytes, reason_to_stop
 from edge_client.node.ledger import DeviceLedger, ledger_of
+from edge_client.node.policy import hours_left_s
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
 from fedcore.client_app import DurableLedger, client_app, error_of
@@ -27,12 +29,14 @@ from fedcore.errors import ConfigError, DataError, FedcoreError, InvalidUpdate, 
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
+from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
 from fedcore.owner import OwnerPolicy
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from fedcore.task import Task, data_folder
+from fedcore.training.bounds import bounds_of
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.seal import run_digest, seal
 
@@ -76,6 +80,8 @@ class _Run:
     """None where nothing is charged."""
     durable: DurableLedger | None
     """None where nothing is charged."""
+    most_bytes: int
+    """Of one message."""
 
 
 def run_device(device: Device, signals: Signals) -> None:
@@ -161,10 +167,10 @@ def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Ru
         _activate(link, signals)
     signals.work.clear()
     try:
-        while not signals.stop.is_set() and (message := link.receive()) is not None:
+        while not signals.stop.is_set() and (found := link.announced()) is not None:
             signals.last_message, signals.busy = time.monotonic(), True
             try:
-                _answer_or_say_why(device, link, runs, message)
+                _answer_or_say_why(device, link, signals, runs, found)
             finally:
                 signals.last_message, signals.busy = time.monotonic(), False
         if device.between_rounds is not None and runs:
@@ -177,37 +183,40 @@ def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Ru
 
 
 def _answer_or_say_why(
-    device: Device, link: FleetLink, runs: dict[int, _Run], message: Message
+    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
 ) -> None:
     """Answers; where the server does not take it, tells it not to wait for this device.
 
     A message that is left unanswered would come again with the next pull.
     """
     try:
-        _answer(device, link, runs, message)
+        _answer(device, link, signals, runs, found)
     except InvalidUpdate as error:
         reason = f"client {device.kit.name!r}: its reply was not taken: {error}"
-        link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=message))
+        link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=found.message))
         log.warning("not taken: %s", error)
 
 
-def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Message) -> None:
+def _answer(
+    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+) -> None:
     """Does what a message asks, or finds that it was done before, signs the reply and sends it.
 
     The state, with what was spent in it, is on disk before the reply is, and the reply before any
     of it leaves.
     """
-    kind, started = message.metadata.message_type, time.monotonic()
-    run_id = message.metadata.run_id
+    kind, started = found.message.metadata.message_type, time.monotonic()
+    run_id = found.message.metadata.run_id
     try:
-        run = runs.get(run_id) or _open(device, link, run_id)
+        run = runs.get(run_id) or _open(device, link, signals, run_id)
+        message = link.fetch(found, limit_bytes=run.most_bytes)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise
         log.warning("run %d: takes no part: %s", run_id, error)
         # What is wrong with this device's own files may name people; the rest is the server's part.
         hide = isinstance(error, DataError | ResourceError)
-        reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=message)
+        reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=found.message)
         link.answer(reply)
         return
     runs.clear()
@@ -215,11 +224,13 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
     key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
     content, again = device.folder.reply(key, run.context.state), True
     if content is None:
-        reply, again = run.app(message, run.context), False
+        reply, again = _by_app(device, run, message), False
         _keep(device, run, key, reply)
     else:
         reply = Message(content, reply_to=message)
-    if not reply.has_error():
+    if reply.has_error():  # told before it is sent: the server may be gone
+        log.info("%s %s: declined or failed: %s", run.name, kind, reply.error.reason)
+    else:
         seal(
             reply.content,
             message.content,
@@ -230,11 +241,31 @@ def _answer(device: Device, link: FleetLink, runs: dict[int, _Run], message: Mes
             now_s=time.time(),
         )
     link.answer(reply)
-    outcome = "sent again" if again else "done"
-    if reply.has_error():
-        outcome = f"declined or failed: {reply.error.reason}"
+    outcome = "told" if reply.has_error() else "sent again" if again else "done"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
     _tell_room(run, kind)
+
+
+def _by_app(device: Device, run: _Run, message: Message) -> Message:
+    """What the app answers; what it does not catch itself refuses one message, and ends nothing.
+
+    The app answers for the task's failures. What is left are mods that a strategy has run around
+    it: they believe the numbers of a server's message. What was charged meanwhile is in the state.
+    """
+    try:
+        reply = run.app(message, run.context)
+        if isinstance(reply, Message):
+            return reply
+        raise TypeError(f"it answered with a {type(reply).__name__}")
+    except (Exception, SystemExit) as error:
+        kind = message.metadata.message_type
+        refused = InvalidUpdate(
+            f"{kind}: what runs around training for this strategy failed on the server's message: "
+            f"{type(error).__name__}: {error}. Nothing was sent, and what was charged stays "
+            "charged; see the options of federation.strategy on the server."
+        )
+        hide = run.ledger is not None
+        return Message(Error(*error_of(device.kit.name, refused, hide=hide)), reply_to=message)
 
 
 def _tell_room(run: _Run, kind: str) -> None:
@@ -255,13 +286,11 @@ def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
     state = run.context.state
     if not reply.has_error():
         device.folder.keep(run.name, state, key, reply.content)
-    elif (
-        run.ledger is not None
-    ):  # what kept the charge from the disk before keeps this from it, too
+    elif run.ledger is not None:  # what kept the charge from the disk before ends the device now
         run.ledger.keep(state)
 
 
-def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
+def _open(device: Device, link: FleetLink, signals: Signals, run_id: int) -> _Run:
     """The app for a run, built once: model, data and accelerator stay warm between rounds."""
     told = link.settings(run_id)
     settings = told.get(SETTINGS, "")
@@ -292,8 +321,15 @@ def _open(device: Device, link: FleetLink, run_id: int) -> _Run:
         randomness=device.randomness,
         mods=client_mods(config.federation.strategy),
         durable=durable,
+        bounds=lambda: bounds_of(
+            device.owner,
+            deadline_s=config.federation.deadline_s,
+            hours_left_s=hours_left_s(device.owner),
+            stopped=lambda: reason_to_stop(signals),
+        ),
     )
-    return _Run(config.name, run_digest(told), app, context, ledger, durable)
+    most_bytes = message_limit_bytes(device.task, config, device.owner)
+    return _Run(config.name, run_digest(told), app, context, ledger, durable, most_bytes)
 
 
 def _goodbye(link: FleetLink) -> None:

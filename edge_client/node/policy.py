@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from edge_client.node.wake import Signals
@@ -119,6 +119,19 @@ def _within(hours: str, now: datetime) -> bool:
     return text >= start or text < end
 
 
+def hours_left_s(owner: OwnerPolicy, around: Surroundings = HERE) -> float | None:
+    """Seconds until the owner's hours end; None where they never do."""
+    if owner.hours is None:
+        return None
+    now = around.clock()
+    start = now.replace(second=0, microsecond=0)
+    for minutes in range(24 * 60 + 1):
+        then = start + timedelta(minutes=minutes)
+        if not any(_within(hours, then) for hours in owner.hours):
+            return max((then - now).total_seconds(), 0.0)
+    return None
+
+
 def take_part(
     session: Callable[[Signals], None],
     owner: OwnerPolicy,
@@ -127,8 +140,8 @@ def take_part(
 ) -> None:
     """Runs ``session`` whenever the owner's policy allows, until ``stop`` is set.
 
-    A session is told to end when the policy allows no more: it finishes what it has begun, says
-    goodbye, so that no round waits for this device, and begins anew when it may.
+    A session is told to end when the policy allows no more: it gives up what it has begun between
+    two steps, says goodbye, so that no round waits for this device, and begins anew when it may.
     """
     stop = stop or threading.Event()
     while not stop.is_set():

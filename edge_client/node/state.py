@@ -27,6 +27,7 @@ _SPOOLED = 4
 """Replies that are kept; a server asks again for the last one of a run, or for none."""
 IDENTITY = "identity.json"
 _MAX_IDENTITY_BYTES = 1 << 10
+_UNREADABLE = "unreadable"
 
 
 class _Identity(Section):
@@ -55,19 +56,37 @@ class DeviceFolder:
             DeviceError: the folder is another identity's: its replies would be sent, and what it
                 has spent be counted, as this one's.
         """
+        if not self.belongs_to(public, so="Nothing was started"):
+            return bool(self.runs()) and _holder(self._replies_of) in (None, sha256_hex(public))
+        return True
+
+    def belongs_to(self, public: bytes, *, so: str) -> bool:
+        """Whether this is noted as the folder of the identity with the key ``public``.
+
+        Args:
+            public: The key.
+            so: What follows where it is another's, for the error.
+
+        Returns:
+            False where it is nobody's yet.
+
+        Raises:
+            DeviceError: it is another identity's.
+        """
         path, own_sha256 = self.path / IDENTITY, sha256_hex(public)
         found = _holder(path)
-        if found is None:
-            return bool(self.runs()) and _holder(self._replies_of) in (None, own_sha256)
-        if found != own_sha256:
-            raise DeviceError(
-                f"{path}: this folder keeps the replies and the ledger of the identity whose key "
-                f"has the SHA-256 {found[:16]}, and this device's has {own_sha256[:16]}. Nothing "
-                "was started; name a folder of its own with --state. If this device has enrolled "
-                f"anew, remove {IDENTITY}: the replies are dropped then, and what was spent stays "
-                "in the ledger."
-            )
-        return True
+        if found in (None, own_sha256):
+            return found is not None
+        whose = "an identity that cannot be read"
+        if found != _UNREADABLE:
+            whose = f"the identity whose key has the SHA-256 {found[:16]}"
+        raise DeviceError(
+            f"{path}: this folder keeps the replies and the ledger of {whose}, and this device's "
+            f"has {own_sha256[:16]}. {so}; name this device's own folder with --state, or the kit "
+            f"that this one belongs to with --kit. Only if this device has enrolled anew with a "
+            f"new key, remove {IDENTITY}, and no other file: the replies are dropped then, and "
+            "what was spent stays in the ledger and counts."
+        )
 
     def note_let_in(self, public: bytes) -> None:
         """Makes this the folder of the identity with the key ``public``, if it is nobody's yet.
@@ -96,7 +115,14 @@ class DeviceFolder:
         if not path.exists():
             return RecordDict()
         raw = read_bytes(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
-        return read_record(raw, where=str(path))
+        try:
+            return read_record(raw, where=str(path))
+        except DataError:
+            raise DataError(
+                f"{path}: this file holds no record of a run, so what it charged is not known. "
+                "Nothing was trained; put it back from a backup, or, where there is none, remove "
+                "it: its charges are mended from ledger.json, and what it answered is done anew."
+            ) from None
 
     def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
         """Writes a reply and the run's state after it, durably: before any of it may leave.
@@ -183,7 +209,7 @@ def _holder(path: Path) -> str | None:
     try:
         return _Identity.model_validate_json(raw).key_sha256
     except ValidationError:
-        return "unreadable"
+        return _UNREADABLE
 
 
 def _answered(state: RecordDict) -> dict[str, str]:

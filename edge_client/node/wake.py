@@ -58,6 +58,8 @@ class Signals:
     """When the last message came, on the monotonic clock."""
     busy: bool = False
     """Whether a message is being answered."""
+    lost: float | None = None
+    """Since when the server has not been heard of, on the monotonic clock; None while it is."""
 
     def pause_s(self) -> float:
         """How long to wait before asking again, where no stream is open."""
@@ -129,6 +131,7 @@ def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:
             if not opened:
                 log.info("stream open")
             opened = True
+            signals.lost = None
             signals.work.set()
     except grpc.RpcError as error:
         code = error.code()
@@ -150,10 +153,14 @@ def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
         return
     try:
         link.beat(again_s)
+        signals.lost = None
     except NotActivated:
+        signals.lost = None
         signals.activate.set()
     except (FedcoreError, Unreachable) as error:  # the main thread meets it, too, and decides
         log.debug("asking: %s", error)
+        if signals.lost is None:
+            signals.lost = time.monotonic()
     signals.work.set()
 
 

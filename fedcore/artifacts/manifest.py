@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.errors import TrustError
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: lineage and labels, never weights
@@ -153,4 +153,4 @@ def first_fault(error: ValidationError) -> str:
     """Where and why something delivered is not of its format; short, and safe to print."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"])) or "document"
-    return f"{one_line(where)[:100]}: {one_line(first['msg'])[:300]}"
+    return f"{foreign(where, 100)}: {foreign(first['msg'], 300)}"

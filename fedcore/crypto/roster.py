@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import threading
 from collections.abc import Callable, Mapping
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from pydantic import AwareDatetime, Field, ValidationError
 
 from fedcore.config import Section
 from fedcore.crypto.certificates import SKEW, MemberRole, parse_certificate, subject_of
 from fedcore.crypto.keys import fingerprint
 from fedcore.crypto.kit import KIT, Kit, Pem, load_identity, restrict
+from fedcore.crypto.roster_seal import Signature, Signer, check_signed, sign_content
+from fedcore.crypto.roster_seen import NOTHING_SEEN, SEEN, Seen, read_seen, write_seen
 from fedcore.errors import CertificateRefused, DataError, FedcoreError, RollbackRefused, TrustError
-from fedcore.files import read_bytes, write_atomic
+from fedcore.files import read_bytes
 
-ROSTER, SEEN = "roster.json", "roster.seen"
+ROSTER = "roster.json"
 MAX_ROSTER_BYTES = 32 << 20  # 32 MiB: some 25,000 members at 1.2 kB
-_MAX_SEEN_BYTES = 1 << 10
 MAX_NUM_EXAMPLES = 1_000_000
 """The most that one client's updates may weigh, in examples: the cap on what it committed to."""
 
@@ -35,15 +38,6 @@ class Entry(Section):
     revoked_at: AwareDatetime | None = None
 
 
-class _Seen(Section):
-    """``roster.seen``: what a server remembers of the lists that it has had in force."""
-
-    format: Literal["fedcore.seen/1"] = "fedcore.seen/1"
-    version: Annotated[int, Field(ge=1)]
-    lost: bool = False
-    """Whether a backup brought back an older list: later changes of that reach the version, too."""
-
-
 class RosterFile(Section):
     """``roster.json``: everyone who ever had a certificate, the revoked ones marked."""
 
@@ -51,10 +45,24 @@ class RosterFile(Section):
     version: Annotated[int, Field(ge=1)]
     """Grows with each change."""
     members: tuple[Entry, ...]
+    signer: Signer | None = None
+    """Whose key signed it; the authority's own when None."""
+    signature: Signature | None = None
+    """Over all the rest: whom it lets in, whom no more, and what updates weigh."""
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         return (self.model_dump_json(indent=1) + "\n").encode()
+
+    def content(self) -> bytes:
+        """What its signature is over."""
+        rest = self.model_dump(mode="json", exclude={"signature"})
+        return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+
+    def signed(self, key: EllipticCurvePrivateKey, signer: Signer | None = None) -> RosterFile:
+        """The same list, signed by the key that ``signer`` is of; None: the authority's own."""
+        file = self.model_copy(update={"signer": signer, "signature": None})
+        return file.model_copy(update={"signature": sign_content(file.content(), key)})
 
 
 @dataclass(frozen=True)
@@ -94,15 +102,18 @@ class ServerIdentity:
     """Where devices expect it."""
     roster_path: Path
 
-    def roster(self) -> Roster:
+    def roster(self, *, clock: Callable[[], datetime] | None = None) -> Roster:
         """The members, in no older a version than this server has ever seen.
+
+        ``clock`` is the time, UTC, by which they expire; the system's when None.
 
         Raises:
             DataError: as `Roster`.
             TrustError: as `Roster`.
         """
         seen = self.kit.folder / SEEN
-        return Roster(self.roster_path, self.kit.authority_pem, seen=seen)
+        more = {"clock": clock} if clock is not None else {}
+        return Roster(self.roster_path, self.kit.authority_pem, seen=seen, **more)
 
 
 def load_server_identity(folder: Path, *, now: datetime | None = None) -> ServerIdentity:
@@ -162,8 +173,9 @@ def parse_roster(
     *,
     where: str,
     known: Mapping[str, Member] | None = None,
+    unsigned: bool = False,
 ) -> tuple[RosterFile, dict[str, Member]]:
-    """Reads a roster and verifies every certificate in it.
+    """Reads a roster, verifies that it is the authority's, and every certificate in it.
 
     Args:
         raw: The file's content.
@@ -171,11 +183,13 @@ def parse_roster(
         where: The file, for errors.
         known: Members by certificate (PEM) that were verified before; verifying takes about
             0.8 ms each.
+        unsigned: Whether one without a signature will do, as of a project that has none yet.
 
     Returns:
         The file, and its members by certificate (PEM), in the file's order.
 
     Raises:
+        SignatureInvalid: it is not signed, or was changed since.
         TrustError: it is no roster, or names someone whom the authority did not certify, or two
             members in force with one name or one key.
     """
@@ -187,6 +201,8 @@ def parse_roster(
             f"{where}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. This is "
             "no whole roster, and was not used; copy it anew from the authority's folder."
         ) from None
+    if file.signature is not None or not unsigned:
+        check_signed(file.content(), file.signature, file.signer, authority, where=where)
     members = {}
     for number, entry in enumerate(file.members):
         member = (known or {}).get(entry.certificate) or _member(
@@ -245,7 +261,7 @@ class Roster:
         self._lock = threading.Lock()
         self._seen = seen
         self._version = 0
-        self._least = seen_version(seen) if seen is not None else 0
+        self._had = read_seen(seen) if seen is not None else NOTHING_SEEN
         self._by_certificate: dict[str, Member] = {}
         self._by_fingerprint: dict[str, Member] = {}
         self._stamp = self._read_stamp()
@@ -304,72 +320,30 @@ class Roster:
         file, members = parse_roster(
             raw, self._authority, where=str(self._path), known=self._by_certificate
         )
-        if file.version < self._least:
+        signer = file.signer.number if file.signer is not None else 0
+        if file.version < self._had.version or signer < self._had.signer:
+            old = f"version {file.version}, and version {self._had.version} was in force"
+            if signer < self._had.signer:
+                old = f"the signature of key {signer}, and key {self._had.signer} took its place"
             raise RollbackRefused(
-                f"{self._path}: this roster has version {file.version}, and version "
-                f"{self._least} was in force: an older one would let revoked members in again. "
-                "It was not used; copy the newest from the authority's folder. Where that is lost, "
-                f"revoke anew who was revoked since, and remove {SEEN} from the server's folder."
+                f"{self._path}: this roster has {old}: an older one would let revoked members in "
+                "again. It was not used; copy the newest from the authority's folder. Where that "
+                f"is lost, revoke anew who was revoked since, and remove {SEEN} from the server's "
+                "folder."
             )
         self._version, self._by_certificate = file.version, members
         self._by_fingerprint = {member.fingerprint: member for member in members.values()}
-        newer, self._least = file.version > self._least, file.version
+        newer = file.version > self._had.version or signer > self._had.signer
+        if newer:
+            self._had = Seen(version=file.version, signer=signer)
         if newer and self._seen is not None:  # in force by now, even where the disk is full
-            raw = _Seen(version=file.version).model_dump_json().encode() + b"\n"
-            write_atomic(self._seen, raw, mode=0o600)
+            write_seen(self._seen, self._had)
 
 
 _NO_ROSTER = (
     f"It says who may come in. Copy {ROSTER} from the authority's folder; where it is lost there, "
     "`fedcore provision restore` brings it back from a backup."
 )
-
-
-def seen_version(path: Path) -> int:
-    """The highest version that was in force by what ``roster.seen`` says; 0 where there is none.
-
-    Raises:
-        RollbackRefused: that list is lost, see `note_lost`.
-        TrustError: it says nothing of the kind.
-    """
-    if not path.exists():
-        return 0
-    raw = read_bytes(
-        path,
-        max_bytes=_MAX_SEEN_BYTES,
-        what="the version of the roster",
-        otherwise="Nothing was started; see that roster.json is the newest, and remove this.",
-    )
-    try:
-        seen = _Seen.model_validate_json(raw)
-    except ValidationError:
-        raise TrustError(
-            f"{path}: this does not tell which version of the roster was in force. Nothing was "
-            "started; see that roster.json is the newest, and remove this file."
-        ) from None
-    if seen.lost:
-        raise RollbackRefused(
-            f"{path}: version {seen.version} of the roster was in force, and a backup brought back "
-            "an older one, which may let revoked members in again. No server starts with it (exit "
-            f"code {RollbackRefused.exit_code}); revoke anew who was revoked since, and remove "
-            "this file then."
-        )
-    return seen.version
-
-
-def note_lost(path: Path, version: int) -> None:
-    """Has every roster refused by a server that has seen a newer one than ``version``.
-
-    That is until somebody removes the file: the older list's own changes count on from an older
-    version, and would pass for the newest before long.
-    """
-    try:
-        least = seen_version(path)
-    except TrustError:  # a server refuses to start with it as it is
-        return
-    if least > version:
-        raw = _Seen(version=least, lost=True).model_dump_json().encode() + b"\n"
-        write_atomic(path, raw, mode=0o600)
 
 
 def _member(entry: Entry, authority: x509.Certificate, *, where: str) -> Member:

@@ -32,9 +32,13 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
+from fedcore.observability.words import one_line
 from fedcore.updates.messages import REFUSED
 
+_SHOWN = 200  # characters of an error over bytes that a peer made up
 _FOREVER = datetime.max.replace(tzinfo=UTC)
+_TTL_S = 10 * 365 * 86_400.0
+"""When Flower drops a message, by the time of day; a round ends by what has passed."""
 
 
 def node_id_of(public_key: bytes) -> int:
@@ -101,6 +105,8 @@ class Fleet:
         self.state = FleetState(self.store)
         self.asked: dict[str, Asked] = {}
         self.run_id = 0
+        self.lacks: ResourceError | None = None
+        """What this machine lacked when it last failed to take something in; None where it did."""
         self._sent: defaultdict[int, int] = defaultdict(int)
         self._answered = threading.Condition()
         self._ready: deque[str] = deque()
@@ -195,6 +201,7 @@ class Fleet:
         # Messages of a round share their weights: each array is hashed once, not once a node.
         with no_object_id_recompute():
             for message in messages:
+                message.metadata.ttl = _TTL_S
                 message_id = message.object_id
                 message.metadata.__dict__["_message_id"] = message_id
                 objects, tree = get_all_nested_objects(message), get_object_tree(message)
@@ -234,6 +241,10 @@ class Fleet:
             self._ready.append(message_id)
             self._answered.notify_all()
 
+    def lack(self, error: ResourceError | None) -> None:
+        """Notes that this machine could not take a reply in, or, by None, that it can again."""
+        self.lacks = error
+
     def wake(self) -> None:
         """Ends the wait of `next_answered` early: who is there has changed."""
         with self._answered:
@@ -266,9 +277,10 @@ class Fleet:
         except ResourceError:
             raise  # this machine's, and no fault of the node's
         except Exception as failure:  # bytes that were made up fail in many ways
+            said = one_line(str(failure)[:_SHOWN])
             reason = (
                 f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
-                f"{failure}). It was not used."
+                f"{said}). It was not used."
             )
             content, error = None, Error(REFUSED, reason)
         self.forget([message_id])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto
 from flwr.proto.fleet_pb2 import (
@@ -26,10 +27,8 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -50,6 +49,7 @@ from fedcore.flower.fleet_errors import (
     is_distrust,
     refusals,
 )
+from fedcore.flower.fleet_pull import Announced, BoundedClient, read_content
 from fedcore.rpc.hello import WAKE_PORT, again_in
 
 log = logging.getLogger("fedcore.device")
@@ -104,7 +104,7 @@ class FleetLink:
         self._clients = {self._server: self._connect(kit, self._server)}
         self._distrusted = set[str]()
         """Addresses that were told of, since another one led to the server."""
-        self._before: list[FleetHttpClient] = []
+        self._before: list[BoundedClient] = []
         """Those of kits before: another thread may be in a call of theirs."""
         self._renewing = threading.Lock()
         self._unusable = ""
@@ -122,7 +122,9 @@ class FleetLink:
         elif len(self.kit.servers) > 1:
             context.request.extensions["timeout"]["connect"] = _CONNECT_S
         response = call_next(context)
-        self.wake_port = int(response.headers.get(WAKE_PORT, self.wake_port))
+        told = response.headers.get(WAKE_PORT, "")
+        if told.isdecimal() and len(told) <= 5 and int(told) < 2**16:
+            self.wake_port = int(told)
         if self._passed is not None and self._last is None:
             came = int(response.headers.get("content-length", 0))
             self._passed(len(context.request.content) + came)
@@ -156,23 +158,34 @@ class FleetLink:
     def settings(self, run_id: int) -> dict[str, str]:
         """What the server tells devices of a run."""
         answer = self._call(FleetHttpClient.GetRun, GetRunRequest(node=self._node, run_id=run_id))
-        return {
-            key: str(value) for key, value in run_from_proto(answer.run).override_config.items()
-        }
+        with _readable():
+            told = run_from_proto(answer.run).override_config
+        return {key: str(value) for key, value in told.items()}
 
-    def receive(self) -> Message | None:
-        """The next message for this node, in full; None when there is none."""
+    def announced(self) -> Announced | None:
+        """The next message for this node, without its content; None when there is none."""
         answer = self._call(FleetHttpClient.PullMessages, PullMessagesRequest(node=self._node))
-        if not answer.messages_list:
+        if not answer.messages_list or not answer.message_object_trees:
             return None
-        bare, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
-        contents = {
-            node.object_id: self._pull(bare.metadata.run_id, node.object_id)
-            for node in iterate_object_tree(tree)
-        }
-        message = inflate_object_from_contents(tree.object_id, contents)
-        assert isinstance(message, Message)
-        return make_message(metadata=bare.metadata, content=message.content)
+        with _readable():
+            metadata = message_from_proto(answer.messages_list[0]).metadata
+        message = make_message(metadata=metadata, content=RecordDict())
+        return Announced(message, answer.message_object_trees[0])
+
+    def fetch(self, announced: Announced, *, limit_bytes: int) -> Message:
+        """A message in full.
+
+        Raises:
+            OwnerLimit: it takes more than ``limit_bytes``; nothing of that size was allocated.
+            InvalidUpdate: it is no message of a fedcore server, or the server has it no longer.
+        """
+        metadata = announced.message.metadata
+        content = read_content(
+            announced,
+            lambda object_id, most_bytes: self._pull(metadata.run_id, object_id, most_bytes),
+            limit_bytes=limit_bytes,
+        )
+        return make_message(metadata=metadata, content=content)
 
     def answer(self, reply: Message) -> None:
         """Sends a reply, object by object, until the server has all of it.
@@ -254,17 +267,18 @@ class FleetLink:
             self._unusable = str(error)
             log.warning("the kit on disk is not used: %s", error)
 
-    def _connect(self, kit: Kit, server: str) -> FleetHttpClient:
-        return FleetHttpClient(
+    def _connect(self, kit: Kit, server: str) -> BoundedClient:
+        return BoundedClient(
             server,
-            interceptors=[self],
+            interceptor=self,
             verify=client_context(kit),
-            timeout=_TIMEOUT_S,
+            timeout_s=_TIMEOUT_S,
+            stopped=self._stop.is_set,
         )
 
-    def _pull(self, run_id: int, object_id: str) -> bytes:
+    def _pull(self, run_id: int, object_id: str, most_bytes: int) -> bytes:
         request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
-        answer = self._call(FleetHttpClient.PullObject, request)
+        answer = self._call(lambda client, asked: client.pull_object(asked, most_bytes), request)
         if not answer.object_available:
             raise InvalidUpdate("pull: the server no longer has what it sent. It was left out.")
         return bytes(answer.object_content)
@@ -281,7 +295,7 @@ class FleetLink:
             raise InvalidUpdate("push: the server did not take an object of the reply.")
 
     def _call(
-        self, send: Callable[[FleetHttpClient, _Request], _Response], request: _Request
+        self, send: Callable[[BoundedClient, _Request], _Response], request: _Request
     ) -> _Response:
         failed: dict[str, httpx.TransportError] = {}
         while True:
@@ -347,6 +361,17 @@ class FleetLink:
             "device takes no part; a kit belongs to one project, and is renewed with "
             "`fedcore provision renew`."
         )
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Takes an answer that Flower's own parsers cannot read for one of no fedcore server."""
+    try:
+        yield
+    except Exception as error:  # they fail in many ways on bytes that were made up
+        raise Unreachable(
+            f"an answer of the server cannot be read ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _minute(moment: datetime) -> str:

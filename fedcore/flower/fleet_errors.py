@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import httpx
 
 from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, TrustError
+from fedcore.observability.foreign import foreign
 
 _REFUSED: dict[int, type[FedcoreError]] = {
     400: DataError,
@@ -20,6 +21,8 @@ _REFUSED: dict[int, type[FedcoreError]] = {
     412: DeviceError,
     413: DeviceError,
 }
+_MOST_DETAIL = 600
+"""Characters of a server's words that are shown."""
 _CERTIFICATE_ALERT = re.compile("ALERT_(UNKNOWN_CA|.*CERTIFICATE|ACCESS_DENIED)")
 
 
@@ -88,8 +91,8 @@ def doubt(unproven: Mapping[str, Exception]) -> str:
 
 def _detail(response: httpx.Response) -> str:
     try:
-        return str(json.loads(response.text)["detail"])
-    except (ValueError, KeyError, TypeError):
+        return foreign(json.loads(response.text)["detail"], _MOST_DETAIL)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"the server answered HTTP {response.status_code}"
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from flwr.app import Error, Message
 from flwr.app.message import make_message
 
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.grid import OwnGrid
 from fedcore.updates.messages import REFUSED
@@ -110,6 +110,9 @@ class FleetGrid(OwnGrid):
         """Replies as they come in, until all have, or those who have not are gone, or time is up.
 
         ``timeout`` is in seconds.
+
+        Raises:
+            ResourceError: time is up, and this machine could not take in what devices sent.
         """
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         waiting = self._send(list(messages))
@@ -131,11 +134,13 @@ class FleetGrid(OwnGrid):
                     continue
                 now = time.monotonic()
                 if now >= end:
+                    self._check_machine()
                     return
                 if now - looked >= _LOOK_S:
                     looked = now
                     absent = {node: self._presence.absent_s(node) for node in waiting.values()}
                     if all(seconds > GRACE_S for seconds in absent.values()):
+                        self._check_machine()
                         return
         finally:
             self._fleet.forget(list(waiting))
@@ -143,8 +148,14 @@ class FleetGrid(OwnGrid):
                 self._checks.pop(message_id, None)
                 self._consumed(message_id)
 
+    def _check_machine(self) -> None:
+        """Ends a round that devices did answer: this machine had no room for what they sent."""
+        if self._fleet.lacks is not None:
+            raise self._fleet.lacks
+
     def _send(self, messages: list[Message]) -> dict[str, int]:
         """Sends, wakes, and returns the node of each message by the message's id."""
+        self._fleet.lack(None)  # what was lacking before says nothing of what comes now
         checks = self._inspector.expect(messages)
         nodes = [message.metadata.dst_node_id for message in messages]
         sent = self._fleet.send(messages)
@@ -162,10 +173,19 @@ class FleetGrid(OwnGrid):
             return reply
         try:
             check(reply)
+        except (ResourceError, OSError):
+            raise  # this machine's, and no fault of the node's
         except FedcoreError as error:
-            code = REFUSED + error.exit_code
-            return make_message(metadata=reply.metadata, error=Error(code, str(error)))
-        return reply
+            code, said = REFUSED + error.exit_code, str(error)
+        except Exception as error:  # what was made up may fail in ways that no check foresees
+            code = REFUSED + InvalidUpdate.exit_code
+            said = (
+                f"update from node {reply.metadata.src_node_id}: it cannot be checked "
+                f"({type(error).__name__}). It was not used."
+            )
+        else:
+            return reply
+        return make_message(metadata=reply.metadata, error=Error(code, said))
 
     def _go_on(self) -> None:
         if self._stopping.is_set():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from typing import IO
 
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
@@ -42,7 +43,7 @@ def read_message(
             ``limit_bytes``. Made-up bytes raise anything else that Flower's parsers raise.
     """
     known = frozenset(one.object_id for one in iterate_object_tree(tree))
-    message = _Reader(store, known, limit_bytes).read(tree.object_id)
+    message = _StoreReader(store, known, limit_bytes).read(tree.object_id)
     if not isinstance(message, Message):
         raise TypeError(f"expected a Message, got {type(message).__name__}")
     if message.has_error():
@@ -50,13 +51,22 @@ def read_message(
     return message.content, None
 
 
-class _Reader:
-    """Reads objects of one message, each once."""
+class ObjectReader:
+    """Reads objects of one message, each once but for chunks; arrays stay in memory."""
 
-    def __init__(self, store: FleetStore, known: frozenset[str], limit_bytes: int) -> None:
-        self._store = store
+    def __init__(
+        self, get: Callable[[str], bytes | None], known: frozenset[str], limit_bytes: int
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            get: Gives an object's content; empty or None when there is none.
+            known: Objects that the message says it is made of.
+            limit_bytes: Most bytes of all its arrays, each chunk counted as often as it is used.
+        """
+        self._get = get
         self._known = known
-        self._left_bytes = limit_bytes
+        self.limit_bytes = self._left_bytes = limit_bytes
         self._read: dict[str, InflatableObject] = {}
 
     def read(self, object_id: str) -> InflatableObject:
@@ -90,6 +100,7 @@ class _Reader:
         described = json.loads(bytes(_body(content)))
         # It refuses what is no description of an array.
         form = Array(described["dtype"], tuple(described["shape"]), described["stype"], b"")
+        self._declared(form.dtype, form.shape)
         places = described["arraychunk_ids"]
         if len(places) > MAX_OBJECTS:
             raise ValueError(f"an array is cut into {len(places)} chunks")
@@ -98,6 +109,44 @@ class _Reader:
             form.data = file.getvalue()
             return form
         return FileArray(form.dtype, form.shape, form.stype, file)
+
+    def _together(self, chunks: list[str]) -> IO[bytes]:
+        """Chunks one after the other."""
+        file = io.BytesIO()
+        for each in chunks:
+            file.write(self._part(each))
+        return file
+
+    def _part(self, object_id: str) -> memoryview:
+        chunk = self._content(object_id)
+        if get_object_head_values_from_object_content(chunk)[0] != _CHUNK:
+            raise ValueError("an array is made of something else than chunks")
+        part = _body(chunk)
+        self._left_bytes -= len(part)
+        if self._left_bytes < 0:
+            raise self._overflow()
+        return part
+
+    def _declared(self, dtype: str, shape: tuple[int, ...]) -> None:
+        """Looks at what an array says of itself; raises when it is not to be read."""
+
+    def _overflow(self) -> Exception:
+        """What arrays that are too large come to."""
+        return ValueError("its arrays take more bytes than an update may have")
+
+    def _content(self, object_id: str) -> bytes:
+        content = self._get(object_id) if object_id in self._known else None
+        if not content:
+            raise ValueError(f"it refers to object {object_id[:16]}, which is not part of it")
+        return content
+
+
+class _StoreReader(ObjectReader):
+    """Puts what is large together in files."""
+
+    def __init__(self, store: FleetStore, known: frozenset[str], limit_bytes: int) -> None:
+        super().__init__(store.get, known, limit_bytes)
+        self._store = store
 
     def _together(self, chunks: list[str]) -> IO[bytes]:
         """Chunks one after the other: in memory, or in a file where they are large."""
@@ -114,22 +163,6 @@ class _Reader:
             file.close()
             raise
         return file
-
-    def _part(self, object_id: str) -> memoryview:
-        chunk = self._content(object_id)
-        if get_object_head_values_from_object_content(chunk)[0] != _CHUNK:
-            raise ValueError("an array is made of something else than chunks")
-        part = _body(chunk)
-        self._left_bytes -= len(part)
-        if self._left_bytes < 0:
-            raise ValueError("its arrays take more bytes than an update may have")
-        return part
-
-    def _content(self, object_id: str) -> bytes:
-        content = self._store.get(object_id) if object_id in self._known else None
-        if not content:
-            raise ValueError(f"it refers to object {object_id[:16]}, which is not part of it")
-        return content
 
 
 def _body(content: bytes) -> memoryview:

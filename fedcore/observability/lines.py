@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO
 
 from fedcore.files import disk_errors
+from fedcore.observability.foreign import bounded_line, foreign
 
 MAX_BYTES, KEPT = 10 << 20, 5
 """A file of 10 MiB gives way to the next, and five old ones stay: 60 MiB at most."""
@@ -23,21 +25,98 @@ def log_lines(to: TextIO | Path, *, level: int = logging.INFO, max_bytes: int = 
     Raises:
         ResourceError: the file may not be written.
     """
-    handler: logging.Handler = (
-        _file(to, max_bytes) if isinstance(to, Path) else logging.StreamHandler(to)
-    )
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s")
-    formatter.datefmt = "%Y-%m-%dT%H:%M:%S"
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    handler: logging.Handler = _file(to, max_bytes) if isinstance(to, Path) else _Stream(to)
+    handler.setFormatter(OneLine())
+    handler.addFilter(Sparse())
     logger = logging.getLogger("fedcore")
     logger.setLevel(level)
-    logger.propagate = False
-    logger.handlers = [handler]
+    for name in ("fedcore", "flwr"):
+        named = logging.getLogger(name)
+        named.propagate = False
+        named.handlers = [handler]
+    # What libraries say of a peer (uvicorn, grpc, asyncio) would come on standard error by itself,
+    # with a traceback each time.
+    root = logging.getLogger()
+    kept = [one for one in root.handlers if not isinstance(one, _Quiet)]
+    root.handlers = [*kept, handler]
+    logging.captureWarnings(True)
+
+
+class OneLine(logging.Formatter):
+    """Time in UTC, level and message on one line of less than 2 kB, whatever is in them.
+
+    An exception that is logged is named, with its text and place; its traceback is left out. So
+    nothing that a peer sends fills a log, or acts on the terminal of who reads it.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; never raises."""
+        try:
+            message = record.getMessage()
+        except Exception as error:  # arguments that do not fit, or that cannot be written
+            message = (
+                f"{record.msg!s:.200} (its arguments cannot be written: {type(error).__name__})"
+            )
+        if record.exc_info and record.exc_info[1] is not None:
+            message = f"{foreign(message, _MESSAGE)} [{_named(record.exc_info[1])}]"
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        return bounded_line(f"{moment}.{int(record.msecs):03d}Z {record.levelname} {message}")
+
+
+class Sparse(logging.Filter):
+    """Lets few lines of libraries through: they say what a peer did as often as it does it.
+
+    Of each logger some lines come at once, then one in a while. The project's own lines come all:
+    those that a peer can cause are counted by peer where they are written.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begins with nothing left out."""
+        super().__init__()
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written."""
+        if record.name.partition(".")[0] == "fedcore":
+            return True
+        now_s = self._clock()
+        tokens, since_s = self._left.get(record.name, (_BURST, now_s))
+        tokens = min(tokens + (now_s - since_s) / _AGAIN_S, _BURST)
+        self._left[record.name] = (tokens - 1 if tokens >= 1 else tokens, now_s)
+        return tokens >= 1
+
+
+_BURST, _AGAIN_S = 20.0, 10.0
+_MESSAGE = 1000  # characters of a message beside which an exception is named
+
+
+def _named(error: BaseException) -> str:
+    """An exception on one line, with where it was raised."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f" at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else ""
+    return f"{type(error).__name__}: {foreign(error)}{where}"
+
+
+class _Quiet(logging.Handler):
+    """Loses a line that cannot be written, on a full disk or to a reader that has gone."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Says nothing: there is nowhere to say it."""
+
+
+class _Stream(_Quiet, logging.StreamHandler):  # type: ignore[type-arg]
+    """Lines to a stream."""
+
+
+class _Rotating(_Quiet, RotatingFileHandler):
+    """Lines to a file, and to the next when it is full."""
 
 
 def _file(path: Path, max_bytes: int) -> logging.Handler:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o640)
-        return RotatingFileHandler(path, maxBytes=max_bytes, backupCount=KEPT, encoding="utf-8")
+        return _Rotating(path, maxBytes=max_bytes, backupCount=KEPT, encoding="utf-8")

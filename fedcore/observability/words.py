@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 NOTHING = "-"
 """Stands where there is no value."""
@@ -47,6 +47,17 @@ def epsilon_text(epsilon: float | None) -> str:
     if epsilon > 1e9:
         return "∞" if math.isinf(epsilon) else "over 10^9"
     return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.01"), ROUND_CEILING))
+
+
+def epsilon_floor_text(epsilon: float) -> str:
+    """What is left of a budget, or is proved at least, rounded down: never more than there is.
+
+    >>> epsilon_floor_text(0.579), epsilon_floor_text(0.004)
+    ('0.57', '0.00')
+    """
+    if not math.isfinite(epsilon):
+        return NOTHING if math.isnan(epsilon) else "∞"
+    return str(Decimal(repr(float(epsilon))).quantize(Decimal("0.01"), ROUND_FLOOR))
 
 
 def bytes_text(count: float) -> str:

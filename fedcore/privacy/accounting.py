@@ -39,7 +39,8 @@ Settings that change within one ledger:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -148,7 +149,7 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
     The exact one of the Gaussian mechanism without sampling always holds, as sampling can only
     help, and is a closed form: there is a bound even where the accountants give none.
     """
-    try:
+    with _countable(history, target_delta):
         unsampled = math.sqrt(
             sum(_ratio(steps.noise_multiplier) * steps.number for steps in history)
         )
@@ -162,12 +163,26 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
             if math.isfinite(composed):
                 return min(bound, composed)
         return min(bound, float(_renyi(history, ORDERS, target_delta).min()))
+
+
+@contextmanager
+def _countable(history: History, target_delta: float) -> Iterator[None]:
+    """Makes one kind of error of whatever numbers or this machine do not hold.
+
+    Raises:
+        PrivacyError: epsilon cannot be counted.
+    """
+    try:
+        yield
     except (ArithmeticError, ValueError, RuntimeError, MemoryError) as error:
+        first, steps = history[0], sum(each.number for each in history)
+        many = f"{steps}" if steps < 10**15 else "more than 10^15"
         raise PrivacyError(
-            f"epsilon of {len(history)} mechanisms, the first of them {history[0]}, cannot be "
-            f"counted at delta {target_delta:g} on this machine ({type(error).__name__}: {error}). "
-            "Nothing was trained; set privacy.accountant to 'rdp', which needs no memory, or use "
-            "settings that change less often."
+            f"epsilon of {many} steps of {len(history)} mechanisms, the first of them of noise "
+            f"multiplier {first.noise_multiplier:g} at sample rate {first.sample_rate:g}, cannot "
+            f"be counted at delta {target_delta:g} on this machine ({type(error).__name__}: "
+            f"{error}). Nothing was trained; set privacy.accountant to 'rdp', which needs no "
+            "memory, plan fewer rounds or epochs, or use settings that change less often."
         ) from error
 
 
@@ -179,7 +194,8 @@ def _filtered(history: History, target_delta: float) -> float:
     outcomes the client did what a filter at that order alone would have done; the deltas of the
     outcomes add up.
     """
-    return float(_renyi(history, FILTER_ORDERS, target_delta / len(FILTER_ORDERS)).min())
+    with _countable(history, target_delta):
+        return float(_renyi(history, FILTER_ORDERS, target_delta / len(FILTER_ORDERS)).min())
 
 
 def _renyi(history: History, orders: tuple[float, ...], target_delta: float) -> FloatArray:
@@ -241,7 +257,13 @@ def noise_for(
     def excess(logarithm: float) -> float:
         return math.log(max(spent(math.exp(logarithm)), 1e-3 * max_epsilon) / max_epsilon)
 
-    noise = math.exp(brentq(excess, math.log(low), math.log(high), xtol=2e-4))
-    while spent(noise := math.ceil(noise * 1e4) / 1e4) > max_epsilon:
+    ends = math.log(low), math.log(high)  # whose exponentials may be a little beside the two
+    if excess(ends[0]) <= 0:
+        noise = low
+    elif excess(ends[1]) >= 0:
+        noise = high
+    else:
+        noise = math.exp(brentq(excess, *ends, xtol=2e-4))
+    while noise < high and spent(noise := math.ceil(noise * 1e4) / 1e4) > max_epsilon:
         noise *= 1.0003
-    return noise
+    return min(noise, high)

@@ -18,6 +18,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.config import Privacy
 from fedcore.errors import BudgetExhausted, PrivacyError
+from fedcore.observability.words import epsilon_text
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 
@@ -186,9 +187,9 @@ def _check(before: Ledger, after: Ledger, privacy: Privacy, who: str, whose: str
     spent, needed = before.epsilon(privacy), after.epsilon(privacy)
     if needed > privacy.max_epsilon:
         raise BudgetExhausted(
-            f"{who} epsilon {spent:.2f} of {privacy.max_epsilon:g}{whose} at delta "
-            f"{privacy.target_delta:g}, and this round would take it to {needed:.2f}. It declined, "
-            "and takes no further part unless its budget is raised."
+            f"{who} epsilon {epsilon_text(spent)} of {privacy.max_epsilon:g}{whose} at delta "
+            f"{privacy.target_delta:g}, and this round would take it to {epsilon_text(needed)}. It "
+            "declined, and takes no further part unless its budget is raised."
         )
 
 

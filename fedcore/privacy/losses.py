@@ -30,6 +30,7 @@ MIN_NOISE = 0.05
 _INFLATION = 1e-3  # what the grid may add to the variance of the loss, relative to it
 _CUT = 1e-6  # of delta: what may be counted as lost in tails
 _MAX_LOSS = 600.0  # of one step: its exponential is still a float
+_MOST_STEPS = 2**30  # beyond, powers of a transform hold no figure of a tail
 _LEAST = 1e-307  # in place of a sum that is too small for a float
 _ROUNDING = 1e-14  # relative error of a normal distribution function
 
@@ -90,8 +91,8 @@ def composed_epsilon(history: Sequence[Steps], target_delta: float) -> float:
         the entries that it makes negative, is taken from delta.
 
     Returns:
-        Epsilon, at least 0; infinite where the noise is below `MIN_NOISE`, or delta too small for
-        the floats of the transform.
+        Epsilon, at least 0; infinite where the noise is below `MIN_NOISE`, delta too small for the
+        floats of the transform, or steps or losses too many for it: another bound holds there.
 
     Source:
         Zhu, Dong, Wang 2022, arXiv:2106.08567 (dominating pairs under Poisson sampling); Gopi,
@@ -101,8 +102,10 @@ def composed_epsilon(history: Sequence[Steps], target_delta: float) -> float:
     """
     if min(steps.noise_multiplier for steps in history) < MIN_NOISE:
         return math.inf
+    if sum(steps.number for steps in history) > _MOST_STEPS:
+        return math.inf
     width = _width(history)
-    while True:
+    while width <= _MAX_LOSS:
         try:
             steps = [_masses(each, width, _tail(history, target_delta)) for each in history]
             with_to_without = [
@@ -117,6 +120,7 @@ def composed_epsilon(history: Sequence[Steps], target_delta: float) -> float:
             )
         except _TooManyPoints as error:
             width *= 1.1 * error.points / MAX_POINTS
+    return math.inf
 
 
 def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:

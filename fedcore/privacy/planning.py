@@ -12,6 +12,9 @@ from fedcore.task import Examples, size_of
 MAX_DELTA_SHARE = 0.1
 """Of one over a client's examples: what ``target_delta`` may come to."""
 
+MAX_EXAMPLES = 10**15
+"""Of one client: more than any has, and few enough that every number that follows is a float."""
+
 
 @dataclass(frozen=True)
 class PrivatePlan:
@@ -67,13 +70,18 @@ def plan_for(
             ``1 / count``.
 
     Raises:
-        PrivacyError: the client has no examples, the delta protects nobody on a client of this
-            size, or no noise is enough.
+        PrivacyError: the client has no examples or more than `MAX_EXAMPLES`, the delta protects
+            nobody on a client of this size, or no noise is enough.
     """
     if count < 1:
         raise PrivacyError(
             f"round {round}: this client has {count} examples. Nothing was trained, as there is "
             "nothing to train on; give it data, or leave it out."
+        )
+    if count > MAX_EXAMPLES:
+        raise PrivacyError(
+            f"round {round}: a client of more than {MAX_EXAMPLES:g} examples, for which nothing "
+            "can be counted. Nothing was trained; name how many one client really has."
         )
     if privacy.target_delta * count > max_delta_share * (1 + 1e-9):
         raise PrivacyError(

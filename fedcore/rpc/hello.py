@@ -20,6 +20,7 @@ _NO_TASK = (
     "run's file on a server."
 )
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PROCESS_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROCESS = "fedcore-instance"
 SETTINGS = "run"
 """Under this name a server tells devices of its run: the run's configuration, as JSON."""
@@ -100,8 +101,9 @@ def _binds_task(node: ast.AST) -> bool:
 
 
 def instance_of(headers: Mapping[str, str]) -> str:
-    """The process that makes a call; empty when it does not say."""
-    return headers.get(_PROCESS, "")[:64]
+    """The process that makes a call; empty when it does not say, or by no name of a process."""
+    named = headers.get(_PROCESS, "")
+    return named if _PROCESS_NAME.fullmatch(named) else ""
 
 
 def again_in(seconds: float) -> dict[str, str]:

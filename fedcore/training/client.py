@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from fedcore.errors import (
     TrainingDiverged,
 )
 from fedcore.model import FullModel, build_model
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import (
@@ -27,14 +28,16 @@ from fedcore.privacy.ledger import (
     OtherRuns,
     charge,
 )
-from fedcore.privacy.planning import PrivatePlan, plan
+from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan
 from fedcore.resident import Resident
 from fedcore.seeds import Randomness, derive
 from fedcore.task import Examples, Folder, Task, data_folder, read_examples, size_of
 from fedcore.training.batches import split
+from fedcore.training.bounds import Bounds, unbounded
 from fedcore.training.device import available
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
+from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Way
 from fedcore.training.private import MEMORY_BYTES, train_private
@@ -53,6 +56,19 @@ _LARGEST_STATISTIC = 1e12
 """What a server may send where examples are protected: nothing larger comes of training."""
 
 
+def log_skipped(name: str, count: int) -> None:
+    """Says in the device's own log that examples counted as zero; how many is private."""
+    log.warning("%s", skipped_text(name, count))
+
+
+def skipped_text(name: str, count: int) -> str:
+    """What is said of places in a client's batches that counted as zero."""
+    return (
+        f"client {name!r}: {counted(count, 'example')} of its batches had no finite "
+        "gradient at the server's weights or could not be read, and counted as zero"
+    )
+
+
 @dataclass(frozen=True)
 class Client:
     """What a client is made of: the task and the limits it runs within."""
@@ -63,6 +79,10 @@ class Client:
     randomness: Randomness
     others: OtherRuns = NO_OTHER_RUNS
     """What other runs have spent on the same data."""
+    on_skipped: Callable[[str, int], None] = log_skipped
+    """Hears a client's name, and how many places in its batches counted as zero: private."""
+    bounds: Callable[[], Bounds] = unbounded
+    """What bounds the work on a message that comes now."""
 
     @cached_property
     def folder(self) -> Folder:
@@ -127,8 +147,10 @@ def _learn(
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
 ) -> Update:
-    run, number = client.run, instruction.round
+    run, number, bounds = client.run, instruction.round, client.bounds()
     examples, _ = local_data(client, name)
+    steps = run.client.epochs * -(-size_of(examples) // run.client.batch_size)
+    bounds.admit(steps)
     device = available(run.client.device)
     if client.owner.max_threads:
         torch.set_num_threads(min(torch.get_num_threads(), client.owner.max_threads))
@@ -148,7 +170,7 @@ def _learn(
         metrics: dict[str, float] = {}
         if run.private:
             metrics[EPSILON] = _train_private(
-                client, name, model, examples, ledger, on_spend, instruction
+                client, name, model, examples, ledger, on_spend, instruction, bounds
             )
         else:
             order = client.randomness.generator(torch.device("cpu"), "order", number, name)
@@ -163,6 +185,7 @@ def _learn(
                 penalty=proximal(model.model, instruction.proximal_mu)
                 if instruction.proximal_mu
                 else None,
+                between=bounds.check,
             )
         weights = pack(model.model)
     if not np.isfinite(weights).all():
@@ -183,6 +206,7 @@ def _train_private(
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
     instruction: Instruction,
+    bounds: Bounds,
 ) -> float:
     """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
     run, number = client.run, instruction.round
@@ -190,8 +214,24 @@ def _train_private(
     way = client.way
     device = next(model.model.parameters()).device
     planned, ledger = spend(client, name, examples, ledger, round=number)
+    memory_bytes = min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2)
+    bounds.admit(
+        planned.charge.steps,
+        # As large a batch as the settings ask for: the data decide nothing but their number.
+        step_s=partial(
+            step_seconds,
+            client.task,
+            model,
+            way,
+            planned,
+            batch_size=expected_batch_size(size_of(examples), planned),
+            memory_bytes=memory_bytes,
+        )
+        if client.owner.max_round_s is not None or client.owner.hours is not None
+        else None,
+    )
     on_spend(ledger)  # spend before release
-    train_private(
+    skipped = train_private(
         model.preprocess,
         model.model,
         examples,
@@ -201,8 +241,11 @@ def _train_private(
         way=way,
         draws=client.randomness.draws(device, number, name),
         proximal_mu=instruction.proximal_mu,
-        memory_bytes=min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2),
+        memory_bytes=memory_bytes,
+        between=partial(bounds.check, memory=False),  # what it takes may depend on the examples
     )
+    if skipped:
+        client.on_skipped(name, skipped)
     return ledger.epsilon(run.privacy)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
@@ -17,8 +17,12 @@ from fedcore.training.order import ViewsOfAnyMemory, for_images
 BATCH_SIZE = 512
 
 
-def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+def outputs_of(
+    module: nn.Module, examples: Examples, *, between: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor]:
     """The model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU.
+
+    ``between`` is called before each batch; what it raises ends the work.
 
     Raises:
         DataError: there are no examples.
@@ -35,6 +39,8 @@ def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
     with for_images(module) as images, torch.inference_mode():
         views = ViewsOfAnyMemory() if images else nullcontext()
         for inputs, target in in_order(examples, BATCH_SIZE):
+            if between is not None:
+                between()
             inputs = inputs.to(device)
             if images and inputs.dim() == 4:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -46,7 +52,13 @@ def outputs_of(module: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
     return torch.cat(outputs), torch.cat(targets)
 
 
-def evaluate(module: nn.Module, examples: Examples, metrics: Iterable[Metric]) -> dict[str, float]:
-    """Each metric over all examples, by name."""
-    outputs, targets = outputs_of(module, examples)
+def evaluate(
+    module: nn.Module,
+    examples: Examples,
+    metrics: Iterable[Metric],
+    *,
+    between: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Each metric over all examples, by name; ``between`` is as in `outputs_of`."""
+    outputs, targets = outputs_of(module, examples, between=between)
     return {metric.name: metric.compute(outputs, targets) for metric in metrics}

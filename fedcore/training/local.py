@@ -60,6 +60,7 @@ def train(
     batch_size: int,
     rng: torch.Generator,
     penalty: Callable[[nn.Module], Tensor] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> float:
     """Trains ``module`` in place and returns the mean loss over the last epoch.
 
@@ -72,6 +73,7 @@ def train(
         batch_size: Examples a step.
         rng: Fixes the order of examples.
         penalty: Added to each batch's loss, as FedProx's proximal term.
+        between: Called before each step; what it raises ends the work.
 
     Raises:
         TrainingDiverged: a batch's loss is not finite; ``module`` is then not to be used.
@@ -85,6 +87,8 @@ def train(
         for epoch in range(epochs):
             total, count = torch.zeros((), device=device), 0
             for inputs, targets in shuffled(examples, batch_size, rng):
+                if between is not None:
+                    between()
                 optimizer.zero_grad(set_to_none=True)
                 inputs = inputs.to(device)
                 if images and inputs.dim() == 4:

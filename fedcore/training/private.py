@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from fedcore.task import Examples, Loss, size_of
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
 from fedcore.training.per_example.ways import Way, trained
-
-log = logging.getLogger("fedcore.device")
 
 MEMORY_BYTES = 512 << 20
 """What the gradients of one physical batch may take."""
@@ -34,7 +32,8 @@ def train_private(
     draws: Draws,
     proximal_mu: float = 0.0,
     memory_bytes: int = MEMORY_BYTES,
-) -> None:
+    between: Callable[[], None] | None = None,
+) -> int:
     """Trains ``model`` in place by DP-SGD.
 
     Guarantee:
@@ -56,6 +55,12 @@ def train_private(
         proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it
             is added behind the noise and costs no privacy.
         memory_bytes: What the gradients of one physical batch may take.
+        between: Called before each step; what it raises ends the work. It must look at nothing that
+            the examples decide but the time that has passed.
+
+    Returns:
+        How many places in batches counted as zero, as the example there had no finite gradient or
+        could not be read. It is private.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
@@ -70,6 +75,8 @@ def train_private(
     seed, skipped = draws.seed(), 0
     try:
         for step in range(plan.charge.steps):
+            if between is not None:
+                between()
             rows = draws.poisson(count, plan.charge.sample_rate)
             batches = read_batch(examples, rows, device, seed=seed + step * count, usual=way.usual)
             found = clipped_sum(
@@ -97,12 +104,7 @@ def train_private(
         for module, name, tensor, before in untrained:  # they would leave without noise
             tensor.copy_(before)
             setattr(module, name, tensor)  # the model may have put another one in its place
-    if skipped:
-        log.warning(
-            "%d examples had no finite gradient at the server's weights or could not be read, and "
-            "counted as zero",
-            skipped,
-        )
+    return skipped
 
 
 def noise_deviation(plan: PrivatePlan) -> float:

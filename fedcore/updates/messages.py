@@ -7,18 +7,18 @@ those works unchanged.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.updates.pack import Layout, Vector
-from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
 NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
@@ -28,6 +28,8 @@ STATISTICS = "query.statistics"
 """Message type that asks for sums over a client's inputs."""
 DECLINED = 1001
 """Error code of a reply from a client whose budget is spent."""
+MOST_ROUNDS = 10_000_000
+"""Numbers of rounds end here; a run has a million at most, and may be resumed."""
 REFUSED = 1100
 """Error code of a reply from a client that could not do what was asked; the exit code of the kind
 of error is added where it is known."""
@@ -66,24 +68,6 @@ class Update:
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Arrived:
-    """An update that was checked, and whose weights lie where they came in."""
-
-    array: Array
-    num_examples: int
-    metrics: Mapping[str, float]
-
-    def parts(self) -> Iterator[Vector]:
-        """The weights from the first to the last, so many at a time as the cache holds."""
-        return _parts(self.array, where="update")
-
-    def whole(self) -> Update:
-        """The update with its weights in memory."""
-        weights = array_of(self.array, where="update")
-        return Update(weights, self.num_examples, self.metrics)
-
-
 def weights_record(weights: Vector) -> ArrayRecord:
     """Weights as the one array of a record: copied, unless they are `sendable`."""
     return ArrayRecord({MODEL: Array("float32", weights.shape, "numpy.ndarray", _sent(weights))})
@@ -94,7 +78,7 @@ def sendable(weights: Vector) -> Vector:
 
     Who keeps these, and sends them, holds one copy instead of two.
     """
-    return np.frombuffer(_sent(weights), np.float32, offset=_HEADER_BYTES)
+    return np.frombuffer(_sent(weights), np.float32, offset=HEADER_BYTES)
 
 
 def _sent(weights: Vector) -> bytes:
@@ -105,7 +89,7 @@ def _sent(weights: Vector) -> bytes:
         if known is not None and known.size == weights.size and _place(known) == _place(weights):
             return base
     raw = np.ascontiguousarray(weights, np.float32).view(np.uint8)
-    return b"".join((_header(len(weights)), raw.data))
+    return b"".join((vector_header(len(weights)), raw.data))
 
 
 def _place(values: Vector) -> int:
@@ -131,8 +115,11 @@ def read_instruction(content: RecordDict) -> Instruction:
     """
     try:
         config = content.config_records[CONFIG]
+        number = int(str(config["server-round"]))
+        if not 0 <= number <= MOST_ROUNDS:
+            raise ValueError(f"round {str(number)[:20]}")
         return Instruction(
-            round=int(str(config["server-round"])),
+            round=number,
             weights=array_of(content.array_records[ARRAYS][MODEL], where="instruction"),
             layout=str(config["layout"]),
             preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
@@ -154,59 +141,6 @@ def update_content(update: Update) -> RecordDict:
     )
 
 
-def read_update(message: Message, layout: Layout) -> Update:
-    """The update in a reply, in memory; the checks are those of `arrived_update`."""
-    return arrived_update(message, layout).whole()
-
-
-def arrived_update(message: Message, layout: Layout) -> Arrived:
-    """The update in a reply, checked before anything is done with it.
-
-    Raises:
-        InvalidUpdate: wrong records, shape or dtype; a value that is not finite; a number of
-            examples that is no positive whole number below 2**31.
-    """
-    where = f"update from node {message.metadata.src_node_id}"
-    count, values = read_metrics(message, where=where)
-    # Not `content.array_records`: a cycle in it keeps every update until the next collection.
-    record = message.content.get(ARRAYS)
-    array = record.get(MODEL) if isinstance(record, ArrayRecord) else None
-    if array is None:
-        raise InvalidUpdate(f"{where}: no record {ARRAYS!r} with {MODEL!r} in it. It was not used.")
-    if (size := _usual_size(array)) is not None:
-        _check_form((size,), np.dtype(np.float32), layout, where=where)
-        total = sum(float(part.sum(dtype=np.float64)) for part in _parts(array, where=where))
-        _check_finite(total, where=where)
-    else:
-        check_weights(array_of(array, where=where), layout, where=where)
-    return Arrived(array, count, values)
-
-
-def read_metrics(message: Message, *, where: str) -> tuple[int, dict[str, float]]:
-    """The number of examples in a reply, and what was measured on them.
-
-    Raises:
-        InvalidUpdate: there are none; a number of examples that is no positive whole number below
-            2**31; a metric that is not finite.
-    """
-    record = message.content.get(METRICS)
-    metrics = dict(record) if isinstance(record, MetricRecord) else {}
-    count = metrics.pop(NUM_EXAMPLES, None)
-    if count is None:
-        raise InvalidUpdate(
-            f"{where}: no record {METRICS!r} with {NUM_EXAMPLES!r} in it. It was not used."
-        )
-    if not isinstance(count, int) or not 0 < count < 2**31:
-        raise InvalidUpdate(
-            f"{where}: num-examples = {count!r}, expected a whole number from 1 to 2147483647. It "
-            "was not used."
-        )
-    values = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
-    if not np.isfinite(list(values.values())).all():
-        raise InvalidUpdate(f"{where}: a metric is not finite ({values}). It was not used.")
-    return count, values
-
-
 def array_of(array: Array, *, where: str) -> NDArray[Any]:
     """The values in an array that was sent, which may hold any bytes.
 
@@ -218,8 +152,10 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
     if vector is not None:
         return vector
     try:
+        stream = io.BytesIO(data)
+        _check_declared(stream)
         # Not `array.numpy()`, which takes archives for arrays, too. Pickled objects are refused.
-        values: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data))
+        values: NDArray[Any] = np.lib.format.read_array(stream)
     except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
@@ -227,36 +163,34 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
     return values
 
 
+def _check_declared(stream: io.BytesIO) -> None:
+    """Refuses a header that declares another size than what follows: NumPy allocates that first."""
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(stream)]
+    shape, _, dtype = read_header(stream)
+    declared = math.prod(shape) * dtype.itemsize
+    left = len(stream.getbuffer()) - stream.tell()
+    if min(shape, default=0) < 0 or declared != left:
+        raise ValueError(f"its header declares {str(declared)[:20]} bytes, and {left} follow")
+    stream.seek(0)
+
+
 def _float_vector(data: bytes) -> Vector | None:
     """The usual case, a float32 vector, without parsing its header; None for all else."""
-    size, rest = divmod(len(data) - _HEADER_BYTES, 4)
-    if rest or size < 1 or data[:_HEADER_BYTES] != _header(size):
+    size, rest = divmod(len(data) - HEADER_BYTES, 4)
+    if rest or size < 1 or data[:HEADER_BYTES] != vector_header(size):
         return None
-    return np.frombuffer(data, np.float32, offset=_HEADER_BYTES)
+    return np.frombuffer(data, np.float32, offset=HEADER_BYTES)
 
 
-def _usual_size(array: Array) -> int | None:
-    """The length of a float32 vector as NumPy writes it; None for all else."""
-    size, rest = divmod(size_of(array) - _HEADER_BYTES, 4)
-    if rest or size < 1 or bytes(next(pieces(array))[:_HEADER_BYTES]) != _header(size):
-        return None
-    return size
-
-
-def _parts(array: Array, *, where: str) -> Iterator[Vector]:
-    if _usual_size(array) is not None:
-        yield from (np.frombuffer(piece, np.float32) for piece in pieces(array, _HEADER_BYTES))
-        return
-    values, step = array_of(array, where=where), PIECE_BYTES // 4
-    yield from (values[start : start + step] for start in range(0, len(values), step))
-
-
-_HEADER_BYTES = 128  # NumPy pads a header to 64; that of a vector of any size has two of those
+HEADER_BYTES = 128  # NumPy pads a header to 64; that of a vector of any size has two of those
 
 
 @lru_cache(maxsize=16)
-def _header(size: int) -> bytes:
-    """What NumPy writes before a float32 vector."""
+def vector_header(size: int) -> bytes:
+    """What NumPy writes before a float32 vector of ``size`` elements: `HEADER_BYTES` bytes."""
     stream = io.BytesIO()
     fields = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(stream, fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from flwr.app import Array
@@ -42,13 +43,40 @@ class FileArray(Array):
         Raises:
             OSError: the file cannot be read, or has become shorter.
         """
-        read = os.pread(self.file.fileno(), count, start)
-        while len(read) < count:  # the system may give less than it was asked for
-            more = os.pread(self.file.fileno(), count - len(read), start + len(read))
-            if not more:
-                raise OSError(f"an array's file ends after {start + len(read)} bytes")
-            read += more
-        return read
+        return _read(self.file.fileno(), start, count)
+
+
+class KeptArray(FileArray):
+    """An array in a file that others keep by its path: it is open only while it is read.
+
+    So thousands of them can be held without a descriptor each. The path must stand as long as the
+    array is read.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, path: Path) -> None:
+        """An array of all bytes of the file at ``path``."""
+        self.dtype, self.shape, self.stype = dtype, shape, stype
+        self.path = path
+        self.size_bytes = path.stat().st_size
+
+    def read(self, start: int, count: int) -> bytes:
+        """``count`` bytes from ``start`` on.
+
+        Raises:
+            OSError: the file cannot be read, or has become shorter.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            return _read(file.fileno(), start, count)
+
+
+def _read(descriptor: int, start: int, count: int) -> bytes:
+    read = os.pread(descriptor, count, start)
+    while len(read) < count:  # the system may give less than it was asked for
+        more = os.pread(descriptor, count - len(read), start + len(read))
+        if not more:
+            raise OSError(f"an array's file ends after {start + len(read)} bytes")
+        read += more
+    return read
 
 
 def size_of(array: Array) -> int:

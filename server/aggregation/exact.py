@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate
 from fedcore.updates.pack import Vector
+from server.aggregation.limbs import MOST, UNIT, add_whole, carry, to_floats, whole_parts
 
 STEP = 2.0**-36
 """One unit of fixed point: 1.5e-11, far below float32's step for weights of usual size."""
 _SCALE = 1 / STEP
-_LIMIT = 2.0**62  # of 2**63: what is added is rounded, and rounding must not overflow
 _EXACT = 2.0**53  # below it float64 holds every whole number
+_EXACT_WEIGHT = 2**29  # times float32's 24 bits: up to here float64 holds every product
+_LOW_BITS = 20  # of a greater weight, which is added in two parts
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
 Parts = Callable[[], Iterable[Vector]]
 """Gives a vector from its first element to its last, part by part, each time that it is called."""
 AddScaled = Callable[[NDArray[np.float32], NDArray[np.float64], NDArray[np.int64]], None]
 """Takes rows ``(K, D)``, a factor for each, and a total ``(D,)``, to which it adds the products,
-each rounded to a whole number first. Whoever calls it sees to it that no sum reaches 2**62."""
+each rounded to a whole number first. Whoever calls it sees to it that no sum reaches 2**63."""
 
 
 class ExactMean:
-    """Accumulates ``sum(weight * vector)`` in 64-bit fixed point.
+    """Accumulates ``sum(weight * vector)`` in fixed point, as a whole number of any size.
 
-    Integer addition is associative, so the mean does not depend on the order of arrival. Memory is
-    8 bytes an element, whatever the number of updates.
+    Integer addition is associative, so the mean does not depend on the order of arrival. Ordinary
+    sums stay below 2**26 and take 8 bytes an element, whatever the number of updates; what grows
+    beyond is carried into further numbers of 8 bytes, which are there once they are needed.
 
     Guarantee:
-        Each weighted element is rounded once, to a multiple of 2**-36; the mean of vectors with
-        weights ``w`` differs from the real one by at most ``2**-37 * n / sum(w)`` before the
-        final rounding to float32. The sum of magnitudes stays below 2**26, or the update that
-        would pass it is refused.
+        Each weighted element is rounded once, to a multiple of 2**-36 (twice where its weight
+        passes 2**29); no sum is rounded, and none has a ceiling. The mean of vectors with weights
+        ``w`` differs from the real one by at most ``2**-37 * n / sum(w)``, twice as much with such
+        weights, and by rounding to float32.
     """
 
     def __init__(self, size: int) -> None:
-        self._sum: NDArray[np.int64] = np.zeros(size, np.int64)
-        self._bound = 0.0
+        self._limbs: list[NDArray[np.int64]] = [np.zeros(size, np.int64)]
+        """The sum is that of each times ``2**(32 * place)``, in units of `STEP`."""
+        self._bounds = [0]
+        """What the magnitudes of each stay within."""
         self.weight = 0
         """Sum of weights so far."""
         self.count = 0
@@ -52,7 +58,7 @@ class ExactMean:
             weight: A positive whole number.
 
         Raises:
-            InvalidUpdate: the sum could leave its range; it is unchanged then.
+            InvalidUpdate: a value is not finite; the sum is unchanged then.
         """
 
         def parts() -> Iterable[Vector]:
@@ -64,27 +70,24 @@ class ExactMean:
         """As `add`, where the vector need not be in memory as a whole.
 
         Raises:
-            InvalidUpdate: the sum could leave its range; it is unchanged then.
+            InvalidUpdate: a value is not finite; the sum is unchanged then.
         """
         peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
-        peak = float(np.max(peaks, initial=0.0))
-        bound = self._bound + peak * weight * _SCALE + 1
-        if not bound < _LIMIT:
-            raise InvalidUpdate(out_of_range(peak, weight))
-        start = 0
-        for part in parts():
-            end = start + len(part)
-            scaled = np.multiply(part, weight * _SCALE, dtype=np.float64)
-            self._sum[start:end] += np.rint(scaled, out=scaled).astype(np.int64)
-            start = end
-        self._bound, self.weight, self.count = bound, self.weight + weight, self.count + 1
+        if not all(map(math.isfinite, peaks)):
+            raise InvalidUpdate(
+                "aggregation: an update holds values that are not finite. This client was not "
+                "aggregated; lower client.learning_rate."
+            )
+        for factor in _factors(weight):
+            self._add(parts, peaks, factor)
+        self.weight, self.count = self.weight + weight, self.count + 1
 
     def add_rows(
         self,
         rows: NDArray[np.float32],
         weights: Sequence[int],
         add_scaled: AddScaled | None = None,
-    ) -> list[int]:
+    ) -> None:
         """Folds in many updates at once, with the bits that one after the other would give.
 
         Args:
@@ -92,61 +95,74 @@ class ExactMean:
             weights: A positive whole number for each row.
             add_scaled: What adds the rows up, where there is anything quicker than NumPy.
 
-        Returns:
-            The places of rows that were refused, because the sum could leave its range.
+        Raises:
+            InvalidUpdate: a value is not finite; the rows before its own may have been added.
         """
         peaks = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
-        taken: list[int] = []
-        for place, (peak, weight) in enumerate(zip(peaks, weights, strict=True)):
-            bound = self._bound + float(peak) * weight * _SCALE + 1
-            if bound < _LIMIT:
-                taken.append(place)
-                self._bound = bound
-        refused = sorted(set(range(len(rows))) - set(taken))
-        rows = rows[taken] if refused else rows
-        factors = np.array([weights[place] for place in taken], np.float64) * _SCALE
-        if add_scaled is not None:
-            add_scaled(rows, factors, self._sum)
-        else:
-            self._add_scaled(rows, factors)
-        self.weight += sum(weights[place] for place in taken)
+        factors = np.array(weights, np.float64) * _SCALE
+        products = peaks * factors
+        ordinary = (products < MOST // 4) & (factors <= _EXACT_WEIGHT * _SCALE)
+        for place in map(int, np.flatnonzero(~ordinary)):
+            self.add(rows[place], weights[place])
+        if not ordinary.all():
+            rows, factors, products = rows[ordinary], factors[ordinary], products[ordinary]
+        taken = [weight for weight, one in zip(weights, ordinary, strict=True) if one]
+        for batch in _batches(products):
+            self._make_room(0, sum(int(product) + 1 for product in products[batch]))
+            if add_scaled is not None:
+                add_scaled(rows[batch], factors[batch], self._limbs[0])
+            else:
+                self._add_scaled(rows[batch], factors[batch], float(products[batch].sum()))
+        self.weight += sum(taken)
         self.count += len(taken)
-        return refused
 
-    def _add_scaled(self, rows: NDArray[np.float32], factors: NDArray[np.float64]) -> None:
-        small = self._bound < _EXACT  # then sums of whole numbers are exact in float64, too
+    def _add(self, parts: Parts, peaks: Sequence[float], factor: float) -> None:
+        ordinary = [peak * factor for peak in peaks if peak * factor < MOST // 4]
+        wide = max(peaks, default=0.0) * factor if len(ordinary) < len(peaks) else 0.0
+        for limb in range(whole_parts(wide)):
+            self._make_room(limb, UNIT)
+        self._make_room(0, int(max(ordinary, default=0.0)) + 1)
+        start = 0
+        for part, peak in zip(parts(), peaks, strict=True):
+            place = slice(start, start + len(part))
+            scaled = np.multiply(part, factor, dtype=np.float64)
+            np.rint(scaled, out=scaled)
+            if peak * factor < MOST // 4:
+                self._limbs[0][place] += scaled.astype(np.int64)
+            else:
+                add_whole([limb[place] for limb in self._limbs], scaled)
+            start += len(part)
+
+    def _add_scaled(
+        self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float
+    ) -> None:
+        small = bound + len(rows) < _EXACT  # then sums of whole numbers are exact in float64, too
         step = max(1, _CHUNK // max(1, len(rows)))
         for start in range(0, rows.shape[1], step):
             part = slice(start, start + step)
             scaled = np.multiply(rows[:, part], factors[:, None], dtype=np.float64)
             np.rint(scaled, out=scaled)
             total = scaled.sum(axis=0) if small else scaled.astype(np.int64).sum(axis=0)
-            self._sum[part] += total.astype(np.int64, copy=False)
+            self._limbs[0][part] += total.astype(np.int64, copy=False)
 
     def merge(self, other: ExactMean) -> None:
-        """Folds in everything that another sum holds.
-
-        Raises:
-            InvalidUpdate: the sum could leave its range; it is unchanged then.
-        """
-        bound = self._bound + other._bound
-        if not bound < _LIMIT:
-            raise InvalidUpdate(
-                f"aggregation: the sums of {self.count} and of {other.count} updates together "
-                "leave the range of exact sums (2**26 in all). They were not aggregated; lower "
-                "client.learning_rate, or use uniform weighting."
-            )
-        self._sum = self._sum + other._sum  # what came from another process may be read-only
-        self._bound = bound
+        """Folds in everything that another sum holds."""
+        for place, (limb, bound) in enumerate(zip(other._limbs, other._bounds, strict=True)):
+            self._make_room(place, bound)
+            # What came from another process may be read-only.
+            self._limbs[place] = self._limbs[place] + limb
         self.weight, self.count = self.weight + other.weight, self.count + other.count
 
     def mean(self) -> Vector:
-        """The weighted mean, shape ``(D,)``, float32; at least one update must have come in."""
+        """The weighted mean, shape ``(D,)``, float32; at least one update must have come in.
+
+        What float32 cannot express comes out as an infinity.
+        """
         assert self.weight > 0
-        mean = np.empty(len(self._sum), np.float32)
-        for start in range(0, len(mean), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            mean[part] = self._sum[part] / (self.weight * _SCALE)
+        mean = np.empty(len(self._limbs[0]), np.float32)
+        with np.errstate(over="ignore"):
+            for part in self._chunks():
+                mean[part] = to_floats(self._parts(part)) / (self.weight * _SCALE)
         return mean
 
     def differences(self, base: Vector) -> NDArray[np.float64]:
@@ -155,21 +171,64 @@ class ExactMean:
         Guarantee:
             It is the sum of one term an update, ``vector`` and ``base`` each rounded to a multiple
             of 2**-36 before, without any rounding of sums: leaving one update out changes it by
-            that update's own term, and by nothing else.
+            that update's own term, and by nothing else. (Where a sum passes 2**17, float64 cannot
+            express it, and rounds it.)
         """
         assert self.weight == self.count
-        found = np.empty(len(self._sum))
-        for start in range(0, len(found), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            scaled = np.rint(np.multiply(base[part], _SCALE, dtype=np.float64)).astype(np.int64)
-            np.multiply(self._sum[part] - self.count * scaled, STEP, out=found[part])
+        found = np.empty(len(self._limbs[0]))
+        for part in self._chunks():
+            own = base[part]
+            peak = max(float(own.max()), -float(own.min())) * _SCALE + 1
+            scaled = np.rint(np.multiply(own, _SCALE, dtype=np.float64))
+            if len(self._limbs) == 1 and self._bounds[0] + peak * self.count < MOST:
+                whole = self._limbs[0][part] - self.count * scaled.astype(np.int64)
+                np.multiply(whole, STEP, out=found[part])
+                continue
+            taken = [np.zeros(len(scaled), np.int64) for _ in range(whole_parts(peak))]
+            add_whole(taken, scaled)
+            limbs = [limb.copy() for limb in self._parts(part)]
+            limbs += [np.zeros(len(scaled), np.int64) for _ in range(len(taken) - len(limbs) + 1)]
+            for place in range(len(limbs) - 1):
+                carry(limbs, place)  # so that there is room for any count below 2**30
+            for limb, each in zip(limbs, taken, strict=False):
+                limb -= self.count * each
+            np.multiply(to_floats(limbs), STEP, out=found[part])
         return found
 
+    def _make_room(self, place: int, bound: int) -> None:
+        """Sees to it that numbers within ``bound`` can be added to the limb at ``place``."""
+        if place == len(self._limbs):
+            self._limbs.append(np.zeros(len(self._limbs[0]), np.int64))  # no memory until written
+            self._bounds.append(0)
+        if self._bounds[place] + bound >= MOST:
+            carried = (self._bounds[place] >> 32) + 1
+            self._make_room(place + 1, carried)
+            if not self._limbs[place].flags.writeable:
+                self._limbs[place] = self._limbs[place].copy()
+            for part in self._chunks():
+                carry([self._limbs[place][part], self._limbs[place + 1][part]], 0)
+            self._bounds[place] = UNIT
+        self._bounds[place] += bound
 
-def out_of_range(peak: float, weight: int) -> str:
-    """Why an update was refused whose largest magnitude is ``peak``."""
-    return (
-        f"aggregation: values of magnitude {peak:.3g} at weight {weight} leave "
-        "the range of exact sums (2**26 in all). This client was not aggregated; lower "
-        "client.learning_rate, or use uniform weighting."
-    )
+    def _chunks(self) -> Iterator[slice]:
+        size = len(self._limbs[0])
+        return (slice(start, min(size, start + _CHUNK)) for start in range(0, size, _CHUNK))
+
+    def _parts(self, part: slice) -> list[NDArray[np.int64]]:
+        return [limb[part] for limb in self._limbs]
+
+
+def _factors(weight: int) -> list[float]:
+    """Factors that a vector is multiplied by, one after the other, each product being exact."""
+    if weight <= _EXACT_WEIGHT:
+        return [weight * _SCALE]
+    low = weight & (1 << _LOW_BITS) - 1
+    return [(weight - low) * _SCALE, low * _SCALE]
+
+
+def _batches(products: NDArray[np.float64]) -> Iterator[slice]:
+    """Rows that are added up together: their sum has room."""
+    if float(products.sum()) + len(products) < MOST // 2:
+        yield slice(0, len(products))
+        return
+    yield from (slice(place, place + 1) for place in range(len(products)))

@@ -76,7 +76,7 @@ class Audit:
                 os.write(self._file, b"\n")
             self._end = os.fstat(self._file).st_size
 
-    def record(self, *, by: str, action: str, outcome: str, **more: object) -> None:
+    def record(self, *, by: str, action: str, **more: object) -> None:
         """Appends a line, on disk before this returns.
 
         Raises:
@@ -88,7 +88,6 @@ class Audit:
                 "at": f"{self._clock():%Y-%m-%dT%H:%M:%SZ}",
                 "by": by,
                 "action": action,
-                "outcome": outcome,
                 **more,
                 "before": self._last,
             }
@@ -120,8 +119,12 @@ class Audit:
         os.close(self._file)
 
 
-def check_audit(path: Path) -> int:
+def check_audit(path: Path, *, begun_loose: bool = False) -> int:
     """Verifies the chain, and that it goes as far as it did; returns how many lines there are.
+
+    Args:
+        path: The log.
+        begun_loose: Whether the first lines may be of a version that chained none.
 
     Raises:
         DataError: the file cannot be read, a line does not name the one before it, or lines at the
@@ -135,7 +138,9 @@ def check_audit(path: Path) -> int:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 before = _before(line)
-                if before is None and not torn:
+                if before is None and begun_loose:
+                    torn = False
+                elif before is None and not torn:
                     torn = True  # one that a power cut left unfinished: the next one names it
                 elif before != last:
                     raise DataError(
@@ -144,7 +149,7 @@ def check_audit(path: Path) -> int:
                         "who may write to this file."
                     )
                 else:
-                    torn = False
+                    torn, begun_loose = False, False
                 last = hashlib.sha256(line.rstrip(b"\n")).hexdigest()
                 end += len(line)
                 reached = reached or (

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from fedcore.cli import Command, group
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
+from fedcore.observability.foreign import say
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from fedcore.settings import load_run
 from server.live.memory import loading
@@ -118,6 +122,61 @@ start = Command(
     example="fedcore server start run.toml --identity server",
 )
 
+
+def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "round", type=int, metavar="ROUND", help="go back to the model of this round, as 7"
+    )
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        default=Path("run.toml"),
+        metavar="RUN.toml",
+        help="the run's file (default: run.toml)",
+    )
+    parser.add_argument(
+        "--identity",
+        type=Path,
+        default=Path("authority/server"),
+        metavar="DIR",
+        help="the server's folder, whose audit log gets a line (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder that results are below (default: runs)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    run = load_run(options.config)
+    check_server_folder(options.identity)
+    from server.live.rollback import roll_back
+
+    by = f"uid {os.getuid()}"
+    done = roll_back(run, options.runs, options.round, identity=options.identity, by=by)
+    if options.json:
+        say(json.dumps(asdict(done)))
+        return 0
+    dropped = ", ".join(map(str, done.dropped)) or "none"
+    say(
+        f"{run.name}: goes on after round {done.round} with --resume; rounds dropped: {dropped}. "
+        "Drain or revoke the device that spoilt them first, or it answers again as it did."
+    )
+    return 0
+
+
+rollback = Command(
+    help="go back to an earlier round's model, while no server runs",
+    arguments=_rollback_arguments,
+    run=_rollback,
+    example="fedcore server rollback 7 run.toml --identity server",
+)
+
 server = group(
-    {"start": start, **OPERATOR_VERBS}, "Run the server that devices connect to, and steer it."
+    {"start": start, "rollback": rollback, **OPERATOR_VERBS},
+    "Run the server that devices connect to, and steer it.",
 )

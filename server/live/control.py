@@ -181,7 +181,7 @@ class Control:
     def _answer(self, request: Request, asker: Asker, gone: Gone) -> dict[str, Any]:
         site = self._site
         if site is None:
-            raise ConfigError("the server is not up yet. Nothing was done; ask again.")
+            raise ResourceError("the server is not up yet. Nothing was done; ask again.")
         if request.verb in LOOKING:
             return self._look(request, site)
         more = request.model_dump(exclude={"verb"}, exclude_defaults=True)

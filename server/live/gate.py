@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import tempfile
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedcore.crypto.roster import Member, Roster
-from fedcore.errors import DataError, DeviceError, FedcoreError, InvalidUpdate, TrustError
+from fedcore.errors import (
+    DataError,
+    DeviceError,
+    FedcoreError,
+    InvalidUpdate,
+    ResourceError,
+    TrustError,
+)
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
+from fedcore.observability.foreign import foreign
 from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
-from server.live.limits import Limits, Rates, Refusals, Uploads
+from server.live.limits import Limits, PeerLines, Rates, Refusals, Uploads
 from server.live.peer import key_of
 from server.live.presence import Presence
-
-log = logging.getLogger("fedcore.server")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -70,6 +76,7 @@ class Gate:
     bodies: asyncio.Semaphore
     wake_port: int
     refusals: Refusals
+    lines: PeerLines = field(default_factory=PeerLines)
     operate: Operate | None = None
     """Answers operators and viewers; they are refused when None."""
 
@@ -77,19 +84,34 @@ class Gate:
         """Answers one request."""
         if scope["type"] != "http":
             return None
-        peer = str((scope.get("client") or ("?",))[0])
+        peer, begun = str((scope.get("client") or ("?",))[0]), False
+
+        async def sent(event: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(event)
+
         try:
             member = self._member(scope)
             peer = member.name
             if member.role != "device" and self.operate is not None:
                 self._keep_to_rate(node_id_of(member.public))
-                return await self.operate(scope, receive, send, member)
+                return await self.operate(scope, receive, sent, member)
             answer = await self._answer(scope, receive, member)
         except _Refusal as refusal:
             await self._refuse(send, peer, scope["path"], refusal)
         except FedcoreError as error:
+            if isinstance(error, ResourceError):  # the device comes again: the round waits
+                self.fleet.lack(error)
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
+        except Exception as error:  # whatever a peer sent that nobody thought of
+            self.refusals.note(peer, 500, f"{scope['path']}: {_place(error)}")
+            if not begun:
+                text = f"the call could not be answered ({type(error).__name__})"
+                await _respond(
+                    send, 500, b"application/json", json.dumps({"detail": text}).encode()
+                )
         else:
             if isinstance(answer, Large):
                 await _send_pieces(send, answer, self.limits)
@@ -124,6 +146,8 @@ class Gate:
         }
         instance = instance_of(headers)
         if path == ACTIVATE:
+            if not instance:
+                raise _Refusal(400, "it names no process of a device")
             check_hello(headers, self.hello)
         elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
             raise _Refusal(401, "this process was not activated")
@@ -135,7 +159,9 @@ class Gate:
             if path == PUSH_OBJECT:
                 self.uploads.progress_of(caller.node_id)
                 async with self.bodies:  # what is parsed takes several times its size
-                    return await asyncio.to_thread(call, self.fleet, caller, route, body)
+                    answer = await asyncio.to_thread(call, self.fleet, caller, route, body)
+                self.fleet.lack(None)
+                return answer
             raw = body.read()
             await self._before(path, caller, instance, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
@@ -145,10 +171,10 @@ class Gate:
         if path == ACTIVATE:
             if self.presence.arrive(caller.node_id, instance, caller.name, caller.public_key):
                 self.fleet.restart(caller.node_id)
-                log.info("device %s: activated (%s)", caller.name, instance[:8])
+                self.lines.tell(caller.name, "activated", instance[:8])
         elif path == DEACTIVATE:
             self.presence.leave(caller.node_id)
-            log.info("device %s: left", caller.name)
+            self.lines.tell(caller.name, "left")
         elif path == PUSH:
             await self._admit(caller, body)
         elif path == PUSH_OBJECT:
@@ -190,6 +216,13 @@ class Gate:
             headers.append((b"retry-after", f"{refusal.retry_after_s:.2f}".encode()))
         body = json.dumps({"detail": refusal.detail}).encode()
         await _respond(send, refusal.status, b"application/json", body, headers)
+
+
+def _place(error: Exception) -> str:
+    """What an error that is nobody's refusal says, and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" at {Path(one.filename).name}:{one.lineno}" for one in frame)
+    return f"{type(error).__name__}: {foreign(error)}{where}"
 
 
 async def _read(receive: Receive, max_bytes: int, spool: Path) -> bytes | BinaryIO:

@@ -92,6 +92,15 @@ class JournalKeeper:
     def begin(self, nodes: Sequence[int]) -> None:
         """Nothing: they are noted by `asked`."""
 
+    def accept(self, reply: Message) -> Message:
+        """Writes it to the journal."""
+        return self._journal.accept(reply)
+
+    def discard(self, reply: Message) -> bool:
+        """Drops it from the journal, where an earlier process had written it."""
+        metadata = reply.metadata
+        return self._journal.discard(metadata.message_type, metadata.src_node_id)
+
     def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """No advice: each device has its own log."""
         return ()
@@ -120,7 +129,7 @@ class JournalKeeper:
 
 
 class JournalGrid(OwnGrid):
-    """Sends through the grid behind what the journal has no reply to, and keeps what comes back.
+    """Sends through the grid behind what the journal has no reply to.
 
     A device that is gone is asked again when it comes back, as long as the round needs it: until
     enough others have answered, or, after a restart of the server, until it had the time to find
@@ -174,42 +183,48 @@ class JournalGrid(OwnGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Replies that were kept, then the others as they come in and are kept.
+        """Replies that were kept, then the others as they come in.
 
-        ``timeout`` is in seconds.
+        Whoever takes them checks each and has the keeper accept or discard it before asking for
+        the next. A kept one that is discarded has its node asked again. ``timeout`` is in seconds.
         """
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         waiting = {message.metadata.dst_node_id: message for message in messages}
-        if any(message.metadata.message_type not in _ROUNDS for message in waiting.values()):
+        kinds = {message.metadata.message_type for message in waiting.values()}
+        if not kinds <= {*_ROUNDS}:
             yield from self._behind.send_and_receive(waiting.values(), timeout=timeout)
             return
-        kinds = {message.metadata.message_type for message in waiting.values()}
-        weights = {kind: self._journal.weights(kind) for kind in kinds}
+        assert len(kinds) <= 1, "a round asks all for the same"
+        kind = next(iter(kinds), MessageType.TRAIN)
+        weights = self._journal.weights(kind)
         asked, came = len(waiting), 0
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
-                del waiting[node]
-                came += 1
                 # It was kept by another rule, where the round failed and was selected anew since.
-                _weigh(kept, weights)
+                _weigh(kept, node, weights)
                 yield kept
                 del kept
+                if self._journal.holds(kind, node):
+                    del waiting[node]
+                    came += 1
         members = self._admit(waiting)
         waiting = {node: message for node, message in waiting.items() if node in members}
         while waiting:
             left_s = end - time.monotonic() if timeout is not None else None
             for reply in self._behind.send_and_receive(list(waiting.values()), timeout=left_s):
-                del waiting[reply.metadata.src_node_id]
-                if reply.has_error():  # it declined, or failed: asked again after a restart
-                    asked -= 1
+                node = reply.metadata.src_node_id
+                del waiting[node]
+                if reply.has_error():
                     reply = _of_no_kind(reply)
                 else:
-                    _weigh(reply, weights)
-                    self._journal.accept(reply)
-                    came += 1
+                    _weigh(reply, node, weights)
                 yield reply
                 del reply  # the next one is read while this frame waits
+                if self._journal.holds(kind, node):
+                    came += 1
+                else:  # it declined, failed or was refused: asked again after a restart
+                    asked -= 1
             if not self._back(waiting, end, enough=came >= self._quorum * asked):
                 return
             for node, message in waiting.items():  # one message is sent once
@@ -240,8 +255,7 @@ def _of_no_kind(reply: Message) -> Message:
     return reply
 
 
-def _weigh(reply: Message, weights: Mapping[str, Mapping[int, int] | None]) -> None:
+def _weigh(reply: Message, node: int, weights: Mapping[int, int] | None) -> None:
     """As was noted when the round selected; one that did not note it leaves it to the seal."""
-    noted = weights[reply.metadata.message_type]
-    if noted is not None and reply.metadata.src_node_id in noted:
-        weigh(reply, noted[reply.metadata.src_node_id])
+    if weights is not None and node in weights:
+        weigh(reply, weights[node])

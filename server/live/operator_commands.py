@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.cli import Command
+from fedcore.observability.foreign import say
 
 Shown = Callable[[Mapping[str, Any]], str]
 
@@ -52,7 +53,7 @@ def _ask(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
         from fedcore.crypto.kit import load_kit
 
         answer = ask_there(load_kit(options.kit), request)
-    print(json.dumps(answer, indent=2) if options.json else shown(answer))
+    say(json.dumps(answer, indent=2) if options.json else shown(answer))
     return 0
 
 

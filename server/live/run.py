@@ -7,6 +7,7 @@ with a run answers its devices before. What rounds need is imported in their own
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedcore.flower.identity import SERVER_NODE_ID
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, Sink, tee
 from fedcore.observability.jsonl import json_lines
+from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.folder import check_outside
@@ -36,6 +38,7 @@ from server.live.operate import check_socket, operated, operated_meanwhile, over
 from server.live.resume import Complete, has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
+from server.progress import Peers
 from server.records import RoundRecord
 
 if TYPE_CHECKING:
@@ -134,7 +137,9 @@ def _serve(
     read: list[CloudData | None] = []  # what the check of a start has read is not read again
     if not goes_on:
         with insistent():
-            read.append(_check_begins(run, load(), deployment.runs / run.name))
+            task = load()
+            with told_if_slow(FIRST_STEP) if run.private else nullcontext():
+                read.append(_check_begins(run, task, deployment.runs / run.name))
     elif run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), deployment.runs / run.name)
     address = deployment.address(identity)
@@ -158,7 +163,7 @@ def _serve(
         for note in _resumed(journal):
             emit(Noted(note))
 
-        def work(members: Members, grid: Grid) -> None:
+        def work(members: Members, peers: Peers, grid: Grid) -> None:
             over = _journaled(grid, run, journal, members.admit, control)
             task = load()
             cloud = read.pop() if read else _read_cloud(run, task)
@@ -169,6 +174,7 @@ def _serve(
                 over,
                 journal,
                 members,
+                peers,
                 folder,
                 emit,
                 control,
@@ -188,7 +194,7 @@ def _serve(
                 operated(control, identity, listening),
             ):
                 members = Members(identity.roster(), listening.fleet)
-                return await run_beside(partial(work, members), listening)
+                return await run_beside(partial(work, members, listening.peers), listening)
 
         if not (journal.ended or asyncio.run(serve())):
             return False
@@ -257,6 +263,7 @@ def _federate(
     grid: Grid,
     journal: Journal,
     members: Members,
+    peers: Peers,
     folder: Path,
     emit: Sink,
     control: Control,
@@ -292,6 +299,7 @@ def _federate(
         listener=listener,
         keeper=control.steered(keeper),
         start=start,
+        peers=peers,
         awaited=lambda: members.count(drained=control.drained),
     )
     context = Context(

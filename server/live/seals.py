@@ -10,8 +10,10 @@ from flwr.app import Message, MessageType
 
 from fedcore.crypto.envelope import Replays
 from fedcore.crypto.roster import Member, Roster
-from fedcore.errors import CertificateRefused, TrustError
+from fedcore.errors import CertificateRefused, InvalidUpdate, TrustError, UpdateForeign
 from fedcore.flower.fleet_grid import Check
+from fedcore.observability.words import one_line
+from fedcore.updates.replies import check_legible
 from fedcore.updates.seal import base_digest, round_of, unseal
 from server.live.limits import Refusals
 from server.live.members import weigh, weights_of
@@ -96,7 +98,7 @@ class Seals:
             member = self._member(expected.node_id)
             try:
                 self._open(expected, replays, member, reply)
-            except TrustError as error:
+            except (TrustError, InvalidUpdate) as error:
                 name = member.name if member else f"node {expected.node_id}"
                 self._refusals.note(name, 403, str(error))
                 raise
@@ -106,6 +108,9 @@ class Seals:
     def _open(
         self, expected: _Expected, replays: Replays, member: Member | None, reply: Message
     ) -> None:
+        where = f"round {expected.round}: reply from {member.name if member else 'a stranger'!r}"
+        # First of all: a signature covers names and numbers, which must be such to be hashed.
+        check_legible(reply.content, where=where)
         if member is None:
             raise CertificateRefused(
                 f"round {expected.round}: node {expected.node_id} is no longer a member of this "
@@ -121,6 +126,35 @@ class Seals:
             public_key=member.public,
             now_s=self._clock(),
         )
+        if reply.metadata.message_type != expected.purpose:
+            raise UpdateForeign(
+                f"{where}: it is a reply to another type of message than {expected.purpose!r}. It "
+                "was not aggregated; a node answers what it was asked."
+            )
         replays.accept(envelope)
         if expected.purpose in (MessageType.TRAIN, MessageType.EVALUATE):
             weigh(reply, expected.weight)
+
+
+@dataclass(frozen=True)
+class DevicePeers:
+    """Devices by the names that they were enrolled under; what is refused goes to the log."""
+
+    roster: Roster
+    key_of: Callable[[int], bytes | None]
+    refusals: Refusals
+
+    def name(self, node_id: int) -> str:
+        """``client 'edge-0'``, or the node's number where it is no member any more."""
+        public = self.key_of(node_id)
+        member = self.roster.member(public) if public is not None else None
+        return f"client {one_line(member.name)!r}" if member else f"node {node_id}"
+
+    def said(self, node_id: int, reason: str) -> str:
+        """The reason behind the device's name: it may have said anything, of any other device."""
+        name = self.name(node_id)
+        return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
+
+    def refused(self, node_id: int, reason: str) -> None:
+        """Logs it: one line for each device in a while."""
+        self.refusals.note(self.name(node_id), 409, reason)

@@ -31,7 +31,8 @@ from server.live.http import bind, http_server
 from server.live.limits import Limits, Rates, Refusals, Uploads
 from server.live.memory import give_back_early
 from server.live.presence import Presence
-from server.live.seals import Seals
+from server.live.seals import DevicePeers, Seals
+from server.live.steady import SteadyClock
 from server.live.wake import Wakeups, put_out_strangers, serve_wakeups
 
 log = logging.getLogger("fedcore.server")
@@ -69,6 +70,7 @@ class Listening:
     presence: Presence
     uploads: Uploads
     seals: Seals
+    peers: DevicePeers
     address: Address
     """As it came out, with the ports that the system chose."""
     stopping: threading.Event
@@ -117,7 +119,8 @@ async def listen(
     """
     give_back_early()
     limits = limits or Limits()
-    roster = identity.roster()
+    clock = SteadyClock()
+    roster = identity.roster(clock=clock)
     with disk_errors(spool):
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True, mode=0o700)
@@ -126,7 +129,14 @@ async def listen(
     presence = Presence(fleet.wake)
     uploads = Uploads(limits, fleet.abandon)
     refusals = Refusals()
-    seals = Seals(roster, fleet.key_of, run_id=run_digest(settings), refusals=refusals)
+    seals = Seals(
+        roster,
+        fleet.key_of,
+        run_id=run_digest(settings),
+        refusals=refusals,
+        clock=clock.seconds,
+    )
+    peers = DevicePeers(roster, fleet.key_of, refusals)
     most = min(limits.connections, grant_descriptors())
     connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
     listener = connections.listener(bind(address.host, address.port))
@@ -159,7 +169,7 @@ async def listen(
     )
     http = http_server(gate, identity, connections)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
-    listening = Listening(fleet, presence, uploads, seals, bound, threading.Event())
+    listening = Listening(fleet, presence, uploads, seals, peers, bound, threading.Event())
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     watching = asyncio.create_task(
         put_out_strangers(presence, roster, uploads, connections, every_s=_ROSTER_S)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flwr.app import Message
+
 from server.progress import Keeper, Progress
 
 
@@ -35,6 +37,12 @@ class Steered:
 
     def begin(self, nodes: Sequence[int]) -> None:
         self.keeper.begin(nodes)
+
+    def accept(self, reply: Message) -> Message:
+        return self.keeper.accept(reply)
+
+    def discard(self, reply: Message) -> bool:
+        return self.keeper.discard(reply)
 
     def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         return self.keeper.failures(progress, reasons)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from google.protobuf.message import DecodeError
 
 from fedcore.crypto.certificates import peer_public
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.errors import ResourceError, TrustError
 from fedcore.flower.fleet import node_id_of
-from fedcore.rpc.wake_pb2 import Call, WatchRequest
-from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
+from fedcore.rpc.wake_pb2 import DESCRIPTOR, Call, WatchRequest
+from fedcore.rpc.wake_pb2_grpc import WakeServicer
 from server.live.connections import Connections
-from server.live.limits import Refusals, Uploads
+from server.live.limits import STREAM_S, PeerLines, Refusals, Streams, Uploads
 from server.live.presence import Presence
 
 log = logging.getLogger("fedcore.server")
@@ -49,6 +51,8 @@ class Wakeups(WakeServicer):
     roster: Roster
     uploads: Uploads
     refusals: Refusals
+    streams: Streams = field(default_factory=Streams)
+    lines: PeerLines = field(default_factory=PeerLines)
 
     async def Watch(  # noqa: N802 - the name of the service's method
         self, request: WatchRequest, context: grpc.aio.ServicerContext[WatchRequest, Call]
@@ -63,12 +67,17 @@ class Wakeups(WakeServicer):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a device of this project")
         assert public is not None
         assert member is not None
+        if not self.streams.admit(public):
+            self.refusals.note(member.name, 429, "stream: opened too often")
+            # Not at once: who opens and cancels in a loop would come again as quickly.
+            await asyncio.sleep(STREAM_S)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "opened too often")
         node_id = node_id_of(public)
         stream = self.presence.watch(node_id, request.instance)
         if stream is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this process was not activated")
         assert stream is not None
-        log.info("device %s: stream open", member.name)
+        self.lines.tell(member.name, "stream open")
         try:
             yield Call(kind=Call.OPEN)
             while True:
@@ -79,13 +88,27 @@ class Wakeups(WakeServicer):
                 yield Call(kind=Call.WORK)
         finally:
             if self.presence.watched_by(node_id, stream):
-                log.info("device %s: stream closed", member.name)
+                self.lines.tell(member.name, "stream closed")
                 self.presence.unwatch(node_id, stream)
                 self.uploads.gone(node_id)
 
 
+def _request(raw: bytes) -> WatchRequest:
+    """A request; one that names no process, where the bytes are none."""
+    try:
+        request: WatchRequest = WatchRequest.FromString(raw)
+    except DecodeError:
+        return WatchRequest()
+    return request
+
+
 def _peer(context: grpc.aio.ServicerContext[WatchRequest, Call]) -> bytes | None:
-    pem = context.auth_context().get("x509_pem_cert", (b"",))[0]
+    return _public_of(context.auth_context().get("x509_pem_cert", (b"",))[0])
+
+
+@lru_cache(maxsize=1024)
+def _public_of(pem: bytes) -> bytes | None:
+    """The key of a certificate, read once however often a device opens its stream."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         return peer_public(certificate.public_bytes(Encoding.DER))
@@ -121,7 +144,16 @@ async def serve_wakeups(
         ("grpc.server_handshake_timeout_ms", int(handshake_s * 1000)),
     )
     server = grpc.aio.server(options=_OPTIONS + granted)
-    add_WakeServicer_to_server(wakeups, server)  # type: ignore[no-untyped-call]
+    # Not by the generated function: bytes that are no request would end in gRPC's own log, by a
+    # traceback each, whoever sends them.
+    watch = grpc.unary_stream_rpc_method_handler(
+        wakeups.Watch,
+        request_deserializer=_request,
+        response_serializer=Call.SerializeToString,
+    )
+    service = DESCRIPTOR.services_by_name["Wake"].full_name
+    handler = grpc.method_handlers_generic_handler(service, {"Watch": watch})
+    server.add_generic_rpc_handlers((handler,))
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         bound = server.add_secure_port(target, credentials)

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fedcore.cli import Command
-from fedcore.errors import ConfigError, PrivacyError
+from fedcore.errors import ConfigError, FedcoreError, PrivacyError
+from fedcore.files import check_file, check_folder
+from fedcore.observability.foreign import say
+from fedcore.observability.patience import LOADING, told_if_slow
+from fedcore.observability.words import epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
     from fedcore.config import RunConfig
@@ -60,7 +64,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=Path,
         metavar="DIR",
-        help="write report.html and inversion.png there, e.g. --report runs/audit",
+        help="write report.html and inversion.png into this folder, which is made where it is "
+        "missing, e.g. --report runs/audit",
     )
     parser.add_argument(
         "--json", action="store_true", help="print progress, and at the end the findings, as JSON"
@@ -79,24 +84,36 @@ def _audit(options: argparse.Namespace) -> int:
             "audit: --set and --examples say how a run is planned, and no run's file was named. "
             "Nothing was audited; put the file's path before them."
         )
-    statements = _statements(options)
-    from fedcore.observability.console import choose
-    from fedcore.observability.events import Noted
-    from server.privacy.audit_report import summary, text, write_report
+    if options.report is not None:
+        check_folder(options.report, option="--report")
+        for name in ("report.html", "inversion.png"):
+            check_file(options.report / name, option="--report")
+    with told_if_slow(LOADING):
+        statements = _statements(options)
+        from fedcore.observability.console import choose
+        from fedcore.observability.events import Noted
+        from server.privacy.audit_report import summary, text, write_report
 
     audited: list[Audited] = []
-    with choose(sys.stdout, json=options.json) as emit:
-        for statement in statements:
-            alone = 1 - (1 - _CONFIDENCE) / len(statements)
-            audited.append(_audited(statement, options.seeds, alone, emit))
-        pictures = _pictures(statements[0], emit)
-        if options.report:
-            write_report(options.report, audited, pictures)
-            emit(Noted(f"report: {options.report / 'report.html'}"))
-    if options.json:
-        print(json.dumps({"event": "summary", **summary(audited, pictures)}))
-    else:
-        print(text(audited, pictures))
+    pictures: list[Picture] = []
+    try:
+        with choose(sys.stdout, json=options.json) as emit:
+            for statement in statements:
+                alone = 1 - (1 - _CONFIDENCE) / len(statements)
+                audited.append(_audited(statement, options.seeds, alone, emit))
+            pictures += _pictures(statements[0], emit)
+            if options.report is not None:
+                write_report(options.report, audited, pictures)
+                emit(Noted(f"report: {options.report / 'report.html'}"))
+    except FedcoreError as error:
+        if not any(one.refuted for one in audited):
+            raise
+        say(f"{type(error).__name__}: {error}", to=sys.stderr)  # the lesser of the two
+    finally:  # whatever stops it, what was found by then is not lost
+        if audited and options.json:
+            say(json.dumps({"event": "summary", **summary(audited, pictures)}))
+        elif audited:
+            say(text(audited, pictures))
     _check(audited)
     return 0
 
@@ -227,10 +244,12 @@ def _check(audited: Sequence[Audited]) -> None:
             noise = one.statement.plan.charge.noise_multiplier
             seen = ", ".join(f"{seed.measured_noise:.3f}" for seed in one.seeds)
             raise PrivacyError(
-                f"audit: {one.statement.name}: epsilon is at least {one.epsilon:.3f}, stated "
-                f"{one.stated:.3f} (confidence {one.confidence:.1%}). The training function leaks "
-                f"more than its ledger says; noise multiplier {noise:g} is stated, and {seen} was "
-                "measured. Train nothing private with this installation until the cause is found."
+                f"audit: {one.statement.name}: epsilon is at least "
+                f"{epsilon_floor_text(one.epsilon)}, stated {epsilon_text(one.stated)}, which is "
+                f"{one.epsilon - one.stated:.2g} too little (confidence {one.confidence:.1%}). The "
+                f"training function leaks more than its ledger says; noise multiplier {noise:g} is "
+                f"stated, and {seen} was measured. Train nothing private with this installation "
+                "until the cause is found."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from io import BytesIO
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fedcore import __version__
 from fedcore.files import write_atomic
-from fedcore.observability.words import counted, epsilon_text
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 from server.privacy.audit import Audited
 from server.privacy.inversion import Picture
 from server.report.markup import Markup, join, plot, table, tag
@@ -71,7 +70,7 @@ def text(audited: Sequence[Audited], pictures: Sequence[Picture]) -> str:
         lines += [
             f"{one.statement.name}: {_mechanism(one)}",
             f"  stated epsilon {epsilon_text(one.stated)} at delta {one.statement.target_delta:g}; "
-            f"audited at least {_bound(one.epsilon)} (confidence {one.confidence:.1%})",
+            f"audited at least {epsilon_floor_text(one.epsilon)} (confidence {one.confidence:.1%})",
             f"  {'seed':>4}  {'repeated':>8}  {'one run':>8}  {'noise seen':>10}",
         ]
         lines += [f"  {'  '.join(_padded(cells))}" for cells in _cells(one)]
@@ -90,7 +89,12 @@ def _padded(cells: Sequence[str]) -> list[str]:
 
 def _cells(one: Audited) -> list[tuple[str, str, str, str]]:
     return [
-        (str(s.seed), _bound(s.repeated), _bound(s.one_run), f"{s.measured_noise:.3f}")
+        (
+            str(s.seed),
+            epsilon_floor_text(s.repeated),
+            epsilon_floor_text(s.one_run),
+            f"{s.measured_noise:.3f}",
+        )
         for s in one.seeds
     ]
 
@@ -101,11 +105,6 @@ def _mechanism(one: Audited) -> str:
         f"noise multiplier {charge.noise_multiplier:g}, {counted(charge.steps, 'step')} at sample "
         f"rate {charge.sample_rate:.3g}, clip norm {one.statement.plan.clip_norm:g}"
     )
-
-
-def _bound(epsilon: float) -> str:
-    """A lower bound to two decimals, rounded down: the text never says more than was shown."""
-    return f"{math.floor(epsilon * 100) / 100:.2f}"
 
 
 def _verdict(one: Audited) -> str:
@@ -150,8 +149,8 @@ def report_html(audited: Sequence[Audited], pictures: Sequence[Picture]) -> str:
 def _section(one: Audited) -> Markup:
     said = (
         f"{_mechanism(one)}. Stated: epsilon {epsilon_text(one.stated)} at delta "
-        f"{one.statement.target_delta:g}. Audited: at least {_bound(one.epsilon)}, at a confidence "
-        f"of {one.confidence:.1%} over all seeds and both bounds together."
+        f"{one.statement.target_delta:g}. Audited: at least {epsilon_floor_text(one.epsilon)}, at "
+        f"a confidence of {one.confidence:.1%} over all seeds and both bounds together."
     )
     return tag(
         "section",

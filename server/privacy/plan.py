@@ -14,6 +14,8 @@ from fedcore.privacy.planning import MAX_DELTA_SHARE, plan_for
 
 SHOWN_ROUNDS = 40
 """Rounds whose epsilon is computed, evenly spaced where there are more."""
+MAX_ROUNDS = 10**6
+"""How far it is looked for how long a budget lasts."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Answer:
     epsilons: tuple[tuple[int, float], ...]
     """Round and the epsilon after it, as a ledger counts."""
     lasts: int
-    """Rounds that the budget lasts for: all of them, unless the noise was given."""
+    """How many rounds the budget lasts for, `MAX_ROUNDS` at most, whatever is planned: after so
+    many, epsilon by the accountant is within it, and one more would pass it."""
     what_if: tuple[WhatIf, ...]
 
 
@@ -95,8 +98,13 @@ def answer(question: Question) -> Answer:
 
 def _lasts(question: Question, charge: Charge) -> int:
     budget = question.privacy.max_epsilon
-    rounds = range(1, question.participations + 1)
-    return bisect_right(rounds, budget, key=lambda number: _epsilon(question, charge, number))
+    low, high = 0, min(question.participations, MAX_ROUNDS)
+    while _epsilon(question, charge, high) <= budget:
+        if high == MAX_ROUNDS:
+            return high
+        low, high = high, min(2 * high, MAX_ROUNDS)
+    rounds = range(low + 1, high)
+    return low + bisect_right(rounds, budget, key=lambda n: _epsilon(question, charge, n))
 
 
 def _charge(question: Question) -> Charge:

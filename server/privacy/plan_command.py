@@ -12,7 +12,11 @@ from pydantic import ValidationError
 
 from fedcore.cli import Command
 from fedcore.config import Client, Privacy, RunConfig, Section
-from fedcore.errors import ConfigError, ResourceError
+from fedcore.errors import ConfigError
+from fedcore.files import check_picture
+from fedcore.observability.foreign import say
+from fedcore.observability.patience import LOADING, told_if_slow
+from fedcore.observability.words import counted, epsilon_text
 from fedcore.settings import load_run
 
 if TYPE_CHECKING:
@@ -53,7 +57,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="a fixed privacy.noise_multiplier in place of the least for --epsilon, e.g. --noise 1",
     )
     parser.add_argument("--accountant", choices=["prv", "rdp"], help="privacy.accountant")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, e.g. --plot plan.png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw it, e.g. --plot plan.png (.pdf, .svg)"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
 
@@ -63,13 +69,18 @@ def _run(options: argparse.Namespace) -> int:
             f"--examples = {options.examples}: expected at least 1. Nothing was planned; name how "
             "many examples one client has."
         )
-    question = _question(options)  # before torch: a mistake shows at once
-    from server.privacy.plan import answer
+    if options.plot is not None:
+        check_picture(options.plot, option="--plot")
+    with told_if_slow(LOADING):
+        question = _question(options)  # before torch: a mistake shows at once
+        from server.privacy.plan import answer
 
     found = answer(question)
-    if options.plot:
-        _plot(found, question, options.plot)
-    print(json.dumps(_record(found, question)) if options.json else table(found, question))
+    say(json.dumps(_record(found, question)) if options.json else table(found, question))
+    if options.plot is not None:
+        from server.privacy.plan_plot import plot
+
+        plot(found, question, options.plot)
     return 0
 
 
@@ -103,22 +114,6 @@ def _changed(section: _Model, options: argparse.Namespace, names: dict[str, str]
         ) from None
 
 
-def _plot(found: Answer, question: Question, file: Path) -> None:
-    from server.privacy.plan_plot import plot
-
-    try:
-        plot(found, question, file)
-    except ValueError as error:
-        raise ConfigError(
-            f"--plot {file}: {error}. Nothing was drawn; let its name end in .png, .pdf or .svg."
-        ) from None
-    except OSError as error:
-        raise ResourceError(
-            f"--plot {file}: {error.strerror or error}. Nothing was drawn; name a file in a "
-            "folder that is there and may be written to."
-        ) from None
-
-
 def _record(found: Answer, question: Question) -> dict[str, object]:
     privacy: Privacy = question.privacy
     client: Client = question.client
@@ -146,7 +141,7 @@ def table(found: Answer, question: Question) -> str:
         f"{plan.examples:,} examples.",
         "",
         f"noise multiplier      {plan.noise_multiplier:.4f}  ({how}, by {privacy.accountant})",
-        f"epsilon               {plan.epsilon:.3f} of {privacy.max_epsilon:g} at delta "
+        f"epsilon               {epsilon_text(plan.epsilon)} of {privacy.max_epsilon:g} at delta "
         f"{privacy.target_delta:g} after {plan.participations:,} rounds",
         f"steps                 {plan.steps_per_round:,} a round, {plan.steps:,} in all, of "
         f"{plan.batch_size:.1f} examples expected (rate {plan.sample_rate:.4g})",
@@ -155,11 +150,13 @@ def table(found: Answer, question: Question) -> str:
         f"{plan.run_noise:.3g} in the mean over all",
     ]
     if found.lasts < plan.participations:
-        lines.append(f"budget lasts          {found.lasts:,} rounds; then the client declines")
+        lines.append(
+            f"budget lasts          {counted(found.lasts, 'round')}; then the client declines"
+        )
     lines += ["", f"{'round':>8}  {'epsilon':>8}"]
     chosen = found.epsilons[:: max(1, len(found.epsilons) // 10)]
     chosen += () if chosen[-1] == found.epsilons[-1] else (found.epsilons[-1],)
-    lines += [f"{number:>8,}  {epsilon:>8.3f}" for number, epsilon in chosen]
+    lines += [f"{number:>8,}  {epsilon_text(epsilon):>8}" for number, epsilon in chosen]
     lines += [
         "",
         f"{'what would help':<34}{'noise':>10}{'epsilon':>10}{'a step':>10}{'overall':>10}",
@@ -172,7 +169,7 @@ def table(found: Answer, question: Question) -> str:
             lines.append(f"{change:<34}  refused: {refused.split('. ')[0]}")
             continue
         lines.append(
-            f"{change:<34}{row.noise_multiplier:>10.4f}{row.epsilon:>10.3f}"
+            f"{change:<34}{row.noise_multiplier:>10.4f}{epsilon_text(row.epsilon):>10}"
             f"{row.step_noise:>10.4g}{row.run_noise:>10.3g}"
         )
     return "\n".join(lines)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedcore.files import write_atomic
+from fedcore.observability.words import epsilon_text
 from server.privacy.plan import Answer, Question
 from server.report.svg import BLUE, MUTED, ORANGE
 
@@ -18,7 +21,8 @@ def plot(answer: Answer, question: Question, file: Path) -> None:
     """Writes the picture; its format follows from the file's ending.
 
     Raises:
-        ValueError: matplotlib knows no such format.
+        DiskFull: there is no room.
+        ResourceError: the file may not be written.
     """
     figure = Figure(figsize=_SIZE_IN, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,7 +34,9 @@ def plot(answer: Answer, question: Question, file: Path) -> None:
         f"{found.examples:,} examples, noise multiplier {found.noise_multiplier:g}, "
         f"{found.steps_per_round:,} steps a round"
     )
-    figure.savefig(file)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:].lower())
+    write_atomic(file, drawn.getvalue())
 
 
 def _epsilons(axes: Axes, answer: Answer, question: Question) -> None:
@@ -56,7 +62,8 @@ def _noises(axes: Axes, answer: Answer) -> None:
     colours = [MUTED] * (len(shown) - 1) + [BLUE]
     bars = axes.barh(names, noises, color=colours)
     labels = [
-        f"{noise:.3g} %  (noise {forecast.noise_multiplier:.3g}, epsilon {forecast.epsilon:.3g})"
+        f"{noise:.3g} %  (noise {forecast.noise_multiplier:.3g}, epsilon "
+        f"{epsilon_text(forecast.epsilon)})"
         for noise, (_, forecast) in zip(noises, shown[::-1], strict=True)
     ]
     axes.bar_label(bars, labels, padding=4, fontsize=8)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,20 +24,20 @@ from fedcore.crypto.certificates import (
     parse_certificate,
     subject_of,
 )
-from fedcore.crypto.keys import parse_key, public_bytes
+from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key, public_bytes
 from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, parse_kit_file
-from fedcore.crypto.roster import ROSTER, SEEN, note_lost, parse_roster, seen_version
+from fedcore.crypto.roster import ROSTER, RosterFile, parse_roster
+from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_seen
 from fedcore.crypto.sealing import is_sealed, seal, unseal
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
 from fedcore.files import disk_errors, held_alone, read_bytes, sync_folder, write_atomic
-from server.live.audit import AUDIT as SERVER_AUDIT
-from server.live.audit import MARK
+from server.live.audit import AUDIT, MARK
 from server.live.drained import DRAINED
 from server.provision.folder import (
-    AUDIT,
     CERTIFICATE,
     MAX_AUDIT_BYTES,
     PRIVATE_KEY,
+    ROSTER_KEY,
     SERVER,
     Authority,
     check_pair,
@@ -54,14 +55,16 @@ FileName = Literal[
     "authority.pem",
     "authority.key",
     "roster.json",
+    "roster.key",
     "audit.jsonl",
+    "audit.mark",
     "server/key.pem",
     "server/kit.json",
 ]
 _REQUIRED: tuple[FileName, ...] = ("authority.pem", "authority.key", "roster.json", "audit.jsonl")
 _SERVER: tuple[FileName, ...] = ("server/key.pem", "server/kit.json")
 _PUBLIC: tuple[FileName, ...] = ("authority.pem", "roster.json", "server/kit.json")
-_STAYS = (SEEN, DRAINED, SERVER_AUDIT, MARK)
+_STAYS = (SEEN, DRAINED, AUDIT, MARK)
 """What a server keeps in its folder, and no backup of the authority holds."""
 
 
@@ -143,7 +146,7 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
         what="a backup",
         otherwise="Nothing was restored; name a file that `fedcore provision backup` wrote.",
     )
-    files = _decode(unseal(sealed, _passphrase(act), where=where), where)
+    files, created = _decode(unseal(sealed, _passphrase(act), where=where), where)
     authority = _verify(files, act, where=where)
     with ExitStack() as held:
         if occupied and (folder / CERTIFICATE).exists():
@@ -159,15 +162,22 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
         if there is not None and newer:
             files[ROSTER] = there.roster.to_bytes()
             files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
+            for name in (MARK, ROSTER_KEY):  # they go with the two
+                files.pop(name, None)
+                if (folder / name).exists():
+                    files[name] = read_bytes(
+                        folder / name, max_bytes=MAX_KEY_BYTES, what="what goes with the roster"
+                    )
         stays = _stays(folder, authority) if occupied else []
         kept = there if there is not None and newer else authority
-        before = _place(act, files, stays, kept.roster.version, occupied=occupied)
+        blind = created if there is None and kept.members else None
+        before = _place(act, files, stays, kept.roster, occupied=occupied, blind=blind)
     return Restored(
         project=authority.project,
         members=len(kept.members),
         roster="folder" if newer else "backup",
         before=before,
-        caution=_caution(folder, before, compared=there is not None),
+        caution=_caution(folder, before, compared=there is not None, blind=blind),
     )
 
 
@@ -180,10 +190,14 @@ def _passphrase(act: Act) -> str:
     return act.passphrase
 
 
-def _decode(raw: bytes, where: str) -> dict[str, bytes]:
+def _decode(raw: bytes, where: str) -> tuple[dict[str, bytes], datetime]:
+    """The files in a backup, and when it was made."""
     try:
         content = Backup.model_validate_json(raw)
-        return {name: base64.b64decode(text, validate=True) for name, text in content.files.items()}
+        files: dict[str, bytes] = {
+            name: base64.b64decode(text, validate=True) for name, text in content.files.items()
+        }
+        return files, content.created
     except (ValidationError, binascii.Error) as error:
         raise TrustError(
             f"{where}: this is no backup of a known format ({str(error).splitlines()[0]}). Nothing "
@@ -204,7 +218,9 @@ def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
     if not is_sealed(files[PRIVATE_KEY]):
         key = parse_key(files[PRIVATE_KEY], where=f"{where}: {PRIVATE_KEY}")
         check_pair(key, certificate, where=f"{where}: {PRIVATE_KEY}")
-    roster, members = parse_roster(files[ROSTER], certificate, where=f"{where}: {ROSTER}")
+    roster, members = parse_roster(
+        files[ROSTER], certificate, where=f"{where}: {ROSTER}", unsigned=True
+    )
     if {*_SERVER} <= {*files}:
         _verify_server(files, certificate, where=where)
     return Authority(act.folder, project, certificate, roster, members)
@@ -272,13 +288,23 @@ def _authority_of(folder: Path) -> x509.Certificate | None:
         return None
 
 
-def _caution(folder: Path, before: Path | None, *, compared: bool) -> str | None:
+def _caution(
+    folder: Path, before: Path | None, *, compared: bool, blind: datetime | None
+) -> str | None:
     try:
-        seen_version(folder / SERVER / SEEN)
+        read_seen(folder / SERVER / SEEN)
     except FedcoreError as error:
         return str(error)
-    if before is None or compared:
+    if compared:
         return None
+    if before is None:
+        if blind is None:
+            return None
+        return (
+            f"this list of members is that of {blind:%Y-%m-%d %H:%M} UTC, when the backup was "
+            "made, and nothing here tells what came later: whoever was revoked since is in force "
+            "again. Revoke them anew, now; `fedcore doctor` says so until then."
+        )
     return (
         "the roster that was there cannot be read, so the versions could not be compared: who was "
         f"revoked since this backup is in force again. {before / AUDIT} tells of each; revoke them "
@@ -287,9 +313,18 @@ def _caution(folder: Path, before: Path | None, *, compared: bool) -> str | None
 
 
 def _place(
-    act: Act, files: Mapping[str, bytes], stays: Iterable[Path], version: int, *, occupied: bool
+    act: Act,
+    files: Mapping[str, bytes],
+    stays: Iterable[Path],
+    roster: RosterFile,
+    *,
+    occupied: bool,
+    blind: datetime | None,
 ) -> Path | None:
-    """Writes the files beside the folder, then renames; returns where the old folder went."""
+    """Writes the files beside the folder, then renames; returns where the old folder went.
+
+    ``blind`` is when the backup was made, where nothing tells what came later.
+    """
     folder = act.folder.absolute()
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -299,8 +334,12 @@ def _place(
             write_atomic(new / name, raw, mode=0o644 if name in _PUBLIC else 0o600)
         for path in stays:
             _copy(path, new / SERVER / path.name)
-        note_lost(new / SERVER / SEEN, version)
+        note_lost(new / SERVER / SEEN, roster.version)
         if (new / SERVER).exists():
+            if blind is not None and not (new / SERVER / SEEN).exists():
+                signer = roster.signer.number if roster.signer is not None else 0
+                seen = Seen(version=roster.version, signer=signer, restored=blind)
+                write_seen(new / SERVER / SEEN, seen)
             link_roster(new / SERVER)
         record(new, at=act.now, by=act.by, action="restore")
         with disk_errors(folder):

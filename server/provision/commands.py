@@ -10,7 +10,7 @@ from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.issue import SERVER_VALIDITY
 from fedcore.errors import ConfigError
 from server.provision.backup import backup, restore
-from server.provision.issue import initialise, provision_server
+from server.provision.issue import initialise, provision_server, sign_roster
 from server.provision.member_commands import MEMBER_VERBS
 from server.provision.options import acting, days, moment, sealing, show, show_server, signing
 
@@ -87,6 +87,18 @@ def _server(options: argparse.Namespace) -> int:
     return show_server(options, file)
 
 
+def _sign(options: argparse.Namespace) -> int:
+    authority = sign_roster(acting(options, signs=True))
+    signer = authority.roster.signer
+    number = signer.number if signer is not None else 0
+    text = (
+        f"Signed:  {options.authority}, version {authority.roster.version} of the roster, by key "
+        f"{number}\nNext:    copy roster.json to where the server runs, if that is elsewhere"
+    )
+    value = {"version": authority.roster.version, "signer": number}
+    return show(options, text, value)
+
+
 def _file_arguments(parser: argparse.ArgumentParser) -> None:
     signing(parser)
     parser.add_argument("file", type=Path, metavar="FILE", help="the sealed file")
@@ -139,6 +151,12 @@ provision = group(
             "fedcore provision server fl.example.org 10.0.0.5 --port 9092",
         ),
         **MEMBER_VERBS,
+        "sign": Command(
+            "Make a new key for rosters, and sign the one in force with it.",
+            signing,
+            _sign,
+            "fedcore provision sign --passphrase-file -",
+        ),
         "backup": Command(
             "Write the whole authority to one sealed file.",
             _file_arguments,

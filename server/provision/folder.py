@@ -4,19 +4,19 @@
 
     authority.pem   the authority's certificate; public
     authority.key   its private key; mode 0600, sealed when a passphrase was given
-    roster.json     everyone with a certificate; what a server reads
-    audit.jsonl     who issued or revoked what, and when; only ever appended to
+    roster.json     everyone with a certificate, signed; what a server reads
+    roster.key      the key that signs it, which the authority's key vouches for; mode 0600
+    audit.jsonl     who issued or revoked what, and when; only ever appended to, each line chained
+    audit.mark      how far that log went
     server/         the server's identity: key.pem, kit.json, and roster.json, a link to the above
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,14 +25,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, check_authority, parse_certificate
-from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key
+from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, parse_key, public_bytes
 from fedcore.crypto.roster import MAX_ROSTER_BYTES, ROSTER, Entry, Member, RosterFile, parse_roster
+from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import is_sealed, unseal
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
-from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
-from server.live.audit import check_regular
+from fedcore.files import disk_errors, read_bytes, write_atomic
+from server.live.audit import AUDIT, Audit
 
-CERTIFICATE, PRIVATE_KEY, AUDIT, SERVER = "authority.pem", "authority.key", "audit.jsonl", "server"
+CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
+ROSTER_KEY = "roster.key"
 _RESTORE = (
     "Nothing was done; put it back from a copy, or `fedcore provision restore FILE --replace` "
     "brings back the whole authority from a backup."
@@ -78,8 +80,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_authority(folder: Path, *, now: datetime) -> Authority:
+def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> Authority:
     """Reads what is in force.
+
+    Args:
+        folder: The authority's.
+        now: The time, UTC.
+        unsigned: Whether a roster that carries no signature will do, to be signed.
 
     Raises:
         DataError: a file is missing or unreadable.
@@ -98,7 +105,7 @@ def read_authority(folder: Path, *, now: datetime) -> Authority:
     raw = read_bytes(
         folder / ROSTER, max_bytes=MAX_ROSTER_BYTES, what="the roster", otherwise=_RESTORE
     )
-    roster, members = parse_roster(raw, certificate, where=str(folder / ROSTER))
+    roster, members = parse_roster(raw, certificate, where=str(folder / ROSTER), unsigned=unsigned)
     return Authority(folder, project, certificate, roster, members)
 
 
@@ -158,9 +165,32 @@ def check_place(path: Path) -> None:
         ) from None
 
 
+def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Signer]:
+    """The key that signs the roster in force, and the authority's word for it.
+
+    Raises:
+        DataError: it is missing or unreadable.
+        CertificateRefused: others may read it, or it is another one.
+    """
+    path, signer = authority.folder / ROSTER_KEY, authority.roster.signer
+    if not path.exists() or signer is None:
+        raise DataError(
+            f"{path}: the key that signs the roster is missing. Nothing was changed; `fedcore "
+            "provision sign` makes another, which the authority's own key vouches for."
+        )
+    key = load_key(path)
+    if public_bytes(key).decode() != signer.public:
+        raise CertificateRefused(
+            f"{path}: this is not the key that signed the roster in force. Nothing was changed; "
+            "put the right one back, or make another by `fedcore provision sign`."
+        )
+    return key, signer
+
+
 def write_roster(authority: Authority, members: tuple[Entry, ...]) -> None:
     """Puts a changed list of members into force, atomically."""
-    roster = RosterFile(version=authority.roster.version + 1, members=members)
+    key, signer = read_roster_key(authority)
+    roster = RosterFile(version=authority.roster.version + 1, members=members).signed(key, signer)
     raw = roster.to_bytes()
     if len(raw) > MAX_ROSTER_BYTES:
         raise ConfigError(
@@ -177,23 +207,11 @@ def record(folder: Path, *, at: datetime, by: str, action: str, **more: object) 
     failed afterwards is possible, and harmless.
 
     Raises:
-        DataError: the log is no file.
+        DataError: the log is no file, or was cut since it was last written to.
         DiskFull: there is no room.
     """
-    entry = {"at": f"{at:%Y-%m-%dT%H:%M:%SZ}", "by": by, "action": action, **more}
-    path = folder / AUDIT
-    check_regular(path)
-    with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "ab") as stream:
-            size = os.fstat(descriptor).st_size
-            # A line that a power cut left unfinished is closed first, so that it spoils no other.
-            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            stream.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
-            stream.flush()
-            os.fsync(descriptor)
-        if not size:
-            sync_folder(folder)
+    with closing(Audit(folder / AUDIT, clock=lambda: at)) as log:
+        log.record(by=by, action=action, **more)
 
 
 def link_roster(server: Path) -> None:

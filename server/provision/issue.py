@@ -31,12 +31,14 @@ from fedcore.crypto.issue import (
 from fedcore.crypto.keys import fingerprint, new_key, private_bytes, public_bytes, save_key
 from fedcore.crypto.kit import KEY, KIT, MAX_KIT_BYTES, KitFile, parse_kit_file, write_kit
 from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Entry, Member, RosterFile
+from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import seal
 from fedcore.errors import ConfigError
 from fedcore.files import disk_errors, read_bytes, write_atomic
 from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
+    ROSTER_KEY,
     Authority,
     check_place,
     link_roster,
@@ -96,7 +98,10 @@ def initialise(act: Act, project: str) -> x509.Certificate:
         folder.chmod(0o700)
     record(folder, at=act.now, by=act.by, action="init", project=project)
     write_atomic(folder / PRIVATE_KEY, raw, mode=0o600)
-    write_atomic(folder / ROSTER, RosterFile(version=1, members=()).to_bytes())
+    signing = new_key()
+    save_key(folder / ROSTER_KEY, signing)
+    roster = RosterFile(version=1, members=()).signed(signing, delegate(signing, 1, key))
+    write_atomic(folder / ROSTER, roster.to_bytes())
     write_atomic(folder / CERTIFICATE, pem(certificate))  # last: with it the folder is whole
     return certificate
 
@@ -234,6 +239,30 @@ def revoke(act: Act, name: str) -> Member:
         _record(act, "revoke", certificate, authority)
         _change(authority, entry, {"revoked_at": act.now})
         return replace(member, revoked_at=act.now)
+
+
+def sign_roster(act: Act) -> Authority:
+    """Makes another key for rosters, and signs the one in force with it.
+
+    For a project that was begun before rosters were signed, and where that key was lost or stolen:
+    a server that has seen the new one takes no roster of the old one's any more.
+
+    Raises:
+        SignatureInvalid: the roster carries a signature that does not hold; it is not signed anew.
+        FedcoreError: the authority cannot be read, or its key not be opened.
+    """
+    with locked(act.folder):
+        authority = read_authority(act.folder, now=act.now, unsigned=True)
+        authority_key, key = read_key(authority, act.passphrase), new_key()
+        old = authority.roster.signer
+        signer = delegate(key, old.number + 1 if old is not None else 1, authority_key)
+        record(act.folder, at=act.now, by=act.by, action="sign", signer=signer.number)
+        members = authority.roster.members
+        file = RosterFile(version=authority.roster.version + 1, members=members)
+        # A stop between the two leaves a key that is not the roster's, which is refused.
+        save_key(act.folder / ROSTER_KEY, key)
+        write_atomic(act.folder / ROSTER, file.signed(key, signer).to_bytes())
+        return read_authority(act.folder, now=act.now)
 
 
 def listing(act: Act) -> Listing:

@@ -16,6 +16,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.kit import KitFile
 from fedcore.errors import ConfigError
+from fedcore.observability.foreign import say
 from server.provision import passphrase
 from server.provision.folder import check_place, key_is_sealed
 from server.provision.issue import Act
@@ -117,7 +118,7 @@ def free(path: Path) -> Path:
 
 def show(options: argparse.Namespace, text: str, value: Any) -> int:
     """Prints for people or for machines; returns the exit code."""
-    print(json.dumps(value, indent=2) if options.json else text)
+    say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
 

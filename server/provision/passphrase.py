@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -24,13 +25,15 @@ def given(file: str | None, *, twice: bool = False) -> str | None:
         twice: Whether the terminal asks a second time, because nothing would notice a slip.
 
     Raises:
-        ConfigError: there is no terminal, the two differ, or the file's first line is no text.
+        ConfigError: there is no terminal, the two differ, others may read the file, or its first
+            line is no text.
         DataError: the file is missing or unreadable.
     """
     if file is None:
         return os.environ.get(VARIABLE) or None
     if file == _PROMPT:
         return ask(twice=twice)
+    _check_private(Path(file))
     try:
         text = read_bytes(Path(file), max_bytes=_MAX_BYTES, what="a passphrase").decode()
     except UnicodeDecodeError:
@@ -41,6 +44,19 @@ def given(file: str | None, *, twice: bool = False) -> str | None:
             f"{file}: expected a passphrase in the first line, as UTF-8. Nothing was written."
         )
     return first
+
+
+def _check_private(path: Path) -> None:
+    """Refuses a file that others than its owner may read."""
+    if os.name != "posix" or not path.is_file():  # a pipe has no lasting mode
+        return
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(
+            f"{path}: this passphrase file has mode {mode:04o}, expected 0600: others may have "
+            "read it. Nothing was done; if nobody has, `chmod 600` it, otherwise choose another "
+            "passphrase."
+        )
 
 
 def ask(*, twice: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
 from fedcore.cli import Command, group
+from fedcore.observability.foreign import say
 from server.registry.keys import OFFLINE, ONLINE, ROLES, Quorum
 from server.registry.rotation import rotate
 from server.release import history, initialise, refresh, rollback
@@ -218,7 +219,7 @@ def _rotate(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    print(json.dumps(value, indent=2) if options.json else text)
+    say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
 

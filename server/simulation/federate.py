@@ -80,8 +80,14 @@ def _device(run: RunConfig, owner: OwnerPolicy) -> torch.device:
 def _worker(task: Task, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None) -> Worker:
     randomness = Simulated(run.seed)
     mods = client_mods(run.federation.strategy)
-    app = client_app(task, run, owner=owner, randomness=randomness, mods=mods)
-    return Worker(Client(task, tighten(run, owner), owner, randomness), app, fleet)
+    skipped = dict[str, int]()
+
+    def note(name: str, count: int) -> None:
+        skipped[name] = count
+
+    app = client_app(task, run, owner=owner, randomness=randomness, mods=mods, on_skipped=note)
+    client = Client(task, tighten(run, owner), owner, randomness, on_skipped=note)
+    return Worker(client, app, fleet, skipped)
 
 
 def worker_elsewhere(path: Path, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None) -> Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 from flwr.app import Error, Message, MessageType, RecordDict
 
 from fedcore.flower.grid import OwnGrid
+from fedcore.training.client import skipped_text
 from server.aggregation.exact import ExactMean
 from server.inbound import Folded
 from server.records import VirtualRecord
@@ -17,6 +19,8 @@ from server.simulation.engine import FIRST_NODE_ID, RUN_ID
 from server.simulation.orders import Answer, Asked, Order
 from server.simulation.staff import Staff
 from server.simulation.state import State
+
+log = logging.getLogger("fedcore.server")
 
 
 class SimulatedGrid(OwnGrid):
@@ -38,6 +42,7 @@ class SimulatedGrid(OwnGrid):
         self._clients = clients
         self._staff = staff
         self._waiting: dict[str, Message] = {}
+        self._told: set[str] = set()
         self._state = state
         self.virtual: VirtualRecord | None = None
         """The last round on it; None without device classes."""
@@ -96,11 +101,20 @@ class SimulatedGrid(OwnGrid):
         crew, order = self._staff.crew_for(order, asked)
         answers, total = crew.carry_out(order, asked)
         for answer in answers:
+            self._tell(answer)
             if answer.ledger is not None:
                 self._state.ledgers[answer.asked.name] = answer.ledger
         if training:
             answers = self._advance(answers, deadline_s)
         return answers, total
+
+    def _tell(self, answer: Answer) -> None:
+        """Says once a client that examples of it counted as zero: they will in each round."""
+        name = answer.asked.name
+        if not answer.skipped or name in self._told:
+            return
+        self._told.add(name)
+        log.warning("%s; this is said once a client", skipped_text(name, answer.skipped))
 
     def _asked(self, node: int) -> Asked:
         name = self._clients[node - FIRST_NODE_ID]

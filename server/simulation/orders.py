@@ -63,3 +63,5 @@ class Answer:
     """What it has spent now."""
     fate: Fate | None = None
     """What its device did on the virtual clock; None without device classes."""
+    skipped: int = 0
+    """Places in its batches that counted as zero; told to whoever runs the simulation alone."""

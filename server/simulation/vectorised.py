@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedcore.config import Client
@@ -18,6 +18,7 @@ from fedcore.model import FullModel
 from fedcore.task import Loss
 from fedcore.training.batches import gather_all
 from fedcore.training.local import optimizer_of
+from fedcore.training.per_example.mapping import vmap
 from server.simulation.rows import check_alike
 from server.simulation.work import LocalWork, Trained, in_order
 
@@ -181,7 +182,8 @@ def _gradients(model: nn.Module, loss: Loss, *, full: bool) -> Step:
         if full:
             return loss(outputs, targets)
         each = vmap(lambda one, target: loss(one.unsqueeze(0), target.unsqueeze(0)))
-        return (each(outputs, targets) * mask).sum() / mask.sum()
+        losses: Tensor = each(outputs, targets)
+        return (losses * mask).sum() / mask.sum()
 
     side_by_side: Step = vmap(grad_and_value(objective))
     return side_by_side

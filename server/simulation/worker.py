@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 
@@ -43,7 +43,7 @@ from fedcore.updates.messages import (
     read_instruction,
     update_content,
 )
-from server.aggregation.exact import ExactMean, out_of_range
+from server.aggregation.exact import ExactMean
 from server.simulation.devices import Fate, Fleet, begun, counts, fate
 from server.simulation.engine import RUN_ID
 from server.simulation.orders import Answer, Asked, Order
@@ -67,8 +67,12 @@ class Worker:
     Of a folded order only the sum of its updates is kept, until `hand_in`.
     """
 
-    def __init__(self, client: Client, app: ClientApp, fleet: Fleet | None) -> None:
+    def __init__(
+        self, client: Client, app: ClientApp, fleet: Fleet | None, skipped: dict[str, int]
+    ) -> None:
+        """``skipped`` is where ``client`` and ``app`` note what counted as zero, by client."""
         self._client = client
+        self._skipped = skipped
         self._app = app
         self._fleet = fleet
         self._order: Order | None = None
@@ -98,6 +102,7 @@ class Worker:
         if order.kind != MessageType.TRAIN:
             return [self._by_app(order, one, None) for one in asked]
         there, lost = [], []
+        self._skipped.clear()
         for one in asked:
             found = self._fate(order, one)
             if found is None or counts(found, deadline_s=order.deadline_s):
@@ -109,6 +114,7 @@ class Worker:
         else:
             answers = [self._alone(order, one, found) for one, found in there]
         places = {one.node: place for place, one in enumerate(asked)}
+        answers = [replace(one, skipped=self._skipped.get(one.asked.name, 0)) for one in answers]
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
 
     def reached(self, order: Order, asked: Sequence[Asked]) -> list[Asked]:
@@ -250,9 +256,7 @@ class Worker:
         if order.fold:
             weights = [1 if order.uniform else sizes[place] for place in taken]
             fitting = rows if len(taken) == len(rows) else rows[taken]
-            for place in self._sum.add_rows(fitting, weights, trainer.add_scaled):
-                peak = float(np.abs(fitting[place]).max())
-                errors[taken[place]] = InvalidUpdate(out_of_range(peak, weights[place]))
+            self._sum.add_rows(fitting, weights, trainer.add_scaled)
         for place, one in enumerate(ready):
             wrong, ledger = errors[place], one.ledger
             if wrong is not None:

@@ -38,10 +38,6 @@ PRIVACY = Privacy(
 )
 
 
-class Died(BaseException):
-    """In place of SIGKILL."""
-
-
 class Lab:
     """A machine with one device on it, and an owner who allows three rounds."""
 
@@ -80,11 +76,11 @@ class Lab:
                 after = charge(before, new, privacy, client="a", owner=owner, others=others)
                 put_ledger(state, after)
                 if dies:
-                    with patch.object(DeviceLedger, "_mend", side_effect=Died):
+                    with patch.object(DeviceLedger, "_mend", side_effect=KeyboardInterrupt):
                         ledger.keep(state)
                 ledger.keep(state)
                 folder.keep(run, state, f"key{next(self._keys)}", RecordDict())
-            except Died:
+            except KeyboardInterrupt:
                 return True
             except (BudgetExhausted, PrivacyError) as error:
                 self.refusals.append(str(error))

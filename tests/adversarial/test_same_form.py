@@ -218,7 +218,7 @@ def _statistics_sent(model: FullModel, dice: random.Random) -> bytes:
 def instruction(site: Site, dice: random.Random) -> Message:
     layout = layout_of(site.model.model)
     config = instruction_config(layout, _statistics_sent(site.model, dice))
-    config["server-round"] = dice.choice([1, 1, 1, 2, 0, -5, 10**9])
+    config["server-round"] = dice.choice([1] * 10 + [2, 0, 10**7, -5, 10**9])
     if dice.random() < 0.3:
         config["proximal-mu"] = dice.choice([0.0, 1.0, 1e6, 1e7, -1.0, float("nan"), float("inf")])
     if dice.random() < 0.04:

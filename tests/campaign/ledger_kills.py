@@ -30,12 +30,15 @@ from typing import Any
 
 import torch
 from flwr.app import Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
 
 from edge_client.node import loop
 from edge_client.node.ledger_view import find_ledger
 from edge_client.node.state import own
+from edge_client.node.wake import Signals
 from fedcore.config import RunConfig
 from fedcore.crypto.kit import Kit
+from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.quiet import quiet
 from fedcore.model import build_model, preprocess_bytes
@@ -112,6 +115,9 @@ class Link:
     def settings(self, run_id: int) -> dict[str, str]:
         return device_settings(self.site.run, instance="first")
 
+    def fetch(self, found: Announced, *, limit_bytes: int) -> Message:
+        return found.message
+
     def answer(self, reply: Message) -> None:
         if reply.has_error():
             raise AssertionError(reply.error.reason)
@@ -140,7 +146,8 @@ def live(site: Site, told: int) -> None:
         )
         while True:
             number = len({one for one, _ in site.released()}) + 1
-            loop._answer(device, link, runs, site.instruction(number))  # type: ignore[arg-type]
+            found = Announced(site.instruction(number), ObjectTree())
+            loop._answer(device, link, Signals(), runs, found)  # type: ignore[arg-type]
             os.write(told, b"r")
 
 

@@ -46,6 +46,7 @@ FILES = (
     "fleet_client.py",
     "fleet_grid.py",
     "fleet_payload.py",
+    "fleet_pull.py",
     "fleet_store.py",
     "records.py",
 )
@@ -87,10 +88,11 @@ PRIVATE = {
     ),
     *(
         f"flwr.supercore.inflatable.inflatable_utils.{name}"
-        for name in ("inflatable_class_registry", "inflate_object_from_contents")
+        for name in ("inflatable_class_registry",)
     ),
     "flwr.supercore.object_store.in_memory_object_store.InMemoryObjectStore",
     "flwr.supercore.protobuf.client.ProtobufCall",
+    "flwr.supercore.protobuf.client.ProtobufClientInterceptor",
     "flwr.supercore.protobuf.client.ProtobufRequestContext",
     "flwr.superlink.federation.NoOpFederationManager",
     "flwr.superlink.servicer.fleet.fleet_handlers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def answer(message: Message) -> Message:
+def answer(message: Message, *, bit: bool) -> Message:
     """An update that follows from the node, the round and the weights."""
     node = message.metadata.dst_node_id
     weights = message.content.array_records[ARRAYS][MODEL].numpy()
     number = int(str(message.content.config_records["config"]["server-round"]))
     step = numpy_rng(0, "update", node, number).standard_normal(weights.shape)
-    metrics = {"train_loss": 0.5, "norm_bit": float(node % 2)}
+    metrics = {"train_loss": 0.5} | ({"norm_bit": float(node % 2)} if bit else {})
     update = Update((weights + 0.1 * step).astype(np.float32), 10 * node + number, metrics)
     return Message(update_content(update), reply_to=message)
 
@@ -72,16 +73,17 @@ class Watching(Forgetful):
 def rounds(name: str, task: Task, keeper: Watching, start: Start | None = None) -> Progress:
     """Runs until ``keeper`` stops it; the last progress."""
     assume_identity(1)
-    run = RunConfig.model_validate({"name": "run", "task": "x", "federation": {"rounds": 6}})
+    federated = {"rounds": 6, "strategy": name}
+    run = RunConfig.model_validate({"name": "run", "task": "x", "federation": federated})
     chosen = make_strategy(name, OPTIONS.get(name, {}), cohort=6, size=1)
     if start is not None:
         remind(chosen.strategy, start.progress.strategy)
     federation = Federation(
         run=run,
-        grid=InProcessGrid(1, range(10, 16), answer),
+        grid=InProcessGrid(1, range(10, 16), partial(answer, bit="ClientSideAdaptive" in name)),
         chosen=chosen,
         cohort=6,
-        primary=task.primary,
+        metrics=task.metrics,
         randomness=Simulated(0),
         judge=None,
         on_round=lambda record: keeper.told.append(RoundFinished(asdict(record))),

@@ -116,7 +116,7 @@ def after_three_rounds(name: str, task: Task, order: Order = list, *, folds: boo
         grid=Reordering(order),
         chosen=replace(chosen, folds=folds),
         cohort=6,
-        primary=task.primary,
+        metrics=task.metrics,
         randomness=Simulated(0),
         judge=None,
         on_round=lambda record: None,

@@ -135,6 +135,56 @@ def swallows(handler: ast.ExceptHandler) -> bool:
     )
 
 
+PRINTING = {"fedcore/observability/foreign.py", "fedcore/observability/console.py"}
+"""Where text goes to a terminal; everything else goes through these, which escape it."""
+TRACEBACKS = {
+    "server/replay.py": "a traceback is what its user asks for",
+    "server/simulation/pool.py": "a worker's failure, told by the process that it worked for",
+}
+_WRITES = {
+    *("print", "sys.stdout.write", "sys.stderr.write", "warnings.warn"),
+    *("logging.basicConfig", "logging.StreamHandler", "logging.FileHandler"),
+}
+_TRACES = {"traceback.print_exc", "traceback.print_exception", "traceback.format_exc"}
+
+
+def outbursts(path: Path) -> Iterator[str]:
+    """Ways to a terminal or a log on which nothing is escaped or bounded."""
+    where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    for node in parsed(path):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in _WRITES and where not in PRINTING:
+            yield f"line {node.lineno}: {called}; use fedcore.observability.foreign.say"
+        traces = called in _TRACES or called in ("log.exception", "logging.exception")
+        traces |= any(keyword.arg in ("exc_info", "stack_info") for keyword in node.keywords)
+        if traces and where not in TRACEBACKS:
+            yield f"line {node.lineno}: {called} writes a traceback"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=label)
+def test_what_is_printed_or_logged_is_escaped_and_bounded(path: Path) -> None:
+    assert list(outbursts(path)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "print('x')",
+        "import sys\nsys.stderr.write('x')",
+        "log.error('x', exc_info=True)",
+        "log.exception('x')",
+        "import logging\nlogging.basicConfig()",
+        "import traceback\ntraceback.print_exc()",
+    ],
+)
+def test_each_way_around_is_found(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.py"
+    path.write_text(text)
+    assert len(list(outbursts(path))) == 1
+
+
 @pytest.mark.parametrize("path", PRODUCT, ids=label)
 def test_the_product_unpickles_nothing_and_swallows_nothing(path: Path) -> None:
     assert list(offences(path)) == []

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.training.per_example.images import Window, back_to_image, largest, patches
+from fedcore.training.per_example.images import (
+    Window,
+    back_to_image,
+    convolved,
+    largest,
+    patches,
+)
 
 Elementwise = Callable[..., Tensor]
 Weights = dict[str, Tensor]
@@ -213,7 +219,9 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
     window, weight = layer.window, matrix(layer, weights[layer.weight])
     window.check(*image.shape[3:])
     rows = patches(image.detach(), window)
-    z = products(rows, weight)
+    z = convolved(image.detach(), weight, window)
+    if z is None:
+        z = products(rows, weight)
     if image.requires_grad:
         z = back_to_image(image, z, weight, window)
     z = result = _anchored(z)

@@ -74,6 +74,31 @@ def patches(x: Tensor, window: Window) -> Tensor:
     return rows.reshape(clients, batch, -1, numbers)
 
 
+def convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor | None:
+    """What `patches` times the weights gives, by torch's own convolution where that is quicker.
+
+    It is for one client on a CPU, whose products torch's library takes at half the speed, unless
+    images have few channels: putting results in order then takes longer.
+
+    Args:
+        x: ``(1, B, C, H, W)``.
+        weight: ``(1, out, F)``.
+        window: Of the convolution.
+
+    Returns:
+        ``(1, B, q * P, out)``; None where products are quicker.
+    """
+    batch, channels = x.shape[1:3]
+    if len(x) > 1 or x.is_cuda or channels < _FEW_CHANNELS:
+        return None
+    kernel = weight.view(-1, *window.kernel, channels).permute(0, 3, 1, 2)
+    found = functional.conv2d(x[0], kernel, stride=window.stride, padding=window.padding)
+    (high, wide), (down, across) = window.pool, window.cells(*x.shape[3:])
+    cropped = found[:, :, : high * down, : wide * across]
+    blocks = cropped.reshape(batch, -1, down, high, across, wide).permute(0, 3, 5, 2, 4, 1)
+    return blocks.reshape(1, batch, -1, found.shape[1])
+
+
 def back_to_image(x: Tensor, z: Tensor, weight: Tensor, window: Window) -> Tensor:
     """``z``, with the way back from its slopes to those of ``x``.
 

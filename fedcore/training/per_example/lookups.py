@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 
 from fedcore.task import Loss
 from fedcore.training.per_example.clipping import norms
+from fedcore.training.per_example.mapping import vmap
 from fedcore.training.per_example.ways import (
     Part,
     Way,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from fedcore.task import Loss
+from fedcore.training.per_example.mapping import vmap
 
 
 def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Made up, because a refusal that depends on real examples would tell of them.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,7 +72,13 @@ def find_way(task: Task, model: FullModel) -> Way:
     """
     check_layers(model.preprocess)
     check_layers(model.model)
-    given, model = model, _copied(model, task.loss_of)
+    with warnings.catch_warnings():  # of made-up examples; training says what holds for real ones
+        warnings.simplefilter("ignore", UserWarning)
+        return _tried(task, task.loss_of, model)
+
+
+def _tried(task: Task, loss: Loss, model: FullModel) -> Way:
+    given, model = model, _copied(model, loss)
     tried = made_up(task, model)
     with _without_chance(model):
         _check_apart(model.preprocess, tried.inputs, "preprocess")
@@ -88,9 +95,9 @@ def find_way(task: Task, model: FullModel) -> Way:
         if _repeats(part, inputs):  # otherwise chance decides what it gives
             _check_apart(part, inputs, what)
     if tried.targets is not None:
-        _check_mean(task.loss_of, model, tried)
-        _check_keeps_nothing(task.loss_of, model, tried)
-    way = _quickest(task.loss_of, model, behind, tried, mapped=mapped)
+        _check_mean(loss, model, tried)
+        _check_keeps_nothing(loss, model, tried)
+    way = _quickest(loss, model, behind, tried, mapped=mapped)
     example = task.example_input
     return replace(way, usual=(example.shape, example.dtype))
 

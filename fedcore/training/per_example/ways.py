@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 
 from fedcore.task import Loss
 from fedcore.training.per_example.chain import Chain, Conv, by_torch, like_weight, stacked
@@ -26,6 +26,7 @@ from fedcore.training.per_example.clipping import (
     norms,
 )
 from fedcore.training.per_example.losses import example_losses
+from fedcore.training.per_example.mapping import vmap
 
 Name = Literal["chain", "vmap", "alone"]
 

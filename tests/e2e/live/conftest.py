@@ -130,7 +130,8 @@ class Project:
     def write_roster(self) -> None:
         self.version += 1
         file = RosterFile(version=self.version, members=tuple(self.members.values()))
-        write_atomic(self.root / "server" / "roster.json", file.to_bytes())
+        raw = file.signed(self.key).to_bytes()
+        write_atomic(self.root / "server" / "roster.json", raw)
 
     def server(self) -> ServerIdentity:
         return load_server_identity(self.root / "server")

@@ -10,14 +10,19 @@ from server.app import Listener, server_app
 from server.records import RoundRecord
 
 
-def federate(project: Any, served: Any, run: Any) -> list[RoundRecord]:
+def federate(
+    project: Any, served: Any, run: Any, notes: list[str] | None = None
+) -> list[RoundRecord]:
     records: list[RoundRecord] = []
     app = server_app(
         load_task(project.task),
         run,
         cloud=None,
         randomness=Simulated(run.seed),
-        listener=Listener(lambda note: None, records.append, lambda outcome: None),
+        listener=Listener(
+            (notes if notes is not None else []).append, records.append, lambda outcome: None
+        ),
+        peers=served.listening.peers,
     )
     app(served.listening.grid(), None)  # type: ignore[arg-type]
     return records

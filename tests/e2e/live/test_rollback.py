@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import server.doctor
-from fedcore.crypto.roster import SEEN, seen_version
+from fedcore.crypto.roster_seen import SEEN, seen_version
 
 
 def test_a_server_does_not_start_with_an_older_roster(

@@ -205,7 +205,7 @@ def test_a_process_that_is_not_known_is_told_so_and_the_kit_stays(project: Any, 
         link = FleetLink(kit, headers=headers, stop=threading.Event())
         try:
             with pytest.raises(NotActivated):
-                link.receive()
+                link.announced()
         finally:
             link.close()
     assert link.kit is kit

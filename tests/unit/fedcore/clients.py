@@ -19,13 +19,17 @@ from fedcore.task import Task
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
+    EPSILON,
+    MODEL,
     REFUSED,
+    TRAIN_LOSS,
+    UNCLIPPED,
     Update,
     instruction_config,
-    read_update,
     weights_record,
 )
 from fedcore.updates.pack import Vector, layout_of, pack
+from fedcore.updates.replies import Asked, Form, Range, read_reply
 
 COUNT = 40
 
@@ -94,7 +98,10 @@ def ask(
 
 def update_of(reply: Message, task: Task, run: RunConfig) -> Update:
     assert not reply.has_error(), reply.error
-    return read_update(reply, layout_of(build_model(task, run).model))
+    layout = layout_of(build_model(task, run).model)
+    metrics = dict.fromkeys((TRAIN_LOSS, EPSILON, UNCLIPPED), Range())
+    asked = Asked("train", metrics, {MODEL: Form("float32", (layout.size,))})
+    return read_reply(reply, asked, where="update").update()
 
 
 def refused(reply: Message, code: int = REFUSED) -> str:

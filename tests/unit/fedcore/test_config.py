@@ -6,7 +6,18 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from fedcore.config import CANDIDATES, CandidateName, Client, Privacy, Release, RunConfig, Section
+from fedcore.config import (
+    CANDIDATES,
+    CandidateName,
+    Client,
+    ClientPrivacy,
+    DeviceClass,
+    Privacy,
+    Release,
+    RunConfig,
+    Section,
+)
+from fedcore.owner import DataSet, OwnerPolicy
 
 SECTIONS: list[type[Section]] = [
     field.annotation
@@ -97,13 +108,17 @@ def test_every_number_of_private_training_is_bounded(
             section(**{key: value})
 
 
-def test_no_number_of_private_training_is_left_without_bounds() -> None:
-    for section in (Client, Privacy):
-        for key, schema in section.model_json_schema()["properties"].items():
-            for part in schema.get("anyOf", [schema]):
-                if part.get("type") in ("integer", "number"):
-                    assert {"minimum", "exclusiveMinimum"} & set(part), key
-                    assert {"maximum", "exclusiveMaximum"} & set(part), key
+@pytest.mark.parametrize(
+    "section",
+    [*SECTIONS, ClientPrivacy, DeviceClass, OwnerPolicy, DataSet, RunConfig],
+    ids=lambda section: section.__name__,
+)
+def test_no_number_is_left_without_bounds(section: type[Section]) -> None:
+    for key, schema in section.model_json_schema()["properties"].items():
+        for part in schema.get("anyOf", [schema]):
+            if part.get("type") in ("integer", "number"):
+                assert {"minimum", "exclusiveMinimum"} & set(part), key
+                assert {"maximum", "exclusiveMaximum"} & set(part), key
 
 
 def test_privacy_losses_are_composed_unless_asked_otherwise() -> None:

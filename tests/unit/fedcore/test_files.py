@@ -9,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.errors import DataError, DiskFull, ResourceError
-from fedcore.files import disk_errors, read_bytes, sha256_hex, write_atomic, write_json
+from fedcore.errors import ConfigError, DataError, DiskFull, ResourceError
+from fedcore.files import (
+    check_file,
+    check_folder,
+    check_picture,
+    disk_errors,
+    read_bytes,
+    sha256_hex,
+    write_atomic,
+    write_json,
+)
 
 
 def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
@@ -157,3 +166,24 @@ def test_a_file_whose_size_is_not_what_the_system_said_is_refused() -> None:
 def test_a_digest_is_the_published_one() -> None:
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # FIPS 180-4 example
     assert sha256_hex(b"") == empty
+
+
+def test_where_a_result_goes_is_looked_at_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    check_file(tmp_path / "file", option="--out")
+    check_file(tmp_path / "new" / "deep" / "file", option="--out")
+    check_folder(tmp_path / "new" / "deep", option="--report")
+    check_folder(tmp_path, option="--report")
+    check_picture(tmp_path / "new" / "one.PDF", option="--plot")
+    for refused, said in (
+        (lambda: check_file(tmp_path, option="--out"), "--out .*: a folder has this name"),
+        (lambda: check_file(tmp_path / "file" / "x", option="--out"), "--out .*file is a file"),
+        (lambda: check_folder(tmp_path / "file", option="--report"), "--report .*file is a file"),
+        (lambda: check_folder(Path("/proc/x"), option="--report"), "can be written into /proc"),
+    ):
+        with pytest.raises(ResourceError, match=said):
+            refused()
+    with pytest.raises(ConfigError, match=r"--plot .*\.png, \.pdf or \.svg"):
+        check_picture(tmp_path / "one.gif", option="--plot")
+    assert sorted(tmp_path.rglob("*")) == before

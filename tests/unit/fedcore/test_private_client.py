@@ -14,6 +14,7 @@ from fedcore.client_app import DurableLedger, client_app
 from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
+from fedcore.observability.words import epsilon_text
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.ledger import NO_OTHER_RUNS, read_ledger
 from fedcore.seeds import SystemEntropy
@@ -82,7 +83,7 @@ def test_epsilon_adds_up_over_rounds_until_the_client_declines() -> None:
     assert spent == sorted(set(spent))
     assert spent[-1] <= 8
     said = refused(reply, DECLINED)
-    assert f"client 'anna' has spent epsilon {spent[-1]:.2f} of 8" in said
+    assert f"client 'anna' has spent epsilon {epsilon_text(spent[-1])} of 8" in said
     assert len(read_ledger(node).charges) == len(spent)
 
 
@@ -142,7 +143,7 @@ def test_a_loss_that_fails_under_privacy_sends_noise_as_planned(
     assert set(update.metrics) == {EPSILON}
     assert update.num_examples == COUNT
     assert [charge.round for charge in read_ledger(node).charges] == [1]
-    assert f"{COUNT} examples had no finite gradient" in caplog.text
+    assert f"{COUNT} examples of its batches had no finite gradient" in caplog.text
 
 
 @pytest.mark.parametrize("spoilt", ["nan", "label", "odd shape", "unreadable"])

@@ -78,7 +78,7 @@ def run(
         grid=InProcessGrid(1, NODES, handle),
         chosen=make_strategy(strategy, {}, cohort=5, size=3),
         cohort=5,
-        primary=ACCURACY,
+        metrics=(ACCURACY,),
         randomness=Simulated(0),
         judge=lambda model: {"accuracy": next(scores)},
         on_round=lambda record: None,

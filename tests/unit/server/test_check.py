@@ -7,7 +7,7 @@ import pytest
 
 from fedcore.errors import ConfigError, TaskError
 from fedcore.scaffold import KINDS, write_scaffold
-from server.check import Finding, check_task, print_findings
+from server.check import Finding, check_task, print_finding, print_findings
 
 STEPS = [
     *("clients", "client data", "model", "schema", "loss", "training"),
@@ -186,6 +186,22 @@ def test_findings_are_printed_a_line_each(capsys: pytest.CaptureFixture[str]) ->
         "FAIL export       bad [0.30 s]",
         "This task would fail.",
     ]
+
+
+def test_findings_are_told_as_soon_as_there_are_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[tuple[Finding, str]] = []
+
+    def tell(finding: Finding) -> None:
+        print_finding(finding)
+        told.append((finding, capsys.readouterr().out))
+
+    findings = check_task(write(tmp_path), client=None, tell=tell)
+    assert [finding for finding, _ in told] == findings
+    assert all(f" {finding.step} " in line for finding, line in told)
+    assert print_findings(findings, as_json=False, told=True) == 0
+    assert capsys.readouterr().out == "This task is ready.\n"
 
 
 def test_findings_are_one_json_object_for_machines(capsys: pytest.CaptureFixture[str]) -> None:

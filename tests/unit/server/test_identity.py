@@ -53,6 +53,15 @@ def test_workers_may_change(folder: Path) -> None:
     check_same(folder, made(folder), now)
 
 
+def test_a_setting_that_an_earlier_version_lacked_is_its_default(folder: Path) -> None:
+    before = made(folder)
+    del before["run"]["federation"]["max_update_norm"]
+    assert changes(before, made(folder)) == []
+    assert changes(before, made(folder, federation={"max_update_norm": 2.0})) == [
+        "federation.max_update_norm (None then, 2.0 now)"
+    ]
+
+
 def test_another_run_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"seed \(0 then, 1 now\)"):
         check_same(folder / "checkpoint", made(folder), made(folder, seed=1))

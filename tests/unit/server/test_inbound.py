@@ -7,22 +7,29 @@ import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
 
+from fedcore.config import RunConfig
+from fedcore.errors import ResourceError
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import FileArray
-from server.inbound import Tally, accepted, fold, hold
+from server.expected import asked_to_train
+from server.inbound import Intake, Tally, accepted, fold, hold
 from server.journal import create, reopen
+from server.live.journal_keeper import JournalKeeper
 
 SIZE = 1_000_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
 NODES = (4, 5, 6)
+RUN = RunConfig.model_validate({"name": "run", "task": "task.py"})
+INTAKE = Intake(asked_to_train(RUN, LAYOUT))
 MB = 1_000_000
 
 
@@ -69,7 +76,7 @@ def test_updates_in_files_are_added_up_by_pieces(traced: None) -> None:
     tally, replies = Tally(len(NODES)), [reply(node) for node in NODES]
     base = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    mean = fold(accepted(iter(replies), LAYOUT, tally, first=3), LAYOUT, tally, uniform=False)
+    mean = fold(accepted(iter(replies), INTAKE, tally, first=3), LAYOUT, tally, uniform=False)
     assert risen_mb(base) < 8 * SIZE / MB + 3, "more than the sum and some pieces were held"
     expected = np.average([weights(node) for node in NODES], axis=0, weights=NODES)
     assert np.abs(mean.mean() - expected).max() < 1e-6
@@ -81,7 +88,7 @@ def test_an_update_in_a_file_that_is_not_finite_counts_as_failed() -> None:
     wrong = weights(5)
     wrong[-1] = np.inf
     tally = Tally(len(NODES))
-    taken = accepted(iter([reply(4), reply(5, wrong)]), LAYOUT, tally, first=3)
+    taken = accepted(iter([reply(4), reply(5, wrong)]), INTAKE, tally, first=3)
     mean = fold(taken, LAYOUT, tally, uniform=True)
     assert (mean.count, tally.updates, tally.failed) == (1, 1, 1)
     assert np.abs(mean.mean() - weights(4)).max() < 1e-6
@@ -92,7 +99,7 @@ def test_what_is_held_for_a_strategy_is_held_once_and_no_file_with_it(traced: No
     files = [message.content[ARRAYS][MODEL].file for message in replies]  # type: ignore[index]
     tally, base = Tally(len(NODES)), tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    held = hold(accepted(iter(replies), LAYOUT, tally, first=3), tally, uniform=False)
+    held = hold(accepted(iter(replies), INTAKE, tally, first=3), tally, uniform=False)
     gc.collect()
     assert risen_mb(base) < (len(NODES) + 1) * 4 * SIZE / MB
     assert all(file.closed for file in files)
@@ -128,8 +135,40 @@ def test_what_a_client_says_of_its_failure_is_one_line_of_words() -> None:
     said = "bad\n2026-01-01T00:00:00Z INFO device d2: forged\x1b[31m" + "x" * 10_000
     tally = Tally(1)
     refusal = Message(Error(1100, said), reply_to=asked(4))
-    assert list(accepted(iter([refusal]), LAYOUT, tally, first=1)) == []
+    assert list(accepted(iter([refusal]), INTAKE, tally, first=1)) == []
     (reason,) = tally.reasons
     assert reason.startswith("bad 2026-01-01T00:00:00Z INFO device d2: forged")
     assert reason.isprintable()
     assert len(reason) <= 2000
+
+
+def test_an_update_that_is_lost_after_it_was_kept_is_this_machines_fault(tmp_path: Path) -> None:
+    with closing(create(tmp_path, {})) as journal:
+        keeper = JournalKeeper(
+            journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+        )
+        tally = Tally(1)
+        taken = list(accepted(iter([reply(4)]), replace(INTAKE, keeper=keeper), tally, first=1))
+        for path in (tmp_path / "values").iterdir():
+            path.unlink()
+        with pytest.raises(ResourceError, match=r"cannot be read .*go on with --resume"):
+            fold(taken, LAYOUT, tally, uniform=True)
+        assert tally.updates == 0
+
+
+def test_updates_that_wait_in_the_journal_take_no_descriptors(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with closing(create(tmp_path, {})) as journal:
+        keeper = JournalKeeper(
+            journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+        )
+        before, tally = descriptors(), Tally(5)
+        replies = (reply(node) for node in range(4, 9))
+        taken = list(accepted(replies, replace(INTAKE, keeper=keeper), tally, first=5))
+        assert descriptors() == before
+        mean = fold(taken, LAYOUT, tally, uniform=True)
+    assert (
+        np.abs(mean.mean() - np.mean([weights(node) for node in range(4, 9)], axis=0)).max() < 1e-6
+    )

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from fedcore.task import Task
 from fedcore.updates.messages import ARRAYS, METRICS, NUM_EXAMPLES
 from server.cloud import CloudData
 from server.normalisation import normalise
+from server.progress import Nameless
 
 CLIENTS = ["anna", "ben", "carl"]
 Handler = Callable[[Message], Message]
@@ -72,11 +73,17 @@ def clients(run: RunConfig) -> Handler:
 
 
 def fitted(
-    run: RunConfig, *, cloud: CloudData | None = None, handle: Handler | None = None
+    run: RunConfig,
+    *,
+    cloud: CloudData | None = None,
+    handle: Handler | None = None,
+    nodes: Sequence[int] = (10, 11, 12),
+    notes: list[str] | None = None,
 ) -> FullModel:
     assume_identity(1)
     model = build_model(TASK, run)
-    normalise(run, model, InProcessGrid(1, [10, 11, 12], handle or clients(run)), cloud)
+    grid = InProcessGrid(1, nodes, handle or clients(run))
+    normalise(run, model, grid, cloud, Nameless(), notes.append if notes is not None else print)
     return model
 
 
@@ -182,7 +189,7 @@ def test_sums_that_cannot_be_used_are_left_out(bad: Handler) -> None:
 def test_too_few_answers_end_the_run_with_a_reason() -> None:
     run = make_run("federated", quorum=0.8)
     with pytest.raises(
-        RoundFailed, match=r"2 of 3 clients sent their sums.*First: client 'ben': no"
+        RoundFailed, match=r"2 of 3 clients sent sums that can be used.*First: client 'ben': no"
     ):
         fitted(run, handle=one_bad(failing, answer(GOOD, GOOD)))
 
@@ -190,3 +197,75 @@ def test_too_few_answers_end_the_run_with_a_reason() -> None:
 def test_squares_that_rounding_took_below_the_mean_do_not_make_nan() -> None:
     model = fitted(make_run("federated"), handle=answer(np.full(4, 10.0), np.full(4, 10.0 - 1e-14)))
     assert standardise_of(model).deviation.tolist() == [1.0] * 4
+
+
+def likely(node: int) -> Handler:
+    """Sums of 100 examples around ``node`` / 10, of deviation one."""
+    mean = np.full(4, node / 10)
+    return answer(100 * mean, 100 * (1 + mean**2), 100)
+
+
+def with_liar(liar: Handler, count: int) -> Handler:
+    def handle(message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        return (liar if node == 10 + count - 1 else likely(node))(message)
+
+    return handle
+
+
+LIARS: dict[str, Handler] = {
+    "1e300": answer(np.full(4, 1e300), np.full(4, 1e300), 100),
+    "infinite after adding": answer(np.full(4, 1.7e308), np.full(4, 1.7e308), 2**31 - 1),
+    "negative squares": answer(np.zeros(4), np.full(4, -5.0), 100),
+    "sums larger than squares allow": answer(np.full(4, 1e6), np.full(4, 1.0), 100),
+    "one row of 1e20": answer(np.full(4, 1e20), np.full(4, 1e40), 100),
+}
+
+
+@pytest.mark.parametrize("name", LIARS)
+def test_sums_that_no_inputs_have_are_refused(name: str) -> None:
+    nodes = range(10, 14)
+    run = make_run("federated", quorum=0.7)
+    part = standardise_of(fitted(run, handle=with_liar(LIARS[name], 4), nodes=nodes))
+    assert torch.allclose(part.mean, torch.tensor(1.1))
+    assert part.deviation.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-999_999.0, 1e6, 1e11])
+def test_one_whose_inputs_are_far_from_all_others_is_left_out_and_named(value: float) -> None:
+    """One row of a hundred with a value that stands for "missing"."""
+    notes: list[str] = []
+    liar = answer(np.full(4, 50 + value), np.full(4, 100 + value**2), 100)
+    run = make_run("federated", quorum=0.7)
+    model = fitted(run, handle=with_liar(liar, 10), nodes=range(10, 20), notes=notes)
+    part = standardise_of(model)
+    assert part.mean.abs().max() < 2
+    assert part.deviation.max() < 2
+    assert len(notes) == 1
+    assert "without the inputs of node 19" in notes[0]
+
+
+def test_clients_of_different_kinds_are_all_counted() -> None:
+    notes: list[str] = []
+    fitted(make_run("federated"), notes=notes)
+    assert notes == []
+
+
+def test_one_who_claims_most_of_the_examples_does_not_decide_alone() -> None:
+    notes: list[str] = []
+    count = 2**31 - 1
+    liar = answer(np.full(4, 20.0 * count), np.full(4, 500.0 * count), count)
+    run = make_run("federated", quorum=0.7)
+    model = fitted(run, handle=with_liar(liar, 10), nodes=range(10, 20), notes=notes)
+    assert standardise_of(model).mean.abs().max() < 2
+    assert "without the inputs of node 19" in notes[0]
+
+
+def test_one_who_has_most_of_the_examples_and_is_like_the_others_counts_in_full() -> None:
+    notes: list[str] = []
+    large = answer(np.full(4, 1.5e6), np.full(4, 1e6 * (1 + 1.5**2)), 10**6)
+    model = fitted(
+        make_run("federated"), handle=with_liar(large, 10), nodes=range(10, 20), notes=notes
+    )
+    assert notes == []
+    assert torch.allclose(standardise_of(model).mean, torch.tensor(1.5), atol=1e-3)

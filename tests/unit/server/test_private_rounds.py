@@ -107,7 +107,7 @@ class Story:
             grid=InProcessGrid(1, NODES, handle),
             chosen=make_strategy(strategy, {}, cohort=size, size=3),
             cohort=size,
-            primary=ACCURACY,
+            metrics=(ACCURACY,),
             randomness=randomness,
             judge=None,
             on_round=self.records.append,

@@ -30,8 +30,8 @@ from flwr.app import (
 
 from fedcore.crypto.keys import new_key
 from fedcore.updates.messages import weights_record
-from fedcore.updates.pack import Layout
-from server.inbound import Tally, accepted
+from fedcore.updates.replies import Asked, Form, Range
+from server.inbound import Intake, Tally, accepted
 from server.live.limits import Limits
 
 COUNT = int(os.environ.get("FEDCORE_HOSTILE", "40"))
@@ -41,7 +41,7 @@ PATIENCE_S = 60.0 + COUNT
 pytestmark = pytest.mark.timeout(300 + COUNT)
 BATCH = 8
 SIZE = 7
-LAYOUT = Layout(("weights",), ((SIZE,),))
+INTAKE = Intake(Asked("train", {"train_loss": Range()}, {"model": Form("float32", (SIZE,))}))
 WIDE = Limits(calls_per_s=1e6, burst=10**6)
 
 Forge = Callable[[Any, Message, RecordDict, random.Random], None]
@@ -132,9 +132,42 @@ def malformed(one: Any, reply: Message, asked: RecordDict, rng: random.Random) -
     one.sign(reply, asked)
 
 
+def not_asked_for(one: Any, reply: Message, asked: RecordDict, rng: random.Random) -> None:
+    """A whole update, and more than was asked for; names that no text holds; another message."""
+    content, kind = reply.content, rng.randrange(9)
+    arrays, metrics = content["arrays"], content["metrics"]
+    extra = Array(np.ones(SIZE, np.float32))
+    if kind == 0:
+        metrics.update({f"metric {place}": 1.0 for place in range(3000)})
+    elif kind == 1:
+        arrays.update({f"array {place}": extra for place in range(300)})
+    elif kind == 2:
+        metrics["train_loss"] = rng.choice([1.7e308, -1e300, 1e19])
+    elif kind == 3:
+        metrics["\x1b]0;title\x07\n2026-01-01 INFO forged"] = 1.0
+    elif kind == 4:
+        content["more"] = ConfigRecord({"a": b"x" * 10_000})
+    elif kind == 5:
+        metrics["train_loss"] = [0.5] * 100
+    if kind < 6:
+        one.sign(reply, asked)
+        return
+    if kind == 6:
+        one.sign(reply, asked)
+        reply.metadata.__dict__["_message_type"] = rng.choice(["evaluate", "query.x"])
+        return
+    if kind == 7:
+        arrays["a\ud800"] = extra
+    else:
+        extra.dtype = "a\ud800"
+        arrays["model"] = extra
+    content["envelope"] = ConfigRecord({"envelope": b"no text of this can be signed"})
+
+
 FOREIGN_KEY: EllipticCurvePrivateKey = new_key()
 CLASSES: dict[str, Forge] = {
-    forge.__name__: forge for forge in (unsigned, forged, cross_node, stale, malformed)
+    forge.__name__: forge
+    for forge in (unsigned, forged, cross_node, stale, malformed, not_asked_for)
 }
 
 
@@ -156,8 +189,8 @@ class Round:
 
         def collect() -> None:
             replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
-            for reply, found in accepted(replies, LAYOUT, tally, first=len(rogues)):
-                assert np.isfinite(found.whole().weights).all()
+            for reply, found in accepted(replies, INTAKE, tally, first=len(rogues)):
+                assert np.isfinite(found.update().weights).all()
                 taken.append(reply.metadata.src_node_id)
 
         thread = threading.Thread(target=collect)
@@ -325,7 +358,7 @@ def test_a_client_weighs_what_it_enrolled_with(project: Any, served: Any, rogue:
         def collect(messages: Any = messages, grid: Any = grid, found: Any = found) -> None:
             replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
             tally = Tally(len(messages))
-            for _, update in accepted(replies, LAYOUT, tally, first=len(messages)):
+            for _, update in accepted(replies, INTAKE, tally, first=len(messages)):
                 found.append(update.num_examples)
 
         thread = threading.Thread(target=collect)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,64 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import RecordDict
 
 from edge_client.node import ledger_commands
-from edge_client.node.ledger import DeviceLedger
-from edge_client.node.ledger_book import LEDGER, MARK, count_path
-from edge_client.node.ledger_export import check_export
+from edge_client.node.ledger_book import COUNT, LEDGER, MARK
 from edge_client.node.state import own
-from fedcore.cli import Command
-from fedcore.config import Privacy, RunConfig
-from fedcore.crypto.keys import fingerprint, new_key, public_bytes, save_key
-from fedcore.errors import ConfigError, DataError, PrivacyError, ResourceError, SignatureInvalid
-from fedcore.owner import OwnerPolicy
-from fedcore.privacy.accounting import Charge, epsilon_of
-from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
-
-DELTA = 1e-6
-OWNER = f"max_epsilon = 8.0\ntarget_delta = {DELTA}\n"
-
-
-class Site:
-    """A device with charges on disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.kit, self.state = root, root / "kit", root / "kit" / "device"
-        self.kit.mkdir()
-        key = new_key()
-        save_key(self.kit / "key.pem", key)
-        self.public = public_bytes(key)
-        self.owner = root / "owner.toml"
-        self.owner.write_text(OWNER)
-        counted = count_path(self.public, os.environ)
-        assert counted is not None
-        self.counted = counted
-
-    def charge(self, run: str, times: int, noise: float = 1.2) -> None:
-        privacy = Privacy(unit="example", max_epsilon=1e6)
-        config = RunConfig(name=run, task="task.py", privacy=privacy)
-        with own(self.state) as folder:
-            ledger = DeviceLedger(
-                folder, self.kit / MARK, self.counted, config, OwnerPolicy(), None
-            )
-            state = folder.state(run)
-            ledger.open(state)
-            for _ in range(times):
-                before = ledger_in(state).charges
-                new = Charge(len(before) + 1, noise, 1 / 10, 10)
-                put_ledger(state, Ledger((*before, new)))
-                ledger.keep(state)
-                folder.keep(run, state, f"{run}{len(before)}", RecordDict())
-
-    def files(self) -> dict[Path, bytes]:
-        every = [*self.root.rglob("*"), *self.counted.parent.rglob("*")]
-        return {path: path.read_bytes() for path in every if path.is_file()}
-
-    def run(self, command: Command, *words: object) -> int:
-        parser = argparse.ArgumentParser()
-        command.arguments(parser)
-        return command.run(parser.parse_args([str(word) for word in words]))
+from fedcore.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    PrivacyError,
+    ResourceError,
+)
+from fedcore.observability.words import epsilon_floor_text, epsilon_text
+from tests.unit.edge_client.node.sites import DELTA, OWNER, Site, epsilon
 
 
 @pytest.fixture
@@ -79,11 +33,6 @@ def site(tmp_path: Path) -> Site:
     made.charge("digits", 3)
     made.charge("wards", 20, noise=2.0)
     return made
-
-
-def epsilon(count: int, noise: float, delta: float = 1e-5, more: int = 0) -> float:
-    charges = [Charge(1, noise, 0.1, 10)] * count + [Charge(1, 2.0, 0.1, 10)] * more
-    return epsilon_of(charges, target_delta=delta, accountant="rdp")
 
 
 def test_show_tells_runs_rounds_totals_and_what_fits(
@@ -95,10 +44,12 @@ def test_show_tells_runs_rounds_totals_and_what_fits(
     said = capsys.readouterr().out
     assert site.files() == before
     whole = epsilon(3, 1.2, DELTA, more=20)
-    assert f"run digits: epsilon {epsilon(3, 1.2):.3f} at delta 1e-05" in said
-    assert f"      3      10           0.1   1.2       {epsilon(3, 1.2):.3f}" in said
+    digits, left_text = epsilon_text(epsilon(3, 1.2)), epsilon_floor_text(8 - whole)
+    assert f"run digits: epsilon {digits} at delta 1e-05" in said
+    assert f"      3      10           0.1   1.2       {digits}" in said
     assert "... 8 more; --json has them all" in said
-    assert f"device, all runs: epsilon {whole:.3f} at delta 1e-06; {8 - whole:.3f} of 8" in said
+    told = f"device, all runs: epsilon {epsilon_text(whole)} at delta 1e-06; {left_text} of 8"
+    assert told in said
 
     assert site.run(ledger_commands.show, *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -130,6 +81,27 @@ def test_where_the_ledger_is_must_be_said_and_be_there(site: Site) -> None:
         site.run(ledger_commands.verify, "--state", site.root / "nosuch")
 
 
+@pytest.mark.parametrize(("verb", "option"), [("show", "--plot"), ("export", "--out")])
+def test_where_a_result_goes_is_looked_at_before_any_work(
+    site: Site, verb: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--kit", site.kit, "--accountant", "rdp", option)
+    made = site.root / "new" / "deep" / "result.png"
+    assert site.run(getattr(ledger_commands, verb), *words, made) == 0
+    made.write_bytes(b"old")
+    assert site.run(getattr(ledger_commands, verb), *words, made) == 0
+    assert made.read_bytes() != b"old"
+
+    def work(*_: Any) -> Any:
+        raise AssertionError("the ledger was read")
+
+    monkeypatch.setattr(ledger_commands, "_find", work)
+    (site.root / "folder.png").mkdir()
+    for where, said in ((site.root / "folder.png", "a folder"), (made / "in.png", "is a file")):
+        with pytest.raises(ResourceError, match=said):
+            site.run(getattr(ledger_commands, verb), *words, where)
+
+
 def test_a_named_data_set_has_a_line_of_its_own(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,8 +121,10 @@ def test_a_plot_is_a_picture(site: Site, monkeypatch: pytest.MonkeyPatch) -> Non
     words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp", "--plot")
     assert site.run(ledger_commands.show, *words, site.root / "plot.png") == 0
     assert (site.root / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="expected the name of a PNG file"):
-        site.run(ledger_commands.show, *words, site.root / "plot.svg")
+    assert site.run(ledger_commands.show, *words, site.root / "made" / "plot.SVG") == 0
+    assert b"<svg" in (site.root / "made" / "plot.SVG").read_bytes()
+    with pytest.raises(ConfigError, match=r"ends in \.png, \.pdf or \.svg"):
+        site.run(ledger_commands.show, *words, site.root / "plot.gif")
     importing = builtins.__import__
 
     def without(name: str, *more: Any) -> Any:
@@ -237,51 +211,72 @@ def test_verify_says_what_is_damaged_and_what_is_mended(
     found = json.loads(capsys.readouterr().out)
     assert bool(found["problems"]) == (code == 5)
     assert site.run(ledger_commands.show, "--kit", site.kit) == code
+    if code == 5:
+        assert told in capsys.readouterr().out
+        assert site.run(ledger_commands.export, "--kit", site.kit, "--out", tmp_path / "out") == 5
+        assert told in capsys.readouterr().out
 
 
-def test_an_export_is_signed_and_can_be_computed_anew(
+def test_a_damaged_ledger_says_so_with_its_figures(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = site.root / "export.json"
-    before = site.files()
-    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp", "--out", out)
-    assert site.run(ledger_commands.export, *words) == 0
-    assert {path: raw for path, raw in site.files().items() if path != out} == before
-    checked = check_export(out.read_bytes(), where="export", expected=site.public)
-    assert checked.signer == fingerprint(site.public)
-    assert checked.ledger.device.epsilon == pytest.approx(epsilon(3, 1.2, DELTA, more=20))
-    assert checked.ledger.composed["digits"].epsilon == pytest.approx(epsilon(3, 1.2))
-    capsys.readouterr()
-    assert site.run(ledger_commands.verify, "--export", out, "--kit", site.kit) == 0
-    assert "23 charges come to epsilon" in capsys.readouterr().out
-    assert site.run(ledger_commands.verify, "--export", out, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["signer"] == fingerprint(site.public)
+    (site.state / LEDGER).unlink()
+    (site.state / "state" / "wards.state").write_bytes(b"\xff")
+    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp")
+    assert site.run(ledger_commands.show, *words) == PrivacyError.exit_code
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("damaged: ")
+    assert "wards.state" in lines[0]
+    least = epsilon_text(epsilon(3, 1.2))
+    assert f"run digits: epsilon at least {least} at delta 1e-05" in lines
+    assert lines[-1].startswith("device, all runs: epsilon at least ")
+    assert lines[-1].endswith("; what is left of 8 is not known")
+    assert "room for" not in said.out
+    assert "named on standard output" in said.err
+
+    assert site.run(ledger_commands.show, *words, "--json") == PrivacyError.exit_code
+    told = json.loads(capsys.readouterr().out)
+    assert told["damaged"]
+    assert any("wards.state" in one for one in told["problems"])
+    assert [(one["left"], one["whole"]) for one in told["totals"]] == [(None, False)]
+    assert [run["rounds_left"] for run in told["runs"]] == [None]
 
 
-def test_an_export_that_was_changed_is_refused(
-    site: Site, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+def test_a_ledger_of_which_nothing_can_be_read_is_not_called_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert site.run(ledger_commands.export, "--kit", site.kit, "--accountant", "rdp") == 0
-    raw = capsys.readouterr().out
+    (tmp_path / LEDGER).write_text("{")
+    assert site_free_show(tmp_path) == PrivacyError.exit_code
+    said = capsys.readouterr().out
+    assert "Nothing was charged" not in said
+    assert "what was spent is not known" in said
+    assert said.startswith("damaged: ")
+
+
+def site_free_show(state: Path) -> int:
+    parser = argparse.ArgumentParser()
+    ledger_commands.show.arguments(parser)
+    return ledger_commands.show.run(parser.parse_args(["--state", str(state)]))
+
+
+@pytest.mark.parametrize("verb", ["show", "verify", "export"])
+def test_the_folder_of_another_kit_is_not_looked_at_as_this_ones(
+    site: Site, tmp_path_factory: pytest.TempPathFactory, verb: str
+) -> None:
+    with own(site.state) as folder:
+        folder.note_let_in(site.public)
     other = Site(tmp_path_factory.mktemp("other"))
-    with pytest.raises(SignatureInvalid, match="It is not this device's ledger"):
-        check_export(raw.encode(), where="export", expected=other.public)
-    for was, is_now in (('"steps": 10', '"steps": 9'), ('"round": 1', '"round": 2')):
-        with pytest.raises(SignatureInvalid, match="the signature does not hold"):
-            check_export(raw.replace(was, is_now, 1).encode(), where="export")
-    unsigned = json.loads(raw) | {"key": "", "signature": ""}
-    assert check_export(json.dumps(unsigned).encode(), where="export").signer == ""
-    with pytest.raises(SignatureInvalid, match="signed by nobody"):
-        check_export(json.dumps(unsigned).encode(), where="export", expected=site.public)
-    unsigned["ledger"]["device"]["epsilon"] /= 2
-    with pytest.raises(PrivacyError, match="the charges of the device come to epsilon"):
-        check_export(json.dumps(unsigned).encode(), where="export")
-    del unsigned["ledger"]["composed"]["digits"]
-    with pytest.raises(PrivacyError, match="are not those that were composed"):
-        check_export(json.dumps(unsigned).encode(), where="export")
-    for nonsense in (b"", b"{}", b"[]", b"\xff"):
-        with pytest.raises(PrivacyError, match="no ledger that"):
-            check_export(nonsense, where="export")
+    other.charge("digits", 30)
+    before = site.files() | other.files()
+    words = ("--kit", other.kit, "--state", site.state)
+    with pytest.raises(DeviceError, match="--kit") as refused:
+        site.run(getattr(ledger_commands, verb), *words)
+    assert refused.value.exit_code == 11
+    assert not any(name in str(refused.value) for name in (MARK, COUNT, LEDGER))
+    assert "name this device's own folder with --state" in str(refused.value)
+    assert site.files() | other.files() == before
+    assert site.run(getattr(ledger_commands, verb), "--kit", site.kit) == 0
 
 
 def test_the_verbs_are_found_without_torch_or_flower() -> None:
@@ -291,3 +286,26 @@ def test_the_verbs_are_found_without_torch_or_flower() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_messages_advise_of_a_damaged_file_mends_the_ledger(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`docs/faults.md` and `docs/deployment.md` send people there."""
+    whole = {path: raw for path, raw in site.files().items() if path != site.owner}
+    damaged = (site.state / LEDGER, site.kit / MARK, site.state / "state" / "wards.state")
+    for path in damaged:
+        path.write_bytes(b"\xff")
+        assert site.run(ledger_commands.verify, "--kit", site.kit) == PrivacyError.exit_code
+        said = capsys.readouterr().out
+        assert str(path) in said
+        assert "remove it" in said
+        with pytest.raises((DataError, PrivacyError), match="remove it"):
+            site.charge("digits", 1)
+        assert site.files()[path] == b"\xff"
+        path.unlink()
+        site.charge("digits", 0)
+        site.charge("wards", 0)
+        assert site.run(ledger_commands.verify, "--kit", site.kit) == 0
+        assert "23 charges of 2 runs, and all agrees" in capsys.readouterr().out
+        assert {one for one in whole if one not in site.files()} <= {path}

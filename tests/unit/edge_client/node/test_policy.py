@@ -13,6 +13,7 @@ from edge_client.node.policy import (
     Power,
     Surroundings,
     check_task,
+    hours_left_s,
     limit_gpu,
     read_power,
     reason_to_rest,
@@ -60,6 +61,23 @@ def test_the_owners_hours(hours: tuple[str, ...], moment: tuple[int, int], withi
     assert (reason is None) == within
     if reason:
         assert f"{moment[0]:02}:{moment[1]:02}" in reason
+
+
+@pytest.mark.parametrize(
+    ("hours", "moment", "left_s"),
+    [
+        (None, (12, 0), None),
+        (("08:00-08:00",), (3, 0), None),
+        (("22:00-06:00",), (23, 30), 6.5 * 3600),
+        (("09:00-17:00",), (16, 59), 60.0),
+        (("09:00-17:00",), (17, 0), 0.0),
+        (("09:00-12:00", "12:00-13:00"), (11, 0), 2 * 3600.0),
+    ],
+)
+def test_how_long_the_owners_hours_go_on(
+    hours: tuple[str, ...] | None, moment: tuple[int, int], left_s: float | None
+) -> None:
+    assert hours_left_s(OwnerPolicy(hours=hours), at(*moment)) == left_s
 
 
 @pytest.mark.parametrize("hours", ["24:00-06:00", "9-17", "09:60-10:00", "09:00"])

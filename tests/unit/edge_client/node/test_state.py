@@ -174,13 +174,15 @@ def test_a_folder_knows_whose_it_is(tmp_path: Path) -> None:
         assert folder.let_in_before(b"anna")
         with pytest.raises(DeviceError, match="keeps the replies and the ledger of the identity"):
             folder.let_in_before(b"ben")
+        with pytest.raises(DeviceError, match="Nothing was read; name this device's own folder"):
+            folder.belongs_to(b"ben", so="Nothing was read")
         assert folder.reply("key", folder.state("run")) is not None
 
 
 def test_what_whose_folder_it_is_cannot_be_read_is_not_guessed(tmp_path: Path) -> None:
     with own(tmp_path / "device") as folder:
         (folder.path / "identity.json").write_text("{}")
-        with pytest.raises(DeviceError, match="unreadable"):
+        with pytest.raises(DeviceError, match="an identity that cannot be read"):
             folder.let_in_before(b"anna")
 
 

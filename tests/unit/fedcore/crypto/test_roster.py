@@ -13,16 +13,20 @@ from fedcore.crypto.certificates import pem
 from fedcore.crypto.keys import fingerprint, new_key, public_bytes
 from fedcore.crypto.roster import (
     ROSTER,
-    SEEN,
     Entry,
     Member,
     Roster,
     RosterFile,
     load_server_identity,
     parse_roster,
-    seen_version,
 )
-from fedcore.errors import CertificateRefused, DataError, RollbackRefused, TrustError
+from fedcore.crypto.roster_seen import SEEN, seen_version
+from fedcore.errors import (
+    CertificateRefused,
+    DataError,
+    RollbackRefused,
+    TrustError,
+)
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +50,10 @@ class Clock:
         return self.now
 
 
-def write(folder: Path, version: int, *entries: Entry) -> Path:
+def write(folder: Path, project: Any, version: int, *entries: Entry) -> Path:
     new = folder / "new"
-    new.write_bytes(RosterFile(version=version, members=entries).to_bytes())
+    file = RosterFile(version=version, members=entries).signed(project.key)
+    new.write_bytes(file.to_bytes())
     return new.replace(folder / ROSTER)
 
 
@@ -63,7 +68,7 @@ def revoked(entry: Entry, now: datetime) -> Entry:
 def test_a_member_is_found_by_key_or_fingerprint(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
-    roster = open_roster(write(tmp_path, 1, *entries[:2]), project)
+    roster = open_roster(write(tmp_path, project, 1, *entries[:2]), project)
     public = public_bytes(keys[0])
     member = roster.member(public)
     assert member == roster.member(fingerprint(public))
@@ -79,8 +84,8 @@ def test_a_member_is_found_by_key_or_fingerprint(
 def test_revocation_takes_effect_without_a_restart(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
-    roster = open_roster(write(tmp_path, 1, *entries), project)
-    write(tmp_path, 2, revoked(entries[0], now), *entries[1:])
+    roster = open_roster(write(tmp_path, project, 1, *entries), project)
+    write(tmp_path, project, 2, revoked(entries[0], now), *entries[1:])
     assert roster.member(public_bytes(keys[0])) is None
     assert roster.member(public_bytes(keys[1])) is not None
     assert [member.name for member in roster.members()] == ["edge-1", "edge-2"]
@@ -90,9 +95,9 @@ def test_revocation_takes_effect_without_a_restart(
 def test_who_is_added_is_let_in_without_a_restart(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry]
 ) -> None:
-    roster = open_roster(write(tmp_path, 1), project)
+    roster = open_roster(write(tmp_path, project, 1), project)
     assert roster.members() == ()
-    write(tmp_path, 2, entries[0])
+    write(tmp_path, project, 2, entries[0])
     assert roster.member(public_bytes(keys[0])) is not None
 
 
@@ -100,7 +105,7 @@ def test_an_expired_member_is_out(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
     clock = Clock(now)
-    roster = open_roster(write(tmp_path, 1, *entries), project, clock)
+    roster = open_roster(write(tmp_path, project, 1, *entries), project, clock)
     clock.now = now + timedelta(days=90, minutes=10)
     assert roster.member(public_bytes(keys[0])) is not None
     clock.now += timedelta(seconds=1)
@@ -111,9 +116,10 @@ def test_an_expired_member_is_out(
 def test_a_damaged_file_changes_nothing_until_it_is_whole(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
-    path = write(tmp_path, 1, *entries)
+    path = write(tmp_path, project, 1, *entries)
     roster = open_roster(path, project)
-    whole = RosterFile(version=2, members=(revoked(entries[0], now), entries[1])).to_bytes()
+    members = (revoked(entries[0], now), entries[1])
+    whole = RosterFile(version=2, members=members).signed(project.key).to_bytes()
     for half in (whole[: len(whole) // 2], b"", b"garbage", b'{"version": 2}'):
         path.write_bytes(half)
         assert roster.member(public_bytes(keys[0])) is not None
@@ -130,8 +136,8 @@ def test_a_damaged_file_changes_nothing_until_it_is_whole(
 def test_an_older_list_lets_nobody_back_in(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
-    roster = open_roster(write(tmp_path, 2, revoked(entries[0], now)), project)
-    write(tmp_path, 1, entries[0])
+    roster = open_roster(write(tmp_path, project, 2, revoked(entries[0], now)), project)
+    write(tmp_path, project, 1, entries[0])
     assert roster.member(public_bytes(keys[0])) is None
     assert "version 1, and version 2 was in force" in str(roster.damage)
 
@@ -141,7 +147,7 @@ def test_a_list_that_is_damaged_from_the_start_starts_nothing(
 ) -> None:
     with pytest.raises(DataError, match=r"the roster does not exist\..*provision restore"):
         open_roster(tmp_path / ROSTER, project)
-    path = write(tmp_path, 1, *entries)
+    path = write(tmp_path, project, 1, *entries)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(TrustError, match="no whole roster"):
         open_roster(path, project)
@@ -151,10 +157,10 @@ def test_nobody_gets_in_whom_the_authority_did_not_certify(
     tmp_path: Path, project: Any, impostor: Any, entries: list[Entry]
 ) -> None:
     key = new_key()
-    path = write(tmp_path, 1, *entries)
+    path = write(tmp_path, project, 1, *entries)
     roster = open_roster(path, project)
     forged = pem(impostor.certify(key, "edge-9")).decode()
-    write(tmp_path, 2, *entries, Entry(certificate=forged))
+    write(tmp_path, project, 2, *entries, Entry(certificate=forged))
     assert roster.member(public_bytes(key)) is None
     assert "not issued by the authority" in str(roster.damage)
     with pytest.raises(CertificateRefused, match="not issued by"):
@@ -164,7 +170,7 @@ def test_nobody_gets_in_whom_the_authority_did_not_certify(
 def test_a_server_is_no_member(tmp_path: Path, project: Any) -> None:
     entry = Entry(certificate=pem(project.certify_server(new_key(), "localhost")).decode())
     with pytest.raises(TrustError, match="certificate of a server"):
-        open_roster(write(tmp_path, 1, entry), project)
+        open_roster(write(tmp_path, project, 1, entry), project)
 
 
 def test_one_key_is_one_identity_and_so_is_one_name(
@@ -175,12 +181,14 @@ def test_one_key_is_one_identity_and_so_is_one_name(
 
     for other in (again(keys[0], "edge-9"), again(new_key(), "edge-0"), entries[0]):
         with pytest.raises(TrustError, match="one key or one name"):
-            open_roster(write(tmp_path, 1, *entries, other), project)
+            open_roster(write(tmp_path, project, 1, *entries, other), project)
     # A key that was revoked counts for nobody, whatever else is listed; its name may be used again.
     with pytest.raises(TrustError, match="one key or one name"):
-        open_roster(write(tmp_path, 1, revoked(entries[0], now), again(keys[0], "edge-0")), project)
+        open_roster(
+            write(tmp_path, project, 1, revoked(entries[0], now), again(keys[0], "edge-0")), project
+        )
     fresh = again(new_key(), "edge-0")
-    roster = open_roster(write(tmp_path, 1, revoked(entries[0], now), fresh), project)
+    roster = open_roster(write(tmp_path, project, 1, revoked(entries[0], now), fresh), project)
     assert [member.name for member in roster.members()] == ["edge-0"]
 
 
@@ -188,7 +196,7 @@ def test_one_key_is_one_identity_and_so_is_one_name(
 def test_a_weight_is_within_its_cap(
     project: Any, entries: list[Entry], num_examples: object
 ) -> None:
-    raw = RosterFile(version=1, members=tuple(entries[:1])).to_bytes()
+    raw = RosterFile(version=1, members=tuple(entries[:1])).signed(project.key).to_bytes()
     text = str(num_examples).lower() if num_examples is True else repr(num_examples)
     changed = raw.replace(b'"num_examples": 600', f'"num_examples": {text}'.encode())
     assert changed != raw
@@ -199,7 +207,7 @@ def test_a_weight_is_within_its_cap(
 def test_only_what_is_new_is_verified(
     tmp_path: Path, project: Any, entries: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roster = open_roster(write(tmp_path, 1, *entries[:2]), project)
+    roster = open_roster(write(tmp_path, project, 1, *entries[:2]), project)
     seen: list[str] = []
     module = import_module("fedcore.crypto.roster")
     verify = module.subject_of
@@ -212,7 +220,7 @@ def test_only_what_is_new_is_verified(
     for _ in range(5):
         assert len(roster.members()) == 2
     assert seen == []  # the file is as it was
-    write(tmp_path, 2, *entries)
+    write(tmp_path, project, 2, *entries)
     assert len(roster.members()) == 3
     assert [where.rpartition(" ")[2] for where in seen] == ["2"]
 
@@ -220,7 +228,7 @@ def test_only_what_is_new_is_verified(
 def test_many_threads_see_whole_lists_while_they_change(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
-    roster = open_roster(write(tmp_path, 1, *entries), project)
+    roster = open_roster(write(tmp_path, project, 1, *entries), project)
     names: set[tuple[str, ...]] = set()
     errors: list[BaseException] = []
     done = threading.Event()
@@ -241,7 +249,7 @@ def test_many_threads_see_whole_lists_while_they_change(
             thread.start()
         for version in range(2, 40):
             first = revoked(entries[0], now) if version % 2 else entries[0]
-            write(tmp_path, version, first, *entries[1:])
+            write(tmp_path, project, version, first, *entries[1:])
     finally:
         done.set()
         for thread in threads:
@@ -281,15 +289,15 @@ def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
     def start() -> Roster:
         return Roster(tmp_path / ROSTER, pem(project.authority), seen=seen)
 
-    write(tmp_path, 4, *entries)
+    write(tmp_path, project, 4, *entries)
     roster = start()
     assert roster.member(public) is not None
-    write(tmp_path, 5, revoked(entries[0], now), *entries[1:])
+    write(tmp_path, project, 5, revoked(entries[0], now), *entries[1:])
     assert roster.member(public) is None
     assert seen_version(seen) == 5
     assert seen.stat().st_mode & 0o777 == 0o600
 
-    write(tmp_path, 4, *entries)  # while it runs, and after it was started anew
+    write(tmp_path, project, 4, *entries)  # while it runs, and after it was started anew
     assert roster.member(public) is None
     assert roster.damage is not None
     assert "version 4, and version 5 was in force" in roster.damage
@@ -297,10 +305,10 @@ def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
         start()
     assert seen_version(seen) == 5
 
-    write(tmp_path, 5, revoked(entries[0], now), *entries[1:])
+    write(tmp_path, project, 5, revoked(entries[0], now), *entries[1:])
     assert start().member(public) is None
     seen.unlink()  # what the message says to do where the newest is lost
-    write(tmp_path, 4, *entries)
+    write(tmp_path, project, 4, *entries)
     assert start().member(public) is not None
     assert seen_version(seen) == 4
 
@@ -309,7 +317,7 @@ def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
 def test_a_memory_that_cannot_be_read_stops_the_server(
     tmp_path: Path, project: Any, entries: list[Entry], raw: bytes
 ) -> None:
-    write(tmp_path, 4, *entries)
+    write(tmp_path, project, 4, *entries)
     (tmp_path / SEEN).write_bytes(raw)
     with pytest.raises(TrustError, match="does not tell which version of the roster"):
         Roster(tmp_path / ROSTER, pem(project.authority), seen=tmp_path / SEEN)
@@ -319,10 +327,10 @@ def test_a_revocation_is_in_force_even_where_it_cannot_be_remembered(
     tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    write(tmp_path, 4, *entries)
+    write(tmp_path, project, 4, *entries)
     roster = Roster(tmp_path / ROSTER, pem(project.authority), seen=tmp_path / SEEN)
     roster._seen = tmp_path / "file" / SEEN  # as where the disk is full by now
-    write(tmp_path, 5, revoked(entries[0], now), *entries[1:])
+    write(tmp_path, project, 5, revoked(entries[0], now), *entries[1:])
     assert roster.member(public_bytes(keys[0])) is None
     assert roster.damage is not None
     assert "cannot be written" in roster.damage

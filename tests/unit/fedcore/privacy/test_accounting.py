@@ -14,6 +14,7 @@ from fedcore.privacy import accounting
 from fedcore.privacy.accounting import (
     FILTER_ORDERS,
     FILTER_SHARE,
+    MAX_NOISE,
     MIN_NOISE,
     Accountant,
     Charge,
@@ -201,7 +202,7 @@ def test_there_is_a_bound_whatever_is_asked_for(
 
 def test_a_budget_is_exhausted_at_once_by_next_to_no_noise() -> None:
     privacy = Privacy(unit="example", max_epsilon=1e6)
-    with pytest.raises(BudgetExhausted, match="would take it to inf"):
+    with pytest.raises(BudgetExhausted, match="would take it to ∞"):
         charge(Ledger(), Charge(1, 1e-160, 0.5, 1), privacy, client="anna")
 
 
@@ -322,3 +323,28 @@ def test_a_budget_that_no_noise_keeps_is_refused_with_the_way_out() -> None:
         noise_for(
             max_epsilon=1e-9, target_delta=1e-12, sample_rate=1.0, steps=10**6, accountant="rdp"
         )
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@pytest.mark.parametrize("others", [(), (Charge(1, 2.0, 0.5, 3),)], ids=["alone", "filter"])
+def test_steps_that_no_float_holds_are_an_error_of_ours(
+    accountant: Accountant, others: tuple[Charge, ...]
+) -> None:
+    charges = [Charge(1, 1.0, 0.25, 10**400), *others]
+    with pytest.raises(PrivacyError, match="Nothing was trained"):
+        epsilon_of(charges, target_delta=1e-5, accountant=accountant)
+
+
+def test_a_run_too_long_for_the_numerical_accountant_has_the_other_bound() -> None:
+    long = [Charge(1, 1e3, 1e-6, 10**18)]
+    by = {one: epsilon_of(long, target_delta=1e-6, accountant=one) for one in ("prv", "rdp")}
+    assert 0 < by["prv"] == by["rdp"] < math.inf
+
+
+def test_noise_at_the_end_of_its_range_is_found() -> None:
+    noise = noise_for(
+        max_epsilon=0.01, target_delta=1e-12, sample_rate=1.0, steps=10**6, accountant="prv"
+    )
+    spent = epsilon_of([Charge(1, noise, 1.0, 10**6)], target_delta=1e-12, accountant="prv")
+    assert spent <= 0.01
+    assert noise <= MAX_NOISE

@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.config import Privacy
 from fedcore.errors import BudgetExhausted, PrivacyError
+from fedcore.observability.words import epsilon_text
 from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import (
@@ -52,7 +53,8 @@ def test_charges_add_up_until_the_budget_is_spent() -> None:
         spent.append(ledger.epsilon(PRIVACY))
     assert all(before < after for before, after in itertools.pairwise(spent))
     assert 3.0 < spent[-1] <= 4.0
-    said = rf"round 4: client 'anna' has spent epsilon {spent[-1]:.2f} of 4 at .* It declined"
+    text = epsilon_text(spent[-1])
+    said = rf"round 4: client 'anna' has spent epsilon {text} of 4 at .* It declined"
     with pytest.raises(BudgetExhausted, match=said):
         charge(ledger, rounds(4)[3], PRIVACY, client="anna")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,24 @@ class Devices(OwnGrid):
                 yield Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
+class Rounds(JournalGrid):
+    """Replies as a round takes them: each is accepted before the next is asked for."""
+
+    refused: Collection[int] = ()
+    """Nodes whose replies are discarded instead."""
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            node, kind = reply.metadata.src_node_id, reply.metadata.message_type
+            if node in self.refused:
+                self._journal.discard(kind, node)
+            elif not reply.has_error() and kind in ("train", "evaluate"):
+                self._journal.accept(reply)
+            yield reply
+
+
 def messages(kind: str = MessageType.TRAIN) -> list[Message]:
     return [Message(RecordDict(), node, kind) for node in NODES]
 
@@ -80,12 +98,12 @@ def answered(replies: Iterable[Message]) -> list[int]:
 
 
 def test_who_has_answered_is_not_asked_again(journal: Journal) -> None:
-    first = JournalGrid(Devices(), journal, admit=set, quorum=1.0)
+    first = Rounds(Devices(), journal, admit=set, quorum=1.0)
     replies = first.send_and_receive(messages(), timeout=5)
     assert next(iter(replies)).metadata.src_node_id == 4
     replies.close()  # type: ignore[attr-defined]
     devices = Devices()
-    again = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    again = Rounds(devices, journal, admit=set, quorum=1.0)
     found = list(again.send_and_receive(messages(), timeout=5))
     assert answered(found) == [4, 5, 6]
     assert devices.asked == [[5, 6]]
@@ -94,7 +112,7 @@ def test_who_has_answered_is_not_asked_again(journal: Journal) -> None:
 
 def test_training_and_evaluation_are_answered_apart(journal: Journal) -> None:
     devices = Devices()
-    grid = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    grid = Rounds(devices, journal, admit=set, quorum=1.0)
     list(grid.send_and_receive(messages(), timeout=5))
     assert answered(grid.send_and_receive(messages(MessageType.EVALUATE), timeout=5)) == [4, 5, 6]
     assert devices.asked == [[4, 5, 6], [4, 5, 6]]
@@ -102,7 +120,7 @@ def test_training_and_evaluation_are_answered_apart(journal: Journal) -> None:
 
 def test_what_is_asked_outside_rounds_is_not_kept(journal: Journal) -> None:
     devices = Devices()
-    grid = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    grid = Rounds(devices, journal, admit=set, quorum=1.0)
     for _ in range(2):
         assert answered(grid.send_and_receive(messages("query.statistics"))) == [4, 5, 6]
     assert len(devices.asked) == 2
@@ -110,7 +128,7 @@ def test_what_is_asked_outside_rounds_is_not_kept(journal: Journal) -> None:
 
 def test_a_device_that_failed_is_asked_again_after_a_restart_alone(journal: Journal) -> None:
     devices = Devices(failing={5: REFUSED})
-    grid = JournalGrid(devices, journal, admit=set, quorum=0.5)
+    grid = Rounds(devices, journal, admit=set, quorum=0.5)
     assert len(list(grid.send_and_receive(messages(), timeout=5))) == 3
     assert devices.asked == [[4, 5, 6]]
     devices.failing.clear()
@@ -120,7 +138,7 @@ def test_a_device_that_failed_is_asked_again_after_a_restart_alone(journal: Jour
 
 def test_what_devices_failed_with_is_not_of_this_machines_kinds(journal: Journal) -> None:
     devices = Devices(failing={4: REFUSED + ResourceError.exit_code, 5: REFUSED + 4, 6: DECLINED})
-    grid = JournalGrid(devices, journal, admit=set, quorum=0.5)
+    grid = Rounds(devices, journal, admit=set, quorum=0.5)
     errors = [reply.error for reply in grid.send_and_receive(messages(), timeout=5)]
     assert [refused_as(error.code) for error in errors[:2]] == [RoundFailed, RoundFailed]
     assert [error.reason for error in errors] == ["its disk is gone"] * 3
@@ -129,20 +147,20 @@ def test_what_devices_failed_with_is_not_of_this_machines_kinds(journal: Journal
 
 def test_a_device_that_the_round_needs_is_waited_for(journal: Journal) -> None:
     devices = Devices(gone={6: 5})
-    grid = JournalGrid(devices, journal, admit=set, quorum=1.0)
+    grid = Rounds(devices, journal, admit=set, quorum=1.0)
     assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5, 6]
     assert devices.asked == [[4, 5, 6], [6]]
 
 
 def test_a_device_that_the_round_does_not_need_is_not_waited_for(journal: Journal) -> None:
     devices = Devices(gone={6: 1000})
-    grid = JournalGrid(devices, journal, admit=set, quorum=0.6)
+    grid = Rounds(devices, journal, admit=set, quorum=0.6)
     assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5]
 
 
 def test_after_a_restart_a_device_has_time_to_come_back(journal: Journal) -> None:
     devices = Devices(gone={6: 5})
-    grid = JournalGrid(devices, journal, admit=set, quorum=0.6, rejoin_s=30.0)
+    grid = Rounds(devices, journal, admit=set, quorum=0.6, rejoin_s=30.0)
     assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5, 6]
 
 
@@ -150,9 +168,7 @@ def test_after_a_restart_a_device_has_time_to_come_back(journal: Journal) -> Non
 def test_nobody_is_waited_for_past_the_deadline(
     journal: Journal, quorum: float, rejoin_s: float
 ) -> None:
-    grid = JournalGrid(
-        Devices(gone={6: 10**6}), journal, admit=set, quorum=quorum, rejoin_s=rejoin_s
-    )
+    grid = Rounds(Devices(gone={6: 10**6}), journal, admit=set, quorum=quorum, rejoin_s=rejoin_s)
     started = time.monotonic()
     assert answered(grid.send_and_receive(messages(), timeout=0.3)) == [4, 5]
     assert 0.2 < time.monotonic() - started < 5.0
@@ -231,14 +247,14 @@ def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
 ) -> None:
     committed = keeper_of(journal, weights=lambda nodes: [1000] * len(nodes))
     committed.asked("train", drawing([*NODES]))
-    grid = JournalGrid(Devices(gone={6: 10**6}), journal, admit=set, quorum=0.6)
+    grid = Rounds(Devices(gone={6: 10**6}), journal, admit=set, quorum=0.6)
     assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1000, 5: 1000}
     journal.close()
     again = reopen(tmp_path)  # when a device has been enrolled that committed to nothing
     assert again is not None
     with closing(again):
         keeper_of(again).asked("train", drawing())
-        grid = JournalGrid(Devices(), again, admit=set, quorum=1.0)
+        grid = Rounds(Devices(), again, admit=set, quorum=1.0)
         expected = {4: 1000, 5: 1000, 6: 1000}
         assert counts(grid.send_and_receive(messages(), timeout=5)) == expected
         again.drop()  # the round failed, and is selected anew: what was kept weighs as the rest
@@ -248,7 +264,7 @@ def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
 
 def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
     devices = Devices()
-    grid = JournalGrid(devices, journal, admit=lambda nodes: {*nodes} - {5}, quorum=1.0)
+    grid = Rounds(devices, journal, admit=lambda nodes: {*nodes} - {5}, quorum=1.0)
     assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 6]
     assert devices.asked == [[4, 6]]
 
@@ -259,3 +275,56 @@ def test_a_draw_of_nobody_is_kept_as_a_draw(journal: Journal) -> None:
     )
     assert keeper.asked(MessageType.TRAIN, list) == []
     assert keeper.asked(MessageType.TRAIN, lambda: [4, 5]) == []
+
+
+def test_one_that_is_refused_is_not_kept_and_is_asked_again_after_a_restart(
+    tmp_path: Path, journal: Journal
+) -> None:
+    grid = Rounds(Devices(), journal, admit=set, quorum=0.6)
+    grid.refused = {5}
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+    journal.close()
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again):
+        devices = Devices()
+        grid = Rounds(devices, again, admit=set, quorum=1.0)
+        assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+        assert devices.asked == [[5]]
+
+
+def test_a_kept_one_that_would_not_be_accepted_today_is_asked_for_again(
+    tmp_path: Path, journal: Journal
+) -> None:
+    list(Rounds(Devices(), journal, admit=set, quorum=1.0).send_and_receive(messages(), timeout=5))
+    journal.close()
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again):
+        devices = Devices()
+        grid = Rounds(devices, again, admit=set, quorum=1.0)
+        grid.refused = {6}
+        assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6, 6]
+        assert devices.asked == [[6]], "the reply of before was dropped"
+    last = reopen(tmp_path)
+    assert last is not None
+    with closing(last):
+        devices = Devices()
+        grid = Rounds(devices, last, admit=set, quorum=1.0)
+        assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+        assert devices.asked == [[6]]
+
+
+def test_a_reply_of_another_type_than_asked_stops_nothing(journal: Journal) -> None:
+    class Lying(Devices):
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterator[Message]:
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                reply.metadata.__dict__["_message_type"] = "query.x"
+                yield reply
+
+    keeper_of(journal).asked("train", drawing([*NODES]))
+    grid = Rounds(Lying(), journal, admit=set, quorum=1.0)
+    grid.refused = NODES
+    assert answered(grid.send_and_receive(messages(), timeout=1)) == [4, 5, 6]

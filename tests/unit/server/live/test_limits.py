@@ -9,7 +9,17 @@ from collections.abc import Callable
 import pytest
 
 from fedcore.flower.fleet_api import Upload
-from server.live.limits import TOLD_S, Limits, Rates, Refusals, Uploads
+from server.live.limits import (
+    STREAM_BURST,
+    STREAM_S,
+    TOLD_S,
+    Limits,
+    PeerLines,
+    Rates,
+    Refusals,
+    Streams,
+    Uploads,
+)
 
 
 class Clock:
@@ -200,3 +210,36 @@ def test_a_device_that_is_gone_leaves_its_room() -> None:
         assert await uploads.enter(2, Upload("b", 10))
 
     assert uploading(scenario) == ["a"]
+
+
+def test_what_a_peer_does_over_and_over_takes_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    lines = PeerLines(clock)
+    with caplog.at_level(logging.INFO, "fedcore.server"):
+        for _ in range(1000):
+            lines.tell("edge-0", "stream open")
+        assert len(caplog.records) == 20
+        lines.tell("edge-1", "stream open")
+        lines.tell("edge-0", "left")
+        assert len(caplog.records) == 22, "another peer's, and another event, are counted apart"
+        clock.now += TOLD_S
+        lines.tell("edge-0", "stream open", "x\x1b")
+    assert caplog.messages[-1] == (
+        "device edge-0: stream open (x\\x1b) (980 more since the last such line)"
+    )
+
+
+def test_a_device_opens_its_stream_so_often_and_no_more() -> None:
+    clock = Clock()
+    streams = Streams(clock)
+    assert sum(streams.admit(b"one") for _ in range(1000)) == STREAM_BURST
+    assert streams.admit(b"two")
+    clock.now += 2 * STREAM_S
+    assert sum(streams.admit(b"one") for _ in range(1000)) == 2
+
+
+def test_refusals_are_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    Refusals(Clock()).note("edge\x1b[2J", 403, "a\nb\ud800" * 5000)
+    (message,) = caplog.messages
+    assert message.isprintable()
+    assert len(message) < 1300

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedcore.errors import ConfigError, PrivacyError
+from fedcore.errors import ConfigError, DiskFull, PrivacyError, ResourceError
 from fedcore.observability.words import epsilon_text
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.draws import Draws
@@ -136,6 +136,56 @@ def test_training_without_noise_ends_in_an_error_after_the_report(
     assert PrivacyError.exit_code == 5
     assert "REFUTED" in capsys.readouterr().out
     assert "REFUTED" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("noise", [True, False], ids=["sound", "refuted"])
+def test_findings_outlast_a_report_that_cannot_be_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    noise: bool,
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("report.html: the disk has no room for this file.")
+
+    monkeypatch.setattr("server.privacy.audit_report.write_atomic", full)
+    if not noise:
+        right = SystemEntropy.draws
+        monkeypatch.setattr(SystemEntropy, "draws", lambda *words: Silent(right(*words)))
+    with pytest.raises(DiskFull if noise else PrivacyError):
+        run("--seeds", "1", "--report", str(tmp_path / "audit"))
+    said = capsys.readouterr()
+    assert "audited at least" in said.out
+    assert ("not refuted" if noise else "REFUTED") in said.out
+    assert "gradient inversion" in said.out
+    assert ("DiskFull: report.html" in said.err) == (not noise)
+    with pytest.raises(DiskFull if noise else PrivacyError):
+        run("--seeds", "1", "--report", str(tmp_path / "audit"), "--json")
+    assert events(capsys.readouterr().out)[-1]["refuted"] == (not noise)
+
+
+def test_where_the_report_goes_is_looked_at_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(_: object) -> None:
+        raise AssertionError("something was audited")
+
+    monkeypatch.setattr("server.privacy.audit_command._statements", work)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "audit" / "report.html").mkdir(parents=True)
+    for folder, said in (
+        (tmp_path / "file", "is a file, and a folder is needed"),
+        (tmp_path / "file" / "below", "is a file, and a folder is needed"),
+        (tmp_path / "audit", "a folder has this name"),
+        (Path("/proc/audit"), "nothing can be written into /proc"),
+    ):
+        with pytest.raises(ResourceError, match=said):
+            run("--report", str(folder))
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(AssertionError):
+        run("--report", str(tmp_path / "new" / "deep"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_without_privacy_states_nothing(config: Path) -> None:

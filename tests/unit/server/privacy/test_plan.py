@@ -5,14 +5,19 @@ import json
 import math
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedcore.config import Client, Privacy
 from fedcore.errors import ConfigError, PrivacyError, ResourceError
-from fedcore.privacy.accounting import Charge, epsilon_of
-from server.privacy.plan import Question, answer
+from fedcore.privacy.accounting import Accountant, Charge, epsilon_of
+from server.privacy.plan import MAX_ROUNDS, Question, answer
 from server.privacy.plan_command import plan, table
 
 MNIST = Question(
@@ -113,12 +118,104 @@ def test_a_given_noise_says_how_long_the_budget_lasts(capsys: pytest.CaptureFixt
         Question(60, 100, Client(), Privacy(noise_multiplier=2.0, target_delta=1e-3))
     ).lasts
     assert f"budget lasts          {lasts} rounds; then the client declines" in printed
-    step = Charge(1, 2.0, 0.5, 2)
-    spent = [
-        epsilon_of([step] * count, target_delta=1e-3, accountant="prv")
-        for count in (lasts, lasts + 1)
-    ]
-    assert spent[0] <= 8.0 < spent[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    examples=st.integers(1, 2000),
+    batch_size=st.integers(1, 300),
+    planned=st.integers(1, 60),
+    noise=st.floats(0.3, 20),
+    accountant=st.sampled_from(["prv", "rdp"]),
+    budget=st.one_of(st.floats(0.01, 60), st.integers(1, 80)),
+)
+def test_the_budget_lasts_for_the_rounds_that_the_accountant_counts_within_it(
+    examples: int,
+    batch_size: int,
+    planned: int,
+    noise: float,
+    accountant: Accountant,
+    budget: float,
+) -> None:
+    """An integer stands for the epsilon after so many rounds, which is then exactly the budget."""
+    client, delta = Client(batch_size=batch_size), 1e-5
+    whole = Privacy(noise_multiplier=noise, target_delta=delta, accountant=accountant)
+    step = answer(Question(examples, planned, client, whole)).forecast
+    one = Charge(1, step.noise_multiplier, step.sample_rate, step.steps_per_round)
+
+    def spent(rounds: int) -> float:
+        charges = [replace(one, round=number) for number in range(rounds)]
+        return epsilon_of(charges, target_delta=delta, accountant=accountant)
+
+    limit = spent(budget) if isinstance(budget, int) else budget
+    limit = min(1e6, max(0.01, limit))
+    privacy = whole.model_copy(update={"max_epsilon": limit})
+    lasts = answer(Question(examples, planned, client, privacy)).lasts
+    assert lasts == MAX_ROUNDS or spent(lasts) <= limit < spent(lasts + 1)
+    near = range(max(1, lasts - 30), min(lasts, MAX_ROUNDS - 30) + 30)
+    within = [number for number in near if lasts < 10**4 and spent(number) <= limit]
+    assert within == [number for number in near if lasts < 10**4 and number <= lasts]
+
+
+def test_a_budget_that_lasts_for_all_that_is_looked_at_says_so_much() -> None:
+    privacy = Privacy(noise_multiplier=1e6, target_delta=1e-6)
+    assert answer(Question(10, 3, Client(), privacy)).lasts == MAX_ROUNDS
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@pytest.mark.parametrize("noise", ["auto", 0.1, 1e6])
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "epochs", "rounds", "max_epsilon"),
+    [
+        (10**11, 1, 10**4, 10**6, 1e6),
+        (10**11, 10**6, 10**4, 10**6, 0.01),
+        (1, 1, 1, 10**6, 0.01),
+        (10**6, 1, 10**4, 10**6, 1e6),
+        (10**15, 1, 1, 1, 8.0),
+    ],
+)
+def test_extremes_are_planned_or_refused_by_name(
+    examples: int,
+    batch_size: int,
+    epochs: int,
+    rounds: int,
+    max_epsilon: float,
+    noise: float | Literal["auto"],
+    accountant: Accountant,
+) -> None:
+    privacy = Privacy(
+        max_epsilon=max_epsilon,
+        target_delta=1e-12,
+        noise_multiplier=noise,
+        accountant=accountant,
+    )
+    question = Question(examples, rounds, Client(batch_size=batch_size, epochs=epochs), privacy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's, where a number runs out
+        try:
+            assert "epsilon" in table(answer(question), question)
+        except PrivacyError as error:
+            assert "Nothing was trained" in str(error)  # noqa: PT017 - either will do
+
+
+def test_where_a_plan_is_drawn_is_made_and_looked_at_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--examples", "1", "--rounds", "1", "--delta", "1e-3", "--plot"]
+    file = tmp_path / "new" / "deep" / "plan.png"
+    assert ask(*words, str(file)) == 0
+    file.write_bytes(b"old")
+    assert ask(*words, str(file)) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+    def work(_: object) -> None:
+        raise AssertionError("it was planned")
+
+    monkeypatch.setattr("server.privacy.plan.answer", work)
+    for where, said in ((file.parent.with_suffix(".pdf"), "a folder"), (file / "x.png", "a file")):
+        file.parent.with_suffix(".pdf").mkdir(exist_ok=True)
+        with pytest.raises(ResourceError, match=said):
+            ask(*words, str(where))
 
 
 def test_the_table_holds_what_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +264,9 @@ def test_a_run_file_gives_what_the_options_leave_open(
         ([*ASKED, "--examples", "0"], ConfigError, "--examples = 0: expected at least 1"),
         ([*ASKED, "--examples", "-5"], ConfigError, "--examples = -5: expected at least 1"),
         ([*ASKED, "--plot", "plan.nosuch"], ConfigError, r"plan\.nosuch.*\.png"),
-        ([*ASKED, "--plot", "/no/such/folder/plan.png"], ResourceError, "Nothing was drawn"),
+        ([*ASKED, "--plot", "/dev/null/plan.png"], ResourceError, "/dev/null is a file"),
+        ([*ASKED, "--plot", "/proc/plan.png"], ResourceError, "nothing can be written into /proc"),
+        ([*ASKED, "--examples", "1" + "0" * 400], PrivacyError, "more than 1e.15 examples"),
         (["/no/such/run.toml", "--examples", "5"], ConfigError, "/no/such/run.toml"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedcore.crypto.roster import load_server_identity
+from fedcore.crypto.roster_seen import SEEN, read_seen
 from fedcore.crypto.sealing import seal, unseal
 from fedcore.errors import (
     CertificateRefused,
@@ -20,11 +21,12 @@ from fedcore.errors import (
     RollbackRefused,
     TrustError,
 )
+from server.doctor import _roster
 from server.live.audit import Audit, check_audit
 from server.live.drained import read_drained, write_drained
 from server.live.operate import sole
 from server.provision.backup import backup, restore
-from server.provision.issue import Act, listing, revoke
+from server.provision.issue import Act, listing, revoke, sign_roster
 
 PASSPHRASE = "five random words are good"
 
@@ -316,3 +318,42 @@ def test_the_authoritys_expiry_is_looked_at(act: Act, file: Path, tmp_path: Path
     late = replace(elsewhere(act, tmp_path), now=act.now + timedelta(days=4000))
     with pytest.raises(CertificateRefused, match="expired"):
         restore(late, file, replace=False)
+
+
+def test_an_older_list_that_comes_back_where_nothing_tells_of_a_newer_one_is_said_so(
+    act: Act, file: Path, tmp_path: Path
+) -> None:
+    """Revoked after the backup, restored into a new folder: in force, and nobody overlooks it."""
+    revoke(act, "edge-1")
+    new = elsewhere(act, tmp_path)
+    done = restore(new, file, replace=False)
+    assert done.caution is not None
+    assert "2026-03-01 12:00 UTC" in done.caution
+    assert "revoked since is in force again" in done.caution
+    seen = read_seen(new.folder / "server" / SEEN)
+    assert seen.restored == act.now
+    identity = load_server_identity(new.folder / "server", now=act.now)
+    assert identity.roster().version == seen.version
+    assert read_seen(new.folder / "server" / SEEN).restored, "starting a server settles nothing"
+    told = _roster(identity)
+    assert (told.verdict, "came back from a backup" in told.detail) == ("warn", True)
+    revoke(new, "edge-1")
+    assert identity.roster().version == seen.version + 1
+    assert "came back" not in _roster(identity).detail
+
+
+def test_the_key_that_signs_rosters_comes_back_with_them(
+    act: Act, file: Path, tmp_path: Path
+) -> None:
+    new = elsewhere(act, tmp_path)
+    restore(new, file, replace=False)
+    assert stat.S_IMODE((new.folder / "roster.key").stat().st_mode) == 0o600
+    revoke(new, "edge-2")
+    sign_roster(replace(act, passphrase=None))  # the old folder's key is newer than the backup's
+    done = restore(replace(act, now=act.now + timedelta(hours=1)), file, replace=True)
+    assert done.roster == "folder"
+    revoke(act, "edge-1")
+    assert [bool(one.revoked_at) for one in listing(act).members] == [True, False]
+    assert check_audit(act.folder / "audit.jsonl") == len(
+        (act.folder / "audit.jsonl").read_text().splitlines()
+    )

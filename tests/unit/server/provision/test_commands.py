@@ -61,6 +61,7 @@ def test_init_seals_when_there_is_a_passphrase(
     capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "p").write_text("five random words are good\n")
+    (here / "p").chmod(0o600)
     run("init", "--project", "orchard", "--passphrase-file", "p", "--json")
     value = said(capsys)
     assert value["sealed"] is True
@@ -247,6 +248,7 @@ def test_no_server_is_certified_and_nothing_backed_up_where_it_cannot_be_put(
     with pytest.raises(ResourceError, match="No certificate was issued"):
         run("server", "localhost")
     (here / "p").write_text("five random words are good\n")
+    (here / "p").chmod(0o600)
     with pytest.raises(ResourceError, match="this file cannot be made"):
         run("backup", "authority/server/b", "--passphrase-file", "p")
     nobody_certified(here, before)

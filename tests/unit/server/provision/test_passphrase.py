@@ -32,6 +32,7 @@ def test_a_file_comes_before_the_environment(
     monkeypatch.setenv(passphrase.VARIABLE, "from the environment")
     assert passphrase.given(None) == "from the environment"
     (tmp_path / "p").write_text("from the file \r\nand a second line\n")
+    (tmp_path / "p").chmod(0o600)
     assert passphrase.given(str(tmp_path / "p")) == "from the file "
     monkeypatch.setenv(passphrase.VARIABLE, "")
     assert passphrase.given(None) is None
@@ -40,6 +41,7 @@ def test_a_file_comes_before_the_environment(
 @pytest.mark.parametrize("raw", [b"", b"\n", b"\nsecond", b"\xff\xfe"])
 def test_a_file_without_one_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "p").write_bytes(raw)
+    (tmp_path / "p").chmod(0o600)
     with pytest.raises(ConfigError, match="expected a passphrase in the first line"):
         passphrase.given(str(tmp_path / "p"))
 
@@ -48,6 +50,7 @@ def test_a_file_must_be_there_and_small(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a passphrase does not exist"):
         passphrase.given(str(tmp_path / "p"))
     (tmp_path / "p").write_bytes(b"x" * 5000)
+    (tmp_path / "p").chmod(0o600)
     with pytest.raises(DataError, match="more than the 4096"):
         passphrase.given(str(tmp_path / "p"))
 
@@ -64,3 +67,13 @@ def test_without_a_terminal_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
     with pytest.raises(ConfigError, match=r"there is no terminal to ask on.*--passphrase-file"):
         passphrase.given("-")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o700 | 0o001])
+def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "p").write_text("five random words are good\n")
+    (tmp_path / "p").chmod(mode)
+    with pytest.raises(ConfigError, match=f"has mode {mode:04o}, expected 0600"):
+        passphrase.given(str(tmp_path / "p"))
+    (tmp_path / "p").chmod(0o400)
+    assert passphrase.given(str(tmp_path / "p"))

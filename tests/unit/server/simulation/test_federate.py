@@ -160,6 +160,18 @@ def test_two_processes_give_the_bits_of_one(
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_examples_that_count_as_zero_are_told_once_with_their_client(
+    workers: int, strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(run_of({"training": "auto", "workers": workers}, PRIVATE, strategy=strategy))
+    told = [one.getMessage() for one in caplog.records if "counted as zero" in one.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("client 'client-5': ")
+    assert "example" in told[0]
+
+
 def test_the_same_seed_gives_the_same_bits() -> None:
     one, other = train(run_of(SIDE_BY_SIDE)), train(run_of(SIDE_BY_SIDE))
     assert one.weights.tobytes() == other.weights.tobytes()

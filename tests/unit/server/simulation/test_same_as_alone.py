@@ -86,7 +86,7 @@ class Bench:
         assume_identity(RUN_ID)
         app = client_app(task, self.run, owner=OPEN_POLICY, randomness=randomness)
         self.client = Client(task, self.run, OPEN_POLICY, randomness)
-        self.worker = Worker(self.client, app, read_fleet(self.run, NAMES))
+        self.worker = Worker(self.client, app, read_fleet(self.run, NAMES), {})
         self.start = pack(self.client.resident.model.model)
         config = dict(instruction_config(self.client.resident.layout, b""))
         config |= {"server-round": 1, "proximal-mu": mu}

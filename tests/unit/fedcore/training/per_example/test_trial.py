@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
+from fedcore.config import Client
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.model import FullModel
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.draws import SimulatedDraws
+from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.task import Kind, Loss
+from fedcore.task import Examples, Kind, Loss
 from fedcore.training.per_example.trial import made_up
+from fedcore.training.private import train_private
 from tests.unit.fedcore.training.per_example.networks import NETWORKS
 from tests.ways import task_of, way_of
 
@@ -32,6 +40,48 @@ class Applies(nn.Module):
 
 def dense(*between: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), *between, nn.Linear(8, 3))
+
+
+class Told(nn.Module):
+    """Attention, an LSTM and a bag of tokens: torch has no batching rule for any of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.memory = nn.LSTM(8, 4, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        words = self.bag(tokens).unsqueeze(1).repeat(1, 4, 1)
+        last = self.memory(words)[0][:, -1]
+        return cast(Tensor, self.head(torch.cat([self.block(words).mean(1), last], dim=1)))
+
+
+def test_torch_says_nothing_of_its_own_batching_and_of_made_up_examples() -> None:
+    rng = torch_rng(0, "told")
+    inputs = torch.randint(5, (12, 6), generator=rng)
+    targets = torch.randint(3, (12,), generator=rng)
+    model = Told()
+    settings = Client(device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        way = way_of(model, CROSS_ENTROPY, inputs[0])
+        assert way.name == "vmap"
+        train_private(
+            nn.Identity(),
+            model,
+            cast(Examples, TensorDataset(inputs, targets)),
+            CROSS_ENTROPY,
+            settings,
+            PrivatePlan(Charge(1, 1.0, 0.5, 2), clip_norm=1.0),
+            way=way,
+            draws=SimulatedDraws(sampling=rng, noise=rng),
+        )
+        # The targets that are tried first do not fit: torch would say so, of nobody's numbers.
+        column = nn.Sequential(nn.Linear(6, 1))
+        way_of(column, lambda o, t: ((o - t.view(-1, 1)) ** 2).mean(), torch.zeros(6))
+        way_of(column, functional.mse_loss, torch.zeros(6))
 
 
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,0 +1,99 @@
+"""Who may change a roster: a key of its own, which the authority's key vouches for.
+
+Revoking somebody must not wait for a passphrase, so the authority's own key does not sign rosters:
+it signs, once, the key that does. That one lies beside it, in the clear, and stays where the
+authority is; a server has what it signed, and cannot change that.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    ECDSA,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+)
+from cryptography.hazmat.primitives.hashes import SHA384
+from pydantic import Field
+
+from fedcore.config import Section
+from fedcore.crypto.keys import parse_public, public_bytes
+from fedcore.errors import SignatureInvalid
+
+_ROSTER, _SIGNER = b"fedcore.roster/1\x00", b"fedcore.roster-signer/1\x00"
+"""What a signature is for: none of one purpose passes for another's."""
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{2,512}$")]
+
+
+class Signer(Section):
+    """The key that signs a project's rosters, and the authority's word for it."""
+
+    number: Annotated[int, Field(ge=1, le=1_000_000)]
+    """Grows with each key; a server that has seen one takes no roster of an earlier one's."""
+    public: Annotated[str, Field(max_length=4096)]
+    """As PEM."""
+    delegation: Signature
+    """By the authority's key, over both."""
+
+
+def delegate(
+    key: EllipticCurvePrivateKey, number: int, authority_key: EllipticCurvePrivateKey
+) -> Signer:
+    """Has the authority vouch for a key that is to sign rosters."""
+    public = public_bytes(key).decode()
+    signature = authority_key.sign(_delegated(number, public), ECDSA(SHA384())).hex()
+    return Signer(number=number, public=public, delegation=signature)
+
+
+def sign_content(content: bytes, key: EllipticCurvePrivateKey) -> str:
+    """The signature of a roster's content, in hexadecimal."""
+    return key.sign(_ROSTER + content, ECDSA(SHA384())).hex()
+
+
+def check_signed(
+    content: bytes,
+    signature: str | None,
+    signer: Signer | None,
+    authority: x509.Certificate,
+    *,
+    where: str,
+) -> None:
+    """Verifies that a roster is what the authority's side wrote.
+
+    Args:
+        content: Of the roster, all but its signature.
+        signature: What it carries; None when nothing.
+        signer: Whose signature it is; the authority's own when None.
+        authority: Vouches for the signer.
+        where: The file, for errors.
+
+    Raises:
+        SignatureInvalid: it is not signed, or by another key, or was changed since.
+    """
+    if signature is None:
+        raise SignatureInvalid(
+            f"{where}: this roster is not signed, so who was revoked and what updates weigh may be "
+            "anybody's word. It was not used; `fedcore provision sign` signs one of a project that "
+            "was begun before rosters were signed, once you have seen that nobody changed it."
+        )
+    public = authority.public_key()
+    assert isinstance(public, EllipticCurvePublicKey)  # certificates of others are refused
+    try:
+        if signer is not None:
+            delegated = _delegated(signer.number, signer.public)
+            public.verify(bytes.fromhex(signer.delegation), delegated, ECDSA(SHA384()))
+            public = parse_public(signer.public.encode(), where=where)
+        public.verify(bytes.fromhex(signature), _ROSTER + content, ECDSA(SHA384()))
+    except (InvalidSignature, ValueError):
+        raise SignatureInvalid(
+            f"{where}: the roster's signature does not hold: it was changed by hand, or signed by "
+            "a key that the authority does not vouch for. It was not used; copy it anew from the "
+            "authority's folder, or bring that back by `fedcore provision restore`."
+        ) from None
+
+
+def _delegated(number: int, public: str) -> bytes:
+    return _SIGNER + f"{number}\x00{public}".encode()

@@ -1,0 +1,60 @@
+"""How long a step of private training takes, found without the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from fedcore.model import FullModel
+from fedcore.privacy.planning import PrivatePlan
+from fedcore.seeds import kept_streams
+from fedcore.task import Task
+from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
+from fedcore.training.per_example.trial import made_up
+from fedcore.training.per_example.ways import Way
+
+_MOST_ROWS = 64
+"""Examples that are timed; a larger batch takes as much longer as it is larger."""
+
+
+def step_seconds(
+    task: Task,
+    model: FullModel,
+    way: Way,
+    plan: PrivatePlan,
+    *,
+    batch_size: int,
+    memory_bytes: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds that one step takes on this machine: the gradients of a batch of made-up examples.
+
+    What it comes to depends on the task, the settings and the machine, and on nobody's data.
+    """
+    rows = max(1, min(batch_size, _MOST_ROWS))
+    with kept_streams():
+        tried = made_up(task, model, rows)
+        targets = tried.targets
+        if targets is None:  # the loss takes none of the usual kinds: nothing can be timed
+            return 0.0
+        device = tried.inputs.device
+        counted = torch.ones(rows, dtype=torch.bool, device=device)
+        batch = Batch(tried.inputs, targets, counted, 0)
+        taken_s = []
+        for _ in range(2):  # the first one pays for what is set up once
+            began_s = clock()
+            clipped_sum(
+                way,
+                model.preprocess,
+                model.model,
+                task.loss_of,
+                [batch],
+                clip_norm=plan.clip_norm,
+                physical=way.rows(memory_bytes),
+            )
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken_s.append(clock() - began_s)
+    return min(taken_s) * batch_size / rows

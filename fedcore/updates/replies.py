@@ -1,0 +1,353 @@
+"""What a client answered, checked against what it was asked before anything else sees it.
+
+This is the one place where "a client said" becomes "we believe". `check_legible` sees to it that
+what a reply holds can be named, hashed and stored at all; `read_reply` that it holds what was asked
+for and nothing else, each number within its range. Both are total: they answer every input with a
+value or with `InvalidUpdate`, read no array as a whole, and allocate nothing that a peer announces.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedcore.errors import InvalidUpdate, ResourceError
+from fedcore.observability.words import one_line
+from fedcore.updates.messages import (
+    ARRAYS,
+    HEADER_BYTES,
+    METRICS,
+    MODEL,
+    NUM_EXAMPLES,
+    Update,
+    vector_header,
+)
+from fedcore.updates.pack import Vector
+from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
+
+LARGEST = 1e18
+"""No number that is reported may be larger: sums of such, weighed, stay far from overflow."""
+MAX_EXAMPLES = 2**31 - 1
+MAX_RECORDS = 8
+MAX_ENTRIES = 256
+"""Most entries of one record."""
+MAX_NAME = 128
+"""Characters of a name, a type or a storage format."""
+MAX_DIMENSIONS = 32
+MAX_SETTING_BYTES = 4096
+"""Of a setting beside the records, which the signature is one of."""
+_SHOWN = 80  # characters of a peer's text that an error shows
+_HEADER_MOST_BYTES = 2**14
+_CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
+_NOT_USED = "It was not used"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from ``low`` to ``high``, both included."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an array must be."""
+
+    dtype: str
+    """As NumPy names it: ``float32``."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that the reply to a message may hold, beside its signature and its number of examples."""
+
+    purpose: str
+    """The message's type."""
+    metrics: Mapping[str, Range] = field(default_factory=dict)
+    arrays: Mapping[str, Form] = field(default_factory=dict)
+    """Each of them must be there."""
+    every_metric: bool = False
+    """Whether each metric must be there, too."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that was checked; its arrays lie where they came in."""
+
+    num_examples: int
+    metrics: Mapping[str, float]
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+    distance: float | None = None
+    """The L2 distance of its weights to those that were sent; None where nobody asked for it."""
+
+    def parts(self, name: str = MODEL) -> Iterator[Vector]:
+        """The weights from the first to the last, so many at a time as the cache holds."""
+        return _parts(self.arrays[name])
+
+    def values(self, name: str) -> NDArray[Any]:
+        """An array, in memory."""
+        array = self.arrays[name]
+        dtype, shape, start = _form_of(array, where="reply")
+        values = np.frombuffer(array.data, dtype, offset=start)
+        return values if len(shape) == 1 else values.reshape(shape)  # a vector can be sent as it is
+
+    def update(self) -> Update:
+        """The update with its weights in memory."""
+        return Update(self.values(MODEL), self.num_examples, self.metrics)
+
+
+def check_legible(content: RecordDict, *, where: str) -> None:
+    """Refuses a reply whose parts cannot be named, hashed and stored, or that has too many.
+
+    Raises:
+        InvalidUpdate: too many records or entries; a name that is long or is not printable; a
+            value of a kind that no reply holds.
+    """
+    with _one_refusal(where):
+        if len(content) > MAX_RECORDS:
+            raise InvalidUpdate(
+                f"{where}: it holds {len(content)} records, expected at most {MAX_RECORDS}. "
+                f"{_NOT_USED}."
+            )
+        for name, record in content.items():
+            _check_name(name, "a record", where)
+            if len(record) > MAX_ENTRIES:
+                raise InvalidUpdate(
+                    f"{where}: record {name!r} has {len(record)} entries, expected at most "
+                    f"{MAX_ENTRIES}. {_NOT_USED}."
+                )
+            for key, value in record.items():
+                _check_name(key, f"an entry of {name!r}", where)
+                _check_entry(value, f"{name}.{key}", where)
+
+
+def read_reply(reply: Message, asked: Asked, *, where: str, base: Vector | None = None) -> Reply:
+    """The reply, where it is one to what was asked.
+
+    Args:
+        reply: As it came; without its signature, which was looked at before.
+        asked: What it may hold.
+        where: Whose it is, for the error.
+        base: The weights that were sent, shape ``(D,)``; then the distance to them is measured.
+
+    Raises:
+        InvalidUpdate: another type of message; records, metrics or arrays that were not asked for,
+            or are missing; a number out of its range, a weight that is not finite.
+        ResourceError: its bytes cannot be read from this machine's disk.
+    """
+    with _one_refusal(where):
+        content = reply.content
+        check_legible(content, where=where)
+        kind = reply.metadata.message_type
+        if kind != asked.purpose:
+            raise InvalidUpdate(
+                f"{where}: it is a reply to {_shown(kind)}, expected one to {asked.purpose!r}. "
+                f"{_NOT_USED}; a client answers what it was asked."
+            )
+        expected = {METRICS, ARRAYS} if asked.arrays else {METRICS}
+        _check_names(content, expected, "record", where)
+        count, metrics = _metrics(content.get(METRICS), asked, where)
+        arrays: dict[str, Array] = {}
+        distance = None
+        if asked.arrays:
+            arrays = _arrays(content.get(ARRAYS), asked.arrays, where)
+            for name, array in arrays.items():
+                found = _measure(array, base if name == MODEL else None, where)
+                distance = found if name == MODEL and base is not None else distance
+        return Reply(count, metrics, arrays, distance)
+
+
+@contextmanager
+def _one_refusal(where: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a reply is read into one typed refusal."""
+    try:
+        yield
+    except (InvalidUpdate, ResourceError):
+        raise
+    except OSError as error:
+        raise ResourceError(
+            f"{where}: its bytes cannot be read from this machine's disk "
+            f"({error.strerror or error}). What was taken before stands; make the disk work again, "
+            "and go on with --resume."
+        ) from error
+    except Exception as error:  # made-up values fail in many ways
+        raise InvalidUpdate(
+            f"{where}: it cannot be read ({type(error).__name__}). {_NOT_USED}."
+        ) from None
+
+
+def _shown(text: object) -> str:
+    """A peer's text as part of an error."""
+    raw = text[: 2 * _SHOWN] if isinstance(text, str) else type(text).__name__
+    line = one_line(raw)
+    return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
+
+
+def _check_name(name: object, what: str, where: str) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise InvalidUpdate(
+            f"{where}: the name of {what} is {_shown(name)}, expected 1 to {MAX_NAME} printable "
+            f"characters. {_NOT_USED}."
+        )
+
+
+def _check_entry(value: object, name: str, where: str) -> None:
+    if isinstance(value, Array):
+        for text in (value.dtype, value.stype):
+            _check_name(text, f"a type in {name!r}", where)
+        shape = value.shape
+        if len(shape) > MAX_DIMENSIONS or not all(
+            type(size) is int and 0 <= size < 2**63 for size in shape
+        ):
+            raise InvalidUpdate(f"{where}: {name!r} has no shape of an array. {_NOT_USED}.")
+    elif isinstance(value, bytes):
+        if len(value) > MAX_SETTING_BYTES:
+            raise InvalidUpdate(
+                f"{where}: {name!r} has {len(value)} bytes, expected at most {MAX_SETTING_BYTES}. "
+                f"{_NOT_USED}."
+            )
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidUpdate(
+            f"{where}: {name!r} is a {type(value).__name__}, expected a number. {_NOT_USED}."
+        )
+
+
+def _check_names(found: Mapping[str, Any], expected: set[str], what: str, where: str) -> None:
+    for name in sorted(expected - set(found)):
+        raise InvalidUpdate(f"{where}: no {what} {name!r} in it. {_NOT_USED}.")
+    for name in found:
+        if name not in expected:
+            raise InvalidUpdate(
+                f"{where}: it holds {what} {_shown(name)}, which was not asked for. {_NOT_USED}; "
+                "client and server must run the same version and task."
+            )
+
+
+def _metrics(record: object, asked: Asked, where: str) -> tuple[int, dict[str, float]]:
+    if not isinstance(record, MetricRecord):
+        raise InvalidUpdate(f"{where}: {METRICS!r} is no record of metrics. {_NOT_USED}.")
+    told = dict(record)
+    count = told.pop(NUM_EXAMPLES, None)
+    if count is None:
+        raise InvalidUpdate(
+            f"{where}: no record {METRICS!r} with {NUM_EXAMPLES!r} in it. {_NOT_USED}."
+        )
+    if type(count) is not int or not 0 < count <= MAX_EXAMPLES:
+        raise InvalidUpdate(
+            f"{where}: num-examples = {count!r}, expected a whole number from 1 to {MAX_EXAMPLES}. "
+            f"{_NOT_USED}."
+        )
+    _check_names(told, set(asked.metrics if asked.every_metric else told), "metric", where)
+    _check_names({**asked.metrics, **told}, set(asked.metrics), "metric", where)
+    values: dict[str, float] = {}
+    for name, value in told.items():
+        number = float(value)  # type: ignore[arg-type]
+        if not math.isfinite(number):
+            raise InvalidUpdate(
+                f"{where}: a metric is not finite ({name} = {number}). {_NOT_USED}."
+            )
+        allowed = asked.metrics[name]
+        if not allowed.low <= number <= allowed.high:
+            raise InvalidUpdate(
+                f"{where}: {name} = {number:.6g}, expected {allowed.low:g} to {allowed.high:g}. "
+                f"{_NOT_USED}."
+            )
+        values[name] = number
+    return count, values
+
+
+def _arrays(record: object, asked: Mapping[str, Form], where: str) -> dict[str, Array]:
+    if not isinstance(record, ArrayRecord):
+        raise InvalidUpdate(f"{where}: {ARRAYS!r} is no record of arrays. {_NOT_USED}.")
+    _check_names(record, set(asked), "array", where)
+    for name, form in asked.items():
+        array = record[name]
+        dtype, shape, _ = _form_of(array, where=where)
+        if dtype != np.dtype(form.dtype) or shape != form.shape:
+            raise InvalidUpdate(
+                f"{where}: got {dtype} {_short(shape)}, expected {form.dtype} {form.shape}. "
+                f"{_NOT_USED}; client and server must run the same task."
+            )
+        said = (array.dtype, tuple(array.shape), array.stype)
+        if said != (form.dtype, form.shape, "numpy.ndarray"):
+            raise InvalidUpdate(
+                f"{where}: array {name!r} is announced as {_shown(array.dtype)} "
+                f"{_short(tuple(array.shape))}, and holds {form.dtype} {form.shape}. {_NOT_USED}."
+            )
+    return {name: record[name] for name in asked}
+
+
+def _short(shape: tuple[int, ...]) -> str:
+    return one_line(str(shape)[:_SHOWN])
+
+
+def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Type and shape of the values in an array, and where they start; only its head is read."""
+    size = size_of(array)
+    usual, rest = divmod(size - HEADER_BYTES, 4)
+    head = bytes(next(pieces(array), b"")[:_HEADER_MOST_BYTES])
+    if not rest and usual >= 1 and head[:HEADER_BYTES] == vector_header(usual):
+        return np.dtype(np.float32), (usual,), HEADER_BYTES
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(stream)
+        if dtype.hasobject or (fortran and len(shape) > 1):
+            raise ValueError("it holds objects, or lies in Fortran's order")
+        start = stream.tell()
+        if size - start != prod(shape) * dtype.itemsize:
+            raise ValueError(f"it has {size} bytes, and its header says otherwise")
+    except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
+        said = one_line(str(error)[:_SHOWN])
+        raise InvalidUpdate(
+            f"{where}: an array cannot be read ({type(error).__name__}: {said}). {_NOT_USED}."
+        ) from None
+    return dtype, tuple(shape), start
+
+
+def _parts(array: Array) -> Iterator[NDArray[Any]]:
+    """All values of an array, one after the other, a piece at a time; it was checked before."""
+    dtype, _, start = _form_of(array, where="reply")
+    step = PIECE_BYTES // dtype.itemsize * dtype.itemsize
+    assert step == PIECE_BYTES  # of any type of array that is asked for
+    yield from (np.frombuffer(piece, dtype) for piece in pieces(array, start))
+
+
+def _measure(array: Array, base: Vector | None, where: str) -> float | None:
+    """Sees that all values are finite, in one pass; gives the L2 distance to ``base``, if any."""
+    sums: list[float] = []
+    place = 0
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
+        for part in _parts(array):
+            if base is None:
+                wide = part.dtype != np.float32  # whose sum may overflow though no value has
+                sums.append(float((part * 0.0 if wide else part).sum(dtype=np.float64)))
+                continue
+            for first in range(0, len(part), _CHUNK):
+                piece = part[first : first + _CHUNK]
+                gap = np.subtract(piece, base[place : place + len(piece)], dtype=np.float64)
+                sums.append(float(gap @ gap))
+                place += len(piece)
+    # In float64 no sum of finite float32 values overflows, and one that is not finite stays so.
+    total = math.fsum(sums) if np.isfinite(sums).all() else math.nan
+    if not math.isfinite(total):
+        raise InvalidUpdate(
+            f"{where}: it holds values that are not finite. {_NOT_USED}; a lower "
+            "client.learning_rate usually mends this."
+        )
+    return math.sqrt(total) if base is not None else None

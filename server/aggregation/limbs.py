@@ -1,0 +1,110 @@
+"""Whole numbers of any size, as vectors of 64-bit limbs: the value is ``sum(limb[k] * 2**32k)``.
+
+Limbs are signed and may overlap, so that adding to one is plain integer addition; `carry` makes
+room in one by moving its upper half to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Limb = NDArray[np.int64]
+UNIT = 2**32
+"""What one of a limb is worth in the limb below."""
+MOST = 2**62
+"""Magnitudes of a limb stay below this, and a unit more."""
+_BITS = 32
+_MASK = UNIT - 1
+
+
+def whole_parts(peak: float) -> int:
+    """How many limbs `add_whole` needs for whole numbers of magnitude up to ``peak``."""
+    count = 1
+    while peak >= 2.0 ** (_BITS * count):
+        count += 1
+    return count
+
+
+def add_whole(limbs: Sequence[Limb], values: NDArray[np.float64]) -> None:
+    """Adds whole numbers to limbs, in place: less than `UNIT` to each.
+
+    Args:
+        limbs: As many as `whole_parts` says, or more, each ``(D,)``.
+        values: Shape ``(D,)``, whole numbers; changed.
+    """
+    top = whole_parts(float(np.abs(values).max(initial=0.0))) - 1
+    for place in range(top, 0, -1):
+        unit = 2.0 ** (_BITS * place)
+        share = np.trunc(values / unit)
+        if share.any():  # or memory would be touched that is not there yet
+            limbs[place][:] += share.astype(np.int64)
+            values -= share * unit
+    limbs[0][:] += values.astype(np.int64)
+
+
+def carry(limbs: Sequence[Limb], place: int) -> None:
+    """Moves all but the lower 32 bits of a limb to the next, in place; the value is the same."""
+    over = limbs[place] >> _BITS
+    if over.any():
+        limbs[place][:] &= _MASK
+        limbs[place + 1][:] += over
+
+
+def to_floats(limbs: Sequence[Limb]) -> NDArray[np.float64]:
+    """The values, each rounded once to the nearest float64 (to even), whatever limbs they lie in.
+
+    Args:
+        limbs: Each ``(D,)``; they stay as they are.
+    """
+    if len(limbs) == 1:
+        return limbs[0].astype(np.float64)
+    own = [limb.copy() for limb in limbs]
+    own.append(np.zeros_like(own[0]))
+    _normalise(own)
+    negative = own[-1] < 0
+    for limb in own:
+        np.negative(limb, out=limb, where=negative)
+    _normalise(own)
+    # From here on each limb is in [0, 2**32), and the last one, which took the signs, is zero.
+    below = np.zeros(len(own[0]), np.bool_)  # whether any limb below the lowest that is read is set
+    found = np.zeros(len(own[0]))
+    zero = np.zeros_like(own[0])
+    for place, limb in enumerate(own):
+        second = own[place - 1] if place > 0 else zero
+        third = own[place - 2] if place > 1 else zero
+        if place > 2:
+            below |= own[place - 3] != 0
+        leads = limb != 0  # a higher one that leads, too, writes over it
+        if leads.any():
+            found[leads] = _rounded(
+                limb[leads], second[leads], third[leads], below[leads], _BITS * (place - 1)
+            )
+    return np.where(negative, -found, found)
+
+
+def _normalise(limbs: Sequence[Limb]) -> None:
+    for place in range(len(limbs) - 1):
+        carry(limbs, place)
+
+
+def _rounded(
+    first: Limb, second: Limb, third: Limb, below: NDArray[np.bool_], exponent: int
+) -> NDArray[np.float64]:
+    """``(first * 2**32 + second + third / 2**32 + ...) * 2**exponent``, rounded once.
+
+    The leading 64 bits, of which the last stands for all below it, too: float64 takes 53 of them,
+    and whoever rounds sees whether the rest is more than half.
+    """
+    shift = (_BITS - np.frexp(first.astype(np.float64))[1]).astype(np.uint64)
+    rest = np.uint64(_BITS) - shift
+    high, middle, low = (limb.astype(np.uint64) for limb in (first, second, third))
+    bits = (high << (shift + np.uint64(_BITS))) | (middle << shift) | (low >> rest)
+    sticky = ((low & ((np.uint64(1) << rest) - np.uint64(1))) != 0) | below
+    bits |= sticky.astype(np.uint64)
+    found: NDArray[np.float64] = np.ldexp(
+        bits.astype(np.float64), exponent - shift.astype(np.int64)
+    )
+    return found

@@ -1,0 +1,75 @@
+"""Back to the model of an earlier round, where a round was spoilt; what followed is dropped."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError, PrivacyError
+from server.folder import held
+from server.journal import reopen
+from server.live.audit import AUDIT, Audit
+from server.live.resume import FOLDER
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """What a rollback did."""
+
+    round: int
+    """The run goes on after this one."""
+    dropped: tuple[int, ...]
+    """Rounds that will be run again."""
+
+
+def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: str) -> RolledBack:
+    """Goes back to after round ``number`` of a run that no server is running.
+
+    Args:
+        run: The run.
+        runs: Folder that results of runs are below.
+        number: The round whose model is to be the global one; 0 for the one before the first.
+        identity: The server's folder, whose audit log gets a line before anything changes.
+        by: Who asks, for that line.
+
+    Raises:
+        ConfigError: there is no such run, it is going on or over, or that round's model is not
+            kept. Nothing was changed.
+        PrivacyError: the run adds noise for clients: what the dropped rounds spent must count.
+        DataError: that round's model is damaged.
+    """
+    folder = runs / run.name
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: there is no run. Nothing was changed; name the folder that it is below by "
+            "--runs."
+        )
+    with held(folder):
+        journal = reopen(folder / FOLDER)
+        if journal is None or journal.start is None:
+            raise ConfigError(f"{folder}: no round of this run is over. Nothing was changed.")
+        with closing(journal), closing(Audit(identity / AUDIT)) as audit:
+            kept, last = journal.rounds_kept(), journal.round
+            if journal.ended:
+                raise ConfigError(
+                    f"{folder}: this run is over, and its results are written. Nothing was "
+                    "changed; what was published is taken back by `fedcore release rollback`."
+                )
+            if number not in kept:
+                named = " and ".join(map(str, kept))
+                raise ConfigError(
+                    f"{folder}: the model of round {number} is not kept: of rounds {named} it is. "
+                    "Nothing was changed; for an earlier one, restore the folder from a backup "
+                    "that was taken then (`fedcore server backup`)."
+                )
+            if journal.start.progress.protection is not None:
+                raise PrivacyError(
+                    f"{folder}: this run protects clients, and each round that is over has spent "
+                    "of their epsilon; going back would forget that. Nothing was changed; begin "
+                    "a new run with federation.initial."
+                )
+            audit.record(by=by, action="rollback", outcome="begun", round=number, run=run.name)
+            journal.roll_back(number)
+    return RolledBack(number, tuple(range(number + 1, last + 1)))

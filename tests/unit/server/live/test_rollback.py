@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError, PrivacyError
+from server.folder import held
+from server.journal import create, reopen
+from server.live.audit import AUDIT
+from server.live.commands import rollback
+from server.live.resume import FOLDER
+from server.live.rollback import RolledBack, roll_back
+from server.protection import ClientPlan, Protection
+from tests.unit.server.journals import IDENTITY, LARGE, progress, record
+
+RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})
+
+
+def begun(tmp_path: Path, *, rounds: int = 5, protected: bool = False) -> Path:
+    (tmp_path / "identity").mkdir(mode=0o700)
+    folder = tmp_path / "runs" / "trial" / FOLDER
+    folder.mkdir(parents=True)
+    with closing(create(folder, IDENTITY)) as journal:
+        for number in range(rounds + 1):
+            now = progress(number, LARGE)
+            if protected:
+                now = replace(now, protection=Protection(ClientPlan(9, 3, 1.0, None), 1.0))
+            journal.commit(now, record(number) if number else None)
+    return folder
+
+
+def back(tmp_path: Path, number: int) -> RolledBack:
+    return roll_back(RUN, tmp_path / "runs", number, identity=tmp_path / "identity", by="uid 0")
+
+
+def test_a_run_goes_on_after_the_round_before(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    assert back(tmp_path, 4) == RolledBack(4, (5,))
+    again = reopen(folder)
+    assert again is not None
+    with closing(again) as journal:
+        assert journal.start is not None
+        assert journal.start.progress.round == 4
+        assert journal.start.progress.weights[0] == 4.0
+        assert [one.round for one in journal.start.records] == [1, 2, 3, 4]
+        assert journal.rounds_kept() == [4]
+        journal.commit(progress(5, LARGE), record(5))
+    (line,) = (tmp_path / "identity" / AUDIT).read_text().splitlines()
+    assert json.loads(line) | {"at": "", "before": ""} == {
+        "at": "",
+        "before": "",
+        "by": "uid 0",
+        "action": "rollback",
+        "outcome": "begun",
+        "round": 4,
+        "run": "trial",
+    }
+
+
+def test_an_earlier_round_is_not_kept_and_what_would_be_needed_is_said(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(ConfigError, match=r"of rounds 4 and 5 it is.*restore .* from a backup"):
+        back(tmp_path, 2)
+
+
+def test_to_the_last_round_nothing_is_dropped(tmp_path: Path) -> None:
+    begun(tmp_path)
+    assert back(tmp_path, 5) == RolledBack(5, ())
+
+
+def test_no_rollback_where_there_is_nothing_or_a_server_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run"):
+        back(tmp_path, 1)
+    begun(tmp_path)
+    with (
+        held(tmp_path / "runs" / "trial"),
+        pytest.raises(ConfigError, match="a run of this name is going on"),
+    ):
+        back(tmp_path, 4)
+
+
+def test_a_run_that_is_over_is_left_alone(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    again = reopen(folder)
+    assert again is not None
+    with closing(again):
+        again.end()
+    with pytest.raises(ConfigError, match="this run is over"):
+        back(tmp_path, 4)
+
+
+def test_what_clients_privacy_has_cost_is_not_forgotten(tmp_path: Path) -> None:
+    begun(tmp_path, protected=True)
+    with pytest.raises(PrivacyError, match="would forget that"):
+        back(tmp_path, 4)
+
+
+def test_the_verb_explains_itself() -> None:
+    assert "rollback 7" in rollback.example

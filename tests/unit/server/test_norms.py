@@ -1,0 +1,155 @@
+"""No update moves a round further than its bound, whatever order updates come in."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError
+from fedcore.flower.identity import assume_identity
+from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
+from fedcore.updates.pack import Layout, Vector
+from server.expected import asked_to_train
+from server.inbound import Intake, Tally, accepted, fold, hold
+from server.norms import FACTOR, NormBound, is_bounded, norm_bound
+
+SIZE = 100_000
+LAYOUT = Layout(("weight",), ((SIZE,),))
+BASE = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    assume_identity(1)
+
+
+def run_of(**federation: Any) -> RunConfig:
+    return RunConfig.model_validate({"name": "run", "task": "t.py", "federation": federation})
+
+
+def moved(length: float, seed: int) -> Vector:
+    """Weights that are so far from the base."""
+    way = np.random.default_rng(seed).standard_normal(SIZE)
+    return (BASE + way * length / np.linalg.norm(way)).astype(np.float32)
+
+
+def reply(node: int, weights: Vector) -> Message:
+    asked = Message(RecordDict(), node, "train")
+    return Message(update_content(Update(weights, 1, {})), reply_to=asked)
+
+
+def taken(replies: list[Message], tally: Tally) -> Any:
+    intake = Intake(asked_to_train(run_of(), LAYOUT), base=BASE)
+    return accepted(iter(replies), intake, tally, first=len(replies))
+
+
+def mean_of(replies: list[Message], bound: NormBound | None) -> tuple[Vector, Tally]:
+    tally = Tally(len(replies))
+    mean = fold(taken(replies, tally), LAYOUT, tally, uniform=True, bound=bound)
+    return mean.mean(), tally
+
+
+def test_one_that_is_far_is_clipped_to_ten_medians_and_named() -> None:
+    replies = [reply(node, moved(1.0, node)) for node in (1, 2, 3)]
+    far = reply(4, moved(6.6e7, 4))
+    mean, tally = mean_of([far, *replies], NormBound(BASE, None))
+    (clipped,) = tally.clipped
+    assert clipped == (4, pytest.approx(6.6e7, rel=1e-3))
+    # Ten medians from one of four, and one each from the others, all in different directions.
+    assert np.linalg.norm(mean - BASE) == pytest.approx(np.sqrt(FACTOR**2 + 3) / 4, rel=0.05)
+
+
+def test_the_order_of_arrival_shows_in_no_bit() -> None:
+    vectors = [moved(length, seed) for seed, length in enumerate((1.0, 2.0, 300.0, 1e20))]
+    found = {
+        mean_of([reply(node, vectors[node]) for node in order], NormBound(BASE, None))[0].tobytes()
+        for order in itertools.permutations(range(4))
+    }
+    assert len(found) == 1
+
+
+def test_updates_of_usual_length_are_left_as_they_are() -> None:
+    replies = [reply(node, moved(length, node)) for node, length in enumerate((1.0, 1.0, 9.9))]
+    bounded, tally = mean_of(replies, NormBound(BASE, None))
+    assert not tally.clipped
+    assert bounded.tobytes() == mean_of(replies, None)[0].tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_among_fewer_than_three_nobody_is_clipped(count: int) -> None:
+    replies = [reply(node, moved(1e6 if node else 1.0, node)) for node in range(count)]
+    assert not mean_of(replies, NormBound(BASE, None))[1].clipped
+
+
+def test_where_most_change_nothing_nobody_is_clipped() -> None:
+    replies = [reply(node, BASE) for node in (1, 2)]
+    assert not mean_of([*replies, reply(3, moved(1.0, 3))], NormBound(BASE, None))[1].clipped
+
+
+def test_a_bound_that_is_fixed_holds_for_one_alone() -> None:
+    mean, tally = mean_of([reply(1, moved(100.0, 1))], NormBound(BASE, 2.5))
+    assert np.linalg.norm(mean - BASE) == pytest.approx(2.5, rel=1e-3)
+    assert [node for node, _ in tally.clipped] == [1]
+
+
+def test_what_is_held_for_a_strategy_is_clipped_too() -> None:
+    replies = [reply(node, moved(1e30 if node == 3 else 1.0, node)) for node in (1, 2, 3, 4)]
+    tally = Tally(4)
+    held = hold(taken(replies, tally), tally, uniform=True, bound=NormBound(BASE, None))
+    lengths = [
+        np.linalg.norm(message.content[ARRAYS][MODEL].numpy() - BASE)  # type: ignore[index, union-attr]
+        for message in held
+    ]
+    assert lengths == pytest.approx([1.0, 1.0, 10.0, 1.0], rel=1e-2)
+    assert [node for node, _ in tally.clipped] == [3]
+
+
+def test_the_largest_of_all_updates_is_clipped() -> None:
+    most = np.full(SIZE, np.finfo(np.float32).max, np.float32)
+    replies = [reply(1, most), *(reply(node, moved(1.0, node)) for node in (2, 3, 4))]
+    mean, _ = mean_of(replies, NormBound(BASE, None))
+    assert np.linalg.norm(mean - BASE) < 3.0
+
+
+@pytest.mark.parametrize(
+    ("federation", "live", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"max_update_norm": 3.0}, False, True),
+        ({"max_update_norm": "none"}, True, False),
+    ],
+)
+def test_devices_are_bounded_unless_the_run_says_otherwise(
+    federation: dict[str, Any], live: bool, expected: bool
+) -> None:
+    run = run_of(**federation)
+    assert is_bounded(run, live=live) == expected
+    assert (norm_bound(run, BASE, live=live) is not None) == expected
+
+
+def test_client_level_privacy_has_a_bound_of_its_own() -> None:
+    run = RunConfig.model_validate({"name": "run", "task": "t.py", "privacy": {"unit": "client"}})
+    assert not is_bounded(run, live=True)
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1.0", "1e13", "'clip'", "nan"])
+def test_a_bound_that_is_none_is_refused(tmp_path: Any, wrong: str) -> None:
+    from fedcore.settings import load_run
+
+    path = tmp_path / "run.toml"
+    path.write_text(f"name = 'run'\ntask = 't.py'\n[federation]\nmax_update_norm = {wrong}\n")
+    with pytest.raises(ConfigError, match=r"federation\.max_update_norm"):
+        load_run(path)
+
+
+def test_the_note_names_the_first_of_many() -> None:
+    said = NormBound(BASE, None).note(3, [(f"client 'edge-{place}'", 1e9) for place in range(8)])
+    assert said.startswith("round 3: 8 updates longer than 10 times the median of the round")
+    assert "client 'edge-0' (1e+09)" in said
+    assert "edge-7" not in said
