@@ -47,6 +47,10 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    # What a test of foreign text has logged may hold halves of pairs, which workers cannot send.
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
     data = os.environ.get("FEDCORE_DATA")
     if report.skipped and data and item.get_closest_marker("data"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
