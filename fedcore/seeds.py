@@ -79,6 +79,12 @@ def pin_streams(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
+def drawn_outside_torch() -> tuple[object, ...]:
+    """Something that differs once Python's or NumPy's process-wide stream was drawn from."""
+    name, numbers, place, *rest = np.random.get_state()
+    return random.getstate(), name, bytes(numbers), place, *rest
+
+
 class Randomness(Protocol):
     """Where the random numbers of training come from."""
 

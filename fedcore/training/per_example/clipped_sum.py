@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from fedcore.seeds import global_streams, kept_streams, pin_streams
+from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin_streams
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
 from fedcore.training.per_example.ways import Kind, Part, Way, one_by_one, trained
 
 _MOST_ROWS = 256
-"""Examples that are summed up in float32; their sums are added in float64. So rounding stays below
-the margin that noise is drawn larger by, however large the batch."""
+"""Examples that are read, and taken, at once: what one of them is like decides little memory."""
+_EXACT_ROWS = 32
+"""Examples that are summed up in float32; their sums are added in float64. Where one example lifts
+the sum of the others past a power of two, each of them may be rounded the other way: of so many
+that is at most 3e-5 of the clip norm, below the margin that noise is drawn larger by."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def clipped_sum(
     preprocess: nn.Module,
     model: nn.Module,
     loss: Loss,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     *,
     clip_norm: float,
     physical: int,
@@ -92,10 +95,10 @@ def clipped_sum(
     for batch in batches:
         for start in range(0, len(batch.counted), step):
             part = batch.rows(start, start + step)
-            found = _of_part(way, preprocess, model, loss, part, clip_norm)
-            skipped += found.skipped
-            for total, one in zip(wide, found.sums, strict=True):
-                total += one
+            for found in _of_part(way, preprocess, model, loss, part, clip_norm):
+                skipped += found.skipped
+                for total, one in zip(wide, found.sums, strict=True):
+                    total += one
     return ClippedSum(wide, skipped)
 
 
@@ -106,49 +109,61 @@ def _wide_zeros(parameter: Tensor) -> Tensor:
 
 def _of_part(
     way: Way, preprocess: nn.Module, model: nn.Module, loss: Loss, batch: Batch, clip_norm: float
-) -> ClippedSum:
-    """That of one physical batch. What is done with an example is decided by that example alone."""
+) -> Iterator[ClippedSum]:
+    """That of one physical batch, in parts that are to be added up, each held one at a time.
+
+    What is done with an example is decided by that example alone.
+    """
 
     def taken(way: Way, batch: Batch) -> Part | None:
         return _taken(way, preprocess, model, batch)
 
     part = taken(way, batch)
     if part is not None:
-        return _weighted(part, batch, clip_norm)
-    zero = ClippedSum([torch.zeros_like(p) for p in trained(model).values()], 0)
+        yield from _weighted(part, batch, clip_norm)
+        return
     runs = torch.zeros_like(batch.counted)
     for place in batch.counted.nonzero().flatten().tolist():
         runs[place] = taken(way, batch.rows(place, place + 1)) is not None
-    found = [zero]
     together = _without(batch, batch.counted & runs)
     part = taken(way, together) if bool(runs.any()) else None
     if part is not None:
-        found.append(_weighted(part, together, clip_norm))
+        yield from _weighted(part, together, clip_norm)
         batch = replace(batch, counted=batch.counted & ~runs)
     alone = one_by_one(loss, why="")
     for place in batch.counted.nonzero().flatten().tolist():
         single = batch.rows(place, place + 1)
         part = taken(alone, single)
-        skipped = replace(zero, skipped=1)
-        found.append(skipped if part is None else _weighted(part, single, clip_norm))
-    sums = [torch.stack(each).sum(dim=0) for each in zip(*(f.sums for f in found), strict=True)]
-    return ClippedSum(sums, sum(f.skipped for f in found))
+        if part is None:
+            yield ClippedSum([torch.zeros_like(p) for p in trained(model).values()], 1)
+        else:
+            yield from _weighted(part, single, clip_norm)
 
 
-def _weighted(part: Part, batch: Batch, clip_norm: float) -> ClippedSum:
+def _weighted(part: Part, batch: Batch, clip_norm: float) -> Iterator[ClippedSum]:
+    """The clipped sum over `_EXACT_ROWS` examples at a time."""
     used = batch.counted & part.usable
     shares = torch.where(used, shares_of(part.squares, clip_norm), 0.0)
-    return ClippedSum(part.weighted(shares), int((batch.counted & ~used).sum()))
+    skipped = batch.counted & ~used
+    for start in range(0, len(shares), _EXACT_ROWS):
+        some = torch.zeros_like(shares)  # of the others, zero times something finite is added
+        some[start : start + _EXACT_ROWS] = shares[start : start + _EXACT_ROWS]
+        count = int(skipped[start : start + _EXACT_ROWS].sum())
+        yield ClippedSum(part.weighted(some), count)
 
 
 def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> Part | None:
     """The gradients of one physical batch; None where they fail, for want of memory, too.
 
-    What an example makes of its values, memory to take among it, must not end the work.
+    What an example makes of its values, memory to take among it, must not end the work. A number
+    that Python or NumPy draws while examples are taken together is one for all of them: they are
+    taken one by one then, each with its own.
     """
     try:
         with global_streams(batch.seed):
-            return way.take(preprocess, model, batch.inputs, batch.targets)
+            before = drawn_outside_torch()
+            found = way.take(preprocess, model, batch.inputs, batch.targets)
+            return found if way.name == "alone" or drawn_outside_torch() == before else None
     except KeyboardInterrupt:  # the user's, or SIGTERM
         raise
     except BaseException:  # the task's code, on values that nobody looked at
@@ -171,14 +186,14 @@ def read_batch(
     *,
     seed: int,
     usual: Kind | None = None,
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """The examples of some rows, on a device, ready to be summed over.
 
     A row that cannot be read, or is no pair of tensors, is left out and counts as zero. Where
     shapes or dtypes differ, rows with inputs of the usual kind come in a batch for each kind of
     target, in which the others' places are filled. Any other row comes alone, and so does one with
     a far larger target: a batch that is filled with rows of a shape nobody planned for may take
-    more memory than there is.
+    more memory than there is. Rows that are no slices of two tensors are read a few at a time.
 
     Args:
         examples: A client's data.
@@ -189,14 +204,17 @@ def read_batch(
             each kind come together.
     """
     if not len(rows):
-        return []
+        return
     if (found := _gathered(examples, rows)) is not None:
         inputs, targets = found
         counted = torch.ones(len(rows), dtype=torch.bool, device=device)
-        return [Batch(inputs.to(device), targets.to(device), counted, seed)]
-    with kept_streams():
-        read = [_read(examples, row, seed + place) for place, row in enumerate(rows.tolist())]
-    return list(_by_kind(read, device, seed, usual))
+        yield Batch(inputs.to(device), targets.to(device), counted, seed)
+        return
+    for start in range(0, len(rows), _MOST_ROWS):
+        some = rows[start : start + _MOST_ROWS].tolist()
+        with kept_streams():
+            read = [_read(examples, row, seed + start + place) for place, row in enumerate(some)]
+        yield from _by_kind(read, device, seed + start, usual)
 
 
 def _gathered(examples: Examples, rows: Tensor) -> _Pair | None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.model import FullModel
 from fedcore.privacy.layers import check_layers
-from fedcore.seeds import global_streams
+from fedcore.seeds import drawn_outside_torch, global_streams
 from fedcore.task import Kind, Loss, Task
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.lookups import by_lookups
@@ -110,7 +110,8 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, ma
     if not mapped:
         return one_by_one(loss, why="torch cannot map the preprocessing over examples")
     drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
-    if drawn:  # how many numbers it takes may depend on an example, and shift those of the next
+    if drawn:  # how many numbers it takes may depend on an example, and shift those of the next;
+        # and what is not torch's draws one number for all examples that are taken together
         return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
     why = "the model is no chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
@@ -144,14 +145,15 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
-    """The operations by which one example draws random numbers when it is trained on."""
+    """By what one example draws random numbers when it is trained on."""
     assert tried.targets is not None
     model.train()
     before, network, judge = fresh(model.preprocess, model.model, loss)
-    draws = _Draws()
+    draws, began = _Draws(), drawn_outside_torch()
     with draws:
         own_gradient(before, network, judge, tried.inputs[0], tried.targets[0])
-    return draws.names
+    outside = {"Python's or NumPy's random"} if drawn_outside_torch() != began else set()
+    return draws.names | outside
 
 
 def _agree(way: Way, reference: Way, model: FullModel, tried: MadeUp) -> str | None:
@@ -281,12 +283,14 @@ def _of_one(module: nn.Module, one: Tensor, what: str) -> Tensor:
 
 
 def _repeats(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether a module gives the same whatever random numbers it draws."""
-    given = []
+    """Whether a module gives the same whatever random numbers it draws; a coin may fall alike."""
+    given, outside = [], False
     for seed in (1, 2):
         with torch.no_grad(), global_streams(seed):
+            began = drawn_outside_torch()
             given.append(fresh(module)[0](inputs))
-    return torch.equal(*given)
+            outside |= drawn_outside_torch() != began
+    return not outside and torch.equal(*given)
 
 
 def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ HUGE = 1e30  # a clip norm that clips nothing, so that a sum shows every bit of 
 def summed(
     way: Way,
     model: nn.Module,
-    batches: list[Batch],
+    batches: Iterable[Batch],
     *,
     loss: Loss = LOSS,
     clip: float = HUGE,
@@ -287,7 +287,7 @@ def test_rows_that_are_read_alone_and_together_are_summed_alike() -> None:
     expected = summed(way, model, read_batch(whole, rows, CPU, seed=0))
     assert is_same(summed(way, model, read_batch(Rows(None), rows, CPU, seed=0)), expected)  # type: ignore[arg-type]
     assert is_same(summed(way, model, read_batch(shifted, rows - 1, CPU, seed=0)), expected)
-    assert read_batch(whole, torch.tensor([], dtype=torch.int64), CPU, seed=0) == []
+    assert list(read_batch(whole, torch.tensor([], dtype=torch.int64), CPU, seed=0)) == []
     empty = summed(way, model, [])
     assert [one.shape for one in empty.sums] == [p.shape for p in model.parameters()]
     assert not flat(empty).any()
@@ -304,7 +304,7 @@ def test_examples_of_two_shapes_are_all_summed_each_in_its_place() -> None:
 
     _, model, way = prepared("lstm")
     data: Examples = Lengths()  # type: ignore[assignment]
-    batches = read_batch(data, torch.arange(6), CPU, seed=0)
+    batches = list(read_batch(data, torch.arange(6), CPU, seed=0))
     assert [one.counted.tolist() for one in batches] == [[True, False] * 3, [False, True] * 3]
     assert all(len(one.inputs) == 6 for one in batches)
     found = flat(summed(way, model, batches))
