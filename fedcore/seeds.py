@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -81,8 +81,8 @@ def pin_streams(seed: int) -> None:
 
 def drawn_outside_torch() -> tuple[object, ...]:
     """Something that differs once Python's or NumPy's process-wide stream was drawn from."""
-    name, numbers, place, *rest = np.random.get_state()
-    return random.getstate(), name, bytes(numbers), place, *rest
+    state: Any = np.random.get_state()
+    return random.getstate(), state[1].tobytes(), *state[2:]
 
 
 class Randomness(Protocol):

@@ -103,6 +103,20 @@ class DeviceLedger:
             self.owner.budget(everybody if names is None else names),
         )
 
+    def look(self) -> bool:
+        """Notes the files of the data set that the owner names; says whether any is new.
+
+        Raises:
+            PrivacyError: there are more than can be looked at.
+            DataError: one cannot be read.
+            DiskFull: there is no room.
+        """
+        named = self.owner.data_set(self.data)
+        if named is None:
+            return False
+        before = label_of(named.name, read_contents(self.folder.path).names.get(named.name, ()))
+        return note_contents(self.folder.path, named.name, named.folder) != before
+
     def keep(self, state: RecordDict) -> None:
         """Has the charges in ``state`` on disk, there and in the copies; before anything trains.
 

@@ -209,6 +209,8 @@ def _answer(
     run_id = found.message.metadata.run_id
     try:
         run = runs.get(run_id) or _open(device, link, signals, run_id)
+        if run.ledger is not None and run.ledger.look():  # what was spent on new files counts now
+            run = _open(device, link, signals, run_id)
         message = link.fetch(found, limit_bytes=run.most_bytes)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
@@ -226,6 +228,8 @@ def _answer(
     if content is None:
         reply, again = _by_app(device, run, message), False
         _keep(device, run, key, reply)
+        if run.ledger is not None and run.ledger.look():  # some came while it trained
+            runs.clear()
     else:
         reply = Message(content, reply_to=message)
     if reply.has_error():  # told before it is sent: the server may be gone

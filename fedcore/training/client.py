@@ -14,6 +14,8 @@ from torch.utils.data import Subset
 
 from fedcore.config import RunConfig
 from fedcore.errors import (
+    DataError,
+    FedcoreError,
     InvalidUpdate,
     TaskError,
     TrainingDiverged,
@@ -129,15 +131,26 @@ def learn(
     """
     try:
         return _learn(client, name, instruction, ledger, on_spend)
-    except TrainingDiverged:
+    except BaseException as error:
+        # Whatever a half-trained model holds, the next message begins without it.
         client.__dict__.pop("resident", None)
-        if not client.run.client_private:
+        if not (client.run.client_private and _is_of_data(error)):
             raise
-        # As if it had no data: whether some did not converge is not to show in who answers.
+        # Neither who answers nor whether a round has its quorum is to show what data are like.
+        log.error(
+            "client %r answers that nothing changed, as client-level privacy asks: %s: %s",
+            name,
+            type(error).__name__,
+            error,
+        )
         return bounded(client.run.privacy, instruction, instruction.weights, {})
-    except BaseException:  # whatever a half-trained model holds, the next message begins without it
-        client.__dict__.pop("resident", None)
-        raise
+
+
+def _is_of_data(error: BaseException) -> bool:
+    """Whether a client's data may have decided that this was raised."""
+    if isinstance(error, FedcoreError):
+        return isinstance(error, TrainingDiverged | DataError)
+    return isinstance(error, Exception | SystemExit)
 
 
 def _learn(

@@ -217,6 +217,9 @@ class Worker:
                 examples, _ = local_data(client, one.name)
                 private, ledger = self._spend(one, examples, instruction)
             except (Exception, SystemExit) as error:  # the task's code: that client's failure
+                if client.run.client_private:  # which does not show there
+                    yield self._alone(order, one, found)
+                    continue
                 code = error_of(one.name, error, hide=False)
                 yield Answer(one, error=code, ledger=one.ledger, fate=found)
                 continue

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from fedcore.config import RunConfig
 from fedcore.flower.identity import assume_identity
@@ -17,6 +19,7 @@ from tests.unit.fedcore.test_client_app import (
     app_of,
     ask,
     context,
+    data,
     instruct,
     make_run,
     make_task,
@@ -44,11 +47,37 @@ def test_under_client_level_privacy_a_bounded_update_leaves_and_nothing_else() -
     assert 0.00999 < np.linalg.norm(update.weights.astype(np.float64) - start) <= 0.01
 
 
-def test_a_client_that_diverges_answers_as_if_it_had_no_data() -> None:
-    def diverges(outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.sum() * float("nan")
+def diverges(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.sum() * float("nan")
 
-    task, run = make_task(loss=diverges), client_level()
+
+def raising(error: BaseException) -> Any:
+    def load(client: str, folder: Any) -> Any:
+        raise error
+
+    return load
+
+
+def unknown_label(client: str, folder: Any) -> Any:
+    inputs, targets = data().tensors
+    return TensorDataset(inputs, targets + 17)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"loss": diverges},
+        {"client_data": raising(OSError("its disk is gone"))},
+        {"client_data": raising(SystemExit(3))},
+        {"client_data": unknown_label},
+    ],
+    ids=["diverges", "unreadable", "exits", "unknown label"],
+)
+def test_whatever_its_data_are_a_client_answers_and_at_worst_that_nothing_changed(
+    broken: dict[str, Any],
+) -> None:
+    """Were it an error, one client's data would decide whether a round has its quorum."""
+    task, run = make_task(**broken), client_level()
     update = bounded_ask(task, run)
     assert update.weights.tolist() == pack(build_model(task, run).model).tolist()
 
