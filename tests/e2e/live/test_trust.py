@@ -168,7 +168,7 @@ def test_a_folder_of_another_identity_is_not_used(project: Any, serve: Any, star
         assert served.listening.presence.nodes() == []
     (error,) = second.errors
     assert isinstance(error, DeviceError)
-    assert "name a folder of its own with --state" in str(error)
+    assert "name this device's own folder with --state" in str(error)
 
 
 def test_a_revoked_device_cannot_flood_the_log_through_the_stream(

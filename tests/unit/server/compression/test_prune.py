@@ -187,7 +187,7 @@ def test_training_that_diverges_is_a_reason_not_a_crash(
             torch.zeros(2, 64),
             digits_cloud.train,
             digits.loss_of,
-            Finetune(learning_rate=1e9),
+            Finetune(learning_rate=1e6),
             fraction=0.5,
             epochs=5,
             seed=0,
