@@ -171,7 +171,7 @@ def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> F
 
 
 def _ask(kit: Kit, host: str, port: int, proxy: str | None) -> tuple[int, datetime | None]:
-    """The status and the time of the server's answer to a call that it does not know."""
+    """The status and the time of the server's answer to a call that asks it for nothing."""
     with (
         _connect(host, port, proxy) as plain,
         client_context(kit).wrap_socket(plain, server_hostname=host) as secure,

@@ -77,6 +77,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     task, run = write_scaffold(options.name, kind=options.kind)
+    if not options.name.resolve().is_relative_to(Path.cwd()):
+        say(f"note: {options.name.resolve()} is outside of the folder that this runs in")
     say(f"wrote {task}: what is learned; it says what to replace")
     say(f"wrote {run}: how it is learned")
     say(f"next: fedcore check {task}, then fedcore simulate {run}")

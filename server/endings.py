@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedcore.errors import BudgetExhausted
+from fedcore.observability.words import counted
 from server.client_privacy import allows
 from server.inbound import Tally
 from server.norms import NormBound
@@ -28,7 +29,8 @@ def announce(
         return
     advice = federation.keeper.failures(progress, tally.reasons)
     federation.on_note(
-        f"round {progress.round + 1}: {tally.failed} of {tally.asked} clients failed. First: "
+        f"round {progress.round + 1}: {tally.failed} of {counted(tally.asked, 'client')} failed. "
+        "First: "
         f"{' '.join([tally.reasons[0], *advice])}"
     )
 
@@ -49,7 +51,7 @@ def is_over(federation: Federation, progress: Progress) -> bool:
         return False
     federation.on_note(
         f"Stopped after round {progress.round}: none was better than round {progress.best_round} "
-        f"for federation.patience = {settings.patience} rounds."
+        f"for federation.patience = {counted(settings.patience, 'round')}."
     )
     return True
 
@@ -57,13 +59,25 @@ def is_over(federation: Federation, progress: Progress) -> bool:
 def end_early(federation: Federation, number: int, tally: Tally) -> None:
     """Says that budgets are spent; that is an error where no client ever took part."""
     if number == 1:
+        who = "the client" if tally.declined == 1 else f"all {tally.declined} clients"
         raise BudgetExhausted(
-            f"round 1: all {tally.declined} clients declined. Nothing was trained; raise "
-            "privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs. Last: "
-            f"{tally.spent}"
+            f"round 1: {who} declined. Nothing was trained; {_remedy(tally)}. Last: {tally.spent}"
         )
-    spent = "all" if tally.all_declined else f"{tally.declined} of"
+    whose = f"{tally.declined} of {counted(tally.asked, 'client')} asked"
+    if tally.all_declined:
+        whose = f"all {tally.asked} clients asked" if tally.asked > 1 else "the client asked"
+    owners = f", for {tally.owners} of them the one that the owner allows" if tally.owners else ""
     federation.on_note(
-        f"Ended before round {number}: the privacy budget of {spent} {tally.asked} clients asked "
-        "is spent."
+        f"Ended before round {number}: the privacy budget of {whose} is spent{owners}."
+    )
+
+
+def _remedy(tally: Tally) -> str:
+    if not tally.owners:
+        return "raise privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs"
+    spent = "of all" if tally.owners == tally.declined else f"of {tally.owners} of them"
+    return (
+        f"the budgets {spent} that owners allow over all runs are spent, which no "
+        "privacy.max_epsilon of this run changes: ask other devices, or have the owners raise "
+        "theirs"
     )

@@ -13,8 +13,9 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError, RoundFailed
-from fedcore.observability.words import one_line
+from fedcore.observability.words import counted, one_line
 from fedcore.privacy.client_level import Bound
+from fedcore.privacy.ledger import OWNERS
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
@@ -35,6 +36,7 @@ from server.norms import NormBound
 from server.progress import Forgetful, Keeper, Nameless, Peers
 from server.records import VirtualRecord
 
+_ROUNDING = 1e-9  # 0.55 times 20 is a little more than 11 in floating point
 _MAX_REASON = 2000  # characters that are shown of what a client says
 
 
@@ -84,6 +86,10 @@ class Tally:
     """Why clients failed."""
     spent: str = ""
     """Why the last client that declined did."""
+    spent_nodes: set[int] = field(default_factory=set)
+    """Those who declined, where a grid tells who."""
+    owners: int = 0
+    """How many of those who declined name their owner's budget."""
 
     kinds: set[type[FedcoreError]] = field(default_factory=set)
     """Of what kinds the errors of clients that failed are."""
@@ -124,6 +130,7 @@ class Tally:
         if code == DECLINED:
             self.declined += 1
             self.spent = reason
+            self.owners += OWNERS in reason
         else:
             self.refuse(reason, kind=refused_as(code))
 
@@ -173,7 +180,10 @@ def accepted(
     for reply in replies:
         if reply.has_error():
             code, reason = failure_of(reply)
-            tally.failure(code, intake.peers.said(reply.metadata.src_node_id, reason))
+            node = reply.metadata.src_node_id
+            tally.failure(code, intake.peers.said(node, reason))
+            if code == DECLINED:
+                tally.spent_nodes.add(node)
             continue
         try:
             found = intake.read(reply)
@@ -336,33 +346,43 @@ def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
         ) from None
 
 
-def check_quorum(tally: Tally, quorum: float, cohort: int, number: int) -> None:
+def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, others: int = 0) -> None:
     """Fails a round that too few clients answered; those whose budget is spent do not count.
 
-    Where the others would not make up a quorum of the cohort even if all of them had answered, it
-    is the end of the run and no failure: ``tally.over`` says so. Where they did answer, rounds go
-    on with them.
+    Where those whose budget is not spent cannot make up a quorum of the cohort, however many of
+    them answered, it is the end of the run and no failure: ``tally.over`` says so.
+
+    Args:
+        tally: Of the round.
+        quorum: The share of a cohort whose updates a round needs.
+        cohort: Updates that are enough.
+        number: Of the round, from 1; its first one ends no run, but where all declined.
+        others: Clients that were not asked, and whose budget may not be spent.
 
     Raises:
         RoundFailed: clients failed for different reasons, or were silent.
         FedcoreError: of the kind that every client failed with, where it is one kind.
     """
     willing = tally.asked - tally.declined
-    needed = quorum * min(willing, cohort)
-    tally.over = tally.all_declined
-    if tally.updates >= needed:
-        return
-    if number > 1 and tally.declined and willing < quorum * min(tally.asked, cohort):
-        tally.over = True
+    needed, whole = _of(quorum, min(willing, cohort)), _of(quorum, min(tally.asked, cohort))
+    first, left = number == 1, willing + others
+    tally.over = tally.all_declined if first else bool(tally.declined and left < whole)
+    if tally.over or tally.updates >= needed:
         return
     silent = willing - tally.updates - tally.failed
     reasons = "; ".join(tally.reasons[:3]) or "no reason was given"
     kind = tally.kinds.pop() if len(tally.kinds) == 1 and not silent else RoundFailed
     raise kind(
-        f"round {number}: {tally.updates} of {willing} clients sent an update, and "
-        f"federation.quorum = {quorum:g} needs {needed:.3g} ({tally.failed} failed, {silent} "
-        f"silent at the deadline). The round was dropped. First: {reasons}"
+        f"round {number}: {tally.updates} of {counted(willing, 'client')} sent an update, and "
+        f"federation.quorum = {quorum:g} needs {needed} ({tally.failed} failed, {silent} silent at "
+        "the deadline). The round was dropped, and what came before it is kept: see to the "
+        f"clients, and go on with --resume. First: {reasons}"
     )
+
+
+def _of(quorum: float, clients: int) -> int:
+    """The least whole number of clients that is the quorum's share of them."""
+    return math.ceil(quorum * clients - _ROUNDING)
 
 
 def failure_of(reply: Message) -> tuple[int, str]:

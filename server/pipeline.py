@@ -314,8 +314,15 @@ def _draft(
 
 def _epsilon_of(run: RunConfig, trained: Trained) -> float | None:
     """What examples of any client may have cost, over the whole run."""
-    budget = run.privacy.max_epsilon if run.private else None
-    return epsilon_spent(trained.outcome.federated.rounds, trained.clients, budget=budget)
+    budget, federated = run.privacy.max_epsilon if run.private else None, trained.outcome.federated
+    over, patience = len(federated.rounds), run.federation.patience
+    stopped = bool(patience) and over - federated.best_round >= patience
+    return epsilon_spent(
+        federated.rounds,
+        trained.clients,
+        budget=budget,
+        dropped=over < run.federation.rounds and not stopped,  # it ended as budgets were spent
+    )
 
 
 def _client_statement(run: RunConfig, trained: Trained) -> ClientStatement | None:

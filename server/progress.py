@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flwr.app import Message
@@ -33,6 +33,9 @@ class Progress:
     """State of the preprocessing, as safetensors."""
     protection: Protection | None = None
     """Of clients, under client-level privacy."""
+    spent: frozenset[int] = field(default=frozenset(), compare=False)
+    """Devices that have declined for their budget while this process ran. It is not kept: after a
+    restart each is asked again, and tells again."""
 
 
 @dataclass(frozen=True)

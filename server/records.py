@@ -52,7 +52,7 @@ class RoundRecord:
     judged_on: str
     """``cloud`` (data that no round trained on), ``clients`` (what they hold back), ``nothing``."""
     epsilon_max: float | None
-    """The most that any client has spent so far."""
+    """The most that any client has said to have spent, in this round or one before."""
     bytes_up: int
     """Payload from clients to server, in this round."""
     bytes_down: int
@@ -93,7 +93,11 @@ class ClientRecord:
 
 
 def epsilon_spent(
-    rounds: Sequence[RoundRecord], clients: Sequence[ClientRecord], *, budget: float | None
+    rounds: Sequence[RoundRecord],
+    clients: Sequence[ClientRecord],
+    *,
+    budget: float | None,
+    dropped: bool = False,
 ) -> float | None:
     """The most that any client may have spent, over all updates that left it, used or not.
 
@@ -105,6 +109,7 @@ def epsilon_spent(
         rounds: Of the run.
         clients: With their ledgers, in a simulation; empty for devices.
         budget: ``privacy.max_epsilon``; None without example-level privacy.
+        dropped: Whether a round may have been dropped after these, whose updates had left devices.
 
     Returns:
         Epsilon, or None without example-level privacy or before any update.
@@ -113,7 +118,7 @@ def epsilon_spent(
     spent = [epsilon for epsilon in told if epsilon is not None]
     if budget is None or not spent:
         return None
-    unused = any(each.cohort > each.updates + each.declined for each in rounds)
+    unused = dropped or any(each.cohort > each.updates + each.declined for each in rounds)
     if clients:
         return max(spent)
     return budget if unused else min(max(spent), budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -135,6 +135,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     start = federation.start
     progress = _held_once(start.progress if start else _beginning(federation, model))
     records = list(start.records) if start else []
+    most = _most_of(*(each.epsilon_max for each in records))
     unpack(progress.weights, model.model)
     while keeper.goes_on(progress) and not progress.over:
         started, number = time.monotonic(), progress.round + 1
@@ -156,7 +157,8 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         protection = released.protection
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
         record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
-        records.append(replace(record, client_epsilon=spent))
+        most = _most_of(most, record.epsilon_max)
+        records.append(replace(record, epsilon_max=most, client_epsilon=spent))
         federation.on_round(records[-1])
         better = is_better(federation.primary, records, progress.best_round)
         progress = replace(
@@ -168,6 +170,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             most_failed=max(progress.most_failed, tally.failed),
             strategy=remembered(federation.chosen.strategy),
             protection=protection,
+            spent=progress.spent | tally.spent_nodes if federation.live else progress.spent,
         )
         progress = replace(progress, over=is_over(federation, progress))
     unpack(progress.weights, model.model)
@@ -179,8 +182,30 @@ def _drawn(federation: Federation, progress: Progress) -> list[int]:
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
         return draw(federation.run, progress.protection, there, draws, number=number)
+    there = _willing(there, progress.spent, federation.cohort)
     size = max(federation.cohort, min(federation.asked, len(there)))
     return select(there, size, seed=federation.run.seed, words=("round", number))
+
+
+def _willing(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
+    """Those whose budget is not known to be spent, and others where they are no cohort."""
+    if not spent:
+        return there
+    rest = [node for node in there if node not in spent]
+    return [*rest, *(node for node in there if node in spent)][: max(cohort, len(rest))]
+
+
+def _others(federation: Federation, progress: Progress, nodes: Sequence[int], tally: Tally) -> int:
+    """How many clients were not asked, and may have a budget left.
+
+    A simulation does not note who has none: there a cohort that declined is the end.
+    """
+    if not tally.declined or (tally.all_declined and not federation.live):
+        return 0
+    there = _there(federation)
+    if not federation.live:
+        return len(there) - len(nodes)
+    return len(set(there).difference(nodes, progress.spent))
 
 
 def _there(federation: Federation) -> Sequence[int]:
@@ -281,7 +306,8 @@ def _train_round(
         else:
             ready = hold(taken, tally, uniform=uniform, bound=norm)
     announce(federation, progress, tally, norm)
-    check_quorum(tally, run.federation.quorum, federation.cohort, number)
+    others = _others(federation, progress, nodes, tally)
+    check_quorum(tally, run.federation.quorum, federation.cohort, number, others=others)
     if tally.over or (not tally.updates and protection is None):
         return Released(progress.weights, protection), sent
     if mean is not None and protection is not None:
@@ -327,6 +353,11 @@ def _aggregated(
             f"{number - 1}."
         ) from error
     return arrays
+
+
+def _most_of(*told: float | None) -> float | None:
+    """The most that any client has said to have spent; None where none has said it."""
+    return max((epsilon for epsilon in told if epsilon is not None), default=None)
 
 
 def _record(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -22,6 +22,7 @@ from fedcore.config import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
 from fedcore.files import read_bytes
+from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import ledger_in
 
@@ -193,7 +194,7 @@ def _check_copy(
                 f"{where}: charge {place + 1} of run {run!r} is one thing in "
                 f"{LEDGER} and another in the run's state: one of the two is damaged. What "
                 "was spent is unknown, so nothing was trained; remove the file that was "
-                "changed, and it is mended from the other."
+                "changed, and the next start mends it from the other."
             )
 
 
@@ -211,28 +212,35 @@ def against_marks(
     where: Path, runs: Runs, marks: Mapping[Path, Mark | None]
 ) -> Iterator[PrivacyError]:
     """What is wrong with a ledger by what was marked elsewhere."""
-    found = count(runs)
+    found, more, strange = count(runs), dict[Path, int](), dict[str, list[Path]]()
     for path, mark in marks.items():
-        if mark is None:
-            continue
-        if found < mark.charges:
-            yield PrivacyError(
-                f"{where}: this device's ledger holds {found} charges, and "
-                f"{path} says that {mark.charges} were made: it was removed, put back as it was "
-                "before, or is another device's. What was spent is unknown, so nothing was "
-                "trained; put the latest folder back, or name this device's own with --state. "
-                "Only where that is lost for good, lower max_epsilon in owner.toml by what was "
-                f"spent at most and remove {path.name}."
-            )
-        elif strange := _strange(runs, mark):
-            yield PrivacyError(
-                f"{where}: this device's ledger does not hold the charge of run {strange!r} that "
-                f"{path} says was made last: a second copy of this device has trained meanwhile, "
-                "or the folder is another device's. What was spent is unknown, so nothing was "
-                "trained; go on with that copy alone, or name this device's own folder with "
-                "--state. Only where that is lost for good, lower max_epsilon in owner.toml by "
-                f"what it spent at most and remove {path.name}."
-            )
+        if mark is not None and found < mark.charges:
+            more[path] = mark.charges
+        elif mark is not None and (run := _strange(runs, mark)):
+            strange.setdefault(run, []).append(path)
+    if more:
+        said = " and ".join(f"{path} says that {made} were made" for path, made in more.items())
+        yield PrivacyError(
+            f"{where}: this device's ledger holds {counted(found, 'charge')}, and {said}: it was "
+            "removed, put back as it was before, or is another device's. What was spent is "
+            "unknown, so nothing was trained; put the latest folder back, or name this device's "
+            "own with --state. Only where that is lost for good, lower max_epsilon in the owner's "
+            f"file by what was spent at most and remove {_names(more)}."
+        )
+    for run, paths in strange.items():
+        said = " and ".join(f"{path} says" for path in paths)
+        yield PrivacyError(
+            f"{where}: this device's ledger does not hold the charge of run {run!r} that {said} "
+            "was made last: a second copy of this device has trained meanwhile, or the folder is "
+            "another device's. What was spent is unknown, so nothing was trained; go on with that "
+            "copy alone, or name this device's own folder with --state. Only where that is lost "
+            "for good, lower max_epsilon in the owner's file by what it spent at most and remove "
+            f"{_names(paths)}."
+        )
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return " and ".join(path.name for path in paths)
 
 
 def _strange(runs: Runs, mark: Mark) -> str:
@@ -254,7 +262,8 @@ def states_of(
 def _unreadable(error: Exception) -> PrivacyError:
     return PrivacyError(
         f"ledger: what a run's state tells of its charges cannot be read ({error}). What was spent "
-        f"is unknown, so nothing was trained; remove the state: it is mended from {LEDGER}."
+        "is unknown, so nothing was trained; remove the state: the next start mends it from "
+        f"{LEDGER}."
     )
 
 
@@ -270,5 +279,5 @@ def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
         reason = f"{path}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}."
     raise PrivacyError(
         f"{reason} It may not tell what was spent, so nothing was trained; put it back from a "
-        "backup, or remove it: it is written anew from what lies beside it."
+        "backup, or remove it: the next start mends it from what lies beside it."
     )

@@ -47,7 +47,11 @@ def _where(parser: argparse.ArgumentParser) -> None:
 
 def _counting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--owner", type=Path, help="what the owner of this device allows, as --owner owner.toml"
+        "--owner",
+        type=Path,
+        metavar="FILE",
+        help="what the owner of this device allows, as --owner owner.toml; without it no budget is "
+        "known",
     )
     parser.add_argument(
         "--accountant",
@@ -107,7 +111,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps(view.to_dict(), indent=2, allow_nan=False))
     else:
-        say("\n".join(_table(view)))
+        say("\n".join(_table(view, owned=options.owner is not None)))
     if options.plot is not None:
         from edge_client.node.ledger_plot import plot_ledger
 
@@ -129,7 +133,7 @@ def _ended(found: Found) -> int:
     return PrivacyError.exit_code
 
 
-def _table(view: View) -> Iterator[str]:
+def _table(view: View, *, owned: bool) -> Iterator[str]:
     yield from (f"damaged: {one_line(problem)}" for problem in view.problems)
     if view.problems and view.runs:
         yield "Charges may be missing: what follows is the least that was spent."
@@ -144,8 +148,11 @@ def _table(view: View) -> Iterator[str]:
         yield "  round   steps   sample rate   noise     epsilon so far"
         yield from _lines(run)
         if run.room is not None:
-            yield f"  the owner's budget has room for {run.room} more rounds like the latest"
-    yield from map(_total_line, view.totals)
+            more = "round" if f"{run.room}" == "1" else "rounds"
+            yield f"  the owner's budget has room for {run.room} more {more} like the latest"
+    yield from (_total_line(total, owned=owned) for total in view.totals)
+    if not owned and view.totals:
+        yield "No owner's file was named, so budgets are not known: --owner owner.toml names it."
 
 
 def _lines(run: RunView) -> Iterator[str]:
@@ -160,12 +167,12 @@ def _lines(run: RunView) -> Iterator[str]:
         )
 
 
-def _total_line(total: Total) -> str:
+def _total_line(total: Total, *, owned: bool) -> str:
     who = f"data set {total.name}" if total.name else "device, all runs"
     least = "" if total.whole else "at least "
     spent = f"{who}: epsilon {least}{epsilon_text(total.epsilon)} at delta {total.target_delta:g}"
     if total.max_epsilon is None:
-        return f"{spent}; the owner sets no budget"
+        return f"{spent}; the owner sets no budget" if owned else spent
     if total.left is None:
         return f"{spent}; what is left of {total.max_epsilon:g} is not known"
     return f"{spent}; {epsilon_floor_text(total.left)} of {total.max_epsilon:g} is left"
@@ -188,7 +195,12 @@ def _verify(options: argparse.Namespace) -> int:
     found = _find(options)
     charges = sum(map(len, found.runs.values()))
     if options.json:
-        told = {"charges": charges, "problems": found.problems, "notes": found.notes}
+        told = {
+            "charges": charges,
+            "problems": found.problems,
+            "notes": found.notes,
+            "behind": found.behind,
+        }
         say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
@@ -196,9 +208,22 @@ def _verify(options: argparse.Namespace) -> int:
         for problem in found.problems:
             say(f"damaged: {one_line(problem)}")
         held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
-        agreed = "can be read, and others may be missing" if found.problems else "and all agrees"
-        say(f"{found.folder}: {held}, {agreed}")
+        for lacks in found.behind:
+            say(f"behind: {one_line(lacks)}")
+        say(f"{found.folder}: {held}, {_agreed(found)}")
     return _ended(found)
+
+
+def _agreed(found: Found) -> str:
+    """Whether the places that tell of charges agree."""
+    if found.problems:
+        return "can be read, and others may be missing"
+    if found.behind:
+        return (
+            "and none is missing. What is behind was removed or put back, or the device died: its "
+            "next start mends that; nothing was changed here"
+        )
+    return "and all agrees"
 
 
 def _verify_export(options: argparse.Namespace) -> int:

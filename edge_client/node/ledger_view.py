@@ -50,7 +50,9 @@ class Found:
     problems: tuple[str, ...]
     """For which the device trains nothing with privacy."""
     notes: tuple[str, ...]
-    """What is mended when it next starts, and what cannot be compared."""
+    """What cannot be compared."""
+    behind: tuple[str, ...] = ()
+    """What is behind the rest, and the next start of the device mends, in a few words each."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
         DataError: the kit's folder holds no key.
         CertificateRefused: others may read its key, or it is none.
     """
-    problems, notes = list[str](), list[str]()
+    problems, notes, behind = list[str](), list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
     if kit is not None:
         device.belongs_to(public_of(kit), so="Nothing was looked at")
@@ -176,7 +178,7 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
         except FedcoreError as error:
             problems.append(str(error))
             continue
-        notes += _behind(name, copied, states[name][0])
+        behind += _behind(name, copied, states[name][0])
         runs = whole
     marks = dict[Path, Mark | None]()
     if kit is None:
@@ -188,12 +190,13 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
             problems.append(str(error))
     problems += map(str, against_marks(folder, runs, marks))
     if not problems:
-        notes += [
-            f"{path} is {'not there' if mark is None else 'behind'}: it is written anew."
+        behind += [
+            f"{path} is {'not there' if mark is None else 'behind'}"
             for path, mark in marks.items()
             if mark != mark_of(runs) and (count(runs) or mark is not None)
         ]
-    return Found(folder, runs, tuple(problems), tuple(notes))
+    said = tuple(dict.fromkeys(problems))
+    return Found(folder, runs, said, tuple(notes), tuple(behind))
 
 
 def public_of(kit: Path) -> bytes:
@@ -230,7 +233,7 @@ def _behind(name: str, copied: Book | None, spent: Sequence[Spent]) -> list[str]
         lacks = f"the state of run {name!r} lacks {held - len(spent)} of its charges"
     else:
         return []
-    return [f"{lacks}: it was removed or put back, or the device died. It is mended."]
+    return [lacks]
 
 
 def view_of(

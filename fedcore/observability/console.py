@@ -115,7 +115,7 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
     return (
         ("round", f"{values.get('round')}/{values.get('rounds')}"),
         (name, figure(metric)),
-        ("epsilon", epsilon_text(_epsilon(values))),
+        ("epsilon", _epsilon(values)),
         ("clients", f"{values.get('updates')}/{values.get('cohort')}"),
         ("loss", figure(_number(values, "train_loss"))),
         ("time", seconds_text(_number(values, "seconds"))),
@@ -127,10 +127,13 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
     )
 
 
-def _epsilon(values: Mapping[str, Value]) -> float | None:
-    """Of examples; of clients, where examples are not protected."""
-    of_examples = _number(values, "epsilon_max")
-    return _number(values, "client_epsilon") if of_examples is None else of_examples
+def _epsilon(values: Mapping[str, Value]) -> str:
+    """The most that was spent, with whose it is, but where examples alone are protected."""
+    of_examples, of_clients = _number(values, "epsilon_max"), _number(values, "client_epsilon")
+    if of_clients is None:
+        return epsilon_text(of_examples)
+    both = ((of_examples, "examples"), (of_clients, "clients"))
+    return ", ".join(f"{epsilon_text(one)} ({unit})" for one, unit in both if one is not None)
 
 
 def _pace(values: Mapping[str, Value]) -> list[str]:

@@ -22,6 +22,8 @@ from fedcore.observability.words import epsilon_text
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 
+OWNERS = " that its owner allows"
+"""In what a client says when it declines: that the budget is its owner's, and not the run's."""
 _RECORD, _KEY = "fedcore.ledger", "charges"
 _MOST_ROUNDS = 1 << 16
 """Where a search for what fits ends."""
@@ -107,7 +109,7 @@ def charge(
             Ledger((*others.charges, *after.charges)),
             whole,
             f"round {new.round}: over all runs client {client!r} has spent",
-            " that its owner allows",
+            OWNERS,
         )
     return after
 

@@ -17,7 +17,7 @@ from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from fedcore.settings import load_run
 from server.live.memory import loading
 from server.live.operator_commands import OPERATOR_VERBS
-from server.options import run_options
+from server.options import run_options, set_option
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +135,7 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN.toml",
         help="the run's file (default: run.toml)",
     )
+    set_option(parser)
     parser.add_argument(
         "--identity",
         type=Path,
@@ -152,7 +153,7 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> int:
-    run = load_run(options.config)
+    run = load_run(options.config, options.overrides)
     check_server_folder(options.identity)
     from server.live.rollback import roll_back
 

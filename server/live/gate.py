@@ -36,6 +36,8 @@ Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
 PUSH, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
+PING = "/"
+"""What `fedcore doctor` gets, to see that a device is let in; it tells nothing and changes nothing."""
 _MEMORY_BYTES = 2**16
 """So much of a request's body is kept in memory while it comes in; a longer one goes to a file."""
 _PIECE_BYTES = 2**15
@@ -137,6 +139,9 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | Large:
         path, route = scope["path"], ROUTES.get(scope["path"])
+        if path == PING and scope["method"] == "GET":
+            self._keep_to_rate(node_id_of(member.public))
+            return b""
         if route is None or scope["method"] != "POST":
             raise _Refusal(404, "no such call")
         caller = Caller(node_id_of(member.public), member.public, member.name)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _CONFIDENCE = 0.95
 _PICTURES = 3
 _SHOW_EVERY_S = 2.0
+_MOST_SEEDS = 10_000
+_MOST_EXAMPLES = 10**9
+_SHOWN = 40  # characters of what cannot be used
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,17 +51,17 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--examples",
-        type=_positive,
+        type=_examples,
         metavar="N",
         help="plan for a client of so many examples, e.g. --examples 600; those of the task's "
         "first client when unset",
     )
     parser.add_argument(
         "--seeds",
-        type=_positive,
+        type=_seeds,
         default=5,
-        help="independent audits, each with canaries from a seed of its own; the noise is that of "
-        "devices, from the operating system (default: 5)",
+        help=f"independent audits, at most {_MOST_SEEDS:,}, each with canaries from a seed of its "
+        "own; the noise is that of devices, from the operating system (default: 5)",
     )
     parser.add_argument(
         "--report",
@@ -72,10 +75,23 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+def _seeds(text: str) -> int:
+    return _number(text, _MOST_SEEDS)
+
+
+def _examples(text: str) -> int:
+    return _number(text, _MOST_EXAMPLES)
+
+
+def _number(text: str, most: int) -> int:
+    if text.isascii() and text.isdecimal() and len(text) <= len(str(most)):
+        number = int(text)
+        if 1 <= number <= most:
+            return number
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    raise argparse.ArgumentTypeError(
+        f"expected a whole number from 1 to {most:,}, got {shown!r}. Nothing was audited"
+    )
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -132,8 +148,9 @@ def _statements(options: argparse.Namespace) -> list[Statement]:
     run = load_run(options.config, options.overrides)
     if not run.private:
         raise ConfigError(
-            f"{options.config}: privacy.unit is 'none', so no epsilon is stated that an audit "
-            "could refute. Nothing was audited; set privacy.unit to 'example'."
+            f"{options.config}: privacy.unit is {run.privacy.unit!r}, so no epsilon of examples is "
+            "stated, which is what an audit could refute. Nothing was audited; set privacy.unit to "
+            "'example' or 'both'."
         )
     with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
         return _of_run(run, options.examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from fedcore.updates.messages import (
     Update,
     update_content,
 )
-from fedcore.updates.pack import Vector, unpack
+from fedcore.updates.pack import Vector, pack, unpack
+from server.progress import Progress, Start
 from server.records import RoundRecord
 from server.rounds import Federated, Federation, run_rounds
 from server.strategies import make_strategy
+from server.strategy_state import remembered
 
 NODES = list(range(10, 15))
 Answer = Callable[[int, int, Vector], RecordDict | Error]
@@ -67,6 +70,7 @@ class Story:
         client_seconds: float = 0.0,
         strategy: str = "FedAvg",
         options: dict[str, Any] | None = None,
+        live: bool = False,
         **federation: Any,
     ) -> None:
         assume_identity(1)
@@ -99,11 +103,18 @@ class Story:
             judge=judge,
             on_round=self.records.append,
             on_note=self.notes.append,
+            live=live,
         )
         self.model = zeros()
 
-    def run(self) -> Federated:
-        return run_rounds(self._federation, self.model)
+    def run(self, start: Start | None = None) -> Federated:
+        return run_rounds(replace(self._federation, start=start), self.model)
+
+    def progress(self, *, round: int) -> Progress:
+        """As after a round that left the weights of the beginning."""
+        weights = pack(self.model.model)
+        strategy = remembered(self._federation.chosen.strategy)
+        return Progress(round, False, weights, weights, round, 0, strategy, b"")
 
 
 def scores(*values: float) -> Callable[[FullModel], dict[str, float]]:

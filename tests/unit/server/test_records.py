@@ -45,4 +45,5 @@ def test_a_simulation_has_all_ledgers() -> None:
 
 def test_without_privacy_or_updates_nothing_is_stated() -> None:
     assert epsilon_spent([ROUND], (), budget=None) is None
+    assert epsilon_spent([ROUND], (), budget=8.0, dropped=True) == 8.0
     assert epsilon_spent([replace(ROUND, epsilon_max=None)], (), budget=8.0) is None

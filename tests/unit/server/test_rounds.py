@@ -6,6 +6,7 @@ from flwr.app import Array, Error, RecordDict
 
 from fedcore.errors import BudgetExhausted, RoundFailed
 from fedcore.metrics import ACCURACY, RMSE, Metric
+from fedcore.privacy.ledger import OWNERS
 from fedcore.updates.messages import (
     DECLINED,
     REFUSED,
@@ -13,6 +14,8 @@ from fedcore.updates.messages import (
     update_content,
 )
 from fedcore.updates.pack import Vector, pack
+from server.inbound import Tally, check_quorum
+from server.progress import Start
 from tests.unit.server.stories import BAD, Answer, Story, adds, mixed, scores
 
 
@@ -50,6 +53,24 @@ def test_uniform_weighting_counts_every_update_alike(strategy: str) -> None:
 def test_the_most_that_any_client_spent_is_recorded() -> None:
     answer = mixed(adds(epsilon=1.0), n13=adds(epsilon=2.5))
     assert Story(answer, rounds=1).run().rounds[0].epsilon_max == 2.5
+
+
+def test_what_was_spent_never_falls_where_another_client_answers() -> None:
+    def answer(node: int, number: int, weights: Vector) -> RecordDict | Error:
+        if number == 2 and node != 10:
+            return Error(REFUSED, "away")
+        return adds(epsilon=number * (1.0 if node == 10 else 3.0))(node, number, weights)
+
+    told = [each.epsilon_max for each in Story(answer, quorum=0.2).run().rounds]
+    assert told == [3.0, 3.0, 9.0]
+
+
+def test_what_was_spent_before_a_restart_still_counts_after_it() -> None:
+    story = Story(adds(epsilon=6.0), rounds=1)
+    story.run()
+    again = Story(adds(epsilon=2.0), rounds=2)
+    told = again.run(Start(again.progress(round=1), tuple(story.records))).rounds
+    assert [each.epsilon_max for each in told] == [6.0, 6.0]
 
 
 def test_a_cohort_is_drawn_anew_each_round_and_the_same_for_the_same_seed() -> None:
@@ -178,7 +199,7 @@ def test_the_quorum_is_of_the_cohort_and_not_of_all_who_are_asked() -> None:
     story.run()
     assert story.records[0].updates == 2
     story = Story(mixed(adds(), **silent), rounds=1, cohort=3, over_selection=1.6, quorum=0.7)
-    with pytest.raises(RoundFailed, match=r"2 of 5 clients sent an update, and .* needs 2\.1"):
+    with pytest.raises(RoundFailed, match=r"2 of 5 clients sent an update, and .* needs 3 "):
         story.run()
 
 
@@ -189,9 +210,36 @@ def test_fewer_than_are_to_be_asked_are_asked_all() -> None:
 
 
 def test_clients_whose_budget_is_spent_do_not_count_against_the_quorum() -> None:
-    answer = mixed(declines_from(1), n14=adds(epsilon=1.0))
+    answer = mixed(adds(epsilon=1.0), n14=declines_from(1))
     done = Story(answer).run()
-    assert [(r.updates, r.declined, r.failed) for r in done.rounds] == [(5, 0, 0), *[(1, 4, 0)] * 2]
+    assert [(r.updates, r.declined, r.failed) for r in done.rounds] == [(5, 0, 0), *[(4, 1, 0)] * 2]
+
+
+def test_a_run_ends_once_those_with_a_budget_cannot_make_up_a_quorum_though_they_answer() -> None:
+    story = Story(mixed(adds(epsilon=1.0), n13=declines_from(2), n14=declines_from(2)), rounds=5)
+    done = story.run()
+    assert [each.updates for each in done.rounds] == [5, 5]
+    assert done.weights.tolist() == [2.0] * 3
+    said = "Ended before round 3: the privacy budget of 2 of 5 clients asked is spent."
+    assert story.notes == [said]
+
+
+def test_devices_whose_budget_is_spent_are_not_drawn_again_while_others_have_one() -> None:
+    spent = {f"n{node}": declines_from(0) for node in (10, 11, 12)}
+    story = Story(mixed(adds(), **spent), live=True, cohort=2, rounds=12)
+    done = story.run()
+    assert len(done.rounds) == 12
+    asked = [node for _, node in story.asked]
+    assert all(asked.count(node) <= 1 for node in (10, 11, 12))
+    assert sum(each.declined for each in done.rounds) == sum(n in asked for n in (10, 11, 12))
+
+
+def test_a_run_over_devices_ends_when_too_few_of_all_have_a_budget() -> None:
+    spent = {f"n{node}": declines_from(1) for node in (10, 11, 12, 13)}
+    story = Story(mixed(adds(), **spent), live=True, cohort=2, quorum=1.0, rounds=30)
+    done = story.run()
+    assert len(done.rounds) < 6
+    assert story.notes[-1].startswith("Ended before round ")
 
 
 def test_when_all_budgets_are_spent_the_run_ends_with_the_best_model_so_far() -> None:
@@ -208,6 +256,35 @@ def test_when_all_budgets_are_spent_the_run_ends_with_the_best_model_so_far() ->
 def test_a_budget_that_allows_no_round_at_all_is_an_error() -> None:
     with pytest.raises(BudgetExhausted, match=r"round 1: all 5 clients declined\. Nothing was tr"):
         Story(declines_from(0)).run()
+
+
+def test_an_owners_budget_is_not_answered_with_advice_on_the_runs() -> None:
+    def declined(*asked: object) -> Error:
+        return Error(DECLINED, f"client 'x' has spent epsilon 1 of 1{OWNERS} at delta 1e-05.")
+
+    with pytest.raises(BudgetExhausted) as caught:
+        Story(declined).run()
+    assert "have the owners raise theirs" in str(caught.value)
+    assert "raise privacy.max_epsilon" not in str(caught.value)
+    done = mixed(adds(), n10=lambda *a: adds()(*a) if a[1] == 1 else declined())
+    story = Story(done, quorum=1.0)
+    story.run()
+    assert story.notes == [
+        "Ended before round 2: the privacy budget of 1 of 5 clients asked is spent, for 1 of them "
+        "the one that the owner allows."
+    ]
+
+
+def test_a_round_that_fails_names_whole_clients_and_the_next_step() -> None:
+    broken = {f"n{node}": lambda *asked: Error(REFUSED, "no") for node in (10, 11)}
+    with pytest.raises(RoundFailed, match=r"quorum = 0\.7 needs 4 \(.*go on with --resume") as said:
+        Story(mixed(adds(), **broken), quorum=0.7).run()
+    assert "3 of 5 clients" in str(said.value)
+
+
+def test_a_share_that_is_a_whole_number_asks_for_no_client_more() -> None:
+    tally = Tally(20, updates=11)
+    check_quorum(tally, 0.55, 20, 1)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

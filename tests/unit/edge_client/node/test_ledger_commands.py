@@ -67,7 +67,7 @@ def test_show_without_an_owner_or_a_charge(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert site.run(ledger_commands.show, "--state", site.state) == 0
-    assert "the owner sets no budget" in capsys.readouterr().out
+    assert "budgets are not known" in capsys.readouterr().out
     (tmp_path / "new").mkdir()
     assert site.run(ledger_commands.show, "--state", tmp_path / "new") == 0
     assert "Nothing was charged" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def _restore(site: Site, backup: Path) -> None:
     ("harm", "code", "told"),
     [
         (lambda site: (site.state / LEDGER).unlink(), 0, "ledger.json lacks 20 of the charges"),
-        (lambda site: (site.kit / MARK).unlink(), 0, "ledger.mark is not there: it is written"),
+        (lambda site: (site.kit / MARK).unlink(), 0, "ledger.mark is not there"),
         (lambda site: site.counted.unlink(), 0, "ledger.count is not there"),
         (
             lambda site: (site.state / "state" / "wards.state").unlink(),
@@ -206,6 +206,10 @@ def test_verify_says_what_is_damaged_and_what_is_mended(
     assert site.run(ledger_commands.verify, "--kit", site.kit) == code
     said = capsys.readouterr()
     assert told in said.out + said.err
+    assert ("all agrees" in said.out) == (not told)
+    mends = "next start mends that; nothing was changed here" in said.out
+    assert mends == bool(told and code == 0)
+    assert not any(word in said.out + said.err for word in ("is mended", "written anew"))
     assert site.files() == before
     assert site.run(ledger_commands.verify, "--kit", site.kit, "--json") == code
     found = json.loads(capsys.readouterr().out)
@@ -215,6 +219,38 @@ def test_verify_says_what_is_damaged_and_what_is_mended(
         assert told in capsys.readouterr().out
         assert site.run(ledger_commands.export, "--kit", site.kit, "--out", tmp_path / "out") == 5
         assert told in capsys.readouterr().out
+
+
+def test_verify_says_each_thing_once(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (site.state / LEDGER, site.kit / MARK, site.counted):
+        path.unlink()
+    assert site.run(ledger_commands.verify, "--kit", site.kit) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["behind"] * 4
+    assert sum(line.count("mends") for line in lines) == 1
+    site.charge("digits", 0)
+    shutil.rmtree(site.state)
+    site.state.mkdir()
+    assert site.run(ledger_commands.verify, "--kit", site.kit) == 5
+    said = capsys.readouterr().out
+    assert said.count("What was spent is unknown") == 1
+    assert f"{site.kit / MARK} says that 23 were made and {site.counted} says that 23" in said
+    assert "remove ledger.mark and ledger.count." in said
+
+
+def test_show_without_an_owners_file_says_that_budgets_are_not_known(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert site.run(ledger_commands.show, "--kit", site.kit, "--accountant", "rdp") == 0
+    said = capsys.readouterr().out
+    assert "No owner's file was named, so budgets are not known" in said
+    assert "sets no budget" not in said
+    site.owner.write_text("")
+    words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp")
+    assert site.run(ledger_commands.show, *words) == 0
+    said = capsys.readouterr().out
+    assert "; the owner sets no budget" in said
+    assert "not known" not in said
 
 
 def test_a_damaged_ledger_says_so_with_its_figures(

@@ -201,3 +201,24 @@ def test_importing_the_sinks_loads_neither_torch_nor_rich() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ({}, "epsilon 1.24"),
+        ({"client_epsilon": 3.2}, "epsilon 1.24 (examples), 3.20 (clients)"),
+        ({"client_epsilon": 3.2, "epsilon_max": None}, "epsilon 3.20 (clients)"),
+        ({"epsilon_max": None}, ""),
+    ],
+    ids=["examples", "both", "clients", "neither"],
+)
+def test_epsilon_names_whose_it_is(
+    finished_round: Round, told: dict[str, float | None], shown: str
+) -> None:
+    stream = StringIO()
+    with console.plain(stream) as sink:
+        sink(RoundFinished({**finished_round(1).values, **told}))
+    said = stream.getvalue()
+    assert ("epsilon" in said) == bool(shown)
+    assert not shown or f", {shown}, clients 19/20" in said
