@@ -6,6 +6,7 @@ import numpy as np
 
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
+from fedcore.errors import DeviceError
 from fedcore.observability.foreign import foreign
 
 
@@ -15,7 +16,11 @@ def answers(manifest: Manifest, outputs: FloatArray) -> list[str]:
     Args:
         manifest: Of the model.
         outputs: Shape ``(B, ...)``.
+
+    Raises:
+        DeviceError: they have not the shape of this kind of answer.
     """
+    _check_shape(manifest, outputs)
     if manifest.kind == "classification":
         return [foreign(label) for label in labels(manifest, outputs)]
     rows = outputs if manifest.kind == "regression" else outputs.argmax(axis=-1)
@@ -28,7 +33,23 @@ def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
     Args:
         manifest: Of a classification.
         outputs: Shape ``(B, C)``.
+
+    Raises:
+        DeviceError: they have another shape.
     """
+    _check_shape(manifest, outputs)
     classes = outputs.argmax(axis=-1)
     names = manifest.labels
     return [names[row] if row < len(names) else str(row) for row in classes.tolist()]
+
+
+def _check_shape(manifest: Manifest, outputs: FloatArray) -> None:
+    """A model may answer some inputs in a shape that its golden ones did not show."""
+    dimensions = {"classification": 2, "next_token": 3}.get(manifest.kind)
+    if dimensions is None or (outputs.ndim == dimensions and outputs.shape[-1] > 0):
+        return
+    raise DeviceError(
+        f"model {manifest.model!r} version {manifest.version}: for these inputs its outputs have "
+        f"shape {outputs.shape}, expected {dimensions} dimensions and a class at least. Nothing "
+        "was answered; tell whoever publishes, who can release the version before anew."
+    )

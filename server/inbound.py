@@ -21,6 +21,7 @@ from fedcore.updates.messages import (
     DECLINED,
     EPSILON,
     MODEL,
+    REFUSED,
     TRAIN_LOSS,
     UNCLIPPED,
     Update,
@@ -147,6 +148,8 @@ class Intake:
     bound: Bound | None = None
     """Of client-level privacy."""
     on_note: Callable[[str], None] = lambda text: None
+    budgets: bool = True
+    """Whether clients have budgets that may be spent; where they have none, who declines fails."""
 
     def where(self, reply: Message) -> str:
         """Whose a reply is, for what is said of it."""
@@ -180,6 +183,8 @@ def accepted(
     for reply in replies:
         if reply.has_error():
             code, reason = failure_of(reply)
+            if code == DECLINED and not intake.budgets:
+                code = REFUSED
             node = reply.metadata.src_node_id
             tally.failure(code, intake.peers.said(node, reason))
             if code == DECLINED:

@@ -20,7 +20,8 @@ from server.aggregation.exact import Parts
 
 FACTOR = 10.0
 """An update may be so many times as long as the median. Devices with much more data than others
-take more steps, and their updates are longer: seldom by more."""
+take more steps, and their updates are longer: seldom by more. It bounds one round, and no device
+that goes on: what lengthens the others' next updates lengthens the bound."""
 LEAST = 3
 """Among fewer updates nobody can tell which one is wrong."""
 _CHUNK = 1 << 16
@@ -42,8 +43,12 @@ class NormBound:
             return self.fixed
         if len(lengths) < LEAST:
             return None
-        # Where most updates change nothing at all, that is no measure of the others.
-        return FACTOR * statistics.median(lengths) or None
+        some = sorted(length for length in lengths if length > 0)
+        if not some:
+            return None
+        # Where most updates change nothing, the shortest other one is the measure, if two are.
+        least = some[0] if len(some) > 1 else 0.0
+        return FACTOR * (statistics.median(lengths) or least)
 
     def moved(self, parts: Parts, scale: float) -> Iterator[Vector]:
         """Weights that come by parts, moved towards the base.

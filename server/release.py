@@ -16,6 +16,7 @@ from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, parse_golden
 from fedcore.artifacts.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_MODEL_BYTES,
+    MAX_VERSION,
     FileEntry,
     Lineage,
     Manifest,
@@ -190,10 +191,9 @@ def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
     """
     with registry.locked(repository):
         state = registry.read_state(repository, read_trusted_root(keys))
-        models = sorted({path.split("/")[1] for path in state.releases.targets})
         return tuple(
             _manifest(repository, state, model, version)
-            for model in models
+            for model in sorted({model for model, _, _ in registry.releases(state)})
             for version in versions(state, model)
         )
 
@@ -226,9 +226,10 @@ def refresh(repository: Path, keys: Path, *, now: datetime, offline: bool) -> re
 
 def versions(state: registry.State, model: str) -> list[int]:
     """The published versions of a model, ascending."""
-    parts = (path.split("/") for path in state.releases.targets)
     return sorted(
-        int(part[2]) for part in parts if part[1] == model and part[3:] == ["manifest.json"]
+        version
+        for name, version, file in registry.releases(state)
+        if name == model and file == "manifest.json"
     )
 
 
@@ -263,6 +264,12 @@ def _open(repository: Path, keys: Path, roles: Sequence[str]) -> tuple[registry.
 
 def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest of a version, and its files by target path."""
+    if version > MAX_VERSION:
+        raise ReleaseError(
+            f"{draft.model}: its versions have reached {version - 1}, and no larger one can be "
+            "named. Nothing was published; if a thief did this, `fedcore release rotate "
+            "--last-good` withdraws what came after the last good version."
+        )
     folder = f"models/{draft.model}/{version}"
 
     def entry(name: str, data: bytes) -> FileEntry:

@@ -298,6 +298,7 @@ def _train_round(
             base=progress.weights if norm else None,
             bound=bound,
             on_note=federation.on_note,
+            budgets=run.private,
         )
         taken = accepted(replies, intake, tally, first=enough)
         del replies  # whoever is late is forgotten once enough are taken

@@ -12,6 +12,7 @@ from fedcore.observability.foreign import foreign
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: lineage and labels, never weights
+MAX_VERSION = 10**15
 MAX_MODEL_BYTES = 2 << 30  # 2 GiB: the most that protobuf, and so one ONNX file, can hold
 
 
@@ -110,7 +111,7 @@ class Manifest(_Part):
 
     format: Literal[1] = 1
     model: str
-    version: Annotated[int, Field(ge=1, le=10**15)]
+    version: Annotated[int, Field(ge=1, le=MAX_VERSION)]
     created: str
     """UTC, ISO 8601, to the second."""
     kind: Literal["classification", "regression", "next_token"]

@@ -14,6 +14,7 @@ repository is either as it was or wholly changed.
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ RELEASE_FILES = ("golden.safetensors", "manifest.json", "model.onnx")
 POINTER = "release.json"
 
 Payload = TypeVar("Payload", Root, Targets, Snapshot, Timestamp)
+
+
+_NAME = "[a-z0-9][a-z0-9_-]{0,63}"
+_RELEASE = re.compile(rf"models/({_NAME})/([1-9][0-9]{{0,15}})/([a-z]+[.][a-z]+)")
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,25 @@ def may_publish(state: State, path: str) -> bool:
     """Whether the online key is trusted for a target path."""
     role = state.targets.get_delegated_role("releases")
     return isinstance(role, DelegatedRole) and role.is_delegated_path(path)
+
+
+def release_of(path: str) -> tuple[str, int, str] | None:
+    """Model, version and file that a target path names; None for what no release has.
+
+    Whoever has an online key can sign any name: it is told from ours before anything is made of it.
+    """
+    found = _RELEASE.fullmatch(path)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def is_pointer(path: str) -> bool:
+    """Whether a target path is that of the release that a model's devices are to have."""
+    return re.fullmatch(rf"models/{_NAME}/{re.escape(POINTER)}", path) is not None
+
+
+def releases(state: State) -> Iterator[tuple[str, int, str]]:
+    """Model, version and file of each published file of a release."""
+    return (found for path in state.releases.targets if (found := release_of(path)) is not None)
 
 
 def read_target(repository: Path, state: State, path: str) -> bytes:

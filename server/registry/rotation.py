@@ -215,9 +215,7 @@ def _gone_back(
             path = f"models/{model}/{version}/{name}"
             registry.read_target(repository, state, path)
         raw = registry.read_target(repository, state, manifest)
-        published = {
-            path: info for path, info in published.items() if not _is_later(path, model, version)
-        }
+        published = {path: info for path, info in published.items() if _stays(path, model, version)}
         pointer = TargetFile.from_data(f"models/{model}/{registry.POINTER}", raw, ["sha256"])
         published[pointer.path] = pointer
         files[f"targets/{pointer.get_prefixed_paths()[0]}"] = raw
@@ -249,9 +247,12 @@ def read_epochs(repository: Path, state: registry.State) -> Epochs:
         raise ReleaseError(f"{repository}: {error} Restore it from a copy.") from error
 
 
-def _is_later(path: str, model: str, version: int) -> bool:
-    parts = path.split("/")
-    return parts[1] == model and parts[2].isdecimal() and int(parts[2]) > version
+def _stays(path: str, model: str, version: int) -> bool:
+    """Whether a file stays when a model goes back; what no release has was put there by a thief."""
+    found = registry.release_of(path)
+    if found is None:
+        return registry.is_pointer(path)
+    return found[0] != model or found[1] <= version
 
 
 def _in_force(repository: Path, keys: Path, fresh: Keys) -> bool:

@@ -71,6 +71,7 @@ class Story:
         strategy: str = "FedAvg",
         options: dict[str, Any] | None = None,
         live: bool = False,
+        unit: str = "none",
         **federation: Any,
     ) -> None:
         assume_identity(1)
@@ -78,7 +79,12 @@ class Story:
         self.notes: list[str] = []
         self.asked: list[tuple[int, int]] = []
         run = RunConfig.model_validate(
-            {"name": "run", "task": "task.py", "federation": {"rounds": 3} | federation}
+            {
+                "name": "run",
+                "task": "task.py",
+                "federation": {"rounds": 3} | federation,
+                "privacy": {"unit": unit},
+            }
         )
 
         def handle(message: Message) -> Message:

@@ -53,7 +53,12 @@ def silent(node: int, number: int, weights: Vector) -> Error:
 
 
 def run(
-    late: dict[int, Answer], *, after: int = 3, strategy: str = "FedAvg", deadline_s: float = 30.0
+    late: dict[int, Answer],
+    *,
+    after: int = 3,
+    strategy: str = "FedAvg",
+    deadline_s: float = 30.0,
+    unit: str = "example",
 ) -> tuple[Federated, list[str]]:
     """Ten rounds, in which some nodes answer otherwise from some round on; the second is best."""
     assume_identity(1)
@@ -73,6 +78,7 @@ def run(
                 "name": "run",
                 "task": "task.py",
                 "federation": {"rounds": 10, "deadline_s": deadline_s},
+                "privacy": {"unit": unit},
             }
         ),
         grid=InProcessGrid(1, NODES, handle),
@@ -110,6 +116,14 @@ def test_a_failure_that_budgets_do_not_explain_fails_the_round() -> None:
     """Four of five would have made the quorum: that three of them broke is no matter of budgets."""
     with pytest.raises(RoundFailed, match="1 of 4 clients sent an update"):
         run({10: spent} | dict.fromkeys((11, 12, 13), broken))
+
+
+def test_without_privacy_of_examples_nobody_has_a_budget_and_to_decline_is_to_fail() -> None:
+    """Or one device could end such a run, for good, by saying so."""
+    done, _ = run({10: spent}, unit="none")
+    assert [(one.updates, one.declined, one.failed) for one in done.rounds[3:]] == [(4, 0, 1)] * 7
+    with pytest.raises(RoundFailed, match="2 of 5 clients sent an update"):
+        run(dict.fromkeys((10, 11, 12), spent), unit="none")
 
 
 def test_in_the_first_round_it_is_a_failure_as_nothing_was_learnt() -> None:

@@ -86,9 +86,15 @@ def test_among_fewer_than_three_nobody_is_clipped(count: int) -> None:
     assert not mean_of(replies, NormBound(BASE, None))[1].clipped
 
 
-def test_where_most_change_nothing_nobody_is_clipped() -> None:
-    replies = [reply(node, BASE) for node in (1, 2)]
-    assert not mean_of([*replies, reply(3, moved(1.0, 3))], NormBound(BASE, None))[1].clipped
+def test_where_most_change_nothing_the_shortest_of_two_others_is_the_measure() -> None:
+    still = [reply(node, BASE) for node in (1, 2, 3)]
+    two = [reply(4, moved(1.0, 4)), reply(5, moved(1e30, 5))]
+    mean, tally = mean_of([*still, *two], NormBound(BASE, None))
+    assert [node for node, _ in tally.clipped] == [5]
+    assert np.linalg.norm(mean - BASE) < FACTOR
+    mean, tally = mean_of([*still, two[1]], NormBound(BASE, None))  # alone, it tells nothing
+    assert [node for node, _ in tally.clipped] == [5]
+    assert np.abs(mean - BASE).max() <= 2.0**-36
 
 
 def test_a_bound_that_is_fixed_holds_for_one_alone() -> None:

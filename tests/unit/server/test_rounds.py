@@ -187,7 +187,15 @@ def test_those_asked_in_addition_stand_in_for_who_fails_or_declines(strategy: st
         n11=lambda *asked: Error(DECLINED, "spent"),
         n12=adds(float("nan")),
     )
-    story = Story(answer, strategy=strategy, rounds=1, cohort=2, over_selection=2.5, quorum=1.0)
+    story = Story(
+        answer,
+        strategy=strategy,
+        rounds=1,
+        cohort=2,
+        over_selection=2.5,
+        quorum=1.0,
+        unit="example",
+    )
     story.run()
     (record,) = story.records
     assert (record.cohort, record.updates, record.failed, record.declined) == (5, 2, 2, 1)
@@ -211,12 +219,16 @@ def test_fewer_than_are_to_be_asked_are_asked_all() -> None:
 
 def test_clients_whose_budget_is_spent_do_not_count_against_the_quorum() -> None:
     answer = mixed(adds(epsilon=1.0), n14=declines_from(1))
-    done = Story(answer).run()
+    done = Story(answer, unit="example").run()
     assert [(r.updates, r.declined, r.failed) for r in done.rounds] == [(5, 0, 0), *[(4, 1, 0)] * 2]
 
 
 def test_a_run_ends_once_those_with_a_budget_cannot_make_up_a_quorum_though_they_answer() -> None:
-    story = Story(mixed(adds(epsilon=1.0), n13=declines_from(2), n14=declines_from(2)), rounds=5)
+    story = Story(
+        mixed(adds(epsilon=1.0), n13=declines_from(2), n14=declines_from(2)),
+        rounds=5,
+        unit="example",
+    )
     done = story.run()
     assert [each.updates for each in done.rounds] == [5, 5]
     assert done.weights.tolist() == [2.0] * 3
@@ -226,7 +238,7 @@ def test_a_run_ends_once_those_with_a_budget_cannot_make_up_a_quorum_though_they
 
 def test_devices_whose_budget_is_spent_are_not_drawn_again_while_others_have_one() -> None:
     spent = {f"n{node}": declines_from(0) for node in (10, 11, 12)}
-    story = Story(mixed(adds(), **spent), live=True, cohort=2, rounds=12)
+    story = Story(mixed(adds(), **spent), live=True, cohort=2, rounds=12, unit="example")
     done = story.run()
     assert len(done.rounds) == 12
     asked = [node for _, node in story.asked]
@@ -236,14 +248,16 @@ def test_devices_whose_budget_is_spent_are_not_drawn_again_while_others_have_one
 
 def test_a_run_over_devices_ends_when_too_few_of_all_have_a_budget() -> None:
     spent = {f"n{node}": declines_from(1) for node in (10, 11, 12, 13)}
-    story = Story(mixed(adds(), **spent), live=True, cohort=2, quorum=1.0, rounds=30)
+    story = Story(
+        mixed(adds(), **spent), live=True, cohort=2, quorum=1.0, rounds=30, unit="example"
+    )
     done = story.run()
     assert len(done.rounds) < 6
     assert story.notes[-1].startswith("Ended before round ")
 
 
 def test_when_all_budgets_are_spent_the_run_ends_with_the_best_model_so_far() -> None:
-    story = Story(declines_from(3), rounds=10, judge=scores(0.5, 0.8, 0.7))
+    story = Story(declines_from(3), rounds=10, judge=scores(0.5, 0.8, 0.7), unit="example")
     done = story.run()
     assert len(done.rounds) == 3
     assert done.best_round == 2
@@ -255,7 +269,7 @@ def test_when_all_budgets_are_spent_the_run_ends_with_the_best_model_so_far() ->
 
 def test_a_budget_that_allows_no_round_at_all_is_an_error() -> None:
     with pytest.raises(BudgetExhausted, match=r"round 1: all 5 clients declined\. Nothing was tr"):
-        Story(declines_from(0)).run()
+        Story(declines_from(0), unit="example").run()
 
 
 def test_an_owners_budget_is_not_answered_with_advice_on_the_runs() -> None:
@@ -263,11 +277,11 @@ def test_an_owners_budget_is_not_answered_with_advice_on_the_runs() -> None:
         return Error(DECLINED, f"client 'x' has spent epsilon 1 of 1{OWNERS} at delta 1e-05.")
 
     with pytest.raises(BudgetExhausted) as caught:
-        Story(declined).run()
+        Story(declined, unit="example").run()
     assert "have the owners raise theirs" in str(caught.value)
     assert "raise privacy.max_epsilon" not in str(caught.value)
     done = mixed(adds(), n10=lambda *a: adds()(*a) if a[1] == 1 else declined())
-    story = Story(done, quorum=1.0)
+    story = Story(done, quorum=1.0, unit="example")
     story.run()
     assert story.notes == [
         "Ended before round 2: the privacy budget of 1 of 5 clients asked is spent, for 1 of them "
