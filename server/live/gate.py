@@ -37,7 +37,7 @@ Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
 PUSH, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
 PING = "/"
-"""What `fedcore doctor` gets, to see that a device is let in; it tells nothing and changes nothing."""
+"""What `fedcore doctor` gets, to see that a device is let in; it tells and changes nothing."""
 _MEMORY_BYTES = 2**16
 """So much of a request's body is kept in memory while it comes in; a longer one goes to a file."""
 _PIECE_BYTES = 2**15
