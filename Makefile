@@ -36,7 +36,7 @@ setup: .venv/.installed  ## make .venv with exactly the versions of constraints.
 
 demo: setup  ## the whole loop on handwritten digits, until a device answers
 	@[ -d runs/keys ] || $(BIN)/fedcore release init --keys runs/keys --repository runs/repository
-	$(BIN)/fedcore simulate examples/digits/run.toml
+	$(BIN)/fedcore simulate examples/digits/run.toml --fresh
 	$(BIN)/fedcore device update --repository runs/repository \
 		--root runs/keys/root.json --model digits --store runs/device
 	$(BIN)/fedcore device infer --store runs/device --model digits \

@@ -94,7 +94,16 @@ def train(variant: Variant, *, seed: int, rounds: int | None, scratch: Path) -> 
     settings = [*variant.settings, f"seed={seed}"]
     settings += [f"federation.rounds={rounds}"] if rounds else []
     command = [
-        *(sys.executable, "-m", "fedcore.cli", "simulate", str(EXAMPLE), "--runs", str(runs)),
+        *(
+            sys.executable,
+            "-m",
+            "fedcore.cli",
+            "simulate",
+            str(EXAMPLE),
+            "--runs",
+            str(runs),
+            "--fresh",
+        ),
         *(word for setting in settings for word in ("--set", setting)),
     ]
     runs.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def _fedcore(
     """Fedcore by its command line alone: its events, as they arrive, are what is timed."""
     command = [
         *(sys.executable, "-m", "fedcore.cli", "simulate", str(run_file(workload.name))),
-        *("--json", "--runs", str((place.scratch / "runs").resolve())),
+        *("--fresh", "--json", "--runs", str((place.scratch / "runs").resolve())),
         *("--set", f"federation.rounds={rounds}", "--set", f"seed={seed}"),
         *(word for setting in settings for word in ("--set", setting)),
     ]

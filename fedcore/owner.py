@@ -81,6 +81,9 @@ class OwnerPolicy(Section):
     """Data that have budgets of their own. Two that ever held a file of the same content count as
     one, at the lesser budget, and what was trained on data without a name counts against all."""
 
+    file: str = Field(default="owner.toml", exclude=True, repr=False)
+    """What the file is called, for errors; some of these go to the server, so it is no path."""
+
     @field_validator("data")
     @classmethod
     def _names_a_folder(cls, data: str | None) -> str | None:
@@ -137,7 +140,7 @@ def load_owner(path: Path) -> OwnerPolicy:
         ConfigError: as for a run's file; or ``data`` is no folder that this user can see, or two
             of ``datasets`` have one name, or overlap.
     """
-    owner = load(path, OwnerPolicy)
+    owner = load(path, OwnerPolicy, file=path.name)
     _check_apart(path, owner.datasets)
     folder = owner.data_folder
     if folder is not None and not _is_folder(folder):
@@ -182,7 +185,7 @@ def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
     """
     if owner.max_epsilon is not None and not run.private:
         raise PrivacyError(
-            f"owner.toml: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
+            f"{owner.file}: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
             f"{run.privacy.unit!r}: what this device sends the server would have no bound. It "
             "takes no part and nothing was trained; the server must set privacy.unit to 'example' "
             "or 'both', or the owner drop the budget."

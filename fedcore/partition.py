@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedcore.errors import DataError
+from fedcore.observability.words import counted
 from fedcore.seeds import numpy_rng
 
 Rows = NDArray[np.int64]
@@ -108,6 +109,6 @@ def _column(values: object) -> tuple[NDArray[np.generic], Rows]:
 def _check(count: int, clients: int, *, each: int) -> None:
     if clients < 1 or each < 1 or count < clients * each:
         raise DataError(
-            f"partition: {count} rows cannot be split among {clients} clients with at least {each} "
+            f"partition: {counted(count, 'row')} cannot be split among {counted(clients, 'client')} with at least {each} "
             "each. Nothing was split; take fewer clients, or ask for fewer rows each."
         )

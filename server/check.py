@@ -153,9 +153,9 @@ def _clients(state: _State) -> str:
     if not names:
         raise TaskError("clients() names none; at least one is needed.")
     if state.client is not None and state.client not in names:
-        raise TaskError(f"--client {state.client}: not among the {len(names)} clients.")
+        raise TaskError(f"--client {state.client}: not among the {counted(len(names), 'client')}.")
     state.client = state.client or names[0]
-    return f"{len(names)} clients; checking with {state.client!r}"
+    return f"{counted(len(names), 'client')}; checking with {state.client!r}"
 
 
 def _client_data(state: _State) -> str:
@@ -202,7 +202,7 @@ def _schema(state: _State) -> str:
         )
     labels = state.task.labels
     if labels and len(labels) != classes:
-        raise TaskError(f"{len(labels)} labels for {classes} outputs.")
+        raise TaskError(f"{counted(len(labels), 'label')} for {counted(classes, 'output')}.")
     return f"{classes} classes" + (f", named {labels[0]!r} to {labels[-1]!r}" if labels else "")
 
 

@@ -19,7 +19,7 @@ import torch
 from fedcore.artifacts.manifest import ClientStatement
 from fedcore.config import ClientPrivacy, RunConfig
 from fedcore.errors import BudgetExhausted, PrivacyError, RoundFailed
-from fedcore.observability.words import epsilon_text
+from fedcore.observability.words import counted, epsilon_text, is_or_are
 from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
 from fedcore.privacy.client_level import SLACK, Bound
 from fedcore.privacy.draws import Draws, SimulatedDraws, SystemDraws
@@ -72,7 +72,7 @@ def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
     settings = run.privacy.client
     if settings.target_delta * clients > _LEAST_DELTA_SHARE:
         raise PrivacyError(
-            f"privacy.client.target_delta = {settings.target_delta:g} with {clients} clients: "
+            f"privacy.client.target_delta = {settings.target_delta:g} with {counted(clients, 'client')}: "
             f"expected at most {_LEAST_DELTA_SHARE / clients:.2g}, a tenth of one over their "
             "number, as showing one client's data to everyone with probability delta would count "
             "as private. Nothing was trained; lower it."
@@ -141,10 +141,10 @@ def draw(
         rested = (
             ""
             if plan.separation in (None, 1)
-            else (f" that were not asked in the {plan.separation - 1} rounds before")
+            else (f" that were not asked in the {counted(plan.separation - 1, 'round')} before")
         )
         raise RoundFailed(
-            f"round {number}: {len(free)} clients are there{rested}, and the round takes "
+            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, and the round takes "
             f"{plan.expected}. It was not begun, and nothing was spent on it; wait for more "
             "clients, or begin anew with a lower federation.cohort or privacy.client.separation."
         )
@@ -275,8 +275,8 @@ def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | Non
     most = max(1, clients // cohort)
     if (settings.separation or 1) > most:
         raise PrivacyError(
-            f"privacy.client.separation = {settings.separation}: with {clients} clients and "
-            f"{cohort} of them a round, each is asked again after {most} rounds at the latest. "
+            f"privacy.client.separation = {settings.separation}: with {counted(clients, 'client')} and "
+            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at the latest. "
             "Nothing was trained; lower it, or federation.cohort."
         )
     return settings.separation or most

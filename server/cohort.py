@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from fedcore.config import RunConfig
 from fedcore.errors import RoundFailed
+from fedcore.observability.words import counted, is_or_are
 from fedcore.seeds import numpy_rng
 
 _ROUNDING = 1e-9  # 100 times 1.1 is a little more than 110 in floating point
@@ -33,7 +34,7 @@ def select(
     nodes = node_ids if isinstance(node_ids, range) else sorted(node_ids)
     if len(nodes) < size:
         raise RoundFailed(
-            f"{' '.join(map(str, words))}: {len(nodes)} clients are there, and federation.cohort "
+            f"{' '.join(map(str, words))}: {counted(len(nodes), 'client')} {is_or_are(len(nodes))} there, and federation.cohort "
             f"asks for {size}. The round was not begun; wait for more clients, or lower the cohort."
         )
     drawn = numpy_rng(seed, *words).choice(len(nodes), size=size, replace=False)

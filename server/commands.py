@@ -45,6 +45,9 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
         "same, bit for bit",
     )
     again.add_argument(
+        "--fresh", action="store_true", help="begin anew, and drop a run that was interrupted"
+    )
+    again.add_argument(
         "--replay",
         metavar="ROUND:CLIENT",
         help="train one client of one round again, alone, and show in full how it fails, e.g. "
@@ -71,7 +74,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from server.pipeline import run_pipeline
     from server.preflight import prepare
     from server.report.tensorboard import tensorboard_events
-    from server.resume import pick_up
+    from server.resume import pick_up, refuse_to_drop
 
     quiet()
     out, command = sys.stdout, _command(options)
@@ -85,8 +88,13 @@ def _simulate(options: argparse.Namespace) -> int:
             return replay(
                 options.replay, run, task, owner, prepared, options.runs, out, json=options.json
             )
-        opening = reopen_folder if options.resume else open_folder
-        with opening(run, options.runs) as folder:
+        if options.resume:
+            opening = reopen_folder(run, options.runs)
+        elif options.fresh:
+            opening = open_folder(run, options.runs)
+        else:
+            opening = open_folder(run, options.runs, before=refuse_to_drop)
+        with opening as folder:
             resumed = pick_up(folder, run, owner) if options.resume else None
             try:
                 with (

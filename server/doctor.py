@@ -14,6 +14,7 @@ from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
 from fedcore.crypto.roster_seen import SEEN, read_seen
 from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
+from fedcore.observability.words import counted, is_or_are
 from fedcore.rpc.proxy import proxy_for, shown
 from server.live.audit import AUDIT, MARK, check_audit
 from server.live.drained import read_drained, unknown
@@ -83,7 +84,7 @@ def _roster(identity: ServerIdentity) -> Finding:
     now = datetime.now(UTC)
     soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]
     devices = sum(one.role == "device" for one in members)
-    told = f"version {roster.version}: {devices} devices, {len(members) - devices} others"
+    told = f"version {roster.version}: {counted(devices, 'device')}, {counted(len(members) - devices, 'other')}"
     if had.restored is not None and roster.version <= had.version:
         told = (
             f"{told}; it came back from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, and whoever "
@@ -103,13 +104,15 @@ def _roster(identity: ServerIdentity) -> Finding:
 
 def _log(path: Path) -> Finding:
     lines = check_audit(path, begun_loose=True)
-    return Finding("authority", "ok", f"{lines} lines in its audit log, each follows the last")
+    return Finding(
+        "authority", "ok", f"{counted(lines, 'line')} in its audit log, each follows the last"
+    )
 
 
 def _drained(identity: ServerIdentity) -> Finding:
     drained = read_drained(identity.kit.folder)
     strangers = unknown(drained, Roster(identity.roster_path, identity.kit.authority_pem))
-    told = f"{len(drained)} devices are left out of rounds"
+    told = f"{counted(len(drained), 'device')} {is_or_are(len(drained))} left out of rounds"
     if strangers:
         told = f"{told}; no device in force is called {', '.join(strangers[:5])}"
         return Finding("drained", "warn", told, "`fedcore server drain NAME --undo`")

@@ -12,6 +12,7 @@ from flwr.app import Message, MessageType, RecordDict
 from fedcore.errors import RoundFailed
 from fedcore.metrics import LARGEST_METRIC, Metric
 from fedcore.model import FullModel
+from fedcore.observability.words import counted
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
@@ -82,12 +83,13 @@ def _evaluate_on_clients(
     ]
     if not found:
         raise RoundFailed(
-            f"round {number}: none of {len(nodes)} clients could be evaluated. First: "
+            f"round {number}: none of {counted(len(nodes), 'client')} could be evaluated. First: "
             f"{'; '.join(tally.reasons[:1]) or 'no reply came before the deadline'}"
         )
     if tally.reasons:
         federation.on_note(
-            f"round {number}: {len(tally.reasons)} of {len(nodes)} clients could not be evaluated. "
+            f"round {number}: {len(tally.reasons)} of {counted(len(nodes), 'client')} could not be "
+            "evaluated. "
             f"First: {tally.reasons[0]}"
         )
     return {metric.name: _mean(federation, metric, found, number) for metric in federation.metrics}
@@ -113,7 +115,7 @@ def _mean(
         federation.on_note(
             f"round {number}: {metric.name} is without {', '.join(sorted(named)[:_NAMED])}"
             f"{', ...' if len(named) > _NAMED else ''}: far from what the other "
-            f"{len(kept)} clients measured."
+            f"{counted(len(kept), 'client')} measured."
         )
     # Summed as if with infinite precision: the order in which clients answer must not show.
     total = sum(one.num_examples for one in kept)

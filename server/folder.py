@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,16 @@ _MARK, _SUMMARY = "run.json", "summary.json"
 
 
 @contextmanager
-def open_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
+def open_folder(
+    run: RunConfig, runs: Path, *, before: Callable[[Path], None] = lambda folder: None
+) -> Iterator[Path]:
     """Empties ``runs/<name>``, marks it as this run's, and keeps other runs out meanwhile.
+
+    Args:
+        run: The run.
+        runs: Where its folder is.
+        before: Given the folder once no other run has it, and before it is emptied; what it raises
+            leaves everything as it was.
 
     Raises:
         ConfigError: the folder holds something that no run of fedcore wrote, or a run of this
@@ -35,6 +43,7 @@ def open_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
                 )
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
+        before(folder)
         clear(folder)
         write_atomic(folder / _MARK, config_json(run))
         yield folder

@@ -65,11 +65,8 @@ def check_same(
     now: Mapping[str, Any],
     *,
     free: Collection[str] = (),
-    anew: str = "without --resume",
 ) -> None:
     """Refuses to go on with a run that was begun otherwise, but for what is ``free``.
-
-    ``anew`` is how one is begun that is another.
 
     Raises:
         ConfigError: they differ; says in what.
@@ -77,7 +74,8 @@ def check_same(
     if found := changes(before, now, free=free):
         raise ConfigError(
             f"{where}: this checkpoint was written by another run, which differs in "
-            f"{', '.join(found)}. Nothing was run; set back what was changed, or begin anew {anew}."
+            f"{', '.join(found)}. Nothing was run; set back what was changed, or begin anew with "
+            "--fresh."
         )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, InvalidUpdate, RoundFailed
 from fedcore.model import FullModel, standardise_of
+from fedcore.observability.words import counted
 from fedcore.training.batches import in_order
 from fedcore.training.evaluate import BATCH_SIZE
 from fedcore.updates.messages import CONFIG, STATISTICS
@@ -105,11 +106,11 @@ def _from_clients(
         on_note(
             f"normalisation: without the inputs of {', '.join(named[:_NAMED])}"
             f"{', ...' if len(named) > _NAMED else ''}, which are far from those of the "
-            f"other {len(kept)} clients. Look at their data."
+            f"other {counted(len(kept), 'client')}. Look at their data."
         )
     if not kept or len(kept) < run.federation.quorum * len(nodes):
         raise RoundFailed(
-            f"normalisation: {len(kept)} of {len(nodes)} clients sent sums that can be used, and "
+            f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent sums that can be used, and "
             f"federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
             f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
         )

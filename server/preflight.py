@@ -12,6 +12,7 @@ import numpy as np
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.model import build_model, warm_start
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.task import Examples, Folder, Task, check_inputs, data_folder, read_examples
 from fedcore.training.device import available
@@ -127,13 +128,13 @@ def _clients(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
         )
     if not clients or different < len(clients):
         raise DataError(
-            f"task {task.name!r}: it names {len(clients)} clients, {different} of them "
+            f"task {task.name!r}: it names {counted(len(clients), 'client')}, {different} of them "
             "different; at least one, each once, is needed. Nothing was trained."
         )
     if (run.federation.cohort or 1) > len(clients):
         raise ConfigError(
-            f"federation.cohort = {run.federation.cohort}: task {task.name!r} has {len(clients)} "
-            "clients. Nothing was trained; lower the cohort."
+            f"federation.cohort = {run.federation.cohort}: task {task.name!r} has "
+            f"{counted(len(clients), 'client')}. Nothing was trained; lower the cohort."
         )
     return clients
 

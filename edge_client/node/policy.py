@@ -15,6 +15,7 @@ from pathlib import Path
 from edge_client.node.wake import Signals
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy
 
 log = logging.getLogger("fedcore.device")
@@ -88,7 +89,7 @@ def check_task(owner: OwnerPolicy, path: Path) -> None:
     digest = sha256_hex(raw)
     if digest not in owner.tasks:
         raise ConfigError(
-            f"{path}: its SHA-256 is {digest}, and owner.toml allows {len(owner.tasks)} tasks, "
+            f"{path}: its SHA-256 is {digest}, and {owner.file} allows {counted(len(owner.tasks), 'task')}, "
             "none of them this one. Nothing was run; the owner adds it to `tasks` after a look at "
             "the file, or another task is installed."
         )
@@ -210,7 +211,7 @@ def limit_gpu(owner: OwnerPolicy) -> None:
             available(owner.device)
         except ConfigError:
             raise ConfigError(
-                f"owner.toml: device = {owner.device!r}, and torch finds no such device on this "
+                f"{owner.file}: device = {owner.device!r}, and torch finds no such device on this "
                 "machine. Nothing was trained; install its driver and a torch that supports it, or "
                 "set `device` to 'cpu' or 'auto'."
             ) from None
@@ -218,7 +219,8 @@ def limit_gpu(owner: OwnerPolicy) -> None:
         return
     if not torch.cuda.is_available():
         log.warning(
-            "owner.toml: max_gpu_fraction = %g bounds nothing: torch finds no CUDA device here",
+            "%s: max_gpu_fraction = %g bounds nothing: torch finds no CUDA device here",
+            owner.file,
             owner.max_gpu_fraction,
         )
         return

@@ -87,6 +87,15 @@ def seconds_text(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
 
 
+def is_or_are(count: int) -> str:
+    """The verb after a number of things.
+
+    >>> is_or_are(1), is_or_are(0)
+    ('is', 'are')
+    """
+    return "is" if count == 1 else "are"
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things.
 

@@ -33,6 +33,7 @@ class Bounds:
         limits_s: dict[str, float] | None = None,
         steps: int | None = None,
         memory_bytes: int | None = None,
+        file: str = "owner.toml",
         stopped: Callable[[], str | None] = never,
         clock: Callable[[], float] = time.monotonic,
         resident: Callable[[], int | None] | None = None,
@@ -43,6 +44,7 @@ class Bounds:
             limits_s: Seconds that the work may take, by what bounds them.
             steps: Most steps of the optimiser.
             memory_bytes: By so much this process may grow.
+            file: What the owner's file is called.
             stopped: Says why work is to end now; None while it may go on.
             clock: Seconds, which no change of the time of day moves.
             resident: Bytes of memory that this process holds; None where the system does not tell.
@@ -50,6 +52,7 @@ class Bounds:
         self._limits_s = dict(limits_s or {})
         self._steps = steps
         self._memory_bytes = memory_bytes
+        self._file = file
         self._stopped = stopped
         self._clock = clock
         self._resident = resident or resident_bytes
@@ -74,7 +77,7 @@ class Bounds:
         """
         if self._steps is not None and steps > self._steps:
             raise OwnerLimit(
-                f"training: the server asks for {steps:,} steps in this round, and owner.toml has "
+                f"training: the server asks for {steps:,} steps in this round, and {self._file} has "
                 f"max_round_steps = {self._steps:,}. Nothing was trained or charged; fewer "
                 "client.epochs or larger batches ask for less, or the owner allows more."
             )
@@ -110,7 +113,7 @@ class Bounds:
         grown = (self._resident() or 0) - self._before_bytes
         if self._memory_bytes is not None and grown > self._memory_bytes:
             raise OwnerLimit(
-                f"training: this process has grown by {grown:,} bytes, and owner.toml has "
+                f"training: this process has grown by {grown:,} bytes, and {self._file} has "
                 f"max_memory_bytes = {self._memory_bytes:,}. {_DROPPED}"
             )
 
@@ -151,6 +154,7 @@ def bounds_of(
         limits_s={name: limit for name, limit in limits_s.items() if limit is not None},
         steps=owner.max_round_steps,
         memory_bytes=owner.max_memory_bytes,
+        file=owner.file,
         stopped=stopped,
     )
 

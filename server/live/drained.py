@@ -11,6 +11,7 @@ from pathlib import Path
 from fedcore.crypto.roster import Roster
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes, write_json
+from fedcore.observability.words import counted
 
 log = logging.getLogger("fedcore.server")
 
@@ -80,7 +81,7 @@ def check_enough(
     left = len(set(there) - set(drained))
     if left < needed <= len(there):
         raise ConfigError(
-            f"drain: {left} devices would be left, and each round of {name!r} asks {needed}. "
+            f"drain: {counted(left, 'device')} would be left, and each round of {name!r} asks {needed}. "
             "Nothing was done; stop the run, and start it with a lower federation.cohort, or wait "
             "for more devices."
         )

@@ -13,8 +13,9 @@ from server.folder import clear, held, is_complete, mark_again, open_folder
 from server.identity import check_same, identity_of
 from server.journal import Journal, Reached, create, nothing, reopen
 from server.journal_head import is_begun
+from server.resume import JOURNAL, refuse_to_drop_simulated
 
-FOLDER = "journal"
+FOLDER = JOURNAL
 """Folder of a run's journal."""
 AFTER_ROUNDS = (
     *("compression.", "release.", "serving."),
@@ -66,12 +67,16 @@ def open_run(
                 finally:
                     found.close()
                 return
-    with open_folder(run, runs) as folder:
+    with open_folder(run, runs, before=_all if fresh else refuse_to_drop_simulated) as folder:
         begun = create(folder / FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
         try:
             yield folder, begun
         finally:
             begun.close()
+
+
+def _all(folder: Path) -> None:
+    """Lets everything in a folder be dropped."""
 
 
 def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
@@ -91,7 +96,7 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
                 "would drop that. Nothing was run; go on with --resume, or begin anew with --fresh."
             )
         now, free = identity_of(run, OPEN_POLICY), AFTER_ROUNDS if journal.ended else ()
-        check_same(folder / FOLDER, journal.identity, now, free=free, anew="with --fresh")
+        check_same(folder / FOLDER, journal.identity, now, free=free)
         if over:
             what = "results are in summary.json" if released else "model is in global.safetensors"
             raise Complete(

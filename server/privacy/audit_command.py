@@ -16,7 +16,7 @@ from fedcore.errors import ConfigError, FedcoreError, PrivacyError
 from fedcore.files import check_file, check_folder
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import LOADING, told_if_slow
-from fedcore.observability.words import epsilon_floor_text, epsilon_text
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
     from fedcore.config import RunConfig
@@ -250,7 +250,7 @@ def _pictures(statement: Statement, emit: Sink) -> list[Picture]:
             step(len(found))
     except ModuleNotFoundError as error:
         emit(Noted(f"gradient inversion left out: {error.name} is not installed"))
-    emit(StageFinished(stage, time.monotonic() - started_s, f"{len(found)} pictures"))
+    emit(StageFinished(stage, time.monotonic() - started_s, counted(len(found), "picture")))
     return found
 
 

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DiskFull, ResourceError
+from server.checkpoint import CHECKPOINT, Checkpoint, write_checkpoint
 from server.folder import clear, config_json, reopen_folder, write_results
 from server.folder import open_folder as opening
+from server.live.resume import open_run
 from server.records import Finished, RoundRecord, RunRecord
+from server.resume import refuse_to_drop
+from server.simulation.state import State
+from tests.unit.server.test_checkpoint import PROGRESS
 
 RUN = RunConfig(name="demo", task="task.py", seed=7)
 
@@ -138,3 +145,44 @@ def test_a_run_of_the_same_name_that_is_going_on_is_left_alone(tmp_path: Path) -
             open_folder(RUN, tmp_path)
         assert (folder / "metrics.jsonl").exists()
     assert not (open_folder(RUN, tmp_path) / "metrics.jsonl").exists()
+
+
+def interrupted(folder: Path, number: int) -> None:
+    made = Checkpoint({}, replace(PROGRESS, round=number), (), State({}, Counter()), 1.0)
+    write_checkpoint(folder / CHECKPOINT, made)
+
+
+def test_what_an_interrupted_simulation_has_learnt_is_not_dropped(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    interrupted(folder, 3)
+    (tmp_path / "task.py").write_text("")
+    run = RUN.model_copy(update={"base": tmp_path})
+    with (
+        pytest.raises(ConfigError, match=r"interrupted after round 3.*--resume.*--fresh"),
+        opening(RUN, tmp_path, before=refuse_to_drop),
+    ):
+        pass
+    assert (folder / CHECKPOINT).is_file()
+    with (
+        pytest.raises(ConfigError, match=r"after round 3"),
+        open_run(run, tmp_path, resume=False, fresh=False),
+    ):
+        pass
+    with open_run(run, tmp_path, resume=False, fresh=True):
+        assert not (folder / CHECKPOINT).exists()
+    with (
+        pytest.raises(ConfigError, match=r"`fedcore server start` began this run over devices"),
+        opening(RUN, tmp_path, before=refuse_to_drop),
+    ):
+        pass
+
+
+def test_a_simulation_that_is_complete_or_has_learnt_nothing_is_replaced(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    interrupted(folder, 0)
+    with opening(RUN, tmp_path, before=refuse_to_drop):
+        assert not (folder / CHECKPOINT).exists()
+    interrupted(folder, 3)
+    (folder / "summary.json").write_text("{}")
+    with opening(RUN, tmp_path, before=refuse_to_drop):
+        assert not (folder / CHECKPOINT).exists()

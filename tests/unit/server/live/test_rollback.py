@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from contextlib import closing
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.config import RunConfig
+from fedcore.crypto.kit import KIT
 from fedcore.errors import ConfigError, PrivacyError
 from server.folder import held
 from server.journal import create, reopen
@@ -102,3 +104,18 @@ def test_what_clients_privacy_has_cost_is_not_forgotten(tmp_path: Path) -> None:
 
 def test_the_verb_explains_itself() -> None:
     assert "rollback 7" in rollback.example
+
+
+def test_a_run_that_is_named_by_set_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tmp_path)
+    (tmp_path / "identity" / KIT).write_text("{}")
+    config = tmp_path / "run.toml"
+    config.write_text('name = "other"\ntask = "task.py"\n')
+    parser = argparse.ArgumentParser()
+    rollback.arguments(parser)
+    words = ["4", str(config), "--set", "name=trial", "--runs", str(tmp_path / "runs")]
+    options = parser.parse_args([*words, "--identity", str(tmp_path / "identity")])
+    assert rollback.run(options) == 0
+    assert capsys.readouterr().out.startswith("trial: goes on after round 4")

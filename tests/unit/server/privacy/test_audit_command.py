@@ -189,8 +189,10 @@ def test_where_the_report_goes_is_looked_at_before_any_work(
 
 
 def test_a_run_without_privacy_states_nothing(config: Path) -> None:
-    with pytest.raises(ConfigError, match="no epsilon is stated"):
+    with pytest.raises(ConfigError, match="unit is 'none', so no epsilon of examples is stated"):
         run(str(config), "--set", "privacy.unit='none'")
+    with pytest.raises(ConfigError, match=r"privacy\.unit is 'client'"):
+        run(str(config), "--set", "privacy.unit='client'", "--set", "privacy.noise_multiplier=1.0")
 
 
 @pytest.mark.parametrize("words", [["--examples", "600"], ["--set", "privacy.max_epsilon=4"]])
@@ -199,8 +201,15 @@ def test_what_is_said_of_no_run_is_refused(words: list[str]) -> None:
         run(*words)
 
 
-@pytest.mark.parametrize("words", [["--seeds", "0"], ["--seeds", "x"], ["--examples", "-1"]])
-def test_counts_are_at_least_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--seeds", "0"], ["--seeds", "x"], ["--examples", "-1"], ["--seeds", "9" * 20]),
+        *(["--seeds", "9" * 5000], ["--seeds", "10001"], ["--examples", "9" * 20]),
+        ["--seeds", "\u00b2"],
+    ],
+)
+def test_counts_have_bounds(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(*words)
-    assert f"{words[0]}: expected a whole number from 1 on" in capsys.readouterr().err
+    assert f"{words[0]}: expected a whole number from 1 to " in capsys.readouterr().err
