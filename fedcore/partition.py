@@ -109,6 +109,7 @@ def _column(values: object) -> tuple[NDArray[np.generic], Rows]:
 def _check(count: int, clients: int, *, each: int) -> None:
     if clients < 1 or each < 1 or count < clients * each:
         raise DataError(
-            f"partition: {counted(count, 'row')} cannot be split among {counted(clients, 'client')} with at least {each} "
+            f"partition: {counted(count, 'row')} cannot be split among "
+            f"{counted(clients, 'client')} with at least {each} "
             "each. Nothing was split; take fewer clients, or ask for fewer rows each."
         )

@@ -145,7 +145,8 @@ def _gather(
         if not told and needed > 1:
             told = True
             on_note(
-                f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the project, and "
+                f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
+                "project, and "
                 f"for no longer than federation.deadline_s = {deadline_s:g}."
             )
         time.sleep(_POLL_S)
@@ -156,7 +157,8 @@ def _gather(
         )
     if found < needed:
         on_note(
-            f"{found} of {counted(needed, 'device')} came within federation.deadline_s = {deadline_s:g}: each "
+            f"{found} of {counted(needed, 'device')} came within federation.deadline_s = "
+            f"{deadline_s:g}: each "
             f"round asks {found}. To ask more, begin anew and set federation.cohort."
         )
     return found
@@ -172,7 +174,8 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> None:
     while (found := _count(grid)) < needed:
         if time.monotonic() > end:
             raise RoundFailed(
-                f"start: {counted(found, 'client')} connected within federation.deadline_s = {deadline_s:g}, "
+                f"start: {counted(found, 'client')} connected within federation.deadline_s = "
+                f"{deadline_s:g}, "
                 f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
                 "clients, or lower the cohort."
             )

@@ -72,7 +72,8 @@ def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
     settings = run.privacy.client
     if settings.target_delta * clients > _LEAST_DELTA_SHARE:
         raise PrivacyError(
-            f"privacy.client.target_delta = {settings.target_delta:g} with {counted(clients, 'client')}: "
+            f"privacy.client.target_delta = {settings.target_delta:g} with "
+            f"{counted(clients, 'client')}: "
             f"expected at most {_LEAST_DELTA_SHARE / clients:.2g}, a tenth of one over their "
             "number, as showing one client's data to everyone with probability delta would count "
             "as private. Nothing was trained; lower it."
@@ -144,7 +145,8 @@ def draw(
             else (f" that were not asked in the {counted(plan.separation - 1, 'round')} before")
         )
         raise RoundFailed(
-            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, and the round takes "
+            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, "
+            "and the round takes "
             f"{plan.expected}. It was not begun, and nothing was spent on it; wait for more "
             "clients, or begin anew with a lower federation.cohort or privacy.client.separation."
         )
@@ -275,8 +277,10 @@ def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | Non
     most = max(1, clients // cohort)
     if (settings.separation or 1) > most:
         raise PrivacyError(
-            f"privacy.client.separation = {settings.separation}: with {counted(clients, 'client')} and "
-            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at the latest. "
+            f"privacy.client.separation = {settings.separation}: with {counted(clients, 'client')} "
+            "and "
+            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at the "
+            "latest. "
             "Nothing was trained; lower it, or federation.cohort."
         )
     return settings.separation or most

@@ -84,7 +84,8 @@ def _roster(identity: ServerIdentity) -> Finding:
     now = datetime.now(UTC)
     soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]
     devices = sum(one.role == "device" for one in members)
-    told = f"version {roster.version}: {counted(devices, 'device')}, {counted(len(members) - devices, 'other')}"
+    others = counted(len(members) - devices, "other")
+    told = f"version {roster.version}: {counted(devices, 'device')}, {others}"
     if had.restored is not None and roster.version <= had.version:
         told = (
             f"{told}; it came back from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, and whoever "
@@ -103,10 +104,8 @@ def _roster(identity: ServerIdentity) -> Finding:
 
 
 def _log(path: Path) -> Finding:
-    lines = check_audit(path, begun_loose=True)
-    return Finding(
-        "authority", "ok", f"{counted(lines, 'line')} in its audit log, each follows the last"
-    )
+    lines = counted(check_audit(path, begun_loose=True), "line")
+    return Finding("authority", "ok", f"{lines} in its audit log, each follows the last")
 
 
 def _drained(identity: ServerIdentity) -> Finding:

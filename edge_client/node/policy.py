@@ -89,7 +89,8 @@ def check_task(owner: OwnerPolicy, path: Path) -> None:
     digest = sha256_hex(raw)
     if digest not in owner.tasks:
         raise ConfigError(
-            f"{path}: its SHA-256 is {digest}, and {owner.file} allows {counted(len(owner.tasks), 'task')}, "
+            f"{path}: its SHA-256 is {digest}, and {owner.file} allows "
+            f"{counted(len(owner.tasks), 'task')}, "
             "none of them this one. Nothing was run; the owner adds it to `tasks` after a look at "
             "the file, or another task is installed."
         )

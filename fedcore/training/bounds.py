@@ -77,7 +77,8 @@ class Bounds:
         """
         if self._steps is not None and steps > self._steps:
             raise OwnerLimit(
-                f"training: the server asks for {steps:,} steps in this round, and {self._file} has "
+                f"training: the server asks for {steps:,} steps in this round, and {self._file} "
+                "has "
                 f"max_round_steps = {self._steps:,}. Nothing was trained or charged; fewer "
                 "client.epochs or larger batches ask for less, or the owner allows more."
             )

@@ -81,7 +81,8 @@ def check_enough(
     left = len(set(there) - set(drained))
     if left < needed <= len(there):
         raise ConfigError(
-            f"drain: {counted(left, 'device')} would be left, and each round of {name!r} asks {needed}. "
+            f"drain: {counted(left, 'device')} would be left, and each round of {name!r} asks "
+            f"{needed}. "
             "Nothing was done; stop the run, and start it with a lower federation.cohort, or wait "
             "for more devices."
         )

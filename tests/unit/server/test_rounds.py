@@ -14,8 +14,9 @@ from fedcore.updates.messages import (
     update_content,
 )
 from fedcore.updates.pack import Vector, pack
-from server.inbound import Tally, check_quorum
+from server.inbound import Tally
 from server.progress import Start
+from server.quorum import check_quorum
 from tests.unit.server.stories import BAD, Answer, Story, adds, mixed, scores
 
 
