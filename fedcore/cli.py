@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 _STOPPED = "Interrupted: stopped where it was; nothing half-written was left."
 try:
     import argparse
-    import os
     import signal
     import threading
     from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ try:
     from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
     from fedcore.observability.foreign import bounded_line, foreign, say
 except KeyboardInterrupt:  # Ctrl-C before there is a `main` that could tell of it
-    sys.stderr.write(f"{_STOPPED}\n")
+    os.write(2, f"{_STOPPED}\n".encode())
     raise SystemExit(130) from None
 
 _EXTRA_OF = {
