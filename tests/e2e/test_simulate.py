@@ -153,7 +153,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
     assert fedcore("new", "work", cwd=tmp_path).returncode == 0
     folder, results = tmp_path / "work", tmp_path / "work" / "runs" / "work"
     rounds = 100_000 if stage == "federate" else 1
-    long = ["--set", f"federation.rounds={rounds}", "--set", "finetune.epochs=100000"]
+    long = ["--set", f"federation.rounds={rounds}", "--set", "finetune.epochs=10000"]
     process = start("simulate", "run.toml", *long, "--set", "finetune.processes=2", cwd=folder)
     assert process.stdout is not None
     for line in process.stdout:
@@ -183,7 +183,7 @@ def test_fine_tuning_does_not_outlive_a_killed_run(
     fedcore: Fedcore, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     assert fedcore("new", "work", cwd=tmp_path).returncode == 0
-    long = ["--set", "federation.rounds=1", "--set", "finetune.epochs=100000"]
+    long = ["--set", "federation.rounds=1", "--set", "finetune.epochs=10000"]
     process = start(
         "simulate", "run.toml", *long, "--set", "finetune.processes=2", cwd=tmp_path / "work"
     )
