@@ -1,6 +1,7 @@
 """fedcore: one model over devices' data and the cloud's.
 
-Names that need torch are imported on first use, so that a device that only infers never loads it.
+Names are imported on first use, so that a device that only infers never loads torch, and a command
+that is stopped while it loads can say so.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from fedcore.config import RunConfig
-from fedcore.errors import FedcoreError
-from fedcore.settings import load_run
-
 if TYPE_CHECKING:
+    from fedcore.config import RunConfig
+    from fedcore.errors import FedcoreError
     from fedcore.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.partition import by_column, dirichlet, iid, shards
+    from fedcore.settings import load_run
     from fedcore.task import Task, load_task
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "ACCURACY": "metrics",
+    "FedcoreError": "errors",
     "MAE": "metrics",
     "Metric": "metrics",
     "PERPLEXITY": "metrics",
     "RMSE": "metrics",
+    "RunConfig": "config",
     "Task": "task",
     "by_column": "partition",
     "dirichlet": "partition",
     "iid": "partition",
+    "load_run": "settings",
     "load_task": "task",
     "shards": "partition",
 }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
 
-from fedcore import __version__
-from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
-from fedcore.observability.foreign import bounded_line, foreign, say
+_STOPPED = "Interrupted: stopped where it was; nothing half-written was left."
+try:
+    import argparse
+    import signal
+    import threading
+    from collections.abc import Callable, Sequence
+    from dataclasses import dataclass
+    from importlib.metadata import entry_points
+    from pathlib import Path
+
+    from fedcore import __version__
+    from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
+    from fedcore.observability.foreign import bounded_line, foreign, say
+except KeyboardInterrupt:  # Ctrl-C before there is a `main` that could tell of it
+    os.write(2, f"{_STOPPED}\n".encode())
+    raise SystemExit(130) from None
 
 _EXTRA_OF = {
     "torch": "server",
@@ -96,11 +102,11 @@ def build_parser(first: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code (see `fedcore.errors`)."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: with cleaning up
-    if sys.stdout is None:  # closed by whoever started this
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, with cleaning up
+        if sys.stdout is None:  # closed by whoever started this
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
         words = sys.argv[1:] if arguments is None else arguments
         options = build_parser(next(iter(words), None)).parse_args(words)
         return int(options.run_verb(options))
@@ -139,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return InsufficientMemory.exit_code
     except KeyboardInterrupt:
-        say("Interrupted: stopped where it was; nothing half-written was left.", to=sys.stderr)
+        say(_STOPPED, to=sys.stderr)
         return INTERRUPTED
 
 

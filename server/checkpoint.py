@@ -20,6 +20,7 @@ from fedcore.files import read_bytes, write_atomic
 from fedcore.observability.events import Noted, RoundFinished
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
+from server import unfinished
 from server.progress import Progress, Start
 from server.protection import noise_of, protection_doc, protection_of
 from server.records import RoundRecord, VirtualRecord
@@ -27,7 +28,7 @@ from server.simulation.choice import Choice
 from server.simulation.state import State
 from server.strategy_state import Remembered
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = unfinished.CHECKPOINT
 """Its name in a run's folder."""
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB, and six vectors of a strategy's
 _FORMAT = 2

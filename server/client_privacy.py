@@ -145,8 +145,8 @@ def draw(
             else (f" that were not asked in the {counted(plan.separation - 1, 'round')} before")
         )
         raise RoundFailed(
-            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} "
-            f"there{rested}, and the round takes "
+            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, "
+            "and the round takes "
             f"{plan.expected}. It was not begun, and nothing was spent on it; wait for more "
             "clients, or begin anew with a lower federation.cohort or privacy.client.separation."
         )
@@ -277,10 +277,10 @@ def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | Non
     most = max(1, clients // cohort)
     if (settings.separation or 1) > most:
         raise PrivacyError(
-            f"privacy.client.separation = {settings.separation}: with "
-            f"{counted(clients, 'client')} and "
-            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at "
-            "the latest. "
+            f"privacy.client.separation = {settings.separation}: with {counted(clients, 'client')} "
+            "and "
+            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at the "
+            "latest. "
             "Nothing was trained; lower it, or federation.cohort."
         )
     return settings.separation or most

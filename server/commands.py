@@ -74,7 +74,8 @@ def _simulate(options: argparse.Namespace) -> int:
     from server.pipeline import run_pipeline
     from server.preflight import prepare
     from server.report.tensorboard import tensorboard_events
-    from server.resume import pick_up, refuse_to_drop
+    from server.resume import pick_up
+    from server.unfinished import refuse_to_drop
 
     quiet()
     out, command = sys.stdout, _command(options)

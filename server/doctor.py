@@ -104,10 +104,8 @@ def _roster(identity: ServerIdentity) -> Finding:
 
 
 def _log(path: Path) -> Finding:
-    lines = check_audit(path, begun_loose=True)
-    return Finding(
-        "authority", "ok", f"{counted(lines, 'line')} in its audit log, each follows the last"
-    )
+    lines = counted(check_audit(path, begun_loose=True), "line")
+    return Finding("authority", "ok", f"{lines} in its audit log, each follows the last")
 
 
 def _drained(identity: ServerIdentity) -> Finding:

@@ -110,8 +110,8 @@ def _from_clients(
         )
     if not kept or len(kept) < run.federation.quorum * len(nodes):
         raise RoundFailed(
-            f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent sums that can "
-            "be used, and "
+            f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent sums that can be "
+            "used, and "
             f"federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
             f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
         )

@@ -45,7 +45,6 @@ from server.inbound import (
     accepted,
     aggregated,
     carry,
-    check_quorum,
     fold,
     fold_in_place,
     hold,
@@ -54,6 +53,7 @@ from server.inbound import (
 from server.norms import is_bounded, norm_bound
 from server.progress import Forgetful, Keeper, Nameless, Peers, Progress, Start
 from server.protection import Protection
+from server.quorum import check_quorum
 from server.records import RoundRecord
 from server.strategies import Chosen
 from server.strategy_state import remembered

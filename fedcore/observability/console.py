@@ -24,6 +24,7 @@ from fedcore.observability.events import (
 from fedcore.observability.words import (
     NOTHING,
     bytes_text,
+    counted,
     epsilon_text,
     figure,
     one_line,
@@ -87,7 +88,7 @@ def _lines(stream: TextIO, text: Callable[[Event], str]) -> Sink:
 def _sentence(event: Event) -> str:
     match event:
         case StageStarted(stage, steps):
-            text = f"[{stage}] started" + (f", {steps} steps" if steps else "")
+            text = f"[{stage}] started" + (f", {counted(steps, 'step')}" if steps else "")
         case StageAdvanced(stage, done, note):
             text = f"[{stage}] step {done}" + (f": {note}" if note else "")
         case StageFinished(stage, seconds, note):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fedcore.config import Client, Privacy
 from fedcore.errors import PrivacyError
+from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge, noise_for
 from fedcore.task import Examples, size_of
 
@@ -75,8 +76,8 @@ def plan_for(
     """
     if count < 1:
         raise PrivacyError(
-            f"round {round}: this client has {count} examples. Nothing was trained, as there is "
-            "nothing to train on; give it data, or leave it out."
+            f"round {round}: this client has {counted(count, 'example')}. Nothing was trained, as "
+            "there is nothing to train on; give it data, or leave it out."
         )
     if count > MAX_EXAMPLES:
         raise PrivacyError(
@@ -85,10 +86,11 @@ def plan_for(
         )
     if privacy.target_delta * count > max_delta_share * (1 + 1e-9):
         raise PrivacyError(
-            f"privacy.target_delta = {privacy.target_delta:g} on a client of {count} examples is "
-            f"above {max_delta_share:g}/{count} = {max_delta_share / count:.3g}: at 1/{count}, "
-            "showing one of them to everyone would count as private. Nothing was trained; set it "
-            f"to {max_delta_share / count:.3g} or less, or max_delta_share in owner.toml higher."
+            f"privacy.target_delta = {privacy.target_delta:g} on a client of "
+            f"{counted(count, 'example')} is above {max_delta_share:g}/{count} = "
+            f"{max_delta_share / count:.3g}: at 1/{count}, showing one of them to everyone would "
+            f"count as private. Nothing was trained; set it to {max_delta_share / count:.3g} or "
+            "less, or max_delta_share in the owner's file higher."
         )
     steps_per_epoch = -(-count // client.batch_size)
     sample_rate = 1 / steps_per_epoch

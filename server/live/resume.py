@@ -13,7 +13,7 @@ from server.folder import clear, held, is_complete, mark_again, open_folder
 from server.identity import check_same, identity_of
 from server.journal import Journal, Reached, create, nothing, reopen
 from server.journal_head import is_begun
-from server.resume import JOURNAL, refuse_to_drop_simulated
+from server.unfinished import JOURNAL, refuse_to_drop_simulated
 
 FOLDER = JOURNAL
 """Folder of a run's journal."""

@@ -142,7 +142,8 @@ def table(found: Answer, question: Question) -> str:
         "",
         f"noise multiplier      {plan.noise_multiplier:.4f}  ({how}, by {privacy.accountant})",
         f"epsilon               {epsilon_text(plan.epsilon)} of {privacy.max_epsilon:g} at delta "
-        f"{privacy.target_delta:g} after {plan.participations:,} rounds",
+        f"{privacy.target_delta:g} after "
+        f"{plan.participations:,} {'round' if plan.participations == 1 else 'rounds'}",
         f"steps                 {plan.steps_per_round:,} a round, {plan.steps:,} in all, of "
         f"{plan.batch_size:.1f} examples expected (rate {plan.sample_rate:.4g})",
         f"gradients             {plan.gradients_per_round:,} expected a round",

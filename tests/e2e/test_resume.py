@@ -369,7 +369,7 @@ def test_a_client_that_fails_is_replayed_with_its_traceback(shell: Shell) -> Non
 def test_another_run_is_not_resumed(
     options: list[str], said: str, shell: Shell, whole: Path
 ) -> None:
-    started = shell.start(runs="other", SLOW="0.004")
+    started = shell.start("--fresh", runs="other", SLOW="0.004")
     started.until("round 3/12")
     os.kill(started.pid, signal.SIGINT)
     started.wait()

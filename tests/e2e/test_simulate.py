@@ -170,7 +170,12 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
     assert not list(results.rglob(".*"))
     assert running(process.pid) == []
     if stage == "federate":
-        simulate(fedcore, folder, *SHORT)
+        refused = fedcore("simulate", "run.toml", *SHORT, cwd=folder)
+        assert refused.returncode == 2
+        assert (
+            "go on with `fedcore simulate --resume`, or begin anew with --fresh" in refused.stderr
+        )
+        simulate(fedcore, folder, "--fresh", *SHORT)
         check_results(results)
 
 

@@ -35,8 +35,9 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_is_well_on_both_sides(project: Any, launch_server: Any) -> None:
     project.device("edge-0")
-    launch_server()
+    server_of = launch_server()
     found = device(project.root / "edge-0")
+    assert "refused" not in server_of.log.read_text()
     assert (found["server"].verdict, found["clock"].verdict) == ("ok", "ok")
     assert found["certificate"].verdict == "warn"  # one day is left
     found = server_side(project)

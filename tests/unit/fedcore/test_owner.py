@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fedcore.config import Client, Privacy, RunConfig
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, OwnerLimit, PrivacyError
 from fedcore.owner import OPEN_POLICY, OwnerPolicy, load_owner, tighten
+from fedcore.training.bounds import bounds_of
 
 RUN = RunConfig(
     name="x",
@@ -128,3 +129,17 @@ def test_a_data_set_has_one_name_and_a_name_one_data_set(tmp_path: Path) -> None
         path.write_text(text.replace(was, is_now, 1))
         with pytest.raises(ConfigError, match="datasets"):
             load_owner(path)
+
+
+def test_errors_name_the_owners_file_as_it_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "anna.toml"
+    path.write_text(f'max_epsilon = 1.0\nmax_round_steps = 3\ntasks = ["{"0" * 64}"]\n')
+    owner = load_owner(path)
+    with pytest.raises(PrivacyError, match=r"^anna\.toml: max_epsilon = 1"):
+        tighten(RunConfig(name="r", task="task.py"), owner)
+    with pytest.raises(OwnerLimit, match=r"and anna\.toml has max_round_steps = 3\."):
+        bounds_of(owner).admit(4)
+    assert "file" not in owner.model_dump()
+    path.write_text('file = "x"\n')
+    with pytest.raises(ConfigError, match="unknown key 'file'"):
+        load_owner(path)

@@ -197,3 +197,17 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
         check=True,
     )
     assert not {"torch", "flwr"} & set(json.loads(done.stdout))
+
+
+def test_a_place_elsewhere_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["new", "../there/turbines"]) == 0
+    outside = tmp_path / "there" / "turbines"
+    assert capsys.readouterr().out.startswith(f"note: {outside.resolve()} is outside of the folder")
+    assert (outside / "run.toml").is_file()
+    assert cli.main(["new", "turbines"]) == 0
+    assert "outside" not in capsys.readouterr().out
+    assert cli.main(["new", "../there/.."]) == 2

@@ -27,7 +27,8 @@ from fedcore.updates.messages import (
     update_content,
 )
 from fedcore.updates.pack import Vector, unpack
-from server.inbound import Tally, check_quorum
+from server.inbound import Tally
+from server.quorum import check_quorum
 from server.rounds import Federated, Federation, run_rounds
 from server.strategies import make_strategy
 

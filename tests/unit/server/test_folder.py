@@ -14,8 +14,8 @@ from server.folder import clear, config_json, reopen_folder, write_results
 from server.folder import open_folder as opening
 from server.live.resume import open_run
 from server.records import Finished, RoundRecord, RunRecord
-from server.resume import refuse_to_drop
 from server.simulation.state import State
+from server.unfinished import refuse_to_drop
 from tests.unit.server.test_checkpoint import PROGRESS
 
 RUN = RunConfig(name="demo", task="task.py", seed=7)

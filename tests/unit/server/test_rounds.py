@@ -14,8 +14,9 @@ from fedcore.updates.messages import (
     update_content,
 )
 from fedcore.updates.pack import Vector, pack
-from server.inbound import Tally, check_quorum
+from server.inbound import Tally
 from server.progress import Start
+from server.quorum import check_quorum
 from tests.unit.server.stories import BAD, Answer, Story, adds, mixed, scores
 
 
@@ -326,3 +327,16 @@ def test_a_fixed_bound_on_updates_holds_in_a_simulation_too() -> None:
     assert story.notes[0].startswith(
         "round 1: 1 update longer than federation.max_update_norm = 0.5, clipped to that: node 11"
     )
+
+
+def test_one_is_not_counted_as_many() -> None:
+    with pytest.raises(BudgetExhausted, match=r"round 1: the client declined\. "):
+        Story(declines_from(0), cohort=1).run()
+    with pytest.raises(RoundFailed, match="round 1: 0 of 1 client sent an update"):
+        Story(lambda *asked: Error(REFUSED, "no"), cohort=1).run()
+    story = Story(declines_from(1), cohort=1)
+    story.run()
+    assert story.notes == ["Ended before round 2: the privacy budget of the client asked is spent."]
+    story = Story(adds(), judge=scores(0.9, 0.1), patience=1)
+    story.run()
+    assert story.notes[-1].endswith("for federation.patience = 1 round.")

@@ -130,7 +130,7 @@ def test_only_tasks_that_the_owner_allows_are_run(tmp_path: Path) -> None:
     task.write_text("raise SystemExit('it was run')")
     check_task(OwnerPolicy(), task)
     check_task(OwnerPolicy(tasks=(sha256_hex(task.read_bytes()),)), task)
-    with pytest.raises(ConfigError, match="allows 1 tasks, none of them this one"):
+    with pytest.raises(ConfigError, match="allows 1 task, none of them this one"):
         check_task(OwnerPolicy(tasks=("0" * 64,)), task)
 
 
