@@ -331,10 +331,10 @@ def test_a_fixed_bound_on_updates_holds_in_a_simulation_too() -> None:
 
 def test_one_is_not_counted_as_many() -> None:
     with pytest.raises(BudgetExhausted, match=r"round 1: the client declined\. "):
-        Story(declines_from(0), cohort=1).run()
+        Story(declines_from(0), cohort=1, unit="example").run()
     with pytest.raises(RoundFailed, match="round 1: 0 of 1 client sent an update"):
         Story(lambda *asked: Error(REFUSED, "no"), cohort=1).run()
-    story = Story(declines_from(1), cohort=1)
+    story = Story(declines_from(1), cohort=1, unit="example")
     story.run()
     assert story.notes == ["Ended before round 2: the privacy budget of the client asked is spent."]
     story = Story(adds(), judge=scores(0.9, 0.1), patience=1)
