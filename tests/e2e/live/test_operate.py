@@ -75,7 +75,7 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     drained = {one["name"]: one for one in ask_here(folder, {"verb": "devices"})["devices"]}
     assert [drained[name]["drained"] for name in names] == [False, True, False]
     assert drained["edge-1"]["there"]
-    with pytest.raises(ConfigError, match="1 devices would be left, and each round"):
+    with pytest.raises(ConfigError, match="1 device would be left, and each round"):
         ask_here(folder, {"verb": "drain", "device": "edge-2"})
     with pytest.raises(ConfigError, match="no device of this project has this name"):
         ask_here(folder, {"verb": "drain", "device": "edge-9"})

@@ -86,7 +86,7 @@ def test_what_a_device_lacks_is_not_what_the_server_lacks(
     server = launch_server("federation.rounds=1", "federation.cohort=1")
     lacking = launch_device("edge-0", "--owner", str(owner))
     assert server.end(60) == RoundFailed.exit_code
-    assert "RoundFailed: round 1: 0 of 1 clients sent an update" in server.log.read_text()
+    assert "RoundFailed: round 1: 0 of 1 client sent an update" in server.log.read_text()
     lacking.send(signal.SIGKILL)
     lacking.end()
     launch_device("edge-1")
