@@ -51,5 +51,5 @@ def _check_shape(manifest: Manifest, outputs: FloatArray) -> None:
     raise DeviceError(
         f"model {manifest.model!r} version {manifest.version}: for these inputs its outputs have "
         f"shape {outputs.shape}, expected {dimensions} dimensions and a class at least. Nothing "
-        "was answered; tell whoever publishes, who can release the version before anew."
+        "was answered; tell whoever publishes, who can release the earlier version again."
     )

@@ -1,6 +1,6 @@
 """Running a model that nobody has seen run: in a process of its own, with limits.
 
-An ONNX file is a program. It may loop for ever, take all memory, or bring onnxruntime down; what it
+An ONNX file is a program. It may loop forever, take all memory, or bring onnxruntime down; what it
 does here happens to a child process that holds no lock, no key and no open file, and that dies with
 its parent.
 """

@@ -45,7 +45,7 @@ from fedcore.files import (
 
 Slot = Literal["active", "previous"]
 _MAX_RECORD_BYTES = 1024  # bytes: a version and a digest
-_REPAIR = "`fedcore device update` fetches it anew."
+_REPAIR = "`fedcore device update` fetches it again."
 
 
 class Record(BaseModel):

@@ -265,7 +265,7 @@ def _verify_export(options: argparse.Namespace) -> int:
     say(
         f"{PrivacyError.__name__}: {options.export}: the device's ledger was damaged when this was "
         "exported, so epsilon is the least that was spent; standard output says what was wrong. "
-        "Have the device mend it, and export it anew.",
+        "Have the device mend it, and export it again.",
         to=sys.stderr,
     )
     return PrivacyError.exit_code

@@ -135,7 +135,7 @@ def check_export(raw: bytes, *, where: str, expected: bytes | None = None) -> Ch
     except (ValidationError, ValueError, RecursionError) as error:
         raise PrivacyError(
             f"{where}: {_reason(error)}. This is no whole ledger that `fedcore privacy export` "
-            "wrote, so nothing was verified; have the device export it anew."
+            "wrote, so nothing was verified; have the device export it again."
         ) from None
     signer = _signer(file, values, where)
     if expected is not None and signer != fingerprint(expected):
@@ -163,14 +163,14 @@ def _signer(file: _File, values: Mapping[str, Any], where: str) -> str:
     except CertificateRefused:
         raise SignatureInvalid(
             f"{where}: its key is no public key of a device (ECDSA on P-384), so whoever signed it "
-            "is not known. It proves nothing; have the device export it anew."
+            "is not known. It proves nothing; have the device export it again."
         ) from None
     try:
         key.verify(b64decode(file.signature, validate=True), _signed(values), ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise SignatureInvalid(
             f"{where}: the signature does not hold: the ledger was changed after it was exported, "
-            "or signed by another key. It proves nothing; have the device export it anew."
+            "or signed by another key. It proves nothing; have the device export it again."
         ) from None
     return fingerprint(public_bytes(key))
 
@@ -179,7 +179,7 @@ def _check_sums(ledger: Exported, where: str) -> None:
     if set(ledger.composed) != {name for name, spent in ledger.runs.items() if spent}:
         raise PrivacyError(
             f"{where}: the runs with charges are not those that were composed. The figures are "
-            "not those of the charges; have the device export it anew."
+            "not those of the charges; have the device export it again."
         )
     every = tuple(one for spent in ledger.runs.values() for one in spent)
     parts = [(f"run {name!r}", ledger.runs[name], one) for name, one in ledger.composed.items()]
@@ -196,7 +196,7 @@ def _check_sums(ledger: Exported, where: str) -> None:
             raise PrivacyError(
                 f"{where}: the charges of {what} come to epsilon {found:.6g} at delta "
                 f"{said.target_delta:g}, and it says {said.epsilon:.6g}. The figures are not those "
-                "of the charges; have the device export it anew."
+                "of the charges; have the device export it again."
             )
 
 

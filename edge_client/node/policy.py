@@ -143,7 +143,7 @@ def take_part(
     """Runs ``session`` whenever the owner's policy allows, until ``stop`` is set.
 
     A session is told to end when the policy allows no more: it gives up what it has begun between
-    two steps, says goodbye, so that no round waits for this device, and begins anew when it may.
+    two steps, says goodbye, so that no round waits for this device, and begins again when it may.
     """
     stop = stop or threading.Event()
     while not stop.is_set():

@@ -11,12 +11,12 @@ import torch
 from flwr.app import Array, Context, Message
 from torch import Tensor, nn
 
-from fedcore.client_app import DurableLedger, client_app
+from fedcore.client_app import client_app
 from fedcore.config import RunConfig
 from fedcore.errors import DeviceError, InvalidUpdate, OwnerLimit
 from fedcore.flower.identity import assume_identity
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
-from fedcore.privacy.ledger import NO_OTHER_RUNS, read_ledger
+from fedcore.privacy.ledger import read_ledger
 from fedcore.seeds import SystemEntropy
 from fedcore.task import Task
 from fedcore.training.bounds import bounds_of
@@ -25,6 +25,7 @@ from tests.unit.fedcore.clients import (
     COUNT,
     PRIVATE,
     context,
+    device_app,
     instruct,
     make_run,
     make_task,
@@ -42,14 +43,7 @@ def _identity() -> None:
 def ask(
     task: Task, run: RunConfig, owner: OwnerPolicy, *, node: Context | None = None, **more: Any
 ) -> Message:
-    app = client_app(
-        task,
-        run,
-        owner=owner,
-        randomness=SystemEntropy(),
-        durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
-        **more,
-    )
+    app = device_app(task, run, owner=owner, **more)
     return app(instruct(task, run), node or context())
 
 

@@ -28,15 +28,12 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from torch import nn
 
-from fedcore.client_app import DurableLedger, client_app
 from fedcore.config import RunConfig
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
 from fedcore.model import FullModel, build_model, preprocess_bytes
-from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import Charge
-from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, read_ledger, write_ledger
-from fedcore.seeds import SystemEntropy
+from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
 from fedcore.task import Task
 from fedcore.updates.messages import (
     ARRAYS,
@@ -53,6 +50,7 @@ from fedcore.updates.messages import (
 )
 from fedcore.updates.pack import layout_of, pack
 from tests.adversarial.hostile_rows import CLASSES, COUNT, SECRET, WIDTH, data_sets
+from tests.unit.fedcore.clients import device_app
 
 PAIRS = int(os.environ.get("FEDCORE_HOSTILE_PAIRS", "500"))
 """How many instructions and data sets are drawn; 10,000 take some minutes."""
@@ -147,13 +145,7 @@ def _site(
         example_input=torch.zeros(WIDTH),
         preprocess=before,
     )
-    app = client_app(
-        task,
-        run,
-        owner=OPEN_POLICY,
-        randomness=SystemEntropy(),
-        durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
-    )
+    app = device_app(task, run)
     return Site(run, build_model(task, run), app, data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.dp_sgd import Timed, checks_of, difference, made, over_plain, rows_of, table
 from benchmarks.dp_sgd_models import settings
@@ -36,8 +37,14 @@ def test_what_is_promised_is_checked() -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_takes_steps(system: str) -> None:
-    setting = settings()["w2"]
-    steps_of(system, setting, made(setting))(2)
+    setting, taken = settings()["w2"], list[object]()
+    take = steps_of(system, setting, made(setting))
+    counting = register_optimizer_step_post_hook(lambda *step: taken.append(step))
+    try:
+        take(2)
+    finally:
+        counting.remove()
+    assert len(taken) == 2
 
 
 @pytest.mark.parametrize("name", ["w2", "gru"])

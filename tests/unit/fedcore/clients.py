@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.client_app import client_app
+from fedcore.client_app import DurableLedger, client_app
 from fedcore.config import RunConfig
 from fedcore.model import build_model, preprocess_bytes
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
-from fedcore.seeds import Simulated, torch_rng
+from fedcore.privacy.ledger import NO_OTHER_RUNS
+from fedcore.seeds import Simulated, SystemEntropy, torch_rng
 from fedcore.task import Task
 from fedcore.updates.messages import (
     ARRAYS,
@@ -83,6 +85,19 @@ def instruct(
 
 def app_of(task: Task, run: RunConfig, owner: OwnerPolicy = OPEN_POLICY) -> ClientApp:
     return client_app(task, run, owner=owner, randomness=Simulated(run.seed))
+
+
+def device_app(
+    task: Task,
+    run: RunConfig,
+    *,
+    owner: OwnerPolicy = OPEN_POLICY,
+    keep: Callable[[], None] = lambda: None,
+    **more: Any,
+) -> ClientApp:
+    """As on a device: random numbers of the system, and ``keep`` for what puts charges on disk."""
+    durable = DurableLedger(NO_OTHER_RUNS, keep)
+    return client_app(task, run, owner=owner, randomness=SystemEntropy(), durable=durable, **more)
 
 
 def ask(

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedcore.client_app import DurableLedger, client_app
 from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.observability.words import epsilon_text
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
-from fedcore.privacy.ledger import NO_OTHER_RUNS, read_ledger
-from fedcore.seeds import SystemEntropy
+from fedcore.owner import OwnerPolicy
+from fedcore.privacy.ledger import read_ledger
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
@@ -33,6 +31,7 @@ from tests.unit.fedcore.clients import (
     ask,
     context,
     data,
+    device_app,
     failing_loss,
     instruct,
     make_run,
@@ -166,13 +165,7 @@ def test_one_bad_example_answers_in_the_same_form_as_none(spoilt: str) -> None:
     forms = []
     for load in (lambda client, folder: data(), lambda client, folder: Spoilt()):
         task = make_task(client_data=load)
-        reply = client_app(
-            task,
-            run,
-            owner=OPEN_POLICY,
-            randomness=SystemEntropy(),
-            durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
-        )(instruct(task, run), context())
+        reply = device_app(task, run)(instruct(task, run), context())
         update = update_of(reply, task, run)
         assert np.isfinite(update.weights).all()
         forms.append((update.num_examples, update.metrics, len(update.weights)))
@@ -189,13 +182,7 @@ def test_a_private_device_sends_the_kind_of_an_error_and_keeps_its_text(
     texts = {}
     for privacy in ({}, PRIVATE):
         run = make_run(privacy=privacy) if privacy else make_run()
-        app = client_app(
-            task,
-            run,
-            owner=OPEN_POLICY,
-            randomness=SystemEntropy(),
-            durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
-        )
+        app = device_app(task, run)
         texts[bool(privacy)] = refused(app(instruct(task, run), context()))
     assert texts[True] == "client 'anna': DataError; its log says more"
     assert "patient 4711" in texts[False]
@@ -219,8 +206,7 @@ def test_a_charge_is_on_disk_before_any_example_is_read() -> None:
 
     task = make_task(client_data=lambda client, folder: Rows())
     run, node = make_run(privacy=PRIVATE), context()
-    durable = DurableLedger(NO_OTHER_RUNS, keep)
-    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), durable=durable)
+    app = device_app(task, run, keep=keep)
     update_of(app(instruct(task, run), node), task, run)
     assert happened[:2] == ["1 charged", "read"]
 
@@ -234,8 +220,7 @@ def test_nothing_is_trained_when_the_charge_cannot_be_kept(
     trained: list[object] = []
     monkeypatch.setattr("fedcore.training.client.train_private", lambda *a, **k: trained.append(a))
     task, run = make_task(), make_run(privacy=PRIVATE)
-    durable = DurableLedger(NO_OTHER_RUNS, keep)
-    app = client_app(task, run, owner=OPEN_POLICY, randomness=SystemEntropy(), durable=durable)
+    app = device_app(task, run, keep=keep)
     assert (
         refused(app(instruct(task, run), context())) == "client 'anna': DiskFull; its log says more"
     )
@@ -283,13 +268,7 @@ def test_more_memory_than_the_owner_allows_is_refused_before_the_ledger_is_charg
 
 def test_real_devices_draw_noise_that_no_seed_repeats() -> None:
     task, run = make_task(), make_run(privacy=PRIVATE)
-    app = client_app(
-        task,
-        run,
-        owner=OPEN_POLICY,
-        randomness=SystemEntropy(),
-        durable=DurableLedger(NO_OTHER_RUNS, lambda: None),
-    )
+    app = device_app(task, run)
     one, other = (
         update_of(app(instruct(task, run), context()), task, run).weights for _ in range(2)
     )

@@ -27,14 +27,6 @@ from fedcore.observability.words import epsilon_floor_text, epsilon_text
 from tests.unit.edge_client.node.sites import DELTA, OWNER, Site, epsilon
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    made = Site(tmp_path)
-    made.charge("digits", 3)
-    made.charge("wards", 20, noise=2.0)
-    return made
-
-
 def test_show_tells_runs_rounds_totals_and_what_fits(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +19,6 @@ from fedcore.errors import (
     SignatureInvalid,
 )
 from tests.unit.edge_client.node.sites import DELTA, Site, epsilon
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    made = Site(tmp_path)
-    made.charge("digits", 3)
-    made.charge("wards", 20, noise=2.0)
-    return made
 
 
 def test_an_export_is_signed_and_can_be_computed_anew(
