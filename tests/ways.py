@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedcore.model import FullModel
 from fedcore.task import Kind, Loss, Task
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import Part, Way, zero_totals
 
 
 def task_of(model: nn.Module, loss: Loss, example: Tensor, kind: Kind = "classification") -> Task:
@@ -49,3 +49,10 @@ def way_of(
     """
     task = task_of(model, loss, example, kind)
     return find_way(task, FullModel(preprocess or nn.Identity(), model))
+
+
+def weighted(part: Part, model: nn.Module, share: Tensor) -> list[Tensor]:
+    """The sum of a part's gradients, each times its share: a tensor for each trained parameter."""
+    totals = zero_totals(model)
+    part.add(share, totals)
+    return [one.float() for one in totals]

@@ -27,7 +27,6 @@ float32 arithmetic in gradients, norms and sums, and of the grid."""
 _CHUNK = 1 << 16  # normal numbers at a time: their buffers stay in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
 _EXACT_BITS = 51  # sums and noise are below 2**51 steps, so that what is added to round them fits
-_TO_UNIT = 2.0**-63
 
 
 class Draws(Protocol):
@@ -124,56 +123,38 @@ class SystemDraws:
         shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64 numbers lie a step apart
         cpu = torch.device("cpu")
         exact = [tensor.detach().to(cpu, torch.float64).reshape(-1) for tensor in sums]
-        chunks = self._normals(sum(map(len, exact)), deviation, -shift)
-        for parts, steps in zip(_in_chunks(exact), chunks, strict=True):
-            torch._foreach_add_(parts, shift)  # rounds to the grid, as noise is; the rest is exact
-            torch._foreach_add_(parts, torch.split(steps, [len(part) for part in parts]))
+        self._add([one.numpy() for one in exact], deviation, shift)
         for tensor, one in zip(sums, exact, strict=True):
             if one.data_ptr() != tensor.data_ptr():
                 tensor.copy_(one.view(tensor.shape))
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """Independent standard normal numbers, float64, shape ``(count,)``, not yet on a grid."""
-        chunks = [chunk.clone() for chunk in self._normals(count, 1.0, 0.0)]
-        return torch.cat([torch.empty(0, dtype=torch.float64), *chunks]).numpy()
+        found = np.zeros(count)
+        self._add([found], 1.0, 0.0)
+        return found
 
-    def _normals(self, count: int, deviation: float, mean: float) -> Iterator[Tensor]:
-        """Independent normal numbers, float64, in chunks; each overwrites the one before."""
-        most = min(_CHUNK, count + count % 2)
-        filled, pair = np.empty(most, np.uint64), torch.empty(most, dtype=torch.float64)
-        half, middle = torch.tensor([_TO_UNIT / 2, mean], dtype=torch.float64).unbind()
-        for start in range(0, count, _CHUNK):
-            size = min(_CHUNK, count - start)
-            words = filled[: size + size % 2]
-            self._stream.fill(words)
-            angle, radius = pair[: len(words)].view(2, -1).unbind()
-            of_angle, of_radius = torch.from_numpy(words.view(np.int64)).view(2, -1).unbind()
-            angle.copy_(of_angle).mul_(math.pi * _TO_UNIT)  # in [-pi, pi)
-            torch.add(half, radius.copy_(of_radius).abs_(), alpha=_TO_UNIT, out=radius)  # (0, 1]
-            numbers = radius.numpy()
-            np.log(numbers, out=numbers)  # three times as fast as torch's, the root twice
-            np.multiply(numbers, -2 * deviation * deviation, out=numbers)
-            np.sqrt(numbers, out=numbers)
-            found = torch.from_numpy(words.view(np.float64))  # over the words, which have served
-            cosines, sines = found.view(2, -1).unbind()
-            torch.addcmul(middle, torch.cos(angle, out=cosines), radius, out=cosines)
-            torch.addcmul(middle, torch.sin(angle, out=sines), radius, out=sines)
-            yield found[:size]
+    def _add(self, sums: Sequence[NDArray[np.float64]], deviation: float, shift: float) -> None:
+        """Adds normal numbers to each ``(N,)``, see `fedcore.kernels.normal.add_normals`."""
+        from fedcore.kernels.normal import add_normals  # compiled by whoever needs it
+
+        parts = [part for one in sums for part in _in_chunks(one)]
+        left = sum(len(part) + len(part) % 2 for part in parts)
+        words = np.empty(0, np.uint64)
+        room = np.empty(min(left, _CHUNK), np.uint64)
+        for part in parts:
+            half = (len(part) + 1) // 2
+            if len(words) < 2 * half:  # what is left over is drawn, and served nobody
+                words = room[: max(2 * half, min(left, _CHUNK))]
+                self._stream.fill(words)
+            angles, radii, words = words[:half], words[half : 2 * half], words[2 * half :]
+            add_normals(angles, radii, part[:half], part[half:], deviation, shift)
+            left -= 2 * half
 
 
-def _in_chunks(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Views of all entries in turn, ``_CHUNK`` of them at a time."""
-    parts: list[Tensor] = []
-    room = _CHUNK
-    for tensor in flat:
-        while len(tensor):
-            parts.append(tensor[:room])
-            tensor, room = tensor[room:], room - len(parts[-1])
-            if not room:
-                yield parts
-                parts, room = [], _CHUNK
-    if parts:
-        yield parts
+def _in_chunks(one: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    for start in range(0, len(one), _CHUNK):
+        yield one[start : start + _CHUNK]
 
 
 def grid_step(deviation: float, bound: float) -> float:

@@ -17,8 +17,24 @@ from fedcore.errors import DataError
 from fedcore.model import FullModel
 from fedcore.privacy.planning import expected_batch_size
 from fedcore.task import Loss
-from fedcore.training.per_example.chain import Back, Chain, Dense, Made, Run, Weights, stacked
-from fedcore.training.per_example.clipping import batch_gradient, example_gradients, shares_of
+from fedcore.training.per_example.chain import (
+    Back,
+    Chain,
+    Dense,
+    Each,
+    Made,
+    Run,
+    Share,
+    Weights,
+    left_apart,
+    stacked,
+)
+from fedcore.training.per_example.clipping import (
+    Gradient,
+    batch_gradient,
+    example_gradients,
+    shares_of,
+)
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.private import noise_deviation
 from server.simulation.descent import Descend, descent
@@ -113,7 +129,7 @@ def _walk(
             share = shares[:clients, step, : rows.widest[step]]
             slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
         layers = back(slopes)
-        given = [one if isinstance(one, Made) else batch_gradient(*one) for one in layers]
+        given = [_together(one) for one in layers]
         descend(clients, given, None)
     each = torch.zeros(rows.mask.shape, device=rows.mask.device)
     for step, losses in enumerate(told):
@@ -124,6 +140,12 @@ def _walk(
     means = sums / (rows.counts * last).sum(dim=1)
     finite = torch.isfinite(each).all(dim=2).all(dim=1)  # in earlier epochs, too
     return torch.where(finite, means, torch.nan).tolist()
+
+
+def _together(part: Share | Made | Each) -> Gradient | Made:
+    """A layer's gradient over whole batches."""
+    assert not isinstance(part, Each)
+    return part if isinstance(part, Made) else batch_gradient(*part)
 
 
 def _last_epoch(rows: Rows, epochs: int) -> Tensor:
@@ -154,13 +176,12 @@ def _walk_private(
         back, _, slopes = _ahead(rows, step, run, weights, loss)
         each = []
         for layer, one in zip(layers, back(slopes), strict=True):
-            assert not isinstance(one, Made)  # a run with privacy leaves examples apart
-            each.append(example_gradients(*one, bias=layer.bias is not None))
+            each.append(example_gradients(left_apart(one), bias=layer.bias is not None))
         if not all(bool(one.usable.all()) for one in each):
             raise DataError("data: some example's gradient is not finite. It is taken alone.")
         squares = torch.stack([one.squares for one in each]).sum(dim=0)
         scale = shares_of(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
-        descend(clients, [one.weighted(scale) for one in each], draw(clients))
+        descend(clients, [one.weighted(scale, slice(None)) for one in each], draw(clients))
 
 
 def _ahead(

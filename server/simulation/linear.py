@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fedcore.config import Client
 from fedcore.errors import DataError
+from fedcore.kernels.compiled import compiled
 from fedcore.model import FullModel
 from fedcore.training.per_example.chain import Chain, Dense, flattened
-from server.simulation.compiled import compiled
 from server.simulation.rows import client_rows, shuffled_order
 from server.simulation.work import LocalWork, Trained
 

@@ -16,9 +16,10 @@ from fedcore.resident import Resident
 from fedcore.task import Loss
 from fedcore.training.batches import gather
 from fedcore.training.client import Client
-from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
+from fedcore.training.per_example.chain import Chain, by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.losses import is_cross_entropy, is_mean
+from fedcore.training.per_example.runs import compiled_run
 from server.aggregation.exact import AddScaled
 from server.simulation.chained import train_chained
 from server.simulation.vectorised import train_cohort, what_forbids
@@ -88,7 +89,7 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         linear = None if run.private or not is_cross_entropy(loss) else _linear(chain, model, run)
         if linear is not None:
             return linear
-        kernels = _kernels(chain, model, run)
+        kernels = compiled_run(chain, model.model, apart=run.private)
         way = by_torch(chain) if kernels is None else kernels
 
         def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
@@ -119,10 +120,8 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
 
 def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Trainer | None:
     """What trains a linear classifier the quickest, if that is what the model is."""
-    try:
-        from server.simulation.linear import fits, train_linear
-    except ImportError:  # numba is missing
-        return None
+    from server.simulation.linear import fits, train_linear  # compiled by whoever needs it
+
     if not fits(chain, model, run.client):
         return None
     (layer,) = chain.layers
@@ -133,21 +132,9 @@ def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Trainer | None:
     return Trainer(train, 0, add_scaled=_add_scaled())
 
 
-def _kernels(chain: Chain, model: FullModel, run: RunConfig) -> Run | None:
-    """What runs a chain with convolutions the quickest, if that is not torch."""
-    plain = all(p.dtype == torch.float32 and p.is_cpu for p in model.model.parameters())
-    if not plain or not any(isinstance(layer, Conv) for layer in chain.layers):
-        return None
-    try:
-        from server.simulation.straight import by_kernels
-    except ImportError:  # numba is missing
-        return None
-    return by_kernels(chain, private=run.private)
-
-
 def _add_scaled() -> AddScaled:
-    """Only where numba is loaded in any case: it takes its time and memory."""
-    from server.simulation.sums import add_scaled
+    """Only where compiled loops are loaded in any case: they take their time and memory."""
+    from fedcore.kernels.fixed_point import add_scaled
 
     return add_scaled
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcore.kernels.fixed_point import add_scaled
 from fedcore.updates.pack import Vector
 from server.aggregation.exact import AddScaled, ExactMean
-from server.simulation.sums import add_scaled
 
 VALUES = st.floats(-50, 50, width=32) | st.floats(-(2.0**-20), 2.0**-20, width=32)
 WEIGHTS = st.integers(1, 1000) | st.integers(1, 2**17)

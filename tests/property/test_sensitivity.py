@@ -33,6 +33,7 @@ from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import SystemEntropy, global_streams
 from fedcore.task import Task
 from fedcore.training.client import Client, learn
+from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.clipping import example_gradients, norms, shares_of
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.trial import find_way
@@ -285,11 +286,11 @@ def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: f
     inputs = torch.randn(1, count, 1, width, generator=rng).expand(-1, -1, rows, -1).contiguous()
     slopes = torch.randn(1, count, rows, outs, generator=rng)
     slopes[:, :, -1] = left * slopes[:, :, -1] - slopes[:, :, :-1].sum(dim=2)
-    found = example_gradients(inputs, slopes, slopes, bias=True)
+    found = example_gradients((inputs, slopes, slopes), bias=True)
     for place in range(count):
         share = torch.zeros(1, count)
         share[0, place] = 1
-        made = found.weighted(share)
+        made = found.weighted(share, slice(None))
         product = torch.bmm(made.left.transpose(1, 2), made.right)
         length = float((product.double().square().sum() + made.bias.double().square().sum()).sqrt())
         if bool(found.usable[0, place]):
@@ -342,4 +343,4 @@ def test_random_chains(
 def by_chain_of(full: FullModel) -> Way:
     chain = find_chain(full.model, torch.zeros(2, WIDTH))
     assert chain is not None
-    return by_chain(chain, nn.functional.cross_entropy)
+    return by_chain(chain, by_torch(chain), nn.functional.cross_entropy)

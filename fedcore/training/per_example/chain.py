@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.kernels.window import Window
 from fedcore.training.per_example.images import (
-    Window,
     back_to_image,
     convolved,
     largest,
@@ -103,9 +103,27 @@ class Made:
     """``(K, out)``; of no use to a layer without one."""
 
 
-Back = Callable[[Tensor], Iterable[Share | Made]]
-"""From the slopes of a chain's output to each layer's share or gradient, in their order; to be
-called once."""
+@dataclass(frozen=True)
+class Each:
+    """A layer's gradient of each example."""
+
+    weight: Tensor
+    """``(K, B, out, in)``, see `matrix`; the last two may lie in memory the other way round."""
+    bias: Tensor
+    """``(K, B, out)``; of no use to a layer without one."""
+
+
+Back = Callable[[Tensor], Iterable[Share | Made | Each]]
+"""From the slopes of a chain's output to each layer's part, in their order; to be called once.
+Where examples are left apart no part is `Made`."""
+
+
+def left_apart(part: Share | Made | Each) -> Share | Each:
+    """A layer's part of a run that leaves examples apart."""
+    assert not isinstance(part, Made)
+    return part
+
+
 Run = Callable[[Weights, Tensor], tuple[Tensor, Back]]
 """Runs ``K`` clients' batches ``(K, B, ...)`` through ``K`` copies of the weights."""
 

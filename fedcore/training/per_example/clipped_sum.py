@@ -13,14 +13,10 @@ from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin
 from fedcore.task import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
-from fedcore.training.per_example.ways import Kind, Part, Way, one_by_one, trained
+from fedcore.training.per_example.ways import Kind, Part, Way, one_by_one, zero_totals
 
 _MOST_ROWS = 256
 """Examples that are read, and taken, at once: what one of them is like decides little memory."""
-_EXACT_ROWS = 32
-"""Examples that are summed up in float32; their sums are added in float64. Where one example lifts
-the sum of the others past a power of two, each of them may be rounded the other way: of so many
-that is at most 3e-5 of the clip norm, below the margin that noise is drawn larger by."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +86,25 @@ def clipped_sum(
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """
-    wide = [_wide_zeros(parameter) for parameter in trained(model).values()]
+    totals = zero_totals(model)
     step, skipped = min(physical, _MOST_ROWS), 0
     for batch in batches:
         for start in range(0, len(batch.counted), step):
             part = batch.rows(start, start + step)
-            for found in _of_part(way, preprocess, model, loss, part, clip_norm):
-                skipped += found.skipped
-                for total, one in zip(wide, found.sums, strict=True):
-                    total += one
-    return ClippedSum(wide, skipped)
+            skipped += _add_part(way, preprocess, model, loss, part, clip_norm, totals)
+    return ClippedSum(totals, skipped)
 
 
-def _wide_zeros(parameter: Tensor) -> Tensor:
-    wide = torch.float32 if parameter.device.type == "mps" else torch.float64
-    return torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-
-
-def _of_part(
-    way: Way, preprocess: nn.Module, model: nn.Module, loss: Loss, batch: Batch, clip_norm: float
-) -> Iterator[ClippedSum]:
-    """That of one physical batch, in parts that are to be added up, each held one at a time.
+def _add_part(
+    way: Way,
+    preprocess: nn.Module,
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    clip_norm: float,
+    totals: Sequence[Tensor],
+) -> int:
+    """Adds one physical batch to the totals; how many of its examples counted as zero.
 
     What is done with an example is decided by that example alone.
     """
@@ -120,36 +114,28 @@ def _of_part(
 
     part = taken(way, batch)
     if part is not None:
-        yield from _weighted(part, batch, clip_norm)
-        return
+        return _add_clipped(part, batch, clip_norm, totals)
     runs = torch.zeros_like(batch.counted)
     for place in batch.counted.nonzero().flatten().tolist():
         runs[place] = taken(way, batch.rows(place, place + 1)) is not None
     together = _without(batch, batch.counted & runs)
     part = taken(way, together) if bool(runs.any()) else None
+    skipped = 0
     if part is not None:
-        yield from _weighted(part, together, clip_norm)
+        skipped += _add_clipped(part, together, clip_norm, totals)
         batch = replace(batch, counted=batch.counted & ~runs)
     alone = one_by_one(loss, why="")
     for place in batch.counted.nonzero().flatten().tolist():
         single = batch.rows(place, place + 1)
         part = taken(alone, single)
-        if part is None:
-            yield ClippedSum([torch.zeros_like(p) for p in trained(model).values()], 1)
-        else:
-            yield from _weighted(part, single, clip_norm)
+        skipped += 1 if part is None else _add_clipped(part, single, clip_norm, totals)
+    return skipped
 
 
-def _weighted(part: Part, batch: Batch, clip_norm: float) -> Iterator[ClippedSum]:
-    """The clipped sum over `_EXACT_ROWS` examples at a time."""
+def _add_clipped(part: Part, batch: Batch, clip_norm: float, totals: Sequence[Tensor]) -> int:
     used = batch.counted & part.usable
-    shares = torch.where(used, shares_of(part.squares, clip_norm), 0.0)
-    skipped = batch.counted & ~used
-    for start in range(0, len(shares), _EXACT_ROWS):
-        some = torch.zeros_like(shares)  # of the others, zero times something finite is added
-        some[start : start + _EXACT_ROWS] = shares[start : start + _EXACT_ROWS]
-        count = int(skipped[start : start + _EXACT_ROWS].sum())
-        yield ClippedSum(part.weighted(some), count)
+    part.add(torch.where(used, shares_of(part.squares, clip_norm), 0.0), totals)
+    return int((batch.counted & ~used).sum())
 
 
 def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> Part | None:

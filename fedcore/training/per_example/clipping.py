@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedcore.training.per_example.chain import Each, Share
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -46,13 +48,11 @@ class ExampleGradients:
     usable: Tensor
     """Whether the norm is to be believed, ``(K, B)``; elsewhere the share must be zero, and the
     inputs must be replaced, as zero times infinity is no number."""
-    weighted: Callable[[Tensor], Gradient]
-    """The sum of all, each times its share, ``(K, B)``, float32."""
+    weighted: Callable[[Tensor, slice], Gradient]
+    """The sum of some of each client's, each times its share, ``(K, B)``, float32."""
 
 
-def example_gradients(
-    inputs: Tensor, slopes: Tensor, of_results: Tensor, *, bias: bool
-) -> ExampleGradients:
+def example_gradients(part: Share | Each, *, bias: bool) -> ExampleGradients:
     """Those of a layer, by the way that takes the least work.
 
     Guarantee:
@@ -60,29 +60,45 @@ def example_gradients(
         the root of its square up to float32 rounding, whatever the values are.
 
     Args:
-        inputs: What the weights were multiplied with: ``(K, B, in)``, or for a convolution
-            ``(K, B, R, in)``.
-        slopes: Of what that gave, ``(K, B, out)`` or ``(K, B, R, out)``.
-        of_results: Slopes of what came of it, bias added: ``(K, B, out)`` or ``(K, B, P, out)``.
+        part: What a chain's way back leaves of the layer.
         bias: Whether the layer has one.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799 (dense layers); Bu et al. 2022, arXiv:2205.10683 (when a
         convolution's norm is had without its gradient).
     """
-    if inputs.dim() == 3:
-        return _outer(inputs, slopes, bias)
-    of_bias = of_results.sum(dim=2)
-    rows, numbers = inputs.shape[2:]
-    few = 2 * rows * rows < slopes.shape[3] * numbers
-    squares, usable, product = (_by_rows if few else _made)(inputs, slopes)
+    if isinstance(part, Each):
+        (squares, usable, product), of_bias = _given(part.weight), part.bias
+    else:
+        inputs, slopes, of_results = part
+        if inputs.dim() == 3:
+            return _outer(inputs, slopes, bias)
+        of_bias = of_results.sum(dim=2)
+        rows, numbers = inputs.shape[2:]
+        few = 2 * rows * rows < slopes.shape[3] * numbers
+        squares, usable, product = (_by_rows if few else _made)(inputs, slopes)
     if bias:
         squares = squares + norms(of_bias).square()
 
-    def weighted(share: Tensor) -> Gradient:
-        return Gradient(*product(share), torch.bmm(share.unsqueeze(1), of_bias).squeeze(1))
+    def weighted(share: Tensor, some: slice) -> Gradient:
+        share = share[:, some]
+        total = torch.bmm(share.unsqueeze(1), of_bias[:, some]).squeeze(1)
+        return Gradient(*product(share, some), total)
 
     return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
+
+
+def without(part: Share | Each, usable: Tensor) -> Share | Each:
+    """A layer's part with zeros in place of all examples that are not usable, ``(B,)``; K is 1."""
+
+    def kept(one: Tensor) -> Tensor:
+        mask = usable.view(1, -1, *[1] * (one.dim() - 2))
+        return torch.where(mask, one, torch.zeros_like(one))
+
+    if isinstance(part, Each):
+        return Each(kept(part.weight), kept(part.bias))
+    inputs, slopes, of_results = part
+    return kept(inputs), kept(slopes), kept(of_results)
 
 
 def shares_of(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
@@ -127,14 +143,15 @@ def _outer(inputs: Tensor, slopes: Tensor, bias: bool) -> ExampleGradients:
     squares = of_slopes.square() * (of_inputs.square() + bias)
     usable = (of_inputs <= _LARGEST) & (of_slopes <= _LARGEST)
 
-    def weighted(share: Tensor) -> Gradient:
-        shared = slopes * share.unsqueeze(2)
-        return batch_gradient(inputs, shared, shared)
+    def weighted(share: Tensor, some: slice) -> Gradient:
+        shared = slopes[:, some] * share[:, some].unsqueeze(2)
+        return batch_gradient(inputs[:, some], shared, shared)
 
     return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
 
 
-_Factors = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Factors = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""From the shares of some examples, and which they are, to the factors of their sum."""
 
 
 def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
@@ -152,8 +169,9 @@ def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
     for one in (of_inputs, of_slopes):
         usable &= (one <= _LARGEST).all(dim=2)
 
-    def factors(share: Tensor) -> tuple[Tensor, Tensor]:
-        return (slopes * share[..., None, None]).flatten(1, 2), inputs.flatten(1, 2)
+    def factors(share: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+        shared = slopes[:, some] * share[..., None, None]
+        return shared.flatten(1, 2), inputs[:, some].flatten(1, 2)
 
     return squares, usable, factors
 
@@ -167,13 +185,21 @@ def _made(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
     turned = inputs.shape[3] < slopes.shape[3]
     first, second = (inputs, slopes) if turned else (slopes, inputs)
     products = torch.bmm(first.flatten(0, 1).transpose(1, 2), second.flatten(0, 1))
-    each = products.view(*inputs.shape[:2], -1)
-    squares = norms(each).square()
+    each = products.view(*inputs.shape[:2], *products.shape[1:])
+    return _given(each.transpose(2, 3) if turned else each)
 
-    def factors(share: Tensor) -> tuple[Tensor, Tensor]:
+
+def _given(each: Tensor) -> tuple[Tensor, Tensor, _Factors]:
+    """From the gradients themselves, ``(K, B, out, in)``."""
+    turned = not each.is_contiguous()
+    kept = each.transpose(2, 3) if turned else each
+    flat = kept.flatten(2)
+    squares = norms(flat).square()
+
+    def factors(share: Tensor, some: slice) -> tuple[Tensor, Tensor]:
         if not turned:
-            return share.unsqueeze(2), each
-        total = torch.bmm(share.unsqueeze(1), each).view(-1, *products.shape[1:])
+            return share.unsqueeze(2), flat[:, some]
+        total = torch.bmm(share.unsqueeze(1), flat[:, some]).view(-1, *kept.shape[2:])
         right = total.transpose(1, 2).reshape(len(total), 1, -1)
         return right.new_ones(len(total), 1, 1), right
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from fedcore.kernels.window import Pair, Window
 from fedcore.training.per_example.chain import (
     Chain,
     Conv,
@@ -22,7 +23,6 @@ from fedcore.training.per_example.chain import (
     run_chain,
     stacked,
 )
-from fedcore.training.per_example.images import Pair, Window
 
 _MODULES = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),

@@ -7,7 +7,7 @@ of a client's whole batch keep a processor twice as busy as direct convolutions 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,40 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-Pair = tuple[int, int]
+from fedcore.kernels.window import Window
+
 _FEW_CHANNELS = 8  # rows of fewer are too short to be copied one by one
-
-
-@dataclass(frozen=True)
-class Window:
-    """What a convolution looks at, each as (height, width), and the pooling that follows it."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    pool: Pair = (1, 1)
-    """Of each such block of results only the largest is kept; what no whole block covers is not
-    computed."""
-
-    def cells(self, height: int, width: int) -> Pair:
-        """How many blocks there are, down and across, over an image of that size."""
-        sizes = []
-        for place, length in enumerate((height, width)):
-            room = length + 2 * self.padding[place] - self.kernel[place]
-            sizes.append((room // self.stride[place] + 1) // self.pool[place])
-        return sizes[0], sizes[1]
-
-    def check(self, height: int, width: int) -> None:
-        """Refuses images of which nothing would be left, as torch's own layers do.
-
-        Raises:
-            ValueError: they are too small.
-        """
-        if min(self.cells(height, width)) < 1:
-            raise ValueError(
-                f"images of {height} x {width} are too small for a kernel of {self.kernel} and "
-                f"pooling of {self.pool}"
-            )
 
 
 def patches(x: Tensor, window: Window) -> Tensor:

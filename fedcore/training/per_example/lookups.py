@@ -168,12 +168,12 @@ def _of_table(
     usable = torch.isfinite(squares)
     each = where(usable, each)
 
-    def weighted(share: Tensor) -> list[Tensor]:
+    def add(share: Tensor, totals: Sequence[Tensor]) -> None:
+        (total,) = totals  # wide enough for the sum of all
         shared = each * share[:, None, None]
-        total = torch.zeros_like(table)
-        return [total.index_add_(0, index.flatten(), shared.flatten(0, 1))]
+        total.index_add_(0, index.flatten(), shared.flatten(0, 1).to(total.dtype))
 
-    return Part(squares, usable, weighted)
+    return Part(squares, usable, add)
 
 
 def added_up(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +202,9 @@ def _together(model: nn.Module, parts: Mapping[str, Part]) -> Part:
     squares = torch.stack([part.squares for part in parts.values()]).sum(dim=0)
     usable = torch.stack([part.usable for part in parts.values()]).all(dim=0)
 
-    def weighted(share: Tensor) -> list[Tensor]:
-        return [
-            parts[name].weighted(share)[0] if name in parts else torch.zeros_like(parameter)
-            for name, parameter in trained(model).items()
-        ]
+    def add(share: Tensor, totals: Sequence[Tensor]) -> None:
+        for name, total in zip(trained(model), totals, strict=True):
+            if name in parts:
+                parts[name].add(share, [total])
 
-    return Part(squares, usable & torch.isfinite(squares), weighted)
+    return Part(squares, usable & torch.isfinite(squares), add)

@@ -21,9 +21,11 @@ from fedcore.model import FullModel
 from fedcore.privacy.layers import check_layers
 from fedcore.seeds import drawn_outside_torch, global_streams
 from fedcore.task import Kind, Loss, Task
+from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.lookups import by_lookups
 from fedcore.training.per_example.losses import is_mean
+from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.ways import (
     Way,
     by_chain,
@@ -34,6 +36,7 @@ from fedcore.training.per_example.ways import (
     one_by_one,
     own_gradient,
     trained,
+    zero_totals,
 )
 
 _EXAMPLES = 8
@@ -120,7 +123,8 @@ def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, ma
         (network,) = fresh(model.model)  # tracing leaves stand-ins for tensors in attributes
         chain = find_chain(network, behind)
         if chain is not None:
-            way = by_chain(chain, loss)
+            run = compiled_run(chain, network, apart=True) or by_torch(chain)
+            way = by_chain(chain, run, loss)
             if _agree(way, alone, model, tried) is None:
                 return way
     lookups = by_lookups(model.model, behind, loss, why=why)
@@ -166,11 +170,13 @@ def _agree(way: Way, reference: Way, model: FullModel, tried: MadeUp) -> str | N
         with _without_chance(model):
             found = way.take(model.preprocess, model.model, tried.inputs, tried.targets)
             right = reference.take(model.preprocess, model.model, tried.inputs, tried.targets)
-            pairs = zip(found.weighted(share), right.weighted(share), strict=True)
+            sums = [zero_totals(model.model) for _ in range(2)]
+            found.add(share, sums[0])
+            right.add(share, sums[1])
     except Exception as error:  # the task's code, run as it is run nowhere else
         said = str(error).partition("\n")[0][:120]
         return f"torch cannot take all gradients at once ({type(error).__name__}: {said})"
-    if all(_close(one, other) for one, other in pairs):
+    if all(_close(one, other) for one, other in zip(*sums, strict=True)):
         return None
     return "gradients taken at once differ from those of batches of one"
 

@@ -19,11 +19,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedcore.task import Loss
-from fedcore.training.per_example.chain import Chain, Conv, by_torch, like_weight, stacked
+from fedcore.training.per_example.chain import (
+    Chain,
+    Conv,
+    Run,
+    left_apart,
+    like_weight,
+    stacked,
+)
 from fedcore.training.per_example.clipping import (
     Gradient,
     example_gradients,
     norms,
+    without,
 )
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.per_example.mapping import vmap
@@ -39,9 +47,10 @@ class Part:
     """Squared L2 norms, ``(B,)``."""
     usable: Tensor
     """Whether the norm is to be believed, ``(B,)``; see `ExampleGradients.usable`."""
-    weighted: Callable[[Tensor], list[Tensor]]
-    """The sum of all that are usable, each times its share ``(B,)``: a tensor for each trained
-    parameter. It is finite whatever the others are."""
+    add: Callable[[Tensor, Sequence[Tensor]], None]
+    """Adds all that are usable, each times its share ``(B,)``, to a total for each trained
+    parameter. What is added is finite whatever the others are. At most `EXACT_ROWS` of them are
+    summed up in float32."""
 
 
 Kind = tuple[torch.Size, torch.dtype]
@@ -70,6 +79,30 @@ class Way:
         return max(1, memory_bytes // max(1, self.bytes_per_example))
 
 
+EXACT_ROWS = 32
+"""Examples that are summed up in float32; their sums are added in float64. Where one example lifts
+the sum of the others past a power of two, each of them may be rounded the other way: of so many
+that is at most 3e-5 of the clip norm, below the margin that noise is drawn larger by."""
+
+
+def exact_rows(count: int) -> Iterator[slice]:
+    """Examples in parts that may be summed up in float32."""
+    for start in range(0, count, EXACT_ROWS):
+        yield slice(start, min(count, start + EXACT_ROWS))
+
+
+def zero_totals(model: nn.Module) -> list[Tensor]:
+    """A total for each trained parameter, in float64 where the device has it."""
+    return [
+        torch.zeros_like(one, dtype=_wide(one), requires_grad=False)
+        for one in trained(model).values()
+    ]
+
+
+def _wide(one: Tensor) -> torch.dtype:
+    return torch.float32 if one.device.type == "mps" else torch.float64
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves, tied ones once, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -87,45 +120,44 @@ def fresh(*parts: Any) -> tuple[Any, ...]:
     return tuple(next(copies) if isinstance(part, nn.Module) else part for part in parts)
 
 
-def by_chain(chain: Chain, loss: Loss) -> Way:
+def by_chain(chain: Chain, run: Run, loss: Loss) -> Way:
     """For chains of dense layers and convolutions: products of what went in and came back.
 
     No gradient of a dense layer is ever made, and one pass back serves the whole batch.
 
     Args:
         chain: Of the whole model, all of it trained.
+        run: Runs it, and leaves examples apart.
         loss: Mean loss over a batch, called on batches of one.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038.
     """
-    run = by_torch(chain)
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         weights = stacked(chain, {name: p.detach() for name, p in trained(model).items()}, 1)
         output, back = run(weights, each_alone(preprocess, inputs, mapped=True).unsqueeze(0))
         _, slopes = example_losses(fresh(loss)[0], output, targets.unsqueeze(0))
-        # This way back leaves examples apart: it gives factors, never a whole batch's sum.
-        factors = [cast(Any, share) for share in back(slopes)]
+        given = [left_apart(part) for part in back(slopes)]
         biases = [layer.bias is not None for layer in chain.layers]
-        parts = [example_gradients(*f, bias=b) for f, b in zip(factors, biases, strict=True)]
+        parts = [example_gradients(one, bias=b) for one, b in zip(given, biases, strict=True)]
         usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
         if not bool(usable.all()):
-            factors = [[where(usable, one[0]).unsqueeze(0) for one in f] for f in factors]
-            parts = [example_gradients(*f, bias=b) for f, b in zip(factors, biases, strict=True)]
+            given = [without(one, usable) for one in given]
+            parts = [example_gradients(one, bias=b) for one, b in zip(given, biases, strict=True)]
 
-        def weighted(share: Tensor) -> list[Tensor]:
-            sums: dict[str, Tensor] = {}
-            for layer, part in zip(chain.layers, parts, strict=True):
-                found: Gradient = part.weighted(share.unsqueeze(0))
-                product = torch.bmm(found.left.transpose(1, 2), found.right)
-                sums[layer.weight] = like_weight(layer, product, weights[layer.weight])[0]
-                if layer.bias is not None:
-                    sums[layer.bias] = found.bias[0]
-            return [sums[name] for name in weights]
+        def add(share: Tensor, totals: Sequence[Tensor]) -> None:
+            named = dict(zip(weights, totals, strict=True))
+            for some in exact_rows(len(share)):
+                for layer, part in zip(chain.layers, parts, strict=True):
+                    found: Gradient = part.weighted(share.unsqueeze(0), some)
+                    product = torch.bmm(found.left.transpose(1, 2), found.right)
+                    named[layer.weight] += like_weight(layer, product, weights[layer.weight])[0]
+                    if layer.bias is not None:
+                        named[layer.bias] += found.bias[0]
 
         squares = torch.stack([part.squares[0] for part in parts]).sum(dim=0)
-        return Part(squares, usable, weighted)
+        return Part(squares, usable, add)
 
     convolved = sum(
         layer.window.kernel[0] * layer.window.kernel[1] * layer.channels * layer.outs
@@ -234,11 +266,13 @@ def of_gradients(each: Sequence[Tensor]) -> Part:
     if not bool(usable.all()):
         flat = [where(usable, one) for one in flat]
 
-    def weighted(share: Tensor) -> list[Tensor]:
-        sums = (torch.mv(one.transpose(0, 1), share.to(one.dtype)) for one in flat)
-        return [total.view(one.shape[1:]) for total, one in zip(sums, each, strict=True)]
+    def add(share: Tensor, totals: Sequence[Tensor]) -> None:
+        for some in exact_rows(len(share)):
+            for one, total in zip(flat, totals, strict=True):
+                found = torch.mv(one[some].transpose(0, 1), share[some].to(one.dtype))
+                total += found.view(total.shape)
 
-    return Part(squares, usable, weighted)
+    return Part(squares, usable, add)
 
 
 def where(usable: Tensor, rows: Tensor) -> Tensor:

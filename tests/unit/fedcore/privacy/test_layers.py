@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fedcore.errors import UnsupportedLayer
 from fedcore.privacy.layers import check_layers
-from tests.ways import way_of
+from tests.ways import way_of, weighted
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_what_passes_is_trained_on_each_examples_own_gradient(name: str) -> None
         torch.autograd.backward(loss(model(inputs[one]), targets[one]))
         trained = [p for p in model.parameters() if p.requires_grad]
         expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        found = part.weighted(torch.eye(5)[place])
+        found = weighted(part, model, torch.eye(5)[place])
         length = torch.cat([one.flatten() for one in expected]).norm()
         for one_found, one_expected in zip(found, expected, strict=True):
             assert (one_found - one_expected).abs().max() <= 1e-6 * length

@@ -20,11 +20,11 @@ from fedcore.seeds import torch_rng
 from fedcore.task import Examples, Kind, Loss
 from fedcore.training.local import proximal, train
 from fedcore.training.per_example.chain import Chain, Run, by_torch
+from fedcore.training.per_example.cpu import by_kernels
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
 from server.simulation.chained import train_chained
-from server.simulation.straight import by_kernels
 from server.simulation.work import LocalWork, PrivateWork
 from tests.ways import way_of
 
@@ -158,7 +158,7 @@ def torchs(chain: Chain, settings: Client, private: bool) -> Run | None:
 
 
 def kernels(chain: Chain, settings: Client, private: bool) -> Run | None:
-    return by_kernels(chain, private=private)
+    return by_kernels(chain, apart=private)
 
 
 WAYS = [(name, torchs) for name in CASES] + [(name, kernels) for name in STRAIGHT]
@@ -343,4 +343,4 @@ def test_kernels_leave_what_branches_or_has_no_convolution_to_torch(name: str) -
     net, make, _ = CASES[name]
     chain = find_chain(net, make(1, torch_rng(0))[0][0].unsqueeze(0))
     assert chain is not None
-    assert by_kernels(chain, private=False) is None
+    assert by_kernels(chain, apart=False) is None

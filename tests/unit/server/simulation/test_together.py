@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -16,10 +15,11 @@ from fedcore.model import FullModel
 from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
 from fedcore.training.client import Client
+from fedcore.training.per_example import cpu
 from fedcore.training.per_example.chain import Chain, Run
+from fedcore.training.per_example.cpu import by_kernels
 from fedcore.updates.pack import pack
-from server.simulation import straight
-from server.simulation.straight import by_kernels
+from server.simulation import together
 from server.simulation.together import Trainer, find_trainer, train_in_groups
 from server.simulation.work import LocalWork, Trained
 
@@ -34,6 +34,10 @@ def large() -> nn.Module:
         *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 4, 3), nn.Flatten()),
         nn.Linear(484, 10),
     )
+
+
+def nothing(*_: object, **__: object) -> None:
+    """In place of what finds compiled loops."""
 
 
 def data(client: str, folder: object) -> TensorDataset:
@@ -83,7 +87,7 @@ def test_a_small_models_clients_go_all_at_once() -> None:
 
 def test_of_a_large_one_so_many_as_a_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes_of_groups(client_of(large, private=True), 10) == [3, 3, 3, 1]
-    monkeypatch.setitem(sys.modules, "server.simulation.straight", None)  # as without numba
+    monkeypatch.setattr(together, "compiled_run", nothing)
     assert sizes_of_groups(client_of(large), 10) == [3, 3, 3, 1]
 
 
@@ -103,7 +107,7 @@ def test_a_linear_model_is_trained_the_same_without_its_compiled_loop(
     client = client_of(small)
     work = [LocalWork(data("0", None), lambda: torch_rng(0))] * 2  # type: ignore[arg-type]
     compiled = find_trainer(client, client.resident, work[0])
-    monkeypatch.setitem(sys.modules, "server.simulation.linear", None)  # as where numba is missing
+    monkeypatch.setattr(together, "_linear", nothing)
     plain = find_trainer(client, client.resident, work[0])
     assert isinstance(compiled, Trainer)
     assert isinstance(plain, Trainer)
@@ -122,14 +126,14 @@ def test_convolutions_are_trained_the_same_without_their_kernels(
     work = [LocalWork(data(name, None), lambda: torch_rng(0)) for name in "01"]  # type: ignore[arg-type]
     asked: list[Chain] = []
 
-    def noting(chain: Chain, *, private: bool) -> Run | None:
+    def noting(chain: Chain, *, apart: bool) -> Run | None:
         asked.append(chain)
-        return by_kernels(chain, private=private)
+        return by_kernels(chain, apart=apart)
 
-    monkeypatch.setattr(straight, "by_kernels", noting)
+    monkeypatch.setattr(cpu, "by_kernels", noting)
     compiled = find_trainer(client, client.resident, work[0])
     assert len(asked) == 1
-    monkeypatch.setitem(sys.modules, "server.simulation.straight", None)  # as without numba
+    monkeypatch.setattr(together, "compiled_run", nothing)
     plain = find_trainer(client, client.resident, work[0])
     assert len(asked) == 1
     assert isinstance(compiled, Trainer)

@@ -43,7 +43,7 @@ def check(found: ExampleGradients, weight: Tensor, bias: Tensor, *, has_bias: bo
     assert found.usable.all()
     assert torch.allclose(found.squares.double(), squares, rtol=1e-5)
     share = drawn(K, B, seed=2)
-    gradient = found.weighted(share)
+    gradient = found.weighted(share, slice(None))
     product = torch.bmm(gradient.left.transpose(1, 2), gradient.right)
     expected = torch.einsum("kb,kboi->koi", share.double(), weight)
     got = product.double().view(expected.shape)
@@ -57,7 +57,7 @@ def check(found: ExampleGradients, weight: Tensor, bias: Tensor, *, has_bias: bo
 @pytest.mark.parametrize("kind", SHAPES)
 def test_norms_and_sums_are_those_of_gradients_that_are_made(kind: str, has_bias: bool) -> None:
     inputs, slopes = layer(kind)
-    found = example_gradients(inputs, slopes, slopes, bias=has_bias)
+    found = example_gradients((inputs, slopes, slopes), bias=has_bias)
     check(found, *by_hand(inputs, slopes), has_bias=has_bias)
 
 
@@ -86,18 +86,18 @@ def test_an_example_whose_norm_overflows_is_not_believed_and_spoils_no_other(
     inputs, slopes = layer(kind)
     spoilt = inputs if where == "inputs" else slopes
     spoilt[1, 3] = value
-    found = example_gradients(inputs, slopes, slopes, bias=True)
+    found = example_gradients((inputs, slopes, slopes), bias=True)
     believed = torch.ones(K, B, dtype=torch.bool)
     believed[1, 3] = False
     assert torch.equal(found.usable, believed)
-    fine = example_gradients(*layer(kind), layer(kind)[1], bias=True)
+    fine = example_gradients((*layer(kind), layer(kind)[1]), bias=True)
     assert torch.equal(found.squares[believed], fine.squares[believed])
 
 
 def test_a_slope_that_would_vanish_beside_a_huge_input_is_not_believed() -> None:
     """1e20 times 1e-40 is 1e-20; but below float32's smallest number 1e-46 is none at all."""
     inputs, slopes = torch.full((1, 1, IN), 1e25), torch.full((1, 1, OUT), 1e-30)
-    assert not example_gradients(inputs, slopes, slopes, bias=False).usable.any()
+    assert not example_gradients((inputs, slopes, slopes), bias=False).usable.any()
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-7, 1e-4])
@@ -124,7 +124,7 @@ def test_an_example_without_a_gradient_is_believed() -> None:
     for kind in SHAPES:
         inputs, slopes = layer(kind)
         slopes[0, 0] = 0
-        found = example_gradients(inputs, slopes, slopes, bias=True)
+        found = example_gradients((inputs, slopes, slopes), bias=True)
         assert found.usable.all()
         assert found.squares[0, 0] == 0
 
@@ -145,7 +145,7 @@ def test_what_is_believed_adds_no_more_than_its_norm_whatever_the_scale() -> Non
             if not usable.all():
                 continue
             believed += 1
-            left, right = factors(torch.ones(1, 1))
+            left, right = factors(torch.ones(1, 1), slice(None))
             length = torch.bmm(left.transpose(1, 2), right).double().norm().item()
             assert length <= squares.sqrt().item() * (1 + 1e-4) + 1e-18  # squares underflow below
     assert believed > 100

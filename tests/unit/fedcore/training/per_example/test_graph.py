@@ -19,11 +19,11 @@ from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
 from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
+from fedcore.training.per_example.cpu import by_kernels
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
 from server.simulation.chained import train_chained
-from server.simulation.straight import by_kernels
 from server.simulation.work import LocalWork, PrivateWork
 from tests.ways import way_of
 
@@ -140,7 +140,7 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", [by_torch, partial(by_kernels, private=True)])
+@pytest.mark.parametrize("way", [by_torch, partial(by_kernels, apart=True)])
 @pytest.mark.parametrize("name", [*FLAT, *MEANS])
 def test_what_is_found_learns_what_the_model_does(
     name: str, way: Callable[[Chain], Run | None]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from fedcore.kernels.window import Window
 from fedcore.training.per_example.images import (
-    Window,
     back_to_image,
     largest,
     patches,

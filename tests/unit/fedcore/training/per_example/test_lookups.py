@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from fedcore.training.per_example.lookups import added_up, by_lookups, find_tables
 from fedcore.training.per_example.ways import one_by_one
+from tests.ways import weighted
 
 LOSS = functional.cross_entropy
 
@@ -61,7 +62,7 @@ def compare(model: nn.Module) -> None:
     right = one_by_one(LOSS, why="").take(nn.Identity(), model, inputs, targets)
     torch.testing.assert_close(found.squares, right.squares, rtol=1e-6, atol=0)
     share = torch.linspace(0, 1, len(inputs))
-    for one, other in zip(found.weighted(share), right.weighted(share), strict=True):
+    for one, other in zip(*(weighted(one, model, share) for one in (found, right)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
@@ -82,7 +83,7 @@ def test_what_is_added_for_an_example_is_as_long_as_is_said() -> None:
     for place in range(len(inputs)):
         alone = torch.zeros(len(inputs))
         alone[place] = 1
-        length = torch.cat([one.flatten() for one in part.weighted(alone)]).norm()
+        length = torch.cat([one.flatten() for one in weighted(part, model, alone)]).norm()
         assert length.square() == pytest.approx(float(part.squares[place]), rel=1e-6)
 
 
@@ -96,8 +97,8 @@ def test_other_examples_are_the_same_bits_when_one_is_replaced() -> None:
     share = torch.ones(len(inputs))
     share[0] = 0
     for one, two in zip(
-        way.take(nn.Identity(), model, inputs, targets).weighted(share),
-        way.take(nn.Identity(), model, other, targets).weighted(share),
+        weighted(way.take(nn.Identity(), model, inputs, targets), model, share),
+        weighted(way.take(nn.Identity(), model, other, targets), model, share),
         strict=True,
     ):
         assert torch.equal(one, two)

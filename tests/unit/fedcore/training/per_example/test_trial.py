@@ -23,6 +23,7 @@ from fedcore.seeds import torch_rng
 from fedcore.task import Examples, Kind, Loss
 from fedcore.training.per_example.trial import made_up
 from fedcore.training.private import train_private
+from tests import ways
 from tests.unit.fedcore.training.per_example.networks import NETWORKS
 from tests.ways import task_of, way_of
 
@@ -291,7 +292,8 @@ def test_hooks_keep_a_model_from_being_read_as_a_chain() -> None:
     way = way_of(model, CROSS_ENTROPY, torch.zeros(6))
     assert way.name == "vmap"
     inputs, targets = torch.randn(4, 6, generator=torch_rng(0)), torch.arange(4) % 3
-    found = way.take(nn.Identity(), model, inputs, targets).weighted(torch.full((4,), 0.25))
+    part = way.take(nn.Identity(), model, inputs, targets)
+    found = ways.weighted(part, model, torch.full((4,), 0.25))
     torch.autograd.backward(CROSS_ENTROPY(model(inputs), targets))
     for one, parameter in zip(found, model.parameters(), strict=True):
         assert parameter.grad is not None

@@ -9,7 +9,9 @@ import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
+from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.ways import (
     Way,
     by_chain,
@@ -20,7 +22,7 @@ from fedcore.training.per_example.ways import (
     trained,
 )
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network
-from tests.ways import way_of
+from tests.ways import way_of, weighted
 
 COUNT = 6
 
@@ -53,7 +55,7 @@ def check_same(way: Way, network: Network, model: nn.Module, expected: list[Tens
     shares = [*torch.eye(COUNT), torch.linspace(-1, 2, COUNT)]
     for share in shares:
         right = [torch.tensordot(share, one, dims=1) for one in expected]
-        for one, other in zip(part.weighted(share), right, strict=True):
+        for one, other in zip(weighted(part, model, share), right, strict=True):
             assert one.shape == other.shape
             assert (one - other).abs().max() <= 1e-5 * lengths.max()
 
@@ -77,7 +79,8 @@ def test_all_ways_agree(name: str) -> None:
     if network.way == "chain":
         chain = find_chain(model, network.examples(2)[0])
         assert chain is not None
-        ways.append(by_chain(chain, network.loss))
+        runs = [by_torch(chain), compiled_run(chain, model, apart=True)]
+        ways += [by_chain(chain, run, network.loss) for run in runs if run is not None]
     for way in ways:
         check_same(way, network, model, expected)
 
@@ -100,7 +103,7 @@ def test_a_gradient_of_a_parameter_that_is_not_used_is_zero() -> None:
     model = network.build()
     for way in (one_by_one(network.loss, why=""), by_vmap(1, network.loss, why="")):
         part = way.take(nn.Identity(), model, *network.examples(COUNT))
-        found = dict(zip(trained(model), part.weighted(torch.ones(COUNT)), strict=True))
+        found = dict(zip(trained(model), weighted(part, model, torch.ones(COUNT)), strict=True))
         assert not found["other.weight"].any()
         assert found["head.weight"].any()
 
@@ -133,7 +136,7 @@ def test_dropout_draws_for_each_example_by_itself() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         part = way.take(nn.Identity(), model.train(), inputs, torch.zeros(2))
-    dropped = [part.weighted(share)[1].flatten() == 0 for share in torch.eye(2)]
+    dropped = [weighted(part, model, share)[1].flatten() == 0 for share in torch.eye(2)]
     assert all(60 < int(one.sum()) < 140 for one in dropped)
     assert 60 < int((dropped[0] != dropped[1]).sum()) < 140
 
@@ -162,8 +165,8 @@ def test_preprocessing_runs_on_each_example_alone(preprocess: nn.Module) -> None
     assert torch.allclose(each_alone(preprocess, inputs, mapped=mapped), expected)
     way = way_of(model, network.loss, inputs[0], preprocess=preprocess)
     shares = torch.ones(COUNT)
-    found = way.take(preprocess, model, inputs, targets).weighted(shares)
-    right = way.take(nn.Identity(), model, expected, targets).weighted(shares)
+    found = weighted(way.take(preprocess, model, inputs, targets), model, shares)
+    right = weighted(way.take(nn.Identity(), model, expected, targets), model, shares)
     for one, other in zip(found, right, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 

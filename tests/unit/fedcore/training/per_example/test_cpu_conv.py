@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedcore.training.per_example.chain import Conv, Made, stacked
+from fedcore.kernels.direct import direct
+from fedcore.kernels.sparse_backward import taken_back
+from fedcore.kernels.window import Window
+from fedcore.kernels.winograd import LANE
+from fedcore.training.per_example.chain import Conv, Each, Made, stacked
+from fedcore.training.per_example.cpu import by_kernels
+from fedcore.training.per_example.cpu_conv import convolution
 from fedcore.training.per_example.graph import find_chain
-from fedcore.training.per_example.images import Window
-from server.simulation.convolution import convolution
-from server.simulation.direct import direct
-from server.simulation.straight import by_kernels
-from server.simulation.taken import taken_back
-from server.simulation.winograd import LANE
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 TILED = st.builds(
@@ -107,6 +107,16 @@ def test_forth_and_back(
         assert first or torch.equal(of_x[client], back[0])
         if isinstance(part, Made):
             weight, bias = part.weight[client], part.bias[client]
+        elif isinstance(part, Each):
+            weight, bias = part.weight[client].sum(0), part.bias[client].sum(0)
+            of_last = torch.autograd.grad(
+                [by_torch(window, leaves[0], leaves[1] if biased else None, image[-1:], relu=relu)],
+                leaves,
+                [slopes[client, -1:].double()],
+            )
+            last = of_last[0].float().permute(0, 2, 3, 1).flatten(1)
+            assert torch.equal(part.weight[client, -1], last)
+            assert not biased or torch.equal(part.bias[client, -1], of_last[1].float())
         else:
             rows, products, results = (one[client].flatten(0, 1) for one in part)
             weight, bias = products.t() @ rows, results.sum(0)
@@ -220,7 +230,7 @@ def test_images_that_the_layer_does_not_take_are_refused_and_nothing_is_overrun(
     net = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
     chain = find_chain(net, torch.randn(2, channels, 6, 6))
     assert chain is not None
-    run = by_kernels(chain, private=private)
+    run = by_kernels(chain, apart=private)
     assert run is not None
     weights = stacked(chain, {name: p.detach() for name, p in net.named_parameters()}, 1)
     assert run(weights, torch.randn(1, 2, channels, 6, 6))[0].shape == (1, 2, 8, 2, 2)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 COMPILE = """
-from server.simulation.sums import add_scaled
+from fedcore.kernels.fixed_point import add_scaled
 import numpy as np
 total = np.zeros(3, np.int64)
 add_scaled(np.ones((2, 3), np.float32), np.array([2.0, 5.0]), total)
 assert total.tolist() == [7, 7, 7]
 """
 SHAPES = """
-from server.simulation.direct import direct
-from fedcore.training.per_example.images import Window
+from fedcore.kernels.direct import direct
+from fedcore.kernels.window import Window
 for outs in (8, 16):
     assert direct(Window((2, 2), (1, 1), (0, 0)), 1, outs) is not None
 """

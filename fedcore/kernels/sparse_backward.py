@@ -16,11 +16,10 @@ import numpy as np
 from numba.core import types
 from numpy.typing import NDArray
 
-from fedcore.training.per_example.images import Window
-from server.simulation.compiled import compiled, unsigned
-from server.simulation.direct import Size
-from server.simulation.kernels import OFF, Bytes, Floats
-from server.simulation.vectors import (
+from fedcore.kernels.compiled import compiled, unsigned
+from fedcore.kernels.direct import Size
+from fedcore.kernels.im2col import OFF, Bytes, Floats
+from fedcore.kernels.llvm import (
     FLOAT,
     INT,
     SHORT,
@@ -37,12 +36,14 @@ from server.simulation.vectors import (
     store,
     written,
 )
+from fedcore.kernels.window import Window
 
 Back = Callable[[Floats, Floats, Floats, Floats, Floats, Floats, Bytes, Size], None]
-"""Takes images ``(K, N * H * W * C)``, padded, and room for their slopes; weights ``(K, out, F)``,
-``F`` in the order (kernel's height, its width, channel), and room for theirs; room for the slopes
-of biases ``(K, out)``; the slopes of what was found, ``(K, N, out, down, across)``; and places,
-``(K, N * blocks, out)``. Fills all there is room for."""
+"""Takes images ``(K, N * H * W * C)``, padded, and room for their slopes; weights ``(k, out, F)``,
+``F`` in the order (kernel's height, its width, channel), of which each serves ``K / k`` in a row;
+room for their slopes ``(K, out, F)`` and for those of biases ``(K, out)``; the slopes of what was
+found, ``(K, N, out, down, across)``; and places, ``(K, N * blocks, out)``. Fills all there is room
+for."""
 
 _MOST_PLACES = 64  # of a kernel: all are written down at length
 _REGISTERS = 12  # places of a kernel at once, and their slopes: a processor has 32 vectors, or 16
@@ -155,7 +156,9 @@ def taken_back(window: Window, channels: int) -> Back | None:
         of_images[:] = 0
         of_weights[:] = 0
         of_biases[:] = 0
-        for client in range(weights.shape[0]):
+        each = of_weights.shape[0] // weights.shape[0]
+        for client in range(of_weights.shape[0]):
+            weight = weights[client // each]
             for first in range(0, whole, band):
                 last = min(whole, first + band)
                 _list(
@@ -173,7 +176,7 @@ def taken_back(window: Window, channels: int) -> Back | None:
                     for out in range(outs):
                         _add(
                             near.ctypes.data, of_near.ctypes.data,
-                            weights[client, out].ctypes.data + 4 * channel,
+                            weight[out].ctypes.data + 4 * channel,
                             of_weights[client, out].ctypes.data + 4 * channel,
                             taken[out].ctypes.data, starts[out].ctypes.data, counts[out], width,
                             high, wide, channels, lanes,

@@ -6,6 +6,7 @@ between one layer and the next only what a layer gives is kept, and which of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedcore.training.per_example.chain import Conv, Made, Share, Weights, matrix
-from fedcore.training.per_example.images import Window
-from server.simulation.direct import Direct, direct
-from server.simulation.kernels import (
+from fedcore.kernels.direct import Direct, direct
+from fedcore.kernels.im2col import (
     blocks_of,
     fold_rows,
     lay_columns,
@@ -26,8 +25,9 @@ from server.simulation.kernels import (
     pool,
     unpool,
 )
-from server.simulation.taken import Back, taken_back
-from server.simulation.winograd import (
+from fedcore.kernels.sparse_backward import Back, taken_back
+from fedcore.kernels.window import Window
+from fedcore.kernels.winograd import (
     LANE,
     MOST,
     PARTS,
@@ -36,8 +36,9 @@ from server.simulation.winograd import (
     to_kernels,
     to_tiles,
 )
+from fedcore.training.per_example.chain import Conv, Each, Made, Share, Weights, matrix
 
-Undo = Callable[[Tensor], tuple[Tensor, Share | Made | None]]
+Undo = Callable[[Tensor], tuple[Tensor, Share | Made | Each | None]]
 """From slopes of what a link gave: those of what it was given, and its layer's part in them. To be
 called once, and of a chain's first layer only its part counts."""
 Link = Callable[[Weights, Tensor], tuple[Tensor, Undo]]
@@ -55,11 +56,11 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
         layer: The convolution.
         relu: Whether one follows.
         first: Whether nobody asks for slopes of what it is given.
-        apart: Whether its part on the way back is a `Share`, or else `Made`.
+        apart: Whether examples are left apart on the way back, or else its part is `Made`.
     """
     inside = replace(layer.window, padding=(0, 0))
-    loops = direct(inside, layer.channels, layer.outs) if first and not apart else None
-    back = None if first or apart else taken_back(inside, layer.channels)
+    loops = direct(inside, layer.channels, layer.outs) if first else None
+    back = None if first else taken_back(inside, layer.channels)
 
     def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         weight = matrix(layer, weights[layer.weight])
@@ -71,9 +72,9 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
                 f"images of {x.shape[4]} channels, and the layer takes {layer.channels}"
             )
         if loops is not None:
-            return _directly(loops, layer.window, weight, bias, x, relu=relu)
+            return _directly(loops, layer.window, weight, bias, x, relu=relu, apart=apart)
         if back is not None:
-            return _by_taken(back, layer.window, weight, bias, x, relu=relu)
+            return _by_taken(back, layer.window, weight, bias, x, relu=relu, apart=apart)
         return _by_rows(layer.window, weight, bias, x, relu=relu, first=first, apart=apart)
 
     return link
@@ -88,7 +89,14 @@ def _padded(window: Window, x: Tensor) -> Tensor:
 
 
 def _directly(
-    loops: Direct, window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
+    loops: Direct,
+    window: Window,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    *,
+    relu: bool,
+    apart: bool,
 ) -> tuple[Tensor, Undo]:
     """By loops that read images as they are; ``x`` is ``(K, B, H, W, C)``, as below."""
     cells = window.cells(*x.shape[2:4])
@@ -100,17 +108,34 @@ def _directly(
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
     loops.ahead(images, kernels.numpy(), bias.numpy(), found, places, size, relu)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, Made]:
-        of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
-        of_kernels, of_bias = torch.empty_like(kernels), torch.empty_like(bias)
-        loops.back(images, of_kernels.numpy(), of_bias.numpy(), of_result, places, size)
-        return slopes, Made(of_kernels.transpose(1, 2), of_bias)
+    def undo(slopes: Tensor) -> tuple[Tensor, Made | Each]:
+        each = slopes.shape[:2] if apart else slopes.shape[:1]
+        of_result = slopes.permute(_CHANNELS_LAST).contiguous()
+        of_kernels = kernels.new_empty((*each, *kernels.shape[1:]))
+        of_bias = bias.new_empty((*each, *bias.shape[1:]))
+        parts = math.prod(each)  # of what a gradient is asked for
+        loops.back(
+            images.reshape(parts, -1),
+            of_kernels.view(parts, *kernels.shape[1:]).numpy(),
+            of_bias.view(parts, -1).numpy(),
+            of_result.view(parts, -1, of_result.shape[4]).numpy(),
+            places.reshape(parts, -1, places.shape[2]),
+            size,
+        )
+        return slopes, (Each if apart else Made)(of_kernels.transpose(-1, -2), of_bias)
 
     return result.permute(_CHANNELS_FIRST), undo
 
 
 def _by_taken(
-    back: Back, window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
+    back: Back,
+    window: Window,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    *,
+    relu: bool,
+    apart: bool,
 ) -> tuple[Tensor, Undo]:
     """Forth by the fewest products, back from the results that were taken."""
     (height, width), (above, beside) = x.shape[2:4], window.padding
@@ -122,22 +147,24 @@ def _by_taken(
     else:
         result, places, _, _ = _rows_ahead(inside, weight, bias, x, relu=relu, keep=False)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, Made]:
-        gradient = Made(torch.empty_like(weight), torch.empty_like(bias))
+    def undo(slopes: Tensor) -> tuple[Tensor, Made | Each]:
+        each = slopes.shape[:2] if apart else slopes.shape[:1]
+        of_weight = weight.new_empty((*each, *weight.shape[1:]))
+        of_bias = bias.new_empty((*each, *bias.shape[1:]))
         of_images = torch.empty_like(x)
-        room = gradient.weight.numpy(), gradient.bias.numpy()
-        size = (x.shape[2], x.shape[3], *cells)
+        parts = math.prod(each)  # of what a gradient is asked for
         back(
-            _flat(x),
-            _flat(of_images),
+            x.view(parts, -1).numpy(),
+            of_images.view(parts, -1).numpy(),
             weight.numpy(),
-            *room,
-            slopes.contiguous().numpy(),
-            places,
-            size,
+            of_weight.view(parts, *weight.shape[1:]).numpy(),
+            of_bias.view(parts, -1).numpy(),
+            slopes.contiguous().view(parts, -1, *slopes.shape[2:]).numpy(),
+            places.reshape(parts, -1, places.shape[2]),
+            (x.shape[2], x.shape[3], *cells),
         )
         found = of_images[:, :, above : above + height, beside : beside + width]
-        return found.permute(_CHANNELS_FIRST), gradient
+        return found.permute(_CHANNELS_FIRST), (Each if apart else Made)(of_weight, of_bias)
 
     return result.permute(_CHANNELS_FIRST), undo
 

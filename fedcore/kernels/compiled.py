@@ -16,7 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 unsigned: Any = numba.uint64  # as mypy takes it
 """Makes an index unsigned: of signed ones loops ask each time whether they count from the end."""
 
-_PARTS = ("compiled.py", "kernels.py", "vectors.py")  # what loops of other files are made of, too
+_PARTS = ("compiled.py", "im2col.py", "llvm.py")  # what loops of other files are made of, too
 
 
 def compiled(

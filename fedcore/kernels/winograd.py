@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.simulation.compiled import compiled, unsigned
-from server.simulation.kernels import OFF, Bytes, Floats
+from fedcore.kernels.compiled import compiled, unsigned
+from fedcore.kernels.im2col import OFF, Bytes, Floats
 
 Tiling = tuple[int, int, int, int, int]
 """Height, width and channels of an image, and its tiles down and across."""
@@ -30,7 +30,7 @@ MOST = 256
 _ROOM = 272  # as LANE is, for a line of channels
 
 # Stores at constant distances are seen not to meet, and only then a loop becomes one of vectors.
-# Indices are unsigned for the same reason, see server.simulation.kernels.
+# Indices are unsigned for the same reason, see fedcore.kernels.im2col.
 _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11, _D12, _D13, _D14, _D15 = (
     np.uint64(LANE * part) for part in range(1, PARTS)
 )
@@ -129,7 +129,7 @@ def to_kernels(weights: Floats, kernels: Floats) -> None:
     fastmath=_FASTMATH,
 )
 def pool_tiles(products: Floats, bias: Floats, found: Floats, places: Bytes, relu: bool) -> None:
-    """Results of each tile, A^T m A, as `server.simulation.kernels.pool` leaves them.
+    """Results of each tile, A^T m A, as `fedcore.kernels.im2col.pool` leaves them.
 
     Args:
         products: ``(16, tiles, out)``.

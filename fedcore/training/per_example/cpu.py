@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedcore.kernels.im2col import MOST
 from fedcore.training.per_example.chain import (
     Back,
     Chain,
     Conv,
     Dense,
+    Each,
     Made,
     Place,
     Run,
@@ -24,27 +26,26 @@ from fedcore.training.per_example.chain import (
     Weights,
     flattened,
 )
+from fedcore.training.per_example.cpu_conv import Link, Undo, convolution
 from fedcore.training.per_example.graph import is_relu
-from server.simulation.convolution import Link, Undo, convolution
-from server.simulation.kernels import MOST
 
 
-def by_kernels(chain: Chain, *, private: bool) -> Run | None:
+def by_kernels(chain: Chain, *, apart: bool) -> Run | None:
     """Runs a chain with float32 weights on the CPU; None where that is better left to torch.
 
     So it is without convolutions, and where a result is used twice.
 
     Args:
         chain: From `fedcore.training.per_example.graph.find_chain`.
-        private: Whether each example's own gradient will be asked for.
+        apart: Whether examples are left apart on the way back, for each one's own gradient.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
-    apart = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
-    if not windows or not apart or not _is_straight(chain):
+    few = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
+    if not windows or not few or not _is_straight(chain):
         return None
     steps = [step for step in chain.steps if type(step.apply) is not nn.Identity]
     first = next(place for place, step in enumerate(steps) if isinstance(step.apply, Dense))
-    links = list(_links(steps[first:], private=private))
+    links = list(_links(steps[first:], apart=apart))
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         with torch.no_grad():
@@ -59,8 +60,8 @@ def by_kernels(chain: Chain, *, private: bool) -> Run | None:
     return run
 
 
-def _back(undos: Sequence[Undo], slopes: Tensor) -> Sequence[Share | Made]:
-    shares: list[Share | Made] = []
+def _back(undos: Sequence[Undo], slopes: Tensor) -> Sequence[Share | Made | Each]:
+    shares: list[Share | Made | Each] = []
     for undo in reversed(undos):
         slopes, share = undo(slopes)
         if share is not None:
@@ -75,7 +76,7 @@ def _is_straight(chain: Chain) -> bool:
     return in_turn and chain.output == len(chain.steps)
 
 
-def _links(steps: Sequence[Step], *, private: bool) -> Iterator[Link]:
+def _links(steps: Sequence[Step], *, apart: bool) -> Iterator[Link]:
     """Layers with the ReLU behind them, and whatever else there is; the first is a layer."""
     behind = [*(is_relu(step.apply) for step in steps[1:]), False]
     taken = False
@@ -84,7 +85,7 @@ def _links(steps: Sequence[Step], *, private: bool) -> Iterator[Link]:
         if taken:
             taken = False
         elif isinstance(layer, Conv):
-            yield convolution(layer, relu=relu, first=place == 0, apart=private)
+            yield convolution(layer, relu=relu, first=place == 0, apart=apart)
             taken = relu
         elif isinstance(layer, Dense):
             yield _dense(layer, relu=relu, first=place == 0)

@@ -10,8 +10,8 @@ import numpy as np
 from numba import uint64
 from numpy.typing import NDArray
 
-from fedcore.training.per_example.images import Window
-from server.simulation.compiled import compiled
+from fedcore.kernels.compiled import compiled
+from fedcore.kernels.window import Window
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -15,10 +15,9 @@ from typing import Any
 
 from numba.core import types
 
-from fedcore.training.per_example.images import Window
-from server.simulation.compiled import compiled
-from server.simulation.kernels import OFF, Bytes, Floats
-from server.simulation.vectors import (
+from fedcore.kernels.compiled import compiled
+from fedcore.kernels.im2col import OFF, Bytes, Floats
+from fedcore.kernels.llvm import (
     BYTE,
     FLOAT,
     Builder,
@@ -35,6 +34,7 @@ from server.simulation.vectors import (
     store,
     written,
 )
+from fedcore.kernels.window import Window
 
 _MOST_NUMBERS = 80  # of a kernel: more are written down at length, and compiled for seconds
 _MOST_PRODUCTS = 320  # of a block
@@ -53,7 +53,7 @@ class Direct:
     ahead: Callable[[Floats, Floats, Floats, Floats, Bytes, Size, bool], None]
     """Takes images ``(K, N * H * W * C)``, padded; weights ``(K, F, out)``, ``F`` in the order
     (kernel's height, its width, channel); biases ``(K, out)``. Fills what is found and places,
-    ``(K, N * blocks, out)`` both, as `server.simulation.kernels.pool` does."""
+    ``(K, N * blocks, out)`` both, as `fedcore.kernels.im2col.pool` does."""
     back: Callable[[Floats, Floats, Floats, Floats, Bytes, Size], None]
     """Takes images, and as last arguments the slopes and places of what was found. Fills the slopes
     of weights and of biases."""

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.simulation.kernels import OFF
-from server.simulation.winograd import (
+from fedcore.kernels.im2col import OFF
+from fedcore.kernels.winograd import (
     LANE,
     MOST,
     PARTS,

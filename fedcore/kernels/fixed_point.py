@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from server.simulation.compiled import compiled, unsigned
+from fedcore.kernels.compiled import compiled, unsigned
 
 _PART = 4096  # numbers of a total that stay in a core's nearest cache from row to row
 

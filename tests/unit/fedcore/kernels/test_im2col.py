@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fedcore.training.per_example.images import Window
-from server.simulation.kernels import (
+from fedcore.kernels.im2col import (
     Floats,
     blocks_of,
     fold_rows,
@@ -27,6 +26,7 @@ from server.simulation.kernels import (
     pool,
     unpool,
 )
+from fedcore.kernels.window import Window
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 WINDOWS = st.builds(
@@ -163,7 +163,7 @@ def test_other_numbers_than_float32_are_refused() -> None:
 
 
 MODULE = """
-from server.simulation.compiled import compiled
+from fedcore.kernels.compiled import compiled
 
 @compiled("float64(float64)", fastmath=set())
 def twice(x):
