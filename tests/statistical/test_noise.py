@@ -146,12 +146,13 @@ def of_words(radius: NDArray[np.uint64], angle: NDArray[np.uint64]) -> Floats:
 
 
 def test_the_farthest_numbers_lie_beyond_nine_deviations() -> None:
-    last = np.uint64(2**63)  # the least of signed numbers, and the largest in size
-    found = of_words(np.array([0, 1, last], np.uint64), np.zeros(3, np.uint64))
+    last = np.uint64(2**63 - 1)  # the highest bit of a radius does not count
+    found = of_words(np.array([0, 1, last, 2**63], np.uint64), np.zeros(4, np.uint64))
     assert found[0] == pytest.approx(math.sqrt(2 * 64 * math.log(2)), rel=1e-12)
     assert found[0] > 9.3
     assert np.isfinite(found).all()
     assert abs(found[2]) < 1e-8  # and the nearest at the mean
+    assert found[3] == found[0]
     quarters = np.array([0, 1, 2, 3], np.uint64) << np.uint64(62)
     sides = of_words(np.zeros(4, np.uint64), quarters)
     assert sides[:4] / found[0] == pytest.approx([1, 0, -1, 0], abs=1e-12)
