@@ -235,6 +235,11 @@ class Release(Section):
     """Folder of the signed repository, relative to this file; nothing is published when unset."""
     keys: str | None = None
     """Folder of the keys that ``fedcore release init`` made."""
+    max_test_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
+    """How much worse than the model of the rounds what is published may be on the final test split
+    (an absolute accuracy; for an error such as RMSE, a fraction of it), and by one example in any
+    case. What is worse is withheld: the run ends with exit code 9, its files and report are
+    there."""
 
 
 class Serving(Section):

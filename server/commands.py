@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from fedcore.cli import Command
-from fedcore.errors import INTERRUPTED
+from fedcore.errors import INTERRUPTED, ReleaseError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, LOADING, told_if_slow
 from fedcore.owner import OPEN_POLICY, load_owner, tighten
@@ -129,6 +129,8 @@ def _simulate(options: argparse.Namespace) -> int:
         say(json.dumps({"event": "summary", **summary}))
     else:
         say(f"report: {os.path.relpath(folder / 'report.html')}")
+    if finished.record.withheld:
+        raise ReleaseError(finished.record.withheld)
     return 0
 
 

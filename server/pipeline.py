@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,13 @@ from typing import Literal
 import torch
 
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import ClientStatement, Lineage, Manifest, PrivacyStatement
+from fedcore.artifacts.manifest import (
+    ClientStatement,
+    Lineage,
+    Manifest,
+    PrivacyStatement,
+    TestStatement,
+)
 from fedcore.config import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
@@ -26,8 +33,9 @@ from fedcore.observability.events import (
     StageFinished,
     StageStarted,
 )
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.task import Examples, Task
+from fedcore.task import Examples, Task, size_of
 from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
 from server.app import Outcome
@@ -98,6 +106,7 @@ class Steps:
 
 
 AT_ONCE = Steps()
+_ROUNDING = 1e-9  # of a difference in floating point
 
 
 def run_pipeline(
@@ -158,7 +167,9 @@ def after_rounds(
 ) -> Finished:
     """Fine-tunes, compresses, tests and publishes what rounds have left.
 
-    The final test split is read once, at the end, by nothing that chooses.
+    The final test split is read once, at the end, by nothing that chooses. Where it shows that what
+    was chosen is worse than the model of the rounds by more than ``release.max_test_drop``, that is
+    withheld: nothing is published, and the record says why.
 
     Args:
         run: The run.
@@ -199,11 +210,17 @@ def after_rounds(
     with story.stage("test"):
         scores = _final_scores(task, test, outcome, tuned, compressed, run.serving.threads)
 
+    tested = _tested(task, scores, size_of(test))
+    withheld = _withheld(run, task.primary, tested)
+    for text in (_drop_note(task.primary, tested), withheld):
+        if text:
+            story.note(text)
+
     manifest = None
-    if run.release.repository is not None and run.release.keys is not None:
+    if run.release.repository is not None and run.release.keys is not None and not withheld:
         with story.stage("release") as said:
             manifest = steps.publish(
-                _draft(run, task, trained, tuned, compressed, parent),
+                _draft(run, task, trained, tuned, compressed, parent, tested),
                 repository=run.path(run.release.repository),
                 keys=run.path(run.release.keys),
                 created=datetime.now(UTC),
@@ -228,6 +245,7 @@ def after_rounds(
             candidates=compressed.records,
             chosen=compressed.chosen,
             manifest=manifest,
+            withheld=withheld,
             scores=scores,
             stages=story.seconds,
             notes=tuple(story.notes),
@@ -273,6 +291,52 @@ def _final_scores(
     return scores
 
 
+def _tested(task: Task, scores: Scores, examples: int) -> TestStatement:
+    found = {name: scores[task.primary.name][name] for name in ("federated", "released")}
+    finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    return TestStatement(metric=task.primary.name, examples=examples, **finite)
+
+
+def _drop(primary: Metric, tested: TestStatement) -> float:
+    """How much worse the released model is than that of the rounds; infinite if it is no number."""
+    if tested.federated is None:
+        return -math.inf
+    if tested.released is None:
+        return math.inf
+    return primary.worsening(tested.federated, tested.released)
+
+
+def _drop_note(primary: Metric, tested: TestStatement) -> str:
+    if _drop(primary, tested) <= 0:
+        return ""
+    return (
+        f"On the final test split the released model is worse than that of the rounds: "
+        f"{primary.name} {_figure(tested.federated)} before, {_figure(tested.released)} after, "
+        f"over {counted(tested.examples, 'example')}."
+    )
+
+
+def _withheld(run: RunConfig, primary: Metric, tested: TestStatement) -> str:
+    """Why the model is not published, though a repository is named; empty where it may be."""
+    limit = max(run.release.max_test_drop, 1 / tested.examples) + _ROUNDING
+    drop = _drop(primary, tested)
+    if run.release.repository is None or drop <= limit:
+        return ""
+    return (
+        f"release: on the final test split {primary.name} is {_figure(tested.federated)} with the "
+        f"model of the rounds and {_figure(tested.released)} with the one to release: {drop:.3g} "
+        f"worse, and release.max_test_drop = {run.release.max_test_drop:g} is allowed. Nothing was "
+        "published, and what was published before stands; the cloud's data, which the gate and "
+        "the choice of a candidate ask, may not look like the devices'. Leave out fine-tuning "
+        "(finetune.epochs = 0) or pruned candidates, hold out data in the cloud that look like the "
+        "devices', or allow more."
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4g}"
+
+
 def _draft(
     run: RunConfig,
     task: Task,
@@ -280,6 +344,7 @@ def _draft(
     tuned: Finetuned | None,
     compressed: Compressed,
     parent: bytes,
+    tested: TestStatement,
 ) -> Draft:
     federated = trained.outcome.federated
     return Draft(
@@ -309,6 +374,7 @@ def _draft(
             client=_client_statement(run, trained),
         ),
         parity=compressed.parity,
+        test=tested,
     )
 
 

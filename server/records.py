@@ -169,6 +169,8 @@ class RunRecord:
     candidates: tuple[CandidateRecord, ...] = ()
     chosen: str | None = None
     manifest: Manifest | None = None
+    withheld: str = ""
+    """Why nothing was published, though a repository was named."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final test split: by metric, then ``federated``, ``cloud_alone``, ``finetuned``,
     ``released``."""

@@ -22,6 +22,7 @@ from fedcore.artifacts.manifest import (
     Manifest,
     Parity,
     PrivacyStatement,
+    TestStatement,
     manifest_bytes,
     parse_manifest,
 )
@@ -62,6 +63,7 @@ class Draft:
     onnx: bytes = field(repr=False)
     golden: bytes = field(repr=False)
     """As `fedcore.artifacts.golden.golden_bytes` makes them."""
+    test: TestStatement | None = None
 
 
 def initialise(
@@ -289,6 +291,7 @@ def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[st
         lineage=draft.lineage,
         privacy=draft.privacy,
         parity=draft.parity,
+        test=draft.test,
     )
     raw = manifest_bytes(manifest)
     if len(raw) > MAX_MANIFEST_BYTES:

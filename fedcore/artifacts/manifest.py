@@ -103,6 +103,20 @@ class Parity(_Part):
     """The primary metric on the cloud's held-out data, before and after compression."""
 
 
+class TestStatement(_Part):
+    """What the final test split said, which nothing was chosen by."""
+
+    __test__ = False  # no test of pytest's
+
+    metric: str
+    """The primary one."""
+    examples: Annotated[int, Field(ge=1)]
+    federated: float | None
+    """Of the model of the rounds, before fine-tuning and compression; None if it is no number."""
+    released: float | None
+    """Of the released file."""
+
+
 class Manifest(_Part):
     """Everything about one version of a released model.
 
@@ -126,6 +140,8 @@ class Manifest(_Part):
     lineage: Lineage
     privacy: PrivacyStatement
     parity: Parity
+    test: TestStatement | None = None
+    """None where nobody tested."""
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
 from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
 from fedcore.config import RunConfig, Section
-from fedcore.errors import DataError
+from fedcore.errors import DataError, ReleaseError
 from fedcore.files import read_bytes, sha256_hex, write_atomic
 from fedcore.model import (
     MAX_CHECKPOINT_BYTES,
@@ -105,6 +105,7 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
         emit: Told what happens.
 
     Raises:
+        ReleaseError: the run is complete, and its model withheld.
         FedcoreError: whatever stops it; what was published before stands.
         KeyboardInterrupt: SIGTERM or SIGINT; what is done stays done.
     """
@@ -136,6 +137,8 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
     delta = run.privacy.target_delta if run.private else None
     write_results(folder, finished, target_delta=delta, seconds=taken_s)
     shutil.rmtree(steps, ignore_errors=True)
+    if finished.record.withheld:
+        raise ReleaseError(finished.record.withheld)
 
 
 def _fine_tuned(

@@ -27,6 +27,9 @@ def header(record: RunRecord) -> Markup:
         "header",
         tag("h1", f"Run {record.name}"),
         tag("p", f"Task {record.task}, {record.kind}, trained on {record.device}.", class_="sub"),
+        tag("p", f"Nothing was published. {record.withheld}", class_="alert")
+        if record.withheld
+        else Markup(),
     )
 
 

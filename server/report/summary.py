@@ -58,6 +58,7 @@ def summary(
         "release": {
             "version": manifest.version if manifest else None,
             "digest": manifest.onnx.sha256 if manifest else None,
+            "withheld": record.withheld or None,
         },
         "seconds": {**record.stages, "total": seconds},
         "training": asdict(record.training) if record.training else None,
