@@ -24,6 +24,7 @@ from fedcore.model import FullModel, build_model
 from fedcore.observability.events import Event
 from fedcore.task import Examples
 from fedcore.updates.pack import pack
+from server import pipeline
 from server.app import Outcome
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
@@ -133,6 +134,17 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(tmp_path, monkeypatch)
 
 
+def test_a_model_that_is_withheld_leaves_a_complete_run(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_drop", lambda primary, tested: 0.5)
+    with pytest.raises(ReleaseError, match=r"release\.max_test_drop = 0\.01"):
+        site.finish()
+    assert site.versions() == ()
+    assert "Nothing was published" in site.summary()["release"]["withheld"]
+    assert not (site.folder / "steps").exists()
+
+
 def dies_before(what: str) -> Callable[..., None]:
     """Writes as ever, and dies before the file of that name is written."""
 
@@ -152,7 +164,7 @@ def test_a_run_is_finished_released_and_says_how(site: Site) -> None:
     assert manifest.privacy.noise == "system"
     assert manifest.privacy.epsilon == 1.5
     summary = site.summary()
-    assert summary["release"] == {"version": 1, "digest": manifest.onnx.sha256}
+    assert summary["release"] == {"version": 1, "digest": manifest.onnx.sha256, "withheld": None}
     assert list(summary["seconds"]) == [
         *("federate", "finetune", "compress", "test", "release", "total")
     ]
@@ -192,7 +204,11 @@ def test_whatever_it_dies_of_each_step_is_done_once(site: Site, point: str) -> N
     assert not (site.folder / "summary.json").exists()
     site.finish()
     (manifest,) = site.versions()
-    assert site.summary()["release"] == {"version": 1, "digest": manifest.onnx.sha256}
+    assert site.summary()["release"] == {
+        "version": 1,
+        "digest": manifest.onnx.sha256,
+        "withheld": None,
+    }
     assert (site.done["fine-tuning"], site.done["compression"]) == POINTS[point]
 
 
