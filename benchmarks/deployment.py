@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps[part](scratch / part, sizes, found)
         except ProgramFailed as error:
             found.failures.append(f"{part}: {error}")
-        write_part(options.out, part, {"machine": described, "sizes": asdict(sizes), **asdict(found)})
+        write_part(
+            options.out, part, {"machine": described, "sizes": asdict(sizes), **asdict(found)}
+        )
         print(table(found), flush=True)
         all_hold = all_hold and not found.failures and all(one.holds for one in found.checks)
     return 0 if all_hold else 1

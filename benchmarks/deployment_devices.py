@@ -241,9 +241,7 @@ def _prepared(reply: Message, node: Node) -> tuple[PushMessagesRequest, dict[str
     return begin, contents
 
 
-def _device(
-    root: Path, place: int, parameters: int, together: asyncio.Barrier | None
-) -> Device:
+def _device(root: Path, place: int, parameters: int, together: asyncio.Barrier | None) -> Device:
     kit = load_kit(root / "kits" / f"edge-{place}")
     instance = f"load-{place}"
     headers = hello_of("deployment", root / "task.py").headers(instance)

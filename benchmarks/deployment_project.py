@@ -234,9 +234,7 @@ def running(
         program.end()
 
 
-def server(
-    project: Project, name: str, *, core: int | None = None, **federation: object
-) -> Any:
+def server(project: Project, name: str, *, core: int | None = None, **federation: object) -> Any:
     """`fedcore server start` over ``project``, as a context of its `Program`."""
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in federation.items())
     config = project.root / f"{name}.toml"

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.flower.records import read_record, record_bytes
-from fedcore.updates.pieces import KeptArray, pieces, size_of
+from fedcore.updates.pieces import JoinedArray, KeptArray, pieces, size_of
 from server.blobs import Blobs, Pieces
 from server.entries import Entry
 from server.progress import Progress
@@ -36,6 +36,9 @@ class Packing:
 
     def add_array(self, array: Array) -> list[Any]:
         """As `add`, for an array that was sent."""
+        if isinstance(array, JoinedArray) and array.size_bytes > _INLINE_BYTES:
+            name = self._blobs.adopt(array.path, array.cuts, array.size_bytes)
+            return [name, array.size_bytes]
         return self._add(lambda: pieces(array), size_of(array))
 
     def _add(self, value: Pieces, size_bytes: int) -> list[Any]:

@@ -23,7 +23,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
 from fedcore.files import disk_errors
 from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
-from fedcore.updates.pieces import FileArray
+from fedcore.updates.pieces import FileArray, JoinedArray
 
 MAX_OBJECTS = 4096
 """Most objects of a reply: 20 GiB of arrays."""
@@ -104,7 +104,11 @@ class ObjectReader:
         places = described["arraychunk_ids"]
         if len(places) > MAX_OBJECTS:
             raise ValueError(f"an array is cut into {len(places)} chunks")
-        file = self._together([children[place] for place in places])
+        return self._filled(form, [children[place] for place in places])
+
+    def _filled(self, form: Array, chunks: list[str]) -> Array:
+        """An array like ``form`` with the bytes of its chunks."""
+        file = self._together(chunks)
         if isinstance(file, io.BytesIO):
             form.data = file.getvalue()
             return form
@@ -147,6 +151,17 @@ class _StoreReader(ObjectReader):
     def __init__(self, store: FleetStore, known: frozenset[str], limit_bytes: int) -> None:
         super().__init__(store.get, known, limit_bytes)
         self._store = store
+
+    def _filled(self, form: Array, chunks: list[str]) -> Array:
+        """Where its chunks came into one file, that is the array's, as it lies."""
+        found = self._store.joined(chunks) if self._known.issuperset(chunks) else None
+        if found is None:
+            return super()._filled(form, chunks)
+        joined, size_bytes = found
+        self._left_bytes -= size_bytes
+        if self._left_bytes < 0:
+            raise self._overflow()
+        return JoinedArray(form.dtype, form.shape, form.stype, joined, chunks)
 
     def _together(self, chunks: list[str]) -> IO[bytes]:
         """Chunks one after the other: in memory, or in a file where they are large."""
