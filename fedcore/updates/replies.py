@@ -328,10 +328,40 @@ def _parts(array: Array) -> Iterator[NDArray[Any]]:
     yield from (np.frombuffer(piece, dtype) for piece in pieces(array, start))
 
 
+class _Squared:
+    """Squared distances of short vectors, in memory that is there once.
+
+    Memory that is asked for anew for each of them would be mapped and zeroed each time, which takes
+    longer than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._gap = np.empty(_CHUNK, np.float32)
+        self._wide = np.empty(_CHUNK, np.float64)
+
+    def distance(self, one: Vector, other: Vector) -> float:
+        """The squared L2 distance of two float32 vectors of `_CHUNK` elements at most.
+
+        Differences are rounded to float32, which squares and sums of them are not. It depends on no
+        library's number of threads; it is not finite where a value is not.
+        """
+        gap, wide = self._gap[: len(one)], self._wide[: len(one)]
+        np.subtract(one, other, out=gap)
+        np.copyto(wide, gap)
+        np.square(wide, out=wide)
+        found = float(wide.sum())
+        if math.isinf(found):  # the difference of two numbers may be too large for float32
+            np.subtract(one, other, out=wide, dtype=np.float64)
+            np.square(wide, out=wide)
+            found = float(wide.sum())
+        return found
+
+
 def _measure(array: Array, base: Vector | None, where: str) -> float | None:
     """Sees that all values are finite, in one pass; gives the L2 distance to ``base``, if any."""
     sums: list[float] = []
     place = 0
+    squared = _Squared()
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
         for part in _parts(array):
             if base is None:
@@ -340,8 +370,7 @@ def _measure(array: Array, base: Vector | None, where: str) -> float | None:
                 continue
             for first in range(0, len(part), _CHUNK):
                 piece = part[first : first + _CHUNK]
-                gap = np.subtract(piece, base[place : place + len(piece)], dtype=np.float64)
-                sums.append(float(gap @ gap))
+                sums.append(squared.distance(piece, base[place : place + len(piece)]))
                 place += len(piece)
     # In float64 no sum of finite float32 values overflows, and one that is not finite stays so.
     total = math.fsum(sums) if np.isfinite(sums).all() else math.nan

@@ -123,15 +123,23 @@ class ExactMean:
             self._make_room(limb, UNIT)
         self._make_room(0, int(max(ordinary, default=0.0)) + 1)
         start = 0
+        # Memory that is asked for anew for each part would be mapped and zeroed each time.
+        products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
+        whole = np.empty(len(products), np.int64)
         for part, peak in zip(parts(), peaks, strict=True):
-            place = slice(start, start + len(part))
-            scaled = np.multiply(part, factor, dtype=np.float64)
-            np.rint(scaled, out=scaled)
-            if peak * factor < MOST // 4:
-                self._limbs[0][place] += scaled.astype(np.int64)
-            else:
-                add_whole([limb[place] for limb in self._limbs], scaled)
-            start += len(part)
+            for first in range(0, len(part), _CHUNK):
+                piece = part[first : first + _CHUNK]
+                place = slice(start, start + len(piece))
+                scaled, added = products[: len(piece)], whole[: len(piece)]
+                np.copyto(scaled, piece)
+                np.multiply(scaled, factor, out=scaled)
+                np.rint(scaled, out=scaled)
+                if peak * factor < MOST // 4:
+                    np.copyto(added, scaled, casting="unsafe")
+                    self._limbs[0][place] += added
+                else:
+                    add_whole([limb[place] for limb in self._limbs], scaled)
+                start += len(piece)
 
     def _add_scaled(
         self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float
