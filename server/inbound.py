@@ -272,11 +272,11 @@ def fold(
         limit = bound.limit([found.distance or 0.0 for _, found in taken])
     for reply, found in taken:
         scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
-        parts = found.parts
+        parts, peaks = found.parts, found.peaks
         if bound is not None and scale < 1.0:
-            parts = partial(bound.moved, found.parts, scale)
+            parts, peaks = partial(bound.moved, found.parts, scale), None
         with _kept(reply):
-            mean.add_parts(parts, 1 if uniform else found.num_examples)
+            mean.add_parts(parts, 1 if uniform else found.num_examples, peaks=peaks)
         tally.count(found.num_examples, found.metrics)
         del reply, found, parts  # the next one is read while this frame waits
     return mean

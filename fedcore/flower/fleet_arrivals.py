@@ -105,6 +105,8 @@ class Arrival:
             DiskFull: there is no room.
         """
         self._fleet, self._name, self._begun = fleet, name, begun
+        self.is_whole = False
+        """Whether the last byte of the request has come."""
         self._descriptor = -1
         request = _parse(begun.fields)
         self.object_id = request.object_id
@@ -240,7 +242,8 @@ class Arrival:
 
 def _parse(raw: bytes) -> PushObjectRequest:
     try:
-        return PushObjectRequest.FromString(raw)
+        request: PushObjectRequest = PushObjectRequest.FromString(raw)
+        return request
     except DecodeError:
         raise _unreadable(len(raw)) from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -90,6 +90,8 @@ class Reply:
     arrays: Mapping[str, Array] = field(default_factory=dict)
     distance: float | None = None
     """The L2 distance of its weights to those that were sent; None where nobody asked for it."""
+    peaks: Sequence[float] | None = None
+    """The largest magnitude in each of `parts`; None where it is not known."""
 
     def parts(self, name: str = MODEL) -> Iterator[Vector]:
         """The weights from the first to the last, so many at a time as the cache holds."""
@@ -159,13 +161,15 @@ def read_reply(reply: Message, asked: Asked, *, where: str, base: Vector | None 
         _check_names(content, expected, "record", where)
         count, metrics = _metrics(content.get(METRICS), asked, where)
         arrays: dict[str, Array] = {}
-        distance = None
+        distance, peaks = None, None
         if asked.arrays:
             arrays = _arrays(content.get(ARRAYS), asked.arrays, where)
             for name, array in arrays.items():
-                found = _measure(array, base if name == MODEL else None, where)
-                distance = found if name == MODEL and base is not None else distance
-        return Reply(count, metrics, arrays, distance)
+                if name == MODEL:
+                    distance, peaks = _measure(array, base, where)
+                else:
+                    _measure(array, None, where)
+        return Reply(count, metrics, arrays, distance, peaks)
 
 
 @contextmanager
@@ -357,26 +361,28 @@ class _Squared:
         return found
 
 
-def _measure(array: Array, base: Vector | None, where: str) -> float | None:
-    """Sees that all values are finite, in one pass; gives the L2 distance to ``base``, if any."""
+def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | None, Sequence[float]]:
+    """Sees that all values are finite, in one pass.
+
+    Gives the L2 distance to ``base``, if there is one, and the largest magnitude in each part.
+    """
     sums: list[float] = []
+    peaks: list[float] = []
     place = 0
     squared = _Squared()
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
         for part in _parts(array):
+            peaks.append(max(float(part.max()), -float(part.min())))  # NaN, where one value is
             if base is None:
-                wide = part.dtype != np.float32  # whose sum may overflow though no value has
-                sums.append(float((part * 0.0 if wide else part).sum(dtype=np.float64)))
                 continue
             for first in range(0, len(part), _CHUNK):
                 piece = part[first : first + _CHUNK]
                 sums.append(squared.distance(piece, base[place : place + len(piece)]))
                 place += len(piece)
-    # In float64 no sum of finite float32 values overflows, and one that is not finite stays so.
-    total = math.fsum(sums) if np.isfinite(sums).all() else math.nan
-    if not math.isfinite(total):
+    # In float64 no sum of squares of finite float32 values overflows.
+    if not all(map(math.isfinite, peaks)):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. {_NOT_USED}; a lower "
             "client.learning_rate usually mends this."
         )
-    return math.sqrt(total) if base is not None else None
+    return (math.sqrt(math.fsum(sums)) if base is not None else None), peaks

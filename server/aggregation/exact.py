@@ -66,13 +66,19 @@ class ExactMean:
 
         self.add_parts(parts, weight)
 
-    def add_parts(self, parts: Parts, weight: int) -> None:
+    def add_parts(self, parts: Parts, weight: int, *, peaks: Sequence[float] | None = None) -> None:
         """As `add`, where the vector need not be in memory as a whole.
+
+        Args:
+            parts: The vector.
+            weight: A positive whole number.
+            peaks: The largest magnitude in each part, where that is known; looked for when None.
 
         Raises:
             InvalidUpdate: a value is not finite; the sum is unchanged then.
         """
-        peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
+        if peaks is None:
+            peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
         if not all(map(math.isfinite, peaks)):
             raise InvalidUpdate(
                 "aggregation: an update holds values that are not finite. This client was not "

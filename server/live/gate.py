@@ -29,7 +29,7 @@ from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, Arrival, beginning_of
 from fedcore.observability.foreign import foreign
 from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
 from server.live.limits import Limits, PeerLines, Rates, Refusals, Uploads
-from server.live.peer import key_of
+from server.live.peer import divert_of, key_of
 from server.live.presence import Presence
 
 Scope = MutableMapping[str, Any]
@@ -164,7 +164,7 @@ class Gate:
         if path == PUSH_OBJECT:
             self.uploads.progress_of(caller.node_id)
             begin = partial(self._begin, caller)
-        body = await self._body(headers, receive, route, begin)
+        body = await self._body(headers, scope, receive, route, begin)
         if isinstance(body, Arrival):
             self.uploads.progress_of(caller.node_id)
             self.fleet.lack(None)
@@ -221,7 +221,12 @@ class Gate:
             self.uploads.leave(upload.message_id)
 
     async def _body(
-        self, headers: dict[str, str], receive: Receive, route: Route, begin: Begin | None
+        self,
+        headers: dict[str, str],
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        begin: Begin | None,
     ) -> bytes | BinaryIO | Arrival:
         """Reads a request's body, counting: what is longer than a piece comes back as a file.
 
@@ -237,9 +242,34 @@ class Gate:
             raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
         try:
             async with asyncio.timeout(self.limits.body_s):
-                return await _read(receive, route.max_bytes, self.spool, begin)
+                read = await _read(receive, route.max_bytes, self.spool, begin)
+                if isinstance(read, Arrival) and not read.is_whole:
+                    await self._rest(read, scope, receive)
+                return read
         except TimeoutError:
             raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
+
+    async def _rest(self, arrival: Arrival, scope: Scope, receive: Receive) -> None:
+        """Has what is missing of a chunk come in."""
+        divert = divert_of(scope["state"])
+        try:
+            ended = divert(scope, arrival.write) if divert is not None else None
+            if ended is not None:
+                await ended
+                return
+            while True:
+                event = await receive()
+                if event["type"] == "http.disconnect":
+                    raise ConnectionResetError("the peer went away while it sent")
+                arrival.write(event.get("body", b""))
+                if not event.get("more_body"):
+                    return
+        except ConnectionResetError as error:
+            arrival.close()
+            raise _Refusal(400, str(error)) from None
+        except BaseException:
+            arrival.close()
+            raise
 
     async def _refuse(self, send: Send, peer: str, path: str, refusal: _Refusal) -> None:
         if refusal.status not in (401, 503):  # these two are part of coming and of waiting
@@ -262,7 +292,7 @@ async def _read(
     receive: Receive, max_bytes: int, spool: Path, begin: Begin | None
 ) -> bytes | BinaryIO | Arrival:
     pieces: list[bytes] = []
-    size, file, arrival = 0, None, None
+    size, file = 0, None
     try:
         while True:
             event = await receive()
@@ -275,10 +305,9 @@ async def _read(
             if begin is not None and size >= BEGINNING_BYTES:
                 arrival, begin = begin(b"".join(pieces)), None
                 if arrival is not None:
-                    pieces.clear()
-            elif arrival is not None:
-                arrival.write(pieces.pop())
-            if arrival is None and size > _MEMORY_BYTES:
+                    arrival.is_whole = not event.get("more_body")
+                    return arrival
+            if size > _MEMORY_BYTES:
                 with disk_errors(spool):
                     file = file or tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 - its reader's
                     file.writelines(pieces)
@@ -286,12 +315,9 @@ async def _read(
             if not event.get("more_body"):
                 break
     except BaseException:
-        for one in (file, arrival):
-            if one is not None:
-                one.close()
+        if file is not None:
+            file.close()
         raise
-    if arrival is not None:
-        return arrival
     if file is None:
         return b"".join(pieces)
     file.seek(0)
