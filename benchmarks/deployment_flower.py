@@ -58,7 +58,7 @@ class Stock:
 
 @contextmanager
 def superlink(root: Path, *, core: int | None = None) -> Iterator[Stock]:
-    """Flower's server on a free port of this machine, without TLS; what it starts is on its core."""
+    """Flower's server on a free port, without TLS; what it starts is on its core, too."""
     root.mkdir(parents=True)
     port = _free_port()
     address = f"127.0.0.1:{port}"
@@ -150,6 +150,8 @@ class Taken:
 
     seconds: float
     """From the first byte that was pushed until the round was over."""
+    cpu_s: float
+    """What the server's processes computed meanwhile, others on its core left out."""
     idle_bytes: int
     """Memory of all of a server's processes with the model loaded."""
     peak_bytes: int
@@ -166,16 +168,20 @@ def ingest(root: Path, *, cohort: int, parameters: int, server: int, senders: in
         stock.wait_for("loaded", run)
         idle_bytes = peak_bytes = stock.program.pss_bytes()
         nodes = stack.enter_context(_nodes(stock, "nodes", cohort, together=True, core=senders))
+        begun_s, cpu_s = 0.0, 0.0
         while not stock.noted("over"):
+            if not begun_s and nodes.events("pushing"):
+                begun_s = stock.program.family_cpu_s()
+            cpu_s = stock.program.family_cpu_s()  # a process that ends is counted no more
             peak_bytes = max(peak_bytes, stock.program.pss_bytes())
             if run.process.poll() is not None or nodes.process.poll() is not None:
                 raise ProgramFailed(f"Flower: the round did not end: {_last_error(run)}")
-            time.sleep(0.2)
+            time.sleep(0.1)
         over = stock.noted("over")[-1]
         if over["updates"] != cohort:
             raise ProgramFailed(f"Flower: {over['updates']} of {cohort} updates were taken")
         (pushing,) = nodes.events("pushing")
-        return Taken(over["at_s"] - pushing["at_s"], idle_bytes, peak_bytes)
+        return Taken(over["at_s"] - pushing["at_s"], cpu_s - begun_s, idle_bytes, peak_bytes)
 
 
 def _last_error(run: Program) -> str:

@@ -188,8 +188,11 @@ class Program:
 
     def cpu_s(self) -> float:
         """CPU time that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_s(self.process.pid)
+
+    def family_cpu_s(self) -> float:
+        """CPU time that it and its children have used."""
+        return sum(map(_cpu_s, self.family()))
 
     def end(self) -> None:
         """Ends it and its children, gently at first."""
@@ -205,6 +208,15 @@ class Program:
                 os.kill(member, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def _cpu_s(process: int) -> float:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:  # it has just ended
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
