@@ -303,10 +303,11 @@ class Fleet:
             asked = self.asked.get(message_id)
             if asked is None or asked.reply is None or asked.missing:
                 return None
-            tree = asked.reply
+            tree, own = asked.reply, [*asked.files.values()]
             metadata = self.state.message_res_store[tree.object_id].metadata
         try:
-            content, error = read_message(self.store, tree, limit_bytes=asked.reply_limit_bytes)
+            limit_bytes = asked.reply_limit_bytes
+            content, error = read_message(self.store, tree, limit_bytes=limit_bytes, own=own)
         except ResourceError:
             raise  # this machine's, and no fault of the node's
         except Exception as failure:  # bytes that were made up fail in many ways

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -61,25 +61,41 @@ class FleetStore(InMemoryObjectStore):
             if self._cuts.get(object_id) is cut and not (entry and entry.is_available):
                 del self._cuts[object_id]
 
-    def joined(self, chunks: Sequence[str]) -> tuple[Joined, int] | None:
-        """The file that holds these chunks one after the other and nothing else, and its size.
+    def joined(self, chunks: Sequence[str], own: Collection[Joined]) -> Joined | None:
+        """The one of ``own`` that holds these chunks one after the other and nothing else.
 
-        None where there is none: they are to be put together then.
+        A last one that is small has come into memory, and is written behind the others now. None
+        where there is no such file: the chunks are to be put together then.
+
+        Raises:
+            DiskFull: there was no room.
         """
-        with self.lock_store:
-            cuts = [self._cuts.get(each) for each in chunks]
-        first = cuts[0] if cuts else None
-        if first is None:
+        if not chunks:
             return None
-        for place, cut in enumerate(cuts):
-            if cut is None or cut.joined is not first.joined or cut.place != place:
+        *whole, last = chunks
+        with self.lock_store:
+            cuts = [self._cuts.get(each) for each in whole]
+            end, entry = self._cuts.get(last), self.store.get(last)
+        file = next((one for one in own if cuts and cuts[0] and cuts[0].joined is one), None)
+        if file is None and end is not None and not whole:
+            file = next((one for one in own if end.joined is one), None)
+        expected = [Cut(file, place, CUT_BYTES) for place in range(len(whole))] if file else []
+        if file is None or cuts != expected:
+            return None
+        if end is not None:
+            if end.joined is not file or end.place != len(whole):
                 return None
-            if cut.size_bytes != CUT_BYTES and place < len(cuts) - 1:
+            size_bytes = len(whole) * CUT_BYTES + end.size_bytes
+        else:
+            content = entry.content if entry is not None else b""
+            body = content[content.find(b"\0") + 1 :]
+            if not body or content != cut_head(len(body)) + body:
                 return None
-            last = cut
-        size_bytes = last.place * CUT_BYTES + last.size_bytes
+            size_bytes = len(whole) * CUT_BYTES + len(body)
+            with disk_errors(file.path):
+                _write(file.path, body, len(whole) * CUT_BYTES)
         # A chunk behind these would make it longer.
-        return (first.joined, size_bytes) if _size(first.joined) == size_bytes else None
+        return file if file.path.stat().st_size == size_bytes else None
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Keeps an object that was announced, once its digest was verified."""
@@ -150,5 +166,7 @@ class FleetStore(InMemoryObjectStore):
         return self.folder / object_id
 
 
-def _size(joined: Joined) -> int:
-    return joined.path.stat().st_size
+def _write(path: Path, raw: bytes, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(raw)
