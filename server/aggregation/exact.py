@@ -88,6 +88,24 @@ class ExactMean:
             self._add(parts, peaks, factor)
         self.weight, self.count = self.weight + weight, self.count + 1
 
+    def has_room(self, peaks: Sequence[float], weight: int) -> bool:
+        """Whether a vector with these peaks can be added without more memory than there is."""
+        (factor, *more) = _factors(weight)
+        bound = max(peaks, default=0.0) * factor
+        return not more and bound < MOST // 4 and self._bounds[0] + int(bound) + 1 < MOST
+
+    def take_back(self, parts: Parts, weight: int, *, peaks: Sequence[float]) -> None:
+        """Takes back a vector that `add_parts` added when there was room for it.
+
+        Guarantee:
+            The sum is what it would be without. Nothing may have been added since for which there
+            was no room.
+        """
+        (factor,) = _factors(weight)
+        self._add_ordinary(parts, -factor)
+        self._bounds[0] -= int(max(peaks, default=0.0) * factor) + 1
+        self.weight, self.count = self.weight - weight, self.count - 1
+
     def add_rows(
         self,
         rows: NDArray[np.float32],
@@ -125,27 +143,40 @@ class ExactMean:
     def _add(self, parts: Parts, peaks: Sequence[float], factor: float) -> None:
         ordinary = [peak * factor for peak in peaks if peak * factor < MOST // 4]
         wide = max(peaks, default=0.0) * factor if len(ordinary) < len(peaks) else 0.0
-        for limb in range(whole_parts(wide)):
+        for limb in range(whole_parts(wide) if wide else 0):
             self._make_room(limb, UNIT)
         self._make_room(0, int(max(ordinary, default=0.0)) + 1)
+        if not wide:
+            self._add_ordinary(parts, factor)
+            return
+        start = 0
+        for part, peak in zip(parts(), peaks, strict=True):
+            place = slice(start, start + len(part))
+            scaled = np.multiply(part, factor, dtype=np.float64)
+            np.rint(scaled, out=scaled)
+            if peak * factor < MOST // 4:
+                self._limbs[0][place] += scaled.astype(np.int64)
+            else:
+                add_whole([limb[place] for limb in self._limbs], scaled)
+            start += len(part)
+
+    def _add_ordinary(self, parts: Parts, factor: float) -> None:
+        """Adds a vector whose products the first limb has room for."""
         start = 0
         # Memory that is asked for anew for each part would be mapped and zeroed each time.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
         whole = np.empty(len(products), np.int64)
-        for part, peak in zip(parts(), peaks, strict=True):
+        for part in parts():
             for first in range(0, len(part), _CHUNK):
                 piece = part[first : first + _CHUNK]
-                place = slice(start, start + len(piece))
                 scaled, added = products[: len(piece)], whole[: len(piece)]
                 np.copyto(scaled, piece)
                 np.multiply(scaled, factor, out=scaled)
                 np.rint(scaled, out=scaled)
-                if peak * factor < MOST // 4:
-                    np.copyto(added, scaled, casting="unsafe")
-                    self._limbs[0][place] += added
-                else:
-                    add_whole([limb[place] for limb in self._limbs], scaled)
+                np.copyto(added, scaled, casting="unsafe")
+                self._limbs[0][start : start + len(piece)] += added
                 start += len(piece)
+        assert start == len(self._limbs[0]), "parts of another vector"
 
     def _add_scaled(
         self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float
