@@ -87,12 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     all_hold = True
     for part in options.parts:
-        found, machine = Found(), _machine()
+        found, described = Found(), machine()
         try:
             steps[part](scratch / part, sizes, found)
         except ProgramFailed as error:
             found.failures.append(f"{part}: {error}")
-        write_part(options.out, part, {"machine": machine, "sizes": asdict(sizes), **asdict(found)})
+        write_part(
+            options.out, part, {"machine": described, "sizes": asdict(sizes), **asdict(found)}
+        )
         print(table(found), flush=True)
         all_hold = all_hold and not found.failures and all(one.holds for one in found.checks)
     return 0 if all_hold else 1
@@ -303,7 +305,8 @@ def _devices(process: Program, what: str, count: int) -> float | None:
     )
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What runs on, and how busy it is."""
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -133,6 +133,8 @@ class Device:
     instance: str
     parameters: int
     place: int
+    together: asyncio.Barrier | None = None
+    """Where all devices wait until each has its reply ready; then they push at once."""
 
     @property
     def node(self) -> Node:
@@ -155,10 +157,10 @@ class Device:
                     told.note("there")
                     continue
                 told.note("woken")
-                while await self._answer():
+                while await self._answer(told):
                     told.note("answered")
 
-    async def _answer(self) -> bool:
+    async def _answer(self, told: Told) -> bool:
         pulled = await self.wire.post(
             "pull-messages", PullMessagesRequest(node=self.node), PullMessagesResponse
         )
@@ -174,7 +176,12 @@ class Device:
             contents[each.object_id] = got.object_content
         content = inflate_object_from_contents(tree.object_id, contents).content
         asked = make_message(metadata=bare.metadata, content=content)
-        await self._push(await self._reply(asked))
+        begin, objects = _prepared(await self._reply(asked), self.node)
+        del contents, content, asked
+        if self.together is not None:
+            await self.together.wait()
+        told.note("pushing")
+        await self._push(begin, objects, bare.metadata.run_id)
         return True
 
     async def _reply(self, asked: Message) -> Message:
@@ -201,31 +208,40 @@ class Device:
         )
         return reply
 
-    async def _push(self, reply: Message) -> None:
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
-        begin = PushMessagesRequest(
-            node=self.node,
-            messages_list=[message_to_proto(remove_content_from_message(reply))],
-            message_object_trees=[tree],
-            clientapp_runtime_list=[0.0],
-        )
+    async def _push(
+        self, begin: PushMessagesRequest, objects: dict[str, bytes], run_id: int
+    ) -> None:
         begun = await self.wire.post("push-messages", begin, PushMessagesResponse)
         wanted = set(begun.objects_to_push)
-        for object_id, found in objects.items():
+        for object_id in list(objects):
+            content = objects.pop(object_id)
             if object_id in wanted:
                 request = PushObjectRequest(
                     node=self.node,
-                    run_id=reply.metadata.run_id,
+                    run_id=run_id,
                     object_id=object_id,
-                    object_content=found.deflate(),
+                    object_content=content,
                     session_id=begun.session_id,
                 )
                 await self.wire.post("push-object", request, PushObjectResponse)
 
 
-def _device(root: Path, place: int, parameters: int) -> Device:
+def _prepared(reply: Message, node: Node) -> tuple[PushMessagesRequest, dict[str, bytes]]:
+    """What begins the push of a reply, and its objects as they travel."""
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+        contents = {object_id: found.deflate() for object_id, found in objects.items()}
+    begin = PushMessagesRequest(
+        node=node,
+        messages_list=[message_to_proto(remove_content_from_message(reply))],
+        message_object_trees=[tree],
+        clientapp_runtime_list=[0.0],
+    )
+    return begin, contents
+
+
+def _device(root: Path, place: int, parameters: int, together: asyncio.Barrier | None) -> Device:
     kit = load_kit(root / "kits" / f"edge-{place}")
     instance = f"load-{place}"
     headers = hello_of("deployment", root / "task.py").headers(instance)
@@ -233,15 +249,16 @@ def _device(root: Path, place: int, parameters: int) -> Device:
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     port = int(kit.servers[0].rpartition(":")[2])
     wire = Wire(port, client_context(kit), lines.encode())
-    return Device(kit, load_key(kit.key_path), wire, instance, parameters, place)
+    return Device(kit, load_key(kit.key_path), wire, instance, parameters, place, together)
 
 
 async def _run(options: argparse.Namespace) -> None:
     told = Told(options.count)
+    together = asyncio.Barrier(options.count) if options.together else None
 
     async def one(place: int) -> None:
         await asyncio.sleep((place - options.first) * _START_EVERY_S)
-        await _device(options.project, place, options.parameters).run(told)
+        await _device(options.project, place, options.parameters, together).run(told)
 
     places = range(options.first, options.first + options.count)
     await asyncio.gather(*(one(place) for place in places))
@@ -254,6 +271,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--first", type=int, default=0, help="the number of its first device")
     parser.add_argument("--parameters", type=int, required=True, help="of each reply")
+    parser.add_argument("--together", action="store_true", help="push once all are ready")
     assume_identity(1)
     asyncio.run(_run(parser.parse_args()))
 

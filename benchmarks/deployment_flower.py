@@ -57,8 +57,8 @@ class Stock:
 
 
 @contextmanager
-def superlink(root: Path) -> Iterator[Stock]:
-    """Flower's server on a free port of this machine, without TLS."""
+def superlink(root: Path, *, core: int | None = None) -> Iterator[Stock]:
+    """Flower's server on a free port, without TLS; what it starts is on its core, too."""
     root.mkdir(parents=True)
     port = _free_port()
     address = f"127.0.0.1:{port}"
@@ -74,7 +74,7 @@ def superlink(root: Path) -> Iterator[Stock]:
     }
     listen = ("--host", "127.0.0.1", "--port", str(port))
     command = [_BIN / "flower-superlink", "--insecure", *listen]
-    with running(command, root, "superlink", environment=environment) as program:
+    with running(command, root, "superlink", environment=environment, core=core) as program:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             with socket.socket() as probe:
@@ -144,19 +144,62 @@ def memory(root: Path, *, cohort: int, parameters: int) -> Memory:
         return Memory(before_bytes, peak_bytes, time.monotonic() - started)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """How updates were taken in."""
+
+    seconds: float
+    """From the first byte that was pushed until the round was over."""
+    cpu_s: float
+    """What the server's processes computed meanwhile, others on its core left out."""
+    idle_bytes: int
+    """Memory of all of a server's processes with the model loaded."""
+    peak_bytes: int
+
+
+def ingest(root: Path, *, cohort: int, parameters: int, server: int, senders: int) -> Taken:
+    """A round of ``cohort`` updates that are all ready before the first is pushed.
+
+    ``server`` and ``senders`` are the cores that each side is held to.
+    """
+    with superlink(root, core=server) as stock, ExitStack() as stack:
+        config = {"rounds": 1, "nodes": cohort, "evaluate": False, "parameters": parameters}
+        run = stack.enter_context(start_run(stock, **config))
+        stock.wait_for("loaded", run)
+        idle_bytes = peak_bytes = stock.program.pss_bytes()
+        nodes = stack.enter_context(_nodes(stock, "nodes", cohort, together=True, core=senders))
+        begun_s, cpu_s = 0.0, 0.0
+        while not stock.noted("over"):
+            if not begun_s and nodes.events("pushing"):
+                begun_s = stock.program.family_cpu_s()
+            cpu_s = stock.program.family_cpu_s()  # a process that ends is counted no more
+            peak_bytes = max(peak_bytes, stock.program.pss_bytes())
+            if run.process.poll() is not None or nodes.process.poll() is not None:
+                raise ProgramFailed(f"Flower: the round did not end: {_last_error(run)}")
+            time.sleep(0.1)
+        over = stock.noted("over")[-1]
+        if over["updates"] != cohort:
+            raise ProgramFailed(f"Flower: {over['updates']} of {cohort} updates were taken")
+        (pushing,) = nodes.events("pushing")
+        return Taken(over["at_s"] - pushing["at_s"], cpu_s - begun_s, idle_bytes, peak_bytes)
+
+
 def _last_error(run: Program) -> str:
     """What ``flwr run`` showed of the failure of its ServerApp."""
     lines = run.said.read_text(errors="replace").splitlines()
     return next((line for line in reversed(lines) if "Error: " in line), "it does not say why")
 
 
-def _nodes(stock: Stock, name: str, count: int) -> Any:
+def _nodes(
+    stock: Stock, name: str, count: int, *, together: bool = False, core: int | None = None
+) -> Any:
     command = [
         *(sys.executable, "-m", "benchmarks.peers.deployment_nodes"),
         *("--superlink", stock.address, "--count", str(count)),
+        *(["--together"] if together else []),
     ]
     environment = stock.environment | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    return running(command, stock.root, name, environment=environment)
+    return running(command, stock.root, name, environment=environment, core=core)
 
 
 def _free_port() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,11 @@ class Program:
 
     def cpu_s(self) -> float:
         """CPU time that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_s(self.process.pid)
+
+    def family_cpu_s(self) -> float:
+        """CPU time that it and its children have used."""
+        return sum(map(_cpu_s, self.family()))
 
     def end(self) -> None:
         """Ends it and its children, gently at first."""
@@ -206,15 +210,34 @@ class Program:
                 continue
 
 
+def _cpu_s(process: int) -> float:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:  # it has just ended
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def running(
-    command: Sequence[str | Path], folder: Path, name: str, *, environment: dict[str, str]
+    command: Sequence[str | Path],
+    folder: Path,
+    name: str,
+    *,
+    environment: dict[str, str],
+    core: int | None = None,
 ) -> Iterator[Program]:
-    """Runs a program below ``folder`` until the block ends."""
+    """Runs a program below ``folder`` until the block ends, on one ``core`` alone where named."""
     said, log = folder / f"{name}.out", folder / f"{name}.log"
     with said.open("wb") as out, log.open("wb") as errors:
         process = subprocess.Popen(
-            list(command), cwd=folder, stdout=out, stderr=errors, env={**os.environ, **environment}
+            list(command),
+            cwd=folder,
+            stdout=out,
+            stderr=errors,
+            env={**os.environ, **environment},
+            preexec_fn=None if core is None else partial(os.sched_setaffinity, 0, {core}),
         )
     program = Program(process, said, log)
     try:
@@ -223,7 +246,7 @@ def running(
         program.end()
 
 
-def server(project: Project, name: str, **federation: object) -> Any:
+def server(project: Project, name: str, *, core: int | None = None, **federation: object) -> Any:
     """`fedcore server start` over ``project``, as a context of its `Program`."""
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in federation.items())
     config = project.root / f"{name}.toml"
@@ -236,7 +259,7 @@ def server(project: Project, name: str, **federation: object) -> Any:
         *("--identity", project.root / "server", "--listen", f"127.0.0.1:{project.port}"),
         *("--wake-port", "0", "--runs", project.root / "runs", "--json"),
     ]
-    return running(command, project.root, f"{name}-server", environment=ONE_THREAD)
+    return running(command, project.root, f"{name}-server", environment=ONE_THREAD, core=core)
 
 
 def device(project: Project, name: str) -> Any:
@@ -249,16 +272,24 @@ def device(project: Project, name: str) -> Any:
 
 
 def load(
-    project: Project, name: str, *, count: int, first: int = 0, parameters: int = SMALL_PARAMETERS
+    project: Project,
+    name: str,
+    *,
+    count: int,
+    first: int = 0,
+    parameters: int = SMALL_PARAMETERS,
+    together: bool = False,
+    core: int | None = None,
 ) -> Any:
     """Protocol-level devices in one process: see `benchmarks.deployment_devices`."""
     command = [
         *(sys.executable, "-m", "benchmarks.deployment_devices", "--project", project.root),
         *("--first", str(first), "--count", str(count), "--parameters", str(parameters)),
+        *(["--together"] if together else []),
     ]
     root = str(Path(__file__).parent.parent)
     environment = {**ONE_THREAD, "PYTHONPATH": root}
-    return running(command, project.root, name, environment=environment)
+    return running(command, project.root, name, environment=environment, core=core)
 
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

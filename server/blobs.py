@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedcore.errors import DataError
 from fedcore.files import disk_errors, read_bytes, sync_folder
+from fedcore.updates.cuts import cut_digests, digest_of_cuts
+from fedcore.updates.pieces import PIECE_BYTES
 
 _NEW = ".new"
+_CUTS = "cuts-"
+"""How the name of a value begins that is named by the digest over those of its cuts."""
 Pieces = Callable[[], Iterable[bytes | memoryview]]
 """Gives a value's bytes from the first to the last, each time that it is called."""
 
 
 class Blobs:
-    """Values are written once, durably, under their SHA-256; equal ones share a file."""
+    """Values are written once, durably, under their digests; equal ones share a file.
+
+    What is written here goes by its SHA-256; what came in by cuts, by the digest over theirs.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Keeps to ``folder``, which is made."""
@@ -55,6 +62,35 @@ class Blobs:
         sync_folder(self._folder)
         return digest
 
+    def adopt(self, path: Path, cuts: Sequence[str], size_bytes: int) -> str:
+        """Takes the file at ``path`` in as a value, and returns its name; nothing is copied.
+
+        It survives a power cut from then on, whatever becomes of ``path``; nobody may write into
+        the file any more.
+
+        Args:
+            path: The file, in a folder of the same file system.
+            cuts: Digests of its cuts, which its bytes were seen to have.
+            size_bytes: Of the file.
+
+        Raises:
+            DiskFull: there was no room; nothing half-written is left.
+        """
+        name = _CUTS + digest_of_cuts(cuts, size_bytes)
+        own = self._folder / name
+        with disk_errors(own):
+            _sync(path)
+            try:
+                os.link(path, own)
+            except FileExistsError:
+                temporary = own.with_suffix(_NEW)  # the older one may be damaged; this is not
+                temporary.unlink(missing_ok=True)
+                os.link(path, temporary)
+                temporary.replace(own)
+                temporary.unlink(missing_ok=True)  # where both were the same file already
+        sync_folder(self._folder)
+        return name
+
     def get(self, digest: str, size: int) -> bytes:
         """The value of ``size`` bytes that was written under ``digest``.
 
@@ -79,10 +115,10 @@ class Blobs:
         """
         path = self._folder / digest
         try:
-            found = _digest_of(path)
+            found = _cuts_digest_of(path) if digest.startswith(_CUTS) else _digest_of(path)
         except OSError as error:
             raise DataError(
-                f"{path}: a value of the journal cannot be read ({error.strerror})."
+                f"{path}: a value of the journal cannot be read ({error.strerror or error})."
             ) from error
         if found != digest:
             raise _damaged(path)
@@ -101,6 +137,25 @@ def _damaged(path: Path) -> DataError:
         f"{path}: its bytes do not match the digest that it is named by: it is damaged, and was "
         "not used."
     )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cuts_digest_of(path: Path) -> str:
+    with path.open("rb", buffering=0) as stream:
+        size_bytes = os.fstat(stream.fileno()).st_size
+
+        def value() -> Iterator[bytes]:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+
+        return _CUTS + digest_of_cuts([*cut_digests(value(), size_bytes)], size_bytes)
 
 
 def _digest_of(path: Path) -> str:

@@ -1,18 +1,16 @@
-"""What comes back from clients: checked, counted, and folded or held for the strategy."""
+"""What comes back from clients: checked, counted and kept; `server.taken` makes a mean of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
-from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError, RoundFailed
+from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.observability.words import one_line
 from fedcore.privacy.client_level import Bound
 from fedcore.privacy.ledger import OWNERS
@@ -33,7 +31,6 @@ from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
 from fedcore.updates.replies import Asked, Reply, read_reply
 from server.aggregation.exact import ExactMean
-from server.norms import NormBound
 from server.progress import Forgetful, Keeper, Nameless, Peers
 from server.records import VirtualRecord
 
@@ -213,96 +210,6 @@ def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
         intake.on_note(f"Dropped from the journal, which an earlier process had kept: {reason}")
     intake.peers.refused(reply.metadata.src_node_id, reason)
     tally.refuse(reason)
-
-
-def hold(
-    taken: Iterator[tuple[Message, Reply]],
-    tally: Tally,
-    *,
-    uniform: bool,
-    bound: NormBound | None = None,
-) -> list[Message]:
-    """Every update of the round, in the order of the cohort; none is longer than ``bound`` allows.
-
-    Flower refuses a whole round over one metric that not every client sends, so what some do not
-    send is left out.
-    """
-    held, lengths = [], list[float]()
-    for reply, found in taken:
-        with _kept(reply):
-            held.append((reply, found.update()))
-        lengths.append(found.distance or 0.0)
-        del reply.content[ARRAYS], found  # weights are in memory now, once
-    limit = bound.limit(lengths) if bound is not None else None
-    for place, (reply, update) in enumerate(held):
-        scale = _scale(bound, reply, lengths[place], limit, tally)
-        if bound is not None and scale < 1.0:
-            whole = np.concatenate([*bound.moved(partial(iter, (update.weights,)), scale)])
-            held[place] = reply, replace(update, weights=whole)
-    held.sort(key=lambda pair: pair[0].metadata.src_node_id)
-    common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
-    for reply, update in held:
-        tally.count(update.num_examples, update.metrics)
-        reply.content = update_content(
-            Update(
-                update.weights,
-                1 if uniform else update.num_examples,
-                {name: value for name, value in update.metrics.items() if name in common},
-            )
-        )
-    return [reply for reply, _ in held]
-
-
-def fold(
-    taken: Iterable[tuple[Message, Reply]],
-    layout: Layout,
-    tally: Tally,
-    *,
-    uniform: bool,
-    bound: NormBound | None = None,
-) -> ExactMean:
-    """The exact weighted mean of all updates; one that lies in a file is held by pieces.
-
-    Each is folded in as it comes, but where ``bound`` follows from all of them: then they wait
-    where they lie.
-    """
-    mean, limit = ExactMean(layout.size), bound.limit(()) if bound is not None else None
-    if bound is not None and bound.fixed is None:
-        taken = list(taken)
-        limit = bound.limit([found.distance or 0.0 for _, found in taken])
-    for reply, found in taken:
-        scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
-        parts = found.parts
-        if bound is not None and scale < 1.0:
-            parts = partial(bound.moved, found.parts, scale)
-        with _kept(reply):
-            mean.add_parts(parts, 1 if uniform else found.num_examples)
-        tally.count(found.num_examples, found.metrics)
-        del reply, found, parts  # the next one is read while this frame waits
-    return mean
-
-
-@contextmanager
-def _kept(reply: Message) -> Iterator[None]:
-    """Tells of an update that was taken, and cannot be read again from where it is kept."""
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(
-            f"update from node {reply.metadata.src_node_id}: what was kept of it cannot be read "
-            f"({error.strerror or error}). The round was not aggregated, and what the journal "
-            "holds stands; make the disk work again, and go on with --resume."
-        ) from error
-
-
-def _scale(
-    bound: NormBound | None, reply: Message, length: float, limit: float | None, tally: Tally
-) -> float:
-    """What a difference is multiplied by, see `NormBound`; one that is clipped is counted."""
-    if bound is None or limit is None or length <= limit:
-        return 1.0
-    tally.clipped.append((reply.metadata.src_node_id, length))
-    return limit / length
 
 
 def fold_in_place(

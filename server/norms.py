@@ -1,8 +1,8 @@
 """A bound on how far one update may move the model, so that no device decides a round alone.
 
 The bound of a round follows from the updates that the round takes, in whatever order they came: it
-is the same after a resume. Where it is their median, all must be there first; they wait where the
-journal keeps them, on disk, and only their lengths in memory.
+is the same after a resume. Where it is their median, it is known once all are there; until then
+they are added up as they come, and those that are longer are taken out of the exact sum again.
 """
 
 from __future__ import annotations

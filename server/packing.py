@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.flower.records import read_record, record_bytes
-from fedcore.updates.pieces import KeptArray, pieces, size_of
+from fedcore.updates.pieces import JoinedArray, KeptArray, pieces, size_of
 from server.blobs import Blobs, Pieces
 from server.entries import Entry
 from server.progress import Progress
@@ -27,15 +27,23 @@ class Packing:
     def __init__(self, blobs: Blobs) -> None:
         """Begins with nothing in ``data``; what is large goes to ``blobs``."""
         self._blobs = blobs
+        self._taken: list[tuple[NDArray[Any], list[Any]]] = []
         self.data = bytearray()
 
     def add(self, values: NDArray[Any]) -> list[Any]:
         """Takes an array, and returns where it is found again."""
+        for one, place in self._taken:  # weights that are the best ones too are looked at once
+            if one is values:
+                return place
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        return self._add(lambda: (raw,), len(raw))
+        self._taken.append((values, self._add(lambda: (raw,), len(raw))))
+        return self._taken[-1][1]
 
     def add_array(self, array: Array) -> list[Any]:
         """As `add`, for an array that was sent."""
+        if isinstance(array, JoinedArray) and array.size_bytes > _INLINE_BYTES:
+            name = self._blobs.adopt(array.path, array.cuts, array.size_bytes)
+            return [name, array.size_bytes]
         return self._add(lambda: pieces(array), size_of(array))
 
     def _add(self, value: Pieces, size_bytes: int) -> list[Any]:

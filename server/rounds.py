@@ -45,9 +45,7 @@ from server.inbound import (
     accepted,
     aggregated,
     carry,
-    fold,
     fold_in_place,
-    hold,
     payload_bytes,
 )
 from server.norms import is_bounded, norm_bound
@@ -57,6 +55,7 @@ from server.quorum import check_quorum
 from server.records import RoundRecord
 from server.strategies import Chosen
 from server.strategy_state import remembered
+from server.taken import fold, hold
 
 Judge = Callable[[FullModel], dict[str, float]]
 

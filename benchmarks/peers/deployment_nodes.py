@@ -6,6 +6,7 @@ They train nothing: each answers with the weights that it got, a little changed.
 from __future__ import annotations
 
 import argparse
+import json
 import threading
 import time
 from functools import partial
@@ -30,8 +31,8 @@ _one_at_a_time = threading.Lock()
 """Making a reply takes several copies of it; so many nodes in one process would take them all."""
 
 
-def node(address: str, place: int) -> None:
-    """Answers what it is asked, for ever."""
+def node(address: str, place: int, together: threading.Barrier | None) -> None:
+    """Answers what it is asked, for ever; where ``together``, once all have their reply ready."""
     with http_request_response(address, insecure=True) as connection:
         _, receive, send, _, _, pull, push, confirm = connection
         while True:
@@ -51,11 +52,16 @@ def node(address: str, place: int) -> None:
                 with no_object_id_recompute():
                     reply.metadata.__dict__["_message_id"] = reply.object_id
                     objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+                ready = {object_id: each.deflate() for object_id, each in objects.items()}
+                del objects
+            if together is not None and together.wait() == 0:
+                print(json.dumps({"event": "pushing", "at_s": time.monotonic()}), flush=True)
             wanted, session = send(reply, tree, 0.0)
-            for object_id, each in objects.items():
+            for object_id in list(ready):
+                each = ready.pop(object_id)
                 if object_id in wanted:
-                    push(run_id, session, object_id, each.deflate())
-            del reply, objects
+                    push(run_id, session, object_id, each)
+            del reply, ready
 
 
 def _changed(content: RecordDict, place: int) -> RecordDict:
@@ -74,10 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--superlink", required=True)
     parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--together", action="store_true", help="push once all are ready")
     options = parser.parse_args()
     assume_identity(1)
+    together = threading.Barrier(options.count) if options.together else None
     threads = [
-        threading.Thread(target=node, args=(options.superlink, place))
+        threading.Thread(target=node, args=(options.superlink, place, together))
         for place in range(options.count)
     ]
     for thread in threads:

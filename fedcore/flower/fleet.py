@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import Array, Error, Message
 from flwr.app.message import make_message, remove_content_from_message
@@ -25,6 +26,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.superlink.federation import NoOpFederationManager
@@ -34,6 +36,7 @@ from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.observability.words import one_line
 from fedcore.updates.messages import REFUSED
+from fedcore.updates.pieces import Joined
 
 _SHOWN = 200  # characters of an error over bytes that a peer made up
 _FOREVER = datetime.max.replace(tzinfo=UTC)
@@ -70,6 +73,14 @@ class FleetState(InMemoryLinkState):
         return found
 
 
+class Arriving(Protocol):
+    """An object that is coming in."""
+
+    @property
+    def content_bytes(self) -> int:
+        """How many bytes it will have."""
+
+
 @dataclass
 class Asked:
     """A message that a node was sent and has not answered in full."""
@@ -86,6 +97,28 @@ class Asked:
     session: str = ""
     came_bytes: int = 0
     """What has come of the reply."""
+    arriving: dict[str, Arriving] = field(default_factory=dict)
+    """Who writes each object that is coming in now: the last that began to."""
+    places: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Of each object of the reply that has none below it: the one above, and its number there."""
+    files: dict[str, Joined] = field(default_factory=dict)
+    """What chunks are written into, by the object above them."""
+
+    def announce(self, tree: ObjectTree, session: str, missing: set[str]) -> None:
+        """A reply is about to come, without what is there already."""
+        self.reply, self.session, self.missing = tree, session, missing
+        self.places = {
+            child.object_id: (each.object_id, place)
+            for each in iterate_object_tree(tree)
+            for place, child in enumerate(each.children)
+            if not child.children
+        }
+
+    def drop_reply(self) -> None:
+        """Forgets what has come of the reply; whoever is writing some of it may not go on."""
+        self.reply, self.session, self.came_bytes = None, "", 0
+        for one in (self.missing, self.arriving, self.places, self.files):
+            one.clear()
 
     @property
     def reply_limit_bytes(self) -> int:
@@ -270,10 +303,11 @@ class Fleet:
             asked = self.asked.get(message_id)
             if asked is None or asked.reply is None or asked.missing:
                 return None
-            tree = asked.reply
+            tree, own = asked.reply, [*asked.files.values()]
             metadata = self.state.message_res_store[tree.object_id].metadata
         try:
-            content, error = read_message(self.store, tree, limit_bytes=asked.reply_limit_bytes)
+            limit_bytes = asked.reply_limit_bytes
+            content, error = read_message(self.store, tree, limit_bytes=limit_bytes, own=own)
         except ResourceError:
             raise  # this machine's, and no fault of the node's
         except Exception as failure:  # bytes that were made up fail in many ways
@@ -315,5 +349,4 @@ class Fleet:
         state.message_ins_id_to_message_res_id.pop(message_id, None)
         state.message_res_store.pop(root, None)
         state.object_store.delete(root)
-        asked.reply, asked.session, asked.came_bytes = None, "", 0
-        asked.missing.clear()
+        asked.drop_reply()

@@ -201,7 +201,7 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
             *answer.objects_to_push
         }:
             raise _malformed(caller, "Flower's own checks refuse its metadata")
-        asked.reply, asked.session, asked.missing = tree, answer.session_id, missing
+        asked.announce(tree, answer.session_id, missing)
         complete = not missing
     if complete:
         fleet.settle(metadata.reply_to_message_id)

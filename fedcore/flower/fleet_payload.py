@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import IO
 
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
@@ -23,7 +23,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
 from fedcore.files import disk_errors
 from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
-from fedcore.updates.pieces import FileArray
+from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 
 MAX_OBJECTS = 4096
 """Most objects of a reply: 20 GiB of arrays."""
@@ -31,11 +31,12 @@ _CHUNK = "ArrayChunk"
 
 
 def read_message(
-    store: FleetStore, tree: ObjectTree, *, limit_bytes: int
+    store: FleetStore, tree: ObjectTree, *, limit_bytes: int, own: Collection[Joined] = ()
 ) -> tuple[RecordDict | None, Error | None]:
     """The content of a message whose objects are all in ``store``, or its error.
 
     Arrays of more than `LARGE_BYTES` are files of their own, and stay when the store drops theirs.
+    ``own`` are those that chunks of this message came into; nobody else's is changed.
 
     Raises:
         DiskFull: there was no room for these.
@@ -43,7 +44,7 @@ def read_message(
             ``limit_bytes``. Made-up bytes raise anything else that Flower's parsers raise.
     """
     known = frozenset(one.object_id for one in iterate_object_tree(tree))
-    message = _StoreReader(store, known, limit_bytes).read(tree.object_id)
+    message = _StoreReader(store, known, limit_bytes, own).read(tree.object_id)
     if not isinstance(message, Message):
         raise TypeError(f"expected a Message, got {type(message).__name__}")
     if message.has_error():
@@ -104,7 +105,11 @@ class ObjectReader:
         places = described["arraychunk_ids"]
         if len(places) > MAX_OBJECTS:
             raise ValueError(f"an array is cut into {len(places)} chunks")
-        file = self._together([children[place] for place in places])
+        return self._filled(form, [children[place] for place in places])
+
+    def _filled(self, form: Array, chunks: list[str]) -> Array:
+        """An array like ``form`` with the bytes of its chunks."""
+        file = self._together(chunks)
         if isinstance(file, io.BytesIO):
             form.data = file.getvalue()
             return form
@@ -144,9 +149,23 @@ class ObjectReader:
 class _StoreReader(ObjectReader):
     """Puts what is large together in files."""
 
-    def __init__(self, store: FleetStore, known: frozenset[str], limit_bytes: int) -> None:
+    def __init__(
+        self, store: FleetStore, known: frozenset[str], limit_bytes: int, own: Collection[Joined]
+    ) -> None:
         super().__init__(store.get, known, limit_bytes)
-        self._store = store
+        self._store, self._own = store, own
+
+    def _filled(self, form: Array, chunks: list[str]) -> Array:
+        """Where its chunks came into one file, that is the array's, as it lies."""
+        known = self._known.issuperset(chunks)
+        joined = self._store.joined(chunks, self._own) if known else None
+        if joined is None:
+            return super()._filled(form, chunks)
+        array = JoinedArray(form.dtype, form.shape, form.stype, joined, chunks)
+        self._left_bytes -= array.size_bytes
+        if self._left_bytes < 0:
+            raise self._overflow()
+        return array
 
     def _together(self, chunks: list[str]) -> IO[bytes]:
         """Chunks one after the other: in memory, or in a file where they are large."""

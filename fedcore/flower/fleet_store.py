@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 from fedcore.files import disk_errors
+from fedcore.updates.cuts import CUT_BYTES, cut_head
+from fedcore.updates.pieces import Joined
 
 LARGE_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A chunk that lies at its place in the file of an array, and was verified there."""
+
+    joined: Joined
+    place: int
+    """Its number in the array, if the array's chunks are as large as Flower cuts them."""
+    size_bytes: int
+
+    def content(self) -> bytes:
+        """The object, as it travels."""
+        with self.joined.path.open("rb", buffering=0) as file:
+            body = os.pread(file.fileno(), self.size_bytes, self.place * CUT_BYTES)
+        return cut_head(self.size_bytes) + body
 
 
 class FleetStore(InMemoryObjectStore):
@@ -23,9 +44,66 @@ class FleetStore(InMemoryObjectStore):
         """An empty store over an empty folder."""
         super().__init__()
         self.folder = folder
+        self._cuts: dict[str, Cut] = {}
+
+    def lay(self, object_id: str, cut: Cut) -> None:
+        """Has the next `put` of an object without content take it from where it lies.
+
+        Whoever calls has verified its digest.
+        """
+        with self.lock_store:
+            self._cuts.setdefault(object_id, cut)
+
+    def lift(self, object_id: str, cut: Cut) -> None:
+        """Takes back what `lay` said, where it was not put."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            if self._cuts.get(object_id) is cut and not (entry and entry.is_available):
+                del self._cuts[object_id]
+
+    def joined(self, chunks: Sequence[str], own: Collection[Joined]) -> Joined | None:
+        """The one of ``own`` that holds these chunks one after the other and nothing else.
+
+        A last one that is small has come into memory, and is written behind the others now. None
+        where there is no such file: the chunks are to be put together then.
+
+        Raises:
+            DiskFull: there was no room.
+        """
+        if not chunks:
+            return None
+        *whole, last = chunks
+        with self.lock_store:
+            cuts = [self._cuts.get(each) for each in whole]
+            end, entry = self._cuts.get(last), self.store.get(last)
+        file = next((one for one in own if cuts and cuts[0] and cuts[0].joined is one), None)
+        if file is None and end is not None and not whole:
+            file = next((one for one in own if end.joined is one), None)
+        expected = [Cut(file, place, CUT_BYTES) for place in range(len(whole))] if file else []
+        if file is None or cuts != expected:
+            return None
+        if end is not None:
+            if end.joined is not file or end.place != len(whole):
+                return None
+            size_bytes = len(whole) * CUT_BYTES + end.size_bytes
+        else:
+            content = entry.content if entry is not None else b""
+            body = content[content.find(b"\0") + 1 :]
+            if not body or content != cut_head(len(body)) + body:
+                return None
+            size_bytes = len(whole) * CUT_BYTES + len(body)
+            with disk_errors(file.path):
+                _write(file.path, body, len(whole) * CUT_BYTES)
+        # A chunk behind these would make it longer.
+        return file if file.path.stat().st_size == size_bytes else None
 
     def put(self, object_id: str, object_content: bytes) -> None:
         """Keeps an object that was announced, once its digest was verified."""
+        if not object_content:
+            with self.lock_store:
+                if object_id in self._cuts and object_id in self.store:
+                    self.store[object_id].is_available = True
+                    return
         super().put(object_id, object_content)
         if len(object_content) <= LARGE_BYTES:
             return
@@ -43,6 +121,8 @@ class FleetStore(InMemoryObjectStore):
             entry = self.store.get(object_id)
             if entry is None:
                 return None
+            if entry.is_available and object_id in self._cuts:
+                return self._cuts[object_id].content()
             if entry.is_available and not entry.content:
                 return self._path(object_id).read_bytes()
             return entry.content
@@ -55,6 +135,8 @@ class FleetStore(InMemoryObjectStore):
         with self.lock_store:
             entry = self.store.get(object_id)
             if entry is None or not entry.is_available or entry.content:
+                return None
+            if object_id in self._cuts:
                 return None
             return self._path(object_id).open("rb")
 
@@ -77,8 +159,14 @@ class FleetStore(InMemoryObjectStore):
         """Deletes an object, and what no other object refers to."""
         with self.lock_store:
             super().delete(object_id)
-            if object_id not in self.store:
+            if object_id not in self.store and self._cuts.pop(object_id, None) is None:
                 self._path(object_id).unlink(missing_ok=True)
 
     def _path(self, object_id: str) -> Path:
         return self.folder / object_id
+
+
+def _write(path: Path, raw: bytes, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(raw)

@@ -12,7 +12,7 @@ from fedcore import __version__
 from fedcore.errors import DeviceError
 from fedcore.files import read_bytes, sha256_hex
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Grows when what passes between device and server changes."""
 _MAX_TASK_BYTES = 16 * 2**20
 _NO_TASK = (

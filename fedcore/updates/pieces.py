@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +22,9 @@ class FileArray(Array):
     The file is this array's own, and is closed with it. Whoever asks for ``data`` gets all of it in
     memory; `pieces` gives the same bytes one piece at a time.
     """
+
+    cuts: Sequence[str] | None = None
+    """Digests of its cuts, see `fedcore.updates.cuts`, where they were computed as they came in."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, file: IO[bytes]) -> None:
         """Takes ``file`` over; all of it, to its end, is the array's bytes."""
@@ -43,7 +48,13 @@ class FileArray(Array):
         Raises:
             OSError: the file cannot be read, or has become shorter.
         """
-        return _read(self.file.fileno(), start, count)
+        with self.descriptor() as descriptor:
+            return _read(descriptor, start, count)
+
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """The file's descriptor, to read from as long as the block lasts."""
+        yield self.file.fileno()
 
 
 class KeptArray(FileArray):
@@ -59,14 +70,41 @@ class KeptArray(FileArray):
         self.path = path
         self.size_bytes = path.stat().st_size
 
-    def read(self, start: int, count: int) -> bytes:
-        """``count`` bytes from ``start`` on.
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """The file's descriptor, to read from as long as the block lasts."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
-        Raises:
-            OSError: the file cannot be read, or has become shorter.
-        """
-        with self.path.open("rb", buffering=0) as file:
-            return _read(file.fileno(), start, count)
+
+class Joined:
+    """A file that an array's cuts are written into, each at its place; it goes with its last user.
+
+    Whoever links it elsewhere keeps its bytes: from then on nobody may write into it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes an empty one in ``folder``."""
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix="joined-")
+        os.close(descriptor)
+        self.path = Path(name)
+        weakref.finalize(self, self.path.unlink, missing_ok=True)
+
+
+class JoinedArray(KeptArray):
+    """An array whose bytes came in by cuts and lie in a file of their own, each cut verified."""
+
+    cuts: Sequence[str]
+
+    def __init__(
+        self, dtype: str, shape: tuple[int, ...], stype: str, joined: Joined, cuts: Sequence[str]
+    ) -> None:
+        """An array of all bytes of ``joined``, whose cuts have the digests ``cuts``."""
+        super().__init__(dtype, shape, stype, joined.path)
+        self.joined, self.cuts = joined, cuts
 
 
 def _read(descriptor: int, start: int, count: int) -> bytes:
@@ -92,5 +130,6 @@ def pieces(array: Array, start: int = 0) -> Iterator[bytes | memoryview]:
             whole[place : place + PIECE_BYTES] for place in range(start, len(whole), PIECE_BYTES)
         )
         return
-    for place in range(start, array.size_bytes, PIECE_BYTES):
-        yield array.read(place, min(PIECE_BYTES, array.size_bytes - place))
+    with array.descriptor() as descriptor:
+        for place in range(start, array.size_bytes, PIECE_BYTES):
+            yield _read(descriptor, place, min(PIECE_BYTES, array.size_bytes - place))

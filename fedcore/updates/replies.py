@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -90,6 +90,8 @@ class Reply:
     arrays: Mapping[str, Array] = field(default_factory=dict)
     distance: float | None = None
     """The L2 distance of its weights to those that were sent; None where nobody asked for it."""
+    peaks: Sequence[float] | None = None
+    """The largest magnitude in each of `parts`; None where it is not known."""
 
     def parts(self, name: str = MODEL) -> Iterator[Vector]:
         """The weights from the first to the last, so many at a time as the cache holds."""
@@ -159,13 +161,15 @@ def read_reply(reply: Message, asked: Asked, *, where: str, base: Vector | None 
         _check_names(content, expected, "record", where)
         count, metrics = _metrics(content.get(METRICS), asked, where)
         arrays: dict[str, Array] = {}
-        distance = None
+        distance, peaks = None, None
         if asked.arrays:
             arrays = _arrays(content.get(ARRAYS), asked.arrays, where)
             for name, array in arrays.items():
-                found = _measure(array, base if name == MODEL else None, where)
-                distance = found if name == MODEL and base is not None else distance
-        return Reply(count, metrics, arrays, distance)
+                if name == MODEL:
+                    distance, peaks = _measure(array, base, where)
+                else:
+                    _measure(array, None, where)
+        return Reply(count, metrics, arrays, distance, peaks)
 
 
 @contextmanager
@@ -328,26 +332,57 @@ def _parts(array: Array) -> Iterator[NDArray[Any]]:
     yield from (np.frombuffer(piece, dtype) for piece in pieces(array, start))
 
 
-def _measure(array: Array, base: Vector | None, where: str) -> float | None:
-    """Sees that all values are finite, in one pass; gives the L2 distance to ``base``, if any."""
+class _Squared:
+    """Squared distances of short vectors, in memory that is there once.
+
+    Memory that is asked for anew for each of them would be mapped and zeroed each time, which takes
+    longer than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._gap = np.empty(_CHUNK, np.float32)
+        self._wide = np.empty(_CHUNK, np.float64)
+
+    def distance(self, one: Vector, other: Vector) -> float:
+        """The squared L2 distance of two float32 vectors of `_CHUNK` elements at most.
+
+        Differences are rounded to float32, which squares and sums of them are not. It depends on no
+        library's number of threads; it is not finite where a value is not.
+        """
+        gap, wide = self._gap[: len(one)], self._wide[: len(one)]
+        np.subtract(one, other, out=gap)
+        np.copyto(wide, gap)
+        np.square(wide, out=wide)
+        found = float(wide.sum())
+        if math.isinf(found):  # the difference of two numbers may be too large for float32
+            np.subtract(one, other, out=wide, dtype=np.float64)
+            np.square(wide, out=wide)
+            found = float(wide.sum())
+        return found
+
+
+def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | None, Sequence[float]]:
+    """Sees that all values are finite, in one pass.
+
+    Gives the L2 distance to ``base``, if there is one, and the largest magnitude in each part.
+    """
     sums: list[float] = []
+    peaks: list[float] = []
     place = 0
+    squared = _Squared()
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
         for part in _parts(array):
+            peaks.append(max(float(part.max()), -float(part.min())))  # NaN, where one value is
             if base is None:
-                wide = part.dtype != np.float32  # whose sum may overflow though no value has
-                sums.append(float((part * 0.0 if wide else part).sum(dtype=np.float64)))
                 continue
             for first in range(0, len(part), _CHUNK):
                 piece = part[first : first + _CHUNK]
-                gap = np.subtract(piece, base[place : place + len(piece)], dtype=np.float64)
-                sums.append(float(gap @ gap))
+                sums.append(squared.distance(piece, base[place : place + len(piece)]))
                 place += len(piece)
-    # In float64 no sum of finite float32 values overflows, and one that is not finite stays so.
-    total = math.fsum(sums) if np.isfinite(sums).all() else math.nan
-    if not math.isfinite(total):
+    # In float64 no sum of squares of finite float32 values overflows.
+    if not all(map(math.isfinite, peaks)):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. {_NOT_USED}; a lower "
             "client.learning_rate usually mends this."
         )
-    return math.sqrt(total) if base is not None else None
+    return (math.sqrt(math.fsum(sums)) if base is not None else None), peaks

@@ -12,8 +12,9 @@ from fedcore.crypto.envelope import Envelope, open_envelope, seal_update
 from fedcore.errors import SignatureInvalid
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import INSTANCE, SETTINGS
+from fedcore.updates.cuts import cuts_of
 from fedcore.updates.messages import ARRAYS, CONFIG
-from fedcore.updates.pieces import pieces, size_of
+from fedcore.updates.pieces import size_of
 
 ENVELOPE = "envelope"
 """Name of the record that carries the signature, and of the value in it."""
@@ -45,8 +46,8 @@ def base_digest(asked: RecordDict) -> str:
 def content_digest(content: RecordDict) -> str:
     """SHA-256 over every record but the signature, in hexadecimal.
 
-    Arrays go in as the bytes that travel, a piece at a time. Each part is preceded by its length,
-    so no two contents give the same stream.
+    Arrays go in by the digests of their cuts. Each part is preceded by its length, and those
+    digests by the number of bytes, so no two contents give the same stream.
     """
     digest = hashlib.sha256()
 
@@ -67,8 +68,8 @@ def content_digest(content: RecordDict) -> str:
                 array = record[key]
                 feed((key, array.dtype, repr(tuple(array.shape)), array.stype))
                 digest.update(size_of(array).to_bytes(8, "big"))
-                for piece in pieces(array):
-                    digest.update(piece)
+                for cut in cuts_of(array):
+                    digest.update(bytes.fromhex(cut))
             else:
                 feed((key, _text(value)))
     return digest.hexdigest()

@@ -66,13 +66,19 @@ class ExactMean:
 
         self.add_parts(parts, weight)
 
-    def add_parts(self, parts: Parts, weight: int) -> None:
+    def add_parts(self, parts: Parts, weight: int, *, peaks: Sequence[float] | None = None) -> None:
         """As `add`, where the vector need not be in memory as a whole.
+
+        Args:
+            parts: The vector.
+            weight: A positive whole number.
+            peaks: The largest magnitude in each part, where that is known; looked for when None.
 
         Raises:
             InvalidUpdate: a value is not finite; the sum is unchanged then.
         """
-        peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
+        if peaks is None:
+            peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
         if not all(map(math.isfinite, peaks)):
             raise InvalidUpdate(
                 "aggregation: an update holds values that are not finite. This client was not "
@@ -81,6 +87,24 @@ class ExactMean:
         for factor in _factors(weight):
             self._add(parts, peaks, factor)
         self.weight, self.count = self.weight + weight, self.count + 1
+
+    def has_room(self, peaks: Sequence[float], weight: int) -> bool:
+        """Whether a vector with these peaks can be added without more memory than there is."""
+        (factor, *more) = _factors(weight)
+        bound = max(peaks, default=0.0) * factor
+        return not more and bound < MOST // 4 and self._bounds[0] + int(bound) + 1 < MOST
+
+    def take_back(self, parts: Parts, weight: int, *, peaks: Sequence[float]) -> None:
+        """Takes back a vector that `add_parts` added when there was room for it.
+
+        Guarantee:
+            The sum is what it would be without. Nothing may have been added since for which there
+            was no room.
+        """
+        (factor,) = _factors(weight)
+        self._add_ordinary(parts, -factor)
+        self._bounds[0] -= int(max(peaks, default=0.0) * factor) + 1
+        self.weight, self.count = self.weight - weight, self.count - 1
 
     def add_rows(
         self,
@@ -119,9 +143,12 @@ class ExactMean:
     def _add(self, parts: Parts, peaks: Sequence[float], factor: float) -> None:
         ordinary = [peak * factor for peak in peaks if peak * factor < MOST // 4]
         wide = max(peaks, default=0.0) * factor if len(ordinary) < len(peaks) else 0.0
-        for limb in range(whole_parts(wide)):
+        for limb in range(whole_parts(wide) if wide else 0):
             self._make_room(limb, UNIT)
         self._make_room(0, int(max(ordinary, default=0.0)) + 1)
+        if not wide:
+            self._add_ordinary(parts, factor)
+            return
         start = 0
         for part, peak in zip(parts(), peaks, strict=True):
             place = slice(start, start + len(part))
@@ -132,6 +159,24 @@ class ExactMean:
             else:
                 add_whole([limb[place] for limb in self._limbs], scaled)
             start += len(part)
+
+    def _add_ordinary(self, parts: Parts, factor: float) -> None:
+        """Adds a vector whose products the first limb has room for."""
+        start = 0
+        # Memory that is asked for anew for each part would be mapped and zeroed each time.
+        products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
+        whole = np.empty(len(products), np.int64)
+        for part in parts():
+            for first in range(0, len(part), _CHUNK):
+                piece = part[first : first + _CHUNK]
+                scaled, added = products[: len(piece)], whole[: len(piece)]
+                np.copyto(scaled, piece)
+                np.multiply(scaled, factor, out=scaled)
+                np.rint(scaled, out=scaled)
+                np.copyto(added, scaled, casting="unsafe")
+                self._limbs[0][start : start + len(piece)] += added
+                start += len(piece)
+        assert start == len(self._limbs[0]), "parts of another vector"
 
     def _add_scaled(
         self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float

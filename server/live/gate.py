@@ -7,7 +7,9 @@ import json
 import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,15 +25,17 @@ from fedcore.errors import (
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, Arrival, beginning_of
 from fedcore.observability.foreign import foreign
 from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
 from server.live.limits import Limits, PeerLines, Rates, Refusals, Uploads
-from server.live.peer import key_of
+from server.live.peer import divert_of, key_of
 from server.live.presence import Presence
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Begin = Callable[[bytes], Arrival | None]
 Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
@@ -156,7 +160,16 @@ class Gate:
             check_hello(headers, self.hello)
         elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
             raise _Refusal(401, "this process was not activated")
-        body = await self._body(headers, receive, route)
+        begin = None
+        if path == PUSH_OBJECT:
+            self.uploads.progress_of(caller.node_id)
+            begin = partial(self._begin, caller)
+        body = await self._body(headers, scope, receive, route, begin)
+        if isinstance(body, Arrival):
+            self.uploads.progress_of(caller.node_id)
+            self.fleet.lack(None)
+            with closing(body):
+                return bytes(body.finish().SerializeToString())
         if isinstance(body, bytes):
             await self._before(path, caller, instance, body)
             return call(self.fleet, caller, route, body)
@@ -170,6 +183,19 @@ class Gate:
             raw = body.read()
             await self._before(path, caller, instance, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
+
+    def _begin(self, caller: Caller, raw: bytes) -> Arrival | None:
+        """Where a large chunk begins to come in, what takes it; None for any other object."""
+        begun = beginning_of(raw)
+        if begun is None:
+            return None
+        arrival = Arrival(self.fleet, caller.node_id, caller.name, begun)
+        try:
+            arrival.write(memoryview(raw)[begun.body_at :])
+        except BaseException:
+            arrival.close()
+            raise
+        return arrival
 
     async def _before(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
         """What the server notes before Flower's handlers see a call."""
@@ -195,9 +221,16 @@ class Gate:
             self.uploads.leave(upload.message_id)
 
     async def _body(
-        self, headers: dict[str, str], receive: Receive, route: Route
-    ) -> bytes | BinaryIO:
+        self,
+        headers: dict[str, str],
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        begin: Begin | None,
+    ) -> bytes | BinaryIO | Arrival:
         """Reads a request's body, counting: what is longer than a piece comes back as a file.
+
+        What ``begin`` makes something of goes there, piece by piece.
 
         Guarantee:
             `_MEMORY_BYTES` and one piece of the connection's buffer are held at most, whatever the
@@ -209,9 +242,34 @@ class Gate:
             raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
         try:
             async with asyncio.timeout(self.limits.body_s):
-                return await _read(receive, route.max_bytes, self.spool)
+                read = await _read(receive, route.max_bytes, self.spool, begin)
+                if isinstance(read, Arrival) and not read.is_whole:
+                    await self._rest(read, scope, receive)
+                return read
         except TimeoutError:
             raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
+
+    async def _rest(self, arrival: Arrival, scope: Scope, receive: Receive) -> None:
+        """Has what is missing of a chunk come in."""
+        divert = divert_of(scope["state"])
+        try:
+            ended = divert(scope, arrival.write) if divert is not None else None
+            if ended is not None:
+                await ended
+                return
+            while True:
+                event = await receive()
+                if event["type"] == "http.disconnect":
+                    raise ConnectionResetError("the peer went away while it sent")
+                arrival.write(event.get("body", b""))
+                if not event.get("more_body"):
+                    return
+        except ConnectionResetError as error:
+            arrival.close()
+            raise _Refusal(400, str(error)) from None
+        except BaseException:
+            arrival.close()
+            raise
 
     async def _refuse(self, send: Send, peer: str, path: str, refusal: _Refusal) -> None:
         if refusal.status not in (401, 503):  # these two are part of coming and of waiting
@@ -230,7 +288,9 @@ def _place(error: Exception) -> str:
     return f"{type(error).__name__}: {foreign(error)}{where}"
 
 
-async def _read(receive: Receive, max_bytes: int, spool: Path) -> bytes | BinaryIO:
+async def _read(
+    receive: Receive, max_bytes: int, spool: Path, begin: Begin | None
+) -> bytes | BinaryIO | Arrival:
     pieces: list[bytes] = []
     size, file = 0, None
     try:
@@ -242,6 +302,11 @@ async def _read(receive: Receive, max_bytes: int, spool: Path) -> bytes | Binary
             size += len(pieces[-1])
             if size > max_bytes:
                 raise _Refusal(413, f"more than the {max_bytes} bytes that are taken")
+            if begin is not None and size >= BEGINNING_BYTES:
+                arrival, begin = begin(b"".join(pieces)), None
+                if arrival is not None:
+                    arrival.is_whole = not event.get("more_body")
+                    return arrival
             if size > _MEMORY_BYTES:
                 with disk_errors(spool):
                     file = file or tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 - its reader's

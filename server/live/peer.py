@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -14,12 +16,24 @@ from server.live.connections import Connections
 
 PUBLIC_KEY = "fedcore.public_key"
 """Where a request's scope holds the key that its connection was opened with."""
+DIVERT = "fedcore.divert"
+"""Where it holds what has the rest of its body go elsewhere, see `PeerProtocol.divert`."""
 _MAX_HEADER_BYTES = 2**15
 _MOST_AHEAD = 8
 """Calls that may come before one is answered. A device sends none; a large answer is over for it a
 moment before it is for the server."""
 _WAITING_BYTES = 2**16
 """What may wait in a connection for its other end, each way, before more is asked for."""
+
+
+Sink = Callable[[bytes], None]
+Divert = Callable[[MutableMapping[str, Any], Sink], "asyncio.Future[None] | None"]
+
+
+@dataclass
+class _Diverted:
+    sink: Sink
+    ended: asyncio.Future[None]
 
 
 class PeerProtocol(HttpToolsProtocol):
@@ -35,6 +49,7 @@ class PeerProtocol(HttpToolsProtocol):
     _descriptor = -1
     _header_bytes = 0
     _in_headers = True
+    _diverted: _Diverted | None = None
 
     def __init__(self, *arguments: Any, connections: Connections, **named: Any) -> None:
         """As uvicorn's own; ``connections`` hears of this one."""
@@ -54,7 +69,7 @@ class PeerProtocol(HttpToolsProtocol):
             public: bytes | None = peer_public(certificate) if certificate is not None else None
         except TrustError:
             public = None
-        self.app_state = {**self.app_state, PUBLIC_KEY: public}
+        self.app_state = {**self.app_state, PUBLIC_KEY: public, DIVERT: self.divert}
         self.public = public or b""
         self._descriptor = transport.get_extra_info("socket").fileno()
         self._known.proved(self._descriptor, self)
@@ -87,6 +102,57 @@ class PeerProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    def divert(self, scope: MutableMapping[str, Any], sink: Sink) -> asyncio.Future[None] | None:
+        """Has the rest of a request's body go to ``sink`` as it comes in, piece by piece.
+
+        By uvicorn's own way each piece is copied twice, and wakes a task. What is given back is
+        done once the last piece has come, and holds what ``sink`` raised, or a ConnectionError
+        where the peer went away. None where no more of the body of ``scope`` is to come here.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or not cycle.more_body or cycle.disconnected:
+            return None
+        self._diverted = _Diverted(sink, self.loop.create_future())
+        ended, waiting = self._diverted.ended, bytes(cycle.body)
+        cycle.body = bytearray()
+        if waiting:
+            self._feed(self._diverted, waiting)
+        self.flow.resume_reading()
+        return ended
+
+    def on_body(self, body: bytes) -> None:
+        """Takes a piece of a request's body."""
+        diverted = self._diverted
+        if diverted is None:
+            super().on_body(body)
+        elif diverted.ended.done():  # nobody waits for it any more
+            self._diverted = None
+            super().on_body(body)
+        else:
+            self._feed(diverted, body)
+
+    def _feed(self, diverted: _Diverted, body: bytes) -> None:
+        try:
+            diverted.sink(body)
+        except Exception as error:  # whatever it is, whoever waits is told
+            self._diverted = None
+            diverted.ended.set_exception(error)
+
+    def _end_diverted(self, error: Exception | None = None) -> None:
+        diverted, self._diverted = self._diverted, None
+        if diverted is None or diverted.ended.done():
+            return
+        if error is None:
+            diverted.ended.set_result(None)
+        else:
+            diverted.ended.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is over."""
+        self._end_diverted(ConnectionResetError("the peer went away while it sent"))
+        self.app_state = {}  # what refers to this connection
+        super().connection_lost(exc)
+
     def busy(self) -> bool:
         """Whether a call is going on."""
         return self.cycle is not None and not self.cycle.response_complete
@@ -117,6 +183,7 @@ class PeerProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Headers follow next."""
+        self._end_diverted()
         self._in_headers, self.due = True, None
         super().on_message_complete()
 
@@ -125,6 +192,12 @@ class PeerProtocol(HttpToolsProtocol):
         if not self._in_headers:
             self._known.waits_for_headers(self)
         super().on_response_complete()
+
+
+def divert_of(state: dict[str, Any]) -> Divert | None:
+    """What has the rest of a request's body go elsewhere; None where it cannot."""
+    divert: Divert | None = state.get(DIVERT)
+    return divert
 
 
 def key_of(state: dict[str, Any]) -> bytes | None:

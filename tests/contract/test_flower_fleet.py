@@ -43,6 +43,7 @@ ROOM = Path(__file__).parents[2] / "fedcore" / "flower"
 FILES = (
     "fleet.py",
     "fleet_api.py",
+    "fleet_arrivals.py",
     "fleet_client.py",
     "fleet_grid.py",
     "fleet_payload.py",
@@ -68,7 +69,10 @@ PRIVATE = {
     "flwr.proto.heartbeat_pb2.SendNodeHeartbeatRequest",
     *(
         f"flwr.proto.message_pb2.{name}"
-        for name in ("ObjectTree", "PullObjectRequest", "PullObjectResponse", "PushObjectRequest")
+        for name in (
+            *("ObjectTree", "PullObjectRequest", "PullObjectResponse"),
+            *("PushObjectRequest", "PushObjectResponse"),
+        )
     ),
     *("flwr.proto.node_pb2.Node", "flwr.proto.node_pb2.NodeInfo"),
     *("flwr.proto.recorddict_pb2.RecordDict", "flwr.proto.run_pb2.GetRunRequest"),

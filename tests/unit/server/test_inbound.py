@@ -21,9 +21,10 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import FileArray
 from server.expected import asked_to_train
-from server.inbound import Intake, Tally, accepted, fold, hold
+from server.inbound import Intake, Tally, accepted
 from server.journal import create, reopen
 from server.live.journal_keeper import JournalKeeper
+from server.taken import fold, hold
 
 SIZE = 1_000_000
 LAYOUT = Layout(("weight",), ((SIZE,),))

@@ -14,9 +14,11 @@ from fedcore.errors import ConfigError
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
+from server.aggregation.exact import ExactMean
 from server.expected import asked_to_train
-from server.inbound import Intake, Tally, accepted, fold, hold
+from server.inbound import Intake, Tally, accepted
 from server.norms import FACTOR, NormBound, is_bounded, norm_bound
+from server.taken import fold, hold
 
 SIZE = 100_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
@@ -71,6 +73,41 @@ def test_the_order_of_arrival_shows_in_no_bit() -> None:
         for order in itertools.permutations(range(4))
     }
     assert len(found) == 1
+
+
+def test_updates_are_added_up_before_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none is read from the disk again, and nothing is left to be done at the end."""
+    replies = [reply(node, moved(1.0, node)) for node in (1, 2, 3, 4)]
+    counts = []
+    add = ExactMean.add_parts
+
+    def counted(self: ExactMean, *arguments: Any, **named: Any) -> None:
+        add(self, *arguments, **named)
+        counts.append((self.count, len(came)))
+
+    came: list[Message] = []
+    arriving = (came.append(each) or each for each in replies)
+    monkeypatch.setattr(ExactMean, "add_parts", counted)
+    tally = Tally(4)
+    intake = Intake(asked_to_train(run_of(), LAYOUT), base=BASE)
+    fold(
+        accepted(arriving, intake, tally, first=4),
+        LAYOUT,
+        tally,
+        uniform=True,
+        bound=NormBound(BASE, None),
+    )
+    assert counts == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+def test_what_would_take_more_memory_waits_for_its_bound() -> None:
+    """One device with 1e30 everywhere may not have the server hold five sums instead of one."""
+    far = [reply(node, np.full(SIZE, 1e30, np.float32)) for node in (1, 2)]
+    tally = Tally(7)
+    replies = [*far, *(reply(node, moved(1.0, node)) for node in (3, 4, 5, 6, 7))]
+    mean = fold(taken(replies, tally), LAYOUT, tally, uniform=True, bound=NormBound(BASE, None))
+    assert len(tally.clipped) == 2
+    assert len(mean._limbs) == 1
 
 
 def test_updates_of_usual_length_are_left_as_they_are() -> None:

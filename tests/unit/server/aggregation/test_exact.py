@@ -4,6 +4,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedcore.errors import InvalidUpdate
 from fedcore.seeds import numpy_rng
@@ -135,3 +137,33 @@ def test_an_empty_model_has_an_empty_mean() -> None:
     mean = ExactMean(0)
     mean.add(np.zeros(0, np.float32), 4)
     assert mean.mean().shape == (0,)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 1000))
+def test_what_is_taken_back_leaves_the_bits_that_were_there(seed: int, weight: int) -> None:
+    rng = np.random.default_rng(seed)
+    stays, goes = rng.standard_normal((2, 1000)).astype(np.float32)
+    mean, alone = ExactMean(1000), ExactMean(1000)
+    peaks = [float(np.abs(goes).max())]
+    alone.add(stays, 3)
+    mean.add(stays, 3)
+    assert mean.has_room(peaks, weight)
+    mean.add_parts(lambda: [goes], weight, peaks=peaks)
+    mean.take_back(lambda: [goes], weight, peaks=peaks)
+    assert (mean.weight, mean.count) == (alone.weight, alone.count)
+    assert mean.mean().tobytes() == alone.mean().tobytes()
+    assert mean._bounds == alone._bounds
+
+
+def test_there_is_room_until_a_sum_would_take_more_memory() -> None:
+    mean = ExactMean(10)
+    assert mean.has_room([1.0], 10**6)
+    assert not mean.has_room([3e38], 1)
+    assert not mean.has_room([1.0], 2**30)
+    vector, peak = np.full(10, 2.0**23, np.float32), 2.0**23
+    taken = 0
+    while mean.has_room([peak], 1):
+        mean.add(vector, 1)
+        taken += 1
+    assert taken == 2**3 - 1
+    assert len(mean._limbs) == 1
