@@ -82,6 +82,8 @@ class Tally:
     """Updates that were within an adaptive bound by themselves."""
     clipped: list[tuple[int, float]] = field(default_factory=list)
     """Nodes whose updates were longer than the round's bound, and how long those were."""
+    median_norm: float | None = None
+    """What the round counts as the median of its updates' lengths, see `NormBound.measure`."""
     reasons: list[str] = field(default_factory=list)
     """Why clients failed."""
     spent: str = ""
@@ -234,6 +236,7 @@ def hold(
         lengths.append(found.distance or 0.0)
         del reply.content[ARRAYS], found  # weights are in memory now, once
     limit = bound.limit(lengths) if bound is not None else None
+    tally.median_norm = bound.measure(lengths) if bound is not None else None
     for place, (reply, update) in enumerate(held):
         scale = _scale(bound, reply, lengths[place], limit, tally)
         if bound is not None and scale < 1.0:
@@ -269,7 +272,8 @@ def fold(
     mean, limit = ExactMean(layout.size), bound.limit(()) if bound is not None else None
     if bound is not None and bound.fixed is None:
         taken = list(taken)
-        limit = bound.limit([found.distance or 0.0 for _, found in taken])
+        lengths = [found.distance or 0.0 for _, found in taken]
+        limit, tally.median_norm = bound.limit(lengths), bound.measure(lengths)
     for reply, found in taken:
         scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
         parts = found.parts
