@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ CASES = {
 def made(case: Honest) -> nn.Module:
     sizes = [INPUTS, *[32] * case.layers]
     hidden: list[nn.Module] = []
-    for first, second in zip(sizes, sizes[1:], strict=False):
+    for first, second in pairwise(sizes):
         hidden += [nn.Linear(first, second), case.activation()]
     model = nn.Sequential(*hidden, nn.Linear(sizes[-1], CLASSES))
     unpack(pack(model) * np.float32(case.scale), model)
