@@ -246,7 +246,7 @@ def _start(request: IO[bytes], of: str) -> subprocess.Popen[bytes]:
 
 
 def _read(child: subprocess.Popen[bytes], deadline: float) -> bytearray | None:
-    """All that the child writes, one byte above the limit at most, held once; None when time is up."""
+    """All that the child writes, a byte above the limit at most; None when time is up."""
     assert child.stdout is not None
     poll = select.poll()
     poll.register(child.stdout, select.POLLIN | select.POLLHUP)
