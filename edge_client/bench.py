@@ -1,42 +1,38 @@
-"""Timing inference as a caller sees it."""
+"""Timing inference where a model may do no harm: in a process of its own, with limits."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-
-from edge_client.runtime import Runtime
+from edge_client.confined import ModelLimits, time_runs
 from fedcore.artifacts.golden import AnyArray
-
-_WARM_UP_RUNS = 50
+from fedcore.artifacts.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock time of one inference at batch 1, checks of the input included."""
+    """Wall-clock time of one inference at batch 1 on one thread, measured beside the model."""
 
     p50_us: float
     p99_us: float
 
 
-def bench(runtime: Runtime, inputs: AnyArray, *, runs: int) -> Timing:
+def bench(
+    manifest: Manifest, onnx: Path, inputs: AnyArray, *, runs: int, limits: ModelLimits
+) -> Timing:
     """Times single inferences over ``inputs`` in turn.
 
     Args:
-        runtime: The model.
+        manifest: Of the model.
+        onnx: Its file.
         inputs: Shape ``(N, *input_shape)``, N >= 1.
         runs: Timed inferences, after a warm-up.
+        limits: What the model may take, all runs together.
+
+    Raises:
+        LimitExceeded: it took more.
+        DataError, DeviceError, ResourceError: as `edge_client.confined.predict`.
     """
-    singles = [inputs[row : row + 1] for row in range(len(inputs))]
-    for run in range(_WARM_UP_RUNS):
-        runtime.predict(singles[run % len(singles)])
-    times_us = np.empty(runs)
-    for run in range(runs):
-        single = singles[run % len(singles)]
-        start_ns = time.perf_counter_ns()
-        runtime.predict(single)
-        times_us[run] = (time.perf_counter_ns() - start_ns) / 1e3
-    p50_us, p99_us = np.percentile(times_us, [50, 99])
+    p50_us, p99_us = time_runs(manifest, onnx, inputs, runs=runs, limits=limits)
     return Timing(float(p50_us), float(p99_us))

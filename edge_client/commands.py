@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_client import store as installed
-from edge_client.answers import answers, labels
+from edge_client.answers import answer_lines, answers
+from edge_client.bench import bench
 from edge_client.confined import (
     MAX_MEMORY_BYTES,
+    MAX_RUNS,
     MAX_SECONDS,
     MIN_MEMORY_BYTES,
     MIN_SECONDS,
@@ -108,8 +110,10 @@ def _memory(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MAX_RUNS:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 on, {MAX_RUNS} at most, got {text!r}"
+        )
     return int(text)
 
 
@@ -183,14 +187,10 @@ def _infer(options: argparse.Namespace) -> int:
     outputs = predict(
         version.manifest, version.path, inputs, threads=options.threads, limits=_limits(options)
     )
-    value: dict[str, Any] = {
-        "model": version.manifest.model,
-        "version": version.manifest.version,
-        "outputs": outputs.tolist(),
-    }
-    if version.manifest.kind == "classification":
-        value["labels"] = labels(version.manifest, outputs)
-    return _print(options, "\n".join(answers(version.manifest, outputs)), value)
+    lines = (answer_lines if options.json else answers)(version.manifest, outputs)
+    for line in lines:
+        say(line)
+    return 0
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +235,7 @@ def _line(row: dict[str, Any]) -> str:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     _store(parser)
     _model(parser)
+    _limits_arguments(parser)
     parser.add_argument(
         "--runs",
         type=_count,
@@ -245,13 +246,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from edge_client.bench import bench  # no other verb needs onnxruntime in this process
-    from edge_client.runtime import load
-
     version = _serving(options.store, options.model)
     inputs, _ = parse_golden(version.golden)
-    runtime = load(version.manifest, version.onnx, threads=1)
-    figures = bench(runtime, inputs, runs=options.runs)
+    figures = bench(
+        version.manifest, version.path, inputs, runs=options.runs, limits=_limits(options)
+    )
     text = (
         f"{options.model}: version {version.manifest.version}, batch 1, 1 thread, "
         f"{options.runs} runs: p50 {figures.p50_us:.1f} us, p99 {figures.p99_us:.1f} us"

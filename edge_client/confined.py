@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -35,6 +36,8 @@ _THREAD_BYTES = 160 << 20
 _COPIES = 6
 """Of the weights, while onnxruntime reads a file, optimises it, and packs it for the processor."""
 _MAX_OUTPUT_BYTES = 256 << 20
+MAX_RUNS = 10_000_000
+"""Inferences that may be timed at once."""
 _MAX_HEAD_BYTES = 4096
 _PROCESSOR_MARGIN_S = 10
 """Above what the limit of time allows: it ends a child whose parent was stopped and looks at no
@@ -105,7 +108,57 @@ def predict(
         DeviceError: onnxruntime cannot run the model, or failed.
         ResourceError: no process could be started.
     """
-    of = f"model {manifest.model!r} version {manifest.version}"
+    how = {"one_at_a_time": one_at_a_time}
+    return _asked(manifest, onnx, inputs, None, threads=threads, limits=limits, how=how)
+
+
+def time_runs(
+    manifest: Manifest, onnx: Path, inputs: AnyArray, *, runs: int, limits: ModelLimits
+) -> FloatArray:
+    """How long single inferences take on one thread, by the clock of the child that does them.
+
+    Guarantee:
+        As `predict`: whatever the model does, it ends within ``limits``.
+
+    Args:
+        manifest: Of the model.
+        onnx: Its file; not run unless it has the manifest's digest.
+        inputs: Shape ``(B, *manifest.input_shape)``; each in turn is a batch of its own.
+        runs: Timed inferences, 1 to `MAX_RUNS`, after a warm-up.
+        limits: What the child may take, the warm-up included.
+
+    Returns:
+        Their median and 99th percentile, shape ``(2,)``, microseconds.
+
+    Raises:
+        DataError, LimitExceeded, DeviceError, ResourceError: as `predict`.
+    """
+    if not 1 <= runs <= MAX_RUNS:
+        raise ValueError(f"runs: expected 1 to {MAX_RUNS}, got {runs}")
+    found = _asked(manifest, onnx, inputs, 2, threads=1, limits=limits, how={"runs": runs})
+    if found.shape != (2,) or not np.isfinite(found).all():
+        raise DeviceError(f"{_named(manifest)}: it was not timed: it gave {found.shape} of times.")
+    return found
+
+
+def _asked(
+    manifest: Manifest,
+    onnx: Path,
+    inputs: AnyArray,
+    rows: int | None,
+    *,
+    threads: int,
+    limits: ModelLimits,
+    how: Mapping[str, int],
+) -> FloatArray:
+    """What a child answers that is asked ``how`` of the inputs: an array of ``rows`` rows.
+
+    There is one an input where ``rows`` is None.
+
+    Raises:
+        DataError, LimitExceeded, DeviceError, ResourceError: as `predict`.
+    """
+    of = _named(manifest)
     _check_inputs(manifest, inputs, of)
     memory_bytes = limits.memory_bytes or (
         _BASE_BYTES + _THREAD_BYTES * threads + _COPIES * manifest.onnx.length + 4 * inputs.nbytes
@@ -119,8 +172,8 @@ def predict(
         "threads": threads,
         "memory_bytes": memory_bytes,
         "processor_s": int(limits.seconds * threads) + _PROCESSOR_MARGIN_S,
-        "one_at_a_time": one_at_a_time,
         "max_output_bytes": _MAX_OUTPUT_BYTES,
+        **how,
     }
     deadline = time.monotonic() + limits.seconds
     with os.fdopen(os.memfd_create("request"), "w+b") as request:
@@ -143,7 +196,11 @@ def predict(
             f"{of}: it gave no answer within {limits.seconds:g} s, the limit of time on this "
             "device, and was ended. --max-seconds allows more."
         )
-    return _outputs(raw, status, of, memory_bytes, len(inputs))
+    return _outputs(raw, status, of, memory_bytes, len(inputs) if rows is None else rows)
+
+
+def _named(manifest: Manifest) -> str:
+    return f"model {manifest.model!r} version {manifest.version}"
 
 
 def _check_inputs(manifest: Manifest, inputs: AnyArray, of: str) -> None:
@@ -188,38 +245,44 @@ def _start(request: IO[bytes], of: str) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _read(child: subprocess.Popen[bytes], deadline: float) -> bytes | None:
-    """All that the child writes, one byte above the limit at most; None when time is up."""
+def _read(child: subprocess.Popen[bytes], deadline: float) -> bytearray | None:
+    """All that the child writes, a byte above the limit at most; None when time is up."""
     assert child.stdout is not None
     poll = select.poll()
     poll.register(child.stdout, select.POLLIN | select.POLLHUP)
-    pieces, left = [], _MAX_HEAD_BYTES + _MAX_OUTPUT_BYTES + 1
-    while left > 0:
+    found, most = bytearray(), _MAX_HEAD_BYTES + _MAX_OUTPUT_BYTES + 1
+    while len(found) < most:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return None
-        piece = os.read(child.stdout.fileno(), min(left, 1 << 20))
+        piece = os.read(child.stdout.fileno(), min(most - len(found), 1 << 20))
         if not piece:
             break
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
+        found += piece
+    return found
 
 
-def _outputs(raw: bytes, status: int, of: str, memory_bytes: int, rows: int) -> FloatArray:
+def _outputs(
+    raw: bytes | bytearray, status: int, of: str, memory_bytes: int, rows: int
+) -> FloatArray:
     """What the child says, believed in no more than an array of numbers."""
     if status != 0:
         _explain_end(status, of, memory_bytes)
-    line, _, data = raw.partition(b"\n")
+    end = raw.find(b"\n", 0, _MAX_HEAD_BYTES + 1)
     try:
-        head: Any = json.loads(line) if len(line) <= _MAX_HEAD_BYTES else {}
+        head: Any = json.loads(raw[:end]) if end >= 0 else {}
         if not isinstance(head, dict):
             raise TypeError(f"an answer of type {type(head).__name__}")
         if "fault" in head:
             _explain_fault(str(head["fault"]), foreign(head["text"]), of, memory_bytes)
         dtype = np.dtype(str(head["dtype"]))
-        outputs = np.frombuffer(data, dtype).reshape([int(size) for size in head["shape"]])
-        if dtype.kind not in "fiub" or outputs.ndim == 0 or len(outputs) != rows:
-            raise ValueError(f"{rows} inputs, outputs of shape {outputs.shape}, type {dtype}")
+        if dtype.kind not in "fiub":
+            raise ValueError(f"outputs of type {dtype}")
+        outputs = np.frombuffer(memoryview(raw)[end + 1 :], dtype)
+        outputs = outputs.reshape([int(size) for size in head["shape"]])
+        if outputs.ndim == 0 or len(outputs) != rows:
+            raise ValueError(
+                f"expected {rows} rows, outputs of shape {outputs.shape}, type {dtype}"
+            )
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise DeviceError(
             f"{of}: it did not answer as a model does "

@@ -180,6 +180,7 @@ def _ledger(charges: Iterable[Sequence[Any]]) -> Ledger:
 
 
 def _record(values: Mapping[str, Any]) -> RoundRecord:
-    own = {field.name: values[field.name] for field in fields(RoundRecord)}
-    virtual = own["virtual"] and VirtualRecord(**own["virtual"])
+    # What came later has a default, and is not in checkpoints from before.
+    own = {field.name: values[field.name] for field in fields(RoundRecord) if field.name in values}
+    virtual = own.get("virtual") and VirtualRecord(**own["virtual"])
     return RoundRecord(**{**own, "virtual": virtual})

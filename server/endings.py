@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedcore.errors import BudgetExhausted
 from fedcore.observability.words import counted
 from server.client_privacy import allows
 from server.inbound import Tally
-from server.norms import NormBound
+from server.norms import LEAST, NormBound
 from server.progress import Progress
+from server.records import RoundRecord
 
 if TYPE_CHECKING:
     from server.rounds import Federation
 
 
 def announce(
-    federation: Federation, progress: Progress, tally: Tally, bound: NormBound | None
+    federation: Federation,
+    progress: Progress,
+    records: Sequence[RoundRecord],
+    tally: Tally,
+    bound: NormBound | None,
 ) -> None:
     """Says whose updates were clipped, and that clients failed, if more did than ever before.
 
-    Not every round: a client that fails tends to fail again.
+    Not every round: a client that fails tends to fail again. That updates are too few to be bounded
+    is said of the first such round.
     """
+    said_before = bool(records) and 0 < records[-1].updates < LEAST
+    if bound is not None and bound.lacks(tally.updates) and not said_before:
+        federation.on_note(
+            f"WARNING: round {progress.round + 1}: {counted(tally.updates, 'update')}, which "
+            f'federation.max_update_norm = "adaptive" does not bound: it takes {LEAST} to tell a '
+            "usual one, and no round so far had them. Whatever a device sends is taken whole; give "
+            "max_update_norm a number, or the run more devices."
+        )
     if bound is not None and tally.clipped:
         named = [(federation.peers.name(node), length) for node, length in tally.clipped]
         federation.on_note(bound.note(progress.round + 1, named))

@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 from fedcore.privacy.client_level import Bound
 from fedcore.privacy.ledger import OWNERS
 from fedcore.updates.messages import (
@@ -34,7 +34,7 @@ from server.aggregation.exact import ExactMean
 from server.progress import Forgetful, Keeper, Nameless, Peers
 from server.records import VirtualRecord
 
-_MAX_REASON = 2000  # characters that are shown of what a client says
+_MAX_REASON = 1900  # characters that are shown of what a client says
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Tally:
     """Updates that were within an adaptive bound by themselves."""
     clipped: list[tuple[int, float]] = field(default_factory=list)
     """Nodes whose updates were longer than the round's bound, and how long those were."""
+    median_norm: float | None = None
+    """What the round counts as the median of its updates' lengths, see `NormBound.measure`."""
     reasons: list[str] = field(default_factory=list)
     """Why clients failed."""
     spent: str = ""
@@ -260,7 +262,7 @@ def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
 def failure_of(reply: Message) -> tuple[int, str]:
     """The code of a reply with an error, and why, in its client's own words: a line of them."""
     code, reason = reply.error.code, reply.error.reason
-    said = one_line(reason[:_MAX_REASON]) if isinstance(reason, str) else ""
+    said = foreign(reason, _MAX_REASON) if isinstance(reason, str) else ""
     return code, said or f"error {code}"
 
 

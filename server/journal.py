@@ -271,6 +271,10 @@ class Journal:
     def roll_back(self, number: int) -> None:
         """Goes back to after a round of `rounds_kept`; this journal must be reopened then.
 
+        Guarantee:
+            Whenever this process dies, the journal is found as it was, to the replies of the round
+            that goes on, or as it is to be.
+
         Raises:
             DataError: that round's weights are damaged; nothing was changed.
         """
@@ -285,8 +289,9 @@ class Journal:
 
     def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)
+        shorten_head(self._folder, self._entries, number)
         self._entries.write(drop=[(kind, *after) for kind in (COMMIT, RECORD, *self._kinds())])
-        shorten_head(self._folder, self._entries)
+        write_head(self._folder, self._entries)
 
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
         entry = self._entries.one(ASKED + _TRAIN, number + 1, 0)

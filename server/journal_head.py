@@ -31,6 +31,8 @@ _BESIDE = ("-wal", "-shm")
 _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
 """What is there only once the journal has held a run."""
 _MAX_BYTES = 1 << 30
+_NEVER = 2**62
+"""A round that is after all others."""
 
 
 def is_begun(folder: Path) -> bool:
@@ -72,15 +74,18 @@ def add_to_head(folder: Path, entries: Entries, record: Entry | None) -> None:
     _write_commits(folder, entries)
 
 
-def shorten_head(folder: Path, entries: Entries) -> None:
-    """As `write_head`, where commits and records have gone since."""
-    _write_commits(folder, entries)  # first: what they do not need harms nobody
-    write_head(folder, entries)
+def shorten_head(folder: Path, entries: Entries, last: int) -> None:
+    """Leaves commits out of the copy that came after round ``last``, before the journal drops them.
+
+    A copy that is behind its journal is written anew when that is opened. One that is ahead of it
+    would be taken for what the journal has lost. What its records have beyond harms nobody.
+    """
+    _write_commits(folder, entries, last)
 
 
-def _write_commits(folder: Path, entries: Entries) -> None:
-    held = [_row(entry) for kind in (RUN, COMMIT, END) for entry in entries.of(kind)]
-    write_atomic(folder / HEAD, json.dumps(held).encode(), mode=0o600)
+def _write_commits(folder: Path, entries: Entries, last: int = _NEVER) -> None:
+    kept = [one for kind in (RUN, COMMIT, END) for one in entries.of(kind) if one.round <= last]
+    write_atomic(folder / HEAD, json.dumps([*map(_row, kept)]).encode(), mode=0o600)
 
 
 def _row(entry: Entry) -> list[str | int]:

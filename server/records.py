@@ -62,6 +62,9 @@ class RoundRecord:
     client_epsilon: float | None = None
     """Client-level epsilon of the models of all rounds so far; None where clients are not
     protected."""
+    median_norm: float | None = None
+    """L2 norm of the round's median update, as it counts for the bound on updates; None where they
+    are not bounded by it, or were too few."""
 
 
 @dataclass(frozen=True)

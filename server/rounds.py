@@ -142,7 +142,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         tally = Tally(len(nodes))
         keeper.begin(nodes)
         try:
-            released, sent = _train_round(federation, progress, layout, nodes, tally)
+            released, sent = _train_round(federation, progress, records, layout, nodes, tally)
             arrays = sendable(released.weights)
             if tally.over:
                 end_early(federation, number, tally)  # what was learnt before stands
@@ -261,6 +261,7 @@ def instructions(
 def _train_round(
     federation: Federation,
     progress: Progress,
+    records: Sequence[RoundRecord],
     layout: Layout,
     nodes: Sequence[int],
     tally: Tally,
@@ -275,7 +276,7 @@ def _train_round(
     messages = instructions(federation, progress, layout, shown or _there(federation)[:1])
     uniform, deadline_s = run.uniform, run.federation.deadline_s
     bound = bound_of(run, protection, progress.weights) if protection else None
-    norm = norm_bound(run, progress.weights, live=federation.live)
+    norm = norm_bound(run, progress.weights, live=federation.live, records=records)
     mean: ExactMean | None = None
     ready: list[Message] = []
     if not nodes:
@@ -305,7 +306,7 @@ def _train_round(
             mean = fold(taken, layout, tally, uniform=uniform, bound=norm)
         else:
             ready = hold(taken, tally, uniform=uniform, bound=norm)
-    announce(federation, progress, tally, norm)
+    announce(federation, progress, records, tally, norm)
     others = _others(federation, progress, nodes, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, number, others=others)
     if tally.over or (not tally.updates and protection is None):
@@ -384,6 +385,7 @@ def _record(
         bytes_up=tally.bytes_up,
         bytes_down=sent,
         virtual=federation.virtual.virtual if federation.virtual else None,
+        median_norm=tally.median_norm,
     )
 
 

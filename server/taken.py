@@ -38,6 +38,7 @@ def hold(
         lengths.append(found.distance or 0.0)
         del reply.content[ARRAYS], found  # weights are in memory now, once
     limit = bound.limit(lengths) if bound is not None else None
+    tally.median_norm = bound.measure(lengths) if bound is not None else None
     for place, (reply, update) in enumerate(held):
         scale = _scale(bound, reply, lengths[place], limit, tally)
         if bound is not None and scale < 1.0:
@@ -104,7 +105,8 @@ def _fold_all(
             _fold_one(reply, found, mean, uniform=uniform, bound=None, scale=1.0)
         held.append((reply, found, early))
         del reply, found
-    limit = bound.limit([found.distance or 0.0 for _, found, _ in held])
+    lengths = [found.distance or 0.0 for _, found, _ in held]
+    limit, tally.median_norm = bound.limit(lengths), bound.measure(lengths)
     late: list[tuple[Message, Reply, float]] = []
     for reply, found, early in held:
         scale = _scale(bound, reply, found.distance or 0.0, limit, tally)

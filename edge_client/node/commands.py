@@ -94,7 +94,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     from fedcore.observability.lines import log_lines
 
     quiet()
-    log_lines(options.log or sys.stderr)
+    log_lines(options.log or sys.stderr, throttled=True)
     check_task(owner, options.task)
     with own(options.state or options.kit / "device") as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # also while its owner lets it rest

@@ -17,13 +17,14 @@ from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import KEY
 from fedcore.errors import ConfigError, DataError, PrivacyError
 from fedcore.files import check_file, read_bytes, write_atomic
-from fedcore.observability.foreign import say
-from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text, one_line
+from fedcore.observability.foreign import foreign, say
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 from fedcore.owner import OPEN_POLICY, load_owner
 
 if TYPE_CHECKING:
     from edge_client.node.ledger_view import Found, RunView, Total, View
 
+_MOST_SAID = 2000  # characters of what is wrong with a ledger
 _SHOWN_ROUNDS = 12
 """Charges of a run that a table shows, the first and the last ones: composing takes time."""
 
@@ -134,7 +135,7 @@ def _ended(found: Found) -> int:
 
 
 def _table(view: View, *, owned: bool) -> Iterator[str]:
-    yield from (f"damaged: {one_line(problem)}" for problem in view.problems)
+    yield from (f"damaged: {foreign(problem, _MOST_SAID)}" for problem in view.problems)
     if view.problems and view.runs:
         yield "Charges may be missing: what follows is the least that was spent."
     elif view.problems:
@@ -144,7 +145,7 @@ def _table(view: View, *, owned: bool) -> Iterator[str]:
     least = "at least " if view.problems else ""
     for run in view.runs:
         spent = epsilon_text(run.epsilon)
-        yield f"run {one_line(run.name)}: epsilon {least}{spent} at delta {run.target_delta:g}"
+        yield f"run {foreign(run.name)}: epsilon {least}{spent} at delta {run.target_delta:g}"
         yield "  round   steps   sample rate   noise     epsilon so far"
         yield from _lines(run)
         if run.room is not None:
@@ -204,12 +205,12 @@ def _verify(options: argparse.Namespace) -> int:
         say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            say(f"note: {one_line(note)}")
+            say(f"note: {foreign(note, _MOST_SAID)}")
         for problem in found.problems:
-            say(f"damaged: {one_line(problem)}")
+            say(f"damaged: {foreign(problem, _MOST_SAID)}")
         held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
         for lacks in found.behind:
-            say(f"behind: {one_line(lacks)}")
+            say(f"behind: {foreign(lacks, _MOST_SAID)}")
         say(f"{found.folder}: {held}, {_agreed(found)}")
     return _ended(found)
 
@@ -253,13 +254,13 @@ def _verify_export(options: argparse.Namespace) -> int:
     else:
         signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
         say(
-            f"{options.export}: of {one_line(ledger.made_at)}, {signed}. "
+            f"{options.export}: of {foreign(ledger.made_at)}, {signed}. "
             f"{counted(checked.charges, 'charge')} come to epsilon "
             f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as it "
             "says."
         )
         for problem in ledger.problems:
-            say(f"damaged when it was exported: {one_line(problem)}")
+            say(f"damaged when it was exported: {foreign(problem, _MOST_SAID)}")
     if not ledger.problems:
         return 0
     say(
@@ -293,7 +294,7 @@ def _export(options: argparse.Namespace) -> int:
     else:
         write_atomic(options.out, raw)
         for problem in found.problems:
-            say(f"damaged: {one_line(problem)}")
+            say(f"damaged: {foreign(problem, _MOST_SAID)}")
         say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
     return _ended(found)
 

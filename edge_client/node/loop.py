@@ -104,7 +104,7 @@ def run_device(device: Device, signals: Signals) -> None:
         passed=device.passed,
     )
     watcher = threading.Thread(
-        target=watch, args=(instance, link, signals), name="wake", daemon=True
+        target=watch, args=(instance, link, signals, device.passed), name="wake", daemon=True
     )
     runs: dict[int, _Run] = {}
     try:

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -31,7 +32,8 @@ _OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 5_000),  # 60 s unless set, whatever the one above says
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", int(_CONNECT_S * 1000)),  # also bounds an attempt: 20 s else
-    ("grpc.max_receive_message_length", 4096),
+    ("grpc.max_receive_message_length", 64),  # a call has 2 bytes
+    ("grpc.max_metadata_size", 8192),
 )
 _FAST_S, _BUSY_S, _SLOW_S = 0.5, 1.0, 12.0
 """How often a device without a stream asks: while a round is on, while it trains, when it idles."""
@@ -41,6 +43,17 @@ _AGAIN_S = 30.0
 """Longest pause between two attempts at a stream."""
 _CANCEL_S = 5.0
 """How long after a stream's end the thread that would have ended it stays."""
+CALL_S, CALL_BURST = 0.05, 200
+"""How often a server may call in the long run, and how often at once: the rest is read later, and
+where that is full, the server waits. With `CALL_BYTES` it is the most that a stream takes in."""
+CALL_BYTES = 128
+"""What a call counts in the owner's bandwidth, with the frames around it."""
+STREAM_S, STREAM_BURST = 2.0, 20
+"""How often a stream is tried in the long run, and how often at once, whatever the server does."""
+STREAM_BYTES = 8192
+"""What a stream's opening counts, with the handshake and the certificates before it."""
+_STEADY_S = 10.0
+"""A stream that ends sooner did not last: the next one is tried later each time."""
 
 
 @dataclass
@@ -67,22 +80,57 @@ class Signals:
         return random.uniform(0.5, 1.0) * (_FAST_S if on else _BUSY_S if self.busy else _SLOW_S)
 
 
-def watch(instance: str, link: FleetLink, signals: Signals) -> None:
+@dataclass
+class Ceiling:
+    """Grants ``burst`` at once, and one in ``every_s`` seconds in the long run."""
+
+    every_s: float
+    burst: int
+    clock: Callable[[], float] = time.monotonic
+    _free_s: float = field(default=float("-inf"), init=False)
+    """When what was granted is paid for, at one in ``every_s``."""
+
+    def wait_s(self) -> float:
+        """Takes one; returns the seconds until it may be used."""
+        now, saved_s = self.clock(), self.burst * self.every_s
+        self._free_s = max(self._free_s, now - saved_s) + self.every_s
+        return max(self._free_s - now, 0.0)
+
+
+def watch(
+    instance: str, link: FleetLink, signals: Signals, passed: Callable[[int], None] | None = None
+) -> None:
     """Keeps a stream open until ``signals.stop``, and asks where there is none.
 
     Runs in a thread of its own, so that a device that trains is still seen to be there.
+
+    Guarantee:
+        Whatever the server sends, no more than one call in `CALL_S` and one stream in `STREAM_S`
+        seconds are taken, beside what may be saved up; all of it counts in ``passed``.
+
+    Args:
+        instance: Names this process to the server.
+        link: To the server.
+        signals: What the threads of this device tell each other.
+        passed: Hears how many bytes have passed, and may wait.
     """
     failures, next_try = 0, 0.0
+    streams, calls = Ceiling(STREAM_S, STREAM_BURST), Ceiling(CALL_S, CALL_BURST)
     while not signals.stop.is_set():
         if signals.anew.is_set():
             signals.anew.clear()
             failures, next_try = 0, 0.0
         if link.wake_port and time.monotonic() >= next_try:
+            if signals.stop.wait(streams.wait_s()):
+                return
+            _count(passed, STREAM_BYTES)
             with suppress(TrustError):  # it has expired: the main thread meets that, and ends
                 link.renew()
+            began = time.monotonic()
             with _channel(link.kit, link.address(failures), link.wake_port) as channel:
-                opened = _listen(channel, instance, signals)
-            failures = 0 if opened else failures + 1
+                opened = _listen(channel, instance, signals, calls, passed)
+            lasted = opened and time.monotonic() - began >= _STEADY_S
+            failures = 0 if lasted else failures + 1
             pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
             next_try = time.monotonic() + pause_s
         soon_s = max(next_try - time.monotonic(), 0.05)
@@ -99,7 +147,7 @@ def hold_stream(link: FleetLink, instance: str) -> None:
 
     def hold() -> None:
         with _channel(link.kit, link.address(0), link.wake_port) as channel:
-            _listen(channel, instance, Signals())
+            _listen(channel, instance, Signals(), Ceiling(CALL_S, CALL_BURST), None)
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
@@ -115,8 +163,19 @@ def _channel(kit: Kit, server: str, wake_port: int) -> grpc.Channel:
     return grpc.secure_channel(target, credentials, options=(*_OPTIONS, way))
 
 
-def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:
-    """Reads the stream to its end; True when it was open."""
+def _count(passed: Callable[[int], None] | None, count: int) -> None:
+    if passed is not None:
+        passed(count)
+
+
+def _listen(
+    channel: grpc.Channel,
+    instance: str,
+    signals: Signals,
+    ceiling: Ceiling,
+    passed: Callable[[int], None] | None,
+) -> bool:
+    """Reads the stream to its end, no faster than ``ceiling``; True when it was open."""
     opened, over = False, threading.Event()
     calls = WakeStub(channel).Watch(WatchRequest(instance=instance))  # type: ignore[no-untyped-call]
 
@@ -133,6 +192,8 @@ def _listen(channel: grpc.Channel, instance: str, signals: Signals) -> bool:
             opened = True
             signals.lost = None
             signals.work.set()
+            _count(passed, CALL_BYTES)
+            signals.stop.wait(ceiling.wait_s())  # unread, it fills a window, and the server waits
     except grpc.RpcError as error:
         code = error.code()
         if code == grpc.StatusCode.UNAUTHENTICATED:

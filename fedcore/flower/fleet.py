@@ -34,7 +34,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.pieces import Joined
 
@@ -311,7 +311,7 @@ class Fleet:
         except ResourceError:
             raise  # this machine's, and no fault of the node's
         except Exception as failure:  # bytes that were made up fail in many ways
-            said = one_line(str(failure)[:_SHOWN])
+            said = foreign(failure, _SHOWN)
             reason = (
                 f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
                 f"{said}). It was not used."

@@ -125,10 +125,11 @@ class FleetLink:
         told = response.headers.get(WAKE_PORT, "")
         if told.isdecimal() and len(told) <= 5 and int(told) < 2**16:
             self.wake_port = int(told)
-        if self._passed is not None and self._last is None:
-            came = int(response.headers.get("content-length", 0))
-            self._passed(len(context.request.content) + came)
         return response
+
+    def _moved(self, count: int) -> None:
+        if self._passed is not None and self._last is None:
+            self._passed(count)
 
     @property
     def node_id(self) -> int:
@@ -274,6 +275,7 @@ class FleetLink:
             verify=client_context(kit),
             timeout_s=_TIMEOUT_S,
             stopped=self._stop.is_set,
+            moved=self._moved,
         )
 
     def _pull(self, run_id: int, object_id: str, most_bytes: int) -> bytes:

@@ -66,11 +66,17 @@ class BoundedClient(FleetHttpClient):
         verify: ssl.SSLContext,
         timeout_s: float,
         stopped: Callable[[], bool],
+        moved: Callable[[int], None],
     ) -> None:
-        """Connects to nothing yet; objects are read no further once ``stopped`` says so."""
+        """Connects to nothing yet.
+
+        Objects are read no further once ``stopped`` says so. ``moved`` hears how many bytes of body
+        each call has sent and taken in, whatever became of it, and may wait.
+        """
         super().__init__(address, interceptors=[interceptor], verify=verify, timeout=timeout_s)
         self._client.follow_redirects = False
         self._stopped = stopped
+        self._moved = moved
         self._most = threading.local()  # one client serves several threads
 
     def pull_object(self, request: PullObjectRequest, most_bytes: int) -> PullObjectResponse:
@@ -105,6 +111,8 @@ class BoundedClient(FleetHttpClient):
                 content = read_bounded(response, taken_bytes, stopped)
             finally:
                 response.close()
+                # As counted here: a server may declare what it likes, or nothing.
+                self._moved(len(current.request.content) + response.num_bytes_downloaded)
             return httpx.Response(
                 response.status_code,
                 headers=response.headers,

@@ -21,13 +21,13 @@ from fedcore.observability.events import (
     Value,
     json_line,
 )
+from fedcore.observability.foreign import bounded_line, foreign
 from fedcore.observability.words import (
     NOTHING,
     bytes_text,
     counted,
     epsilon_text,
     figure,
-    one_line,
     seconds_text,
 )
 
@@ -103,7 +103,7 @@ def _sentence(event: Event) -> str:
             text = f"note: {note}"
         case _:
             assert_never(event)
-    return one_line(text)
+    return bounded_line(text)
 
 
 def _round_cells(values: Mapping[str, Value]) -> _Cells:
@@ -188,10 +188,10 @@ def live(console: Console) -> Iterator[Sink]:
 
     def start(stage: str, steps: int | None) -> None:
         finish()
-        progress.add_task(one_line(stage), total=steps)
+        progress.add_task(foreign(stage), total=steps)
 
     def advance(done: int, note: str) -> None:
-        step.plain = one_line(note)
+        step.plain = foreign(note)
         for task in progress.task_ids:
             progress.update(task, completed=done)
 
@@ -230,6 +230,6 @@ def _rounds_table(rows: Iterable[_Cells]) -> Table:
     for cells in rows:
         if not table.columns:
             for name, _ in cells:
-                table.add_column(Text(one_line(name)), justify="right")
+                table.add_column(Text(foreign(name, 100)), justify="right")
         table.add_row(*(Text(cell) for _, cell in cells))
     return table

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedcore.observability.foreign import MOST_LINE_BYTES
+
 Value = float | int | str | None | dict[str, float]
 
 
@@ -127,12 +129,39 @@ def json_line(event: Event) -> str:
     """An event as one line of JSON without its newline: ``event`` names it, its fields follow.
 
     The fields of a round stand at the top level. JSON knows no NaN or infinity: they become null.
+    A line has `MOST_LINE_BYTES` at most: a longer one loses the ends of its texts, then metrics.
 
     >>> json_line(StageStarted("export", 3))
     '{"event": "stage_started", "stage": "export", "steps": 3}'
     """
     fields = event.values if isinstance(event, RoundFinished) else asdict(event)
-    return json.dumps({"event": _NAMES[type(event)], **_finite(fields)}, allow_nan=False)
+    whole = {"event": _NAMES[type(event)], **_finite(fields)}
+    line = json.dumps(whole, allow_nan=False)
+    while len(line) > MOST_LINE_BYTES and _shorten(whole):
+        line = json.dumps(whole, allow_nan=False)
+    return line
+
+
+def _shorten(fields: dict[str, Any]) -> bool:
+    """Takes half of the longest text, or else of the metrics; False where there is neither."""
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    longest = max(texts, key=lambda name: len(texts[name]))
+    if len(texts[longest]) > _SHORT_TEXT:
+        whole, _, _ = texts[longest].rpartition(_CUT)
+        kept = (whole or texts[longest])[: len(texts[longest]) // 2]
+        fields[longest] = kept + _CUT
+        return True
+    found = [value for value in fields.values() if isinstance(value, dict) and value]
+    if not found:
+        return False
+    metrics = max(found, key=len)
+    for name in list(metrics)[len(metrics) // 2 :]:
+        del metrics[name]
+    fields["left_out"] = "metrics, for the length of this line"
+    return True
+
+
+_SHORT_TEXT, _CUT = 100, "... (cut)"
 
 
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,24 +10,34 @@ from pathlib import Path
 from typing import TextIO
 
 from fedcore.files import disk_errors
-from fedcore.observability.foreign import bounded_line, foreign
+from fedcore.observability.foreign import MOST_LINE_BYTES, bounded_line, foreign
+from fedcore.observability.throttle import Throttle, left_out
 
 MAX_BYTES, KEPT = 10 << 20, 5
 """A file of 10 MiB gives way to the next, and five old ones stay: 60 MiB at most."""
 
 
-def log_lines(to: TextIO | Path, *, level: int = logging.INFO, max_bytes: int = MAX_BYTES) -> None:
+def log_lines(
+    to: TextIO | Path,
+    *,
+    level: int = logging.INFO,
+    max_bytes: int = MAX_BYTES,
+    throttled: bool = False,
+) -> None:
     """Sends what fedcore logs to a stream or a file, a line an event, with the time in UTC.
 
     A file that has grown to ``max_bytes`` is renamed to ``FILE.1``, which becomes ``FILE.2``, and
     so on; the oldest of more than `KEPT` goes. A full disk loses lines, and stops nothing.
+
+    Where ``throttled``, few of the project's own lines of a kind are written, too (`Throttled`): on
+    a device, whose every line its one server can cause.
 
     Raises:
         ResourceError: the file may not be written.
     """
     handler: logging.Handler = _file(to, max_bytes) if isinstance(to, Path) else _Stream(to)
     handler.setFormatter(OneLine())
-    handler.addFilter(Sparse())
+    handler.addFilter(Throttled() if throttled else Sparse())
     logger = logging.getLogger("fedcore")
     logger.setLevel(level)
     for name in ("fedcore", "flwr"):
@@ -60,7 +70,9 @@ class OneLine(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             message = f"{foreign(message, _MESSAGE)} [{_named(record.exc_info[1])}]"
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        return bounded_line(f"{moment}.{int(record.msecs):03d}Z {record.levelname} {message}")
+        line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {message}"
+        more = left_out(getattr(record, _LEFT_OUT, 0))
+        return bounded_line(line, MOST_LINE_BYTES - len(more)) + more
 
 
 class Sparse(logging.Filter):
@@ -87,6 +99,31 @@ class Sparse(logging.Filter):
         return tokens >= 1
 
 
+class Throttled(Sparse):
+    """Lets few lines through of each kind, the project's own, too; the next one counts the others.
+
+    A kind is a line's text before names and reasons are put into it. Warnings are as few as those
+    of a peer on a server; what tells of work that goes on may come more often.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begins with nothing left out."""
+        super().__init__(clock)
+        self._warnings: Throttle[str] = Throttle(clock=clock)
+        self._news: Throttle[str] = Throttle(every_s=_NEWS_S, burst=_NEWS_BURST, clock=clock)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written; notes on one that is how many were not."""
+        if not super().filter(record):
+            return False
+        throttle = self._news if record.levelno < logging.WARNING else self._warnings
+        silent = throttle.admit(str(record.msg))
+        setattr(record, _LEFT_OUT, silent or 0)
+        return silent is not None
+
+
+_LEFT_OUT = "left_out"
+_NEWS_S, _NEWS_BURST = 1.0, 300
 _BURST, _AGAIN_S = 20.0, 10.0
 _MESSAGE = 1000  # characters of a message beside which an exception is named
 

@@ -9,18 +9,6 @@ NOTHING = "-"
 """Stands where there is no value."""
 
 
-def one_line(text: str) -> str:
-    """``text`` on one line, with every character that a terminal or XML would act on replaced.
-
-    >>> one_line("two" + chr(10) + "lines" + chr(27) + "[31m")
-    'two lines\N{REPLACEMENT CHARACTER}[31m'
-    """
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
-        for character in " ".join(text.split())
-    )
-
-
 def figure(value: float | None, digits: int = 4) -> str:
     """A measured number to ``digits`` digits, with an exponent only where it would be long.
 

@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate, ResourceError
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import (
     ARRAYS,
     HEADER_BYTES,
@@ -193,9 +193,7 @@ def _one_refusal(where: str) -> Iterator[None]:
 
 def _shown(text: object) -> str:
     """A peer's text as part of an error."""
-    raw = text[: 2 * _SHOWN] if isinstance(text, str) else type(text).__name__
-    line = one_line(raw)
-    return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
+    return f"'{foreign(text if isinstance(text, str) else type(text).__name__, _SHOWN)}'"
 
 
 def _check_name(name: object, what: str, where: str) -> None:
@@ -293,7 +291,7 @@ def _arrays(record: object, asked: Mapping[str, Form], where: str) -> dict[str, 
 
 
 def _short(shape: tuple[int, ...]) -> str:
-    return one_line(str(shape)[:_SHOWN])
+    return foreign(shape, _SHOWN)
 
 
 def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
@@ -317,7 +315,7 @@ def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...
         if size - start != prod(shape) * dtype.itemsize:
             raise ValueError(f"it has {size} bytes, and its header says otherwise")
     except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
-        said = one_line(str(error)[:_SHOWN])
+        said = foreign(error, _SHOWN)
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {said}). {_NOT_USED}."
         ) from None

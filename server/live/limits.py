@@ -7,19 +7,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fedcore.flower.fleet_api import Upload
 from fedcore.observability.foreign import foreign
+from fedcore.observability.throttle import TOLD_S, Throttle, left_out, take_token
 
 log = logging.getLogger("fedcore.server")
 
-_Key = TypeVar("_Key")
-
-TOLD_S = 10.0
-"""A peer that is refused again and again is told of once in so many seconds."""
-_TOLD_BURST = 20
-"""So many lines of a kind that a peer causes are written at once; then one in `TOLD_S` seconds."""
 STREAM_S, STREAM_BURST = 1.0, 20
 """How often a device may open its stream in the long run, and how often at once."""
 _MOST_TOLD = 10_000
@@ -119,34 +113,22 @@ class Refusals:
         if len(self._told) >= _MOST_TOLD:
             self._told.clear()
         self._told[key] = (now, 0)
-        more = f" ({silent} more since the last such line)" if silent else ""
-        log.warning("refused %s: %d: %s%s", foreign(peer, 100), status, foreign(text, 1000), more)
+        shown = foreign(peer, 100), status, foreign(text, 1000), left_out(silent)
+        log.warning("refused %s: %d: %s%s", *shown)
 
 
 class PeerLines:
     """The log of what peers do: so many lines of a kind for each, then one in a while."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._left: dict[tuple[str, str], tuple[float, float]] = {}
-        self._silent: dict[tuple[str, str], int] = {}
+        self._told: Throttle[tuple[str, str]] = Throttle(clock=clock)
 
     def tell(self, peer: str, what: str, more: str = "") -> None:
         """Logs that ``peer`` did ``what``, unless it has done so too often."""
-        key = (peer, what)
-        if not self._granted(key):
-            self._silent[key] = self._silent.get(key, 0) + 1
-            return
-        silent = self._silent.pop(key, 0)
-        left_out = f" ({silent} more since the last such line)" if silent else ""
-        shown = f" ({foreign(more, 100)})" if more else ""
-        log.info("device %s: %s%s%s", foreign(peer, 100), what, shown, left_out)
-
-    def _granted(self, key: tuple[str, str]) -> bool:
-        if len(self._left) >= _MOST_TOLD and key not in self._left:
-            self._left.clear()
-            self._silent.clear()
-        return take_token(self._left, key, self._clock(), every_s=TOLD_S, burst=_TOLD_BURST)
+        silent = self._told.admit((peer, what))
+        if silent is not None:
+            shown = f" ({foreign(more, 100)})" if more else ""
+            log.info("device %s: %s%s%s", foreign(peer, 100), what, shown, left_out(silent))
 
 
 class Streams:
@@ -159,19 +141,6 @@ class Streams:
     def admit(self, public: bytes) -> bool:
         """Counts one; False when there were too many."""
         return take_token(self._left, public, self._clock(), every_s=STREAM_S, burst=STREAM_BURST)
-
-
-def take_token(
-    left: dict[_Key, tuple[float, float]], key: _Key, now_s: float, *, every_s: float, burst: int
-) -> bool:
-    """Takes a token out of the bucket of ``key``, which fills by one in ``every_s`` seconds.
-
-    ``left`` holds for each key how many tokens there were, and when.
-    """
-    tokens, since_s = left.get(key, (float(burst), now_s))
-    tokens = min(tokens + (now_s - since_s) / every_s, float(burst))
-    left[key] = (tokens - 1.0 if tokens >= 1.0 else tokens, now_s)
-    return tokens >= 1.0
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+from server.heap import set_heap
+
 _MAPPED_BYTES, _KEPT_BYTES = 2**19, 2**20
 
 
@@ -15,13 +15,9 @@ def give_back_early() -> None:
     """Has the C library map large blocks one by one, and unmap each when it is freed.
 
     glibc raises its own threshold with the first large block that is freed; from then on pieces of
-    updates fill the heaps of several threads, which stay as large as they once were. Elsewhere
-    than with glibc nothing is done.
+    updates fill the heaps of several threads, which stay as large as they once were.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    set_heap(mapped_bytes=_MAPPED_BYTES, kept_bytes=_KEPT_BYTES)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fedcore.crypto.envelope import Replays
 from fedcore.crypto.roster import Member, Roster
 from fedcore.errors import CertificateRefused, InvalidUpdate, TrustError, UpdateForeign
 from fedcore.flower.fleet_grid import Check
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
 from fedcore.updates.replies import check_legible
 from fedcore.updates.seal import base_digest, round_of, unseal
 from server.live.limits import Refusals
@@ -148,7 +148,7 @@ class DevicePeers:
         """``client 'edge-0'``, or the node's number where it is no member any more."""
         public = self.key_of(node_id)
         member = self.roster.member(public) if public is not None else None
-        return f"client {one_line(member.name)!r}" if member else f"node {node_id}"
+        return f"client {foreign(member.name, 100)!r}" if member else f"node {node_id}"
 
     def said(self, node_id: int, reason: str) -> str:
         """The reason behind the device's name: it may have said anything, of any other device."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
+
+MOST_TEXT = 20_000
+"""Characters of one text in a report."""
 
 
 class Markup(str):
@@ -21,7 +24,8 @@ def tag(name: str, *content: str, **attributes: str) -> Markup:
     '<td class="number">&lt;b&gt;</td>'
     """
     written = "".join(
-        f' {key.rstrip("_")}="{escape(one_line(value))}"' for key, value in attributes.items()
+        f' {key.rstrip("_")}="{escape(foreign(value, MOST_TEXT))}"'
+        for key, value in attributes.items()
     )
     return Markup(f"<{name}{written}>{join(content)}</{name}>")
 
@@ -36,7 +40,7 @@ def _safe(part: str) -> str:
         return part
     lead = " " if part[:1].isspace() else ""  # text may stand between elements
     trail = " " if part[-1:].isspace() else ""
-    return escape(f"{lead}{one_line(part)}{trail}")
+    return escape(f"{lead}{foreign(part, MOST_TEXT)}{trail}")
 
 
 def table(

@@ -13,7 +13,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from fedcore.observability.words import one_line
+from fedcore.observability.foreign import foreign
+from server.report.markup import MOST_TEXT
 
 # Okabe and Ito's palette, which the colour-blind can tell apart, on white.
 BLUE, GREEN, PURPLE, ORANGE = "#0072b2", "#009e73", "#aa4499", "#d55e00"
@@ -76,7 +77,7 @@ def drawable(value: float | None) -> bool:
 
 def shortened(text: str, length: int) -> str:
     """``text`` on one line of at most ``length`` characters."""
-    line = one_line(text)
+    line = foreign(text, MOST_TEXT)
     return line if len(line) <= length else line[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -88,7 +89,7 @@ def _embeddable(document: str, name: str, label: str) -> str:
     element = re.sub(r"<[^>]*>", lambda tag: _own_ids(tag.group(), name), element)
     head, rest = element.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{escape(one_line(label))}">{rest}'.strip()
+    return f'{head} role="img" aria-label="{escape(foreign(label, MOST_TEXT))}">{rest}'.strip()
 
 
 def _own_ids(tag: str, name: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+from server.heap import set_heap
+
 _MMAP_BYTES = 32 << 20  # the most that glibc takes
 _TRIM_BYTES = 512 << 20
 
@@ -19,12 +18,7 @@ def keep_heap() -> None:
     A step's activations are asked for and freed again and again; given back each time, every page
     of them is cleared anew by the kernel, which can take as long as the arithmetic.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    set_heap(mapped_bytes=_MMAP_BYTES, kept_bytes=_TRIM_BYTES)
 
 
 @contextmanager

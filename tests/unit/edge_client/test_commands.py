@@ -4,13 +4,17 @@ import argparse
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_client import store
 from edge_client.commands import device
-from fedcore.errors import ConfigError, DataError, DeviceError
+from fedcore.errors import ConfigError, DataError, DeviceError, LimitExceeded
+from fedcore.files import sha256_hex
+from tests import hostile_models as hostile
 
 
 def run(*arguments: str) -> int:
@@ -110,6 +114,25 @@ def test_bench_times_single_inferences(at: list[str], capsys: pytest.CaptureFixt
     assert (figures["runs"], figures["threads"]) == (100, 1)
     run("bench", *at, "--runs", "10")
     assert "p99" in capsys.readouterr().out
+    run("bench", *at, "--runs", "1")
+
+
+def test_bench_runs_no_model_in_this_process(
+    at: list[str], publisher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "store" / "models" / "digits" / "1"
+    raw = hostile.endless_loop()
+    version = store.read(tmp_path / "store", "digits", "active")
+    entry = version.manifest.onnx.model_copy(update={"sha256": sha256_hex(raw), "length": len(raw)})
+    (installed / "model.onnx").write_bytes(raw)
+    bad = replace(
+        version,
+        manifest=version.manifest.model_copy(update={"onnx": entry}),
+        path=installed / "model.onnx",
+    )
+    monkeypatch.setattr(store, "serving", lambda *_: bad)
+    with pytest.raises(LimitExceeded, match="no answer within 1 s"):
+        run("bench", *at, "--max-seconds", "1")
 
 
 def test_bad_input_is_told_apart(at: list[str], tmp_path: Path) -> None:

@@ -61,6 +61,19 @@ def test_inputs_go_one_at_a_time_where_that_is_asked_for(
         assert (outputs == (1 if one_at_a_time else 3)).all()
 
 
+def test_single_inferences_are_timed_where_the_model_runs(
+    manifest: Manifest, matmul: Any, tmp_path: Path
+) -> None:
+    raw = matmul.onnx(1.0)
+    (tmp_path / "m").write_bytes(raw)
+    place = of(manifest, raw), tmp_path / "m", EYE
+    median, late = confined.time_runs(*place, runs=200, limits=ModelLimits())
+    assert 0.1 < median <= late < 1e6
+    for runs in (0, confined.MAX_RUNS + 1):
+        with pytest.raises(ValueError, match="runs: expected"):
+            confined.time_runs(*place, runs=runs, limits=ModelLimits())
+
+
 @pytest.mark.parametrize("added", ["x", "zero"])
 def test_a_loop_without_end_is_ended(run: Run, added: str) -> None:
     started = time.monotonic()

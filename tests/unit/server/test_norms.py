@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from fedcore.updates.pack import Layout, Vector
 from server.aggregation.exact import ExactMean
 from server.expected import asked_to_train
 from server.inbound import Intake, Tally, accepted
-from server.norms import FACTOR, NormBound, is_bounded, norm_bound
+from server.norms import FACTOR, GROWTH, NormBound, is_bounded, norm_bound
+from server.records import RoundRecord
 from server.taken import fold, hold
+from tests.unit.server.journals import record
 
 SIZE = 100_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
@@ -196,3 +199,59 @@ def test_the_note_names_the_first_of_many() -> None:
     assert said.startswith("round 3: 8 updates longer than 10 times the median of the round")
     assert "client 'edge-0' (1e+09)" in said
     assert "edge-7" not in said
+
+
+def after(*measures: float | None) -> NormBound:
+    """The bound of the round after rounds that counted so much as their medians."""
+    records: list[RoundRecord] = [
+        replace(record(number), median_norm=each) for number, each in enumerate(measures, 1)
+    ]
+    bound = norm_bound(run_of(), BASE, live=True, records=records)
+    assert bound is not None
+    return bound
+
+
+def test_a_round_counts_for_twice_the_median_of_those_before_it_at_most() -> None:
+    assert after().limit([5.0, 6.0, 7.0]) == FACTOR * 6.0
+    assert after(1.0).limit([1.5, 1.5, 1.5]) == FACTOR * 1.5
+    assert after(1.0).limit([5.0, 6.0, 7.0]) == FACTOR * GROWTH
+    assert after(1.0).measure([5.0, 6.0, 7.0]) == GROWTH
+    assert after(1.0, None, 1.0, 9.0).limit([6.0] * 3) == FACTOR * GROWTH
+    assert after(1.0, 9.0).limit([6.0] * 3) == FACTOR * GROWTH  # of two, the lower one
+
+
+def test_shorter_updates_lower_the_bound_at_once() -> None:
+    assert after(100.0, 50.0).limit([0.1, 0.2, 0.3]) == FACTOR * 0.2
+
+
+@pytest.mark.parametrize("lengths", [[], [3.0], [3.0, 1e6]])
+def test_fewer_than_three_are_bounded_by_what_earlier_rounds_showed(lengths: list[float]) -> None:
+    assert after(1.0).limit(lengths) == FACTOR * GROWTH
+    assert after(1.0).measure(lengths) is None
+    assert after(None).limit(lengths) is None
+
+
+def test_rounds_in_which_nothing_moved_say_nothing_of_later_ones() -> None:
+    assert after().measure([0.0, 0.0, 0.0]) is None
+    assert after().measure([0.0, 0.0, 0.0, 5.0]) == 0.0
+    assert after(0.0, 0.0, 1.0).limit([1.0] * 3) == FACTOR
+
+
+def test_a_bound_that_is_fixed_counts_nothing() -> None:
+    assert NormBound(BASE, 2.5).measure([1.0, 2.0, 3.0]) is None
+
+
+@pytest.mark.parametrize("each_time", [1.1, 10.0, 1e30])
+def test_devices_that_all_grow_together_double_the_bound_no_faster_than_the_rounds(
+    each_time: float,
+) -> None:
+    measures, limits = [1.0], [FACTOR]
+    for _ in range(500):
+        bound = after(*measures)
+        lengths = [limits[-1] * each_time] * 8
+        limit, measure = bound.limit(lengths), bound.measure(lengths)
+        assert limit is not None
+        assert measure is not None
+        limits.append(limit)
+        measures.append(measure)
+    assert all(limit <= FACTOR * GROWTH * (place + 1) for place, limit in enumerate(limits))

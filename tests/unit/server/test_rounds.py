@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Array, Error, RecordDict
@@ -327,6 +329,32 @@ def test_a_fixed_bound_on_updates_holds_in_a_simulation_too() -> None:
     assert story.notes[0].startswith(
         "round 1: 1 update longer than federation.max_update_norm = 0.5, clipped to that: node 11"
     )
+
+
+def grows(node: int, number: int, weights: Vector) -> RecordDict:
+    return update_content(Update(weights + np.float32(100.0**number), 10, {}))
+
+
+def test_updates_that_all_grow_are_clipped_and_a_resume_gives_the_same_bits() -> None:
+    story = Story(grows, live=True, rounds=6)
+    done = story.run()
+    norms = [each.median_norm or 0.0 for each in story.records]
+    assert norms == pytest.approx([100 * 3**0.5 * factor for factor in (1, 2, 2, 4, 4, 4)])
+    assert any("median of the round, or of rounds so far" in note for note in story.notes)
+    whole = Story(grows, live=True, rounds=6)
+    half = Story(grows, live=True, rounds=3).run()
+    progress = replace(whole.progress(round=3), weights=half.weights)
+    resumed = whole.run(Start(progress, half.rounds))
+    assert resumed.weights.tobytes() == done.weights.tobytes()
+    assert [each.median_norm for each in resumed.rounds] == norms
+
+
+def test_too_few_to_bound_are_told_of_once() -> None:
+    story = Story(adds(0.1), live=True, rounds=3, cohort=2)
+    story.run()
+    assert [note for note in story.notes if note.startswith("WARNING: round 1: 2 updates, which")]
+    assert len(story.notes) == 1
+    assert not Story(adds(0.1), live=False, rounds=1, cohort=1).run().rounds[0].median_norm
 
 
 def test_one_is_not_counted_as_many() -> None:

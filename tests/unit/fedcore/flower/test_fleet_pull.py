@@ -215,13 +215,17 @@ class Plain:
         return response
 
 
-def client(respond: Callable[[httpx.Request], httpx.Response]) -> BoundedClient:
+def client(
+    respond: Callable[[httpx.Request], httpx.Response],
+    moved: Callable[[int], None] = lambda count: None,
+) -> BoundedClient:
     made = BoundedClient(
         "https://server",
         interceptor=Plain(),
         verify=ssl.create_default_context(),
         timeout_s=1.0,
         stopped=lambda: False,
+        moved=moved,
     )
     made._client = httpx.Client(transport=httpx.MockTransport(respond))
     return made
@@ -259,3 +263,22 @@ def test_a_client_follows_nobody_elsewhere() -> None:
     with pytest.raises(httpx.HTTPStatusError):
         client(respond).PullMessages(PullMessagesRequest())
     assert len(asked) == 1
+
+
+class Long(httpx.SyncByteStream):
+    """A body of two pieces, of which one is more than may come."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield bytes(1000)
+        yield bytes(2 * ANSWER_BYTES)
+
+
+@pytest.mark.parametrize("declared", [None, "0", "nonsense"])
+def test_what_came_is_counted_whatever_was_declared_and_became_of_it(declared: str | None) -> None:
+    headers = {} if declared is None else {"content-length": declared}
+    counted: list[int] = []
+    link = client(lambda _: httpx.Response(200, headers=headers, stream=Long()), counted.append)
+    request = PullMessagesRequest()
+    with pytest.raises(TooLarge):
+        link.PullMessages(request)
+    assert counted == [len(request.SerializeToString()) + 1000 + 2 * ANSWER_BYTES]

@@ -44,7 +44,7 @@ def test_plain_writes_one_line_an_event(finished_round: Round) -> None:
         "round 2/5: accuracy 0.7000, epsilon 2.47, clients 19/20, time 0.25 s",
         "[export] step 1: fp32",
         "[rounds] done in 12.3 s: best round 2",
-        "note: two lines \N{REPLACEMENT CHARACTER}[31m",
+        "note: two lines \\x1b[31m",
         "[data] started",
         "[data] done in 0.04 s",
     ]

@@ -90,3 +90,28 @@ def test_what_waits_is_handed_on_when_the_run_fails() -> None:
             _ = {}["a run that fails"]
         assert seen == []
     assert seen == [event]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Noted("\u6771" * 2000),
+        Noted("\x1b" * 100_000),
+        StageAdvanced("\ud800" * 5000, 2, "y" * 5000),
+        RoundFinished({"round": 1, "metrics": {f"{n}" * 50: 1 / 3 for n in range(1000)}}),
+        RoundFinished({"round": 1, "metrics": {"m" * 9000: 1.0}}),
+    ],
+)
+def test_no_line_is_longer_than_two_kilobytes(event: Event) -> None:
+    line = json_line(event)
+    assert len(line) <= 1900
+    told = json.loads(line)
+    assert told["event"]
+    assert "... (cut)" in line or told["left_out"] == "metrics, for the length of this line"
+
+
+def test_of_what_is_long_much_is_kept() -> None:
+    assert len(json.loads(json_line(Noted("x" * 4000)))["text"]) > 900
+    metrics = {f"metric {number}": 1 / 3 for number in range(100)}
+    told = json.loads(json_line(RoundFinished({"round": 1, "metrics": metrics})))
+    assert list(told["metrics"]) == list(metrics)[:50]

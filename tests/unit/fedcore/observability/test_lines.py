@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import ResourceError
-from fedcore.observability.lines import KEPT, Sparse, log_lines
+from fedcore.observability.lines import KEPT, Sparse, Throttled, log_lines
 
 
 @pytest.fixture(autouse=True)
@@ -142,3 +142,33 @@ def test_what_libraries_say_comes_now_and_then_and_what_the_project_says_always(
     now[0] = 20.0
     assert sum(passes("uvicorn.error") for _ in range(1000)) == 2
     assert all(passes("fedcore.server") for _ in range(1000))
+
+
+def test_a_device_writes_few_lines_of_a_kind_and_says_how_many_were_left_out() -> None:
+    stream = io.StringIO()
+    log_lines(stream, throttled=True)
+    now = [0.0]
+    (handler,) = logging.getLogger("fedcore").handlers
+    handler.filters = [Throttled(lambda: now[0])]
+    log = logging.getLogger("fedcore.device")
+    for number in range(1000):
+        log.warning("run %d: takes no part: %s", number, "x" * 3000)
+        log.warning("not taken: %s", "once" if not number else "again")
+        log.info("%s %s: done in %.2f s", "run", "train", 0.1)
+    lines = lines_of(stream)
+    assert sum("takes no part" in line for line in lines) == 20
+    assert sum("not taken" in line for line in lines) == 20
+    assert sum("done in" in line for line in lines) == 300
+    now[0] = 10.0
+    log.warning("run %d: takes no part: %s", 7, "x" * 3000)
+    last = lines_of(stream)[-1]
+    assert last.endswith("(980 more since the last such line)")
+    assert len(last) < 2000
+
+
+def test_what_is_left_out_is_bounded_in_kinds() -> None:
+    throttled = Throttled(lambda: 0.0)
+    for number in range(50_000):
+        record = logging.LogRecord("fedcore", 30, "", 0, f"kind {number}", None, None)
+        assert throttled.filter(record)
+    assert len(throttled._warnings._left) <= 10_000

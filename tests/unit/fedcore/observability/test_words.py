@@ -12,23 +12,8 @@ from fedcore.observability.words import (
     counted,
     epsilon_text,
     figure,
-    one_line,
     seconds_text,
 )
-
-
-@given(st.text())
-def test_one_line_leaves_nothing_that_a_terminal_acts_on(text: str) -> None:
-    line = one_line(text)
-    assert line.isprintable()
-    assert len(line) <= len(text)
-
-
-def test_one_line_keeps_words() -> None:
-    assert one_line("  two\n\tlines ") == "two lines"
-    assert (
-        one_line("\x1b[31mred\x00") == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,143 @@
+"""What a server may make a device do by its stream, whatever it sends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from edge_client.node import wake
+from edge_client.node.wake import CALL_BURST, CALL_BYTES, CALL_S, Ceiling, Signals
+from fedcore.rpc.wake_pb2 import Call
+from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
+
+Watch = Callable[[Any], Iterator[Call]]
+
+
+@contextmanager
+def serving(behave: Watch) -> Iterator[int]:
+    """A server whose stream does as ``behave`` says; gives its port."""
+
+    class Servicer(WakeServicer):
+        def Watch(self, request: Any, context: Any) -> Iterator[Call]:
+            return behave(context)
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_WakeServicer_to_server(Servicer(), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop(None).wait()
+
+
+def channel_to(port: int) -> grpc.Channel:
+    return grpc.insecure_channel(f"127.0.0.1:{port}", options=wake._OPTIONS)
+
+
+def floods(context: Any) -> Iterator[Call]:
+    while context.is_active():
+        yield Call(kind=Call.WORK)
+
+
+def stopped_after(seconds: float) -> Signals:
+    signals = Signals()
+    threading.Timer(seconds, signals.stop.set).start()
+    return signals
+
+
+def test_a_ceiling_grants_a_burst_and_then_one_at_a_time() -> None:
+    now = [0.0]
+    ceiling = Ceiling(2.0, 3, clock=lambda: now[0])
+    assert [ceiling.wait_s() for _ in range(5)] == [0, 0, 0, 2, 4]
+    now[0] += 1000.0  # a pause saves up no more than the burst
+    assert [ceiling.wait_s() for _ in range(4)] == [0, 0, 0, 2]
+
+
+def test_a_server_that_calls_without_end_is_read_at_a_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wake, "_CANCEL_S", 0.1)
+    counted: list[int] = []
+    signals, started = stopped_after(2.0), time.monotonic()
+    with serving(floods) as port, channel_to(port) as channel:
+        ceiling = Ceiling(CALL_S, CALL_BURST)
+        assert wake._listen(channel, "a", signals, ceiling, counted.append)
+    took_s = time.monotonic() - started
+    assert CALL_BURST < len(counted) <= CALL_BURST + took_s / CALL_S + 2
+    assert set(counted) == {CALL_BYTES}
+
+
+def test_what_comes_by_the_stream_waits_for_the_owners_bandwidth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wake, "_CANCEL_S", 0.1)
+    counted: list[int] = []
+
+    def passed(count: int) -> None:
+        counted.append(count)
+        time.sleep(0.2)
+
+    with serving(floods) as port, channel_to(port) as channel:
+        wake._listen(channel, "a", stopped_after(1.0), Ceiling(CALL_S, CALL_BURST), passed)
+    assert 0 < len(counted) < 12
+
+
+def test_a_call_that_is_larger_than_any_ends_the_stream() -> None:
+    def large(context: Any) -> Iterator[Call]:
+        call = Call(kind=Call.OPEN)
+        call.MergeFromString(b"\x7a\xff\x01" + bytes(255))  # a field that nobody knows
+        while context.is_active():
+            yield call
+
+    counted: list[int] = []
+    with serving(large) as port, channel_to(port) as channel:
+        ceiling = Ceiling(CALL_S, CALL_BURST)
+        assert not wake._listen(channel, "a", Signals(), ceiling, counted.append)
+    assert counted == []
+
+
+@pytest.mark.parametrize("code", [None, grpc.StatusCode.UNAUTHENTICATED])
+def test_a_server_that_ends_each_stream_gets_few_of_them(
+    monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode | None
+) -> None:
+    """Also where the device is let in again each time, which would open the next one at once."""
+    monkeypatch.setattr(wake, "STREAM_BURST", 3)
+    monkeypatch.setattr(wake, "_SLOW_S", 0.01)
+    tried: list[float] = []
+    counted: list[int] = []
+
+    def ends(context: Any) -> Iterator[Call]:
+        tried.append(time.monotonic())
+        if code is not None:
+            context.abort(code, "no")
+        yield Call(kind=Call.OPEN)
+
+    with serving(ends) as port:
+        monkeypatch.setattr(wake, "_channel", lambda *_: channel_to(port))
+        signals = stopped_after(4.0)
+
+        def let_in() -> None:
+            while not signals.stop.wait(0.01):
+                signals.anew.set()
+
+        threading.Thread(target=let_in).start()
+        link = SimpleNamespace(
+            wake_port=port,
+            kit=None,
+            node_id=1,
+            renew=lambda: None,
+            address=lambda tries: "",
+            beat=lambda again_s: None,
+        )
+        wake.watch("a", link, signals, counted.append)  # type: ignore[arg-type]
+    assert 3 <= len(tried) <= 3 + 4.0 / wake.STREAM_S + 1
+    assert counted.count(wake.STREAM_BYTES) >= len(tried)
