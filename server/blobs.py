@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from fedcore.errors import DataError
-from fedcore.files import disk_errors, read_bytes, sync_folder
+from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
 
 _NEW = ".new"
 Pieces = Callable[[], Iterable[bytes | memoryview]]
@@ -105,5 +105,5 @@ def _damaged(path: Path) -> DataError:
 
 def _digest_of(path: Path) -> str:
     """In small pieces: what is there need not fit into memory beside what is written."""
-    with path.open("rb") as stream:
+    with os.fdopen(open_regular(path, what="a value of the journal"), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.errors import DataError, DiskFull
-from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder, write_atomic
 from server.entries import Entries, Entry
 
 HEAD, RECORDS = "head.json", "records.jsonl"
@@ -31,6 +31,7 @@ _BESIDE = ("-wal", "-shm")
 _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
 """What is there only once the journal has held a run."""
 _MAX_BYTES = 1 << 30
+_COPY = "the journal's copy"
 
 
 def is_begun(folder: Path) -> bool:
@@ -65,7 +66,8 @@ def add_to_head(folder: Path, entries: Entries, record: Entry | None) -> None:
     """
     if record is not None:
         path = folder / RECORDS
-        with disk_errors(path), path.open("ab") as stream:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with disk_errors(path), os.fdopen(open_regular(path, flags, what=_COPY), "ab") as stream:
             stream.write(_line(record))
             stream.flush()
             os.fsync(stream.fileno())
@@ -103,12 +105,10 @@ def _entries(rows: Iterable[Sequence[str]]) -> list[Entry]:
 def _read_head(folder: Path) -> _Copy | None:
     """The copy; None when there is none, or a single bit of it is wrong."""
     path = folder / HEAD
-    if not path.is_file():
-        return None
     try:
-        raw = read_bytes(path, max_bytes=_MAX_BYTES, what="the journal's copy")
+        raw = read_bytes(path, max_bytes=_MAX_BYTES, what=_COPY)
         found = _entries(json.loads(raw))
-    except (ValueError, TypeError, binascii.Error):
+    except (DataError, RecursionError, ValueError, TypeError, binascii.Error):
         return None
     last, added = _last_commit(found), _read_records(folder)
     if not any(entry.kind == RECORD for entry in found):
@@ -123,10 +123,13 @@ def _read_head(folder: Path) -> _Copy | None:
 def _read_records(folder: Path) -> list[Entry]:
     """The lines of the copy's records, but for what cannot be read, as one that was cut off."""
     path, found = folder / RECORDS, list[Entry]()
-    if path.is_file():
-        for line in read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines():
-            with suppress(ValueError, TypeError, binascii.Error):
-                found += _entries([json.loads(line)])
+    try:
+        lines = read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines()
+    except DataError:
+        return found
+    for line in lines:
+        with suppress(RecursionError, ValueError, TypeError, binascii.Error):
+            found += _entries([json.loads(line)])
     return found
 
 

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from fedcore.config import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
-from fedcore.files import read_bytes
+from fedcore.files import read_if_there
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import ledger_in
@@ -268,10 +268,9 @@ def _unreadable(error: Exception) -> PrivacyError:
 
 
 def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
-    if not path.exists():
-        return None
     try:
-        return kind.model_validate_json(read_bytes(path, max_bytes=max_bytes, what="the ledger"))
+        raw = read_if_there(path, max_bytes=max_bytes, what="the ledger")
+        return None if raw is None else kind.model_validate_json(raw)
     except DataError as error:
         reason = str(error)
     except ValidationError as error:
