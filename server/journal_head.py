@@ -7,7 +7,6 @@ copy is only ever added to: a round costs the same however many came before it.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -32,6 +31,8 @@ _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
 """What is there only once the journal has held a run."""
 _MAX_BYTES = 1 << 30
 _COPY = "the journal's copy"
+_UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
+"""What parsing a copy raises that is not as it was written."""
 
 
 def is_begun(folder: Path) -> bool:
@@ -108,13 +109,15 @@ def _read_head(folder: Path) -> _Copy | None:
     try:
         raw = read_bytes(path, max_bytes=_MAX_BYTES, what=_COPY)
         found = _entries(json.loads(raw))
-    except (DataError, RecursionError, ValueError, TypeError, binascii.Error):
+    except (DataError, *_UNREADABLE):
         return None
     last, added = _last_commit(found), _read_records(folder)
     if not any(entry.kind == RECORD for entry in found):
         found += {one.round: one for one in added if one.round <= last}.values()
     records = [entry for entry in found if entry.kind == RECORD]
-    complete = [entry.round for entry in records] == list(range(1, last + 1))
+    complete = len(records) == max(last, 0) and all(
+        entry.round == number for number, entry in enumerate(records, start=1)
+    )
     if not complete or not all(entry.is_intact for entry in found):
         return None
     return _Copy(found, can_grow=records == added)
@@ -128,7 +131,7 @@ def _read_records(folder: Path) -> list[Entry]:
     except DataError:
         return found
     for line in lines:
-        with suppress(RecursionError, ValueError, TypeError, binascii.Error):
+        with suppress(*_UNREADABLE):
             found += _entries([json.loads(line)])
     return found
 

@@ -35,6 +35,7 @@ from fedcore.crypto.certificates import (
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
 from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
+from fedcore.observability.faults import first_fault
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
 MAX_KIT_BYTES = 4 * MAX_CERTIFICATE_BYTES  # two certificates and up to 30 addresses
@@ -102,9 +103,8 @@ def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
     try:
         return KitFile.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
         raise CertificateRefused(
-            f"{where}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. This is "
+            f"{where}: {first_fault(error)}. This is "
             "no kit of a known format, and was not used; get it anew from the operator."
         ) from None
 
