@@ -45,16 +45,16 @@ from fedcore.observability.foreign import paragraph
 
 
 class FedcoreError(Exception):
-    """The root: catch it to catch whatever fedcore refuses on purpose.
-
-    Its text is one paragraph of at most 1800 printable characters, whatever names and values of a
-    peer's or a file's it quotes.
-    """
+    """The root: catch it to catch whatever fedcore refuses on purpose."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str = "") -> None:
-        """An error with this text, made printable where it is not."""
+        """An error with this text, made printable where it is not.
+
+        Its text is one paragraph of at most 1800 printable characters then, whatever names and
+        values of a peer's or a file's it quotes.
+        """
         super().__init__(paragraph(message))
 
 

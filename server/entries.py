@@ -83,9 +83,8 @@ def as_written(entry: Entry) -> Iterator[None]:
 def _unlike(entry: Entry, error: Exception) -> DataError:
     return DataError(
         f"journal: entry {foreign(entry.kind, 40)!r} of round {entry.round} is not as this version "
-        f"writes it ({type(error).__name__}: {foreign(error, 100)}). Nothing was done with it; "
-        "restore the folder from a backup and go on with --resume, or begin the run anew with "
-        "--fresh."
+        f"writes it ({type(error).__name__}: {foreign(error, 100)}). It was not used; where the "
+        "run cannot go on without it, restore the folder from a backup."
     )
 
 
