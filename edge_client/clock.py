@@ -26,7 +26,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsa
 
 from fedcore.artifacts.statements import signed_at
 from fedcore.errors import DataError
-from fedcore.files import read_bytes, write_atomic
+from fedcore.files import read_if_there, write_atomic
 
 _MAX_BYTES = 1024
 _SLACK = timedelta(minutes=10)
@@ -112,9 +112,9 @@ def read_floor(trust: Path) -> Floor:
         DataError: it does not hold what was written there.
     """
     path = _path(trust)
-    if not path.exists():
+    raw = read_if_there(path, max_bytes=_MAX_BYTES, what="the floor of time")
+    if raw is None:
         return Floor()
-    raw = read_bytes(path, max_bytes=_MAX_BYTES, what="the floor of time")
     try:
         return Floor.model_validate_json(raw)
     except ValidationError:

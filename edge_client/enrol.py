@@ -21,7 +21,7 @@ from fedcore.crypto.kit import (
     write_kit,
 )
 from fedcore.errors import CertificateRefused, ConfigError, DataError
-from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ def enrol(folder: Path, name: str) -> Enrolled:
         CertificateRefused: the key that is there is open to others, or is no key.
         DiskFull: there was no room.
     """
-    if (folder / KIT).exists():
+    if is_there(folder / KIT):
         raise ConfigError(
             f"{folder}: an identity is installed in this folder already. Nothing was written; "
             "choose another folder, or have its certificate renewed by the operator."
         )
-    key = load_key(folder / KEY) if (folder / KEY).exists() else new_key()
+    key = load_key(folder / KEY) if is_there(folder / KEY) else new_key()
     request = make_request(key, name)
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not (folder / KEY).exists():
+    if not is_there(folder / KEY):
         save_key(folder / KEY, key)
     write_atomic(folder / REQUEST, request)
     return Enrolled(folder / REQUEST, fingerprint(public_bytes(key)))
@@ -76,7 +76,7 @@ def install(folder: Path, file: Path, *, authority_sha256: str | None, now: date
     """
     raw = read_bytes(file, max_bytes=MAX_KIT_BYTES, what="a kit")
     kit = parse_kit(raw, now=now, where=str(file))
-    if not (folder / KEY).exists():
+    if not is_there(folder / KEY):
         raise DataError(
             f"{folder}: there is no key in this folder. Nothing was installed; name the folder "
             "that `fedcore client enrol` made for this request."
@@ -97,7 +97,7 @@ def install(folder: Path, file: Path, *, authority_sha256: str | None, now: date
             "Nothing was installed: whoever made this kit is not the one you were told of; get it "
             "anew from the operator."
         )
-    if (folder / KIT).exists():
+    if is_there(folder / KIT):
         _check_successor(kit, folder, where=str(file))
     write_kit(folder, kit.file)
     with disk_errors(folder):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from edge_client.source import CHUNK_BYTES, Source
 from fedcore.artifacts.manifest import FileEntry
 from fedcore.errors import DataError, DigestMismatch
-from fedcore.files import disk_errors
+from fedcore.files import disk_errors, open_regular, remove
+
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 def fetch(source: Source, location: str, entry: FileEntry, incoming: Path) -> Path:
@@ -33,7 +36,9 @@ def fetch(source: Source, location: str, entry: FileEntry, incoming: Path) -> Pa
     """
     incoming.mkdir(parents=True, exist_ok=True)
     partial = incoming / f"{entry.sha256}.part"
-    resumed = partial.exists()
+    resumed = os.path.lexists(partial)
+    if resumed and not stat.S_ISREG(os.lstat(partial).st_mode):
+        remove(partial)  # no fetch of ours left a pipe, a folder or a link there
     try:
         _append(source, location, entry, partial)
     except DigestMismatch:
@@ -48,7 +53,7 @@ def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> N
     digest, length = _begun(partial, entry.length)
     with disk_errors(partial):
         try:
-            with partial.open("ab") as stream:
+            with os.fdopen(_opened(partial, _APPEND), "ab") as stream:
                 for chunk in _rest(source, location, length, entry.length):
                     length += len(chunk)
                     if length > entry.length:
@@ -83,10 +88,14 @@ def _begun(partial: Path, most_bytes: int) -> tuple[hashlib._Hash, int]:
     if partial.stat().st_size > most_bytes:
         partial.unlink()
         return digest, 0
-    with partial.open("rb") as stream:
+    with os.fdopen(_opened(partial, os.O_RDONLY), "rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
         return digest, stream.tell()
+
+
+def _opened(partial: Path, flags: int) -> int:
+    return open_regular(partial, flags, what="an unfinished fetch", mode=0o644)
 
 
 def _rest(source: Source, location: str, offset: int, length: int) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsa
 )
 
 from fedcore.errors import ConfigError, DataError, TrustError
-from fedcore.files import read_bytes, sha256_hex, write_atomic
+from fedcore.files import is_there, read_bytes, read_if_there, sha256_hex, write_atomic
 from fedcore.observability.foreign import foreign
 
 MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
@@ -49,7 +49,7 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
         TrustError: the one given is none that this device has trusted, or is no root.
         DataError: what was pinned is damaged.
     """
-    if not _pin(trust).exists():
+    if not is_there(_pin(trust)):
         if given is None:
             raise ConfigError(
                 f"{trust}: this device trusts no root yet. Nothing was fetched; give it once with "
@@ -136,9 +136,9 @@ def _foreign(trust: Path) -> TrustError:
 def _known(trust: Path) -> list[str]:
     """The digests of the roots on the way to the pinned one."""
     path = _path(trust)
-    if not path.exists():
+    raw = read_if_there(path, max_bytes=_MAX_KNOWN_BYTES, what="the digests of trusted roots")
+    if raw is None:
         return []
-    raw = read_bytes(path, max_bytes=_MAX_KNOWN_BYTES, what="the digests of trusted roots")
     try:
         known = json.loads(raw)["sha256"]
         if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):

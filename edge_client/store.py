@@ -14,8 +14,6 @@ A version is complete before ``active`` names it, and ``active`` is replaced ato
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +34,10 @@ from fedcore.artifacts.manifest import (
 from fedcore.config import Name
 from fedcore.errors import ConfigError, DataError, DeviceError, DigestMismatch, TrustError
 from fedcore.files import (
+    is_there,
+    lock_file,
     read_bytes,
+    remove,
     sha256_hex,
     sync_folder,
     write_atomic,
@@ -95,16 +96,14 @@ def locked(store: Path) -> Iterator[None]:
 
     Raises:
         DeviceError: another update is at work.
+        DataError: something else than a file has the name of the lock.
     """
     store.mkdir(parents=True, exist_ok=True)
-    with (store / ".lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeviceError(
-                f"{store}: another update is at work on this store. Nothing was done; run again "
-                "when it has ended."
-            ) from None
+    busy = DeviceError(
+        f"{store}: another update is at work on this store. Nothing was done; run again when it "
+        "has ended."
+    )
+    with lock_file(store / ".lock", busy):
         yield
 
 
@@ -121,7 +120,7 @@ def serving(store: Path, model: str) -> Installed:
         DigestMismatch: what is installed is damaged, and there is nothing whole to fall back to.
     """
     check_name(model)
-    if not _slot(store, model, "active").exists():
+    if not is_there(_slot(store, model, "active")):
         raise DeviceError(
             f"{store}: no version of model {model!r} is installed. Nothing can be answered; "
             "`fedcore device update` installs one."
@@ -208,7 +207,7 @@ def staged(store: Path, model: str, manifest: bytes, onnx: Path, golden: Path) -
         yield folder
     finally:
         if folder.exists():
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def activate(store: Path, model: str, folder: Path, record: Record, before: Record | None) -> None:
@@ -226,7 +225,7 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
     """
     place = _folder(store, model)
     final = place / record.folder
-    if final.exists():  # left by an activation that was interrupted, or damaged
+    if is_there(final):  # left by an activation that was interrupted, or damaged
         final.rename(place / f".replaced-{folder.name}")
     folder.rename(final)
     sync_folder(place)
@@ -236,7 +235,7 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
     keep = {kept.folder for kept in (record, before) if kept}
     for path in place.iterdir():
         if path.is_dir() and path.name not in keep:
-            shutil.rmtree(path)
+            remove(path)
 
 
 def _read_file(path: Path, entry: FileEntry, most_bytes: int) -> bytes:

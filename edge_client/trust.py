@@ -51,7 +51,7 @@ from fedcore.artifacts.statements import (
     parse_epochs,
 )
 from fedcore.errors import DataError, DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
-from fedcore.files import disk_errors, read_bytes, sync_folder
+from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
 from fedcore.observability.foreign import foreign
 
 _AFTER = "Nothing was installed; the version before keeps serving."
@@ -60,6 +60,8 @@ _MAX_ROOTS = 100_000
 """Rotations that a device may have been off for. Each was signed by the keys before it."""
 
 
+_METADATA = "metadata that this device has verified"
+_REMOVE = f"{_AFTER} Remove it, and run again: what is signed is fetched anew."
 _MAX_CACHED_BYTES = 16_384  # bytes: what python-tuf's updater allows a timestamp
 
 
@@ -106,6 +108,7 @@ def current_offer(
         DiskFull: there was no room.
     """
     metadata = trust / "metadata"
+    _check_cache(metadata)
     cached, floor = _cached_timestamp(metadata), read_floor(trust)
     if floor.until is None and cached is not None:  # verified before this device kept a floor
         floor = floor.model_copy(update={"until": cached.expires})
@@ -315,6 +318,17 @@ def _epochs(source: Source, updater: Updater) -> Epochs:
     return parse_epochs(_read_target(source, info, MAX_EPOCHS_BYTES, "the list of epochs"))
 
 
+def _check_cache(metadata: Path) -> None:
+    """Sees that the updater, which opens what it finds there, finds files and folders alone.
+
+    Raises:
+        DataError: it would find a pipe, whose other end it would wait for.
+    """
+    for path in (metadata, *metadata.rglob("*")):
+        if path.exists() and not (path.is_dir() or path.is_file()):
+            os.close(open_regular(path, what=_METADATA, otherwise=_REMOVE))
+
+
 def _cached_timestamp(metadata: Path) -> Timestamp | None:
     """The newest timestamp that was verified, as it lies there; None where none does."""
     try:
@@ -371,7 +385,7 @@ def _make_durable(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         else:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_regular(path, what=_METADATA, otherwise=_REMOVE)
             os.fsync(descriptor)
             os.close(descriptor)
     sync_folder(folder.parent)

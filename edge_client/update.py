@@ -15,7 +15,7 @@ from edge_client.source import Source
 from edge_client.store import Record
 from edge_client.trust import current_offer
 from fedcore.errors import DataError, DeviceError, DigestMismatch, RollbackRefused
-from fedcore.files import disk_errors, sha256_hex
+from fedcore.files import disk_errors, remove, sha256_hex
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def update(
             )
             installed.activate(store, model, folder, record, before)
         for unfinished in incoming.iterdir():
-            unfinished.unlink()
+            remove(unfinished)
         previous = before.version if before else None
         return Update(
             model,

@@ -41,11 +41,21 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from fedcore.observability.foreign import paragraph
+
 
 class FedcoreError(Exception):
     """The root: catch it to catch whatever fedcore refuses on purpose."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "") -> None:
+        """An error with this text, made printable where it is not.
+
+        Its text is one paragraph of at most 1800 printable characters then, whatever names and
+        values of a peer's or a file's it quotes.
+        """
+        super().__init__(paragraph(message))
 
 
 class ConfigError(FedcoreError):

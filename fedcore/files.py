@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,11 @@ from fedcore.errors import ConfigError, DataError, DiskFull, FedcoreError, Resou
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PICTURES = (".png", ".pdf", ".svg")
 """How the name of a picture ends: its format follows from it."""
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY, errno.EBUSY),
+    errno.ENAMETOOLONG,
+}
 
 
 @contextmanager
@@ -175,11 +181,7 @@ def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") ->
     """
     more = f" {otherwise}" if otherwise else ""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-            raise DataError(
-                f"{path}: {what} cannot be read: a folder or something else has its name.{more}"
-            )
-        with path.open("rb") as stream:
+        with os.fdopen(_open_regular(path, os.O_RDONLY, what, more), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size > max_bytes:
                 raise DataError(
@@ -188,7 +190,8 @@ def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") ->
                 )
             raw = stream.read(size + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: {what} does not exist.{more}") from None
+        gone = "leads nowhere: it is a link" if path.is_symlink() else "does not exist"
+        raise DataError(f"{path}: {what} {gone}.{more}") from None
     except PermissionError:
         raise DataError(f"{path}: {what} may not be read by this user.{more}") from None
     except OSError as error:
@@ -198,9 +201,115 @@ def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") ->
     return raw
 
 
+def read_if_there(path: Path, *, max_bytes: int, what: str, otherwise: str = "") -> bytes | None:
+    """As `read_bytes`, but None where nothing at all has that name (see `is_there`).
+
+    Raises:
+        DataError: as `read_bytes`; a link that leads nowhere or round in a circle is no absence.
+    """
+    if not is_there(path):
+        return None
+    return read_bytes(path, max_bytes=max_bytes, what=what, otherwise=otherwise)
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has that name, be it a link that leads nowhere or round in a circle.
+
+    Where the absence of a file means "nothing happened yet", this is to be asked: `Path.exists`
+    takes a broken link, and a folder that may not be searched, for an absence.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # whoever opens it hears why that cannot be done
+    return True
+
+
+def open_regular(
+    path: Path, flags: int = os.O_RDONLY, *, what: str, otherwise: str = "", mode: int = 0o600
+) -> int:
+    """Opens a file whose place somebody else may have put something else into; never waits.
+
+    Opening a pipe waits for its other end, and reading a device may never end. So nothing is
+    opened for good but a regular file.
+
+    Args:
+        path: The file.
+        flags: Of `os.open`.
+        what: It is, for errors.
+        otherwise: What follows where it is no file, and what to do then; a sentence.
+        mode: Of a file that is made.
+
+    Returns:
+        A descriptor, which the caller closes.
+
+    Raises:
+        DataError: something else than a file has its name.
+        OSError: as `os.open`; `disk_errors` makes errors of ours of those.
+    """
+    return _open_regular(path, flags, what, f" {otherwise}" if otherwise else "", mode)
+
+
+def _open_regular(path: Path, flags: int, what: str, more: str, mode: int = 0o600) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, a pipe nobody reads; a folder
+            raise _no_file(path, what, more) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(path, what, more)
+    return descriptor
+
+
+def _no_file(path: Path, what: str, more: str) -> DataError:
+    return DataError(
+        f"{path}: {what} cannot be read: a folder or something else has its name.{more}"
+    )
+
+
+def remove(path: Path) -> None:
+    """Removes whatever has that name: a file, a pipe, a link itself, or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sha256_hex(data: bytes) -> str:
     """The SHA-256 digest of ``data``, in lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def lock_file(path: Path, otherwise: FedcoreError | None = None) -> Iterator[None]:
+    """Holds a lock file, which is made where it is missing; whatever ends the process lets go.
+
+    Raises:
+        FedcoreError: ``otherwise``, where another process holds it; when None, it is waited for.
+        DataError: something else than a file has its name.
+        ResourceError: it cannot be opened or made.
+    """
+    with disk_errors(path):
+        held = open_regular(
+            path,
+            os.O_RDWR | os.O_CREAT,
+            what="the lock",
+            otherwise="Nothing was done; remove it, it holds nothing, and run again.",
+            mode=0o644,
+        )
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
+        except BlockingIOError:
+            assert otherwise is not None
+            raise otherwise from None
+        yield
+    finally:
+        os.close(held)
 
 
 @contextmanager

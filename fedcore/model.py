@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedcore.config import RunConfig
 from fedcore.errors import DataError, InsufficientMemory, InvalidUpdate, TaskError
 from fedcore.files import read_bytes
+from fedcore.observability.foreign import foreign
 from fedcore.seeds import global_streams
 from fedcore.task import Task
 from fedcore.training.memory import memory_errors
@@ -113,8 +114,8 @@ def load_preprocess(raw: bytes, model: FullModel) -> None:
         model.preprocess.load_state_dict(load(raw) if raw else {})
     except (SafetensorError, RuntimeError) as error:
         raise InvalidUpdate(
-            f"preprocessing: what the server sent does not fit this task: {error}. Nothing was "
-            "trained; server and client must run the same task."
+            "preprocessing: what the server sent does not fit this task: "
+            f"{foreign(error)}. Nothing was trained; server and client must run the same task."
         ) from None
 
 

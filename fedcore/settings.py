@@ -193,8 +193,8 @@ def _unknown(source: _Source, location: tuple[str, ...], value: Any, model: type
     found = [".".join((*location[:-1], name)) for name in near] or _elsewhere(location[-1], model)
     hint = f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
     return (
-        f"{source.of(location)}: unknown key {'.'.join(location)!r} (set to {_shown(value)})."
-        f"{hint} Allowed here: {', '.join(_keys(current))}. Nothing was run."
+        f"{source.of(location)}: unknown key {_short('.'.join(location))!r} (set to "
+        f"{_shown(value)}).{hint} Allowed here: {', '.join(_keys(current))}. Nothing was run."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedcore.errors import DataError
-from fedcore.files import disk_errors, read_bytes, sync_folder
+from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
 from fedcore.updates.cuts import cut_digests, digest_of_cuts
 from fedcore.updates.pieces import PIECE_BYTES
 
@@ -140,7 +140,7 @@ def _damaged(path: Path) -> DataError:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path, what="a value of the journal")
     try:
         os.fsync(descriptor)
     finally:
@@ -148,7 +148,7 @@ def _sync(path: Path) -> None:
 
 
 def _cuts_digest_of(path: Path) -> str:
-    with path.open("rb", buffering=0) as stream:
+    with os.fdopen(open_regular(path, what="a value of the journal"), "rb", 0) as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
 
         def value() -> Iterator[bytes]:
@@ -160,5 +160,5 @@ def _cuts_digest_of(path: Path) -> str:
 
 def _digest_of(path: Path) -> str:
     """In small pieces: what is there need not fit into memory beside what is written."""
-    with path.open("rb") as stream:
+    with os.fdopen(open_regular(path, what="a value of the journal"), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedcore.errors import DataError, DiskFull, FedcoreError, ResourceError
 from fedcore.files import disk_errors
+from fedcore.observability.foreign import foreign
 
 _SCHEMA = """
 create table if not exists entry (
@@ -43,14 +44,48 @@ class Entry:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The document."""
-        values: dict[str, Any] = json.loads(self.doc)
+        """The document.
+
+        Raises:
+            DataError: it is none, although its digest fits.
+        """
+        with as_written(self):
+            values = json.loads(self.doc)
+            if not isinstance(values, dict):
+                raise TypeError(f"it is a {type(values).__name__}")
         return values
 
     @property
     def is_intact(self) -> bool:
         """Whether it is what was written."""
         return self.sha256 == _digest(self.kind, self.round, self.node, self.doc, self.data)
+
+
+@contextmanager
+def as_written(entry: Entry) -> Iterator[None]:
+    """Turns whatever a document that is not as it should be leads to into one refusal.
+
+    A digest tells damage, not who wrote: another version, or somebody who may write to the folder.
+
+    Raises:
+        DataError: it is not as this version writes it.
+    """
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+        raise _unlike(entry, error) from None
+    except (TypeError, ValueError) as error:
+        raise _unlike(entry, error) from None
+
+
+def _unlike(entry: Entry, error: Exception) -> DataError:
+    return DataError(
+        f"journal: entry {foreign(entry.kind, 40)!r} of round {entry.round} is not as this version "
+        f"writes it ({type(error).__name__}: {foreign(error, 100)}). It was not used; where the "
+        "run cannot go on without it, restore the folder from a backup."
+    )
 
 
 def new_entry(

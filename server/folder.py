@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, held_alone, write_atomic, write_json
+from fedcore.files import disk_errors, held_alone, remove, write_atomic, write_json
 from server.records import Finished
 
 _MARK, _SUMMARY = "run.json", "summary.json"
@@ -108,7 +107,7 @@ def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
     with disk_errors(folder):
         for entry in folder.iterdir():
             if entry.name not in {_MARK, *keep}:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                remove(entry)
 
 
 def results_around(path: Path) -> Path | None:

@@ -16,9 +16,10 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import DataError
+from fedcore.observability.foreign import foreign
 from fedcore.updates.pieces import KeptArray
 from server.blobs import Blobs
-from server.entries import Entries, new_entry
+from server.entries import Entries, Entry, as_written, new_entry
 from server.journal_head import (
     ASKED,
     COMMIT,
@@ -79,6 +80,7 @@ class Journal:
         self._entries = entries
         self._reached = reached
         self._blobs = Blobs(folder / VALUES)
+        self._told = _read_run(entries)
         self.mended = mended
         """What was damaged and is mended, in a sentence; empty where nothing was."""
         self.start = start = self._last_whole()
@@ -98,13 +100,13 @@ class Journal:
     @property
     def identity(self) -> Mapping[str, Any]:
         """What fixes the run, see `server.identity`."""
-        identity: Mapping[str, Any] = self._run()["identity"]
+        identity: Mapping[str, Any] = self._told["identity"]
         return identity
 
     @property
     def instance(self) -> str:
         """The same from the beginning of the run to its end, whatever dies meanwhile."""
-        return str(self._run()["instance"])
+        return str(self._told["instance"])
 
     @property
     def ended(self) -> bool:
@@ -147,7 +149,10 @@ class Journal:
     def asked(self, kind: str) -> list[int] | None:
         """Whom the round that goes on asks for ``kind``; None where nobody was asked yet."""
         entry = self._entries.one(ASKED + kind, self.round + 1, 0)
-        return None if entry is None else [int(node) for node in entry.values["nodes"]]
+        if entry is None:
+            return None
+        with as_written(entry):
+            return _numbers(entry.values["nodes"])
 
     def weights(self, kind: str) -> dict[int, int] | None:
         """What the replies of those asked for ``kind`` weigh, in examples, by node.
@@ -157,7 +162,9 @@ class Journal:
         entry = self._entries.one(ASKED + kind, self.round + 1, 0)
         if entry is None or "weights" not in entry.values:
             return None
-        return dict(zip(entry.values["nodes"], entry.values["weights"], strict=True))
+        with as_written(entry):
+            nodes, weights = (_numbers(entry.values[name]) for name in ("nodes", "weights"))
+            return dict(zip(nodes, weights, strict=True))
 
     def ask(self, kind: str, nodes: Sequence[int], weights: Sequence[int]) -> None:
         """Notes whom the round asks, before any of them is sent anything.
@@ -232,18 +239,13 @@ class Journal:
         self._replies.add((metadata.message_type, metadata.dst_node_id))
         return Message(content, reply_to=message)
 
-    def _run(self) -> dict[str, Any]:
-        entry = self._entries.one(RUN, 0, 0)
-        assert entry is not None
-        return entry.values
-
     def _kinds(self) -> list[str]:
         return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, _EVALUATE)]
 
     def _last_whole(self) -> Start | None:
         """Where the run goes on: after the last commit whose values are what was written."""
         commits = self._entries.of(COMMIT)
-        records = [RoundRecord(**entry.values) for entry in self._entries.of(RECORD)]
+        records = [_record_of(entry) for entry in self._entries.of(RECORD)]
         for entry in reversed(commits):
             try:
                 progress = progress_from(entry, self._blobs)
@@ -296,12 +298,44 @@ class Journal:
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
         entry = self._entries.one(ASKED + _TRAIN, number + 1, 0)
         if entry is not None:
-            return len(entry.values["nodes"])
+            with as_written(entry):
+                return len(_numbers(entry.values["nodes"]))
         return records[-1].cohort if records else None
 
     def _sweep(self) -> None:
         """Removes values that nothing refers to."""
         self._blobs.keep_only(values_of(self._entries))
+
+
+def _read_run(entries: Entries) -> dict[str, Any]:
+    """What was noted of the run when it was begun."""
+    entry = entries.one(RUN, 0, 0)
+    assert entry is not None
+    values = entry.values
+    with as_written(entry):
+        found = values["format"]
+        if found != _FORMAT:
+            raise DataError(
+                f"{entries.path}: format {foreign(found, 40)}, expected {_FORMAT}: another version "
+                "of fedcore wrote this journal. Nothing was run; go on with that version."
+            )
+        if not isinstance(values["identity"], dict) or not isinstance(values["instance"], str):
+            raise TypeError("it does not tell which run it is of")
+    return values
+
+
+def _record_of(entry: Entry) -> RoundRecord:
+    with as_written(entry):
+        record = RoundRecord(**entry.values)
+        if type(record.round) is not int or record.round != entry.round:
+            raise ValueError(f"it is of round {record.round!r}")
+        return record
+
+
+def _numbers(values: Sequence[object]) -> list[int]:
+    if not isinstance(values, list) or not all(type(one) is int for one in values):
+        raise TypeError("expected a list of whole numbers")
+    return values
 
 
 def values_of(entries: Entries) -> set[str]:
@@ -334,12 +368,6 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
         entries.close()
         return None
     try:
-        found = run.values["format"]
-        if found != _FORMAT:
-            raise DataError(
-                f"{entries.path}: format {found}, expected {_FORMAT}: another version of fedcore "
-                "wrote this journal. Nothing was run; go on with that version."
-            )
         return Journal(folder, entries, mended, reached=reached)
     except BaseException:
         entries.close()

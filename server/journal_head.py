@@ -7,7 +7,6 @@ copy is only ever added to: a round costs the same however many came before it.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.errors import DataError, DiskFull
-from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder, write_atomic
 from server.entries import Entries, Entry
 
 HEAD, RECORDS = "head.json", "records.jsonl"
@@ -33,6 +32,9 @@ _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
 _MAX_BYTES = 1 << 30
 _NEVER = 2**62
 """A round that is after all others."""
+_COPY = "the journal's copy"
+_UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
+"""What parsing a copy raises that is not as it was written."""
 
 
 def is_begun(folder: Path) -> bool:
@@ -67,7 +69,8 @@ def add_to_head(folder: Path, entries: Entries, record: Entry | None) -> None:
     """
     if record is not None:
         path = folder / RECORDS
-        with disk_errors(path), path.open("ab") as stream:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with disk_errors(path), os.fdopen(open_regular(path, flags, what=_COPY), "ab") as stream:
             stream.write(_line(record))
             stream.flush()
             os.fsync(stream.fileno())
@@ -108,18 +111,18 @@ def _entries(rows: Iterable[Sequence[str]]) -> list[Entry]:
 def _read_head(folder: Path) -> _Copy | None:
     """The copy; None when there is none, or a single bit of it is wrong."""
     path = folder / HEAD
-    if not path.is_file():
-        return None
     try:
-        raw = read_bytes(path, max_bytes=_MAX_BYTES, what="the journal's copy")
+        raw = read_bytes(path, max_bytes=_MAX_BYTES, what=_COPY)
         found = _entries(json.loads(raw))
-    except (ValueError, TypeError, binascii.Error):
+    except (DataError, *_UNREADABLE):
         return None
     last, added = _last_commit(found), _read_records(folder)
     if not any(entry.kind == RECORD for entry in found):
         found += {one.round: one for one in added if one.round <= last}.values()
     records = [entry for entry in found if entry.kind == RECORD]
-    complete = [entry.round for entry in records] == list(range(1, last + 1))
+    complete = len(records) == max(last, 0) and all(
+        entry.round == number for number, entry in enumerate(records, start=1)
+    )
     if not complete or not all(entry.is_intact for entry in found):
         return None
     return _Copy(found, can_grow=records == added)
@@ -128,10 +131,13 @@ def _read_head(folder: Path) -> _Copy | None:
 def _read_records(folder: Path) -> list[Entry]:
     """The lines of the copy's records, but for what cannot be read, as one that was cut off."""
     path, found = folder / RECORDS, list[Entry]()
-    if path.is_file():
-        for line in read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines():
-            with suppress(ValueError, TypeError, binascii.Error):
-                found += _entries([json.loads(line)])
+    try:
+        lines = read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines()
+    except DataError:
+        return found
+    for line in lines:
+        with suppress(*_UNREADABLE):
+            found += _entries([json.loads(line)])
     return found
 
 

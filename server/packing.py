@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedcore.flower.records import read_record, record_bytes
 from fedcore.updates.pieces import JoinedArray, KeptArray, pieces, size_of
 from server.blobs import Blobs, Pieces
-from server.entries import Entry
+from server.entries import Entry, as_written
 from server.progress import Progress
 from server.protection import noise_of, protection_doc, protection_of
 from server.strategy_state import Remembered
@@ -62,8 +62,10 @@ def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
 
 def digests_of(entry: Entry) -> list[str]:
     """The files that an entry refers to."""
-    places = [described[-1] for described in entry.values.get("arrays", ())]
-    return [place[0] for place in places if isinstance(place[0], str)]
+    values = entry.values
+    with as_written(entry):
+        places = [described[-1] for described in values.get("arrays", ())]
+        return [place[0] for place in places if isinstance(place[0], str)]
 
 
 def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
@@ -106,9 +108,14 @@ def progress_from(entry: Entry, blobs: Blobs) -> Progress:
     """What `progress_doc` described.
 
     Raises:
-        DataError: an array is not what was written.
+        DataError: an array, or what describes it, is not what was written.
     """
-    values, raw = json.loads(entry.doc), dict[str, bytes]()
+    with as_written(entry):
+        return _progress_from(entry, blobs)
+
+
+def _progress_from(entry: Entry, blobs: Blobs) -> Progress:
+    values, raw = entry.values, dict[str, bytes]()
     for *_, place in values["arrays"]:  # weights that are the best ones too are held once
         key = json.dumps(place)
         raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
@@ -118,9 +125,14 @@ def progress_from(entry: Entry, blobs: Blobs) -> Progress:
     ]
     protection = values.get("protection")  # there is none in journals from before there was one
     noise = protection["noise"] if protection else 0
+    if not all(_is_vector(one) for one in (weights, best)) or weights.shape != best.shape:
+        raise ValueError("its weights are no float32 vectors of one length")
+    numbers = (values["round"], values["best_round"], values["most_failed"])
+    if {*map(type, numbers)} != {int} or values["round"] != entry.round:
+        raise ValueError("its numbers of rounds are none")
     return Progress(
         round=values["round"],
-        over=values["over"],
+        over=bool(values["over"]),
         weights=weights,
         best=best,
         best_round=values["best_round"],
@@ -131,12 +143,21 @@ def progress_from(entry: Entry, blobs: Blobs) -> Progress:
     )
 
 
+def _is_vector(values: NDArray[Any]) -> bool:
+    return values.dtype == np.float32 and values.ndim == 1
+
+
 def content_from(entry: Entry, blobs: Blobs, *, where: str) -> RecordDict:
     """The content that `content_doc` described; large arrays stay in their files.
 
     Raises:
         DataError: it is damaged.
     """
+    with as_written(entry):
+        return _content_from(entry, blobs, where=where)
+
+
+def _content_from(entry: Entry, blobs: Blobs, *, where: str) -> RecordDict:
     values = entry.values
     start, end = values["rest"]
     content = read_record(entry.data[start:end], where=where)

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from fedcore.config import Section
 from fedcore.errors import DataError, PrivacyError
-from fedcore.files import read_bytes, sha256_hex, write_atomic
+from fedcore.files import open_regular, read_if_there, sha256_hex, write_atomic
 
 CONTENTS = "contents.json"
 MAX_FILES, MAX_BYTES = 200_000, 1 << 40
@@ -44,11 +44,9 @@ class Contents(Section):
 def read_contents(folder: Path) -> Contents:
     """The contents that a device has seen; none where it has seen none, or cannot tell."""
     path = folder / CONTENTS
-    if not path.exists():
-        return Contents()
     try:
-        raw = read_bytes(path, max_bytes=_MAX_CONTENTS_BYTES, what="the contents of data sets")
-        return Contents.model_validate_json(raw)
+        raw = read_if_there(path, max_bytes=_MAX_CONTENTS_BYTES, what="the contents of data sets")
+        return Contents() if raw is None else Contents.model_validate_json(raw)
     except (DataError, ValidationError):
         return Contents()  # every name in it is in doubt then, and counts against all data
 
@@ -143,7 +141,7 @@ def _digest(path: str, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> s
     """
     digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as stream:
+        with os.fdopen(open_regular(Path(path), what="a file of a data set"), "rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
                 digest.update(piece)
     except OSError as error:

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from fedcore.config import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
-from fedcore.files import read_bytes
+from fedcore.files import read_if_there
+from fedcore.observability.faults import first_fault
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import ledger_in
@@ -268,15 +269,13 @@ def _unreadable(error: Exception) -> PrivacyError:
 
 
 def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
-    if not path.exists():
-        return None
     try:
-        return kind.model_validate_json(read_bytes(path, max_bytes=max_bytes, what="the ledger"))
+        raw = read_if_there(path, max_bytes=max_bytes, what="the ledger")
+        return None if raw is None else kind.model_validate_json(raw)
     except DataError as error:
         reason = str(error)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{path}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}."
+        reason = f"{path}: {first_fault(error)}."
     raise PrivacyError(
         f"{reason} It may not tell what was spent, so nothing was trained; put it back from a "
         "backup, or remove it: the next start mends it from what lies beside it."

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
+from pydantic import ValidationError
 
 from edge_client.node.demands import message_limit_bytes, reason_to_stop
 from edge_client.node.ledger import DeviceLedger, ledger_of
@@ -32,6 +33,7 @@ from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
+from fedcore.observability.faults import first_fault
 from fedcore.owner import OwnerPolicy
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
@@ -294,17 +296,25 @@ def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
         run.ledger.keep(state)
 
 
+def read_settings(told: str) -> RunConfig:
+    """The run that a server tells of, as JSON.
+
+    Raises:
+        ConfigError: it is none that this version knows.
+    """
+    try:
+        return RunConfig.model_validate_json(told.encode(errors="replace"))
+    except ValidationError as error:
+        raise ConfigError(
+            f"run: the server's settings cannot be read ({first_fault(error)}). This device takes "
+            "no part; install the server's version of fedcore on it."
+        ) from None
+
+
 def _open(device: Device, link: FleetLink, signals: Signals, run_id: int) -> _Run:
     """The app for a run, built once: model, data and accelerator stay warm between rounds."""
     told = link.settings(run_id)
-    settings = told.get(SETTINGS, "")
-    try:
-        config = RunConfig.model_validate_json(settings)
-    except ValueError as error:
-        raise ConfigError(
-            f"run: the server's settings cannot be read ({error}). This device takes no part; "
-            "install the server's version of fedcore on it."
-        ) from None
+    config = read_settings(told.get(SETTINGS, ""))
     assume_identity(run_id)
     state, ledger, durable = device.folder.state(config.name), None, None
     data = device.owner.data_folder or data_folder()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,16 @@ from pydantic import Field, ValidationError
 
 from fedcore.config import Section
 from fedcore.errors import DataError, DeviceError
-from fedcore.files import disk_errors, held_alone, read_bytes, sha256_hex, write_atomic
+from fedcore.files import (
+    disk_errors,
+    held_alone,
+    is_there,
+    read_bytes,
+    read_if_there,
+    remove,
+    sha256_hex,
+    write_atomic,
+)
 from fedcore.flower.records import read_record, record_bytes
 
 log = logging.getLogger("fedcore.device")
@@ -103,18 +111,18 @@ class DeviceFolder:
         if theirs not in (None, own_sha256):
             with disk_errors(self.path):
                 for reply in (self.path / "spool").glob("*.reply"):
-                    reply.unlink()
+                    remove(reply)
         if theirs != own_sha256:
             write_atomic(self._replies_of, raw, mode=0o600)
-        if not (self.path / IDENTITY).exists():
+        if not is_there(self.path / IDENTITY):
             write_atomic(self.path / IDENTITY, raw, mode=0o600)
 
     def state(self, run: str) -> RecordDict:
         """The state of a run, its ledger in it; empty before the first round."""
         path = self._state_path(run)
-        if not path.exists():
+        raw = read_if_there(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
+        if raw is None:
             return RecordDict()
-        raw = read_bytes(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
         try:
             return read_record(raw, where=str(path))
         except DataError:
@@ -157,7 +165,7 @@ class DeviceFolder:
             ResourceError: it cannot be put aside.
         """
         path, digest = self._reply_path(key), _answered(state).get(key)
-        if digest is None or not path.exists():
+        if digest is None or not is_there(path):
             return None
         try:
             raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
@@ -179,16 +187,18 @@ class DeviceFolder:
         aside = path.with_suffix(".damaged")
         with disk_errors(path):
             for old in aside.parent.glob("*.damaged"):
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+                remove(old)
             path.rename(aside)
         return aside
 
     def _drop_old(self) -> None:
         """Drops all replies but the newest few."""
         spool = self.path / "spool"
-        kept = sorted(spool.glob("*.reply"), key=lambda one: one.stat().st_mtime_ns)
-        for old in kept[:-_SPOOLED]:
-            old.unlink()
+        # Of the link itself: one that leads in a circle has a time, too.
+        kept = sorted(spool.glob("*.reply"), key=lambda one: one.lstat().st_mtime_ns)
+        with disk_errors(spool):
+            for old in kept[:-_SPOOLED]:
+                remove(old)
 
     @property
     def _replies_of(self) -> Path:
@@ -203,9 +213,9 @@ class DeviceFolder:
 
 def _holder(path: Path) -> str | None:
     """The SHA-256 of the key that a note is about; None where there is no note."""
-    if not path.exists():
+    raw = read_if_there(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
+    if raw is None:
         return None
-    raw = read_bytes(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
     try:
         return _Identity.model_validate_json(raw).key_sha256
     except ValidationError:

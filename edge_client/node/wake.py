@@ -154,7 +154,7 @@ def hold_stream(link: FleetLink, instance: str) -> None:
 
 def _channel(kit: Kit, server: str, wake_port: int) -> grpc.Channel:
     credentials = grpc.ssl_channel_credentials(
-        kit.authority_pem, kit.key_path.read_bytes(), kit.certificate_pem
+        kit.authority_pem, kit.key_pem(), kit.certificate_pem
     )
     target = f"{_host(server)}:{wake_port}"
     # Its core would read other variables than HTTP clients do.

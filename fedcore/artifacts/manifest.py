@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.errors import TrustError
-from fedcore.observability.foreign import foreign
+from fedcore.observability.faults import first_fault
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: lineage and labels, never weights
@@ -164,10 +164,3 @@ def parse_manifest(raw: bytes) -> Manifest:
             f"manifest: {first_fault(error)}. The release was not installed; the version before "
             "keeps serving."
         ) from None
-
-
-def first_fault(error: ValidationError) -> str:
-    """Where and why something delivered is not of its format; short, and safe to print."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"])) or "document"
-    return f"{foreign(where, 100)}: {foreign(first['msg'], 300)}"

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcore.artifacts.manifest import first_fault
 from fedcore.config import Name
 from fedcore.errors import TrustError
+from fedcore.observability.faults import first_fault
 
 SIGNED_AT = "signed_at"
 """The field of root and timestamp metadata that says when they were signed."""

@@ -11,6 +11,7 @@ A kit file is written whole, so a folder has one kit or the next, never parts of
 
 from __future__ import annotations
 
+import os
 import ssl
 import tempfile
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ from fedcore.crypto.certificates import (
     parse_certificate,
     pem,
 )
-from fedcore.crypto.keys import load_key, public_bytes
+from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
-from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
+from fedcore.observability.faults import first_fault
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
 MAX_KIT_BYTES = 4 * MAX_CERTIFICATE_BYTES  # two certificates and up to 30 addresses
@@ -83,6 +85,14 @@ class Kit:
     not_after: datetime
     """When the certificate expires, UTC."""
 
+    def key_pem(self) -> bytes:
+        """The private key's file, for whoever speaks TLS with it.
+
+        Raises:
+            DataError: it is not there any more, or no file.
+        """
+        return read_bytes(self.key_path, max_bytes=MAX_KEY_BYTES, what="a private key")
+
 
 def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
     """Reads a kit without looking into its certificates.
@@ -93,9 +103,8 @@ def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
     try:
         return KitFile.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
         raise CertificateRefused(
-            f"{where}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. This is "
+            f"{where}: {first_fault(error)}. This is "
             "no kit of a known format, and was not used; get it anew from the operator."
         ) from None
 
@@ -142,7 +151,7 @@ def load_identity(folder: Path, *, now: datetime | None = None) -> Kit:
             refused (see `parse_kit`).
     """
     key_path, kit_path = folder / KEY, folder / KIT
-    if not kit_path.exists():
+    if not is_there(kit_path):
         raise DataError(
             f"{folder}: no kit is installed in this folder. Nothing was started; `fedcore client "
             "enrol` makes a request for the operator, and `fedcore client install` takes the kit "
@@ -213,5 +222,6 @@ def restrict(context: ssl.SSLContext, kit: Kit) -> ssl.SSLContext:
         with disk_errors(Path(stream.name)):
             stream.write(kit.certificate_pem)
             stream.flush()
+        os.close(open_regular(kit.key_path, what="a private key"))  # OpenSSL would wait for a pipe
         context.load_cert_chain(stream.name, kit.key_path)
     return context

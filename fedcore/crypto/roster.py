@@ -22,7 +22,8 @@ from fedcore.crypto.kit import KIT, Kit, Pem, load_identity, restrict
 from fedcore.crypto.roster_seal import Signature, Signer, check_signed, sign_content
 from fedcore.crypto.roster_seen import NOTHING_SEEN, SEEN, Seen, read_seen, write_seen
 from fedcore.errors import CertificateRefused, DataError, FedcoreError, RollbackRefused, TrustError
-from fedcore.files import read_bytes
+from fedcore.files import is_there, read_bytes
+from fedcore.observability.faults import first_fault
 
 ROSTER = "roster.json"
 MAX_ROSTER_BYTES = 32 << 20  # 32 MiB: some 25,000 members at 1.2 kB
@@ -146,7 +147,7 @@ def check_server_folder(folder: Path) -> None:
     Raises:
         DataError: it does not, or is not there.
     """
-    if not (folder / KIT).exists():
+    if not is_there(folder / KIT):
         what = f"no {KIT} is in this folder" if folder.is_dir() else "there is no such folder"
         raise DataError(
             f"{folder}: {what}, expected the identity of a server. Nothing was started or asked; "
@@ -196,9 +197,8 @@ def parse_roster(
     try:
         file = RosterFile.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
         raise TrustError(
-            f"{where}: {'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}. This is "
+            f"{where}: {first_fault(error)}. This is "
             "no whole roster, and was not used; copy it anew from the authority's folder."
         ) from None
     if file.signature is not None or not unsigned:

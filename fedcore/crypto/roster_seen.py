@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from fedcore.config import Section
 from fedcore.errors import RollbackRefused, TrustError
-from fedcore.files import read_bytes, write_atomic
+from fedcore.files import read_if_there, write_atomic
 
 SEEN = "roster.seen"
 _MAX_SEEN_BYTES = 1 << 10
@@ -39,14 +39,14 @@ def read_seen(path: Path) -> Seen:
         RollbackRefused: the list that was in force is lost, see `note_lost`.
         TrustError: it says nothing of the kind.
     """
-    if not path.exists():
-        return NOTHING_SEEN
-    raw = read_bytes(
+    raw = read_if_there(
         path,
         max_bytes=_MAX_SEEN_BYTES,
         what="the version of the roster",
         otherwise="Nothing was started; see that roster.json is the newest, and remove this.",
     )
+    if raw is None:
+        return NOTHING_SEEN
     try:
         seen = Seen.model_validate_json(raw)
     except ValidationError:

@@ -18,6 +18,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedcore.errors import FedcoreError, InvalidUpdate, OwnerLimit
 from fedcore.flower.fleet_payload import MAX_OBJECTS, ObjectReader
+from fedcore.observability.foreign import foreign
 
 ANSWER_BYTES = 2**20
 """Most bytes of an answer that carries no object: settings, or a message's tree of objects."""
@@ -192,8 +193,9 @@ def read_content(
         raise
     except Exception as error:  # Flower's parsers fail in many ways on bytes that were made up
         raise InvalidUpdate(
-            f"pull: the server's message cannot be read ({type(error).__name__}: {error}). Nothing "
-            "was done; server and client must run the same version."
+            f"pull: the server's message cannot be read ({type(error).__name__}: "
+            f"{foreign(error, 200)}). Nothing was done; server and client must run the same "
+            "version."
         ) from None
 
 

@@ -14,6 +14,10 @@ MOST_CHARACTERS = 400
 """Of one text of a peer's."""
 MOST_LINE_BYTES = 1900
 """Of a line in a log."""
+MOST_PARAGRAPH = 1800
+"""Characters of an error's text."""
+_HEAD, _TAIL = 1100, 600
+_LINE_ENDS = re.compile(r"\s*[\r\n]\s*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
@@ -68,6 +72,20 @@ def bounded_line(text: str, most_bytes: int = MOST_LINE_BYTES) -> str:
         return line
     more = f"... ({len(text)} characters)"
     return raw[: most_bytes - len(more)].decode(errors="ignore") + more
+
+
+def paragraph(text: str) -> str:
+    r"""``text`` on one line, escaped, of at most `MOST_PARAGRAPH` characters.
+
+    What is longer loses its middle: an error begins with what happened, and ends with what to do.
+
+    >>> paragraph("it says 'a" + chr(27) + "[2J'." + chr(10) + "Nothing was done.")
+    "it says 'a\\x1b[2J'. Nothing was done."
+    """
+    line = escaped(_LINE_ENDS.sub(" ", text))
+    if len(line) <= MOST_PARAGRAPH:
+        return line
+    return f"{line[:_HEAD]}... ({len(text)} characters) ...{line[-_TAIL:]}"
 
 
 def say(text: object = "", *, to: TextIO | None = None, flush: bool = False) -> None:

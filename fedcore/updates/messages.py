@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
+from fedcore.observability.foreign import foreign
 from fedcore.updates.pack import Layout, Vector
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
@@ -118,19 +119,34 @@ def read_instruction(content: RecordDict) -> Instruction:
         number = int(str(config["server-round"]))
         if not 0 <= number <= MOST_ROUNDS:
             raise ValueError(f"round {str(number)[:20]}")
+        weights = array_of(content.array_records[ARRAYS][MODEL], where="instruction")
+        if weights.dtype != np.float32 or weights.ndim != 1:
+            raise ValueError(f"its weights are {weights.dtype} {weights.shape}, not float32 (D,)")
         return Instruction(
             round=number,
-            weights=array_of(content.array_records[ARRAYS][MODEL], where="instruction"),
-            layout=str(config["layout"]),
-            preprocess=bytes(config["preprocess"]),  # type: ignore[arg-type]
+            weights=weights,
+            layout=_setting(config, "layout", str),
+            preprocess=_setting(config, "preprocess", bytes),
             proximal_mu=float(str(config.get("proximal-mu", 0.0))),
             clip_norm=float(str(config.get(CLIP_NORM, 0.0))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidUpdate(
-            f"instruction: the message lacks what a fedcore server sends ({error!r}). Nothing was "
-            "trained; server and client must run the same version."
+            f"instruction: the message lacks what a fedcore server sends "
+            f"({foreign(repr(error), 200)}). Nothing was trained; server and client must run the "
+            "same version."
         ) from None
+
+
+_Setting = TypeVar("_Setting", str, bytes)
+
+
+def _setting(config: ConfigRecord, name: str, kind: type[_Setting]) -> _Setting:
+    """A setting of the type that it should have: ``bytes`` of a number would allocate so many."""
+    value = config[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name!r} is a {type(value).__name__}")
+    return value
 
 
 def update_content(update: Update) -> RecordDict:
@@ -158,7 +174,8 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
         values: NDArray[Any] = np.lib.format.read_array(stream)
     except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
         raise InvalidUpdate(
-            f"{where}: an array cannot be read ({type(error).__name__}: {error}). It was not used."
+            f"{where}: an array cannot be read ({type(error).__name__}: {foreign(error, 200)}). "
+            "It was not used."
         ) from None
     return values
 

@@ -21,7 +21,14 @@ from pydantic import Field, ValidationError
 
 from fedcore.config import Section
 from fedcore.errors import DataError
-from fedcore.files import disk_errors, read_bytes, sync_folder, write_atomic
+from fedcore.files import (
+    disk_errors,
+    is_there,
+    open_regular,
+    read_bytes,
+    sync_folder,
+    write_atomic,
+)
 
 AUDIT, MARK = "audit.jsonl", "audit.mark"
 _MAX_MARK_BYTES = 1 << 10
@@ -62,10 +69,11 @@ class Audit:
         self._lock = threading.Lock()
         check_regular(path)
         mark = _read_mark(path)
-        if mark is not None and not path.exists():
+        if mark is not None and not is_there(path):
             raise _gone(path)
         with disk_errors(path):
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            self._file = open_regular(path, flags, what="the audit log")
             sync_folder(path.parent)
             end = os.fstat(self._file).st_size
             if mark is not None and not _reaches(self._file, mark):
@@ -135,7 +143,7 @@ def check_audit(path: Path, *, begun_loose: bool = False) -> int:
     last, number, end, torn = _START, 0, 0, False
     reached = mark is None
     try:
-        with path.open("rb") as stream:
+        with os.fdopen(open_regular(path, what="the audit log"), "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 before = _before(line)
                 if before is None and begun_loose:
@@ -170,7 +178,7 @@ def check_regular(path: Path) -> None:
     Raises:
         DataError: it is something else.
     """
-    if path.exists() and not path.is_file():
+    if is_there(path) and not path.is_file():
         raise DataError(
             f"{path}: expected the audit log, found a folder, a pipe or something else of that "
             "name. Nothing was done, since nothing could be recorded; remove it, put the log back "

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedcore.errors import ConfigError, DataError, ResourceError
-from fedcore.files import disk_errors, sync_folder
+from fedcore.files import disk_errors, open_regular, sync_folder
 from server.entries import Entries
 from server.folder import results_around
 from server.journal import VALUES, values_of
@@ -209,10 +209,13 @@ class _Wanted:
 
 def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: Callable[[], None]) -> bool:
     """Adds a file as it is now; says whether it is still there."""
+    if path.is_dir():
+        return False
     try:
-        with path.open("rb") as stream:  # opened first: its name may be given to another meanwhile
+        # Opened first: its name may be given to another meanwhile.
+        with os.fdopen(open_regular(path, what="a file to back up"), "rb") as stream:
             info = tar.gettarinfo(arcname=name, fileobj=stream)
             tar.addfile(info, _Wanted(stream, wanted))
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         return False
     return True

@@ -21,7 +21,7 @@ from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golde
 from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
 from fedcore.config import RunConfig, Section
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import read_bytes, sha256_hex, write_atomic
+from fedcore.files import read_bytes, read_if_there, sha256_hex, write_atomic
 from fedcore.model import (
     MAX_CHECKPOINT_BYTES,
     FullModel,
@@ -260,9 +260,9 @@ def _origin(model: FullModel, *settings: Section) -> str:
 
 def _noted(path: Path, kind: type[_Note], origin: str) -> _Note | None:
     """What is noted of a step that was made from that; None where it is to be done."""
-    if not path.exists():
+    raw = read_if_there(path, max_bytes=_MAX_BYTES, what="a note of a step")
+    if raw is None:
         return None
-    raw = read_bytes(path, max_bytes=_MAX_BYTES, what="a note of a step")
     try:
         note = kind.model_validate(json.loads(raw))  # pydantic's own reader knows no NaN
     except (ValidationError, ValueError):

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from fedcore.config import Section
 from fedcore.crypto.certificates import MemberRole
 from fedcore.errors import ConfigError, ResourceError
+from fedcore.observability.faults import first_fault
 
 MAX_REQUEST_BYTES = 4096
 
@@ -52,9 +53,8 @@ def parse_request(raw: bytes) -> Request:
     try:
         return Request.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
         raise ConfigError(
-            f"{'.'.join(map(str, first['loc'])) or 'request'}: {first['msg']}. Nothing was done; "
+            f"request: {first_fault(error)}. Nothing was done; "
             "ask with the server's own version of fedcore."
         ) from None
 

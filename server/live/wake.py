@@ -135,7 +135,7 @@ async def serve_wakeups(
     """
     kit = identity.kit
     credentials = grpc.ssl_server_credentials(
-        [(kit.key_path.read_bytes(), kit.certificate_pem)],
+        [(kit.key_pem(), kit.certificate_pem)],
         root_certificates=kit.authority_pem,
         require_client_auth=True,
     )

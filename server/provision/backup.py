@@ -30,7 +30,14 @@ from fedcore.crypto.roster import ROSTER, RosterFile, parse_roster
 from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_seen
 from fedcore.crypto.sealing import is_sealed, seal, unseal
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
-from fedcore.files import disk_errors, held_alone, read_bytes, sync_folder, write_atomic
+from fedcore.files import (
+    disk_errors,
+    held_alone,
+    is_there,
+    read_bytes,
+    sync_folder,
+    write_atomic,
+)
 from server.live.audit import AUDIT, MARK
 from server.live.drained import DRAINED
 from server.provision.folder import (
@@ -107,7 +114,7 @@ def backup(act: Act, file: Path) -> None:
         files = {
             name: read_bytes(act.folder / name, max_bytes=MAX_AUDIT_BYTES, what="a file to back up")
             for name in get_args(FileName)
-            if name in _REQUIRED or (act.folder / name).exists()
+            if name in _REQUIRED or is_there(act.folder / name)
         }
     _verify(files, act, where=str(act.folder))
     content = Backup(
@@ -149,7 +156,7 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
     files, created = _decode(unseal(sealed, _passphrase(act), where=where), where)
     authority = _verify(files, act, where=where)
     with ExitStack() as held:
-        if occupied and (folder / CERTIFICATE).exists():
+        if occupied and is_there(folder / CERTIFICATE):
             held.enter_context(locked(folder))
         if (folder / SERVER).is_dir():
             held.enter_context(held_alone(folder / SERVER, _running(folder)))
@@ -164,7 +171,7 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
             files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
             for name in (MARK, ROSTER_KEY):  # they go with the two
                 files.pop(name, None)
-                if (folder / name).exists():
+                if is_there(folder / name):
                     files[name] = read_bytes(
                         folder / name, max_bytes=MAX_KEY_BYTES, what="what goes with the roster"
                     )
@@ -336,7 +343,7 @@ def _place(
             _copy(path, new / SERVER / path.name)
         note_lost(new / SERVER / SEEN, roster.version)
         if (new / SERVER).exists():
-            if blind is not None and not (new / SERVER / SEEN).exists():
+            if blind is not None and not is_there(new / SERVER / SEEN):
                 signer = roster.signer.number if roster.signer is not None else 0
                 seen = Seen(version=roster.version, signer=signer, restored=blind)
                 write_seen(new / SERVER / SEEN, seen)

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -30,7 +29,7 @@ from fedcore.crypto.roster import MAX_ROSTER_BYTES, ROSTER, Entry, Member, Roste
 from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import is_sealed, unseal
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
-from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.files import disk_errors, is_there, lock_file, read_bytes, write_atomic
 from server.live.audit import AUDIT, Audit
 
 CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
@@ -75,8 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
         DataError: there is no authority in this folder.
     """
     _check_there(folder)
-    with disk_errors(folder), (folder / ".lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with lock_file(folder / ".lock"):
         yield
 
 
@@ -173,7 +171,7 @@ def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Sign
         CertificateRefused: others may read it, or it is another one.
     """
     path, signer = authority.folder / ROSTER_KEY, authority.roster.signer
-    if not path.exists() or signer is None:
+    if not is_there(path) or signer is None:
         raise DataError(
             f"{path}: the key that signs the roster is missing. Nothing was changed; `fedcore "
             "provision sign` makes another, which the authority's own key vouches for."
@@ -224,7 +222,7 @@ def link_roster(server: Path) -> None:
 
 
 def _check_there(folder: Path) -> None:
-    if not (folder / CERTIFICATE).exists():
+    if not is_there(folder / CERTIFICATE):
         raise DataError(
             f"{folder}: there is no authority in this folder. Nothing was changed; `fedcore "
             "provision init` makes one, or name its folder with --authority."

@@ -34,7 +34,7 @@ from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Entry, Member, Roste
 from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import seal
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
 from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
@@ -127,7 +127,7 @@ def provision_server(
     addresses = tuple(_address(host, port) for host in hosts)
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
-        if (authority.server / KIT).exists() and not again:
+        if is_there(authority.server / KIT) and not again:
             raise ConfigError(
                 f"{authority.server}: the server has an identity already. Nothing was written; "
                 "`fedcore provision renew server` extends it under the same names, --replace makes "
@@ -274,7 +274,7 @@ def listing(act: Act) -> Listing:
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
         server = None
-        if (authority.server / KIT).exists():
+        if is_there(authority.server / KIT):
             where = str(authority.server / KIT)
             certificate = parse_certificate(
                 _server_kit(authority).certificate.encode(), where=where
@@ -343,7 +343,7 @@ def _record(act: Act, action: str, certificate: x509.Certificate, authority: Aut
 
 def _server_kit(authority: Authority) -> KitFile:
     path = authority.server / KIT
-    if not path.exists():
+    if not is_there(path):
         raise ConfigError(
             f"{authority.folder}: there is no server yet, and a kit says where it is. No "
             "certificate was issued; `fedcore provision server HOST` comes first."

@@ -21,7 +21,7 @@ from securesystemslib.signer import (  # type: ignore[attr-defined]  # re-export
 )
 
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import read_bytes, write_atomic
+from fedcore.files import is_there, read_bytes, write_atomic
 
 OFFLINE = ("root", "targets")
 ONLINE = ("releases", "snapshot", "timestamp")
@@ -85,7 +85,7 @@ def generate_keys(
 def refuse_existing(folder: Path) -> None:
     """Raises `ReleaseError` when ``folder`` already holds a key: none is ever overwritten."""
     found = [path for role in ROLES for path in key_files(folder, role)]
-    if found or (folder / TRUSTED_ROOT).exists():
+    if found or is_there(folder / TRUSTED_ROOT):
         raise ReleaseError(
             f"{folder}: keys already exist there ({(found or [folder / TRUSTED_ROOT])[0].name}). "
             "Nothing was written: overwriting them would lock out every device that trusts them. "
@@ -119,7 +119,7 @@ def add_keys(keys: Keys, folder: Path) -> list[Path]:
             number = 0
             for signer in signers:
                 number += 1
-                while (path := _path(folder, role, number)).exists():
+                while is_there(path := _path(folder, role, number)):
                     number += 1
                 for parent in (folder, path.parent):
                     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def key_files(folder: Path, role: str) -> list[Path]:
         for path in first.parent.glob(f"{role}-*.pem")
         if (number := path.stem.removeprefix(f"{role}-")).isdecimal()
     }
-    return ([first] if first.exists() else []) + [numbered[number] for number in sorted(numbered)]
+    return ([first] if is_there(first) else []) + [numbered[number] for number in sorted(numbered)]
 
 
 def read_trusted_root(folder: Path) -> bytes:

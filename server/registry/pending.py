@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from fedcore.errors import ReleaseError
-from fedcore.files import read_bytes, sync_folder, write_atomic, write_json
+from fedcore.files import is_there, read_if_there, sync_folder, write_atomic, write_json
 
 _NAME = ".pending.json"
 _MAX_BYTES = 4_000_000  # bytes: a root and a timestamp
@@ -30,7 +30,7 @@ def begin(repository: Path, files: dict[str, bytes]) -> None:
 
 def is_begun(repository: Path) -> bool:
     """Whether something is still to be put into force."""
-    return (repository / "metadata" / _NAME).exists()
+    return is_there(repository / "metadata" / _NAME)
 
 
 def finish(repository: Path) -> None:
@@ -42,9 +42,9 @@ def finish(repository: Path) -> None:
     """
     metadata = repository / "metadata"
     path = metadata / _NAME
-    if not path.exists():
+    raw = read_if_there(path, max_bytes=_MAX_BYTES, what="metadata that comes into force")
+    if raw is None:
         return
-    raw = read_bytes(path, max_bytes=_MAX_BYTES, what="metadata that comes into force")
     try:
         files = {str(name): str(text).encode() for name, text in json.loads(raw).items()}
         if not all(name == "timestamp.json" or name.endswith(".root.json") for name in files):

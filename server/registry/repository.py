@@ -13,7 +13,6 @@ repository is either as it was or wholly changed.
 
 from __future__ import annotations
 
-import fcntl
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import disk_errors, read_bytes, write_atomic
+from fedcore.files import is_there, lock_file, read_bytes, write_atomic
 from server.registry import pending
 from server.registry.keys import MAX_METADATA_BYTES, Keys
 
@@ -85,8 +84,7 @@ def locked(repository: Path) -> Iterator[None]:
             f"{repository}: there is no release repository here. Nothing was published; "
             "`fedcore release init` makes one."
         )
-    with disk_errors(repository), (repository / ".lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with lock_file(repository / ".lock"):
         pending.finish(repository)
         yield
 
@@ -102,7 +100,7 @@ def read_state(repository: Path, trusted_root: bytes) -> State:
     folder = repository / "metadata"
     try:
         root = _verified(Root, trusted_root, "root", None)
-        while (path := folder / f"{root.version + 1}.root.json").exists():
+        while is_there(path := folder / f"{root.version + 1}.root.json"):
             newer = _verified(Root, _read(path), "root", root)
             if newer.version != root.version + 1:
                 raise RepositoryError(f"{path.name} says that it is version {newer.version}")
@@ -337,7 +335,7 @@ def replace(
     written: list[Path] = []
     try:
         for name, data in new.items():
-            if not (path := repository / name).exists():
+            if not is_there(path := repository / name):
                 written.append(path)
             write_atomic(path, data)
         if root is None:
@@ -346,12 +344,17 @@ def replace(
             pending.begin(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
     except BaseException:
         begun = pending.is_begun(repository)
-        if not begun and (
-            not switch.exists() or switch.read_bytes() != raw
-        ):  # not in force: nothing names them
+        if not begun and not _holds(switch, raw):  # not in force: nothing names them
             for path in written:
                 path.unlink(missing_ok=True)
         raise
+
+
+def _holds(path: Path, raw: bytes) -> bool:
+    try:
+        return _read(path) == raw
+    except DataError:
+        return False
 
 
 def _read(path: Path) -> bytes:

@@ -32,6 +32,7 @@ import numpy as np
 from fedcore import __version__
 from tests.campaign import scenarios
 from tests.campaign.compare import compare, extra_charges
+from tests.campaign.fuzzing import fuzz_everything
 from tests.campaign.hostile import send_hostile
 from tests.campaign.scenarios import Outcome
 from tests.campaign.site import NAMES, ROOT, site
@@ -128,6 +129,8 @@ def campaign(options: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]
         yield _one(root / f"{number}-{plan.name.replace(' ', '-')}", plan, expected.get(key))
     if options.hostile and not enough():
         yield send_hostile(options.hostile, root / "hostile.json")
+    if options.fuzz and not enough():
+        yield fuzz_everything(options.fuzz, options.seed, options.out / "fuzz")
 
 
 def _one(folder: Path, plan: Planned, expected: dict[str, Any] | None) -> dict[str, Any]:
@@ -202,7 +205,7 @@ def figures(samples: Sequence[float]) -> dict[str, float]:
 def code_digest() -> str:
     """Of all code that a campaign runs: results of another are not added to."""
     digest = hashlib.sha256()
-    for folder in ("fedcore", "edge_client", "server", "tests/campaign"):
+    for folder in ("fedcore", "edge_client", "server", "tests/campaign", "tests/fuzz"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -235,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--buried", type=int, default=8, help="devices that die, stop, are cut off")
     parser.add_argument("--others", type=int, default=8, help="torn journals; 0 for kills alone")
     parser.add_argument("--hostile", type=int, default=1300, help="messages of each hostile class")
+    parser.add_argument("--fuzz", type=int, default=10**6, help="inputs of all formats together")
     parser.add_argument("--minutes", type=float, default=120.0, help="no fault begins after them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"))

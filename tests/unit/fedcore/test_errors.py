@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -69,3 +70,18 @@ def test_the_command_line_leaves_with_the_code_of_the_error(
     said = capsys.readouterr().err
     assert said.startswith("ConfigError: fedcore")
     assert "--no-such" in said
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb\ud800", "two\n  lines\r\n", "\u202e", "x" * 10**6, ""])
+def test_whatever_an_error_quotes_it_is_one_paragraph_that_can_be_printed(text: str) -> None:
+    said = str(errors.TrustError(f"file: it holds {text}. Nothing was done."))
+    assert said.isprintable()
+    assert len(said) <= 1800
+    assert said.encode().startswith(b"file: it holds ")
+    assert said.endswith("Nothing was done.")
+
+
+def test_the_text_of_an_error_survives_a_process() -> None:
+    error = errors.DataError("a  b: 'c'")
+    assert str(error) == "a  b: 'c'"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

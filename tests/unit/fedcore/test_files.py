@@ -15,7 +15,12 @@ from fedcore.files import (
     check_folder,
     check_picture,
     disk_errors,
+    is_there,
+    lock_file,
+    open_regular,
     read_bytes,
+    read_if_there,
+    remove,
     sha256_hex,
     write_atomic,
     write_json,
@@ -187,3 +192,56 @@ def test_where_a_result_goes_is_looked_at_without_a_trace(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"--plot .*\.png, \.pdf or \.svg"):
         check_picture(tmp_path / "one.gif", option="--plot")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def _in_place(path: Path, what: str) -> None:
+    path.unlink(missing_ok=True)
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "loop":
+        path.symlink_to(path.name)
+    else:
+        path.symlink_to("nowhere")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", ["folder", "pipe", "loop", "broken"])
+def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "file"
+    _in_place(path, what)
+    for read in (read_bytes, read_if_there):
+        with pytest.raises(
+            DataError, match=r"^/.*/file: it (cannot be read|leads nowhere).* So\.$"
+        ):
+            read(path, max_bytes=10, what="it", otherwise="So.")
+    if what in ("folder", "pipe"):
+        for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND):
+            with pytest.raises(DataError, match="something else has its name"):
+                open_regular(path, flags, what="it")
+    assert is_there(path)
+    remove(path)
+    assert not is_there(path)
+    assert read_if_there(path, max_bytes=10, what="it") is None
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", ["folder", "pipe", "loop"])
+def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / ".lock"
+    _in_place(path, what)
+    with pytest.raises((DataError, ResourceError)), lock_file(path):
+        pytest.fail("it was held")
+    remove(path)
+    with lock_file(path), pytest.raises(ConfigError), lock_file(path, ConfigError("busy")):
+        pytest.fail("it was held twice")
+    with lock_file(path, ConfigError("busy")):
+        assert path.is_file()
+
+
+def test_an_absence_is_told_from_what_cannot_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert not is_there(tmp_path / "file" / "inside")
+    assert is_there(tmp_path / "loop" / "inside")

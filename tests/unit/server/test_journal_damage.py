@@ -14,6 +14,7 @@ import pytest
 from fedcore.errors import DataError
 from fedcore.flower.identity import assume_identity
 from server import journal_head
+from server.entries import Entries, new_entry
 from server.journal import create, reopen
 from server.journal_head import HEAD, JOURNAL, RECORDS
 from tests.unit.server.journals import (
@@ -309,3 +310,53 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path: Path, seed: int) -> None
         assert journal.start.records == (record(1), record(2))
         reply = journal.reply(asked(5))
         assert reply is None or weights_of(reply) == [0.25]
+
+
+def rewritten(folder: Path, kind: str, values: object) -> None:
+    """An entry whose digest fits, and which no version of fedcore has written."""
+    with closing(Entries(folder / JOURNAL)) as entries:
+        (*_, old) = entries.of(kind)
+        entries.write([new_entry(kind, old.round, old.node, values, old.data)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["run", "record", "asked/train"])
+@pytest.mark.parametrize("values", [[], {}, {"nodes": 5, "round": "x", "arrays": [[1]]}, None])
+def test_what_its_digest_fits_is_still_looked_at(tmp_path: Path, kind: str, values: object) -> None:
+    two_rounds(tmp_path)
+    rewritten(tmp_path, kind, values)
+    wrong = pytest.raises(DataError, match=r"not as this version writes it|format None")
+    with wrong, opened(tmp_path) as journal:
+        journal.asked("train")
+
+
+@pytest.mark.parametrize("values", [[], {}, {"round": "x", "arrays": [[1]]}, None])
+def test_a_commit_that_no_version_wrote_gives_way_to_the_one_before(
+    tmp_path: Path, values: object
+) -> None:
+    two_rounds(tmp_path)
+    rewritten(tmp_path, "commit", values)
+    with opened(tmp_path) as journal:
+        assert "not as this version writes it" in journal.mended
+        assert "goes on after round 1" in journal.mended
+        assert journal.start is not None
+        assert journal.start.progress.round == 1
+
+
+def test_a_copy_that_tells_of_very_many_rounds_takes_no_memory(tmp_path: Path) -> None:
+    two_rounds(tmp_path)
+    head = json.loads((tmp_path / HEAD).read_text())
+    for row in head:
+        row[1] = 10**15
+    (tmp_path / HEAD).write_text(json.dumps(head))
+    with opened(tmp_path) as journal:
+        assert journal.start is not None
+        assert journal.start.progress.round == 2
+
+
+def test_a_number_that_is_none_makes_no_line_of_the_copy_readable(tmp_path: Path) -> None:
+    two_rounds(tmp_path)
+    with (tmp_path / RECORDS).open("a") as stream:
+        stream.write('\n["record", Infinity, 0, "{}", "", ""]\n' + "[" * 100_000)
+    with opened(tmp_path) as journal:
+        assert journal.start is not None
+        assert len(journal.start.records) == 2

@@ -128,3 +128,12 @@ def test_a_context_leaves_no_file_behind(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     assert client_context(kit).check_hostname
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_key_that_no_kit_has_is_shown_as_a_terminal_can_take_it(
+    tmp_path: Path, project: Any
+) -> None:
+    edit(project.device(tmp_path), **{"\x1b[2J" + "x" * 5000: 1})
+    with pytest.raises(CertificateRefused, match=r"\\x1b\[2Jx+\.\.\. .* not permitted") as caught:
+        load_kit(tmp_path)
+    assert len(str(caught.value)) < 400

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
@@ -99,3 +100,24 @@ def test_weights_that_are_sendable_are_held_once() -> None:
 def test_a_part_of_sendable_weights_is_sent_as_what_it_is(part: slice) -> None:
     weights = sendable(WEIGHTS)[part]
     assert weights_record(weights)[MODEL].numpy().tolist() == WEIGHTS[part].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("preprocess", 10**12), ("preprocess", "text"), ("layout", b"bytes"), ("layout", [1.0])],
+)
+def test_a_setting_of_another_type_is_refused_before_anything_is_allocated(
+    name: str, value: Any
+) -> None:
+    config = ConfigRecord({"server-round": 1, "layout": "a", "preprocess": b""} | {name: value})
+    content = RecordDict({ARRAYS: weights_record(np.zeros(3, np.float32)), CONFIG: config})
+    with pytest.raises(InvalidUpdate, match=f"'{name}' is a"):
+        read_instruction(content)
+
+
+@pytest.mark.parametrize("weights", [np.zeros(3), np.zeros(3, np.complex64), np.zeros((3, 1))])
+def test_weights_that_are_no_float32_vector_are_not_cast(weights: Any) -> None:
+    config = ConfigRecord({"server-round": 1, "layout": "a", "preprocess": b""})
+    content = RecordDict({ARRAYS: ArrayRecord({MODEL: Array(weights)}), CONFIG: config})
+    with pytest.raises(InvalidUpdate, match="not float32"):
+        read_instruction(content)
