@@ -23,24 +23,28 @@ if TYPE_CHECKING:
     from fedcore.partition import by_column, dirichlet, iid, shards
     from fedcore.settings import load_run
     from fedcore.task import Task, load_task
+    from server.api import History, Result, simulate
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "ACCURACY": "metrics",
-    "FedcoreError": "errors",
-    "MAE": "metrics",
-    "Metric": "metrics",
-    "PERPLEXITY": "metrics",
-    "RMSE": "metrics",
-    "RunConfig": "config",
-    "Task": "task",
-    "by_column": "partition",
-    "dirichlet": "partition",
-    "iid": "partition",
-    "load_run": "settings",
-    "load_task": "task",
-    "shards": "partition",
+    "ACCURACY": "fedcore.metrics",
+    "FedcoreError": "fedcore.errors",
+    "History": "server.api",
+    "MAE": "fedcore.metrics",
+    "Metric": "fedcore.metrics",
+    "PERPLEXITY": "fedcore.metrics",
+    "RMSE": "fedcore.metrics",
+    "Result": "server.api",
+    "RunConfig": "fedcore.config",
+    "Task": "fedcore.task",
+    "by_column": "fedcore.partition",
+    "dirichlet": "fedcore.partition",
+    "iid": "fedcore.partition",
+    "load_run": "fedcore.settings",
+    "load_task": "fedcore.task",
+    "shards": "fedcore.partition",
+    "simulate": "server.api",
 }
 
 __all__ = [
@@ -49,7 +53,9 @@ __all__ = [
     "PERPLEXITY",
     "RMSE",
     "FedcoreError",
+    "History",
     "Metric",
+    "Result",
     "RunConfig",
     "Task",
     "__version__",
@@ -59,10 +65,11 @@ __all__ = [
     "load_run",
     "load_task",
     "shards",
+    "simulate",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'fedcore' has no attribute {name!r}")
-    return getattr(import_module(f"fedcore.{_LAZY[name]}"), name)
+    return getattr(import_module(_LAZY[name]), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -55,16 +55,47 @@ def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra:
         raise ConfigError(f"{path}: {error}. Nothing was run.") from None
 
 
+def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A run with other settings, as Python code gives them: by name, sections as mappings.
+
+    Raises:
+        ConfigError: as `load_run` does.
+    """
+    values = run.model_dump()
+    overrides = tuple(
+        _Override(f"{'.'.join(key)}={value!r}", key, value, option="")
+        for key, value in _leaves(settings)
+    )
+    for override in overrides:
+        _apply(values, override, RunConfig)
+    try:
+        made = RunConfig.model_validate(_tuples(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(_Source("settings", overrides), error, RunConfig)) from None
+    return made.model_copy(update={"base": run.base})
+
+
+def _leaves(
+    settings: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
 @dataclass(frozen=True)
 class _Override:
     text: str
     key: tuple[str, ...]
     value: Any
+    option: str = "--set "
 
     @property
     def shown(self) -> str:
         """As it was given, cut short where it is long."""
-        return f"--set {_short(self.text)}"
+        return f"{self.option}{_short(self.text)}"
 
 
 @dataclass(frozen=True)

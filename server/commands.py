@@ -15,7 +15,7 @@ from fedcore.cli import Command
 from fedcore.errors import INTERRUPTED, ReleaseError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, LOADING, told_if_slow
-from fedcore.owner import OPEN_POLICY, load_owner, tighten
+from fedcore.owner import OPEN_POLICY, load_owner
 from fedcore.settings import load_run
 from server.options import run_options
 from server.registry.commands import release
@@ -66,14 +66,11 @@ def _simulate(options: argparse.Namespace) -> int:
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     from fedcore.flower.quiet import quiet
     from fedcore.observability.console import choose
-    from fedcore.observability.events import tee, unhurried
-    from fedcore.observability.jsonl import json_lines
     from fedcore.task import load_task
+    from server.api import run_in
     from server.checkpoint import CHECKPOINT
-    from server.folder import open_folder, reopen_folder, write_results
-    from server.pipeline import run_pipeline
+    from server.folder import open_folder, reopen_folder
     from server.preflight import prepare
-    from server.report.tensorboard import tensorboard_events
     from server.resume import pick_up
     from server.unfinished import refuse_to_drop
 
@@ -98,23 +95,16 @@ def _simulate(options: argparse.Namespace) -> int:
         with opening as folder:
             resumed = pick_up(folder, run, owner) if options.resume else None
             try:
-                with (
-                    json_lines(folder / "metrics.jsonl") as lines,
-                    tensorboard_events(folder / "tensorboard") as board,
-                    choose(out, json=options.json) as shown,
-                    unhurried(tee(lines, board, shown)) as emit,
-                ):
-                    files = tee(lines, board)
-                    for event in resumed.told if resumed else ():
-                        files(event)
-                    finished = run_pipeline(
+                with choose(out, json=options.json) as shown:
+                    finished, summary = run_in(
+                        folder,
                         run,
                         task,
                         owner,
                         prepared,
-                        folder,
-                        emit,
+                        shown,
                         command=command,
+                        started=started,
                         resumed=resumed,
                     )
             except KeyboardInterrupt:
@@ -122,9 +112,6 @@ def _simulate(options: argparse.Namespace) -> int:
                     raise
                 say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
                 return INTERRUPTED
-            delta = tighten(run, owner).privacy.target_delta if run.private else None
-            taken = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
-            summary = write_results(folder, finished, target_delta=delta, seconds=taken)
     if options.json:
         say(json.dumps({"event": "summary", **summary}))
     else:

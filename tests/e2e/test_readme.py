@@ -62,9 +62,26 @@ def test_the_release_page_works_in_its_order(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_task_in_the_readme_is_ready(tmp_path: Path) -> None:
-    (source,) = blocks(ROOT / "README.md", "python")
+    _, source = blocks(ROOT / "README.md", "python")
     (tmp_path / "task.py").write_text(source)
     assert "This task is ready." in run("fedcore check task.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_call_in_the_readme_works(tmp_path: Path) -> None:
+    source, _ = blocks(ROOT / "README.md", "python")
+    settings = 'federation={"rounds": 20}'
+    quick = 'federation={"rounds": 2}, compression={"timing_runs": 100}, finetune={"epochs": 1}'
+    assert settings in source
+    run("fedcore new churn", tmp_path)
+    # What starts processes stands behind such a line in a script; a notebook needs none.
+    body = "".join(f"    {line}\n" for line in source.replace(settings, quick).splitlines())
+    (tmp_path / "script.py").write_text(f'if __name__ == "__main__":\n{body}')
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    assert "round 2/2" in done.stderr
 
 
 def test_every_make_target_that_is_named_exists() -> None:

@@ -1,0 +1,295 @@
+"""fedcore from Python: a simulation as a call, and what it leaves as an object.
+
+`fedcore.simulate` is this room's; ``fedcore simulate`` does the same from a run's file.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError
+from fedcore.files import read_bytes
+from fedcore.flower.quiet import quiet
+from fedcore.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
+from fedcore.observability.console import choose
+from fedcore.observability.events import Sink, tee, unhurried
+from fedcore.observability.jsonl import json_lines
+from fedcore.owner import OPEN_POLICY, OwnerPolicy, tighten
+from fedcore.settings import load_run, with_settings
+from fedcore.task import Task, load_task
+from server.checkpoint import Checkpoint
+from server.folder import open_folder, write_results
+from server.pipeline import run_pipeline
+from server.preflight import Prepared, prepare
+from server.records import ClientRecord, Finished, RoundRecord, RunRecord
+from server.report.tensorboard import tensorboard_events
+
+_IN_MEMORY = "task_in_memory.py"
+
+
+@dataclass(frozen=True)
+class History:
+    """The rounds of a run, in order."""
+
+    rounds: tuple[RoundRecord, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row for each round: its figures, and each metric under its own name."""
+        rows = []
+        for each in self.rounds:
+            row = asdict(each)
+            metrics, virtual = row.pop("metrics"), row.pop("virtual")
+            rows.append({**row, **(virtual or {}), **metrics})
+        return rows
+
+    def to_pandas(self) -> Any:
+        """The rows as a `pandas.DataFrame`, indexed by round.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise ConfigError(
+                "history.to_pandas() needs pandas, which is not installed: `pip install pandas`, "
+                "or take history.rows()."
+            ) from None
+        return pandas.DataFrame(self.rows()).set_index("round")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a simulation left."""
+
+    record: RunRecord
+    """Everything that the report shows."""
+    model: FullModel = field(repr=False)
+    """Preprocessing and network behind fine-tuning, or of the best round where there was none or
+    the gate closed; on the CPU, in evaluation mode."""
+    summary: dict[str, Any] = field(repr=False)
+    """What ``summary.json`` holds."""
+    folder: Path
+    """Where its files lie: report, candidates, checkpoints. It is gone with this object, unless
+    ``runs`` was named."""
+    _kept: object = field(default=None, repr=False, compare=False)
+
+    @property
+    def history(self) -> History:
+        """The rounds."""
+        return History(self.record.rounds)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Scores on the final test split, by metric and then by model.
+
+        Models are ``federated``, ``released``, and behind fine-tuning ``finetuned`` and
+        ``cloud_alone``.
+        """
+        return self.record.scores
+
+    @property
+    def clients(self) -> tuple[ClientRecord, ...]:
+        """Each client with its examples, its metric, its rounds and what it spent."""
+        return self.record.clients
+
+    def plot(self) -> str | None:
+        """The primary metric, and epsilon, by round, as an ``<svg>`` element; None without any."""
+        from server.report.plots import rounds_plot
+
+        return rounds_plot(
+            self.record.rounds,
+            primary=self.record.primary,
+            higher_is_better=self.record.higher_is_better,
+            best_round=self.record.best_round,
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.plot() or ""
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Copies the run's files to a folder that is not there yet.
+
+        Raises:
+            ConfigError: it is there.
+        """
+        path = Path(folder)
+        if path.exists():
+            raise ConfigError(f"{path}: it is there already. Nothing was saved; name another.")
+        shutil.copytree(self.folder, path)
+        return path
+
+
+def simulate(
+    task: Task | str | PathLike[str],
+    run: RunConfig | str | PathLike[str] | None = None,
+    *,
+    owner: OwnerPolicy = OPEN_POLICY,
+    runs: str | PathLike[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Trains over simulated clients, then fine-tunes, compresses, tests and publishes.
+
+    Example:
+        ``fedcore.simulate(task, "run.toml", federation={"rounds": 20}, seed=3)``
+
+    Args:
+        task: A task, or the file that defines one. One that was made in memory, as in a notebook,
+            cannot be fine-tuned, as the processes that do this load a task from its file.
+        run: The run, or its file; a run with every setting's default when None.
+        owner: What every virtual client keeps to.
+        runs: A folder: results go to the folder of the run's name in it, in place of a run that
+            was there. A folder that lives as long as the result when None.
+        progress: Whether progress is written to standard error.
+        settings: Sections or settings of the run that are to be others.
+
+    Raises:
+        FedcoreError: whatever is wrong or fails, as the command line says it. Nothing is printed
+            but progress, and the process goes on.
+    """
+    configured = _configured(task, run, settings)
+    kept = tempfile.TemporaryDirectory(prefix="fedcore-run-") if runs is None else None
+    try:
+        base = Path(kept.name) if kept is not None else Path(runs or ".")
+        if isinstance(task, Task):
+            configured = _in_memory(task, configured, base)
+            loaded = task
+        else:
+            loaded = load_task(configured.path(configured.task))
+        quiet()
+        prepared = prepare(configured, loaded, owner, base / configured.name)
+        with (
+            open_folder(configured, base) as folder,
+            _shown(progress) as shown,
+        ):
+            finished, summary = run_in(
+                folder,
+                configured,
+                loaded,
+                owner,
+                prepared,
+                shown,
+                command="fedcore.simulate(...)",
+                started=time.monotonic(),
+            )
+            model = _model(folder, loaded, configured)
+    except BaseException:
+        if kept is not None:
+            kept.cleanup()
+        raise
+    return Result(finished.record, model, summary, folder, kept)
+
+
+def run_in(
+    folder: Path,
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    prepared: Prepared,
+    shown: Sink,
+    *,
+    command: str,
+    started: float,
+    resumed: Checkpoint | None = None,
+) -> tuple[Finished, dict[str, Any]]:
+    """Runs the whole loop and writes everything that a run leaves in its folder.
+
+    Args:
+        folder: The run's, open.
+        run: The run.
+        task: Its task.
+        owner: What virtual clients keep to.
+        prepared: What it works on.
+        shown: Told what happens, beside the run's files.
+        command: What goes on with the run where it is interrupted.
+        started: The monotonic time that it began at.
+        resumed: Where an earlier process stopped.
+
+    Returns:
+        What it left, and what ``summary.json`` holds.
+    """
+    with (
+        json_lines(folder / "metrics.jsonl") as lines,
+        tensorboard_events(folder / "tensorboard") as board,
+        unhurried(tee(lines, board, shown)) as emit,
+    ):
+        files = tee(lines, board)
+        for event in resumed.told if resumed else ():
+            files(event)
+        finished = run_pipeline(
+            run, task, owner, prepared, folder, emit, command=command, resumed=resumed
+        )
+    delta = tighten(run, owner).privacy.target_delta if run.private else None
+    taken_s = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
+    return finished, write_results(folder, finished, target_delta=delta, seconds=taken_s)
+
+
+def _configured(
+    task: Task | str | PathLike[str],
+    run: RunConfig | str | PathLike[str] | None,
+    settings: Mapping[str, Any],
+) -> RunConfig:
+    file = None if isinstance(task, Task) else Path(task).resolve()
+    if run is None:
+        name = (task.name if isinstance(task, Task) else Path(task).stem).lower()
+        found = RunConfig(name=name, task=_IN_MEMORY)
+    else:
+        found = run if isinstance(run, RunConfig) else load_run(Path(run))
+    if file is not None:
+        found = found.model_copy(update={"task": str(file)})
+    return with_settings(found, settings)
+
+
+def _in_memory(task: Task, run: RunConfig, folder: Path) -> RunConfig:
+    """The run of a task that has no file, which stands in the run's identity.
+
+    Raises:
+        ConfigError: some of its steps run in processes that would load the task from a file.
+    """
+    needs = []
+    if task.cloud_data is not None and run.finetune.epochs:
+        needs.append(f"finetune.epochs = {run.finetune.epochs}")
+    if run.simulation.engine == "ray":
+        needs.append("simulation.engine = 'ray'")
+    if needs:
+        raise ConfigError(
+            f"{' and '.join(needs)}: this starts processes that load the task from its file, and "
+            f"task {task.name!r} was made in memory. Nothing was run; write it to a file and give "
+            "that one's name in its place, or pass finetune={'epochs': 0} and "
+            "simulation={'engine': 'local'}."
+        )
+    path = folder / _IN_MEMORY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# task {task.name!r} was made in memory\n")
+    return run.model_copy(update={"task": str(path.resolve())})
+
+
+def _model(folder: Path, task: Task, run: RunConfig) -> FullModel:
+    names = ("finetuned.safetensors", "global.safetensors")
+    path = next(folder / name for name in names if (folder / name).is_file())
+    model = build_model(task, run)
+    raw = read_bytes(path, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
+    load_checkpoint(raw, model, where=str(path))
+    return model.eval()
+
+
+@contextmanager
+def _shown(progress: bool) -> Iterator[Sink]:
+    with ExitStack() as stack:
+        if progress:
+            yield stack.enter_context(choose(sys.stderr, json=False))
+        else:
+            yield lambda event: None

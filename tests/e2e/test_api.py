@@ -1,0 +1,142 @@
+"""fedcore as a library: a simulation as a call, again and again in one process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fedcore
+from fedcore.task import Examples
+
+QUICK = {"compression": {"timing_runs": 100, "candidates": ("fp32",)}}
+
+
+def made(seed: int) -> Examples:
+    rng = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(120, 6, generator=rng)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long())  # type: ignore[return-value]
+
+
+def task_of(*, cloud: bool = False) -> fedcore.Task:
+    return fedcore.Task(
+        name="corners",
+        kind="classification",
+        model=lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)),
+        clients=lambda folder: ["a", "b", "c", "d"],
+        client_data=lambda client, folder: made(ord(client)),
+        cloud_data=(lambda folder: made(1)) if cloud else None,
+        test_data=lambda folder: made(2),
+        example_input=torch.zeros(6),
+    )
+
+
+def test_a_task_made_in_memory_runs_and_gives_its_results(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    federation = {"rounds": 6, "evaluate_cohort": 4, "holdout": 0.2}
+    client = {"learning_rate": 0.5}
+    result = fedcore.simulate(task_of(), federation=federation, client=client, seed=4, **QUICK)
+    assert capfd.readouterr().out == ""
+    rows = result.history.rows()
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"]
+    assert result.metrics["accuracy"]["released"] > 0.7
+    assert {one.client for one in result.clients} == {"a", "b", "c", "d"}
+    with torch.inference_mode():
+        assert result.model(torch.zeros(2, 6)).shape == (2, 3)
+    assert "<svg" in result._repr_html_()
+    saved = result.save(tmp_path / "kept")
+    folder = result.folder
+    del result
+    gc.collect()
+    assert (saved / "report.html").is_file()
+    assert not folder.exists()
+
+
+def test_the_same_seed_gives_the_same_model_as_the_command_line(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    task = Path(__file__).parents[2] / "examples/digits/task.py"
+    (tmp_path / "run.toml").write_text(
+        f'name = "digits"\ntask = "{task}"\nseed = 3\n[federation]\nrounds = 2\n'
+        '[compression]\ntiming_runs = 100\ncandidates = ["fp32"]\n'
+    )
+    settings = {"federation": {"rounds": 2}, "seed": 3, **QUICK}
+    result = fedcore.simulate(
+        task, runs=tmp_path / "api", name="digits", progress=False, **settings
+    )
+    run = request.getfixturevalue("fedcore")
+    done = run("simulate", "run.toml", "--runs", "command", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("global.safetensors", "finetuned.safetensors"):
+        found = [(tmp_path / each / "digits" / name) for each in ("command", "api")]
+        assert found[0].exists() == found[1].exists()
+        assert not found[0].exists() or found[0].read_bytes() == found[1].read_bytes()
+    assert result.folder == tmp_path / "api/digits"
+
+
+def test_mistakes_are_typed_errors() -> None:
+    with pytest.raises(fedcore.FedcoreError, match=r"federation\.round"):
+        fedcore.simulate(task_of(), federation={"round": 3})
+    with pytest.raises(fedcore.FedcoreError, match=r"federation\.rounds=0"):
+        fedcore.simulate(task_of(), federation={"rounds": 0})
+    with pytest.raises(fedcore.FedcoreError, match="was made in memory"):
+        fedcore.simulate(task_of(cloud=True))
+    with pytest.raises(fedcore.FedcoreError, match="does not exist"):
+        fedcore.simulate("nowhere.py")
+
+
+SWEEP = """
+import gc, os, re, sys
+sys.path.insert(0, os.environ["HERE"])
+from pathlib import Path
+import fedcore
+from tests.e2e.test_api import QUICK, task_of
+
+def used():
+    gc.collect()
+    memory = int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), memory
+
+def sweep():
+    found = []
+    for rate in (0.01, 0.03, 0.1, 0.3, 1.0):
+        result = fedcore.simulate(
+            task_of(), federation={"rounds": 3}, client={"learning_rate": rate},
+            simulation={"workers": 2}, progress=False, **QUICK,
+        )
+        found.append(result.metrics["accuracy"]["federated"])
+    return found
+
+one = sweep()
+before = used()
+assert sweep() == one
+after = used()
+children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+print(before, after, children)
+assert after[0] <= before[0] and after[1] <= before[1], (before, after)
+assert after[2] <= 1.05 * before[2], (before, after)
+assert not children
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux tells what a process holds")
+def test_a_sweep_leaves_nothing_behind() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP],
+        env={**os.environ, "HERE": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
