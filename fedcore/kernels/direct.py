@@ -212,9 +212,8 @@ def _row_back(
         image, weight, bias, slopes, places, line, outs, blocks, *_ = args
         width = lanes.literal_value
         at = [builder.mul(outs, known(k)) for k in range(high.literal_value * run.literal_value)]
-        sums = [memory(builder, load(builder, FLOAT, weight, one, width)) for one in at]
-        own = memory(builder, load(builder, FLOAT, bias, known(0), width))
         none = every(FLOAT, 0.0, width)
+        sums, own = [memory(builder, none) for _ in at], memory(builder, none)
         with counted(builder, blocks) as loop:
             start = builder.mul(loop.index, outs)
             slope = load(builder, FLOAT, slopes, start, width)
@@ -226,9 +225,12 @@ def _row_back(
                 for look, one in zip(looks, sums, strict=True):
                     product = multiplied(builder, taken, look)
                     builder.store(added(builder, builder.load(one), product), one)
+        # Each row of blocks has a sum of its own: one over a large image would round away more.
         for place, one in zip(at, sums, strict=True):
-            store(builder, FLOAT, builder.load(one), weight, place)
-        store(builder, FLOAT, builder.load(own), bias, known(0))
+            total = added(builder, load(builder, FLOAT, weight, place, width), builder.load(one))
+            store(builder, FLOAT, total, weight, place)
+        total = added(builder, load(builder, FLOAT, bias, known(0), width), builder.load(own))
+        store(builder, FLOAT, total, bias, known(0))
         return context.get_dummy_value()
 
     return types.void(*given, *shape), write

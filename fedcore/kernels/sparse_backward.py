@@ -27,6 +27,7 @@ from fedcore.kernels.llvm import (
     Value,
     added,
     counted,
+    every,
     known,
     lanes_of,
     load,
@@ -241,7 +242,7 @@ def _add(
         line = builder.mul(pixels, known(width))
         at = [known((i * wide.literal_value + j) * channels.literal_value) for i, j in part]
         own = [load(builder, FLOAT, weight, one, width) for one in at]
-        sums = [memory(builder, load(builder, FLOAT, of_weight, one, width)) for one in at]
+        sums = [memory(builder, every(FLOAT, 0.0, width)) for _ in at]  # of this band alone
         away = [builder.add(builder.mul(line, known(i)), known(j * width)) for i, j in part]
         with counted(builder, count) as loop:
             slope = spread(builder, load(builder, FLOAT, taken, loop.index), width)
@@ -255,6 +256,7 @@ def _add(
                 product = multiplied(builder, slope, kernel)
                 store(builder, FLOAT, added(builder, held, product), of_near, place)
         for one, total in zip(at, sums, strict=True):
-            store(builder, FLOAT, builder.load(total), of_weight, one)
+            before = load(builder, FLOAT, of_weight, one, width)
+            store(builder, FLOAT, added(builder, before, builder.load(total)), of_weight, one)
 
     return types.void(*given, high, wide, channels, lanes), write

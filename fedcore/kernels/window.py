@@ -28,12 +28,14 @@ class Window:
         return sizes[0], sizes[1]
 
     def check(self, height: int, width: int) -> None:
-        """Refuses images of which nothing would be left, as torch's own layers do.
+        """Refuses empty images, and those of which nothing would be left, as torch's layers do.
+
+        Padding would leave something of an empty one, and a loop over its pixels fills nothing.
 
         Raises:
             ValueError: they are too small.
         """
-        if min(self.cells(height, width)) < 1:
+        if min(height, width, *self.cells(height, width)) < 1:
             raise ValueError(
                 f"images of {height} x {width} are too small for a kernel of {self.kernel} and "
                 f"pooling of {self.pool}"

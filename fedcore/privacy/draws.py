@@ -26,6 +26,7 @@ float32 arithmetic in gradients, norms and sums, and of the grid."""
 
 _CHUNK = 1 << 15  # words at a time: with as many zeros, 512 KiB in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
+_LEAST_DEVIATION = 1e-100
 _EXACT_BITS = 51  # sums and noise are below 2**51 steps, so that what is added to round them fits
 
 
@@ -119,6 +120,8 @@ class SystemDraws:
 
     def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
         """Adds Gaussian noise on a grid, see `Draws.add_noise`."""
+        if not _LEAST_DEVIATION <= deviation <= 1 / _LEAST_DEVIATION:
+            raise ValueError(f"a deviation of {deviation:g}: float64 has no room for its grid")
         step = grid_step(deviation, bound)
         shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64 numbers lie a step apart
         exact = [one if _is_plain(one) else one.to("cpu", torch.float64) for one in sums]
@@ -169,9 +172,13 @@ def grid_step(deviation: float, bound: float) -> float:
 
 
 class _KeyStream:
-    """AES-256 in counter mode, as 64-bit words; the key is nowhere but in the cipher."""
+    """AES-256 in counter mode, as 64-bit words; the key is nowhere but in the cipher.
+
+    A process that is forked off gets a key of its own: it would draw what this one draws.
+    """
 
     def __init__(self, key: bytes, counter: bytes) -> None:
+        self._process = os.getpid()
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
         self._zeros = memoryview(bytes(_CHUNK * 8))
 
@@ -186,6 +193,8 @@ class _KeyStream:
 
     def fill(self, words: NDArray[np.uint64]) -> None:
         """Overwrites ``words`` with the next ones of the stream."""
+        if os.getpid() != self._process:
+            self.__init__(os.urandom(32), os.urandom(16))  # type: ignore[misc]
         target, size = words.view(np.uint8).data, len(self._zeros)
         for start in range(0, len(target), size):
             part = target[start : start + size]

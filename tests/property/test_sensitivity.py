@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +35,13 @@ from fedcore.seeds import SystemEntropy, global_streams
 from fedcore.task import Task
 from fedcore.training.client import Client, learn
 from fedcore.training.per_example.chain import by_torch
+from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
+from fedcore.training.per_example.clipping import _CANCELLED as CANCELLED
 from fedcore.training.per_example.clipping import example_gradients, norms, shares_of
 from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way, by_chain
+from fedcore.training.per_example.ways import EXACT_ROWS, Way, by_chain
 from fedcore.training.private import train_private
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of, pack
@@ -278,7 +282,7 @@ def test_a_data_set_in_memory_is_no_different(name: str) -> None:
     assert torch.equal(found[0], sums(way, task, full, lazily(case, None)))
 
 
-@pytest.mark.parametrize("left", [0.0, 1e-4, 0.1, 1.0])
+@pytest.mark.parametrize("left", [0.0, 1e-4, 0.5, 1.0])
 def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: float) -> None:
     """What is left of large rows may be smaller than what rounding makes of them."""
     rng = torch.Generator().manual_seed(2)
@@ -296,6 +300,46 @@ def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: f
         if bool(found.usable[0, place]):
             assert length <= float(found.squares[0, place].sqrt()) * (1 + ROUNDING)
     assert bool(found.usable.any()) is (left >= 1e-2)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_that_cancel_do_not_round_the_other_way_in_great_numbers(compiled: bool) -> None:
+    """Partial sums just below a power of two, which one example lifts all of them over."""
+    model = nn.Sequential(
+        nn.Conv2d(16, 1, 1, bias=False), nn.Flatten(), nn.Linear(2, 1, bias=False)
+    )
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight.fill_(1)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, 0] * targets).mean()
+
+    chain = find_chain(model, torch.randn(4, 16, 1, 2))
+    assert chain is not None
+    run = compiled_run(chain, model, apart=True) if compiled else by_torch(chain)
+    assert run is not None
+    way, unit = by_chain(chain, run, loss), 2.0 ** (math.log2(CANCELLED) - 24)
+    rows = torch.zeros(EXACT_ROWS, 16, 1, 2)
+    rows[0, 0, 0, 0] = start = math.floor((1 - 8 * unit) / unit) * unit
+    with_it, without_it = start, 0.0
+    for place in range(1, EXACT_ROWS):
+        steps = math.floor((CANCELLED / 2 - 0.5 - without_it) / unit)
+        steps -= (round(with_it / unit) + steps) % 2 == 0  # odd: the tie goes up
+        up = steps * unit + unit / 2
+        down = -round((up - (1 - 2.0**-8) * (1 if place % 2 else -1)) / unit) * unit
+        rows[place, 0, 0, 0], rows[place, 0, 0, 1] = up, down
+        without_it = float(np.float32(np.float32(without_it + up) + down))
+        with_it = float(np.float32(np.float32(with_it + up) + down))
+    counted = torch.ones(EXACT_ROWS, dtype=torch.bool)
+    found = []
+    for first in (True, False):
+        counted[0] = first
+        batch = Batch(rows, torch.ones(EXACT_ROWS), counted, 0)
+        one = clipped_sum(way, nn.Identity(), model, loss, [batch], clip_norm=1.0, physical=64)
+        assert one.skipped == 0
+        found.append(torch.cat([total.flatten() for total in one.sums]))
+    assert moved(*(one.unsqueeze(0) for one in found)) <= 1 + ROUNDING
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7])

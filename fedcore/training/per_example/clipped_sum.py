@@ -68,10 +68,10 @@ def clipped_sum(
     Guarantee:
         Replacing one example by one that counts as zero changes the sum by at most
         ``clip_norm * (1 + 1e-4)`` in L2 norm, whatever the examples, the weights, the model and the
-        loss are. Each example's gradient is that of a batch of one. An example whose gradient is
-        not finite, or whose forward or backward pass fails, counts as zero, and never ends the
-        work. The others keep their places in the physical batches then, so that their gradients
-        are the same bits, and rounding tells nothing of it either.
+        loss are. Each example's gradient is that of a batch of one, up to float32 rounding. An
+        example whose gradient is not finite, or whose forward or backward pass fails, counts as
+        zero, and never ends the work. The others keep their places in the physical batches then, so
+        that their gradients are the same bits, and rounding tells nothing of it either.
 
     Args:
         way: How gradients are taken, from `find_way`.

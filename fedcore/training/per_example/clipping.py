@@ -32,9 +32,10 @@ class Gradient:
 _LARGEST = 1e12
 """Factors of a gradient (activations, gradients by outputs) with larger norms are not believed:
 what underflows beside them is then below 1e-9."""
-_CANCELLED = 256.0
-"""Rows of one example that cancel by more than this factor are not believed: their sum would hold
-more rounding than gradient."""
+_CANCELLED = 32.0
+"""Rows of one example that cancel by more than this factor are not believed. Over `EXACT_ROWS`
+examples partial sums are up to so many times as long as their sum, and are rounded to that: with
+one example more or less each row of the others may be rounded the other way."""
 _SMALLEST = torch.finfo(torch.float32).tiny  # below, a share may be rounded up to twice itself
 _PIECE = 4096  # of a long vector, whose norm is taken in float32
 

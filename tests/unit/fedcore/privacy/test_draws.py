@@ -222,3 +222,25 @@ def test_simulated_draws_are_those_of_their_seeds(what: str) -> None:
     assert torch.equal(base[1], again[1])
     assert torch.equal(base[0], other[0]) == (what == "noise")
     assert torch.equal(base[1], other[1]) == (what == "sampling")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked off here")
+def test_a_process_that_is_forked_off_draws_other_numbers() -> None:
+    draws = SystemDraws()
+    draws.normal(3)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, draws.normal(4).tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = np.frombuffer(os.read(read, 32))
+    os.close(read)
+    os.close(write)
+    assert len(set(theirs) | set(draws.normal(4))) == 8
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0, 1e-320, 1e155, math.inf, math.nan])
+def test_a_deviation_without_room_for_a_grid_is_refused(deviation: float) -> None:
+    with pytest.raises(ValueError, match="no room for its grid"):
+        SystemDraws().add_noise([torch.zeros(3)], deviation=deviation, bound=1.0)

@@ -42,6 +42,33 @@ def batch(inputs: Tensor, targets: Tensor, counted: Tensor | None = None) -> lis
     return [Batch(inputs, targets, everything if counted is None else counted, 0)]
 
 
+@pytest.mark.parametrize("shape", [(0, 48), (48, 0), (0, 0)])
+@pytest.mark.parametrize("channels", [1, 3, 16])
+def test_an_empty_image_counts_as_zero(channels: int, shape: tuple[int, int]) -> None:
+    """Padding leaves something of it, which a loop over its pixels would fill with nothing."""
+    model = nn.Sequential(
+        *(nn.Conv2d(channels, 8, 6, stride=2, padding=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(8, 3)),
+    )
+    way = way_of(model, LOSS, torch.randn(channels, 32, 32))
+    assert way.name == "chain"
+    rows = [(torch.zeros(channels, *shape), torch.tensor(1))] * 3
+    rows.append((torch.ones(channels, 32, 32), torch.tensor(0)))
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, place: int) -> Any:
+            return rows[place]
+
+    read = read_batch(Rows(), torch.arange(4), CPU, seed=0, usual=way.usual)  # type: ignore[arg-type]
+    found = summed(way, model, read)
+    assert found.skipped == 3
+    alone = summed(way, model, batch(rows[3][0].unsqueeze(0), rows[3][1].unsqueeze(0)))
+    assert torch.allclose(flat(found), flat(alone), atol=1e-6)
+
+
 def without(place: int, count: int = COUNT) -> Tensor:
     return torch.arange(count) != place
 

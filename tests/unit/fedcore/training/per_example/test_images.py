@@ -99,5 +99,8 @@ def test_clients_at_once_or_one_by_one_are_the_same() -> None:
 def test_images_too_small_for_a_kernel_and_its_pooling_are_refused() -> None:
     window = Window((3, 3), (1, 1), (0, 0), (2, 2))
     window.check(4, 4)
+    for height, width in ((0, 48), (48, 0)):  # of which wide padding would leave something
+        with pytest.raises(ValueError, match=f"images of {height} x {width} are too small"):
+            Window((2, 2), (1, 1), (1, 1)).check(height, width)
     with pytest.raises(ValueError, match="images of 4 x 3 are too small"):
         window.check(4, 3)
