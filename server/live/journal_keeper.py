@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedcore.errors import RoundFailed
 from fedcore.flower.fleet_grid import GRACE_S
 from fedcore.flower.grid import OwnGrid
-from fedcore.updates.messages import DECLINED, REFUSED
+from fedcore.updates.messages import DECLINES, REFUSED
 from server.journal import Journal
 from server.live.members import weigh
 from server.progress import Progress
@@ -249,7 +249,7 @@ def _of_no_kind(reply: Message) -> Message:
 
     A device declines where its budget is spent; that stays told apart.
     """
-    if reply.error.code == DECLINED:
+    if reply.error.code in DECLINES:
         return reply
     reply.error = Error(REFUSED, reply.error.reason)
     return reply

@@ -138,7 +138,7 @@ def table(found: Answer, question: Question) -> str:
     how = "given" if privacy.noise_multiplier != "auto" else f"least for {privacy.max_epsilon:g}"
     lines = [
         f"Example-level privacy (one example, or a null record in its place) of a client with "
-        f"{plan.examples:,} examples.",
+        f"{counted(plan.examples, 'example', ',')}.",
         "",
         f"noise multiplier      {plan.noise_multiplier:.4f}  ({how}, by {privacy.accountant})",
         f"epsilon               {epsilon_text(plan.epsilon)} of {privacy.max_epsilon:g} at delta "
