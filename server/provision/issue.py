@@ -35,7 +35,6 @@ from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import seal
 from fedcore.errors import ConfigError
 from fedcore.files import disk_errors, read_bytes, write_atomic
-from fedcore.observability.words import counted
 from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
@@ -172,7 +171,7 @@ def provision_member(
         )
     if num_examples is not None and not 1 <= num_examples <= MAX_NUM_EXAMPLES:
         raise ConfigError(
-            f"{name}: {counted(num_examples, 'example')}, expected 1 to {MAX_NUM_EXAMPLES}: no "
+            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no "
             "client may weigh more. No certificate was issued."
         )
     with locked(act.folder):

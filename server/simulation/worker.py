@@ -25,7 +25,6 @@ from fedcore.errors import (
     TrainingDiverged,
 )
 from fedcore.model import FullModel
-from fedcore.observability.words import counted
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
 from fedcore.seeds import Randomness
@@ -233,9 +232,7 @@ class Worker:
         try:
             if trainer is None:
                 raise DataError("data: none of these clients can be trained side by side")
-            with memory_errors(
-                f"round {instruction.round}: {counted(len(ready), 'client')} together"
-            ):
+            with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
                 groups = train_in_groups(
                     trainer, self._model(instruction), work_of, client, instruction.proximal_mu
                 )

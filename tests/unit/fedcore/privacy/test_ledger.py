@@ -114,7 +114,7 @@ def test_room_for_many_rounds_is_an_estimate_and_takes_no_time() -> None:
     privacy = PRIVACY.model_copy(update={"accountant": "prv", "max_epsilon": 8.0})
     found = room_for((like,) * 3, like, privacy)
     assert not found.exact
-    assert str(found) == f"about {found.rounds}"
+    assert str(found) == f"about {found.rounds} more rounds"
     exact = room_for((like,) * 3, like, privacy.model_copy(update={"accountant": "rdp"}))
     assert (exact.rounds, exact.exact) == (found.rounds, True)
     last = Ledger((like,) * (3 + exact.rounds))
