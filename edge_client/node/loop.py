@@ -108,7 +108,6 @@ def run_device(device: Device, signals: Signals) -> None:
     )
     runs: dict[int, _Run] = {}
     try:
-        _warm_up()
         _persist(lambda: _activate(link, signals), signals)
         device.folder.note_let_in(device.kit.public)
         watcher.start()
@@ -124,7 +123,7 @@ def run_device(device: Device, signals: Signals) -> None:
         link.close()
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Has torch import what a first step of training imports, before the server waits for it."""
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.sum().backward()  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from fedcore.config import RunConfig
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.observability.foreign import say
+from fedcore.observability.patience import loading_told
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from fedcore.settings import load_run
 from server.live.memory import loading
@@ -80,7 +81,7 @@ def _start(options: argparse.Namespace) -> int:
     check_server_folder(options.identity)
     only_tls_1_3()  # before Flower, which imports grpc
     quiet_core()
-    with loading():
+    with loading_told(), loading():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
         from server.live.control import Control
