@@ -100,7 +100,6 @@ def charge(
         OwnersBudgetExhausted: likewise, what the owner allows over all runs.
     """
     after = Ledger((*ledger.charges, new))
-    _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent")
     whole = owners_budget(privacy, owner, others)
     if whole is not None:
         _check(
@@ -110,6 +109,8 @@ def charge(
             f"round {new.round}: over all runs client {client!r} has spent",
             kind=OwnersBudgetExhausted,
         )
+    # Second: where the owner's budget is the run's as well, no setting of the run raises it.
+    _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent")
     return after
 
 

@@ -106,7 +106,8 @@ def test_the_owner_has_the_last_word_on_epsilon() -> None:
     ask(task, run, node=(free := context()))
     assert noise > 2 * read_ledger(free).charges[0].noise_multiplier
     fixed = make_run(privacy=PRIVATE | {"noise_multiplier": 0.5})
-    assert "of 1 at delta 1e-05" in refused(ask(task, fixed, owner=owner), DECLINED)
+    said = refused(ask(task, fixed, owner=owner), DECLINED_BY_OWNER)
+    assert "of 1 that its owner allows at delta 1e-05" in said
 
 
 @pytest.mark.parametrize(
