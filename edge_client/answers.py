@@ -11,6 +11,7 @@ from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.errors import DeviceError, LimitExceeded
 from fedcore.observability.foreign import foreign
+from fedcore.observability.words import counted
 
 MAX_PRINTED = 4_000_000
 """Numbers that one answer may have: 100 MB of text."""
@@ -83,7 +84,8 @@ def _list_lines(items: Iterable[str]) -> Iterator[str]:
 def _check_size(manifest: Manifest, shown: FloatArray) -> None:
     if shown.size > MAX_PRINTED:
         raise LimitExceeded(
-            f"model {manifest.model!r} version {manifest.version}: it answered {len(shown)} inputs "
+            f"model {manifest.model!r} version {manifest.version}: it answered "
+            f"{counted(len(shown), 'input')} "
             f"with {shown.size} numbers, and {MAX_PRINTED} at most are printed. Nothing was "
             "answered; ask for fewer inputs at a time."
         )

@@ -31,6 +31,7 @@ from fedcore.config import Serving
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.files import read_bytes
 from fedcore.observability.foreign import say
+from fedcore.observability.words import counted
 
 _MAX_THREADS = 256
 
@@ -253,7 +254,7 @@ def _bench(options: argparse.Namespace) -> int:
     )
     text = (
         f"{options.model}: version {version.manifest.version}, batch 1, 1 thread, "
-        f"{options.runs} runs: p50 {figures.p50_us:.1f} us, p99 {figures.p99_us:.1f} us"
+        f"{counted(options.runs, 'run')}: p50 {figures.p50_us:.1f} us, p99 {figures.p99_us:.1f} us"
     )
     value = {
         "model": options.model,

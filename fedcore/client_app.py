@@ -23,13 +23,15 @@ from flwr.clientapp.typing import Mod
 
 from fedcore.config import RunConfig
 from fedcore.errors import (
-    BudgetExhausted,
     ConfigError,
     FedcoreError,
+    InsufficientMemory,
     InvalidUpdate,
+    OwnerLimit,
     PrivacyError,
     TaskError,
 )
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import (
     NO_OTHER_RUNS,
@@ -47,10 +49,10 @@ from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, evaluate
 from fedcore.updates.messages import (
     ARRAYS,
-    DECLINED,
+    DECLINES,
     METRICS,
     NUM_EXAMPLES,
-    REFUSED,
+    code_of,
     read_instruction,
     update_content,
 )
@@ -146,9 +148,9 @@ def client_name(context: Context, task: Task) -> str:
     place = context.node_config.get("partition-id")
     if place is None or not 0 <= int(place) < len(clients):
         raise ConfigError(
-            f"node {context.node_id}: partition-id = {place!r}, and the task has {len(clients)} "
-            "clients. It has nothing to train on; run as many nodes as clients, or set `client` in "
-            "the node's configuration."
+            f"node {context.node_id}: partition-id = {place!r}, and the task has "
+            f"{counted(len(clients), 'client')}. It has nothing to train on; run as many nodes "
+            "as clients, or set `client` in the node's configuration."
         )
     return clients[int(place)]
 
@@ -163,7 +165,10 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
         name = client_name(context, client.task)
         return Message(work(client, name, message, context), reply_to=message)
     except (Exception, SystemExit) as error:  # the task's code: its failure is reported, not lost
-        return Message(Error(*error_of(name, error, hide=client.protects)), reply_to=message)
+        hide = client.protects or (
+            client.is_real and isinstance(error, OwnerLimit | InsufficientMemory)
+        )
+        return Message(Error(*error_of(name, error, hide=hide)), reply_to=message)
 
 
 def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[int, str]:
@@ -172,19 +177,20 @@ def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[i
     Args:
         name: The client's.
         error: What stopped it.
-        hide: Sends the kind of the error alone, and writes its text, which may quote examples, to
-            the device's own log.
+        hide: Sends the kind of the error alone, and writes its text, which may quote examples or
+            the owner's limits, to the device's own log.
     """
-    if isinstance(error, BudgetExhausted):
-        return DECLINED, str(error)
     kind = type(error) if isinstance(error, FedcoreError) else TaskError
+    code = code_of(kind)
     if hide:
-        log.error("%s: %s", type(error).__name__, error)
-        return REFUSED + kind.exit_code, f"client {name!r}: {kind.__name__}; its log says more"
+        level = logging.WARNING if code in DECLINES else logging.ERROR
+        log.log(level, "%s: %s", type(error).__name__, error)
+        return code, f"client {name!r}: {kind.__name__}; its log says more"
+    if code in DECLINES:
+        return code, str(error)
     if isinstance(error, FedcoreError):
-        return REFUSED + error.exit_code, f"client {name!r}: {type(error).__name__}: {error}"
-    reason = f"client {name!r}: the task raised {type(error).__name__}: {error}"
-    return REFUSED + TaskError.exit_code, reason
+        return code, f"client {name!r}: {type(error).__name__}: {error}"
+    return code, f"client {name!r}: the task raised {type(error).__name__}: {error}"
 
 
 def train_client(

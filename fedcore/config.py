@@ -11,7 +11,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedcore.contradictions import contradictions
+from fedcore.contradictions import (
+    contradictions,
+)
+from fedcore.patterns import (
+    NAME,
+)
 
 MOST_CLIENTS = 10_000_000
 MOST_SECONDS = 31 * 86_400.0  # a month: whoever waits longer has been forgotten
@@ -22,7 +27,7 @@ BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Name = Annotated[str, Field(pattern=NAME)]
 RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
 Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX)]
 Spread = Annotated[float, Field(ge=0, le=3)]
@@ -72,10 +77,9 @@ class Federation(Section):
     max_update_norm: Annotated[float, Field(ge=1e-9, le=1e12)] | Literal["adaptive", "none"] = (
         "adaptive"
     )
-    """L2 bound of an update, the difference to the weights that were sent; a longer one is clipped
-    to it, and its client named. ``adaptive`` is ten times the median of the round's updates, on a
-    live run alone, at most twice that of rounds before; fewer than three updates are bounded by
-    those. Client-level privacy has a bound of its own in its place."""
+    """L2 bound of an update, the difference to the weights that were sent; a longer one is clipped,
+    and its client named. ``adaptive``, on a live run alone, is ten medians of the round's updates,
+    at most 20 of rounds before, as for fewer than three. Client-level privacy has its own."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
     the others are told that they are late. At 1.3 three of thirteen may be slow."""

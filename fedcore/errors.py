@@ -9,6 +9,7 @@
     |-- PrivacyError                 5   a guarantee that cannot be given
     |   |-- UnsupportedLayer             a layer that example-level DP cannot take
     |   `-- BudgetExhausted              the next release would pass the epsilon budget
+    |       `-- OwnersBudgetExhausted    that of the device's owner, over all runs
     |-- TrainingError                6   training that cannot go on
     |   |-- TrainingDiverged             a loss or an update is not finite
     |   |-- InvalidUpdate                an update that the server refuses
@@ -88,6 +89,10 @@ class UnsupportedLayer(PrivacyError):
 
 class BudgetExhausted(PrivacyError):
     """The next release would take a client past its epsilon budget."""
+
+
+class OwnersBudgetExhausted(BudgetExhausted):
+    """The next release would take a client past what its owner allows over all runs."""
 
 
 class TrainingError(FedcoreError):

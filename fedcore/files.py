@@ -63,7 +63,8 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         ResourceError: it may not be written there; ``path`` is as it was.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private = not mode & 0o077  # a folder that is made for such a file is so, too
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as stream:

@@ -11,18 +11,19 @@ from pydantic import Field, field_validator
 
 from fedcore.config import MOST_SECONDS, DeviceChoice, RunConfig, Section
 from fedcore.errors import ConfigError, PrivacyError
+from fedcore.patterns import DATA_NAME, HOURS, PATH, SHA256
 from fedcore.settings import load
 
-Hours = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hours = Annotated[str, Field(pattern=HOURS)]
+Digest = Annotated[str, Field(pattern=SHA256)]
 
 
 class DataSet(Section):
     """``[[datasets]]``: data with a budget of its own, as they are of other people."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Field(pattern=DATA_NAME)]
     """Whatever is trained on data of this name adds up for good, however the files change."""
-    path: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    path: Annotated[str, Field(pattern=PATH)]
     """The folder that holds them; ``data`` must be it, or lie in it, for a run to count there."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
     """In place of the device's, for what is trained on these data."""

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
+from fedcore.patterns import in_words
 
 _MAX_FILE_BYTES = 1 << 20
 _SHOWN = 60  # characters of a value in a message
@@ -179,7 +180,7 @@ def _allowed(problem: ErrorDetails) -> str:
     if kind == "tuple_type":
         return "an array"
     if kind == "string_pattern_mismatch":
-        return f"text that matches {problem['ctx']['pattern']}"
+        return in_words(problem["ctx"]["pattern"])
     return problem["msg"].partition(" should be ")[2] or problem["msg"]
 
 

@@ -12,7 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedcore.config import RunConfig
 from fedcore.errors import RoundFailed
 from fedcore.model import FullModel, build_model, load_preprocess, warm_start
-from fedcore.observability.words import counted
+from fedcore.observability.patience import Reminder
+from fedcore.observability.words import counted, is_or_are, seconds_text
 from fedcore.seeds import Randomness
 from fedcore.task import Task
 from fedcore.training.evaluate import evaluate
@@ -44,6 +45,8 @@ class Listener:
     on_note: Callable[[str], None]
     on_round: Callable[[RoundRecord], None]
     on_end: Callable[[Outcome], None]
+    on_wait: Callable[[str], None] = lambda text: None
+    """Hears now and then that clients are waited for before the first round."""
 
 
 def server_app(
@@ -85,9 +88,9 @@ def server_app(
             check_layers(model.model)  # here, and not by every client in turn
         cohort = run.federation.cohort or (start.cohort if start is not None else None)
         if cohort is None:
-            cohort = _gather(grid, awaited, run.federation.deadline_s, listener.on_note)
+            cohort = _gather(grid, awaited, run.federation.deadline_s, listener)
         elif start is None:
-            _wait_for_nodes(grid, cohort, run.federation.deadline_s)
+            _wait_for_nodes(grid, cohort, run.federation.deadline_s, listener)
         chosen = make_strategy(
             run.federation.strategy,
             run.federation.strategy_options,
@@ -130,25 +133,24 @@ def server_app(
     return app
 
 
-def _gather(
-    grid: Grid, awaited: Callable[[], int], deadline_s: float, on_note: Callable[[str], None]
-) -> int:
+def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener: Listener) -> int:
     """How many nodes there are, once all are, or at the deadline; says so where some are not.
 
     Raises:
         RoundFailed: there was none at the deadline.
     """
-    end, told = time.monotonic() + deadline_s, False
+    end, told, reminder = time.monotonic() + deadline_s, False, Reminder()
     while (found := _count(grid)) < (needed := max(awaited(), 1)):
         if time.monotonic() > end:
             break
         if not told and needed > 1:
             told = True
-            on_note(
+            listener.on_note(
                 f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
                 "project, and "
                 f"for no longer than federation.deadline_s = {deadline_s:g}."
             )
+        _tell_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
     if not found:
         raise RoundFailed(
@@ -156,7 +158,7 @@ def _gather(
             "was trained; start the clients, and then the run again."
         )
     if found < needed:
-        on_note(
+        listener.on_note(
             f"{found} of {counted(needed, 'device')} came within federation.deadline_s = "
             f"{deadline_s:g}: each "
             f"round asks {found}. To ask more, begin anew and set federation.cohort."
@@ -164,13 +166,25 @@ def _gather(
     return found
 
 
-def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> None:
+def _tell_waiting(
+    reminder: Reminder, found: int, needed: int, end: float, listener: Listener
+) -> None:
+    lasted_s = reminder.due()
+    if lasted_s is not None:
+        listener.on_wait(
+            f"waiting for devices, of which {found} of {needed} {is_or_are(found)} there: "
+            f"{seconds_text(lasted_s)} so far, {seconds_text(max(end - time.monotonic(), 0.0))} "
+            "left (federation.deadline_s)"
+        )
+
+
+def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listener) -> None:
     """Waits until there are enough nodes: they connect while the server starts.
 
     Raises:
         RoundFailed: there were too few at the deadline.
     """
-    end = time.monotonic() + deadline_s
+    end, reminder = time.monotonic() + deadline_s, Reminder()
     while (found := _count(grid)) < needed:
         if time.monotonic() > end:
             raise RoundFailed(
@@ -179,6 +193,7 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float) -> None:
                 f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
                 "clients, or lower the cohort."
             )
+        _tell_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
 
 

@@ -165,8 +165,8 @@ def _client_data(state: _State) -> str:
     )
     inputs, targets = state.some()
     return (
-        f"{size_of(state.examples)} examples: inputs {inputs.dtype} {tuple(inputs.shape[1:])}, "
-        f"targets {targets.dtype} {tuple(targets.shape[1:])}"
+        f"{counted(size_of(state.examples), 'example')}: inputs {inputs.dtype} "
+        f"{tuple(inputs.shape[1:])}, targets {targets.dtype} {tuple(targets.shape[1:])}"
     )
 
 
@@ -288,4 +288,4 @@ def _other(state: _State, what: str, loader: Callable[[Path | None], Examples]) 
             f"{what}: inputs are {tuple(inputs.shape[1:])}, the clients' "
             f"{tuple(state.task.example_input.shape)}."
         )
-    return f"{size_of(examples)} examples"
+    return f"{counted(size_of(examples), 'example')}"

@@ -14,8 +14,16 @@ from pathlib import Path
 from fedcore.cli import Command
 from fedcore.errors import INTERRUPTED, ReleaseError
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import FIRST_STEP, LOADING, told_if_slow
-from fedcore.owner import OPEN_POLICY, load_owner
+from fedcore.observability.patience import (
+    FIRST_STEP,
+    LOADING,
+    loading_told,
+    told_if_slow,
+)
+from fedcore.owner import (
+    OPEN_POLICY,
+    load_owner,
+)
 from fedcore.settings import load_run
 from server.options import run_options
 from server.registry.commands import release
@@ -64,15 +72,16 @@ def _simulate(options: argparse.Namespace) -> int:
     started = time.monotonic()
     run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    from fedcore.flower.quiet import quiet
-    from fedcore.observability.console import choose
-    from fedcore.task import load_task
-    from server.api import run_in
-    from server.checkpoint import CHECKPOINT
-    from server.folder import open_folder, reopen_folder
-    from server.preflight import prepare
-    from server.resume import pick_up
-    from server.unfinished import refuse_to_drop
+    with loading_told():
+        from fedcore.flower.quiet import quiet
+        from fedcore.observability.console import choose
+        from fedcore.task import load_task
+        from server.api import run_in
+        from server.checkpoint import CHECKPOINT
+        from server.folder import open_folder, reopen_folder
+        from server.preflight import prepare
+        from server.resume import pick_up
+        from server.unfinished import refuse_to_drop
 
     quiet()
     out, command = sys.stdout, _command(options)

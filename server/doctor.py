@@ -157,4 +157,4 @@ def _audit(folder: Path) -> Finding:
             return Finding("audit", "fail", told, remedy)
         return Finding("audit", "ok", "no server has run with this identity yet")
     lines = check_audit(folder / AUDIT)
-    return Finding("audit", "ok", f"{lines} lines, each follows the one before")
+    return Finding("audit", "ok", f"{counted(lines, 'line')}, each follows the one before")

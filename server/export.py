@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedcore.artifacts.manifest import MAX_MODEL_BYTES
 from fedcore.errors import CompressionError, TaskError
+from fedcore.observability.words import counted
 
 INPUT, OUTPUT = "input", "output"
 LABELS_KEY, KIND_KEY = "fedcore.labels", "fedcore.kind"
@@ -60,7 +61,8 @@ def export_onnx(
     if not isinstance(answer, Tensor) or answer.shape[:1] != example_batch.shape[:1]:
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise TaskError(
-            f"model: for {len(example_batch)} inputs it gives {got}, and one tensor with as many "
+            f"model: for {counted(len(example_batch), 'input')} it gives {got}, and one tensor "
+            "with as many "
             "rows is needed. Nothing was exported; return the outputs alone, one row an input."
         )
     try:

@@ -13,10 +13,10 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.observability.foreign import foreign
 from fedcore.privacy.client_level import Bound
-from fedcore.privacy.ledger import OWNERS
 from fedcore.updates.messages import (
     ARRAYS,
-    DECLINED,
+    DECLINED_BY_OWNER,
+    DECLINES,
     EPSILON,
     MODEL,
     REFUSED,
@@ -126,10 +126,10 @@ class Tally:
 
     def failure(self, code: int, reason: str) -> None:
         """Counts a client that answered with an error."""
-        if code == DECLINED:
+        if code in DECLINES:
             self.declined += 1
             self.spent = reason
-            self.owners += OWNERS in reason
+            self.owners += code == DECLINED_BY_OWNER
         else:
             self.refuse(reason, kind=refused_as(code))
 
@@ -181,11 +181,11 @@ def accepted(
     for reply in replies:
         if reply.has_error():
             code, reason = failure_of(reply)
-            if code == DECLINED and not intake.budgets:
+            if code in DECLINES and not intake.budgets:
                 code = REFUSED
             node = reply.metadata.src_node_id
             tally.failure(code, intake.peers.said(node, reason))
-            if code == DECLINED:
+            if code in DECLINES:
                 tally.spent_nodes.add(node)
             continue
         try:

@@ -23,7 +23,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.mods import client_mods
 from fedcore.observability.foreign import say
-from fedcore.observability.words import bytes_text, figure, seconds_text
+from fedcore.observability.words import bytes_text, counted, figure, seconds_text
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import Ledger, write_ledger
 from fedcore.seeds import Simulated
@@ -123,7 +123,7 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
         asked = ", ".join(clients[one - FIRST_NODE_ID] for one in cohort[:5])
         raise ConfigError(
             f"--replay {text}: client {client!r} was not asked in round {number}. Nothing was run; "
-            f"the {size} clients that were: {asked}{', ...' if size > 5 else ''}."
+            f"the {counted(size, 'client')} that were: {asked}{', ...' if size > 5 else ''}."
         )
     return Wanted(int(number), client, node, cohort)
 
@@ -235,8 +235,9 @@ def _train_alone(
         }
         measured = "".join(f", {name} {figure(value)}" for name, value in figures.items())
         said = (
-            f"round {wanted.round}: client {wanted.client!r} trained on {update.num_examples} "
-            f"examples in {seconds_text(seconds)}{measured}; its update has {bytes_text(size)}"
+            f"round {wanted.round}: client {wanted.client!r} trained on "
+            f"{counted(update.num_examples, 'example')}"
+            f" in {seconds_text(seconds)}{measured}; its update has {bytes_text(size)}"
         )
         code = 0
     if json:
@@ -267,7 +268,8 @@ def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress)
     layout = layout_of(model.model)
     if layout.size != len(progress.weights):
         raise DataError(
-            f"--replay {wanted.round}:{wanted.client}: the task's model has {layout.size} weights, "
+            f"--replay {wanted.round}:{wanted.client}: the task's model has "
+            f"{counted(layout.size, 'weight')}, "
             f"and that of the run {len(progress.weights)}. Nothing was replayed; set back the "
             "model."
         )

@@ -16,6 +16,7 @@ from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
+from fedcore.observability.words import counted
 from fedcore.seeds import Randomness
 from fedcore.updates.messages import (
     check_weights,
@@ -349,8 +350,9 @@ def _aggregated(
         raise
     except Exception as error:  # Flower's strategy refused: a plain error with its reason
         raise RoundFailed(
-            f"round {number}: {type(strategy).__name__} failed to aggregate {tally.updates} "
-            f"updates: {type(error).__name__}: {error}. The global model is that of round "
+            f"round {number}: {type(strategy).__name__} failed to aggregate "
+            f"{counted(tally.updates, 'update')}"
+            f": {type(error).__name__}: {error}. The global model is that of round "
             f"{number - 1}."
         ) from error
     return arrays

@@ -18,6 +18,7 @@ from edge_client.node.stopping import told_to_stop
 from fedcore.cli import Command
 from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
+from fedcore.observability.patience import loading_told
 from fedcore.owner import OPEN_POLICY, OwnerPolicy, load_owner
 from fedcore.rpc.proxy import check_proxies
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
@@ -87,11 +88,13 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     check_proxies(os.environ)
     only_tls_1_3()  # before Flower, which imports grpc
     quiet_core()
-    from edge_client.node.announce import announce
-    from edge_client.node.policy import check_task, reason_to_rest, take_part
-    from edge_client.node.state import own
-    from fedcore.flower.quiet import quiet
     from fedcore.observability.lines import log_lines
+
+    with loading_told():  # on standard error: Flower would take a logger's place that is made first
+        from edge_client.node.announce import announce
+        from edge_client.node.policy import check_task, reason_to_rest, take_part
+        from edge_client.node.state import own
+        from fedcore.flower.quiet import quiet
 
     quiet()
     log_lines(options.log or sys.stderr, throttled=True)
@@ -104,8 +107,10 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
             announce(kit, options.task, folder, instance)
         log.info("loading torch, and its compiler with it: some seconds, more the first time")
         loading.set()
-        import edge_client.node.loop  # noqa: F401
+        with loading_told(log.info):
+            import edge_client.node.loop
 
+            edge_client.node.loop.warm_up()
         loading.clear()
         take_part(_sessions(kit, owner, options.task, folder, instance), owner)
 

@@ -94,7 +94,7 @@ def digests_of(name: str, data: Path) -> Iterator[str]:
             raise PrivacyError(
                 f"{data}: the data set {name!r} has more than {MAX_FILES} files or {MAX_BYTES} "
                 "bytes, too many to tell whether they are another's. Nothing was trained; take it "
-                "out of datasets in owner.toml, and the device's own budget holds for it."
+                "out of datasets in the owner's file, and the device's own budget holds for it."
             )
         if found.st_size:
             yield _digest(

@@ -149,8 +149,7 @@ def _table(view: View, *, owned: bool) -> Iterator[str]:
         yield "  round   steps   sample rate   noise     epsilon so far"
         yield from _lines(run)
         if run.room is not None:
-            more = "round" if f"{run.room}" == "1" else "rounds"
-            yield f"  the owner's budget has room for {run.room} more {more} like the latest"
+            yield f"  the owner's budget has room for {run.room} like the latest"
     yield from (_total_line(total, owned=owned) for total in view.totals)
     if not owned and view.totals:
         yield "No owner's file was named, so budgets are not known: --owner owner.toml names it."

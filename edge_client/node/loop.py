@@ -26,7 +26,7 @@ from fedcore.client_app import DurableLedger, client_app, error_of
 from fedcore.config import RunConfig
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit
-from fedcore.errors import ConfigError, DataError, FedcoreError, InvalidUpdate, ResourceError
+from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
@@ -110,7 +110,6 @@ def run_device(device: Device, signals: Signals) -> None:
     )
     runs: dict[int, _Run] = {}
     try:
-        _warm_up()
         _persist(lambda: _activate(link, signals), signals)
         device.folder.note_let_in(device.kit.public)
         watcher.start()
@@ -126,7 +125,7 @@ def run_device(device: Device, signals: Signals) -> None:
         link.close()
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Has torch import what a first step of training imports, before the server waits for it."""
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.sum().backward()  # type: ignore[no-untyped-call]
@@ -218,8 +217,9 @@ def _answer(
         if isinstance(error, InvalidUpdate):
             raise
         log.warning("run %d: takes no part: %s", run_id, error)
-        # What is wrong with this device's own files may name people; the rest is the server's part.
-        hide = isinstance(error, DataError | ResourceError)
+        # The server hears more of its own settings alone: the rest is of files, which may name
+        # people, of what was spent, and of what the owner allows.
+        hide = not isinstance(error, ConfigError)
         reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=found.message)
         link.answer(reply)
         return
@@ -284,7 +284,7 @@ def _tell_room(run: _Run, kind: str) -> None:
         log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
         return
     if room is not None:
-        log.info("%s: the budget has room for %s more rounds like the latest", run.name, room)
+        log.info("%s: the budget has room for %s like the latest", run.name, room)
 
 
 def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:

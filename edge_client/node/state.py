@@ -251,4 +251,8 @@ def own(path: Path) -> Iterator[DeviceFolder]:
         "stop that one, or give this one a folder and an identity of its own."
     )
     with held_alone(path, refused):
+        with disk_errors(path):
+            for name in ("state", "spool"):  # earlier versions left them open to all
+                (path / name).mkdir(exist_ok=True, mode=0o700)
+                (path / name).chmod(0o700)
         yield DeviceFolder(path)

@@ -34,14 +34,25 @@ from fedcore.crypto.certificates import (
 )
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
-from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
-from fedcore.observability.faults import first_fault
+from fedcore.files import (
+    disk_errors,
+    is_there,
+    open_regular,
+    read_bytes,
+    write_atomic,
+)
+from fedcore.observability.faults import (
+    first_fault,
+)
+from fedcore.patterns import (
+    ADDRESS,
+)
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
 MAX_KIT_BYTES = 4 * MAX_CERTIFICATE_BYTES  # two certificates and up to 30 addresses
 
 Pem = Annotated[str, Field(max_length=MAX_CERTIFICATE_BYTES)]
-Address = Annotated[str, Field(pattern=r"^https://(\[[0-9a-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+Address = Annotated[str, Field(pattern=ADDRESS)]
 
 
 class KitFile(Section):

@@ -84,6 +84,8 @@ class FleetGrid(OwnGrid):
         self._checks: dict[str, Check] = {}
         self._consumed = consumed
         self._stopping = stopping
+        self.waits: Callable[[], None] = lambda: None
+        """Called each time that a round looks for replies that have not come."""
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes that are there."""
@@ -136,6 +138,7 @@ class FleetGrid(OwnGrid):
                 if now >= end:
                     self._check_machine()
                     return
+                self.waits()
                 if now - looked >= _LOOK_S:
                     looked = now
                     absent = {node: self._presence.absent_s(node) for node in waiting.values()}

@@ -1,13 +1,15 @@
-"""One line where a command would be silent for long: what it is at, once that shows."""
+"""Lines where a command would be silent for long: what it is at, and how long that may take."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fedcore.observability.foreign import say
+from fedcore.observability.words import seconds_text
 
 _AFTER_S = 3.0
 
@@ -36,3 +38,76 @@ def told_if_slow(text: str, *, after_s: float = _AFTER_S) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+class Reminder:
+    """When to say again that something is waited for: each time that it has lasted twice as long.
+
+    First after `SILENT_S`, and once in `_REMIND_S` at least.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Waiting begins."""
+        self._clock = clock
+        self._began_s = clock()
+        self._due_s = SILENT_S
+
+    def due(self) -> float | None:
+        """The seconds that it has lasted, where it is time to say so; else None."""
+        lasted_s = self._clock() - self._began_s
+        if lasted_s < self._due_s:
+            return None
+        self._due_s = lasted_s + min(lasted_s, _REMIND_S)
+        return lasted_s
+
+
+SILENT_S = 2.0
+"""What takes longer is told of."""
+_REMIND_S = 60.0
+_LOOK_S = 0.1
+TORCH_MODULES = 3300
+"""So many modules a process has once it has loaded torch with its compiler, and Flower."""
+
+
+def _to_stderr(text: str) -> None:
+    say(f"note: {text}", to=sys.stderr, flush=True)
+
+
+@contextmanager
+def loading_told(
+    tell: Callable[[str], None] = _to_stderr, *, modules: int = TORCH_MODULES
+) -> Iterator[None]:
+    """Tells how far imports within are, while they take longer than `SILENT_S`.
+
+    Most of a second is torch's; the first time on a machine it can be minutes, as Python compiles
+    what it reads from a cold disk.
+
+    Args:
+        tell: Takes one line at a time, from another thread.
+        modules: How many the process will have loaded, about.
+    """
+    over, reminder = threading.Event(), Reminder()
+    began_s, before = time.monotonic(), len(sys.modules)
+
+    def watch() -> None:
+        while not over.wait(_LOOK_S):
+            if reminder.due() is not None:
+                tell(_how_far(time.monotonic() - began_s, before, len(sys.modules), modules))
+
+    watching = threading.Thread(target=watch, name="loading", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+
+
+def _how_far(lasted_s: float, before: int, now: int, expected: int) -> str:
+    text = (
+        f"loading torch and what else this needs: {now} of about {max(expected, now)} modules in "
+        f"{seconds_text(lasted_s)}"
+    )
+    if before < now < expected:
+        text += f", about {seconds_text(lasted_s * (expected - now) / (now - before))} left"
+    return f"{text}; the first start after an installation takes longest"

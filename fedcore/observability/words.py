@@ -84,10 +84,10 @@ def is_or_are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things.
+def counted(count: int, noun: str, form: str = "") -> str:
+    """A number of things, the number written as ``form`` says.
 
-    >>> counted(1, "round"), counted(20, "client")
-    ('1 round', '20 clients')
+    >>> counted(1, "round"), counted(20, "client"), counted(3000, "step", ",")
+    ('1 round', '20 clients', '3,000 steps')
     """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count:{form}} {noun}" if count == 1 else f"{count:{form}} {noun}s"

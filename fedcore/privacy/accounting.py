@@ -49,6 +49,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from fedcore.errors import PrivacyError
+from fedcore.observability.words import counted
 from fedcore.privacy.losses import Steps, composed_epsilon, gaussian_epsilon
 from fedcore.privacy.renyi import ORDERS, FloatArray, renyi_divergences, renyi_epsilons
 
@@ -246,7 +247,8 @@ def noise_for(
         if high == MAX_NOISE:
             raise PrivacyError(
                 f"privacy.max_epsilon = {max_epsilon} at target_delta = {target_delta} cannot be "
-                f"kept over {steps} steps at sample rate {sample_rate:.3g} by any noise multiplier "
+                f"kept over {counted(steps, 'step')} at sample rate {sample_rate:.3g} by any "
+                "noise multiplier "
                 f"up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, or plan fewer "
                 "rounds or epochs."
             )

@@ -17,13 +17,11 @@ from functools import lru_cache
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.config import Privacy
-from fedcore.errors import BudgetExhausted, PrivacyError
-from fedcore.observability.words import epsilon_text
+from fedcore.errors import BudgetExhausted, OwnersBudgetExhausted, PrivacyError
+from fedcore.observability.words import counted, epsilon_text
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 
-OWNERS = " that its owner allows"
-"""In what a client says when it declines: that the budget is its owner's, and not the run's."""
 _RECORD, _KEY = "fedcore.ledger", "charges"
 _MOST_ROUNDS = 1 << 16
 """Where a search for what fits ends."""
@@ -69,7 +67,7 @@ class Room:
     """False where it is an estimate: counting further would take too long."""
 
     def __str__(self) -> str:
-        return f"{self.rounds}" if self.exact else f"about {self.rounds}"
+        return f"{'' if self.exact else 'about '}{counted(self.rounds, 'more round')}"
 
 
 def charge(
@@ -97,11 +95,11 @@ def charge(
         others: What other runs have spent on the same data.
 
     Raises:
-        BudgetExhausted: it would pass ``privacy.max_epsilon`` in this run, or the owner's over all
-            of them; nothing may be trained then.
+        BudgetExhausted: it would pass ``privacy.max_epsilon`` in this run; nothing may be trained
+            then.
+        OwnersBudgetExhausted: likewise, what the owner allows over all runs.
     """
     after = Ledger((*ledger.charges, new))
-    _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent", "")
     whole = owners_budget(privacy, owner, others)
     if whole is not None:
         _check(
@@ -109,8 +107,10 @@ def charge(
             Ledger((*others.charges, *after.charges)),
             whole,
             f"round {new.round}: over all runs client {client!r} has spent",
-            OWNERS,
+            kind=OwnersBudgetExhausted,
         )
+    # Second: where the owner's budget is the run's as well, no setting of the run raises it.
+    _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent")
     return after
 
 
@@ -185,10 +185,18 @@ def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _check(before: Ledger, after: Ledger, privacy: Privacy, who: str, whose: str) -> None:
+def _check(
+    before: Ledger,
+    after: Ledger,
+    privacy: Privacy,
+    who: str,
+    *,
+    kind: type[BudgetExhausted] = BudgetExhausted,
+) -> None:
     spent, needed = before.epsilon(privacy), after.epsilon(privacy)
     if needed > privacy.max_epsilon:
-        raise BudgetExhausted(
+        whose = " that its owner allows" if kind is OwnersBudgetExhausted else ""
+        raise kind(
             f"{who} epsilon {epsilon_text(spent)} of {privacy.max_epsilon:g}{whose} at delta "
             f"{privacy.target_delta:g}, and this round would take it to {epsilon_text(needed)}. It "
             "declined, and takes no further part unless its budget is raised."

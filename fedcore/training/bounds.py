@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedcore.errors import OwnerLimit
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy
 
 _STATM = Path("/proc/self/statm")
@@ -77,8 +78,8 @@ class Bounds:
         """
         if self._steps is not None and steps > self._steps:
             raise OwnerLimit(
-                f"training: the server asks for {steps:,} steps in this round, and {self._file} "
-                "has "
+                f"training: the server asks for {counted(steps, 'step', ',')} in this round, "
+                f"and {self._file} has "
                 f"max_round_steps = {self._steps:,}. Nothing was trained or charged; fewer "
                 "client.epochs or larger batches ask for less, or the owner allows more."
             )
@@ -88,7 +89,8 @@ class Bounds:
         one_s, left_s = step_s(), self.left_s
         if steps * one_s > left_s:
             raise OwnerLimit(
-                f"training: the server asks for {steps:,} steps in this round, which take about "
+                f"training: the server asks for {counted(steps, 'step', ',')} in this round, "
+                "which take about "
                 f"{steps * one_s:,.0f} s here, and {max(left_s, 0.0):,.0f} s are left of "
                 f"{self._nearest()}. Nothing was trained or charged; fewer client.epochs ask for "
                 "less, or the owner allows more."

@@ -101,7 +101,12 @@ class Client:
     @property
     def protects(self) -> bool:
         """Whether what this client sends is to say nothing of single examples."""
-        return self.run.private and self.randomness.origin == "system"
+        return self.run.private and self.is_real
+
+    @property
+    def is_real(self) -> bool:
+        """Whether this is a device, and no client of a simulation."""
+        return self.randomness.origin == "system"
 
     @cached_property
     def resident(self) -> Resident:

@@ -17,8 +17,16 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
-from fedcore.observability.foreign import foreign
+from fedcore.errors import (
+    BudgetExhausted,
+    FedcoreError,
+    InvalidUpdate,
+    OwnersBudgetExhausted,
+    RoundFailed,
+)
+from fedcore.observability.foreign import (
+    foreign,
+)
 from fedcore.updates.pack import Layout, Vector
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
@@ -27,8 +35,9 @@ CLIP_NORM, UNCLIPPED = "clip-norm", "unclipped"
 
 STATISTICS = "query.statistics"
 """Message type that asks for sums over a client's inputs."""
-DECLINED = 1001
-"""Error code of a reply from a client whose budget is spent."""
+DECLINED, DECLINED_BY_OWNER = 1001, 1002
+"""Error codes of a reply from a client whose budget is spent: the run's, or its owner's."""
+DECLINES = frozenset({DECLINED, DECLINED_BY_OWNER})
 MOST_ROUNDS = 10_000_000
 """Numbers of rounds end here; a run has a million at most, and may be resumed."""
 REFUSED = 1100
@@ -37,6 +46,13 @@ of error is added where it is known."""
 _KINDS: dict[int, type[FedcoreError]] = {
     kind.exit_code: kind for kind in FedcoreError.__subclasses__()
 }
+
+
+def code_of(kind: type[FedcoreError]) -> int:
+    """The code of a reply from a client that met an error of this kind."""
+    if issubclass(kind, OwnersBudgetExhausted):
+        return DECLINED_BY_OWNER
+    return DECLINED if issubclass(kind, BudgetExhausted) else REFUSED + kind.exit_code
 
 
 def refused_as(code: int) -> type[FedcoreError]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.config import CandidateName, RunConfig
+from fedcore.observability.words import counted
 from fedcore.seeds import torch_rng
 from fedcore.task import Examples, Task, size_of
 from fedcore.training.batches import gather
@@ -78,14 +79,16 @@ class Material:
     @property
     def saw_all(self) -> str:
         """Says, for the manifest, that pruning trained on all there was."""
-        return f"{size_of(self.train)} examples of the cloud's training data, after pruning"
+        return (
+            f"{counted(size_of(self.train), 'example')} of the cloud's training data, after pruning"
+        )
 
     @property
     def saw_some(self) -> str:
         """Says, for the manifest, what calibration saw."""
         return (
-            f"{len(self.calibration)} of {size_of(self.train)} examples of the cloud's training "
-            "data, for ranges of activations"
+            f"{len(self.calibration)} of {counted(size_of(self.train), 'example')} of the "
+            "cloud's training data, for ranges of activations"
         )
 
     def _export(self, module: nn.Module) -> bytes:

@@ -20,6 +20,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.metrics import Metric
+from fedcore.observability.words import counted
 from fedcore.task import Task, size_of
 from server.cloud import CloudData
 from server.compression.candidates import ALL, FP32, Built, Candidate, Material
@@ -230,7 +231,8 @@ def _demand_finite_weights(model: nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise CompressionError(
-                f"model: {count} of the {tensor.numel()} values of {name!r} are NaN or infinite. "
+                f"model: {count} of the {counted(tensor.numel(), 'value')} of {name!r} are NaN "
+                "or infinite. "
                 "Nothing was compressed or released; training has diverged, so lower its "
                 "learning rate and run again."
             )

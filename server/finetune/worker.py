@@ -16,6 +16,7 @@ from torch.utils.data import DistributedSampler
 from fedcore.errors import FedcoreError, TrainingError
 from fedcore.files import read_bytes, write_atomic, write_json
 from fedcore.model import MAX_CHECKPOINT_BYTES, build_model, checkpoint_bytes, load_checkpoint
+from fedcore.observability.words import counted
 from fedcore.seeds import derive
 from fedcore.task import Examples, Task, data_folder, load_task
 from fedcore.training.batches import gather
@@ -99,7 +100,7 @@ def _train(
         for rows in torch.split(torch.tensor(list(sampler)), batch):
             if time.monotonic() > end:
                 raise TrainingError(
-                    f"fine-tuning: {epoch} of {settings.epochs} epochs were done within "
+                    f"fine-tuning: {epoch} of {counted(settings.epochs, 'epoch')} were done within "
                     f"finetune.timeout_s = {settings.timeout_s:g}. The federated model stands; "
                     "allow more time, or fewer epochs."
                 )

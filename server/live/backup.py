@@ -143,7 +143,7 @@ def back_up(
 def _hold(journal: Path, held: Path) -> None:
     """Puts a journal of one moment into ``held``, with what it refers to and nothing else."""
     values = held / VALUES
-    values.mkdir()
+    values.mkdir(mode=0o700)
     for _ in range(_ATTEMPTS):
         _link(journal / VALUES, values)
         _copy(journal / JOURNAL, held / JOURNAL)

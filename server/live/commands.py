@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from fedcore.cli import Command, group
+from fedcore.config import RunConfig
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.observability.foreign import say
+from fedcore.observability.patience import loading_told
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from fedcore.settings import load_run
 from server.live.memory import loading
@@ -78,11 +81,12 @@ def _start(options: argparse.Namespace) -> int:
     check_server_folder(options.identity)
     only_tls_1_3()  # before Flower, which imports grpc
     quiet_core()
-    with loading():
+    with loading_told(), loading():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
         from server.live.control import Control
         from server.live.operate import sole
+        from server.live.resume import has_journal
         from server.live.run import Deployment, run_deployment
 
     quiet()
@@ -100,7 +104,39 @@ def _start(options: argparse.Namespace) -> int:
     )
     with sole(options.identity):
         control = Control(run, identity=options.identity, results=options.runs / run.name)
-        return 0 if run_deployment(deployment, control, sys.stdout) else INTERRUPTED
+        try:
+            if run_deployment(deployment, control, sys.stdout):
+                return 0
+        except KeyboardInterrupt:
+            if not has_journal(run, options.runs):
+                raise
+        say(_kept(options, control.last_round, run), to=sys.stderr)
+        return INTERRUPTED
+
+
+def _kept(options: argparse.Namespace, last: int, run: RunConfig) -> str:
+    """What a run that was stopped leaves, and how to go on with it."""
+    rounds = run.federation.rounds
+    done = f"after round {last} of {rounds}" if last else "before its first round was over"
+    held = "the model of that round and what devices have sent since" if last else "what was begun"
+    if last == rounds:
+        held = "the model of its last round, and each step after it that was done"
+    return (
+        f"Stopped {done}. Kept in {options.runs / run.name}: {held}. `{_again(options)}` goes on "
+        "there; devices look for the server until then."
+    )
+
+
+def _again(options: argparse.Namespace) -> str:
+    """The command line that goes on with the same run."""
+    words = ["fedcore", "server", "start", str(options.config)]
+    for override in options.overrides:
+        words += ["--set", override]
+    words += ["--identity", str(options.identity), "--runs", str(options.runs)]
+    for name in ("listen", "wake_port", "log"):
+        if getattr(options, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    return shlex.join([*words, *(["--json"] if options.json else []), "--resume"])
 
 
 def _address(text: str) -> tuple[str, int]:

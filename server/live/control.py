@@ -101,6 +101,11 @@ class Control:
         """Whether the run is to end where it is, and to be gone on with later."""
         return self._stop
 
+    @property
+    def last_round(self) -> int:
+        """The last one that is over; 0 before the first."""
+        return self._rounds[-1]["round"] if self._rounds else 0
+
     def sink(self, event: Event) -> None:
         """Takes in what happens, for those who look."""
         with self._changed:
@@ -127,10 +132,7 @@ class Control:
         audit.record(by="server", action=action, outcome="done", run=self._run.name)
 
     def close(self) -> None:
-        """The server is down. Waits until what is being answered is; a backup that waits gives up.
-
-        Called beside the event loop, by which answers go out.
-        """
+        """Waits until all is answered, beside the event loop; a backup that waits gives up."""
         with self._changed:
             site = self._site
             assert site is not None
@@ -138,8 +140,8 @@ class Control:
             self._show("ended")
             self._site = None
             self._changed.wait_for(lambda: not self._answering)
-        last = self._rounds[-1]["round"] if self._rounds else 0
-        site.audit.record(by="server", action="end", outcome="done", run=self._run.name, round=last)
+        last, name = self.last_round, self._run.name
+        site.audit.record(by="server", action="end", outcome="done", run=name, round=last)
         site.audit.close()
 
     def steered(self, keeper: Keeper) -> Keeper:

@@ -9,11 +9,13 @@ from flwr.app import Error, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
-from fedcore.flower.fleet_grid import GRACE_S
+from fedcore.flower.fleet_grid import GRACE_S, FleetGrid
 from fedcore.flower.grid import OwnGrid
-from fedcore.updates.messages import DECLINED, REFUSED
+from fedcore.observability.patience import Reminder
+from fedcore.updates.messages import DECLINES, REFUSED
 from server.journal import Journal
 from server.live.members import weigh
+from server.live.waiting import Awaited, Tell, so_far
 from server.progress import Progress
 from server.records import RoundRecord
 
@@ -41,6 +43,7 @@ class JournalKeeper:
         weights: Weights,
         evaluated: int = 0,
         rejoin_s: float = 0.0,
+        waits: Tell = lambda text: None,
     ) -> None:
         """Goes on where ``journal`` ends.
 
@@ -52,9 +55,11 @@ class JournalKeeper:
             evaluated: How many a round asks to evaluate; as many as trained, where those are fewer.
             rejoin_s: How long from now on they are waited for; `GRACE_S` at any other time. Then
                 whoever is there is asked.
+            waits: Told now and then of a round that lacks devices.
         """
         self._journal = journal
         self._tell = tell
+        self._waits = waits
         self._deadline_s = deadline_s
         self._weights = weights
         self._evaluated = evaluated
@@ -113,7 +118,7 @@ class JournalKeeper:
 
         It raises until it can give any.
         """
-        began = time.monotonic()
+        began, reminder = time.monotonic(), Reminder()
         end = began + self._deadline_s
         until = min(end, max(began + GRACE_S, self._rejoin_until))
         while True:
@@ -122,9 +127,12 @@ class JournalKeeper:
                 if len(nodes) >= wanted or time.monotonic() >= until:
                     return nodes
                 time.sleep(_LOOK_S)
-            except RoundFailed:
+            except RoundFailed as error:
                 if time.monotonic() > end:
                     raise
+                if (lasted_s := reminder.due()) is not None:
+                    why, _, _ = str(error).partition(". ")
+                    self._waits(f"{why}: {so_far(lasted_s, end)}")
                 time.sleep(_LOOK_S)
 
 
@@ -145,6 +153,8 @@ class JournalGrid(OwnGrid):
         quorum: float,
         rejoin_s: float = 0.0,
         lacks: Callable[[], None] = lambda: None,
+        waits: Tell = lambda text: None,
+        name: Callable[[int], str] = str,
     ) -> None:
         """A grid for the run of ``journal``.
 
@@ -156,6 +166,8 @@ class JournalGrid(OwnGrid):
             rejoin_s: How long from now on devices that were not seen yet are waited for.
             lacks: Called each time that a round looks whether those who are gone are back; what
                 it raises ends the round.
+            waits: Told now and then whom a round waits for.
+            name: What a node is called there.
         """
         super().__init__(behind.run.run_id)
         self._behind = behind
@@ -165,6 +177,11 @@ class JournalGrid(OwnGrid):
         self._lacks = lacks
         self._rejoin_until = time.monotonic() + rejoin_s
         self._seen: set[int] = set()
+        self._waits = waits
+        self._name = name
+        self._awaited: Awaited | None = None
+        if isinstance(behind, FleetGrid):
+            behind.waits = self._remind
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes that are there."""
@@ -191,6 +208,7 @@ class JournalGrid(OwnGrid):
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         waiting = {message.metadata.dst_node_id: message for message in messages}
         kinds = {message.metadata.message_type for message in waiting.values()}
+        self._awaited = None
         if not kinds <= {*_ROUNDS}:
             yield from self._behind.send_and_receive(waiting.values(), timeout=timeout)
             return
@@ -210,6 +228,8 @@ class JournalGrid(OwnGrid):
                     came += 1
         members = self._admit(waiting)
         waiting = {node: message for node, message in waiting.items() if node in members}
+        all_asked = came + len(waiting)
+        self._awaited = Awaited(self._journal.round + 1, kind, all_asked, waiting.keys(), end)
         while waiting:
             left_s = end - time.monotonic() if timeout is not None else None
             for reply in self._behind.send_and_receive(list(waiting.values()), timeout=left_s):
@@ -240,8 +260,14 @@ class JournalGrid(OwnGrid):
             if enough and (not gone - self._seen or time.monotonic() >= self._rejoin_until):
                 return False
             self._lacks()
+            self._remind()
             time.sleep(_LOOK_S)
         return False
+
+    def _remind(self) -> None:
+        if self._awaited is not None:
+            there = self._behind.get_node_ids
+            self._awaited.remind(self._waits, name=self._name, there=lambda: set(there()))
 
 
 def _of_no_kind(reply: Message) -> Message:
@@ -249,7 +275,7 @@ def _of_no_kind(reply: Message) -> Message:
 
     A device declines where its budget is spent; that stays told apart.
     """
-    if reply.error.code == DECLINED:
+    if reply.error.code in DECLINES:
         return reply
     reply.error = Error(REFUSED, reply.error.reason)
     return reply

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedcore.cli import Command
 from fedcore.observability.foreign import say
+from fedcore.observability.words import counted
 
 Shown = Callable[[Mapping[str, Any]], str]
 
@@ -66,8 +67,8 @@ def _shown_status(told: Mapping[str, Any]) -> str:
     state = f"{told['state']}: {told['stage']}" if told["stage"] else told["state"]
     listens = f"{told['listens']}, wakes on {told['wakes']}" if told["listens"] else "no more"
     lines = [
-        f"Run:     {told['run']}, {state}; {told['round']} of {told['rounds']} rounds",
-        f"Devices: {devices['there']} there, of {devices['members']} members; "
+        f"Run:     {told['run']}, {state}; {told['round']} of {counted(told['rounds'], 'round')}",
+        f"Devices: {devices['there']} there, of {counted(devices['members'], 'member')}; "
         f"{devices['drained']} drained",
         f"Listens: {listens}; up {told['up_s']:.0f} s",
         f"Project: {told['project']}, fedcore {told['version']}; certificate until "
@@ -83,8 +84,8 @@ def _shown_status(told: Mapping[str, Any]) -> str:
 def _shown_round(one: Mapping[str, Any]) -> str:
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
     return (
-        f"round {one['round']}: {one['updates']} of {one['cohort']} updates, {one['failed']} "
-        f"failed, {one['seconds']:.2f} s{', ' if metrics else ''}{metrics}"
+        f"round {one['round']}: {one['updates']} of {counted(one['cohort'], 'update')}, "
+        f"{one['failed']} failed, {one['seconds']:.2f} s{', ' if metrics else ''}{metrics}"
     )
 
 
@@ -130,7 +131,9 @@ def _drain(options: argparse.Namespace) -> int:
 def _backup(options: argparse.Namespace) -> int:
     return _ask(
         options,
-        lambda told: f"Backup: {told['file']}, {told['files']} files, {told['bytes']} bytes",
+        lambda told: (
+            f"Backup: {told['file']}, {counted(told['files'], 'file')}, {told['bytes']} bytes"
+        ),
         verb="backup",
         file=str(options.file.absolute()),
     )

@@ -22,9 +22,9 @@ from fedcore.errors import ConfigError, FedcoreError, ResourceError, TaskError
 from fedcore.files import write_atomic
 from fedcore.flower.identity import SERVER_NODE_ID
 from fedcore.observability.console import choose
-from fedcore.observability.events import Noted, RoundFinished, Sink, tee
+from fedcore.observability.events import Noted, RoundFinished, Sink, StageAdvanced, tee
 from fedcore.observability.jsonl import json_lines
-from fedcore.observability.patience import FIRST_STEP, told_if_slow
+from fedcore.observability.patience import FIRST_STEP, loading_told, told_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.folder import check_outside
@@ -38,6 +38,7 @@ from server.live.operate import check_socket, operated, operated_meanwhile, over
 from server.live.resume import Complete, has_journal, open_run
 from server.live.serve import Address, listen, run_beside
 from server.live.settings import device_settings
+from server.live.waiting import Tell
 from server.progress import Peers
 from server.records import RoundRecord
 
@@ -164,7 +165,7 @@ def _serve(
             emit(Noted(note))
 
         def work(members: Members, peers: Peers, grid: Grid) -> None:
-            over = _journaled(grid, run, journal, members.admit, control)
+            over = _journaled(grid, run, journal, members.admit, control, peers, emit)
             task = load()
             cloud = read.pop() if read else _read_cloud(run, task)
             _federate(
@@ -242,7 +243,7 @@ def _load(path: Path) -> Task:
     Raises:
         TaskError: it cannot be loaded, or goes by another name than its file says.
     """
-    with loading():
+    with loading_told(), loading():
         import server.app  # noqa: F401 - what rounds need, beside the task itself
         from fedcore.task import load_task
 
@@ -289,8 +290,14 @@ def _federate(
         weights=members.weights,
         evaluated=settings.evaluate_cohort,
         rejoin_s=_rejoin_s(journal),
+        waits=_awaits(journal, emit),
     )
-    listener = Listener(on_note=lambda text: emit(Noted(text)), on_round=keeper.record, on_end=keep)
+    listener = Listener(
+        on_note=lambda text: emit(Noted(text)),
+        on_round=keeper.record,
+        on_end=keep,
+        on_wait=_awaits(journal, emit),
+    )
     app = server_app(
         task,
         run,
@@ -319,7 +326,13 @@ def _federate(
 
 
 def _journaled(
-    grid: Grid, run: RunConfig, journal: Journal, admit: Admit, control: Control
+    grid: Grid,
+    run: RunConfig,
+    journal: Journal,
+    admit: Admit,
+    control: Control,
+    peers: Peers,
+    emit: Sink,
 ) -> JournalGrid:
     return JournalGrid(
         grid,
@@ -328,7 +341,14 @@ def _journaled(
         quorum=run.federation.quorum / run.federation.over_selection,  # of all who are asked
         rejoin_s=_rejoin_s(journal),
         lacks=control.lacks_devices,
+        waits=_awaits(journal, emit),
+        name=peers.name,
     )
+
+
+def _awaits(journal: Journal, emit: Sink) -> Tell:
+    """Shows what a round waits for; it is progress, and kept nowhere."""
+    return lambda text: emit(StageAdvanced("rounds", journal.round, text))
 
 
 def _rejoin_s(journal: Journal) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config import Client, Privacy, RunConfig, Section
+from fedcore.config import MOST_CLIENTS, Client, Privacy, RunConfig, Section
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
 from fedcore.observability.foreign import say
@@ -36,11 +36,19 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, nargs="?", help="a run's TOML file, for what the options leave open"
     )
-    parser.add_argument(
+    planned = parser.add_mutually_exclusive_group(required=True)
+    planned.add_argument(
         "--examples",
         type=int,
-        required=True,
-        help="examples of one client, e.g. --examples 6000",
+        help="examples of one client, e.g. --examples 6000: plans privacy of examples",
+    )
+    planned.add_argument(
+        "--clients",
+        type=int,
+        help="clients that rounds draw from, e.g. --clients 500: plans privacy of clients",
+    )
+    parser.add_argument(
+        "--cohort", type=int, help="federation.cohort, e.g. --cohort 50; with --clients"
     )
     parser.add_argument("--batch", type=int, help="client.batch_size, e.g. --batch 64")
     parser.add_argument("--epochs", type=int, help="client.epochs, e.g. --epochs 1")
@@ -64,6 +72,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.clients is not None:
+        return _of_clients(options)
+    if options.cohort is not None:
+        raise ConfigError(
+            "--cohort: it says nothing of examples, whose privacy is each client's own. Nothing "
+            "was planned; leave it out, or plan privacy of clients by --clients."
+        )
     if options.examples < 1:
         raise ConfigError(
             f"--examples = {options.examples}: expected at least 1. Nothing was planned; name how "
@@ -84,8 +99,52 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _of_clients(options: argparse.Namespace) -> int:
+    """Plans for ``privacy.unit`` "client", and that half of "both"."""
+    for name in ("batch", "epochs", "plot"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name}: it has no part in a plan of privacy of clients. Nothing was planned; "
+                "leave it out, or plan privacy of examples by --examples."
+            )
+    run = _loaded(options)
+    if options.config and not run.client_private:
+        raise ConfigError(
+            f"{options.config}: privacy.unit = {run.privacy.unit!r} protects no clients. Nothing "
+            "was planned; --examples plans what protects examples, or set the unit to 'client'."
+        )
+    if not 1 <= options.clients <= MOST_CLIENTS:
+        raise ConfigError(
+            f"--clients = {options.clients}: expected 1 to {MOST_CLIENTS}. Nothing was planned; "
+            "name how many clients rounds draw from."
+        )
+    with told_if_slow(LOADING):
+        settings = _changed(run.privacy.client, options, _PRIVACY)
+        federation = _changed(run.federation, options, {"rounds": "rounds", "cohort": "cohort"})
+        privacy = run.privacy.model_copy(
+            update={"client": settings} | ({} if options.config else {"unit": "client"})
+        )
+        run = run.model_copy(update={"privacy": privacy, "federation": federation})
+        from server.privacy.plan_clients import client_table, plan_clients
+
+        found = plan_clients(run, options.clients)
+    record = {"unit": "client", "mechanism": run.privacy.client.mechanism, **asdict(found)}
+    say(json.dumps(record) if options.json else client_table(found, run))
+    return 0
+
+
+def _loaded(options: argparse.Namespace) -> RunConfig:
+    return load_run(options.config) if options.config else RunConfig(name="plan", task="task.py")
+
+
 def _question(options: argparse.Namespace) -> Question:
-    run = load_run(options.config) if options.config else RunConfig(name="plan", task="task.py")
+    run = _loaded(options)
+    if run.privacy.unit == "client":
+        raise ConfigError(
+            f"{options.config}: privacy.unit = 'client' protects no single examples, which "
+            "--examples plans. Nothing was planned; --clients N plans it, N being the clients "
+            "that rounds draw from."
+        )
     client = _changed(run.client, options, _CLIENT)
     privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
     from server.privacy.plan import Question
@@ -138,7 +197,7 @@ def table(found: Answer, question: Question) -> str:
     how = "given" if privacy.noise_multiplier != "auto" else f"least for {privacy.max_epsilon:g}"
     lines = [
         f"Example-level privacy (one example, or a null record in its place) of a client with "
-        f"{plan.examples:,} examples.",
+        f"{counted(plan.examples, 'example', ',')}.",
         "",
         f"noise multiplier      {plan.noise_multiplier:.4f}  ({how}, by {privacy.accountant})",
         f"epsilon               {epsilon_text(plan.epsilon)} of {privacy.max_epsilon:g} at delta "

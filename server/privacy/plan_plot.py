@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedcore.files import write_atomic
-from fedcore.observability.words import epsilon_text
+from fedcore.observability.words import counted, epsilon_text
 from server.privacy.plan import Answer, Question
 from server.report.svg import BLUE, MUTED, ORANGE
 
@@ -31,8 +31,8 @@ def plot(answer: Answer, question: Question, file: Path) -> None:
     _noises(right, answer)
     found = answer.forecast
     figure.suptitle(
-        f"{found.examples:,} examples, noise multiplier {found.noise_multiplier:g}, "
-        f"{found.steps_per_round:,} steps a round"
+        f"{counted(found.examples, 'example', ',')}, noise multiplier {found.noise_multiplier:g}, "
+        f"{counted(found.steps_per_round, 'step', ',')} a round"
     )
     drawn = BytesIO()
     figure.savefig(drawn, format=file.suffix[1:].lower())

@@ -9,6 +9,7 @@ from fedcore.cli import Command, group
 from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.issue import SERVER_VALIDITY
 from fedcore.errors import ConfigError
+from fedcore.observability.words import counted
 from server.provision.backup import backup, restore
 from server.provision.issue import initialise, provision_server, sign_roster
 from server.provision.member_commands import MEMBER_VERBS
@@ -123,7 +124,8 @@ def _restore(options: argparse.Namespace) -> int:
     done = restore(sealing(options, twice=False), options.file, replace=options.replace)
     newer = " (the folder's own roster was newer, and stays)" if done.roster == "folder" else ""
     before = f"\nBefore:   {done.before}" if done.before else ""
-    text = f"Restored: {options.authority}, project {done.project}, {done.members} members{newer}"
+    members = counted(done.members, "member")
+    text = f"Restored: {options.authority}, project {done.project}, {members}{newer}"
     value = {
         "authority": str(options.authority),
         "project": done.project,

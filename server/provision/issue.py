@@ -171,8 +171,8 @@ def provision_member(
         )
     if num_examples is not None and not 1 <= num_examples <= MAX_NUM_EXAMPLES:
         raise ConfigError(
-            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no client may "
-            "weigh more. No certificate was issued."
+            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no "
+            "client may weigh more. No certificate was issued."
         )
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)

@@ -37,7 +37,15 @@ from tuf.api.serialization.json import JSONSerializer
 
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import is_there, lock_file, read_bytes, write_atomic
+from fedcore.files import (
+    is_there,
+    lock_file,
+    read_bytes,
+    write_atomic,
+)
+from fedcore.observability.words import (
+    counted,
+)
 from server.registry import pending
 from server.registry.keys import MAX_METADATA_BYTES, Keys
 
@@ -140,8 +148,8 @@ def trusted_keys(state: State, keys: Keys, repository: Path) -> Keys:
         if len(trusted[role]) < required.threshold:
             raise ReleaseError(
                 f"{repository}: its role {role!r} needs {required.threshold} of its "
-                f"{len(required.keyids)} keys, and {len(trusted[role])} is given. Nothing was "
-                "published; bring the files of more of them into the folder of keys."
+                f"{counted(len(required.keyids), 'key')}, and {len(trusted[role])} is given. "
+                "Nothing was published; bring the files of more of them into the folder of keys."
             )
     return Keys(trusted)
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 from fedcore.config import DeviceClass, RunConfig
 from fedcore.errors import DataError
+from fedcore.observability.words import counted
 from fedcore.seeds import derive
 from server.records import VirtualRecord
 from server.simulation.trace import Trace, read_trace, window_at
@@ -100,8 +101,8 @@ def read_fleet(run: RunConfig, clients: Iterable[str]) -> Fleet | None:
     if missing is not None:
         raise DataError(
             f"{path}: client {missing!r} has no row in this trace, which names "
-            f"{len(trace.numbers)} clients. Nothing was simulated; give every client at least one "
-            "row."
+            f"{counted(len(trace.numbers), 'client')}. Nothing was simulated; give every client "
+            "at least one row."
         )
     return Fleet(run.seed, (), trace)
 

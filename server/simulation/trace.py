@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedcore.config import RATE_MAX, RATE_MIN
 from fedcore.errors import DataError
 from fedcore.files import read_bytes
+from fedcore.observability.words import counted
 
 MAX_BYTES = 64 << 20  # 64 MiB: about two million rows
 COLUMNS = (
@@ -104,7 +105,11 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, list[str]]]:
             raise _bad(path, 1, f"the header is {found!r}, and should be {expected!r}")
         for row in table:
             if row and len(row) != len(COLUMNS):
-                raise _bad(path, table.line_num, f"{len(row)} values, and {len(COLUMNS)} expected")
+                raise _bad(
+                    path,
+                    table.line_num,
+                    f"{counted(len(row), 'value')}, and {len(COLUMNS)} expected",
+                )
             if row:
                 yield table.line_num, row
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,6 +92,8 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     assert [one["round"] for one in rounds[:3]] == [1, 2, 3]
     assert ask_here(folder, {"verb": "stop"})["state"] == "stopping"
     assert server.end() == 130
+    told = server.log.read_text()
+    assert re.search(r"Stopped after round \d+ of \d+\. Kept in .*--resume` goes", told)
     assert not (folder / SOCKET).exists()
     with pytest.raises(ResourceError, match="no server answers"):
         status(project)

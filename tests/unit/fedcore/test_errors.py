@@ -32,7 +32,8 @@ def test_each_error_stands_where_it_is_drawn(name: str) -> None:
         assert parents[1] is FedcoreError
         assert CLASSES[name].exit_code == int(code)
     else:
-        above = [row[1] for row in DRAWING[: DRAWING.index((indent, name, code))] if not row[0]][-1]
+        before = DRAWING[: DRAWING.index((indent, name, code))]
+        above = [row[1] for row in before if len(row[0]) < len(indent)][-1]
         assert parents[1] is CLASSES[above]
         assert CLASSES[name].exit_code == CLASSES[above].exit_code
 

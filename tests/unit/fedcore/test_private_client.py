@@ -10,15 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedcore.client_app import DurableLedger, client_app
 from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
 from fedcore.model import build_model
 from fedcore.observability.words import epsilon_text
-from fedcore.owner import OwnerPolicy
-from fedcore.privacy.ledger import read_ledger
+from fedcore.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, read_ledger, write_ledger
+from fedcore.seeds import SystemEntropy
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,
+    DECLINED_BY_OWNER,
     EPSILON,
     STATISTICS,
     weights_record,
@@ -102,7 +106,36 @@ def test_the_owner_has_the_last_word_on_epsilon() -> None:
     ask(task, run, node=(free := context()))
     assert noise > 2 * read_ledger(free).charges[0].noise_multiplier
     fixed = make_run(privacy=PRIVATE | {"noise_multiplier": 0.5})
-    assert "of 1 at delta 1e-05" in refused(ask(task, fixed, owner=owner), DECLINED)
+    said = refused(ask(task, fixed, owner=owner), DECLINED_BY_OWNER)
+    assert "of 1 that its owner allows at delta 1e-05" in said
+
+
+@pytest.mark.parametrize(
+    ("owner", "code", "kind"),
+    [
+        (OPEN_POLICY, DECLINED, "BudgetExhausted"),
+        (OwnerPolicy(max_epsilon=7.5), DECLINED_BY_OWNER, "OwnersBudgetExhausted"),
+    ],
+)
+def test_a_device_that_declines_says_so_by_a_code_and_keeps_its_figures(
+    owner: OwnerPolicy, code: int, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What the owner allows over all runs is spent by others; the run's own budget by itself.
+    spent = Charge(1, 0.3, 1.0, 10)
+    others = OtherRuns((spent,), 1e-3) if owner.max_epsilon else NO_OTHER_RUNS
+    task, run, node = make_task(), make_run(privacy=PRIVATE | {"noise_multiplier": 5.0}), context()
+    if not owner.max_epsilon:
+        write_ledger(node, Ledger((spent,)))
+    app = client_app(
+        task,
+        run,
+        owner=owner,
+        randomness=SystemEntropy(),
+        durable=DurableLedger(others, lambda: None),
+    )
+    said = refused(app(instruct(task, run), node), code)
+    assert said == f"client 'anna': {kind}; its log says more"
+    assert "would take it to" in caplog.text
 
 
 def test_an_owner_cannot_loosen_what_the_server_asks() -> None:

@@ -121,7 +121,7 @@ def test_a_required_key_that_is_not_set_is_named(tmp_path: Path) -> None:
         ("seed = -1", "seed = -1: it should be greater than or equal to 0"),
         (
             "[release]\nmodel = 'My model'",
-            "release.model = 'My model': it should be text that matches ^[a-z0-9]",
+            "release.model = 'My model': it should be 1 to 64 of a-z, 0-9, '-' and '_'",
         ),
     ],
 )

@@ -8,9 +8,9 @@ from flwr.app import Array, Error, RecordDict
 
 from fedcore.errors import BudgetExhausted, RoundFailed
 from fedcore.metrics import ACCURACY, RMSE, Metric
-from fedcore.privacy.ledger import OWNERS
 from fedcore.updates.messages import (
     DECLINED,
+    DECLINED_BY_OWNER,
     REFUSED,
     Update,
     update_content,
@@ -277,7 +277,7 @@ def test_a_budget_that_allows_no_round_at_all_is_an_error() -> None:
 
 def test_an_owners_budget_is_not_answered_with_advice_on_the_runs() -> None:
     def declined(*asked: object) -> Error:
-        return Error(DECLINED, f"client 'x' has spent epsilon 1 of 1{OWNERS} at delta 1e-05.")
+        return Error(DECLINED_BY_OWNER, "client 'x': OwnersBudgetExhausted; its log says more")
 
     with pytest.raises(BudgetExhausted) as caught:
         Story(declined, unit="example").run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 import edge_client.node.state as state_module
 from edge_client.node.state import DeviceFolder, own
 from fedcore.errors import DataError, DeviceError
+from fedcore.files import write_atomic
 
 
 def content(value: int = 1) -> RecordDict:
@@ -223,3 +225,20 @@ def test_who_takes_a_folder_over_gets_what_was_spent_and_no_reply(tmp_path: Path
         assert state["metrics"] == content(2)["metrics"]
         assert folder.reply("key", state) is None
         assert folder.let_in_before(b"ben")
+
+
+def test_what_a_device_keeps_is_for_its_own_user_alone(tmp_path: Path) -> None:
+    (tmp_path / "device" / "spool").mkdir(parents=True, mode=0o755)  # of an earlier version
+    with own(tmp_path / "device") as folder:
+        folder.keep_state("run", RecordDict())
+        for name in ("", "state", "spool"):
+            assert stat.S_IMODE((folder.path / name).stat().st_mode) == (0o700 if name else 0o755)
+    with own(tmp_path / "new") as folder:
+        assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_is_made_for_a_private_file_is_private(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "secret", b"x", mode=0o600)
+    write_atomic(tmp_path / "b" / "open", b"x")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) & 0o755 == 0o755

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+import sys
 import time
+from types import ModuleType
 
 import pytest
 
-from fedcore.observability.patience import told_if_slow
+from fedcore.observability import patience
+from fedcore.observability.patience import Reminder, loading_told, told_if_slow
 
 
 def test_what_takes_long_is_told_while_it_lasts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,3 +34,36 @@ def test_what_fails_is_not_told_afterwards(capsys: pytest.CaptureFixture[str]) -
         raise ValueError("no")
     time.sleep(0.3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_reminder_comes_each_time_that_it_has_lasted_twice_as_long() -> None:
+    now = [0.0]
+    reminder = Reminder(lambda: now[0])
+    told = []
+    for _ in range(300):
+        now[0] += 1.0
+        if (lasted_s := reminder.due()) is not None:
+            told.append(round(lasted_s))
+    assert told == [2, 4, 8, 16, 32, 64, 124, 184, 244]
+
+
+def test_imports_that_take_long_are_told_of_with_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patience, "SILENT_S", 0.1)
+    told: list[str] = []
+    with loading_told(told.append, modules=len(sys.modules) + 100):
+        for number in range(50):
+            monkeypatch.setitem(sys.modules, f"made_up_{number}", ModuleType("made_up"))
+        time.sleep(0.4)
+    assert re.search(r"loading torch .* modules in 0\.\d+ s, about 0\.\d+ s left", told[0])
+    count = len(told)
+    time.sleep(0.3)
+    assert len(told) == count, "nothing once it is over"
+
+
+def test_imports_that_are_quick_are_not_told_of() -> None:
+    told: list[str] = []
+    with loading_told(told.append):
+        pass
+    assert not told

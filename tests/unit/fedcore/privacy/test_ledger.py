@@ -105,7 +105,8 @@ def test_the_room_that_is_told_is_what_is_let_through(
     privacy = PRIVACY.model_copy(update={"accountant": accountant})
     ledger, more = made(1, privacy, owner, others, Charge(1, 1.0, 1 / 16, 16))
     assert room(ledger, privacy, owner=owner, others=others) == Room(more, exact=True)
-    assert str(room(ledger, privacy, owner=owner, others=others)) == str(more)
+    said = f"{more} more round{'' if more == 1 else 's'}"
+    assert str(room(ledger, privacy, owner=owner, others=others)) == said
 
 
 def test_room_for_many_rounds_is_an_estimate_and_takes_no_time() -> None:
@@ -113,7 +114,7 @@ def test_room_for_many_rounds_is_an_estimate_and_takes_no_time() -> None:
     privacy = PRIVACY.model_copy(update={"accountant": "prv", "max_epsilon": 8.0})
     found = room_for((like,) * 3, like, privacy)
     assert not found.exact
-    assert str(found) == f"about {found.rounds}"
+    assert str(found) == f"about {found.rounds} more rounds"
     exact = room_for((like,) * 3, like, privacy.model_copy(update={"accountant": "rdp"}))
     assert (exact.rounds, exact.exact) == (found.rounds, True)
     last = Ledger((like,) * (3 + exact.rounds))

@@ -11,7 +11,7 @@ import pytest
 
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, DataError
-from server.live.commands import _address, start
+from server.live.commands import _address, _kept, start
 from server.live.operator_commands import OPERATOR_VERBS
 from server.live.run import Deployment
 
@@ -47,6 +47,25 @@ def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) ->
 def test_what_is_no_address_is_said_so(text: str) -> None:
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
         _address(text)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (0, "Stopped before its first round was over. Kept in runs/trial: what was begun."),
+        (3, "Stopped after round 3 of 9. Kept in runs/trial: the model of that round and what dev"),
+        (9, "Stopped after round 9 of 9. Kept in runs/trial: the model of its last round, and ea"),
+    ],
+)
+def test_who_stops_a_server_is_told_what_is_kept_and_how_to_go_on(last: int, said: str) -> None:
+    run = RunConfig.model_validate({"name": "trial", "task": "t.py", "federation": {"rounds": 9}})
+    parser = argparse.ArgumentParser()
+    start.arguments(parser)
+    words = ["my run.toml", "--set", "seed=1", "--identity", "server", "--listen", "[::]:1"]
+    told = _kept(parser.parse_args([*words, "--fresh"]), last, run)
+    assert told.startswith(said)
+    again = "`fedcore server start 'my run.toml' --set seed=1 --identity server --runs runs "
+    assert f"{again}--listen '[::]:1' --resume` goes on" in told
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "99999"])

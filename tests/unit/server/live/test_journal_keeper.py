@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -14,6 +15,7 @@ from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
 from fedcore.errors import ResourceError, RoundFailed
 from fedcore.flower.grid import OwnGrid
 from fedcore.flower.identity import assume_identity
+from fedcore.observability import patience
 from fedcore.updates.messages import DECLINED, REFUSED, refused_as
 from server.journal import Journal, create, reopen
 from server.live import journal_keeper
@@ -328,3 +330,42 @@ def test_a_reply_of_another_type_than_asked_stops_nothing(journal: Journal) -> N
     grid = Rounds(Lying(), journal, admit=set, quorum=1.0)
     grid.refused = NODES
     assert answered(grid.send_and_receive(messages(), timeout=1)) == [4, 5, 6]
+
+
+def test_a_round_that_waits_says_for_whom_and_for_how_long(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "SILENT_S", 0.0)
+    waits: list[str] = []
+    devices = Devices(gone={5: 99, 6: 99})
+    grid = Rounds(
+        devices, journal, admit=set, quorum=1.0, waits=waits.append, name="edge-{}".format
+    )
+    list(grid.send_and_receive(messages(), timeout=1.0))
+    assert re.fullmatch(
+        r"round 1 \(train\) waits for edge-5 \(not connected\), edge-6 \(not connected\): "
+        r"1 of 3 have answered, [\d.]+ s so far, [\d.]+ s left",
+        waits[0],
+    )
+
+
+def test_a_round_that_lacks_devices_says_so(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "SILENT_S", 0.0)
+    waits: list[str] = []
+    keeper = JournalKeeper(
+        journal,
+        tell=lambda record: None,
+        deadline_s=0.5,
+        weights=lambda nodes: [1] * len(nodes),
+        waits=waits.append,
+    )
+
+    def draw() -> list[int]:
+        raise RoundFailed("round 1: 1 client is there, and 3 are asked for. It was not begun.")
+
+    with pytest.raises(RoundFailed):
+        keeper.asked(MessageType.TRAIN, draw)
+    assert waits[0].startswith("round 1: 1 client is there, and 3 are asked for: ")
+    assert waits[0].endswith(" left")

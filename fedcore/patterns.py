@@ -1,0 +1,24 @@
+"""What text in a file must look like, as a pattern for machines and in words for people."""
+
+from __future__ import annotations
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+DATA_NAME = r"^[A-Za-z0-9._-]{1,64}$"
+PATH = r"^[^\x00]+$"
+HOURS = r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
+SHA256 = r"^[0-9a-f]{64}$"
+ADDRESS = r"^https://(\[[0-9a-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
+
+_WORDS = {
+    NAME: "1 to 64 of a-z, 0-9, '-' and '_', the first a letter or digit, as \"turbofan-2\"",
+    DATA_NAME: "1 to 64 of letters, digits, '.', '-' and '_', as \"ward-3\"",
+    PATH: 'the path of a folder, as "/srv/measurements"',
+    HOURS: 'hours of a day from and to, each of four digits, as "22:00-06:00"',
+    SHA256: "a SHA-256, which is 64 of 0-9 and a-f, as `sha256sum FILE` prints it",
+    ADDRESS: 'an address with its port, as "https://server.example.org:9092"',
+}
+
+
+def in_words(pattern: str) -> str:
+    """What a text that matches ``pattern`` looks like; the pattern where nobody has put it so."""
+    return _WORDS.get(pattern, f"text that matches {pattern}")
