@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from typing import Any
 
 from tests.campaign.harms import HARMS, copied, run, verdict
 from tests.campaign.places import PLACES, Place
+from tests.campaign.site import ROOT
 
 _SUITES = "GRPC_SSL_CIPHER_SUITES"
 
@@ -74,6 +76,27 @@ def harmed(place: Place, root: Path, every: int, seed: int) -> Iterator[dict[str
                         "why": why,
                         "said": done.err.strip()[-300:],
                     }
+
+
+def damage_everything(few: int, out: Path) -> dict[str, Any]:
+    """All of it in a process of its own, as a part of the campaign.
+
+    Args:
+        few: One case in so many is tried.
+        out: File for every case.
+    """
+    started = time.monotonic()
+    words = ["-m", "tests.campaign.damage", "--few", str(few), "--out", str(out)]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    ended = f"it ended ({done.returncode}): {done.stderr[-2000:]}"
+    told = json.loads(out.read_text()) if out.exists() else {"verdicts": {}, "wrong": [ended]}
+    return {
+        "name": "files",
+        "seconds": round(time.monotonic() - started, 1),
+        "counts": told["verdicts"],
+        "longest_s_of_a_command": told.get("longest_s"),
+        "wrong": [one if isinstance(one, str) else json.dumps(one) for one in told["wrong"]],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
