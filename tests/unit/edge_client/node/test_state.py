@@ -223,3 +223,33 @@ def test_who_takes_a_folder_over_gets_what_was_spent_and_no_reply(tmp_path: Path
         assert state["metrics"] == content(2)["metrics"]
         assert folder.reply("key", state) is None
         assert folder.let_in_before(b"ben")
+
+
+def test_a_reply_that_is_gone_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with own(tmp_path) as folder:
+        state = RecordDict()
+        folder.keep("run", state, "key", content())
+        assert folder.reply("another", state) is None
+        assert caplog.messages == []
+        (tmp_path / "spool" / "key.reply").unlink()
+        assert folder.reply("key", state) is None
+    (line,) = caplog.messages
+    assert "key.reply: this finished reply is gone" in line
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", ["loop", "pipe", "folder"])
+def test_what_lies_among_the_replies_stops_no_round(tmp_path: Path, what: str) -> None:
+    with own(tmp_path) as folder:
+        state = RecordDict()
+        folder.keep("run", state, "0", content())
+        odd = tmp_path / "spool" / "odd.reply"
+        {
+            "loop": lambda: odd.symlink_to(odd.name),
+            "pipe": lambda: os.mkfifo(odd),
+            "folder": odd.mkdir,
+        }[what]()
+        for number in range(1, 8):
+            folder.keep("run", state, str(number), content(number))
+        assert not os.path.lexists(odd)
+        assert folder.reply("7", state) == content(7)
