@@ -150,6 +150,8 @@ def _update(options: argparse.Namespace) -> int:
     )
     if done.clock:
         say(f"warning: {done.clock}", to=sys.stderr)
+    if done.damage:
+        say(f"warning: what was installed before was damaged: {done.damage}", to=sys.stderr)
     if not done.changed:
         text = f"{done.model}: version {done.version} is already current"
     else:
@@ -165,6 +167,7 @@ def _update(options: argparse.Namespace) -> int:
         "changed": done.changed,
         "golden_error": done.golden_error,
         "clock": done.clock,
+        "damage": done.damage,
     }
     return _print(options, text, value)
 

@@ -108,8 +108,8 @@ def locked(store: Path) -> Iterator[None]:
 
 
 def models(store: Path) -> list[str]:
-    """The names of the models that have an active version."""
-    return sorted(path.parent.name for path in (store / "models").glob("*/active"))
+    """The names of the models of which anything is installed, be it whole or not."""
+    return sorted(path.name for path in (store / "models").glob("*") if _parts(path))
 
 
 def serving(store: Path, model: str) -> Installed:
@@ -120,7 +120,7 @@ def serving(store: Path, model: str) -> Installed:
         DigestMismatch: what is installed is damaged, and there is nothing whole to fall back to.
     """
     check_name(model)
-    if not is_there(_slot(store, model, "active")):
+    if not _parts(_folder(store, model)):
         raise DeviceError(
             f"{store}: no version of model {model!r} is installed. Nothing can be answered; "
             "`fedcore device update` installs one."
@@ -250,6 +250,13 @@ def _check_digest(path: Path, raw: bytes, expected: str) -> None:
             f"{path}: it has changed since it was installed: expected sha256 {expected}, got "
             f"{got}. It is not served. {_REPAIR}"
         )
+
+
+def _parts(folder: Path) -> list[str]:
+    """What a model's folder holds, but for what an interrupted update has left in it."""
+    if not folder.is_dir():
+        return []
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _folder(store: Path, model: str) -> Path:

@@ -32,6 +32,8 @@ class Update:
     """Largest difference in the self-test; None when nothing changed."""
     clock: str | None = None
     """What is wrong with this device's clock; None where nothing is known to be."""
+    damage: str | None = None
+    """What was damaged of the version that should have served until now; None where none was."""
 
 
 def update(
@@ -80,10 +82,16 @@ def update(
             manifest_sha256=sha256_hex(offer.manifest_raw),
             epoch=offer.epoch,
         )
-        before = _before(store, model)
+        before, damage = _before(store, model)
         if before == record and before == _active(store, model):
             return Update(
-                model, record.version, None, changed=False, golden_error=None, clock=offer.clock
+                model,
+                record.version,
+                None,
+                changed=False,
+                golden_error=None,
+                clock=offer.clock,
+                damage=damage,
             )
         _refuse_older(record, _active(store, model) or before, model)
         incoming = store / "incoming"
@@ -110,15 +118,19 @@ def update(
             changed=True,
             golden_error=golden_error,
             clock=offer.clock,
+            damage=damage,
         )
 
 
-def _before(store: Path, model: str) -> Record | None:
-    """The version that answers now, if any does."""
+def _before(store: Path, model: str) -> tuple[Record | None, str | None]:
+    """The version that answers now, if any does; and what is damaged of the one that should."""
     try:
-        return installed.serving(store, model).record
-    except (DeviceError, DigestMismatch):
-        return None
+        found = installed.serving(store, model)
+    except DeviceError:
+        return None, None
+    except DigestMismatch as error:
+        return None, str(error)
+    return found.record, found.damage
 
 
 def _active(store: Path, model: str) -> Record | None:

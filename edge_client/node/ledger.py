@@ -50,6 +50,7 @@ from fedcore.config import Privacy, RunConfig
 from fedcore.crypto.kit import Kit
 from fedcore.errors import DiskFull, PrivacyError, ResourceError
 from fedcore.files import held_alone, write_atomic
+from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import Ledger, OtherRuns, Room, ledger_in, put_ledger, room
 
@@ -157,7 +158,15 @@ class DeviceLedger:
         book = merged(copied.runs if copied else {}, states, self.folder.path)
         check_marks(self.folder.path, book, marks)
         own = book.get(name, ())
-        if len(own) > len(ledger_in(state).charges):
+        if missing := len(own) - len(ledger_in(state).charges):
+            log.warning(
+                "%s: the state of run %r lacks %s that %s has: it was removed, or put back as it "
+                "was before. They count; what it had answered is done anew, and charged anew.",
+                self.folder.path,
+                name,
+                counted(missing, "charge"),
+                LEDGER,
+            )
             put_ledger(state, Ledger(tuple(one.charge for one in own)))
             put_terms(state, [Terms(one.target_delta, one.data, one.id) for one in own])
         if copied is None or copied.runs != book:

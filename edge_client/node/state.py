@@ -165,7 +165,14 @@ class DeviceFolder:
             ResourceError: it cannot be put aside.
         """
         path, digest = self._reply_path(key), _answered(state).get(key)
-        if digest is None or not is_there(path):
+        if digest is None:
+            return None
+        if not is_there(path):
+            log.warning(
+                "%s: this finished reply is gone; what it answered is done anew, and charged anew "
+                "where there is a budget.",
+                path,
+            )
             return None
         try:
             raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from fedcore.files import disk_errors
+from fedcore.files import disk_errors, open_regular
 from fedcore.observability.events import Event, Sink, StageAdvanced, StageStarted, json_line
+
+log = logging.getLogger("fedcore")
 
 
 @contextmanager
@@ -43,9 +47,19 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
-        file = FileIO(path, "wb")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        file = FileIO(open_regular(path, flags, what="a file of events", mode=0o666), "wb")
+    told = False
 
     def append(record: bytes) -> None:
+        nonlocal told
+        if not told and not _leads_to(path, file):
+            told = True
+            log.warning(
+                "%s was removed or replaced while it is written: what is told from here on is not "
+                "in it. Look who may write there; a run that is gone on with writes it anew.",
+                path,
+            )
         end = file.tell()
         with disk_errors(path):
             try:
@@ -59,3 +73,11 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
 
     with file:
         yield append
+
+
+def _leads_to(path: Path, file: FileIO) -> bool:
+    """Whether the path still leads to the file that is written."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False

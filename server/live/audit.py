@@ -34,6 +34,8 @@ AUDIT, MARK = "audit.jsonl", "audit.mark"
 _MAX_MARK_BYTES = 1 << 10
 _START = "0" * 64
 """What the first line names as the one before it."""
+_MOST_LINE_BYTES = 1 << 20
+"""Of one line of a log; none has a thousandth of that."""
 _PIECE_BYTES = 1 << 16
 
 
@@ -76,7 +78,7 @@ class Audit:
             self._file = open_regular(path, flags, what="the audit log")
             sync_folder(path.parent)
             end = os.fstat(self._file).st_size
-            if mark is not None and not _reaches(self._file, mark):
+            if mark is not None and not (_reaches(self._file, mark) and end <= _furthest(mark)):
                 os.close(self._file)
                 raise _cut(path, mark)
             self._last, whole = _digest_before(self._file, end)
@@ -144,7 +146,11 @@ def check_audit(path: Path, *, begun_loose: bool = False) -> int:
     reached = mark is None
     try:
         with os.fdopen(open_regular(path, what="the audit log"), "rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            if mark is not None and os.fstat(stream.fileno()).st_size > _furthest(mark):
+                raise _cut(path, mark)
+            for number, line in enumerate(iter(lambda: stream.readline(_MOST_LINE_BYTES), b""), 1):
+                if len(line) == _MOST_LINE_BYTES:
+                    raise _endless(path, number)
                 before = _before(line)
                 if before is None and begun_loose:
                     torn = False
@@ -247,6 +253,18 @@ def _reaches(file: int, mark: _Mark) -> bool:
     return there and _digest_before(file, mark.end_bytes) == (mark.last, True)
 
 
+def _furthest(mark: _Mark) -> int:
+    """Where a log may end at most: a process that dies before it marks a line has written one."""
+    return mark.end_bytes + _MOST_LINE_BYTES
+
+
+def _endless(path: Path, number: int) -> DataError:
+    return DataError(
+        f"{path}: line {number} has no end within {_MOST_LINE_BYTES} bytes, and no line of a log "
+        "is as long. What stands before it is sound; look who may write to this file."
+    )
+
+
 def _digest_before(file: int, end: int) -> tuple[str, bool]:
     """The digest of the line that ends at byte ``end``, and whether that line is whole."""
     if not end:
@@ -258,4 +276,9 @@ def _digest_before(file: int, end: int) -> tuple[str, bool]:
         step = min(_PIECE_BYTES, start)
         start -= step
         found = os.pread(file, step, start) + found
+        if len(found) > _MOST_LINE_BYTES:
+            raise DataError(
+                f"the audit log has no line that ends within {_MOST_LINE_BYTES} bytes before byte "
+                f"{end}: it was changed. No server starts with it; look who may write to it."
+            )
     return hashlib.sha256(found.rpartition(b"\n")[2]).hexdigest(), whole

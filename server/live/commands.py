@@ -195,6 +195,8 @@ def _rollback(options: argparse.Namespace) -> int:
 
     by = f"uid {os.getuid()}"
     done = roll_back(run, options.runs, options.round, identity=options.identity, by=by)
+    if done.mended:
+        say(f"warning: {done.mended}", to=sys.stderr)
     if options.json:
         say(json.dumps(asdict(done)))
         return 0

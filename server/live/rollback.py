@@ -22,6 +22,8 @@ class RolledBack:
     """The run goes on after this one."""
     dropped: tuple[int, ...]
     """Rounds that will be run again."""
+    mended: str = ""
+    """What of the journal was damaged and is mended now, in a sentence; empty where nothing was."""
 
 
 def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: str) -> RolledBack:
@@ -72,4 +74,4 @@ def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: st
                 )
             audit.record(by=by, action="rollback", outcome="begun", round=number, run=run.name)
             journal.roll_back(number)
-    return RolledBack(number, tuple(range(number + 1, last + 1)))
+    return RolledBack(number, tuple(range(number + 1, last + 1)), journal.mended)

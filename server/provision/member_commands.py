@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from fedcore.cli import Command
 from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, MemberRole, certificate_sha256
 from fedcore.crypto.issue import MEMBER_VALIDITY, SERVER_VALIDITY, make_request
 from fedcore.crypto.keys import fingerprint, new_key, save_key
-from fedcore.crypto.kit import KEY, KitFile, write_kit
+from fedcore.crypto.kit import KEY, KIT, KitFile, write_kit
 from fedcore.crypto.roster import Member
 from fedcore.errors import ConfigError
-from fedcore.files import read_bytes, write_atomic
+from fedcore.files import is_there, read_bytes, write_atomic
+from fedcore.observability.foreign import say
 from server.provision.folder import check_place
 from server.provision.issue import SERVER_NAME, listing, provision_member, renew, revoke
 from server.provision.options import (
@@ -200,6 +202,13 @@ def _list(options: argparse.Namespace) -> int:
         "members": rows,
     }
     lines = [f"project {value['project']}, authority valid until {value['not_after']}"]
+    if server is None and is_there(found.authority.server / KEY):
+        say(
+            f"warning: {found.authority.server}: the server's {KEY} is here, and its {KIT} is not: "
+            "put it back from a backup, or make both anew by `fedcore provision server HOST "
+            "--replace`",
+            to=sys.stderr,
+        )
     if server:
         lines.append(f"{SERVER_NAME:<24} {'server':<9} valid until {moment(server.not_after)}")
     lines += [

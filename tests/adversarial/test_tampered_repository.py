@@ -110,3 +110,15 @@ def test_a_pipe_in_place_of_a_file(world: Any) -> None:
     path.unlink()
     os.mkfifo(path)
     world.check_refused(TrustError, "regular file")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(world: Any) -> None:
+    lock = world.repository / ".lock"
+    lock.unlink(missing_ok=True)
+    os.mkfifo(lock)
+    with pytest.raises(DataError, match=r"lock cannot be read: .*remove it"):
+        world.publish(2.0)
+    lock.unlink()
+    world.publish(2.0)
+    assert world.update().version == 2

@@ -33,6 +33,7 @@ def main() -> int:
         time.time = lambda: right() + options.clock_off_s
     from fedcore.cli import build_parser
     from fedcore.crypto.kit import load_kit
+    from fedcore.errors import FedcoreError
     from fedcore.rpc.tls import only_tls_1_3
 
     build_parser("client")  # the time of it belongs to a start
@@ -81,7 +82,11 @@ def main() -> int:
             FleetLink.answer = answering  # type: ignore[method-assign]
         task, randomness = load_task(options.task), Simulated(options.seed)
         device = Device(kit, task, options.task, OPEN_POLICY, folder, randomness, instance)
-        run_device(device, Signals())
+        try:
+            run_device(device, Signals())
+        except FedcoreError as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            return error.exit_code
     return 0
 
 

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 
 from fedcore import __version__
-from tests.campaign import scenarios
+from tests.campaign import in_use, scenarios
 from tests.campaign.compare import compare, extra_charges
+from tests.campaign.damage import damage_everything
 from tests.campaign.fuzzing import fuzz_everything
 from tests.campaign.hostile import send_hostile
 from tests.campaign.scenarios import Outcome
@@ -90,6 +91,11 @@ def planned(options: argparse.Namespace, enough: Callable[[], bool]) -> Iterator
         lambda place: scenarios.tear_journals(place, times, rng),
         {"private": False},
     )
+    yield Planned(
+        *("files damaged in use", 60),
+        lambda place: in_use.damage_in_use(place, rng),
+        {"private": False},
+    )
     yield Planned("disk full", 10, lambda place: scenarios.fill_disks(place, 2))
     for _ in range((times + 1) // 2):  # each is over after a few kills: what is done stays done
         yield Planned(
@@ -129,6 +135,8 @@ def campaign(options: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]
         yield _one(root / f"{number}-{plan.name.replace(' ', '-')}", plan, expected.get(key))
     if options.hostile and not enough():
         yield send_hostile(options.hostile, root / "hostile.json")
+    if options.files and not enough():
+        yield damage_everything(options.files, root / "files.json")
     if options.fuzz and not enough():
         yield fuzz_everything(options.fuzz, options.seed, options.out / "fuzz")
 
@@ -238,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--buried", type=int, default=8, help="devices that die, stop, are cut off")
     parser.add_argument("--others", type=int, default=8, help="torn journals; 0 for kills alone")
     parser.add_argument("--hostile", type=int, default=1300, help="messages of each hostile class")
+    parser.add_argument("--files", type=int, default=1, help="one harmed file in so many; 0: none")
     parser.add_argument("--fuzz", type=int, default=10**6, help="inputs of all formats together")
     parser.add_argument("--minutes", type=float, default=120.0, help="no fault begins after them")
     parser.add_argument("--seed", type=int, default=1)

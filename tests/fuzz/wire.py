@@ -28,6 +28,8 @@ NAMES = (
     *("proximal-mu", "clip-norm", "\x1b[2J", "a\nb", "\u202e", "", "x" * 200, "n" * 5000, "naïve"),
 )
 
+_MOST_BYTES = 300_000
+"""Of one object."""
 _SHAPES = ("1099511627776,", "-1,", "9" * 900 + ",", "1," * 60, "", "True,", "0, 5", "2**62, 4")
 _TYPES = ("'<f4'", "'|V0'", "'|O'", "'<f4,<f4'", "[('a', '<f4')]", "'<U9'", "'M8'", "None", "5")
 
@@ -135,6 +137,7 @@ def objects(rng: Random, content: RecordDict | Error) -> bytes:
         raw = head + b"\0" + body
         if len(parts) in wrong and rng.randrange(6) == 0:
             raw = damaged(rng, raw)
+        raw = raw[:_MOST_BYTES]
         parts.append(raw)
         known.append(hashlib.sha256(raw).hexdigest())
         return known[-1]
@@ -176,7 +179,7 @@ def _message_body(is_error: bool) -> bytes:
 def _odd_object(rng: Random, head: bytes, body: bytes, known: Sequence[str]) -> tuple[bytes, bytes]:
     kind, children, length = head.split(b" ")
     choice = rng.randrange(8)
-    if choice < 4 and body[:1] == b"{":
+    if choice < 4 and kind in (b"Array", b"ArrayRecord", b"RecordDict"):
         body = damaged_json(rng, body, (*WORDS, *NAMES[:16], *known))
     elif choice < 5:
         body = damaged(rng, body)

@@ -51,6 +51,7 @@ def test_update_says_what_it_did(
         "changed": True,
         "golden_error": 0.0,
         "clock": None,
+        "damage": None,
     }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,54 @@ def test_a_device_loads_neither_torch_nor_flower_nor_onnx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("what", ["active gone", "active a loop", "model gone"])
+def test_an_update_over_a_damaged_version_says_what_was_damaged(
+    publisher: Any, store: Path, what: str
+) -> None:
+    publisher.publish()
+    run(publisher, store, root=publisher.root)
+    active = store / "models" / "digits" / "active"
+    harmed = store / "models" / "digits" / "1" / "model.onnx" if what == "model gone" else active
+    harmed.unlink()
+    if what == "active a loop":
+        harmed.symlink_to(harmed.name)
+    assert installed.models(store) == ["digits"]
+    publisher.publish(2.0)
+    done = run(publisher, store)
+    assert done.version == 2
+    assert harmed.name in (done.damage or "")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", [".lock", "trust/metadata/timestamp.json", "trust/clock.json"])
+def test_a_pipe_in_the_store_is_refused_and_not_waited_for(
+    publisher: Any, store: Path, name: str
+) -> None:
+    publisher.publish()
+    run(publisher, store, root=publisher.root)
+    (store / name).unlink()
+    os.mkfifo(store / name)
+    with pytest.raises(DataError, match="something else has its name"):
+        run(publisher, store)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
+def test_what_lies_in_the_place_of_an_unfinished_fetch_is_removed(
+    publisher: Any, store: Path, what: str, tmp_path: Path
+) -> None:
+    publisher.publish()
+    run(publisher, store, root=publisher.root)
+    publisher.publish(2.0)
+    (model,) = (publisher.repository / "targets").rglob("2/*.model.onnx")
+    part = store / "incoming" / f"{model.name.partition('.')[0]}.part"
+    (tmp_path / "other").write_bytes(b"not ours")
+    {
+        "pipe": lambda: os.mkfifo(part),
+        "folder": part.mkdir,
+        "link": lambda: part.symlink_to(tmp_path / "other"),
+    }[what]()
+    assert run(publisher, store).version == 2
+    assert (tmp_path / "other").read_bytes() == b"not ours"

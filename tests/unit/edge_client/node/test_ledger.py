@@ -362,3 +362,16 @@ def test_whatever_dies_and_when_what_may_have_begun_is_charged_once(
         found = {run: machine.open(run) for run in begun}
     assert {run: count for run, (count, _) in found.items()} == begun
     assert len(found["one"][1].charges) == begun["two"]
+
+
+@pytest.mark.parametrize("harm", ["gone", "empty"])
+def test_a_state_that_lacks_charges_is_mended_and_told_of(
+    machine: Machine, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.train("one")
+    machine.train("one")
+    path = machine.states / "one.state"
+    path.write_bytes(b"") if harm == "empty" else path.unlink()
+    caplog.clear()
+    machine.open("one")
+    assert any("the state of run 'one' lacks 2 charges" in line for line in caplog.messages)

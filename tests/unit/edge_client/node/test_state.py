@@ -242,3 +242,33 @@ def test_a_folder_that_is_made_for_a_private_file_is_private(tmp_path: Path) -> 
     write_atomic(tmp_path / "b" / "open", b"x")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "b").stat().st_mode) & 0o755 == 0o755
+
+
+def test_a_reply_that_is_gone_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with own(tmp_path) as folder:
+        state = RecordDict()
+        folder.keep("run", state, "key", content())
+        assert folder.reply("another", state) is None
+        assert caplog.messages == []
+        (tmp_path / "spool" / "key.reply").unlink()
+        assert folder.reply("key", state) is None
+    (line,) = caplog.messages
+    assert "key.reply: this finished reply is gone" in line
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", ["loop", "pipe", "folder"])
+def test_what_lies_among_the_replies_stops_no_round(tmp_path: Path, what: str) -> None:
+    with own(tmp_path) as folder:
+        state = RecordDict()
+        folder.keep("run", state, "0", content())
+        odd = tmp_path / "spool" / "odd.reply"
+        {
+            "loop": lambda: odd.symlink_to(odd.name),
+            "pipe": lambda: os.mkfifo(odd),
+            "folder": odd.mkdir,
+        }[what]()
+        for number in range(1, 8):
+            folder.keep("run", state, str(number), content(number))
+        assert not os.path.lexists(odd)
+        assert folder.reply("7", state) == content(7)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from fedcore.errors import DataError
 from fedcore.observability.events import (
     Noted,
     RoundFinished,
@@ -13,7 +17,7 @@ from fedcore.observability.events import (
     StageFinished,
     StageStarted,
 )
-from fedcore.observability.jsonl import json_lines
+from fedcore.observability.jsonl import appending, json_lines
 
 # Runs where files may hold 1000 bytes: the closest a test comes to a disk that fills up.
 _FILLS_UP = """
@@ -68,3 +72,28 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     lines = path.read_text().splitlines(keepends=True)
     assert 5 < len(lines) < 100
     assert all(json.loads(line)["event"] == "noted" and line.endswith("\n") for line in lines)
+
+
+@pytest.mark.parametrize("harm", ["removed", "replaced", "loop"])
+def test_a_file_that_is_replaced_while_it_is_written_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    path = tmp_path / "lines"
+    with appending(path) as append:
+        append(b"one\n")
+        path.unlink()
+        if harm == "replaced":
+            path.write_bytes(b"another's")
+        elif harm == "loop":
+            path.symlink_to(path.name)
+        append(b"two\n")
+        append(b"three\n")
+    (line,) = caplog.messages
+    assert "was removed or replaced while it is written" in line
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_the_lines_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lines")
+    with pytest.raises(DataError), appending(tmp_path / "lines"):
+        pytest.fail("it was opened")

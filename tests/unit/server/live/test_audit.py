@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import threading
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from fedcore.errors import DataError, DiskFull
-from server.live.audit import Audit, check_audit
+from server.live.audit import AUDIT, MARK, Audit, check_audit
 
 
 def log(path: Path) -> Audit:
@@ -209,3 +210,18 @@ def test_a_full_disk_is_said_and_leaves_no_half_line(
     audit.record(by="x", action="stop", outcome="accepted")
     audit.close()
     assert check_audit(path) == 2
+
+
+@pytest.mark.timeout(60)
+def test_a_log_without_end_is_not_read_to_it(tmp_path: Path) -> None:
+    path = tmp_path / AUDIT
+    with closing(Audit(path)) as audit:
+        audit.record(by="anna", action="pause")
+    os.truncate(path, 1 << 40)  # takes no room
+    for read in (check_audit, Audit):
+        with pytest.raises(DataError, match="was cut or changed"):
+            read(path)
+    (tmp_path / MARK).unlink()
+    for read in (check_audit, Audit):
+        with pytest.raises(DataError, match="look who may write"):
+            read(path)

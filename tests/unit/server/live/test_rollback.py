@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedcore.config import RunConfig
@@ -119,3 +120,20 @@ def test_a_run_that_is_named_by_set_is_found(
     options = parser.parse_args([*words, "--identity", str(tmp_path / "identity")])
     assert rollback.run(options) == 0
     assert capsys.readouterr().out.startswith("trial: goes on after round 4")
+
+
+def test_what_was_damaged_and_mended_first_is_said(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    with closing(create(tmp_path / "probe", IDENTITY)) as probe:
+        probe.commit(progress(5, LARGE), None)
+    (newest,) = (
+        path.name for path in (tmp_path / "probe" / "values").iterdir() if is_of(path, 5.0)
+    )
+    (folder / "values" / newest).write_bytes(b"")
+    done = back(tmp_path, 4)
+    assert done.dropped == ()
+    assert "goes on after round 4" in done.mended
+
+
+def is_of(path: Path, value: float) -> bool:
+    return bool((np.frombuffer(path.read_bytes(), np.float32) == value).all())

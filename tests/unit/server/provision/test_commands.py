@@ -252,3 +252,14 @@ def test_no_server_is_certified_and_nothing_backed_up_where_it_cannot_be_put(
     with pytest.raises(ResourceError, match="this file cannot be made"):
         run("backup", "authority/server/b", "--passphrase-file", "p")
     nobody_certified(here, before)
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_server_whose_kit_is_gone_is_told_of(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    (here / "authority" / "server" / "kit.json").unlink()
+    assert run("list", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["server"] is None
+    assert "kit.json is not: put it back" in shown.err
