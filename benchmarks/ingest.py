@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import deployment_flower as flower
 from benchmarks.deployment import Found, machine, table
 from benchmarks.deployment_flower import Taken
-from benchmarks.deployment_project import Program, load, make_project, server
+from benchmarks.deployment_project import ROOT, Program, load, make_project, server
 from benchmarks.figures import at_least, at_most, row
 from benchmarks.measure import ProgramFailed
 from fedcore.crypto.kit import client_context, load_kit
@@ -40,7 +40,7 @@ PARAMETERS = 10_000_000
 UPDATE_BYTES = 4 * PARAMETERS
 SERVER, SENDERS = 0, 1
 """Cores."""
-OURS, STOCK, LIMIT = "fedcore", "flower", "limit"
+OURS, STOCK, EARLIER, LIMIT = "fedcore", "flower", "earlier", "limit"
 _LIMIT_S = 900.0
 
 
@@ -52,6 +52,8 @@ class Sizes:
     fleet: int
     repeats: int
     stock: bool
+    earlier: Path | None = None
+    """A checkout of an earlier version, with this benchmark's files, to be measured beside."""
 
 
 FULL = Sizes(cohorts=(8, 64), fleet=500, repeats=3, stock=True)
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fleet", type=int, help="devices with small updates; 0 for none")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--without-flower", action="store_true")
+    parser.add_argument("--earlier", type=Path, help="a checkout that is measured beside")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else FULL
@@ -74,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fleet=sizes.fleet if options.fleet is None else options.fleet,
         repeats=options.repeats or sizes.repeats,
         stock=sizes.stock and not options.without_flower,
+        earlier=options.earlier.resolve() if options.earlier else None,
     )
     scratch = (options.out / "ingest").resolve()
     shutil.rmtree(scratch, ignore_errors=True)
@@ -129,7 +133,10 @@ def measure(root: Path, sizes: Sizes, runs: Runs) -> None:
     runs.loads.append(os.getloadavg()[0])
     runs.limits.append(passes(root))
     for cohort in sizes.cohorts:
-        runs.add(OURS, cohort, ours(root / f"fedcore-{cohort}", cohort))
+        runs.add(OURS, cohort, ours(root / f"fedcore-{cohort}", cohort, ROOT))
+        if sizes.earlier is not None:
+            taken = ours(root / f"earlier-{cohort}", cohort, sizes.earlier)
+            runs.add(EARLIER, cohort, taken)
         if sizes.stock:
             taken = flower.ingest(
                 root / f"flower-{cohort}",
@@ -156,11 +163,12 @@ def summarise(runs: Runs, sizes: Sizes, found: Found) -> None:
         ):
             found.rows.append(row(system, workload, metric, unit, values))
     for cohort in sizes.cohorts:
-        mine, theirs = (runs.taken.get((system, cohort), []) for system in (OURS, STOCK))
-        pairs = zip(mine, theirs, strict=False)
-        if ratios := [their.seconds / our.seconds for our, their in pairs]:
-            name = f"Flower's time over ours for {cohort} updates"
-            found.checks.append(at_least(name, ratios, 4.0))
+        mine = runs.taken.get((OURS, cohort), [])
+        for system, called in ((STOCK, "Flower's"), (EARLIER, "the earlier")):
+            pairs = zip(mine, runs.taken.get((system, cohort), []), strict=False)
+            if ratios := [their.seconds / our.seconds for our, their in pairs]:
+                name = f"{called} time over ours for {cohort} updates"
+                found.checks.append(at_least(name, ratios, 4.0))
         if mine:
             risen = [(one.peak_bytes - one.idle_bytes) / MB for one in mine]
             name = f"memory above idle with {cohort} updates, MB"
@@ -176,12 +184,14 @@ def summarise(runs: Runs, sizes: Sizes, found: Found) -> None:
         found.rows.append(row(LIMIT, "one pass of each", "bytes_per_s", "bytes/s", best))
 
 
-def ours(root: Path, cohort: int) -> Taken:
-    """A round of ``cohort`` updates of 40 MB."""
+def ours(root: Path, cohort: int, source: Path) -> Taken:
+    """A round of ``cohort`` updates of 40 MB, by the fedcore of the checkout ``source``."""
     project = make_project(root, cohort, parameters=PARAMETERS)
     settings = {"rounds": 1, "cohort": cohort, "deadline_s": _LIMIT_S}
     with ExitStack() as stack:
-        program = stack.enter_context(server(project, "trial", core=SERVER, **settings))
+        program = stack.enter_context(
+            server(project, "trial", core=SERVER, source=source, **settings)
+        )
         program.wait_for("listening on")
         time.sleep(5.0)  # the model is loaded
         idle_bytes = peak_bytes = program.pss_bytes()
@@ -193,6 +203,7 @@ def ours(root: Path, cohort: int) -> Taken:
                 parameters=PARAMETERS,
                 together=True,
                 core=SENDERS,
+                source=source,
             )
         )
         ended_s, begun_cpu_s, cpu_s = 0.0, 0.0, 0.0
