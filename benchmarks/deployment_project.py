@@ -246,8 +246,21 @@ def running(
         program.end()
 
 
-def server(project: Project, name: str, *, core: int | None = None, **federation: object) -> Any:
-    """`fedcore server start` over ``project``, as a context of its `Program`."""
+ROOT = Path(__file__).parent.parent
+
+
+def server(
+    project: Project,
+    name: str,
+    *,
+    core: int | None = None,
+    source: Path = ROOT,
+    **federation: object,
+) -> Any:
+    """`fedcore server start` over ``project``, as a context of its `Program`.
+
+    ``source`` is the checkout that it is run from.
+    """
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in federation.items())
     config = project.root / f"{name}.toml"
     config.write_text(
@@ -259,7 +272,8 @@ def server(project: Project, name: str, *, core: int | None = None, **federation
         *("--identity", project.root / "server", "--listen", f"127.0.0.1:{project.port}"),
         *("--wake-port", "0", "--runs", project.root / "runs", "--json"),
     ]
-    return running(command, project.root, f"{name}-server", environment=ONE_THREAD, core=core)
+    environment = {**ONE_THREAD, "PYTHONPATH": str(source)}
+    return running(command, project.root, f"{name}-server", environment=environment, core=core)
 
 
 def device(project: Project, name: str) -> Any:
@@ -280,6 +294,7 @@ def load(
     parameters: int = SMALL_PARAMETERS,
     together: bool = False,
     core: int | None = None,
+    source: Path = ROOT,
 ) -> Any:
     """Protocol-level devices in one process: see `benchmarks.deployment_devices`."""
     command = [
@@ -287,8 +302,7 @@ def load(
         *("--first", str(first), "--count", str(count), "--parameters", str(parameters)),
         *(["--together"] if together else []),
     ]
-    root = str(Path(__file__).parent.parent)
-    environment = {**ONE_THREAD, "PYTHONPATH": root}
+    environment = {**ONE_THREAD, "PYTHONPATH": str(source)}
     return running(command, project.root, name, environment=environment, core=core)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import deployment_flower as flower
 from benchmarks.deployment import Found, machine, table
 from benchmarks.deployment_flower import Taken
-from benchmarks.deployment_project import Program, load, make_project, server
+from benchmarks.deployment_project import ROOT, Program, load, make_project, server
 from benchmarks.figures import at_least, at_most, row
 from benchmarks.measure import ProgramFailed
 from fedcore.crypto.kit import client_context, load_kit
@@ -40,7 +40,7 @@ PARAMETERS = 10_000_000
 UPDATE_BYTES = 4 * PARAMETERS
 SERVER, SENDERS = 0, 1
 """Cores."""
-OURS, STOCK, LIMIT = "fedcore", "flower", "limit"
+OURS, STOCK, EARLIER, LIMIT = "fedcore", "flower", "earlier", "limit"
 _LIMIT_S = 900.0
 
 
@@ -52,6 +52,8 @@ class Sizes:
     fleet: int
     repeats: int
     stock: bool
+    earlier: Path | None = None
+    """A checkout of an earlier version, with this benchmark's files, to be measured beside."""
 
 
 FULL = Sizes(cohorts=(8, 64), fleet=500, repeats=3, stock=True)
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fleet", type=int, help="devices with small updates; 0 for none")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--without-flower", action="store_true")
+    parser.add_argument("--earlier", type=Path, help="a checkout that is measured beside")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else FULL
@@ -74,28 +77,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fleet=sizes.fleet if options.fleet is None else options.fleet,
         repeats=options.repeats or sizes.repeats,
         stock=sizes.stock and not options.without_flower,
+        earlier=options.earlier.resolve() if options.earlier else None,
     )
     scratch = (options.out / "ingest").resolve()
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    found, runs = Found(), Runs()
-    described = machine()
-    try:
-        for repeat in range(sizes.repeats):
+    runs, described = Runs(), machine()
+    for repeat in range(sizes.repeats):
+        found = Found()
+        try:
             measure(scratch / str(repeat), sizes, runs)
-            shutil.rmtree(scratch / str(repeat))
-    except ProgramFailed as error:
-        found.failures.append(str(error))
-    summarise(runs, sizes, found)
-    write_json(
-        options.out / "ingest.json",
-        {
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": described,
-            "loads": runs.loads,
-            **asdict(found),
-        },
-    )
+        except ProgramFailed as error:
+            found.failures.append(str(error))
+        shutil.rmtree(scratch / str(repeat), ignore_errors=True)
+        summarise(runs, sizes, found)
+        told = {"machine": described, "loads": runs.loads, **asdict(found)}
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(options.out / "ingest.json", {"ended": ended, **told})
+        if found.failures:
+            break
     print(table(found), flush=True)
     return 0 if not found.failures and all(one.holds for one in found.checks) else 1
 
@@ -105,7 +105,8 @@ class Runs:
     """What was measured so far, by system and cohort."""
 
     taken: dict[tuple[str, int], list[Taken]] = field(default_factory=dict)
-    fleet_s: list[float] = field(default_factory=list)
+    fleets: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Seconds of a round of the fleet, and of the server's CPU until it was over, by system."""
     limits: list[dict[str, float]] = field(default_factory=list)
     """Milliseconds of each pass over 40 MB, by what it does."""
     loads: list[float] = field(default_factory=list)
@@ -129,7 +130,10 @@ def measure(root: Path, sizes: Sizes, runs: Runs) -> None:
     runs.loads.append(os.getloadavg()[0])
     runs.limits.append(passes(root))
     for cohort in sizes.cohorts:
-        runs.add(OURS, cohort, ours(root / f"fedcore-{cohort}", cohort))
+        runs.add(OURS, cohort, ours(root / f"fedcore-{cohort}", cohort, ROOT))
+        if sizes.earlier is not None:
+            taken = ours(root / f"earlier-{cohort}", cohort, sizes.earlier)
+            runs.add(EARLIER, cohort, taken)
         if sizes.stock:
             taken = flower.ingest(
                 root / f"flower-{cohort}",
@@ -139,9 +143,12 @@ def measure(root: Path, sizes: Sizes, runs: Runs) -> None:
                 senders=SENDERS,
             )
             runs.add(STOCK, cohort, taken)
-    if sizes.fleet:
-        runs.fleet_s.append(small(root / "fleet", sizes.fleet))
-        print(f"{OURS} {sizes.fleet} small: {runs.fleet_s[-1]:.2f} s", flush=True)
+    sources = {OURS: ROOT, EARLIER: sizes.earlier}
+    for system, source in sources.items():
+        if sizes.fleet and source is not None:
+            found = small(root / f"fleet-{system}", sizes.fleet, source)
+            runs.fleets.setdefault(system, []).append(found)
+            print(f"{system} {sizes.fleet} small: {found[0]:.2f} s, {found[1]:.2f} s of CPU")
 
 
 def summarise(runs: Runs, sizes: Sizes, found: Found) -> None:
@@ -156,19 +163,23 @@ def summarise(runs: Runs, sizes: Sizes, found: Found) -> None:
         ):
             found.rows.append(row(system, workload, metric, unit, values))
     for cohort in sizes.cohorts:
-        mine, theirs = (runs.taken.get((system, cohort), []) for system in (OURS, STOCK))
-        pairs = zip(mine, theirs, strict=False)
-        if ratios := [their.seconds / our.seconds for our, their in pairs]:
-            name = f"Flower's time over ours for {cohort} updates"
-            found.checks.append(at_least(name, ratios, 4.0))
+        mine = runs.taken.get((OURS, cohort), [])
+        for system, called in ((STOCK, "Flower's"), (EARLIER, "the earlier")):
+            pairs = zip(mine, runs.taken.get((system, cohort), []), strict=False)
+            if ratios := [their.seconds / our.seconds for our, their in pairs]:
+                name = f"{called} time over ours for {cohort} updates"
+                found.checks.append(at_least(name, ratios, 4.0))
         if mine:
             risen = [(one.peak_bytes - one.idle_bytes) / MB for one in mine]
             name = f"memory above idle with {cohort} updates, MB"
             found.checks.append(at_most(name, risen, 200.0))
-    if runs.fleet_s:
-        workload = f"{sizes.fleet} devices"
-        found.rows.append(row(OURS, workload, "seconds", "s", runs.fleet_s))
-        found.checks.append(at_most(f"a round of {workload}, s", runs.fleet_s, 2.5))
+    workload = f"{sizes.fleet} devices"
+    for system, fleets in runs.fleets.items():
+        seconds = [one for one, _ in fleets]
+        found.rows.append(row(system, workload, "seconds", "s", seconds))
+        found.rows.append(row(system, workload, "cpu_s", "s", [cpu_s for _, cpu_s in fleets]))
+        if system == OURS:
+            found.checks.append(at_most(f"a round of {workload}, s", seconds, 2.5))
     for name in runs.limits[0] if runs.limits else ():
         found.rows.append(row(LIMIT, "40 MB", name, "ms", [one[name] for one in runs.limits]))
     if runs.limits:
@@ -176,12 +187,14 @@ def summarise(runs: Runs, sizes: Sizes, found: Found) -> None:
         found.rows.append(row(LIMIT, "one pass of each", "bytes_per_s", "bytes/s", best))
 
 
-def ours(root: Path, cohort: int) -> Taken:
-    """A round of ``cohort`` updates of 40 MB."""
+def ours(root: Path, cohort: int, source: Path) -> Taken:
+    """A round of ``cohort`` updates of 40 MB, by the fedcore of the checkout ``source``."""
     project = make_project(root, cohort, parameters=PARAMETERS)
     settings = {"rounds": 1, "cohort": cohort, "deadline_s": _LIMIT_S}
     with ExitStack() as stack:
-        program = stack.enter_context(server(project, "trial", core=SERVER, **settings))
+        program = stack.enter_context(
+            server(project, "trial", core=SERVER, source=source, **settings)
+        )
         program.wait_for("listening on")
         time.sleep(5.0)  # the model is loaded
         idle_bytes = peak_bytes = program.pss_bytes()
@@ -193,6 +206,7 @@ def ours(root: Path, cohort: int) -> Taken:
                 parameters=PARAMETERS,
                 together=True,
                 core=SENDERS,
+                source=source,
             )
         )
         ended_s, begun_cpu_s, cpu_s = 0.0, 0.0, 0.0
@@ -211,21 +225,32 @@ def ours(root: Path, cohort: int) -> Taken:
         return Taken(ended_s - begun[0], cpu_s, idle_bytes, peak_bytes)
 
 
-def small(root: Path, count: int) -> float:
-    """Seconds of a round of many devices with small updates, as the server tells them."""
+def small(root: Path, count: int, source: Path) -> tuple[float, float]:
+    """Seconds of a round of many devices with small updates, as the server tells them.
+
+    And the CPU time that the server took for it: from when the last device was there.
+    """
     project = make_project(root, count)
     settings = {"rounds": 1, "cohort": count, "deadline_s": _LIMIT_S}
     with ExitStack() as stack:
-        program = stack.enter_context(server(project, "trial", core=SERVER, **settings))
+        program = stack.enter_context(
+            server(project, "trial", core=SERVER, source=source, **settings)
+        )
         program.wait_for("listening on")
-        senders = stack.enter_context(load(project, "senders", count=count, core=SENDERS))
+        senders = stack.enter_context(
+            load(project, "senders", count=count, core=SENDERS, source=source)
+        )
+        begun_s = 0.0
         while not program.events("round_finished"):
+            if not begun_s and any(one["devices"] == count for one in senders.events("there")):
+                begun_s = program.family_cpu_s()
             _still_running(program, senders)
-            time.sleep(0.05)
+            time.sleep(0.02)
+        cpu_s = program.family_cpu_s() - begun_s
         (event,) = program.events("round_finished")
     if event["updates"] != count:
         raise ProgramFailed(f"{event['updates']} of {count} devices completed the round: {event}")
-    return float(event["seconds"])
+    return float(event["seconds"]), cpu_s
 
 
 def _still_running(program: Program, senders: Program) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fedcore.updates.cuts import cut_digests, digest_of_cuts
 from fedcore.updates.pieces import PIECE_BYTES
 
 _NEW = ".new"
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}
 _CUTS = "cuts-"
 """How the name of a value begins that is named by the digest over those of its cuts."""
 Pieces = Callable[[], Iterable[bytes | memoryview]]
@@ -63,13 +66,14 @@ class Blobs:
         return digest
 
     def adopt(self, path: Path, cuts: Sequence[str], size_bytes: int) -> str:
-        """Takes the file at ``path`` in as a value, and returns its name; nothing is copied.
+        """Takes the file at ``path`` in as a value, and returns its name.
 
-        It survives a power cut from then on, whatever becomes of ``path``; nobody may write into
+        Nothing is copied, unless the file system has no links or ``path`` is on another one. It
+        survives a power cut from then on, whatever becomes of ``path``; nobody may write into
         the file any more.
 
         Args:
-            path: The file, in a folder of the same file system.
+            path: The file.
             cuts: Digests of its cuts, which its bytes were seen to have.
             size_bytes: Of the file.
 
@@ -79,15 +83,19 @@ class Blobs:
         name = _CUTS + digest_of_cuts(cuts, size_bytes)
         own = self._folder / name
         with disk_errors(own):
-            _sync(path)
+            temporary = own.with_suffix(_NEW)
             try:
-                os.link(path, own)
-            except FileExistsError:
-                temporary = own.with_suffix(_NEW)  # the older one may be damaged; this is not
                 temporary.unlink(missing_ok=True)
-                os.link(path, temporary)
-                temporary.replace(own)
-                temporary.unlink(missing_ok=True)  # where both were the same file already
+                try:
+                    os.link(path, temporary)
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    shutil.copyfile(path, temporary)
+                _sync(temporary)
+                temporary.replace(own)  # an older one may be damaged; this is not
+            finally:
+                temporary.unlink(missing_ok=True)  # it stays where both were one file already
         sync_folder(self._folder)
         return name
 

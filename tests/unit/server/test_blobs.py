@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedcore.errors import DataError
+from fedcore.errors import DataError, DiskFull
 from fedcore.updates.cuts import cuts_of
 from fedcore.updates.pieces import Joined, JoinedArray
 from server.blobs import Blobs
@@ -62,3 +64,29 @@ def test_a_byte_that_was_changed_shows(blobs: Blobs, tmp_path: Path) -> None:
     blobs.path(name).unlink()
     with pytest.raises(DataError, match="cannot be read"):
         blobs.checked(name)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+def test_where_there_are_no_links_it_is_copied(
+    blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*names: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    array = joined(tmp_path, np.arange(100_000, dtype=np.float32))
+    name, _ = Packing(blobs).add_array(array)
+    assert blobs.checked(name).read_bytes() == array.data
+    assert [path.name for path in (tmp_path / "values").iterdir()] == [name]
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(
+    blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull):
+        Packing(blobs).add_array(joined(tmp_path, np.arange(100_000, dtype=np.float32)))
+    assert list((tmp_path / "values").iterdir()) == []
