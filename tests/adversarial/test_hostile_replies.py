@@ -31,11 +31,12 @@ from fedcore.updates.pack import Layout
 from fedcore.updates.replies import Asked, Reply, check_legible, read_reply
 from fedcore.updates.seal import content_digest
 from server.expected import asked_for_sums, asked_to_evaluate, asked_to_train
-from server.inbound import Intake, Tally, accepted, fold, hold
+from server.inbound import Intake, Tally, accepted
 from server.journal import create
 from server.live.journal_keeper import JournalKeeper
 from server.norms import NormBound
 from server.progress import Forgetful
+from server.taken import fold, hold
 
 REPLIES = int(os.environ.get("FEDCORE_HOSTILE_REPLIES", "10000"))
 """How many replies are drawn; a million takes an hour or so."""

@@ -90,10 +90,7 @@ PRIVATE = {
             *("iterate_object_tree", "no_object_id_recompute"),
         )
     ),
-    *(
-        f"flwr.supercore.inflatable.inflatable_utils.{name}"
-        for name in ("inflatable_class_registry",)
-    ),
+    "flwr.supercore.inflatable.inflatable_utils.inflatable_class_registry",
     "flwr.supercore.object_store.in_memory_object_store.InMemoryObjectStore",
     "flwr.supercore.protobuf.client.ProtobufCall",
     "flwr.supercore.protobuf.client.ProtobufClientInterceptor",

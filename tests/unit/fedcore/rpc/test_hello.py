@@ -8,6 +8,7 @@ import pytest
 
 from fedcore.errors import DataError, DeviceError
 from fedcore.rpc.hello import (
+    PROTOCOL,
     Hello,
     again_in,
     again_s_of,
@@ -33,7 +34,7 @@ def test_a_later_patch_is_let_in() -> None:
 @pytest.mark.parametrize(
     ("theirs", "told"),
     [
-        (Hello("digits", "a" * 64, protocol=2, app="1.4.2"), "install fedcore==1.4.2"),
+        (Hello("digits", "a" * 64, protocol=PROTOCOL + 1, app="1.4.2"), "install fedcore==1.4.2"),
         (Hello("digits", "a" * 64, app="1.5.0"), "install fedcore==1.4.2"),
         (Hello("digits", "b" * 64, app="1.4.2"), "put the server's task file"),
         (Hello("letters", "a" * 64, app="1.4.2"), "put the server's task file"),
