@@ -14,25 +14,37 @@ import pytest
 from flwr.app import Message
 
 from fedcore.errors import DiskFull
-from server.live import gate
+from fedcore.flower import fleet_arrivals
+from fedcore.updates import pieces
 from tests.e2e.live.hostile.test_demanding import content_of
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(pieces.tempfile, "mkstemp"), (fleet_arrivals.os, "pwrite")],
+    ids=["no inodes", "no room"],
+)
 @pytest.mark.parametrize("lasts", [True, False], ids=["to the deadline", "for a while"])
 def test_a_round_waits_for_room_and_names_what_was_lacking(
-    project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch, lasts: bool
+    project: Any,
+    serve: Any,
+    start: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    lasts: bool,
+    module: Any,
+    name: str,
 ) -> None:
     project.task.write_text(project.task.read_text().replace("WEIGHTS = 0", "WEIGHTS = 100_000"))
     full = threading.Event()
     full.set()
-    usual = gate.tempfile.TemporaryFile
+    usual = getattr(module, name)
 
     def spooled(*arguments: Any, **named: Any) -> Any:
-        if full.is_set():
+        if full.is_set() and (name == "pwrite" or named.get("prefix") == "joined-"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return usual(*arguments, **named)
 
-    monkeypatch.setattr(gate.tempfile, "TemporaryFile", spooled)
+    monkeypatch.setattr(module, name, spooled)
     with serve() as served:
         start()
         while not list(served.listening.presence.nodes()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from flwr.app import Error, Message, RecordDict
 from fedcore.config import RunConfig
 from fedcore.errors import ResourceError
 from fedcore.flower.identity import assume_identity
+from fedcore.updates.cuts import cuts_of
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
-from fedcore.updates.pieces import FileArray
+from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 from server.expected import asked_to_train
 from server.inbound import Intake, Tally, accepted
 from server.journal import create, reopen
@@ -173,3 +175,28 @@ def test_updates_that_wait_in_the_journal_take_no_descriptors(tmp_path: Path) ->
     assert (
         np.abs(mean.mean() - np.mean([weights(node) for node in range(4, 9)], axis=0)).max() < 1e-6
     )
+
+
+def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path: Path) -> None:
+    """A server that was killed empties that folder when it starts again."""
+    spool = tmp_path / "incoming"
+    spool.mkdir()
+    message = reply(4)
+    array = message.content[ARRAYS][MODEL]  # type: ignore[index]
+    joined, cuts = Joined(spool), cuts_of(array)
+    joined.path.write_bytes(array.data)
+    message.content[ARRAYS][MODEL] = JoinedArray(  # type: ignore[index]
+        array.dtype, array.shape, array.stype, joined, cuts
+    )
+    journal = create(tmp_path / "journal", {})
+    journal.ask("train", NODES, [1] * len(NODES))
+    kept = journal.accept(message)
+    shutil.rmtree(spool)
+    again = reopen(tmp_path / "journal")  # as another process finds it
+    assert again is not None
+    with closing(again), closing(journal):
+        found = again.reply(asked(4))
+        assert found is not None
+        for each in (kept, found):
+            array = each.content[ARRAYS][MODEL]  # type: ignore[index]
+            assert array.numpy().tobytes() == weights(4).tobytes()
