@@ -81,7 +81,8 @@ def junk(rng: Random, words: Sequence[str] = ()) -> Any:
     if kind == 4 and words:
         return rng.choice(words)
     if kind == 5:
-        return rng.choice((None, True, False, [], Pairs(), [[]], [None] * 300, [0] * 5000))
+        odd = (None, True, False, [], Pairs(), [[]], [None] * 300, [0] * 5000)
+        return rng.choice(odd)
     if kind == 6:
         return Raw(rng.choice(_WRITTEN))
     return Pairs([(rng.choice((*TEXTS[:12], *words)), rng.choice(NUMBERS))])
@@ -168,9 +169,16 @@ def _repeat(rng: Random, held: list[Any], place: int, words: Sequence[str]) -> N
     count = min(count, _MOST_BYTES // (10 + len(_written(_value(held, place)))))
     if isinstance(held, Pairs):
         name, value = held[place]
-        held += [(f"{name}{number}", value) for number in range(count)]
+        held += [(f"{name}{number}", copied(value)) for number in range(count)]
     else:
-        held += [held[place]] * count
+        held += [copied(held[place]) for _ in range(count)]
+
+
+def copied(tree: Any) -> Any:
+    """A tree of its own: what is changed in one part of it is changed nowhere else."""
+    if isinstance(tree, Pairs):
+        return Pairs([(name, copied(value)) for name, value in tree])
+    return [*map(copied, tree)] if isinstance(tree, list) else tree
 
 
 def damaged(rng: Random, raw: bytes) -> bytes:

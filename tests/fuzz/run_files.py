@@ -11,7 +11,7 @@ from typing import Any
 from fedcore.config import RunConfig
 from fedcore.owner import load_owner
 from fedcore.settings import load_run
-from tests.fuzz.mutate import Pairs, Raw, damage, damaged, packed, unpacked
+from tests.fuzz.mutate import Pairs, Raw, copied, damage, damaged, packed, unpacked
 
 _WORDS = (
     *("example", "client", "both", "none", "FedAvg", "FedAdam", "auto", "federated", "adaptive"),
@@ -86,7 +86,7 @@ def _files() -> tuple[Any, ...]:
 def make(rng: Random) -> bytes:
     """A file of either kind, with overrides where it is a run's."""
     which = rng.choice((0, 0, 0, 1, 2))
-    tree = _copy(_files()[which])
+    tree = copied(_files()[which])
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         tree = damage(rng, tree, _WORDS)
     raw = toml(tree).encode(errors="surrogatepass")
@@ -94,12 +94,6 @@ def make(rng: Random) -> bytes:
         raw = damaged(rng, raw)
     overrides = rng.sample(_OVERRIDES, rng.choice((0, 0, 0, 1, 2)))
     return packed([b"o" if which == 1 else b"r", raw, *(one.encode() for one in overrides)])
-
-
-def _copy(tree: Any) -> Any:
-    if isinstance(tree, Pairs):
-        return Pairs([(name, _copy(value)) for name, value in tree])
-    return [*map(_copy, tree)] if isinstance(tree, list) else tree
 
 
 def toml(tree: Any) -> str:
