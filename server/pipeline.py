@@ -33,7 +33,7 @@ from fedcore.observability.events import (
     StageFinished,
     StageStarted,
 )
-from fedcore.observability.words import counted
+from fedcore.observability.words import counted, figure
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.task import Examples, Task, size_of
 from fedcore.training.device import available
@@ -50,6 +50,7 @@ from server.folder import config_json
 from server.preflight import Prepared
 from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
 from server.release import Draft, publish
+from server.report.summary import MODELS
 from server.simulation.clients import client_records
 
 Scores = dict[str, dict[str, float]]
@@ -207,8 +208,11 @@ def after_rounds(
     for text in compressed.notes:
         story.note(text)
 
-    with story.stage("test"):
+    with story.stage("test") as said:
         scores = _final_scores(task, test, outcome, tuned, compressed, run.serving.threads)
+        of_models = scores[task.primary.name].items()
+        figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
+        said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")
 
     tested = _tested(task, scores, size_of(test))
     withheld = _withheld(run, task.primary, tested)
