@@ -116,6 +116,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _as_ours(path, error) from error
+    except UnicodeDecodeError as error:  # what it says quotes a name in the file, which is no text
+        raise DataError(f"{path}: the journal is damaged (names in it are no text).") from error
 
 
 def _as_ours(path: Path, error: sqlite3.Error) -> FedcoreError:
