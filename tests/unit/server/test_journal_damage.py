@@ -375,3 +375,18 @@ def test_a_name_in_a_damaged_journal_that_is_no_text_is_damage_like_any_other(
     with opened(tmp_path) as journal:
         assert "names in it are no text" in journal.mended
         assert journal.round == 2
+
+
+@pytest.mark.parametrize(
+    "change", ["data = 7", "data = 'text'", "sha256 = x'00'", "round = 1.5", "kind = x'6b'"]
+)
+def test_a_value_that_is_of_another_type_is_damage_like_any_other(
+    tmp_path: Path, change: str
+) -> None:
+    two_rounds(tmp_path)
+    with closing(sqlite3.connect(tmp_path / JOURNAL)) as database:
+        database.execute(f"update entry set {change} where kind = 'reply/train'")
+        database.commit()
+    with opened(tmp_path) as journal:
+        assert "an entry is of other types" in journal.mended
+        assert journal.round == 2
