@@ -22,6 +22,7 @@ create table if not exists entry (
     primary key (kind, round, node)
 ) without rowid
 """
+_TYPES = (str, int, int, str, bytes, str)
 _FIELDS = "kind, round, node, doc, data, sha256"
 
 
@@ -116,6 +117,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _as_ours(path, error) from error
+    except UnicodeDecodeError as error:  # what it says quotes a name in the file, which is no text
+        raise DataError(f"{path}: the journal is damaged (names in it are no text).") from error
 
 
 def _as_ours(path: Path, error: sqlite3.Error) -> FedcoreError:
@@ -213,7 +216,7 @@ class Entries:
                 f"select {_FIELDS} from entry where kind = ? order by round, node",  # noqa: S608
                 (kind,),
             ).fetchall()
-        return [Entry(*row) for row in rows]
+        return [self._entry(row) for row in rows]
 
     def one(self, kind: str, number: int, node: int) -> Entry | None:
         """The entry of that name."""
@@ -222,10 +225,16 @@ class Entries:
                 f"select {_FIELDS} from entry where kind = ? and round = ? and node = ?",  # noqa: S608
                 (kind, number, node),
             ).fetchone()
-        return Entry(*row) if row else None
+        return self._entry(row) if row else None
 
     def damaged(self) -> list[Entry]:
         """Entries that are not what was written."""
         with sqlite_errors(self.path):
-            rows = self._connection.execute(f"select {_FIELDS} from entry")  # noqa: S608
-            return [entry for entry in (Entry(*row) for row in rows) if not entry.is_intact]
+            rows = self._connection.execute(f"select {_FIELDS} from entry").fetchall()  # noqa: S608
+        return [entry for entry in map(self._entry, rows) if not entry.is_intact]
+
+    def _entry(self, row: tuple[Any, ...]) -> Entry:
+        """An entry of the file, where any value may be of any type: one bit of damage decides."""
+        if tuple(map(type, row)) != _TYPES:
+            raise DataError(f"{self.path}: the journal is damaged (an entry is of other types).")
+        return Entry(*row)

@@ -179,7 +179,7 @@ def _copy(database: Path, copy: Path) -> None:
             closing(sqlite3.connect(copy)) as here,
         ):
             there.backup(here)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # what it says may quote what is no text
         raise DataError(
             f"{database}: this database cannot be copied ({error}). No backup was made; see that "
             "the disk is sound."

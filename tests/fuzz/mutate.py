@@ -166,7 +166,9 @@ def _swap(rng: Random, held: list[Any], place: int, words: Sequence[str]) -> Non
 def _repeat(rng: Random, held: list[Any], place: int, words: Sequence[str]) -> None:
     """Far more of one thing than there should be, each under a name of its own."""
     count = rng.choice((2, 30, 300, 3000))
-    count = min(count, _MOST_BYTES // (10 + len(_written(_value(held, place)))))
+    name_size = len(held[place][0]) if isinstance(held, Pairs) else 0
+    size = 10 + name_size + len(_written(_value(held, place)))
+    count = min(count, _MOST_BYTES // size)
     if isinstance(held, Pairs):
         name, value = held[place]
         held += [(f"{name}{number}", copied(value)) for number in range(count)]

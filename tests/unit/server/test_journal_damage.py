@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -360,3 +361,32 @@ def test_a_number_that_is_none_makes_no_line_of_the_copy_readable(tmp_path: Path
     with opened(tmp_path) as journal:
         assert journal.start is not None
         assert len(journal.start.records) == 2
+
+
+def test_a_name_in_a_damaged_journal_that_is_no_text_is_damage_like_any_other(
+    tmp_path: Path,
+) -> None:
+    two_rounds(tmp_path)
+    with closing(sqlite3.connect(tmp_path / JOURNAL)) as database:
+        database.execute("pragma journal_mode = delete")  # all of it in one file
+    raw = (tmp_path / JOURNAL).read_bytes()
+    assert b"tableentry" in raw
+    (tmp_path / JOURNAL).write_bytes(raw.replace(b"tableentry", b"tableent\xc5y"))
+    with opened(tmp_path) as journal:
+        assert "names in it are no text" in journal.mended
+        assert journal.round == 2
+
+
+@pytest.mark.parametrize(
+    "change", ["data = 7", "data = 'text'", "sha256 = x'00'", "round = 1.5", "kind = x'6b'"]
+)
+def test_a_value_that_is_of_another_type_is_damage_like_any_other(
+    tmp_path: Path, change: str
+) -> None:
+    two_rounds(tmp_path)
+    with closing(sqlite3.connect(tmp_path / JOURNAL)) as database:
+        database.execute(f"update entry set {change} where kind = 'reply/train'")
+        database.commit()
+    with opened(tmp_path) as journal:
+        assert "an entry is of other types" in journal.mended
+        assert journal.round == 2
