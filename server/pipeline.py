@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from fedcore.observability.events import (
     StageFinished,
     StageStarted,
 )
-from fedcore.observability.words import counted, figure
+from fedcore.observability.words import figure
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.task import Examples, Task, size_of
 from fedcore.training.device import available
@@ -45,6 +44,7 @@ from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
 from server.federated_part import federated_part
+from server.final_test import Scores, drop_note, reason_to_withhold, statement_of
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
 from server.preflight import Prepared
@@ -52,8 +52,6 @@ from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, ep
 from server.release import Draft, publish
 from server.report.summary import MODELS
 from server.simulation.clients import client_records
-
-Scores = dict[str, dict[str, float]]
 
 
 @dataclass
@@ -107,7 +105,6 @@ class Steps:
 
 
 AT_ONCE = Steps()
-_ROUNDING = 1e-9  # of a difference in floating point
 
 
 def run_pipeline(
@@ -214,9 +211,9 @@ def after_rounds(
         figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
         said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")
 
-    tested = _tested(task, scores, size_of(test))
-    withheld = _withheld(run, task.primary, tested)
-    for text in (_drop_note(task.primary, tested), withheld):
+    tested = statement_of(task, scores, size_of(test))
+    withheld = reason_to_withhold(run, task.primary, tested)
+    for text in (drop_note(task.primary, tested), withheld):
         if text:
             story.note(text)
 
@@ -293,52 +290,6 @@ def _final_scores(
     for metric in task.metrics:
         scores[metric.name]["released"] = metric.compute(torch.from_numpy(outputs), targets)
     return scores
-
-
-def _tested(task: Task, scores: Scores, examples: int) -> TestStatement:
-    found = {name: scores[task.primary.name][name] for name in ("federated", "released")}
-    finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return TestStatement(metric=task.primary.name, examples=examples, **finite)
-
-
-def _drop(primary: Metric, tested: TestStatement) -> float:
-    """How much worse the released model is than that of the rounds; infinite if it is no number."""
-    if tested.federated is None:
-        return -math.inf
-    if tested.released is None:
-        return math.inf
-    return primary.worsening(tested.federated, tested.released)
-
-
-def _drop_note(primary: Metric, tested: TestStatement) -> str:
-    if _drop(primary, tested) <= 0:
-        return ""
-    return (
-        f"On the final test split the released model is worse than that of the rounds: "
-        f"{primary.name} {_figure(tested.federated)} before, {_figure(tested.released)} after, "
-        f"over {counted(tested.examples, 'example')}."
-    )
-
-
-def _withheld(run: RunConfig, primary: Metric, tested: TestStatement) -> str:
-    """Why the model is not published, though a repository is named; empty where it may be."""
-    limit = max(run.release.max_test_drop, 1 / tested.examples) + _ROUNDING
-    drop = _drop(primary, tested)
-    if run.release.repository is None or drop <= limit:
-        return ""
-    return (
-        f"release: on the final test split {primary.name} is {_figure(tested.federated)} with the "
-        f"model of the rounds and {_figure(tested.released)} with the one to release: {drop:.3g} "
-        f"worse, and release.max_test_drop = {run.release.max_test_drop:g} is allowed. Nothing was "
-        "published, and what was published before stands; the cloud's data, which the gate and "
-        "the choice of a candidate ask, may not look like the devices'. Leave out fine-tuning "
-        "(finetune.epochs = 0) or pruned candidates, hold out data in the cloud that look like the "
-        "devices', or allow more."
-    )
-
-
-def _figure(value: float | None) -> str:
-    return "no number" if value is None else f"{value:.4g}"
 
 
 def _draft(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -52,6 +53,8 @@ STREAM_S, STREAM_BURST = 2.0, 20
 """How often a stream is tried in the long run, and how often at once, whatever the server does."""
 STREAM_BYTES = 8192
 """What a stream's opening counts, with the handshake and the certificates before it."""
+EARLY_S = 300.0
+"""How long the stream may last that a process opens before it has loaded what it works with."""
 _STEADY_S = 10.0
 """A stream that ends sooner did not last: the next one is tried later each time."""
 
@@ -133,7 +136,7 @@ def watch(
             failures = 0 if lasted else failures + 1
             pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
             next_try = time.monotonic() + pause_s
-        soon_s = max(next_try - time.monotonic(), 0.05)
+        soon_s = max(next_try - time.monotonic(), 0.05) if link.wake_port else math.inf
         pause_s = min(signals.pause_s(), soon_s)
         _ask(link, signals, pause_s + (_CONNECT_S if link.wake_port and pause_s == soon_s else 0.0))
         signals.anew.wait(pause_s)
@@ -142,12 +145,19 @@ def watch(
 def hold_stream(link: FleetLink, instance: str) -> None:
     """Keeps a stream open, in a thread of its own, until this process opens its next one.
 
+    It is over after `EARLY_S` at the latest.
+
     So a server sees at once when a process dies that has not got as far as `watch`.
     """
+    signals = Signals()
+    # A server that does not end it when the next one opens could send on it for ever.
+    ending = threading.Timer(EARLY_S, signals.stop.set)
+    ending.daemon = True
+    ending.start()
 
     def hold() -> None:
         with _channel(link.kit, link.address(0), link.wake_port) as channel:
-            _listen(channel, instance, Signals(), Ceiling(CALL_S, CALL_BURST), None)
+            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST), None)
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 

@@ -9,7 +9,12 @@ FloatArray = NDArray[np.float32]
 
 
 def max_abs_error(reference: FloatArray, candidate: FloatArray) -> float:
-    """The largest absolute difference between two arrays of one shape; ``inf`` for a NaN."""
+    """The largest absolute difference between two arrays of one shape.
+
+    It is infinite for a NaN, and where there is nothing to compare.
+    """
+    if not reference.size:
+        return float("inf")
     difference = float(np.max(np.abs(reference.astype(np.float64) - candidate)))
     return difference if np.isfinite(difference) else float("inf")
 

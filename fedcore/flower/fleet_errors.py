@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import ssl
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,7 @@ def _detail(response: httpx.Response) -> str:
 
 def _retry_after_s(response: httpx.Response) -> float:
     try:
-        return min(max(float(response.headers.get("retry-after", "1")), 0.05), 60.0)
+        seconds = float(response.headers.get("retry-after", "1"))
     except ValueError:
         return 1.0
+    return min(max(seconds, 0.05), 60.0) if math.isfinite(seconds) else 1.0

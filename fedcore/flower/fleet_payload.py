@@ -25,6 +25,10 @@ from fedcore.files import disk_errors
 from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
 from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 
+MAX_PLAIN_BYTES = 16 << 20
+"""Most bytes of an object that holds no array's numbers: parsed, it takes up to 65 times as much.
+The largest of them holds mean and deviation of each number of an input."""
+_MOST_DIMENSIONS = 64
 MAX_OBJECTS = 4096
 """Most objects of a reply: 20 GiB of arrays."""
 _CHUNK = "ArrayChunk"
@@ -52,6 +56,10 @@ def read_message(
     return message.content, None
 
 
+def _is_length(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 class ObjectReader:
     """Reads objects of one message, each once but for chunks; arrays stay in memory."""
 
@@ -77,6 +85,8 @@ class ObjectReader:
             return found
         content = self._content(object_id)
         kind, children, _ = get_object_head_values_from_object_content(content)
+        if len(content) > MAX_PLAIN_BYTES:
+            raise ValueError(f"a {kind} of {len(content):,} bytes")
         if kind == Array.__qualname__:
             self._read[object_id] = self._array(content, children)
         elif kind == ArrayRecord.__qualname__:
@@ -99,6 +109,10 @@ class ObjectReader:
 
     def _array(self, content: bytes, children: list[str]) -> Array:
         described = json.loads(bytes(_body(content)))
+        shape = described["shape"]
+        # Before anybody multiplies them: numbers of thousands of digits take minutes.
+        if len(shape) > _MOST_DIMENSIONS or not all(_is_length(one) for one in shape):
+            raise ValueError(f"an array of {len(shape)} dimensions, or of an impossible length")
         # It refuses what is no description of an array.
         form = Array(described["dtype"], tuple(described["shape"]), described["stype"], b"")
         self._declared(form.dtype, form.shape)

@@ -44,7 +44,7 @@ def test_all_is_well_on_both_sides(project: Any, launch_server: Any) -> None:
     assert "a server is running: trial" in found["ports"].detail
     assert found["roster"].verdict == "warn"
     assert "edge-0" in found["roster"].detail
-    assert found["audit"].detail.startswith("1 lines")
+    assert found["audit"].detail.startswith("1 line,")
     assert {found[name].verdict for name in ("clock", "ports", "audit", "disk")} == {"ok"}
 
 

@@ -107,15 +107,22 @@ def private(project: Any) -> Any:
     ],
 )
 def test_a_device_whose_ledger_cannot_be_read_says_so_and_is_there_for_the_next_round(
-    project: Any, serve: Any, start: Any, damage: Callable[[Path], object], told: str
+    project: Any,
+    serve: Any,
+    start: Any,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], object],
+    told: str,
 ) -> None:
     run, mark = private(project), project.root / "edge-0" / MARK
     with serve(run) as served:
         device = start("edge-0")
         damage(mark)
         wait_for(lambda: all_awake(served, 1), 15)
-        with pytest.raises(FedcoreError, match=told):
+        with pytest.raises(FedcoreError, match="PrivacyError; its log says more") as said:
             federate(project, served, run)
+        assert told not in str(said.value)
+        assert told in caplog.text
         mark.rmdir() if mark.is_dir() else mark.unlink()
         assert [record.updates for record in federate(project, served, run)] == [1]
         assert not device.errors

@@ -24,7 +24,8 @@ def test_whoever_is_killed_the_run_ends_as_if_nobody_was(
     tmp_path: Path, servers: int, devices: int
 ) -> None:
     kills = ["--server-kills", str(servers), "--device-kills", str(devices)]
-    rest = ["--buried", "0", "--others", "0", "--hostile", "0", "--out", str(tmp_path)]
+    rest = ["--buried", "0", "--others", "0", "--hostile", "0", "--files", "0"]
+    rest += ["--fuzz", "0", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign.run", *kills, *rest],
         cwd=ROOT,

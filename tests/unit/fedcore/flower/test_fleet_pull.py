@@ -17,6 +17,8 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedcore.errors import InvalidUpdate, OwnerLimit
+from fedcore.flower import fleet_errors
+from fedcore.flower.fleet_payload import MAX_PLAIN_BYTES
 from fedcore.flower.fleet_pull import (
     ANSWER_BYTES,
     Announced,
@@ -105,6 +107,9 @@ def test_a_message_that_is_larger_than_it_may_be_is_not_read_on() -> None:
         {"arraychunk_ids": [0] * 200_000},
         {"shape": [2**62, 2**62]},
         {"shape": [-1]},
+        {"shape": [10**4000] * 900},  # which takes half a minute to multiply
+        {"shape": [1] * 65},
+        {"shape": [True, 1.5]},
         {"dtype": "no such"},
         {"arraychunk_ids": [99]},
         {"arraychunk_ids": "0"},
@@ -142,6 +147,34 @@ def test_objects_that_are_none_are_refused(content: bytes) -> None:
     for each in objects:
         with pytest.raises(InvalidUpdate, match="cannot be read"):
             read_content(announced, puller(objects | {each: content}), limit_bytes=LIMIT_BYTES)
+
+
+def test_what_is_no_array_is_small() -> None:
+    """A list of empty strings takes sixty times as much once it is parsed."""
+    announced, objects = served(message(4))
+    (name,) = (key for key, content in objects.items() if content.startswith(b"ConfigRecord"))
+    body = objects[name].partition(b"\x00")[2] + b"\x00" * MAX_PLAIN_BYTES
+    content = b"ConfigRecord  %d\x00" % len(body) + body
+    with pytest.raises((InvalidUpdate, OwnerLimit)) as refused:
+        read_content(announced, puller(objects | {name: content}), limit_bytes=1 << 30)
+    assert "a ConfigRecord of 16,777" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "waits_s"),
+    [
+        ("nan", 1.0),
+        ("inf", 1.0),
+        ("-inf", 1.0),
+        ("soon", 1.0),
+        ("0", 0.05),
+        ("7", 7.0),
+        ("1e9", 60.0),
+    ],
+)
+def test_a_busy_server_is_asked_again_in_a_while(told: str, waits_s: float) -> None:
+    response = httpx.Response(503, headers={"retry-after": told})
+    assert fleet_errors._retry_after_s(response) == waits_s
 
 
 def test_an_error_is_no_message_that_a_device_is_sent() -> None:

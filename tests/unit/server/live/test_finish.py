@@ -24,7 +24,7 @@ from fedcore.model import FullModel, build_model
 from fedcore.observability.events import Event
 from fedcore.task import Examples
 from fedcore.updates.pack import pack
-from server import pipeline
+from server import final_test
 from server.app import Outcome
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
@@ -137,7 +137,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 def test_a_model_that_is_withheld_leaves_a_complete_run(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_drop", lambda primary, tested: 0.5)
+    monkeypatch.setattr(final_test, "_drop", lambda primary, tested: 0.5)
     with pytest.raises(ReleaseError, match=r"release\.max_test_drop = 0\.01"):
         site.finish()
     assert site.versions() == ()

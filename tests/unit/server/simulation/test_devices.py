@@ -171,7 +171,7 @@ def test_who_is_lost_when_its_window_closes_is_lost_then(tmp_path: Path) -> None
 
 
 def test_a_client_without_a_row_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"devices\.csv: client 'b' has no row .* names 1 clients"):
+    with pytest.raises(DataError, match=r"devices\.csv: client 'b' has no row .* names 1 client"):
         traced(tmp_path, "a,100,8,2,0,inf\n", clients=("a", "b"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from fedcore.artifacts.manifest import TestStatement
 from fedcore.config import Release, RunConfig
 from fedcore.metrics import ACCURACY, RMSE, Metric
-from server.pipeline import _drop_note, _withheld
+from server.final_test import drop_note, reason_to_withhold
 
 
 def statement(
@@ -42,20 +42,20 @@ def run_of(repository: str | None = "there", **release: float) -> RunConfig:
         (ACCURACY, None, None, 1000, False),
     ],
 )
-def test_what_is_worse_by_more_than_is_allowed_is_withheld(
+def test_what_is_worse_by_more_than_is_allowed_isreason_to_withhold(
     metric: Metric, before: float | None, after: float | None, examples: int, held: bool
 ) -> None:
-    said = _withheld(run_of(), metric, statement(before, after, examples=examples))
+    said = reason_to_withhold(run_of(), metric, statement(before, after, examples=examples))
     assert bool(said) is held
     if held:
         assert "release.max_test_drop = 0.01" in said
-    assert not _withheld(run_of(None), metric, statement(before, after, examples=examples))
-    assert not _withheld(run_of(max_test_drop=1e9), metric, statement(before, 0.0))
+    assert not reason_to_withhold(run_of(None), metric, statement(before, after, examples=examples))
+    assert not reason_to_withhold(run_of(max_test_drop=1e9), metric, statement(before, 0.0))
 
 
 def test_any_drop_is_told() -> None:
-    assert _drop_note(ACCURACY, statement(0.9, 0.9)) == ""
-    assert _drop_note(ACCURACY, statement(0.9, 0.91)) == ""
-    said = _drop_note(ACCURACY, statement(0.9, 0.895))
+    assert drop_note(ACCURACY, statement(0.9, 0.9)) == ""
+    assert drop_note(ACCURACY, statement(0.9, 0.91)) == ""
+    said = drop_note(ACCURACY, statement(0.9, 0.895))
     assert "accuracy 0.9 before, 0.895 after, over 1000 examples" in said
-    assert "no number after" in _drop_note(ACCURACY, statement(0.9, None))
+    assert "no number after" in drop_note(ACCURACY, statement(0.9, None))
