@@ -65,7 +65,7 @@ class NormBound:
             return None
         # Where most updates change nothing, the shortest other one is the measure, if two are.
         least = some[0] if len(some) > 1 else 0.0
-        found = statistics.median(lengths) or least
+        found = statistics.median_low(lengths) or least  # half of them may be made up
         return found if self._most is None else min(found, self._most)
 
     @property

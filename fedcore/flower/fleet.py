@@ -103,6 +103,8 @@ class Asked:
     """Of each object of the reply that has none below it: the one above, and its number there."""
     files: dict[str, Joined] = field(default_factory=dict)
     """What chunks are written into, by the object above them."""
+    ends: dict[str, int] = field(default_factory=dict)
+    """How long these may have become, whatever became of the chunks."""
 
     def announce(self, tree: ObjectTree, session: str, missing: set[str]) -> None:
         """A reply is about to come, without what is there already."""
@@ -117,7 +119,7 @@ class Asked:
     def drop_reply(self) -> None:
         """Forgets what has come of the reply; whoever is writing some of it may not go on."""
         self.reply, self.session, self.came_bytes = None, "", 0
-        for one in (self.missing, self.arriving, self.places, self.files):
+        for one in (self.missing, self.arriving, self.places, self.files, self.ends):
             one.clear()
 
     @property

@@ -8,6 +8,7 @@ given what was sent to it, nothing else.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
@@ -19,7 +20,12 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+)
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -36,6 +42,9 @@ CHUNK_BYTES = 6 * 2**20
 """Most bytes of a request that carries an object: Flower cuts arrays at 5 MiB."""
 _SMALL_BYTES = 2**16
 _TREE_BYTES = 2**19
+_MOST_DEPTH = 8  # a message, its records, theirs, arrays, chunks
+_MOST_NODES = 4 * MAX_OBJECTS  # equal chunks are one object in many places
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,29 @@ def _varint(number: int) -> bytes:
     return bytes((*encoded, number))
 
 
+def objects_of(tree: ObjectTree) -> set[str]:
+    """The objects of a reply, each with one list of objects below it.
+
+    Raises:
+        ValueError: they are too many, lie too deep, are no digests, or one stands twice with others
+            below it: then nobody could say which of them a chunk belongs to.
+    """
+    below: dict[str, tuple[str, ...]] = {}
+    left, count = [(tree, 1)], 0
+    while left:
+        node, depth = left.pop()
+        count += 1
+        own = tuple(child.object_id for child in node.children)
+        if depth > _MOST_DEPTH or count > _MOST_NODES or len(below) > MAX_OBJECTS:
+            raise ValueError(f"it has more than {MAX_OBJECTS} objects, or they lie too deep")
+        if not _DIGEST.fullmatch(node.object_id):
+            raise ValueError("its objects go by names that are no digests")
+        if below.setdefault(node.object_id, own) != own:
+            raise ValueError("an object stands in it twice, with others below it")
+        left.extend((child, depth + 1) for child in node.children)
+    return set(below)
+
+
 def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(PushMessagesRequest, body)
     _is_caller(request.node.node_id, caller)
@@ -176,9 +208,10 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
     _is_current(fleet, metadata.run_id, caller)
     if tree.object_id != metadata.message_id:
         raise _malformed(caller, "its tree of objects belongs to another message")
-    objects = {node.object_id for node in iterate_object_tree(tree)}
-    if len(objects) > MAX_OBJECTS:
-        raise _malformed(caller, f"it has {len(objects)} objects, more than {MAX_OBJECTS}")
+    try:
+        objects = objects_of(tree)
+    except ValueError as error:  # before Flower keeps any of it
+        raise _malformed(caller, str(error)) from None
     with fleet.lock:
         asked = fleet.asked.get(metadata.reply_to_message_id)
         if asked is None or asked.node_id != caller.node_id:
@@ -191,6 +224,12 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
                 f"update from client {caller.name!r}: it has begun to send another reply to the "
                 "same message. The second one was not used."
             )
+        for one in fleet.asked.values():
+            of_another = one is not asked and one.reply is not None
+            if tree.object_id in one.objects or (
+                of_another and one.reply.object_id == tree.object_id  # type: ignore[union-attr]
+            ):
+                raise _malformed(caller, "it goes by the name of another message")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
         except ValueError as error:  # digests that are none

@@ -138,6 +138,14 @@ class Arrival:
                     f"update from client {name!r}: a chunk of no array. It was not used."
                 )
             above, place = self._asked.places[self.object_id]
+            end = max(self._asked.ends.get(above, 0), place * CUT_BYTES + begun.body_bytes)
+            if sum({**self._asked.ends, above: end}.values()) > limit_bytes:
+                fleet.abandon(self._message_id)
+                raise InvalidUpdate(
+                    f"update from client {name!r}: its arrays take more than {limit_bytes} bytes, "
+                    "the most that is expected. It was not used."
+                )
+            self._asked.ends[above] = end
             with disk_errors(fleet.store.folder):
                 joined = self._asked.files.get(above) or Joined(fleet.store.folder)
                 self._descriptor = os.open(joined.path, os.O_WRONLY | os.O_CLOEXEC)
