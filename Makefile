@@ -86,7 +86,7 @@ docs: setup  ## write docs/configuration.md from the models
 
 # Resolved afresh in environments of their own. What torch's CUDA build brings is left out: torch
 # pins it itself, and a CPU build has none of it.
-constraints:  ## resolve anew and write constraints.txt and constraints-device.txt
+constraints:  ## resolve again and write constraints.txt and constraints-device.txt
 	@$(FIND_PYTHON); rm -rf .venv-resolve build; \
 	torch=$$(grep '^torch==' constraints.txt); \
 	resolve() { $$python -m venv --clear .venv-resolve; \

@@ -118,8 +118,8 @@ class Runs:
         rate = cohort * UPDATE_BYTES / taken.seconds / MB
         core = cohort * UPDATE_BYTES / taken.cpu_s / MB
         print(
-            f"{system} {cohort}: {taken.seconds:.2f} s, {rate:.0f} MB/s; "
-            f"{taken.cpu_s:.2f} s of CPU, {core:.0f} MB/s a core",
+            f"{system} {cohort}: {taken.seconds:.2f} s, {rate:.0f} MB/s; {taken.cpu_s:.2f} s of "
+            f"CPU, {core:.0f} MB/s a core",
             flush=True,
         )
 

@@ -85,9 +85,8 @@ def _check_size(manifest: Manifest, shown: FloatArray) -> None:
     if shown.size > MAX_PRINTED:
         raise LimitExceeded(
             f"model {manifest.model!r} version {manifest.version}: it answered "
-            f"{counted(len(shown), 'input')} "
-            f"with {shown.size} numbers, and {MAX_PRINTED} at most are printed. Nothing was "
-            "answered; ask for fewer inputs at a time."
+            f"{counted(len(shown), 'input')} with {shown.size} numbers, and {MAX_PRINTED} at most "
+            "are printed. Nothing was answered; ask for fewer inputs at a time."
         )
 
 
@@ -117,5 +116,5 @@ def _check_shape(manifest: Manifest, outputs: FloatArray) -> None:
     raise DeviceError(
         f"model {manifest.model!r} version {manifest.version}: for these inputs its outputs have "
         f"shape {outputs.shape}, expected {dimensions} dimensions and a class at least. Nothing "
-        "was answered; tell whoever publishes, who can release the earlier version again."
+        "was answered; tell its publisher, who can release the earlier version again."
     )

@@ -36,7 +36,7 @@ class Enrolled:
 def enrol(folder: Path, name: str) -> Enrolled:
     """Makes a key and a signing request in a folder; a key that is there is never replaced.
 
-    Run again before the kit has come, it makes the request anew over the same key.
+    Run again before the kit has come, it makes the request again over the same key.
 
     Raises:
         ConfigError: a kit is installed there already, or the name is none.
@@ -95,7 +95,7 @@ def install(folder: Path, file: Path, *, authority_sha256: str | None, now: date
         raise CertificateRefused(
             f"{file}: its authority has SHA-256 {got}, expected {_plain(authority_sha256)}. "
             "Nothing was installed: whoever made this kit is not the one you were told of; get it "
-            "anew from the operator."
+            "again from the operator."
         )
     if is_there(folder / KIT):
         _check_successor(kit, folder, where=str(file))

@@ -61,5 +61,5 @@ def _message(manifest: Manifest, what: str) -> str:
     return (
         f"model {manifest.model!r} version {manifest.version}: on this device it does not "
         f"reproduce its golden outputs: {what} It was not activated; the version before keeps "
-        "serving. Report this device's processor to whoever publishes."
+        "serving. Report this device's processor to the model's publisher."
     )

@@ -67,13 +67,12 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Installed:
-    """A version read from the store, every byte checked."""
+    """A version in the store, every byte of which was checked a moment ago."""
 
     manifest: Manifest
     record: Record
     path: Path
-    """The file of ``onnx``, which an update may take away at any time."""
-    onnx: bytes = field(repr=False)
+    """The model's file, which an update may take away at any time."""
     golden: bytes = field(repr=False)
     damage: str | None = None
     """Why the active version does not serve and this older one does; None when it is active."""
@@ -159,8 +158,8 @@ def read(store: Path, model: str, slot: Slot) -> Installed:
     """Reads the version that a slot names.
 
     Guarantee:
-        Every byte returned is what was installed: the manifest has the recorded digest, and the
-        other files have those of the manifest.
+        Every byte is what was installed: the manifest has the recorded digest, and the other files
+        have those of the manifest.
 
     Raises:
         DataError: a file is missing.
@@ -172,13 +171,10 @@ def read(store: Path, model: str, slot: Slot) -> Installed:
     raw = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES, what="an installed manifest")
     _check_digest(path, raw, record.manifest_sha256)
     manifest = parse_manifest(raw)
-    return Installed(
-        manifest,
-        record,
-        folder / "model.onnx",
-        _read_file(folder / "model.onnx", manifest.onnx, MAX_MODEL_BYTES),
-        _read_file(folder / "golden.safetensors", manifest.golden, MAX_GOLDEN_BYTES),
-    )
+    onnx = folder / "model.onnx"
+    _read_file(onnx, manifest.onnx, MAX_MODEL_BYTES)  # checked here, and read where it runs
+    golden = _read_file(folder / "golden.safetensors", manifest.golden, MAX_GOLDEN_BYTES)
+    return Installed(manifest, record, onnx, golden)
 
 
 @contextmanager

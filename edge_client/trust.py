@@ -26,30 +26,11 @@ from tuf.ngclient import (  # type: ignore[attr-defined]  # likewise
     UpdaterConfig,
 )
 
-from edge_client.clock import (
-    Judged,
-    forgotten,
-    learned,
-    looked,
-    read_floor,
-    shown,
-    write_floor,
-)
+from edge_client.clock import Judged, forgotten, learned, looked, read_floor, shown, write_floor
 from edge_client.roots import Anchor, check_awaited, pin, rotated
 from edge_client.source import Source
-from fedcore.artifacts.manifest import (
-    MAX_MANIFEST_BYTES,
-    FileEntry,
-    Manifest,
-    parse_manifest,
-)
-from fedcore.artifacts.statements import (
-    EPOCHS,
-    MAX_EPOCHS_BYTES,
-    Epochs,
-    moment_of,
-    parse_epochs,
-)
+from fedcore.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
+from fedcore.artifacts.statements import EPOCHS, MAX_EPOCHS_BYTES, Epochs, moment_of, parse_epochs
 from fedcore.errors import DataError, DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
 from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
 from fedcore.observability.foreign import foreign
@@ -61,7 +42,7 @@ _MAX_ROOTS = 100_000
 
 
 _METADATA = "metadata that this device has verified"
-_REMOVE = f"{_AFTER} Remove it, and run again: what is signed is fetched anew."
+_REMOVE = f"{_AFTER} Remove it, and run again: what is signed is fetched again."
 _MAX_CACHED_BYTES = 16_384  # bytes: what python-tuf's updater allows a timestamp
 
 
@@ -285,7 +266,7 @@ def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
         return (
             f"{told}, judged by {shown(judged.at)}, a time that this device has seen before; "
             f"{clock}, so it is behind, or was set back{how}. {_AFTER} {_SET_CLOCK} What is signed "
-            "anew is taken."
+            "again is taken."
         )
     doubts = []
     if updater is not None and updater.root.is_expired(judged.now):
@@ -296,7 +277,7 @@ def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
         and view.seen_version is not None
         and updater.timestamp.version > view.seen_version
     ):
-        doubts.append("somebody has signed anew since this device last looked")
+        doubts.append("somebody has signed again since this device last looked")
     if judged.jumped():
         doubts.append("it said much less when this device last looked")
     if doubts:
@@ -305,7 +286,7 @@ def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
             "clock is right; if it is, whoever publishes runs `fedcore release refresh`."
         )
     return (
-        f"{told}: nobody has signed it anew, or somebody shows an old copy (frozen); {clock}. "
+        f"{told}: nobody has signed it again, or somebody shows an old copy (frozen); {clock}. "
         f"{_AFTER} Whoever publishes runs `fedcore release refresh`."
     )
 

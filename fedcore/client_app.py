@@ -9,15 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
@@ -33,13 +25,7 @@ from fedcore.errors import (
 )
 from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.privacy.ledger import (
-    NO_OTHER_RUNS,
-    Ledger,
-    OtherRuns,
-    read_ledger,
-    write_ledger,
-)
+from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, read_ledger, write_ledger
 from fedcore.seeds import Randomness
 from fedcore.task import Task, data_folder, size_of
 from fedcore.training.batches import in_order
@@ -149,8 +135,8 @@ def client_name(context: Context, task: Task) -> str:
     if place is None or not 0 <= int(place) < len(clients):
         raise ConfigError(
             f"node {context.node_id}: partition-id = {place!r}, and the task has "
-            f"{counted(len(clients), 'client')}. It has nothing to train on; run as many nodes "
-            "as clients, or set `client` in the node's configuration."
+            f"{counted(len(clients), 'client')}. It has nothing to train on; run as many nodes as "
+            "clients, or set `client` in the node's configuration."
         )
     return clients[int(place)]
 

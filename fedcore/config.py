@@ -11,12 +11,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedcore.contradictions import (
-    contradictions,
-)
-from fedcore.patterns import (
-    NAME,
-)
+from fedcore.contradictions import contradictions
+from fedcore.patterns import NAME
 
 MOST_CLIENTS = 10_000_000
 MOST_SECONDS = 31 * 86_400.0  # a month: whoever waits longer has been forgotten

@@ -224,7 +224,7 @@ def is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        return True  # whoever opens it hears why that cannot be done
+        return True  # opening it says why that cannot be done
     return True
 
 

@@ -114,8 +114,8 @@ def load_preprocess(raw: bytes, model: FullModel) -> None:
         model.preprocess.load_state_dict(load(raw) if raw else {})
     except (SafetensorError, RuntimeError) as error:
         raise InvalidUpdate(
-            "preprocessing: what the server sent does not fit this task: "
-            f"{foreign(error)}. Nothing was trained; server and client must run the same task."
+            f"preprocessing: what the server sent does not fit this task: {foreign(error)}. "
+            "Nothing was trained; server and client must run the same task."
         ) from None
 
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from os import PathLike
@@ -34,8 +35,10 @@ from server.pipeline import run_pipeline
 from server.preflight import Prepared, prepare
 from server.records import ClientRecord, Finished, RoundRecord, RunRecord
 from server.report.tensorboard import tensorboard_events
+from server.unfinished import drop_all, refuse_to_drop
 
-_IN_MEMORY = "task_in_memory.py"
+_UNNAMED = re.compile(r"[^a-z0-9_-]+")  # what the name of a run may not have
+_MOST_NAMED = 64
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def simulate(
     *,
     owner: OwnerPolicy = OPEN_POLICY,
     runs: str | PathLike[str] | None = None,
+    fresh: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> Result:
@@ -151,8 +155,9 @@ def simulate(
             cannot be fine-tuned, as the processes that do this load a task from its file.
         run: The run, or its file; a run with every setting's default when None.
         owner: What every virtual client keeps to.
-        runs: A folder: results go to the folder of the run's name in it, in place of a run that
-            was there. A folder that lives as long as the result when None.
+        runs: A folder: results go to the folder of the run's name in it, in place of a complete
+            run that was there. A folder that lives as long as the result when None.
+        fresh: A run that was interrupted there is replaced, too; it is an error otherwise.
         progress: Whether progress is written to standard error.
         settings: Sections or settings of the run that are to be others.
 
@@ -160,32 +165,30 @@ def simulate(
         FedcoreError: whatever is wrong or fails, as the command line says it. Nothing is printed
             but progress, and the process goes on.
     """
-    configured = _configured(task, run, settings)
+    asked = _configured(task, run, settings)
     kept = tempfile.TemporaryDirectory(prefix="fedcore-run-") if runs is None else None
     try:
         base = Path(kept.name) if kept is not None else Path(runs or ".")
-        if isinstance(task, Task):
-            configured = _in_memory(task, configured, base)
-            loaded = task
-        else:
-            loaded = load_task(configured.path(configured.task))
-        quiet()
-        prepared = prepare(configured, loaded, owner, base / configured.name)
-        with (
-            open_folder(configured, base) as folder,
-            _shown(progress) as shown,
-        ):
-            finished, summary = run_in(
-                folder,
-                configured,
-                loaded,
-                owner,
-                prepared,
-                shown,
-                command="fedcore.simulate(...)",
-                started=time.monotonic(),
-            )
-            model = _model(folder, loaded, configured)
+        with _loaded(task, asked) as (loaded, configured):
+            quiet()
+            prepared = prepare(configured, loaded, owner, base / configured.name)
+            with (
+                open_folder(
+                    configured, base, before=drop_all if fresh else refuse_to_drop
+                ) as folder,
+                choose(sys.stderr, json=False) if progress else nullcontext(tee()) as shown,
+            ):
+                finished, summary = run_in(
+                    folder,
+                    configured,
+                    loaded,
+                    owner,
+                    prepared,
+                    shown,
+                    command="fedcore.simulate(...)",
+                    started=time.monotonic(),
+                )
+                model = _model(folder, loaded, configured)
     except BaseException:
         if kept is not None:
             kept.cleanup()
@@ -244,8 +247,9 @@ def _configured(
 ) -> RunConfig:
     file = None if isinstance(task, Task) else Path(task).resolve()
     if run is None:
-        name = (task.name if isinstance(task, Task) else Path(task).stem).lower()
-        found = RunConfig(name=name, task=_IN_MEMORY)
+        named = (task.name if isinstance(task, Task) else Path(task).stem).lower()
+        name = _UNNAMED.sub("-", named).lstrip("-_")[:_MOST_NAMED] or "run"
+        found = RunConfig(name=name, task="task.py")
     else:
         found = run if isinstance(run, RunConfig) else load_run(Path(run))
     if file is not None:
@@ -253,12 +257,19 @@ def _configured(
     return with_settings(found, settings)
 
 
-def _in_memory(task: Task, run: RunConfig, folder: Path) -> RunConfig:
-    """The run of a task that has no file, which stands in the run's identity.
+@contextmanager
+def _loaded(task: Task | str | PathLike[str], run: RunConfig) -> Iterator[tuple[Task, RunConfig]]:
+    """The task, and the run with the file that it is from.
+
+    A task that was made in memory has one meanwhile, as its digest stands in the run's identity.
 
     Raises:
-        ConfigError: some of its steps run in processes that would load the task from a file.
+        ConfigError: some of the steps of a task without a file run in processes that would load it.
+        TaskError: there is no such file, or no task in it.
     """
+    if not isinstance(task, Task):
+        yield load_task(run.path(run.task)), run
+        return
     needs = []
     if task.cloud_data is not None and run.finetune.epochs:
         needs.append(f"finetune.epochs = {run.finetune.epochs}")
@@ -271,10 +282,10 @@ def _in_memory(task: Task, run: RunConfig, folder: Path) -> RunConfig:
             "that one's name in its place, or pass finetune={'epochs': 0} and "
             "simulation={'engine': 'local'}."
         )
-    path = folder / _IN_MEMORY
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# task {task.name!r} was made in memory\n")
-    return run.model_copy(update={"task": str(path.resolve())})
+    with tempfile.TemporaryDirectory(prefix="fedcore-task-") as folder:
+        path = Path(folder) / "task.py"
+        path.write_text(f"# task {task.name!r} was made in memory\n")
+        yield task, run.model_copy(update={"task": str(path)})
 
 
 def _model(folder: Path, task: Task, run: RunConfig) -> FullModel:
@@ -284,12 +295,3 @@ def _model(folder: Path, task: Task, run: RunConfig) -> FullModel:
     raw = read_bytes(path, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
     load_checkpoint(raw, model, where=str(path))
     return model.eval()
-
-
-@contextmanager
-def _shown(progress: bool) -> Iterator[Sink]:
-    with ExitStack() as stack:
-        if progress:
-            yield stack.enter_context(choose(sys.stderr, json=False))
-        else:
-            yield lambda event: None

@@ -161,7 +161,7 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
         listener.on_note(
             f"{found} of {counted(needed, 'device')} came within federation.deadline_s = "
             f"{deadline_s:g}: each "
-            f"round asks {found}. To ask more, begin anew and set federation.cohort."
+            f"round asks {found}. To ask more, begin again and set federation.cohort."
         )
     return found
 

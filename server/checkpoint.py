@@ -90,13 +90,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not np.array_equal(arrays.pop(_DIGEST), _digest(arrays)):
             raise DataError(
                 f"{path}: the checkpoint's bytes do not match their digest: it is damaged. Nothing "
-                "was run; begin the run anew with --fresh."
+                "was run; begin the run again with --fresh."
             )
         return _checkpoint(arrays)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: this is no checkpoint that this version of fedcore reads "
-            f"({type(error).__name__}: {error}). Nothing was run; begin the run anew with "
+            f"({type(error).__name__}: {error}). Nothing was run; begin the run again with "
             "--fresh."
         ) from None
 

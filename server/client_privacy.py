@@ -148,7 +148,7 @@ def draw(
             f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, "
             "and the round takes "
             f"{plan.expected}. It was not begun, and nothing was spent on it; wait for more "
-            "clients, or begin anew with a lower federation.cohort or privacy.client.separation."
+            "clients, or begin again with a lower federation.cohort or privacy.client.separation."
         )
     if plan.separation is None:
         return [free[int(place)] for place in draws.poisson(len(free), plan.sample_rate)]

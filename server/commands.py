@@ -14,16 +14,8 @@ from pathlib import Path
 from fedcore.cli import Command
 from fedcore.errors import INTERRUPTED, ReleaseError
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import (
-    FIRST_STEP,
-    LOADING,
-    loading_told,
-    told_if_slow,
-)
-from fedcore.owner import (
-    OPEN_POLICY,
-    load_owner,
-)
+from fedcore.observability.patience import FIRST_STEP, LOADING, loading_told, told_if_slow
+from fedcore.owner import OPEN_POLICY, load_owner
 from fedcore.settings import load_run
 from server.options import run_options
 from server.registry.commands import release
@@ -53,7 +45,7 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
         "same, bit for bit",
     )
     again.add_argument(
-        "--fresh", action="store_true", help="begin anew, and drop a run that was interrupted"
+        "--fresh", action="store_true", help="begin again, and drop a run that was interrupted"
     )
     again.add_argument(
         "--replay",
@@ -81,7 +73,7 @@ def _simulate(options: argparse.Namespace) -> int:
         from server.folder import open_folder, reopen_folder
         from server.preflight import prepare
         from server.resume import pick_up
-        from server.unfinished import refuse_to_drop
+        from server.unfinished import drop_all, refuse_to_drop
 
     quiet()
     out, command = sys.stdout, _command(options)
@@ -97,10 +89,9 @@ def _simulate(options: argparse.Namespace) -> int:
             )
         if options.resume:
             opening = reopen_folder(run, options.runs)
-        elif options.fresh:
-            opening = open_folder(run, options.runs)
         else:
-            opening = open_folder(run, options.runs, before=refuse_to_drop)
+            before = drop_all if options.fresh else refuse_to_drop
+            opening = open_folder(run, options.runs, before=before)
         with opening as folder:
             resumed = pick_up(folder, run, owner) if options.resume else None
             try:

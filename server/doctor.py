@@ -36,12 +36,12 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
             "`fedcore provision server HOST` makes one, `provision renew server` extends it",
         )
     else:
-        remedy = "`fedcore provision renew server`, and start the server anew"
+        remedy = "`fedcore provision renew server`, and start the server again"
         yield expiry("the server's certificate", identity.kit.not_after, remedy=remedy)
         yield _clock(identity)
-        remedy = "do what this says; copy roster.json anew where the authority is elsewhere"
+        remedy = "do what this says; copy roster.json again where the authority is elsewhere"
         yield guarded("roster", lambda: _roster(identity), remedy=remedy)
-        remedy = "remove drained.json, and drain anew who should be"
+        remedy = "remove drained.json, and drain again who should be"
         yield guarded("drained", lambda: _drained(identity), remedy=remedy)
         yield _ports(identity)
         yield guarded("audit", lambda: _audit(options.identity), remedy="look who may write to it")
@@ -76,7 +76,7 @@ def _roster(identity: ServerIdentity) -> Finding:
         was = f"version {roster.version}, and version {had.version} was in force"
         told = f"{was}: the server refuses it"
         remedy = (
-            "copy the newest roster.json from the authority; where that is lost, revoke anew whom "
+            "copy the newest roster.json from the authority; where that is lost, revoke again whom "
             f"it lacks, and remove {SEEN}"
         )
         return Finding("roster", "fail", told, remedy)

@@ -24,6 +24,7 @@ create table if not exists entry (
 """
 _TYPES = (str, int, int, str, bytes, str)
 _FIELDS = "kind, round, node, doc, data, sha256"
+_UNLIKE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ def as_written(entry: Entry) -> Iterator[None]:
         yield
     except FedcoreError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
-        raise _unlike(entry, error) from None
-    except (TypeError, ValueError) as error:
+    except _UNLIKE as error:
         raise _unlike(entry, error) from None
 
 

@@ -13,12 +13,7 @@ from fedcore.errors import RoundFailed
 from fedcore.metrics import LARGEST_METRIC, Metric
 from fedcore.model import FullModel
 from fedcore.observability.words import counted
-from fedcore.updates.messages import (
-    ARRAYS,
-    CONFIG,
-    instruction_config,
-    weights_record,
-)
+from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import Layout, Vector, unpack
 from fedcore.updates.replies import Reply
 from server.cohort import select
@@ -59,7 +54,7 @@ def _evaluate_on_clients(
             raise RoundFailed(
                 f"round {number}: no client is there to evaluate it, and "
                 f"federation.evaluate_cohort asks for {size}. The round does not count; start "
-                "clients, and go on with the run, or run it anew."
+                "clients, and go on with the run, or run it again."
             )
         words = ("evaluation", number)
         return select(there, min(size, len(there)), seed=run.seed, words=words)

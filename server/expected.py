@@ -15,7 +15,7 @@ from fedcore.updates.replies import Asked, Form, Range
 SUM, SQUARES = "sum", "squares"
 """Names of the arrays with sums over a client's inputs."""
 _MOST_EPSILON = 1e6  # what a policy can grant
-_SLACK = 1e-6  # a share: epsilon is composed anew on the device, in another order of sums
+_SLACK = 1e-6  # a share: epsilon is composed again on the device, in another order of sums
 _NORM_BIT = "norm_bit"
 _ADAPTIVE = "DifferentialPrivacyClientSideAdaptiveClipping"
 

@@ -62,8 +62,8 @@ def export_onnx(
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise TaskError(
             f"model: for {counted(len(example_batch), 'input')} it gives {got}, and one tensor "
-            "with as many "
-            "rows is needed. Nothing was exported; return the outputs alone, one row an input."
+            "with as many rows is needed. Nothing was exported; return the outputs alone, one row "
+            "an input."
         )
     try:
         model = _to_proto(module, (example_batch,))

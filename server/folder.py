@@ -61,7 +61,7 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
             raise ConfigError(
                 f"{folder}: it has no {_MARK}, by which the folder of a run is known, so it is "
                 "neither gone on with nor emptied. Nothing was run; put that file back, or choose "
-                "another `name` to run anew."
+                "another `name` to run again."
             )
         raise ConfigError(
             f"{folder}: no run of this name was begun here, so there is none to resume. Nothing "

@@ -74,7 +74,7 @@ def check_same(
     if found := changes(before, now, free=free):
         raise ConfigError(
             f"{where}: this checkpoint was written by another run, which differs in "
-            f"{', '.join(found)}. Nothing was run; set back what was changed, or begin anew with "
+            f"{', '.join(found)}. Nothing was run; set back what was changed, or begin again with "
             "--fresh."
         )
 

@@ -259,7 +259,7 @@ class Journal:
         if commits:
             raise DataError(
                 f"{self.mended} No round's weights are whole. Nothing was run; restore the folder "
-                "from a backup and go on with --resume, or begin the run anew with --fresh."
+                "from a backup and go on with --resume, or begin the run again with --fresh."
             )
         return None
 

@@ -80,7 +80,7 @@ def add_to_head(folder: Path, entries: Entries, record: Entry | None) -> None:
 def shorten_head(folder: Path, entries: Entries, last: int) -> None:
     """Leaves commits out of the copy that came after round ``last``, before the journal drops them.
 
-    A copy that is behind its journal is written anew when that is opened. One that is ahead of it
+    A copy that is behind its journal is written again when that is opened. One that is ahead of it
     would be taken for what the journal has lost. What its records have beyond harms nobody.
     """
     _write_commits(folder, entries, last)
@@ -218,7 +218,7 @@ def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entr
     if head is None:
         raise DataError(
             f"{why} Its copy in {HEAD} is missing or damaged, too. Nothing was run; restore the "
-            "folder from a backup and go on with --resume, or begin the run anew with --fresh."
+            "folder from a backup and go on with --resume, or begin the run again with --fresh."
         )
     # Whole beside it first: whatever dies in between, what is found is one of the two, or the copy.
     new = path.with_name(path.name + _NEW)

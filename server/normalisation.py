@@ -164,8 +164,8 @@ def _read_sums(reply: Message, shape: tuple[int, ...], name: str) -> Sums:
     if not (squares >= 0).all() or not (squares <= count * _LARGEST_INPUT**2).all():
         raise InvalidUpdate(
             f"{where}: sums of squares from {squares.min():.3g} to {squares.max():.3g} over "
-            f"{counted(count, 'example')}, expected inputs of magnitude up to "
-            f"{_LARGEST_INPUT:g}. They were not used."
+            f"{counted(count, 'example')}, expected inputs of magnitude up to {_LARGEST_INPUT:g}. "
+            "They were not used."
         )
     if not (np.abs(total) <= np.sqrt(count * squares) * (1 + _SLACK) + _TINY).all():
         raise InvalidUpdate(

@@ -25,13 +25,7 @@ from fedcore.config import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, checkpoint_bytes
-from fedcore.observability.events import (
-    Noted,
-    Sink,
-    StageAdvanced,
-    StageFinished,
-    StageStarted,
-)
+from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
 from fedcore.observability.words import figure
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.task import Examples, Task, size_of

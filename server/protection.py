@@ -25,7 +25,7 @@ class ClientPlan:
     noise_multiplier: float
     """Deviation of the noise on a sum of updates, over the bound of one."""
     separation: int | None
-    """Rounds in which no client is asked twice; None where each round draws each client anew."""
+    """Rounds in which no client is asked twice; None where each round draws each client again."""
 
     @property
     def sample_rate(self) -> float:

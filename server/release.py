@@ -201,7 +201,7 @@ def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
 
 
 def refresh(repository: Path, keys: Path, *, now: datetime, offline: bool) -> registry.State:
-    """Signs anew what would expire, so that devices go on trusting the current releases.
+    """Signs again what would expire, so that devices go on trusting the current releases.
 
     Args:
         repository: As `initialise` made it.

@@ -236,8 +236,8 @@ def _train_alone(
         measured = "".join(f", {name} {figure(value)}" for name, value in figures.items())
         said = (
             f"round {wanted.round}: client {wanted.client!r} trained on "
-            f"{counted(update.num_examples, 'example')}"
-            f" in {seconds_text(seconds)}{measured}; its update has {bytes_text(size)}"
+            f"{counted(update.num_examples, 'example')} in {seconds_text(seconds)}{measured}; its "
+            f"update has {bytes_text(size)}"
         )
         code = 0
     if json:
@@ -269,9 +269,8 @@ def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress)
     if layout.size != len(progress.weights):
         raise DataError(
             f"--replay {wanted.round}:{wanted.client}: the task's model has "
-            f"{counted(layout.size, 'weight')}, "
-            f"and that of the run {len(progress.weights)}. Nothing was replayed; set back the "
-            "model."
+            f"{counted(layout.size, 'weight')}, and that of the run {len(progress.weights)}. "
+            "Nothing was replayed; set back the model."
         )
     federation = run.federation
     chosen = make_strategy(

@@ -29,7 +29,7 @@ def pick_up(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
     if not path.is_file():
         raise ConfigError(
             f"{folder}: this run was stopped before its first checkpoint. Nothing was run; begin "
-            "it anew without --resume."
+            "it again without --resume."
         )
     checkpoint = read_checkpoint(path)
     check_same(path, checkpoint.identity, identity_of(run, owner))

@@ -18,23 +18,10 @@ from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
 from fedcore.observability.words import counted
 from fedcore.seeds import Randomness
-from fedcore.updates.messages import (
-    check_weights,
-    instruction_config,
-    sendable,
-    weights_record,
-)
+from fedcore.updates.messages import check_weights, instruction_config, sendable, weights_record
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.aggregation.exact import ExactMean
-from server.client_privacy import (
-    Released,
-    bound_of,
-    draw,
-    draws_of,
-    epsilon,
-    protect,
-    release,
-)
+from server.client_privacy import Released, bound_of, draw, draws_of, epsilon, protect, release
 from server.cohort import asked_for, select
 from server.endings import announce, end_early, is_over
 from server.evaluation import is_better, judge_round
@@ -351,9 +338,8 @@ def _aggregated(
     except Exception as error:  # Flower's strategy refused: a plain error with its reason
         raise RoundFailed(
             f"round {number}: {type(strategy).__name__} failed to aggregate "
-            f"{counted(tally.updates, 'update')}"
-            f": {type(error).__name__}: {error}. The global model is that of round "
-            f"{number - 1}."
+            f"{counted(tally.updates, 'update')}: {type(error).__name__}: {error}. The global "
+            f"model is that of round {number - 1}."
         ) from error
     return arrays
 

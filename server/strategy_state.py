@@ -136,5 +136,5 @@ def _other(where: str, got: str, expected: str) -> DataError:
     return DataError(
         f"checkpoint: {where}: got {got}, expected {expected}: it was written by another strategy "
         "or another version of Flower. Nothing was run; resume with the version that began the "
-        "run, or begin anew with --fresh."
+        "run, or begin again with --fresh."
     )

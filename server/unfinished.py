@@ -14,8 +14,12 @@ JOURNAL = "journal"
 """Folder of the journal of a run over devices, in its folder."""
 
 
+def drop_all(folder: Path) -> None:
+    """Lets everything in a folder be dropped."""
+
+
 def refuse_to_drop(folder: Path) -> None:
-    """Refuses to begin anew where that would drop what an interrupted run has learnt.
+    """Refuses to begin again where that would drop what an interrupted run has learnt.
 
     A simulation that had no round over has learnt nothing, and a complete run may be replaced.
 
@@ -32,7 +36,7 @@ def refuse_to_drop(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: `fedcore server start` began this run over devices, and it is not "
             "complete; starting this one would drop it. Nothing was run; choose another `name`, "
-            "or begin anew with --fresh."
+            "or begin again with --fresh."
         )
     refuse_to_drop_simulated(folder)
 
@@ -53,6 +57,6 @@ def refuse_to_drop_simulated(folder: Path) -> None:
     if last:
         raise ConfigError(
             f"{folder}: this simulation was interrupted after round {last}, and starting it would "
-            "drop that. Nothing was run; go on with `fedcore simulate --resume`, or begin anew "
-            "with --fresh."
+            "drop that. Nothing was run; go on with `fedcore simulate --resume`, or begin again "
+            "with --fresh (from Python, fresh=True)."
         )

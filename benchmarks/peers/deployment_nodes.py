@@ -19,10 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    pull_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedcore.flower.identity import assume_identity
@@ -32,7 +29,7 @@ _one_at_a_time = threading.Lock()
 
 
 def node(address: str, place: int, together: threading.Barrier | None) -> None:
-    """Answers what it is asked, for ever; where ``together``, once all have their reply ready."""
+    """Answers what it is asked, forever; where ``together``, once all have their reply ready."""
     with http_request_response(address, insecure=True) as connection:
         _, receive, send, _, _, pull, push, confirm = connection
         while True:

@@ -1,4 +1,4 @@
-"""What a device has spent over all runs: a server that names its run anew gets no new budget.
+"""What a device has spent over all runs: a server that renames its run gets no new budget.
 
 The state of a run holds its charges and becomes durable together with the reply that they pay for.
 ``ledger.json`` beside the states is a copy of all of them. ``ledger.mark`` in the folder of the kit
@@ -18,13 +18,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from edge_client.node.contents import (
-    counted_with,
-    label_of,
-    name_in,
-    note_contents,
-    read_contents,
-)
+from edge_client.node.contents import counted_with, label_of, name_in, note_contents, read_contents
 from edge_client.node.ledger_book import (
     LEDGER,
     MARK,
@@ -161,7 +155,7 @@ class DeviceLedger:
         if missing := len(own) - len(ledger_in(state).charges):
             log.warning(
                 "%s: the state of run %r lacks %s that %s has: it was removed, or put back as it "
-                "was before. They count; what it had answered is done anew, and charged anew.",
+                "was before. They count; what it had answered is done again, and charged again.",
                 self.folder.path,
                 name,
                 counted(missing, "charge"),

@@ -1,7 +1,7 @@
 """A ledger for an auditor: every charge and what they come to, under the device's signature.
 
 The signature says that this device wrote it, not that the device told everything; what the charges
-come to, whoever holds the file can compute anew.
+come to, whoever holds the file can compute again.
 """
 
 from __future__ import annotations

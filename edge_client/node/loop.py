@@ -89,7 +89,7 @@ class _Run:
 def run_device(device: Device, signals: Signals) -> None:
     """Takes part until ``signals.stop`` is set.
 
-    A server that cannot be reached is tried again for ever, with pauses that grow to 30 s. So is
+    A server that cannot be reached is tried again forever, with pauses that grow to 30 s. So is
     one that no longer proves what it is, once it has let this device in.
 
     Raises:
@@ -118,7 +118,7 @@ def run_device(device: Device, signals: Signals) -> None:
     finally:
         signals.stop.set()
         signals.work.set()
-        signals.anew.set()
+        signals.reconnect.set()
         if watcher.is_alive():
             watcher.join(timeout=_LAST_S)
         _goodbye(link)
@@ -144,7 +144,7 @@ def _persist(work: Callable[[], None], signals: Signals) -> None:
             if type(error) not in told:
                 log.warning("the server cannot be reached: %s", error)
             told.add(type(error))
-            signals.work.set()  # what it was at is asked for anew
+            signals.work.set()  # what it was at is asked for again
         failures += 1
         longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 1.25**failures)
         signals.stop.wait(random.uniform(0.5, 1.0) * longest)
@@ -155,7 +155,7 @@ def _activate(link: FleetLink, signals: Signals) -> None:
     signals.activate.clear()
     link.activate()
     log.info("activated as node %d", link.node_id)
-    signals.anew.set()
+    signals.reconnect.set()
     signals.work.set()
 
 

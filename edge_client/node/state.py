@@ -91,7 +91,7 @@ class DeviceFolder:
         raise DeviceError(
             f"{path}: this folder keeps the replies and the ledger of {whose}, and this device's "
             f"has {own_sha256[:16]}. {so}; name this device's own folder with --state, or the kit "
-            f"that this one belongs to with --kit. Only if this device has enrolled anew with a "
+            f"that this one belongs to with --kit. Only if this device has enrolled again with a "
             f"new key, remove {IDENTITY}, and no other file: the replies are dropped then, and "
             "what was spent stays in the ledger and counts."
         )
@@ -129,7 +129,7 @@ class DeviceFolder:
             raise DataError(
                 f"{path}: this file holds no record of a run, so what it charged is not known. "
                 "Nothing was trained; put it back from a backup, or, where there is none, remove "
-                "it: its charges are mended from ledger.json, and what it answered is done anew."
+                "it: its charges are mended from ledger.json, and what it answered is done again."
             ) from None
 
     def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
@@ -159,7 +159,7 @@ class DeviceFolder:
         """The reply that was made to an instruction, with its state; None when none was kept.
 
         One that is not, to the bit, what the state's charge has paid for is put aside, as
-        `spool/*.damaged`: what it answers is to be done anew, and charged anew.
+        `spool/*.damaged`: what it answers is to be done again, and charged again.
 
         Raises:
             ResourceError: it cannot be put aside.
@@ -169,8 +169,8 @@ class DeviceFolder:
             return None
         if not is_there(path):
             log.warning(
-                "%s: this finished reply is gone; what it answered is done anew, and charged anew "
-                "where there is a budget.",
+                "%s: this finished reply is gone; what it answered is done again, and charged "
+                "again where there is a budget.",
                 path,
             )
             return None
@@ -182,8 +182,8 @@ class DeviceFolder:
         except DataError as error:
             aside = self._put_aside(path)
             log.warning(
-                "%s It was put aside as %s and is not sent; what it answered is done anew, and "
-                "charged anew where there is a budget.",
+                "%s It was put aside as %s and is not sent; what it answered is done again, and "
+                "charged again where there is a budget.",
                 error,
                 aside.name,
             )
@@ -233,7 +233,7 @@ def _answered(state: RecordDict) -> dict[str, str]:
     """The instructions whose cost the state accounts for, the latest last, and what was answered.
 
     What was answered is told by the SHA-256 of the reply's file. It stands here, not there: a reply
-    that was made anew must not be taken for the one before, which another charge has paid for.
+    that was made again must not be taken for the one before, which another charge has paid for.
     """
     record = state.get(_ANSWERED)
     if not isinstance(record, ConfigRecord):

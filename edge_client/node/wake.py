@@ -68,7 +68,7 @@ class Signals:
     """Set when messages should be pulled."""
     activate: threading.Event = field(default_factory=threading.Event)
     """Set when the server does not know this process."""
-    anew: threading.Event = field(default_factory=threading.Event)
+    reconnect: threading.Event = field(default_factory=threading.Event)
     """Set when the server has let this process in: a stream may open at once."""
     last_message: float = float("-inf")
     """When the last message came, on the monotonic clock."""
@@ -120,8 +120,8 @@ def watch(
     failures, next_try = 0, 0.0
     streams, calls = Ceiling(STREAM_S, STREAM_BURST), Ceiling(CALL_S, CALL_BURST)
     while not signals.stop.is_set():
-        if signals.anew.is_set():
-            signals.anew.clear()
+        if signals.reconnect.is_set():
+            signals.reconnect.clear()
             failures, next_try = 0, 0.0
         if link.wake_port and time.monotonic() >= next_try:
             if signals.stop.wait(streams.wait_s()):
@@ -139,7 +139,7 @@ def watch(
         soon_s = max(next_try - time.monotonic(), 0.05) if link.wake_port else math.inf
         pause_s = min(signals.pause_s(), soon_s)
         _ask(link, signals, pause_s + (_CONNECT_S if link.wake_port and pause_s == soon_s else 0.0))
-        signals.anew.wait(pause_s)
+        signals.reconnect.wait(pause_s)
 
 
 def hold_stream(link: FleetLink, instance: str) -> None:
@@ -150,7 +150,7 @@ def hold_stream(link: FleetLink, instance: str) -> None:
     So a server sees at once when a process dies that has not got as far as `watch`.
     """
     signals = Signals()
-    # A server that does not end it when the next one opens could send on it for ever.
+    # A server that does not end it when the next one opens could send on it forever.
     ending = threading.Timer(EARLY_S, signals.stop.set)
     ending.daemon = True
     ending.start()

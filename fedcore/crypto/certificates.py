@@ -14,10 +14,7 @@ from typing import Literal, get_args
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import (
-    SECP384R1,
-    EllipticCurvePublicKey,
-)
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -80,7 +77,7 @@ def parse_certificate(raw: bytes, *, where: str) -> x509.Certificate:
         pass
     raise CertificateRefused(
         f"{where}: expected one certificate (PEM), found something else. It was not used; get the "
-        "file anew from the operator."
+        "file again from the operator."
     )
 
 
@@ -120,9 +117,9 @@ def check_authority(certificate: x509.Certificate, *, now: datetime, where: str)
     if not sound:
         raise CertificateRefused(
             f"{where}: expected the certificate of a project's authority, found something else. "
-            "It was not trusted; get the file anew from the operator."
+            "It was not trusted; get the file again from the operator."
         )
-    _check_time(certificate, now=now, where=where, remedy="make a new authority and enrol anew")
+    _check_time(certificate, now=now, where=where, remedy="make a new authority and enrol again")
     return project
 
 

@@ -71,8 +71,8 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
 
 
 _NO_KEY = (
-    "Nobody can prove this identity without it. Put it back from a copy; else a member enrols anew "
-    "(`fedcore client enrol` in another folder), and a server gets another key by `fedcore "
+    "Nobody can prove this identity without it. Put it back from a copy; else a member enrols "
+    "again (`fedcore client enrol` in another folder), and a server gets another key by `fedcore "
     "provision server --replace`, or its own by `fedcore provision restore`."
 )
 

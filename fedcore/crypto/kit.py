@@ -34,19 +34,9 @@ from fedcore.crypto.certificates import (
 )
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
-from fedcore.files import (
-    disk_errors,
-    is_there,
-    open_regular,
-    read_bytes,
-    write_atomic,
-)
-from fedcore.observability.faults import (
-    first_fault,
-)
-from fedcore.patterns import (
-    ADDRESS,
-)
+from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
+from fedcore.observability.faults import first_fault
+from fedcore.patterns import ADDRESS
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
 MAX_KIT_BYTES = 4 * MAX_CERTIFICATE_BYTES  # two certificates and up to 30 addresses
@@ -97,7 +87,7 @@ class Kit:
     """When the certificate expires, UTC."""
 
     def key_pem(self) -> bytes:
-        """The private key's file, for whoever speaks TLS with it.
+        """The private key's file, as TLS libraries read it.
 
         Raises:
             DataError: it is not there any more, or no file.
@@ -115,8 +105,8 @@ def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
         return KitFile.model_validate_json(raw)
     except ValidationError as error:
         raise CertificateRefused(
-            f"{where}: {first_fault(error)}. This is "
-            "no kit of a known format, and was not used; get it anew from the operator."
+            f"{where}: {first_fault(error)}. This is no kit of a known format, and was not used; "
+            "get it again from the operator."
         ) from None
 
 

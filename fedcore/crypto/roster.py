@@ -198,8 +198,8 @@ def parse_roster(
         file = RosterFile.model_validate_json(raw)
     except ValidationError as error:
         raise TrustError(
-            f"{where}: {first_fault(error)}. This is "
-            "no whole roster, and was not used; copy it anew from the authority's folder."
+            f"{where}: {first_fault(error)}. This is no whole roster, and was not used; copy it "
+            "again from the authority's folder."
         ) from None
     if file.signature is not None or not unsigned:
         check_signed(file.content(), file.signature, file.signer, authority, where=where)
@@ -216,7 +216,7 @@ def parse_roster(
     if len({*keys}) < len(file.members) or len({*names}) < len(names):
         raise TrustError(
             f"{where}: two members have one key or one name. The list was not used; one key is one "
-            "identity: copy the file anew from the authority's folder."
+            "identity: copy the file again from the authority's folder."
         )
     return file, members
 
@@ -328,7 +328,7 @@ class Roster:
             raise RollbackRefused(
                 f"{self._path}: this roster has {old}: an older one would let revoked members in "
                 "again. It was not used; copy the newest from the authority's folder. Where that "
-                f"is lost, revoke anew who was revoked since, and remove {SEEN} from the server's "
+                f"is lost, revoke again who was revoked since, and remove {SEEN} from the server's "
                 "folder."
             )
         self._version, self._by_certificate = file.version, members
@@ -352,7 +352,7 @@ def _member(entry: Entry, authority: x509.Certificate, *, where: str) -> Member:
     if subject.role == "server":
         raise TrustError(
             f"{where}: this is the certificate of a server, expected a member's. The roster was "
-            "not used; copy it anew from the authority's folder."
+            "not used; copy it again from the authority's folder."
         )
     return Member(
         name=subject.name,

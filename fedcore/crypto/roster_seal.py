@@ -90,7 +90,7 @@ def check_signed(
     except (InvalidSignature, ValueError):
         raise SignatureInvalid(
             f"{where}: the roster's signature does not hold: it was changed by hand, or signed by "
-            "a key that the authority does not vouch for. It was not used; copy it anew from the "
+            "a key that the authority does not vouch for. It was not used; copy it again from the "
             "authority's folder, or bring that back by `fedcore provision restore`."
         ) from None
 

@@ -58,7 +58,7 @@ def read_seen(path: Path) -> Seen:
         raise RollbackRefused(
             f"{path}: version {seen.version} of the roster was in force, and a backup brought back "
             "an older one, which may let revoked members in again. No server starts with it (exit "
-            f"code {RollbackRefused.exit_code}); revoke anew who was revoked since, and remove "
+            f"code {RollbackRefused.exit_code}); revoke again who was revoked since, and remove "
             "this file then."
         )
     return seen

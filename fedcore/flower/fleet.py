@@ -117,7 +117,7 @@ class Asked:
         }
 
     def drop_reply(self) -> None:
-        """Forgets what has come of the reply; whoever is writing some of it may not go on."""
+        """Forgets what has come of the reply; threads that are writing some of it may not go on."""
         self.reply, self.session, self.came_bytes = None, "", 0
         for one in (self.missing, self.arriving, self.places, self.files, self.ends):
             one.clear()
@@ -205,7 +205,7 @@ class Fleet:
         return node_id
 
     def abandon(self, message_id: str) -> bool:
-        """Drops what has come of a reply, unless all of it has; its node may push it anew.
+        """Drops what has come of a reply, unless all of it has; its node may push it again.
 
         Returns whether nothing of the reply is held any more.
         """
@@ -218,7 +218,7 @@ class Fleet:
             return asked.reply is None
 
     def restart(self, node_id: int) -> None:
-        """Puts back what a node was sent and has not answered: its process has come anew.
+        """Puts back what a node was sent and has not answered: its process has come back.
 
         What it had begun to push is dropped; Flower would refuse its reply as a second one.
         """

@@ -151,7 +151,7 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | Large:
     if not its:
         raise InvalidUpdate(
             f"client {caller.name!r}: asked for an object that was not sent to it, or no longer "
-            "is. Nothing was sent; it may pull its messages anew."
+            "is. Nothing was sent; it may pull its messages again."
         )
     file = fleet.store.open(request.object_id)
     if file is None:
@@ -224,12 +224,11 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
                 f"update from client {caller.name!r}: it has begun to send another reply to the "
                 "same message. The second one was not used."
             )
-        for one in fleet.asked.values():
-            of_another = one is not asked and one.reply is not None
-            if tree.object_id in one.objects or (
-                of_another and one.reply.object_id == tree.object_id  # type: ignore[union-attr]
-            ):
-                raise _malformed(caller, "it goes by the name of another message")
+        others = {each.reply.object_id for each in fleet.asked.values() if each.reply is not None}
+        if asked.reply is None and tree.object_id in others:
+            raise _malformed(caller, "it goes by the name of another reply")
+        if any(tree.object_id in each.objects for each in fleet.asked.values()):
+            raise _malformed(caller, "it goes by the name of what the server sent")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
         except ValueError as error:  # digests that are none
@@ -286,7 +285,7 @@ def _is_current(fleet: Fleet, run_id: int, caller: Caller) -> None:
     if not run_id or run_id != fleet.run_id:
         raise InvalidUpdate(
             f"client {caller.name!r}: spoke of a run that is not going on here. The call was "
-            "refused; it may pull its messages anew."
+            "refused; it may pull its messages again."
         )
 
 

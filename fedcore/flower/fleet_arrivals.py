@@ -118,7 +118,7 @@ class Arrival:
         if not request.run_id or request.run_id != fleet.run_id:
             raise InvalidUpdate(
                 f"client {name!r}: spoke of a run that is not going on here. The call was "
-                "refused; it may pull its messages anew."
+                "refused; it may pull its messages again."
             )
         with fleet.lock:
             self._message_id, self._asked = self._lacking(node_id)
@@ -175,7 +175,7 @@ class Arrival:
         """Takes the next bytes of the request, after those that the beginning covers.
 
         Raises:
-            InvalidUpdate: the chunk is pushed anew meanwhile, or its reply is waited for no longer.
+            InvalidUpdate: the chunk is pushed again, or its reply is waited for no longer.
             DataError: more follows than a request has.
             DiskFull: there is no room.
         """
@@ -199,7 +199,7 @@ class Arrival:
 
         Raises:
             DataError: the request cannot be read.
-            InvalidUpdate: it is of another session, or was pushed anew meanwhile.
+            InvalidUpdate: it is of another session, or was pushed again meanwhile.
         """
         if self._left:
             raise _unreadable(self._begun.body_at + self._begun.body_bytes - self._left)
@@ -231,7 +231,7 @@ class Arrival:
         return PushObjectResponse(stored=True)
 
     def close(self) -> None:
-        """Lets go of the file; what was not finished may be pushed anew."""
+        """Lets go of the file; what was not finished may be pushed again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -243,7 +243,7 @@ class Arrival:
     def _check_own(self) -> None:
         if self._asked.arriving.get(self.object_id) is not self:
             raise InvalidUpdate(
-                f"update from client {self._name!r}: an object that it pushes anew meanwhile, or "
+                f"update from client {self._name!r}: an object that it pushes again meanwhile, or "
                 "that nobody waits for any more. It was not used."
             )
 

@@ -34,12 +34,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedcore.crypto.certificates import SKEW
 from fedcore.crypto.kit import Kit, client_context, load_kit
-from fedcore.errors import (
-    CertificateRefused,
-    FedcoreError,
-    InvalidUpdate,
-    TrustError,
-)
+from fedcore.errors import CertificateRefused, FedcoreError, InvalidUpdate, TrustError
 from fedcore.flower.fleet_errors import (
     Busy,
     OwnExpired,
@@ -62,7 +57,7 @@ _CONNECT_S = 10.0
 """How long an address may take to answer, where the kit holds others."""
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 _PUSHES = 3
-"""How often a reply is begun anew when the server has dropped what had come of it."""
+"""How often a reply is begun again when the server has dropped what had come of it."""
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
@@ -213,7 +208,7 @@ class FleetLink:
             except InvalidUpdate:
                 if not left:
                     raise
-                continue  # dropped meanwhile, or late: beginning anew tells which
+                continue  # dropped meanwhile, or late: beginning again tells which
             return
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Cut:
 class FleetStore(InMemoryObjectStore):
     """Keeps what is larger than `LARGE_BYTES` in files of a folder, until it is deleted.
 
-    Nothing is synced: after a crash the folder is emptied, and devices send anew.
+    Nothing is synced: after a crash the folder is emptied, and devices send again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -159,7 +159,8 @@ class FleetStore(InMemoryObjectStore):
         """Deletes an object, and what no other object refers to."""
         with self.lock_store:
             super().delete(object_id)
-            if object_id not in self.store and self._cuts.pop(object_id, None) is None:
+            if object_id not in self.store:
+                self._cuts.pop(object_id, None)
                 self._path(object_id).unlink(missing_ok=True)
 
     def _path(self, object_id: str) -> Path:

@@ -78,7 +78,7 @@ class InProcessGrid(OwnGrid):
 class CohortGrid(OwnGrid):
     """Shows a strategy only the nodes of one round, and sends through the grid behind.
 
-    Flower's strategies draw nodes from an unseeded global generator, and wait for ever when there
+    Flower's strategies draw nodes from an unseeded global generator, and wait forever when there
     are too few. Shown exactly the cohort that we selected, they have nothing left to draw.
     """
 

@@ -25,7 +25,7 @@ def compiled(
     """A decorator that compiles a function for arguments of these types, at once.
 
     What comes of it is kept beside the source, or else in the user's cache folder, under a name
-    that only this code has; where it can be neither kept nor read it is compiled anew in each
+    that only this code has; where it can be neither kept nor read it is compiled again in each
     process.
 
     Args:

@@ -1,7 +1,7 @@
 """Vectors in the intermediate code of compiled loops, where numba's own come out too short.
 
 A loop of numba's becomes one of vectors only when nothing it writes may lie where it reads, which
-is asked anew each time that a short loop begins. Here the loop's body is written down instead.
+is asked again each time that a short loop begins. Here the loop's body is written down instead.
 Widths that a processor lacks are taken in parts by LLVM.
 """
 

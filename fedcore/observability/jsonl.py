@@ -57,7 +57,7 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
             told = True
             log.warning(
                 "%s was removed or replaced while it is written: what is told from here on is not "
-                "in it. Look who may write there; a run that is gone on with writes it anew.",
+                "in it. Look who may write there; a run that is gone on with writes it again.",
                 path,
             )
         end = file.tell()

@@ -247,10 +247,9 @@ def noise_for(
         if high == MAX_NOISE:
             raise PrivacyError(
                 f"privacy.max_epsilon = {max_epsilon} at target_delta = {target_delta} cannot be "
-                f"kept over {counted(steps, 'step')} at sample rate {sample_rate:.3g} by any "
-                "noise multiplier "
-                f"up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, or plan fewer "
-                "rounds or epochs."
+                f"kept over {counted(steps, 'step')} at sample rate {sample_rate:.3g} by any noise "
+                f"multiplier up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, or plan "
+                "fewer rounds or epochs."
             )
         low, high = high, min(4 * high, MAX_NOISE)
     if low == high:

@@ -26,7 +26,7 @@ float32 arithmetic in gradients, norms and sums, and of the grid."""
 
 _CHUNK = 1 << 15  # words at a time: with as many zeros, 512 KiB in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
-_LEAST_DEVIATION = 1e-100
+_LEAST_DEVIATION = 1e-100  # it and its inverse: float64 holds their grids with much to spare
 _EXACT_BITS = 51  # sums and noise are below 2**51 steps, so that what is added to round them fits
 
 
@@ -139,7 +139,7 @@ class SystemDraws:
 
     def _add(self, sums: Sequence[NDArray[np.float64]], deviation: float, shift: float) -> None:
         """Adds normal numbers to each ``(N,)``, see `fedcore.kernels.normal.add_normals`."""
-        from fedcore.kernels.normal import add_normals  # compiled by whoever needs it
+        from fedcore.kernels.normal import add_normals  # compiles on first use
 
         parts = [part for one in sums for part in _in_chunks(one)]
         left = sum(len(part) + len(part) % 2 for part in parts)
@@ -178,9 +178,12 @@ class _KeyStream:
     """
 
     def __init__(self, key: bytes, counter: bytes) -> None:
+        self._zeros = memoryview(bytes(_CHUNK * 8))
+        self._begin(key, counter)
+
+    def _begin(self, key: bytes, counter: bytes) -> None:
         self._process = os.getpid()
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
-        self._zeros = memoryview(bytes(_CHUNK * 8))
 
     def __repr__(self) -> str:
         return "_KeyStream(key hidden)"
@@ -194,7 +197,7 @@ class _KeyStream:
     def fill(self, words: NDArray[np.uint64]) -> None:
         """Overwrites ``words`` with the next ones of the stream."""
         if os.getpid() != self._process:
-            self.__init__(os.urandom(32), os.urandom(16))  # type: ignore[misc]
+            self._begin(os.urandom(32), os.urandom(16))
         target, size = words.view(np.uint8).data, len(self._zeros)
         for start in range(0, len(target), size):
             part = target[start : start + size]

@@ -68,7 +68,7 @@ def _unbounded(run: RunConfig) -> list[str]:
     if client.mechanism == "gaussian" and client.separation is not None:
         found.append(
             f"privacy.client.separation = {client.separation} contradicts "
-            "privacy.client.mechanism = 'gaussian': its clients are drawn anew in each round, "
+            "privacy.client.mechanism = 'gaussian': its clients are drawn again in each round, "
             "whoever was drawn before. Leave separation out, or set mechanism to 'matrix'."
         )
     return found

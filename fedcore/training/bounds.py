@@ -78,10 +78,10 @@ class Bounds:
         """
         if self._steps is not None and steps > self._steps:
             raise OwnerLimit(
-                f"training: the server asks for {counted(steps, 'step', ',')} in this round, "
-                f"and {self._file} has "
-                f"max_round_steps = {self._steps:,}. Nothing was trained or charged; fewer "
-                "client.epochs or larger batches ask for less, or the owner allows more."
+                f"training: the server asks for {counted(steps, 'step', ',')} in this round, and "
+                f"{self._file} has max_round_steps = {self._steps:,}. Nothing was trained or "
+                "charged; fewer client.epochs or larger batches ask for less, or the owner allows "
+                "more."
             )
         self.check(memory=False)
         if step_s is None or self.left_s == math.inf:
@@ -89,11 +89,10 @@ class Bounds:
         one_s, left_s = step_s(), self.left_s
         if steps * one_s > left_s:
             raise OwnerLimit(
-                f"training: the server asks for {counted(steps, 'step', ',')} in this round, "
-                "which take about "
-                f"{steps * one_s:,.0f} s here, and {max(left_s, 0.0):,.0f} s are left of "
-                f"{self._nearest()}. Nothing was trained or charged; fewer client.epochs ask for "
-                "less, or the owner allows more."
+                f"training: the server asks for {counted(steps, 'step', ',')} in this round, which "
+                f"take about {steps * one_s:,.0f} s here, and {max(left_s, 0.0):,.0f} s are left "
+                f"of {self._nearest()}. Nothing was trained or charged; fewer client.epochs ask "
+                "for less, or the owner allows more."
             )
 
     def check(self, *, memory: bool = True) -> None:

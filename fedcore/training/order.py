@@ -87,12 +87,12 @@ def _is_movable_relu(layer: _Layer, before: _Layer | None) -> bool:
         return True
     if type(layer) is not nn.ReLU or not _is_plain(layer):
         return False
-    # In place it changes what it is given, which nobody must see: a layer makes that anew, and
+    # In place it changes what it is given, which nobody must see: a layer makes that again, and
     # hands it to nobody else.
-    return not layer.inplace or _makes_anew(before)
+    return not layer.inplace or _makes_new(before)
 
 
-def _makes_anew(layer: _Layer | None) -> bool:
+def _makes_new(layer: _Layer | None) -> bool:
     return layer is not None and type(layer) in (nn.Conv2d, nn.BatchNorm2d) and _is_plain(layer)
 
 

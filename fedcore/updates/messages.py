@@ -24,9 +24,7 @@ from fedcore.errors import (
     OwnersBudgetExhausted,
     RoundFailed,
 )
-from fedcore.observability.foreign import (
-    foreign,
-)
+from fedcore.observability.foreign import foreign
 from fedcore.updates.pack import Layout, Vector
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
@@ -148,7 +146,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidUpdate(
-            f"instruction: the message lacks what a fedcore server sends "
+            "instruction: the message lacks what a fedcore server sends "
             f"({foreign(repr(error), 200)}). Nothing was trained; server and client must run the "
             "same version."
         ) from None

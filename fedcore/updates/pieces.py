@@ -35,7 +35,7 @@ class FileArray(Array):
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        """All bytes, read anew."""
+        """All bytes, read again."""
         return self.read(0, self.size_bytes)
 
     def deflate(self) -> bytes:

@@ -333,7 +333,7 @@ def _parts(array: Array) -> Iterator[NDArray[Any]]:
 class _Squared:
     """Squared distances of short vectors, in memory that is there once.
 
-    Memory that is asked for anew for each of them would be mapped and zeroed each time, which takes
+    Were memory allocated for each of them, the kernel would map and zero it each time, which takes
     longer than the arithmetic.
     """
 

@@ -163,7 +163,7 @@ class ExactMean:
     def _add_ordinary(self, parts: Parts, factor: float) -> None:
         """Adds a vector whose products the first limb has room for."""
         start = 0
-        # Memory that is asked for anew for each part would be mapped and zeroed each time.
+        # Were they allocated for each part, the kernel would map and zero them each time.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
         whole = np.empty(len(products), np.int64)
         for part in parts():

@@ -87,8 +87,8 @@ class Material:
     def saw_some(self) -> str:
         """Says, for the manifest, what calibration saw."""
         return (
-            f"{len(self.calibration)} of {counted(size_of(self.train), 'example')} of the "
-            "cloud's training data, for ranges of activations"
+            f"{len(self.calibration)} of {counted(size_of(self.train), 'example')} of the cloud's "
+            "training data, for ranges of activations"
         )
 
     def _export(self, module: nn.Module) -> bytes:

@@ -231,9 +231,8 @@ def _demand_finite_weights(model: nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise CompressionError(
-                f"model: {count} of the {counted(tensor.numel(), 'value')} of {name!r} are NaN "
-                "or infinite. "
-                "Nothing was compressed or released; training has diverged, so lower its "
+                f"model: {count} of the {counted(tensor.numel(), 'value')} of {name!r} are NaN or "
+                "infinite. Nothing was compressed or released; training has diverged, so lower its "
                 "learning rate and run again."
             )
 

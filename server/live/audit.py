@@ -1,7 +1,7 @@
 """What operators did to a server: one line an action, only ever appended to, each line chained.
 
 A line holds the SHA-256 of the line before it, so that a line that is changed, taken out or put in
-later shows, unless everything after it is made anew as well. A small file beside it, the mark, says
+later shows, unless all that follows is made again as well. A small file beside it, the mark, says
 how far the log went, so that lines cut from its end show as well.
 """
 
@@ -21,14 +21,7 @@ from pydantic import Field, ValidationError
 
 from fedcore.config import Section
 from fedcore.errors import DataError
-from fedcore.files import (
-    disk_errors,
-    is_there,
-    open_regular,
-    read_bytes,
-    sync_folder,
-    write_atomic,
-)
+from fedcore.files import disk_errors, is_there, open_regular, read_bytes, sync_folder, write_atomic
 
 AUDIT, MARK = "audit.jsonl", "audit.mark"
 _MAX_MARK_BYTES = 1 << 10

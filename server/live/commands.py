@@ -66,7 +66,7 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with a run that was interrupted; begins it where there is none",
     )
     again.add_argument(
-        "--fresh", action="store_true", help="begin anew, and drop a run that was interrupted"
+        "--fresh", action="store_true", help="begin again, and drop a run that was interrupted"
     )
 
 

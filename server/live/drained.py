@@ -32,7 +32,7 @@ def read_drained(folder: Path) -> frozenset[str]:
         path,
         max_bytes=_MAX_DRAINED_BYTES,
         what="the list of drained devices",
-        otherwise="Nothing was started; remove it, and drain anew who should be.",
+        otherwise="Nothing was started; remove it, and drain again who should be.",
     )
     try:
         names = json.loads(raw)
@@ -40,7 +40,7 @@ def read_drained(folder: Path) -> frozenset[str]:
             raise ValueError("expected a list of names")
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: {error}. Nothing was started; remove the file, and drain anew who should be."
+            f"{path}: {error}. Nothing was started; remove the file, and drain again who should be."
         ) from None
     return frozenset(names)
 

@@ -219,7 +219,7 @@ class JournalGrid(OwnGrid):
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
-                # It was kept by another rule, where the round failed and was selected anew since.
+                # It was kept by another rule, where the round failed and was selected again since.
                 _weigh(kept, node, weights)
                 yield kept
                 del kept

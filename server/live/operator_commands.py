@@ -77,7 +77,7 @@ def _shown_status(told: Mapping[str, Any]) -> str:
     if last:
         lines.insert(1, f"Last:    {_shown_round(last)}")
     if told["roster"]["damage"]:
-        lines.append(f"Roster:  not read anew: {told['roster']['damage']}")
+        lines.append(f"Roster:  not read again: {told['roster']['damage']}")
     return "\n".join([*lines, *(f"Note:    {note}" for note in told["notes"])])
 
 

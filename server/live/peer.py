@@ -134,7 +134,7 @@ class PeerProtocol(HttpToolsProtocol):
     def _feed(self, diverted: _Diverted, body: bytes) -> None:
         try:
             diverted.sink(body)
-        except Exception as error:  # whatever it is, whoever waits is told
+        except Exception as error:  # whatever it is, the waiting caller is told
             self._diverted = None
             diverted.ended.set_exception(error)
 

@@ -167,7 +167,7 @@ class Presence:
     def drain(self, names: Iterable[str]) -> None:
         """From now on devices of these names, and no others, are left out of rounds.
 
-        A name stays drained whatever key its device has: one that is enrolled anew is, too.
+        A name stays drained whatever key its device has: one that is enrolled again is, too.
         """
         self._drained = frozenset(names)
         self._on_change()

@@ -54,8 +54,8 @@ def parse_request(raw: bytes) -> Request:
         return Request.model_validate_json(raw)
     except ValidationError as error:
         raise ConfigError(
-            f"request: {first_fault(error)}. Nothing was done; "
-            "ask with the server's own version of fedcore."
+            f"request: {first_fault(error)}. Nothing was done; ask with the server's own version "
+            "of fedcore."
         ) from None
 
 

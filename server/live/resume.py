@@ -13,7 +13,7 @@ from server.folder import clear, held, is_complete, mark_again, open_folder
 from server.identity import check_same, identity_of
 from server.journal import Journal, Reached, create, nothing, reopen
 from server.journal_head import is_begun
-from server.unfinished import JOURNAL, refuse_to_drop_simulated
+from server.unfinished import JOURNAL, drop_all, refuse_to_drop_simulated
 
 FOLDER = JOURNAL
 """Folder of a run's journal."""
@@ -67,16 +67,12 @@ def open_run(
                 finally:
                     found.close()
                 return
-    with open_folder(run, runs, before=_all if fresh else refuse_to_drop_simulated) as folder:
+    with open_folder(run, runs, before=drop_all if fresh else refuse_to_drop_simulated) as folder:
         begun = create(folder / FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
         try:
             yield folder, begun
         finally:
             begun.close()
-
-
-def _all(folder: Path) -> None:
-    """Lets everything in a folder be dropped."""
 
 
 def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
@@ -93,7 +89,8 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
         if not resume:
             raise ConfigError(
                 f"{folder}: this run was interrupted after round {journal.round}, and starting it "
-                "would drop that. Nothing was run; go on with --resume, or begin anew with --fresh."
+                "would drop that. Nothing was run; go on with --resume, or begin again with "
+                "--fresh."
             )
         now, free = identity_of(run, OPEN_POLICY), AFTER_ROUNDS if journal.ended else ()
         check_same(folder / FOLDER, journal.identity, now, free=free)

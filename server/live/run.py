@@ -64,7 +64,7 @@ class Deployment:
     resume: bool = False
     """Go on with a run that did not end, where there is one."""
     fresh: bool = False
-    """Begin anew, whatever there is."""
+    """Begin again, whatever there is."""
 
     def address(self, identity: ServerIdentity) -> Address:
         """Where to listen.
@@ -252,7 +252,7 @@ def _load(path: Path) -> Task:
     if declared not in (None, task.name):
         raise TaskError(
             f"{path}: the file says `task = Task(name={declared!r}, ...)`, and the task is called "
-            f"{task.name!r}. Nothing was trained; write its name out there, and start anew."
+            f"{task.name!r}. Nothing was trained; write its name out there, and start again."
         )
     return task
 

@@ -114,7 +114,7 @@ class Seals:
         if member is None:
             raise CertificateRefused(
                 f"round {expected.round}: node {expected.node_id} is no longer a member of this "
-                "project. Its update was not aggregated; enrol it anew, if it should take part."
+                "project. Its update was not aggregated; enrol it again, if it should take part."
             )
         envelope = unseal(
             reply.content,

@@ -12,7 +12,7 @@ def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:
     """The parts of a run's configuration that local training keeps to.
 
     Paths, the server's keys and the seed stay here: a device's noise is its own. ``instance`` is
-    the same when a run is resumed and another when it is begun anew: a device sends a finished
+    the same when a run is resumed and another when it is begun again: a device sends a finished
     update again for the one, and trains again for the other.
     """
     told = RunConfig(

@@ -174,7 +174,7 @@ async def put_out_strangers(
     *,
     every_s: float,
 ) -> None:
-    """Ends the streams and connections of whoever is a member no more, for ever."""
+    """Ends the streams and connections of whoever is a member no more, forever."""
     while True:
         await asyncio.sleep(every_s)
         # A newer list is remembered, even while nobody calls.

@@ -94,7 +94,7 @@ def mean_lower_bound(values: Array, *, confidence: float) -> float:
     """A lower bound on the expectation of independent values in [0, 1].
 
     A bettor stakes nearly all that it owns on each value being above a mean m. If no value's
-    expectation is above m, it owns 1 in expectation for ever, so it comes to own
+    expectation is above m, it owns 1 in expectation forever, so it comes to own
     ``1 / (1 - confidence)`` with a probability of at most ``1 - confidence`` (Markov). The bound
     is the largest m at which it does. Unlike a bound from the normal distribution, this holds for
     any number of values of any distribution; unlike Hoeffding's, it profits from a small variance.

@@ -30,14 +30,7 @@ from fedcore.crypto.roster import ROSTER, RosterFile, parse_roster
 from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_seen
 from fedcore.crypto.sealing import is_sealed, seal, unseal
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
-from fedcore.files import (
-    disk_errors,
-    held_alone,
-    is_there,
-    read_bytes,
-    sync_folder,
-    write_atomic,
-)
+from fedcore.files import disk_errors, held_alone, is_there, read_bytes, sync_folder, write_atomic
 from server.live.audit import AUDIT, MARK
 from server.live.drained import DRAINED
 from server.provision.folder import (
@@ -242,7 +235,7 @@ def _verify_server(files: Mapping[str, bytes], authority: x509.Certificate, *, w
     if subject.role != "server" or subject.public != public_bytes(key):
         raise TrustError(
             f"{where}: {key_name} and {kit_name} are not one server's. Nothing was changed; use "
-            "another backup, or make the server's identity anew."
+            "another backup, or make the server's identity again."
         )
 
 
@@ -276,7 +269,7 @@ def _stays(folder: Path, authority: Authority) -> list[Path]:
             raise DataError(
                 f"{path}: expected a file that the server wrote, found a folder or something else. "
                 f"Nothing was restored; see what it is, put it away, and restore again. Where it "
-                f"was {SEEN}, nothing knows any more which members were revoked: revoke them anew."
+                f"was {SEEN}, nothing knows any more which members were revoked: revoke them again."
             )
     return found
 
@@ -310,12 +303,12 @@ def _caution(
         return (
             f"this list of members is that of {blind:%Y-%m-%d %H:%M} UTC, when the backup was "
             "made, and nothing here tells what came later: whoever was revoked since is in force "
-            "again. Revoke them anew, now; `fedcore doctor` says so until then."
+            "again. Revoke them again, now; `fedcore doctor` says so until then."
         )
     return (
         "the roster that was there cannot be read, so the versions could not be compared: who was "
         f"revoked since this backup is in force again. {before / AUDIT} tells of each; revoke them "
-        "anew, now."
+        "again, now."
     )
 
 

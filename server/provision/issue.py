@@ -171,8 +171,8 @@ def provision_member(
         )
     if num_examples is not None and not 1 <= num_examples <= MAX_NUM_EXAMPLES:
         raise ConfigError(
-            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no "
-            "client may weigh more. No certificate was issued."
+            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no client may "
+            "weigh more. No certificate was issued."
         )
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
@@ -248,7 +248,7 @@ def sign_roster(act: Act) -> Authority:
     a server that has seen the new one takes no roster of the old one's any more.
 
     Raises:
-        SignatureInvalid: the roster carries a signature that does not hold; it is not signed anew.
+        SignatureInvalid: the roster carries a signature that does not hold; it is not signed again.
         FedcoreError: the authority cannot be read, or its key not be opened.
     """
     with locked(act.folder):
@@ -352,7 +352,7 @@ def _server_kit(authority: Authority) -> KitFile:
         path,
         max_bytes=MAX_KIT_BYTES,
         what="the server's kit",
-        otherwise="Nothing was done; `fedcore provision server HOST --replace` makes it anew.",
+        otherwise="Nothing was done; `fedcore provision server HOST --replace` makes it again.",
     )
     return parse_kit_file(raw, where=str(path))
 

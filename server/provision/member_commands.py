@@ -205,7 +205,7 @@ def _list(options: argparse.Namespace) -> int:
     if server is None and is_there(found.authority.server / KEY):
         say(
             f"warning: {found.authority.server}: the server's {KEY} is here, and its {KIT} is not: "
-            "put it back from a backup, or make both anew by `fedcore provision server HOST "
+            "put it back from a backup, or make both again by `fedcore provision server HOST "
             "--replace`",
             to=sys.stderr,
         )

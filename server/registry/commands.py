@@ -248,7 +248,7 @@ release = group(
             "fedcore release list --repository releases --keys keys --json",
         ),
         "refresh": Command(
-            "Sign anew what would expire; run it daily, and with --offline once a year.",
+            "Sign again what would expire; run it daily, and with --offline once a year.",
             _refresh_arguments,
             _refresh,
             "fedcore release refresh --repository releases --keys keys",

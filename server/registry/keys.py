@@ -21,14 +21,8 @@ from securesystemslib.signer import (  # type: ignore[attr-defined]  # re-export
 )
 
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import (
-    is_there,
-    read_bytes,
-    write_atomic,
-)
-from fedcore.observability.words import (
-    counted,
-)
+from fedcore.files import is_there, read_bytes, write_atomic
+from fedcore.observability.words import counted
 
 OFFLINE = ("root", "targets")
 ONLINE = ("releases", "snapshot", "timestamp")
@@ -50,8 +44,8 @@ class Quorum:
     def __post_init__(self) -> None:
         if not 1 <= self.threshold <= self.keys <= MAX_KEYS:
             raise ReleaseError(
-                f"{self.threshold} of {counted(self.keys, 'key')}: expected a threshold from 1 "
-                f"to the number of keys, and {MAX_KEYS} keys at most. Nothing was written."
+                f"{self.threshold} of {counted(self.keys, 'key')}: expected a threshold from 1 to "
+                f"the number of keys, and {MAX_KEYS} keys at most. Nothing was written."
             )
 
 

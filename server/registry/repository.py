@@ -37,15 +37,8 @@ from tuf.api.serialization.json import JSONSerializer
 
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import (
-    is_there,
-    lock_file,
-    read_bytes,
-    write_atomic,
-)
-from fedcore.observability.words import (
-    counted,
-)
+from fedcore.files import is_there, lock_file, read_bytes, write_atomic
+from fedcore.observability.words import counted
 from server.registry import pending
 from server.registry.keys import MAX_METADATA_BYTES, Keys
 
@@ -229,7 +222,7 @@ def add(
 
 
 def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) -> None:
-    """Signs root and targets anew for a year, and everything below them.
+    """Signs root and targets again for a year, and everything below them.
 
     Raises:
         DiskFull: there was no room; what was in force stays so.

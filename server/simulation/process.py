@@ -16,7 +16,7 @@ def keep_heap() -> None:
     """Has glibc reuse blocks of up to 32 MiB instead of returning each to the system.
 
     A step's activations are asked for and freed again and again; given back each time, every page
-    of them is cleared anew by the kernel, which can take as long as the arithmetic.
+    of them is cleared again by the kernel, which can take as long as the arithmetic.
     """
     set_heap(mapped_bytes=_MMAP_BYTES, kept_bytes=_TRIM_BYTES)
 

@@ -120,7 +120,7 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
 
 def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Trainer | None:
     """What trains a linear classifier the quickest, if that is what the model is."""
-    from server.simulation.linear import fits, train_linear  # compiled by whoever needs it
+    from server.simulation.linear import fits, train_linear  # compiles on first use
 
     if not fits(chain, model, run.client):
         return None

@@ -14,16 +14,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_client import store as installed
-from edge_client.runtime import load
+from edge_client.confined import ModelLimits, predict
 from edge_client.source import Source, folder_source
 from edge_client.update import Update, update
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import Lineage, Manifest, Parity, PrivacyStatement
+from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import FedcoreError
 from server.registry import repository as registry
 from server.registry.keys import ONLINE, read_keys, read_trusted_root
 from server.registry.rotation import Rotation, rotate
 from server.release import Draft, initialise, publish
+from tests.origin import LINEAGE, NO_PRIVACY, PARITY
 
 INPUTS = np.eye(3, dtype=np.float32)
 
@@ -50,18 +51,9 @@ def matmul_draft(factor: float, *, model: str = "digits", padding: int = 0) -> D
         input_shape=(3,),
         input_dtype="float32",
         golden_tolerance=1e-3,
-        lineage=Lineage(
-            run="demo",
-            round=3,
-            parent_sha256="a" * 64,
-            finetuned=True,
-            candidate="fp32",
-            config_sha256="b" * 64,
-            seed=1,
-            calibration="none",
-        ),
-        privacy=PrivacyStatement(unit="none", epsilon=None, target_delta=None, noise="none"),
-        parity=Parity(max_abs_error=0, agreement=1, metric="rmse", metric_before=1, metric_after=1),
+        lineage=LINEAGE,
+        privacy=NO_PRIVACY,
+        parity=PARITY,
         onnx=onnx.SerializeToString(),
         golden=golden_bytes(INPUTS, INPUTS @ weight(factor)),
     )
@@ -128,7 +120,7 @@ class World:
     def answers(self) -> float:
         """The factor of the model that serves."""
         version = installed.serving(self.store, "digits")
-        outputs = load(version.manifest, version.onnx, threads=1).predict(INPUTS)
+        outputs = predict(version.manifest, version.path, INPUTS, threads=1, limits=ModelLimits())
         factor = float(outputs[0, 0])
         np.testing.assert_allclose(outputs, weight(factor))
         return factor

@@ -1,6 +1,6 @@
 """A device whose clock is wrong, or was set so that an old repository looks current.
 
-Whatever the clock says, what has been seen to expire stays expired; what is signed anew is taken.
+Whatever the clock says, what has been seen to expire stays expired; what is signed again is taken.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_a_clock_that_was_ahead_for_a_while_is_forgiven(world: Any) -> None:
     with pytest.raises(SignatureInvalid, match="may be ahead: even the root has run out"):
         world.update(now=far)
     refresh(world.repository, world.keys, now=T0 + DAY, offline=False)
-    with pytest.raises(SignatureInvalid, match="somebody has signed anew since this device last"):
+    with pytest.raises(SignatureInvalid, match="somebody has signed again since this device last"):
         world.update(now=T0 + 300 * DAY)
     done = world.update(now=T0 + DAY)  # the clock is right again, and so is all else
     assert not done.changed
@@ -120,7 +120,7 @@ def test_time_that_passes_is_no_cause_for_complaint(world: Any) -> None:
             assert done.clock is None
 
 
-def test_a_floor_that_was_damaged_is_an_error_and_one_that_is_gone_begins_anew(world: Any) -> None:
+def test_a_floor_that_was_damaged_is_an_error_and_one_that_is_gone_begins_again(world: Any) -> None:
     path = world.store / "trust" / "clock.json"
     path.write_bytes(b"{")
     with pytest.raises(DataError, match=r"clock\.json: it does not hold the times"):

@@ -80,7 +80,7 @@ def test_an_older_snapshot_under_the_newer_name(world: Any) -> None:
     world.check_refused(DigestMismatch, "differs from what was signed")
 
 
-def test_older_metadata_signed_anew_by_a_thief_of_the_timestamp_key(world: Any) -> None:
+def test_older_metadata_signed_again_by_a_thief_of_the_timestamp_key(world: Any) -> None:
     world.publish(2.0)
     assert world.update().version == 2
     root = read_trusted_root(world.keys)

@@ -17,13 +17,7 @@ import pytest
 
 from edge_client import store as installed
 from edge_client.source import folder_source
-from fedcore.errors import (
-    DigestMismatch,
-    DiskFull,
-    FedcoreError,
-    RollbackRefused,
-    SignatureInvalid,
-)
+from fedcore.errors import DigestMismatch, DiskFull, FedcoreError, RollbackRefused, SignatureInvalid
 from fedcore.files import write_atomic
 from server.registry import repository as registry
 from server.registry.keys import ONLINE

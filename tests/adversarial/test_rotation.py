@@ -19,13 +19,7 @@ from edge_client import store as installed
 from edge_client.source import folder_source
 from fedcore.artifacts.manifest import manifest_bytes
 from fedcore.artifacts.statements import EPOCHS, Epochs
-from fedcore.errors import (
-    DataError,
-    ReleaseError,
-    RollbackRefused,
-    SignatureInvalid,
-    TrustError,
-)
+from fedcore.errors import DataError, ReleaseError, RollbackRefused, SignatureInvalid, TrustError
 from server import release
 from server.registry import repository as registry
 from server.registry.keys import ONLINE, Keys, Quorum, generate_keys, read_keys, read_trusted_root

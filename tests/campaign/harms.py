@@ -92,7 +92,7 @@ class Command:
     work: Callable[[], int]
     """Runs it in the folder of the copy, and returns its exit code."""
     until: str = ""
-    """It is told to stop once its output holds this: it would go on for ever."""
+    """It is told to stop once its output holds this: it would go on forever."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def verdict(done: Done, usual: Done, name: str) -> tuple[str, str]:
         return "refused", ""
     if same(done, usual) and done.reached == usual.reached:
         return "same", ""
-    if name in said or re.search(r"damag|mend|put aside|anew|not match", said):
+    if name in said or re.search(r"damag|mend|put aside|(done|written|made) again|not match", said):
         return "said", ""
     return "wrong", f"another result, and not a word of {name}: {said[-600:]!r}"
 

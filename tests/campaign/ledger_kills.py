@@ -6,7 +6,7 @@
 
 Each life is a process of its own that answers instructions by the device's own loop, with noise
 from the operating system; what it releases goes to a file in place of a server. It is told apart by
-its bytes: a reply that is sent a second time costs nothing, one that was made anew costs again.
+its bytes: a reply that is sent a second time costs nothing, one that was made again costs again.
 After each kill the files are read as an auditor would, and what they record is compared with what
 all releases so far have cost.
 """

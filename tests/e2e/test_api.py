@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -81,6 +82,28 @@ def test_the_same_seed_gives_the_same_model_as_the_command_line(
         assert found[0].exists() == found[1].exists()
         assert not found[0].exists() or found[0].read_bytes() == found[1].read_bytes()
     assert result.folder == tmp_path / "api/digits"
+
+
+def test_a_run_that_was_interrupted_is_dropped_only_when_told(tmp_path: Path) -> None:
+    reads = 0
+
+    def interrupted(client: str, folder: Path | None) -> Examples:
+        nonlocal reads
+        reads += 1
+        if reads == 32:  # once rounds are under way
+            raise KeyboardInterrupt
+        return made(ord(client))
+
+    settings = {"federation": {"rounds": 3}, "simulation": {"workers": 1}, **QUICK}
+    task = dataclasses.replace(task_of(), client_data=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fedcore.simulate(task, runs=tmp_path, progress=False, **settings)
+    with pytest.raises(fedcore.FedcoreError, match=r"interrupted after round \d.*fresh=True"):
+        fedcore.simulate(task, runs=tmp_path, progress=False, **settings)
+    for fresh in (True, False):  # a complete run is replaced
+        result = fedcore.simulate(task, runs=tmp_path, fresh=fresh, progress=False, **settings)
+        assert len(result.history.rounds) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["corners"]
 
 
 def test_mistakes_are_typed_errors() -> None:

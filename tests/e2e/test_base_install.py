@@ -19,8 +19,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import Lineage, Parity, PrivacyStatement
 from server.release import Draft, initialise, publish
+from tests.origin import LINEAGE, NO_PRIVACY, PARITY
 
 ROOT = Path(__file__).parents[2]
 WEIGHT = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
@@ -77,20 +77,9 @@ def draft(factor: float) -> Draft:
         input_shape=(3,),
         input_dtype="float32",
         golden_tolerance=1e-4,
-        lineage=Lineage(
-            run="test",
-            round=1,
-            parent_sha256="0" * 64,
-            finetuned=False,
-            candidate="fp32",
-            config_sha256="0" * 64,
-            seed=0,
-            calibration="none",
-        ),
-        privacy=PrivacyStatement(unit="none", epsilon=None, target_delta=None, noise="none"),
-        parity=Parity(
-            max_abs_error=0.0, agreement=1.0, metric="rmse", metric_before=1.0, metric_after=1.0
-        ),
+        lineage=LINEAGE,
+        privacy=NO_PRIVACY,
+        parity=PARITY,
         onnx=model.SerializeToString(),
         golden=golden_bytes(inputs, inputs @ (factor * WEIGHT)),
     )

@@ -173,7 +173,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
         refused = fedcore("simulate", "run.toml", *SHORT, cwd=folder)
         assert refused.returncode == 2
         assert (
-            "go on with `fedcore simulate --resume`, or begin anew with --fresh" in refused.stderr
+            "go on with `fedcore simulate --resume`, or begin again with --fresh" in refused.stderr
         )
         simulate(fedcore, folder, "--fresh", *SHORT)
         check_results(results)

@@ -183,7 +183,7 @@ def _draw(
     @given(st.randoms(use_true_random=not shrinks))
     def one(rng: Random) -> None:
         raw = FORMATS[name].make(rng)
-        before = _peak_bytes(anew=True)
+        before = _peak_bytes(reset=True)
         try:
             found, said = outcome(name, raw)
             grown = _peak_bytes() - before
@@ -235,9 +235,9 @@ def _bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def _peak_bytes(*, anew: bool = False) -> int:
-    """The most memory that this process has had, or has now where it is to be measured anew."""
-    if anew:
+def _peak_bytes(*, reset: bool = False) -> int:
+    """The most memory that this process has had, or has now where it is measured again."""
+    if reset:
         with suppress(OSError), Path("/proc/self/clear_refs").open("wb", buffering=0) as file:
             file.write(b"5")
     with Path("/proc/self/status").open("rb", buffering=0) as file:

@@ -5,17 +5,10 @@ from __future__ import annotations
 from functools import cache
 from random import Random
 
-from fedcore.artifacts.manifest import (
-    FileEntry,
-    Lineage,
-    Manifest,
-    Parity,
-    PrivacyStatement,
-    manifest_bytes,
-    parse_manifest,
-)
+from fedcore.artifacts.manifest import FileEntry, Manifest, manifest_bytes, parse_manifest
 from fedcore.artifacts.statements import Epochs, moment_of, parse_epochs
 from tests.fuzz.mutate import damaged, damaged_json, packed, unpacked
+from tests.origin import LINEAGE, NO_PRIVACY, PARITY
 
 _WORDS = ("classification", "regression", "inf", "2026-03-01T12:00:00Z", "float32", "digits")
 
@@ -34,18 +27,9 @@ def _valid() -> tuple[bytes, bytes]:
         onnx=file,
         golden=file,
         golden_tolerance=1e-3,
-        lineage=Lineage(
-            run="demo",
-            round=3,
-            parent_sha256="a" * 64,
-            finetuned=True,
-            candidate="fp32",
-            config_sha256="b" * 64,
-            seed=1,
-            calibration="none",
-        ),
-        privacy=PrivacyStatement(unit="none", epsilon=None, target_delta=None, noise="none"),
-        parity=Parity(max_abs_error=0, agreement=1, metric="rmse", metric_before=1, metric_after=1),
+        lineage=LINEAGE,
+        privacy=NO_PRIVACY,
+        parity=PARITY,
     )
     return manifest_bytes(manifest), Epochs(epochs={"digits": 1, "other": 7}).to_bytes()
 

@@ -33,7 +33,7 @@ def _known() -> dict[str, Member]:
 
 
 def make(rng: Random) -> bytes:
-    """A roster; one that still is one is signed anew now and then, as the authority could."""
+    """A roster; one that still is one is signed again now and then, as the authority could."""
     values = json.loads(_signed())
     if rng.randrange(3) == 0:
         odd = rng.choice((*odd_certificates(), *certificates(), repem(rng, certificates()[0])))

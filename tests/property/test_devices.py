@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 
 from fedcore.config import DeviceClass
 from fedcore.errors import DataError
-from server.simulation.devices import (
-    SILENCE_S,
-    Fate,
-    Fleet,
-    class_of,
-    device_of,
-    fate,
-    settle,
-)
+from server.simulation.devices import SILENCE_S, Fate, Fleet, class_of, device_of, fate, settle
 from server.simulation.trace import COLUMNS, read_trace, window_at
 
 SEEDS = st.integers(0, 2**63 - 1)

@@ -264,7 +264,7 @@ def test_a_device_that_only_infers_loads_neither_torch_nor_flower() -> None:
         if path.is_relative_to(ROOT / "edge_client")
         and not path.is_relative_to(ROOT / "edge_client" / "node")  # it trains
     ]
-    assert "edge_client.runtime" in modules
+    assert "edge_client.confined" in modules
     loaded = loaded_by(f"import fedcore, fedcore.cli, {', '.join(modules)}")
     assert "onnxruntime" in loaded
     assert not loaded & {"torch", "flwr", "opacus", "onnx", "server"}

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from fedcore.kernels.window import Window
-from fedcore.training.per_example.images import (
-    back_to_image,
-    convolved,
-    largest,
-    patches,
-)
+from fedcore.training.per_example.images import back_to_image, convolved, largest, patches
 
 Elementwise = Callable[..., Tensor]
 Weights = dict[str, Tensor]

@@ -27,15 +27,7 @@ from fedcore.kernels.im2col import (
 )
 from fedcore.kernels.sparse_backward import Back, taken_back
 from fedcore.kernels.window import Window
-from fedcore.kernels.winograd import (
-    LANE,
-    MOST,
-    PARTS,
-    Tiling,
-    pool_tiles,
-    to_kernels,
-    to_tiles,
-)
+from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_kernels, to_tiles
 from fedcore.training.per_example.chain import Conv, Each, Made, Share, Weights, matrix
 
 Undo = Callable[[Tensor], tuple[Tensor, Share | Made | Each | None]]

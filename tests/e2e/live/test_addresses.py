@@ -144,7 +144,7 @@ def test_what_grpc_itself_would_say_of_a_stranger_is_not_printed(
     project: Any, launch_server: Any, launch_device: Any, tmp_path: Path
 ) -> None:
     server, device = launch_server(), launch_device("edge-0")
-    device.wait_for("stream open", times=2)  # the second one is opened anew where it ends
+    device.wait_for("stream open", times=2)  # the second one is opened again where it ends
     wakes = status(project)["wakes"]
     server.send(signal.SIGKILL)
     server.end()

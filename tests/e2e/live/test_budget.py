@@ -1,4 +1,4 @@
-"""An owner's budget on a real device, against a server that names its run anew."""
+"""An owner's budget on a real device, against a server that renames its run."""
 
 from __future__ import annotations
 

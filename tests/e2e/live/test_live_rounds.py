@@ -129,7 +129,7 @@ def test_a_device_whose_ledger_cannot_be_read_says_so_and_is_there_for_the_next_
 
 
 @pytest.mark.parametrize("left", [0, 100])
-def test_an_update_that_is_damaged_before_it_left_is_trained_anew_and_charged_twice(
+def test_an_update_that_is_damaged_before_it_left_is_trained_again_and_charged_twice(
     project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
     push, damaged = loop.FleetLink._push, list[Path]()
@@ -220,7 +220,7 @@ def test_a_device_that_is_revoked_is_put_out(project: Any, serve: Any, start: An
     assert "no longer" in str(error)
 
 
-def test_a_device_that_is_drained_and_enrolled_anew_is_drained_still(
+def test_a_device_that_is_drained_and_enrolled_again_is_drained_still(
     project: Any, serve: Any, start: Any
 ) -> None:
     with serve() as served:
@@ -233,7 +233,7 @@ def test_a_device_that_is_drained_and_enrolled_anew_is_drained_still(
         first.thread.join(10)
         project.members["once edge-0"] = project.members.pop("edge-0")
         (project.root / "edge-0").rename(project.root / "old")
-        start("edge-0", folder="anew")
+        start("edge-0", folder="again")
         wait_for(lambda: all_awake(served, 1))
         assert presence.nodes() == []
         presence.drain([])

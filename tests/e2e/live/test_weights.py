@@ -101,7 +101,7 @@ def test_who_is_enrolled_during_a_round_does_not_change_its_weights(
         devices["edge-1"].wait_for("stream open")
         killed()
         if not restarted:
-            time.sleep(GRACE_S + 2.0)  # it is gone, and will be sent the message anew
+            time.sleep(GRACE_S + 2.0)  # it is gone, and will be sent the message again
             go.touch()
             launch_device("edge-1")
         else:

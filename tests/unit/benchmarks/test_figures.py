@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.figures import (
-    Run,
-    at_least,
-    at_most,
-    no_less_accurate,
-    ratios,
-    rows_of,
-    slope,
-)
+from benchmarks.figures import Run, at_least, at_most, no_less_accurate, ratios, rows_of, slope
 
 
 def run(system: str, repeat: int, seconds: float, *, bytes_per_round: int | None = None) -> Run:

@@ -14,16 +14,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import (
-    FileEntry,
-    Lineage,
-    Manifest,
-    Parity,
-    PrivacyStatement,
-    manifest_bytes,
-)
+from fedcore.artifacts.manifest import FileEntry, Manifest, Parity, PrivacyStatement, manifest_bytes
 from fedcore.files import sha256_hex
 from server.release import Draft, initialise, publish
+from tests.origin import LINEAGE
 
 IN, OUT = 3, 2
 
@@ -49,16 +43,6 @@ def matmul_golden(factor: float) -> bytes:
     return golden_bytes(inputs, inputs @ weight)
 
 
-LINEAGE = Lineage(
-    run="demo",
-    round=3,
-    parent_sha256="a" * 64,
-    finetuned=True,
-    candidate="fp32",
-    config_sha256="b" * 64,
-    seed=1,
-    calibration="none",
-)
 PRIVACY = PrivacyStatement(unit="example", epsilon=7.5, target_delta=1e-3, noise="simulated")
 PARITY = Parity(
     max_abs_error=1e-6, agreement=1.0, metric="accuracy", metric_before=0.9, metric_after=0.9
@@ -110,7 +94,7 @@ def first_publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
 
 @pytest.fixture
 def publisher(first_publisher: Publisher, tmp_path: Path) -> Publisher:
-    """A copy: making one anew costs many fsyncs."""
+    """A copy: making one again costs many fsyncs."""
     shutil.copytree(first_publisher.repository, tmp_path / "repository")
     shutil.copytree(first_publisher.keys, tmp_path / "keys")
     return Publisher(tmp_path / "repository", tmp_path / "keys")

@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 
-from edge_client.clock import (
-    Floor,
-    Judged,
-    forgotten,
-    learned,
-    looked,
-    read_floor,
-    write_floor,
-)
+from edge_client.clock import Floor, Judged, forgotten, learned, looked, read_floor, write_floor
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError
 

@@ -125,6 +125,12 @@ def test_answers_that_are_no_numbers_are_none(run: Run) -> None:
         run(hostile.text_for_numbers())
 
 
+def test_inputs_are_taken_however_they_lie_in_memory(run: Run, matmul: Any) -> None:
+    wide = np.arange(24, dtype=np.float32).reshape(3, 8).T  # not contiguous
+    expected = wide @ np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    np.testing.assert_allclose(run(matmul.onnx(1.0), wide), expected)
+
+
 def test_inputs_are_looked_at_first(run: Run, matmul: Any, manifest: Manifest) -> None:
     for wrong in (EYE[0], EYE[:0], EYE[:, :2], EYE.astype(np.float64), np.array(1, np.float32)):
         with pytest.raises(DataError, match="expected"):

@@ -12,6 +12,8 @@ from edge_client.selftest import self_test
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import LimitExceeded, SelfTestFailed, TrustError
+from fedcore.files import sha256_hex
+from tests.hostile_models import endless_loop, many_outputs
 
 EYE = np.eye(3, dtype=np.float32)
 Test = Callable[[bytes], float]
@@ -61,15 +63,26 @@ def test_golden_files_that_do_not_fit_fail(tested: Test, golden: bytes) -> None:
         tested(golden)
 
 
+def test_answers_without_a_number_prove_nothing(manifest: Manifest, tmp_path: Path) -> None:
+    raw = many_outputs(0)
+    (tmp_path / "model.onnx").write_bytes(raw)
+    entry = manifest.onnx.model_copy(update={"sha256": sha256_hex(raw), "length": len(raw)})
+    with pytest.raises(SelfTestFailed, match="differs by inf"):
+        self_test(
+            manifest.model_copy(update={"onnx": entry}),
+            tmp_path / "model.onnx",
+            golden_bytes(EYE, np.zeros((3, 0), np.float32)),
+            threads=1,
+            limits=ModelLimits(),
+        )
+
+
 def test_what_is_no_golden_file_is_not_trusted(tested: Test) -> None:
     with pytest.raises(TrustError, match="golden"):
         tested(b"garbage")
 
 
 def test_the_limit_that_was_passed_is_named(manifest: Manifest, tmp_path: Path) -> None:
-    from fedcore.files import sha256_hex
-    from tests.hostile_models import endless_loop
-
     raw = endless_loop()
     (tmp_path / "model.onnx").write_bytes(raw)
     entry = manifest.onnx.model_copy(update={"sha256": sha256_hex(raw), "length": len(raw)})

@@ -45,7 +45,7 @@ def test_what_is_installed_serves_whole(tmp_path: Path, install: Install, matmul
     found = store.serving(tmp_path / "store", "digits")
     assert found.record == record
     assert found.damage is None
-    assert (found.onnx, found.golden) == (matmul.onnx(1.0), matmul.golden(1.0))
+    assert (found.path.read_bytes(), found.golden) == (matmul.onnx(1.0), matmul.golden(1.0))
     assert store.models(tmp_path / "store") == ["digits"]
 
 

@@ -53,7 +53,7 @@ def test_what_is_current_is_not_fetched_again(publisher: Any, store: Path) -> No
     assert done == Update("digits", 1, None, changed=False, golden_error=None)
 
 
-def test_a_damaged_version_is_fetched_anew(publisher: Any, store: Path) -> None:
+def test_a_damaged_version_is_fetched_again(publisher: Any, store: Path) -> None:
     publisher.publish()
     run(publisher, store, root=publisher.root)
     publisher.publish(2.0)

@@ -12,11 +12,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from fedcore.updates.messages import ARRAYS, METRICS, weights_record
 from fedcore.updates.pack import Vector
-from server.journal import (
-    Journal,
-    create,
-    reopen,
-)
+from server.journal import Journal, create, reopen
 from server.progress import Progress
 from server.records import RoundRecord
 from server.strategy_state import Remembered

@@ -90,11 +90,11 @@ def test_a_damaged_checkpoint_is_refused_whatever_byte_it_is(tmp_path: Path) -> 
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(DataError, match=r"begin the run anew"):
+        with pytest.raises(DataError, match=r"begin the run again"):
             read_checkpoint(path)
     for length in (0, 7, 8, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"begin the run anew"):
+        with pytest.raises(DataError, match=r"begin the run again"):
             read_checkpoint(path)
 
 

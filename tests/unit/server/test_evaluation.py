@@ -7,10 +7,7 @@ from flwr.app import MetricRecord, RecordDict
 
 from fedcore.errors import RoundFailed
 from fedcore.metrics import RMSE
-from fedcore.updates.messages import (
-    METRICS,
-    NUM_EXAMPLES,
-)
+from fedcore.updates.messages import METRICS, NUM_EXAMPLES
 from fedcore.updates.pack import Vector
 from tests.unit.server.stories import BAD, NODES, Answer, Story, adds, mixed, scores
 

@@ -156,7 +156,7 @@ def test_without_its_copy_a_damaged_journal_is_refused(tmp_path: Path) -> None:
         reopen(tmp_path)
 
 
-def test_a_damaged_copy_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     two_rounds(tmp_path)
     before = (tmp_path / HEAD).read_bytes()
     (tmp_path / HEAD).write_bytes(before[: len(before) // 2])
@@ -172,7 +172,7 @@ def test_the_hundredth_round_is_copied_at_the_price_of_the_third(tmp_path: Path)
         for number in range(1, 101):
             before, file = records.stat().st_size, records.stat().st_ino
             journal.commit(progress(number), record(number))
-            assert records.stat().st_ino == file, "it is added to, not written anew"
+            assert records.stat().st_ino == file, "it is added to, not written again"
             assert records.stat().st_size - before < 1000
             if number == 3:
                 third = head.stat().st_size
@@ -243,7 +243,7 @@ def test_a_copy_that_lags_behind_stands_until_the_journal_is_opened(
         assert journal.start.records == tuple(map(record, range(1, 5)))
 
 
-def test_a_records_copy_that_is_damaged_is_made_anew_or_refused(tmp_path: Path) -> None:
+def test_a_records_copy_that_is_damaged_is_made_again_or_refused(tmp_path: Path) -> None:
     two_rounds(tmp_path)
     whole = (tmp_path / RECORDS).read_bytes()
     flip(tmp_path / RECORDS, 60)

@@ -8,13 +8,7 @@ from flwr.app import Array, Error, RecordDict
 
 from fedcore.errors import BudgetExhausted, RoundFailed
 from fedcore.metrics import ACCURACY, RMSE, Metric
-from fedcore.updates.messages import (
-    DECLINED,
-    DECLINED_BY_OWNER,
-    REFUSED,
-    Update,
-    update_content,
-)
+from fedcore.updates.messages import DECLINED, DECLINED_BY_OWNER, REFUSED, Update, update_content
 from fedcore.updates.pack import Vector, pack
 from server.inbound import Tally
 from server.progress import Start
@@ -76,7 +70,7 @@ def test_what_was_spent_before_a_restart_still_counts_after_it() -> None:
     assert [each.epsilon_max for each in told] == [6.0, 6.0]
 
 
-def test_a_cohort_is_drawn_anew_each_round_and_the_same_for_the_same_seed() -> None:
+def test_a_cohort_is_drawn_again_each_round_and_the_same_for_the_same_seed() -> None:
     one, again = Story(adds(), cohort=3, rounds=6), Story(adds(), cohort=3, rounds=6)
     one.run()
     again.run()

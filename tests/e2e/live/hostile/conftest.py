@@ -88,7 +88,7 @@ class Rogue:
         return reply
 
     def sign(self, reply: Message, asked: RecordDict = CONTENT, **changes: Any) -> None:
-        """Signs a reply anew, for what it should be signed for but for ``changes``."""
+        """Signs a reply again, for what it should be signed for but for ``changes``."""
         reply.content.pop("envelope", None)
         signed = {
             "purpose": reply.metadata.message_type,

@@ -235,7 +235,7 @@ def test_something_else_in_a_ledgers_place_stops_training(
     assert path.is_file()
 
 
-def test_a_mark_that_is_gone_or_behind_is_written_anew(machine: Machine) -> None:
+def test_a_mark_that_is_gone_or_behind_is_written_again(machine: Machine) -> None:
     machine.train("one")
     machine.train("one")
     for path in (machine.kit / MARK, machine.counted):

@@ -16,13 +16,7 @@ import pytest
 from edge_client.node import ledger_commands
 from edge_client.node.ledger_book import COUNT, LEDGER, MARK
 from edge_client.node.state import own
-from fedcore.errors import (
-    ConfigError,
-    DataError,
-    DeviceError,
-    PrivacyError,
-    ResourceError,
-)
+from fedcore.errors import ConfigError, DataError, DeviceError, PrivacyError, ResourceError
 from fedcore.observability.words import epsilon_floor_text, epsilon_text
 from tests.unit.edge_client.node.sites import DELTA, OWNER, Site, epsilon
 
@@ -201,7 +195,7 @@ def test_verify_says_what_is_damaged_and_what_is_mended(
     assert ("all agrees" in said.out) == (not told)
     mends = "next start mends that; nothing was changed here" in said.out
     assert mends == bool(told and code == 0)
-    assert not any(word in said.out + said.err for word in ("is mended", "written anew"))
+    assert not any(word in said.out + said.err for word in ("is mended", "written again"))
     assert site.files() == before
     assert site.run(ledger_commands.verify, "--kit", site.kit, "--json") == code
     found = json.loads(capsys.readouterr().out)

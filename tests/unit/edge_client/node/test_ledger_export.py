@@ -12,16 +12,11 @@ from edge_client.node import ledger_commands
 from edge_client.node.ledger_book import LEDGER
 from edge_client.node.ledger_export import check_export
 from fedcore.crypto.keys import fingerprint
-from fedcore.errors import (
-    DataError,
-    FedcoreError,
-    PrivacyError,
-    SignatureInvalid,
-)
+from fedcore.errors import DataError, FedcoreError, PrivacyError, SignatureInvalid
 from tests.unit.edge_client.node.sites import DELTA, Site, epsilon
 
 
-def test_an_export_is_signed_and_can_be_computed_anew(
+def test_an_export_is_signed_and_can_be_computed_again(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = site.root / "export.json"

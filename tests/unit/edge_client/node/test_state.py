@@ -87,7 +87,7 @@ class Died(Exception):
 def test_a_reply_whose_cost_is_not_on_disk_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It dies between the two files: the instruction is followed anew, and charged once."""
+    """It dies between the two files: the instruction is followed again, and charged once."""
     with own(tmp_path) as folder:
         folder.keep("run", state := content(1), "before", content(3))
         write = state_module.write_atomic
@@ -135,7 +135,7 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_reply_is_put_aside_and_made_anew(
+def test_a_damaged_reply_is_put_aside_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
 ) -> None:
     with own(tmp_path) as folder:
@@ -154,10 +154,10 @@ def test_a_damaged_reply_is_put_aside_and_made_anew(
             assert folder.reply("key", folder.state("run")) == content(again)
 
 
-def test_a_reply_made_anew_is_not_taken_for_the_one_that_was_paid_for(
+def test_a_reply_made_again_is_not_taken_for_the_one_that_was_paid_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It dies between the two files of a reply that was made anew."""
+    """It dies between the two files of a reply that was made again."""
     with own(tmp_path) as folder:
         folder.keep("run", state := RecordDict(), "key", content(3))
         with monkeypatch.context() as patch:

@@ -91,6 +91,41 @@ def test_what_comes_by_the_stream_waits_for_the_owners_bandwidth(
     assert 0 < len(counted) < 12
 
 
+def test_a_device_without_a_port_for_streams_asks_at_its_own_pace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wake, "_SLOW_S", 0.4)
+    asked: list[float] = []
+    link = SimpleNamespace(wake_port=0, node_id=1, beat=asked.append)
+    wake.watch("a", link, stopped_after(2.0), None)  # type: ignore[arg-type]
+    assert 4 <= len(asked) <= 2.0 / 0.2 + 1
+    assert all(0.2 <= again_s <= 0.4 for again_s in asked)
+
+
+def test_the_first_stream_is_over_in_time_whatever_the_server_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wake, "EARLY_S", 1.0)
+    monkeypatch.setattr(wake, "_CANCEL_S", 0.1)
+    opened, over = threading.Event(), threading.Event()
+
+    def stays(context: Any) -> Iterator[Call]:
+        context.add_callback(over.set)
+        yield Call(kind=Call.OPEN)
+        opened.set()
+        over.wait(30.0)
+
+    with serving(stays) as port:
+        monkeypatch.setattr(wake, "_channel", lambda *_: channel_to(port))
+        started = time.monotonic()
+        link = SimpleNamespace(wake_port=port, kit=None, address=lambda tries: "")
+        wake.hold_stream(link, "a")  # type: ignore[arg-type]
+        assert opened.wait(10.0)
+        assert not over.is_set()
+        assert over.wait(10.0)
+        assert time.monotonic() - started >= 1.0
+
+
 def test_a_call_that_is_larger_than_any_ends_the_stream() -> None:
     def large(context: Any) -> Iterator[Call]:
         call = Call(kind=Call.OPEN)
@@ -127,7 +162,7 @@ def test_a_server_that_ends_each_stream_gets_few_of_them(
 
         def let_in() -> None:
             while not signals.stop.wait(0.01):
-                signals.anew.set()
+                signals.reconnect.set()
 
         threading.Thread(target=let_in).start()
         link = SimpleNamespace(

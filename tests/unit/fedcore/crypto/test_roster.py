@@ -21,12 +21,7 @@ from fedcore.crypto.roster import (
     parse_roster,
 )
 from fedcore.crypto.roster_seen import SEEN, seen_version
-from fedcore.errors import (
-    CertificateRefused,
-    DataError,
-    RollbackRefused,
-    TrustError,
-)
+from fedcore.errors import CertificateRefused, DataError, RollbackRefused, TrustError
 
 
 @pytest.fixture(scope="session")
@@ -297,7 +292,7 @@ def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
     assert seen_version(seen) == 5
     assert seen.stat().st_mode & 0o777 == 0o600
 
-    write(tmp_path, project, 4, *entries)  # while it runs, and after it was started anew
+    write(tmp_path, project, 4, *entries)  # while it runs, and after it was started again
     assert roster.member(public) is None
     assert roster.damage is not None
     assert "version 4, and version 5 was in force" in roster.damage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.flower.fleet import Fleet, node_id_of
@@ -44,24 +45,26 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     one.end_run()
 
 
+def drawn(seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).random(WEIGHTS, np.float32)
+
+
 class Sender:
     """A node with a reply that is ready to be pushed."""
 
-    def __init__(self, fleet: Fleet, key: bytes, *, last: float = 0.5) -> None:
-        weights = WEIGHTS
+    def __init__(self, fleet: Fleet, key: bytes, values: NDArray[np.float32] | None = None) -> None:
         self.fleet, self.caller = fleet, Caller(node_id_of(key), key, "edge")
         fleet.enlist(key)
         fleet.state.activate_node(self.caller.node_id, 60)
         content = RecordDict(
             {
-                "arrays": ArrayRecord({"model": Array(np.zeros(weights, np.float32))}),
+                "arrays": ArrayRecord({"model": Array(np.zeros(WEIGHTS, np.float32))}),
                 "config": ConfigRecord({"server-round": 1}),
             }
         )
         asked = Message(content, self.caller.node_id, MessageType.TRAIN)
         (self.message_id,) = fleet.send([asked])
-        self.values = np.random.default_rng(0).random(weights, np.float32)
-        self.values[-1] = last
+        self.values = drawn() if values is None else values
         reply = Message(RecordDict({"arrays": weights_record(self.values)}), reply_to=asked)
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -114,6 +117,11 @@ class Sender:
         finally:
             one.close()
 
+    def push_all(self, objects: Iterable[str] | None = None) -> None:
+        """Pushes ``objects``, all of the reply's when None, each of which is stored."""
+        for object_id in self.objects if objects is None else objects:
+            assert self.push(self.request(object_id))
+
     def taken(self) -> FileArray:
         reply = self.fleet.take(self.message_id)
         assert reply is not None
@@ -148,11 +156,12 @@ def test_an_update_lies_in_one_file_and_is_hashed_as_it_comes(fleet: Fleet) -> N
 
 def test_the_end_of_one_update_is_never_written_into_the_file_of_another(fleet: Fleet) -> None:
     """Which the journal may have linked: the two are the same but for their last few bytes."""
-    one, other = Sender(fleet, b"a"), Sender(fleet, b"b", last=7.0)
+    values = drawn()
+    values[-1] = 7.0
+    one, other = Sender(fleet, b"a"), Sender(fleet, b"b", values)
     for each in (one, other):
         each.announce()
-        for object_id in each.wanted:
-            assert each.push(each.request(object_id))
+        each.push_all(each.wanted)
     assert not other.wanted.intersection(one.chunks)
     first = one.taken()
     second = other.taken()
@@ -168,8 +177,7 @@ def test_chunks_of_another_size_are_put_together(
     monkeypatch.setattr(flowers, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", CUT_BYTES - 4)
     one = Sender(fleet, b"a")
     one.announce()
-    for object_id in one.objects:
-        assert one.push(one.request(object_id))
+    one.push_all()
     array = one.taken()
     assert not isinstance(array, JoinedArray)
     assert b"".join(pieces(array, 128)) == one.values.tobytes()
@@ -180,8 +188,7 @@ def test_who_sends_what_another_has_sent_is_believed_what_was_verified(fleet: Fl
     one, other = Sender(fleet, b"a"), Sender(fleet, b"b")
     for each in (one, other):
         each.announce()
-        for object_id in each.wanted:
-            assert each.push(each.request(object_id))
+        each.push_all(each.wanted)
     assert not other.wanted.intersection(one.chunks)
     first = one.taken()
     del first
@@ -189,7 +196,44 @@ def test_who_sends_what_another_has_sent_is_believed_what_was_verified(fleet: Fl
     assert spooled(fleet) == []
 
 
-def test_a_chunk_that_is_another_than_announced_is_not_stored_and_may_come_anew(
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_chunk_of_two_devices_lies_where_each_of_them_has_it(
+    fleet: Fleet, first: int, at_once: bool
+) -> None:
+    """Or one device could move or write over what another has sent."""
+    values, size = drawn(), CUT_BYTES // 4
+    second = size - 128 // 4  # behind the head of the array
+    values[second:][: 2 * size] = np.roll(values[second:][: 2 * size], size)
+    both = Sender(fleet, b"a"), Sender(fleet, b"b", values)
+    assert both[0].chunks[1:3] == both[1].chunks[2:0:-1]
+    if at_once:  # each lacks all of its chunks, and pushes those that have come meanwhile
+        for each in both:
+            each.announce()
+        for object_ids in zip(*(list(each.objects) for each in both), strict=True):
+            for each, object_id in zip(both, object_ids, strict=True):
+                each.push_all([object_id])
+    else:
+        for each in (both[first], both[1 - first]):
+            each.announce()
+            each.push_all(each.wanted)
+    for each in (both[first], both[1 - first]):
+        assert b"".join(pieces(each.taken(), 128)) == each.values.tobytes()
+    assert spooled(fleet) == []
+
+
+def test_a_chunk_of_another_reply_is_not_taken(fleet: Fleet) -> None:
+    one, other = Sender(fleet, b"a"), Sender(fleet, b"b", drawn(seed=1))
+    for each in (one, other):
+        each.announce()
+    for session in (one.session, other.session):
+        one.session = session
+        for object_id, content in other.objects.items():
+            with pytest.raises(InvalidUpdate, match="no reply of it lacks"):
+                one.push(one.request(object_id, content))
+
+
+def test_a_chunk_that_is_another_than_announced_is_not_stored_and_may_come_again(
     fleet: Fleet,
 ) -> None:
     one = Sender(fleet, b"a")
@@ -198,8 +242,7 @@ def test_a_chunk_that_is_another_than_announced_is_not_stored_and_may_come_anew(
     forged = bytearray(one.objects[chunk])
     forged[-1] ^= 1
     assert not one.push(one.request(chunk, bytes(forged)))
-    for object_id in one.objects:
-        assert one.push(one.request(object_id))
+    one.push_all()
     assert b"".join(pieces(one.taken(), 128)) == one.values.tobytes()
 
 
@@ -214,14 +257,12 @@ def test_of_two_pushes_of_a_chunk_the_later_stands_and_the_earlier_writes_no_mor
     earlier, rest = one.arrival(raw)
     earlier.write(rest[: 2**16])
     assert one.push(raw)
-    with pytest.raises(InvalidUpdate, match="pushes anew meanwhile"):
+    with pytest.raises(InvalidUpdate, match="pushes again meanwhile"):
         earlier.write(b"\0" * 2**16)
     earlier.close()
     with pytest.raises(InvalidUpdate, match="no reply of it lacks"):
         one.arrival(raw)
-    for object_id in one.objects:
-        if object_id != chunk:
-            assert one.push(one.request(object_id))
+    one.push_all(object_id for object_id in one.objects if object_id != chunk)
     assert b"".join(pieces(one.taken(), 128)) == one.values.tobytes()
 
 
@@ -248,8 +289,7 @@ def test_a_push_that_breaks_off_takes_no_room_of_the_reply(fleet: Fleet) -> None
         earlier.write(rest[: 2**16])
         earlier.close()
     again = [one.arrival(one.request(one.chunks[0]))[0] for _ in range(20)]
-    for object_id in one.objects:
-        assert one.push(one.request(object_id))
+    one.push_all()
     for each in again:
         each.close()
     assert b"".join(pieces(one.taken(), 128)) == one.values.tobytes()
@@ -263,6 +303,19 @@ def test_more_than_a_reply_may_hold_is_refused_before_it_is_written(fleet: Fleet
         one.arrival(one.request(one.chunks[0]))
     assert fleet.asked[one.message_id].reply is None
     assert spooled(fleet) == [path for path in spooled(fleet) if "joined" not in path.name]
+
+
+def test_a_chunk_far_behind_the_others_is_refused_before_it_is_written(fleet: Fleet) -> None:
+    """A few bytes at a far place would make a large file of holes, which is read as a whole."""
+    one = Sender(fleet, b"a")
+    one.announce()
+    asked, chunk = fleet.asked[one.message_id], one.chunks[1]
+    above, _ = asked.places[chunk]
+    asked.places[chunk] = above, asked.reply_limit_bytes // CUT_BYTES + 1
+    with pytest.raises(InvalidUpdate, match="its arrays take more than"):
+        one.push(one.request(chunk))
+    assert fleet.asked[one.message_id].reply is None
+    assert not any("joined" in path.name for path in spooled(fleet))
 
 
 @pytest.mark.parametrize(
@@ -291,8 +344,7 @@ def test_a_request_that_is_not_its_callers_is_refused(
     fleet.run_id = run_id
     assert one.chunks[0] in fleet.asked[one.message_id].missing
     one.session = fleet.asked[one.message_id].session
-    for object_id in one.objects:
-        assert one.push(one.request(object_id))
+    one.push_all()
     assert b"".join(pieces(one.taken(), 128)) == one.values.tobytes()
 
 

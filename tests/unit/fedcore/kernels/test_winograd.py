@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcore.kernels.im2col import OFF
-from fedcore.kernels.winograd import (
-    LANE,
-    MOST,
-    PARTS,
-    Tiling,
-    pool_tiles,
-    to_kernels,
-    to_tiles,
-)
+from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_kernels, to_tiles
 
 # Lavin and Gray 2016, section 4.1.
 B = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).t()

@@ -146,7 +146,7 @@ def test_more_than_a_chunk_of_any_shape_is_noised_in_place(dtype: torch.dtype) -
     assert [tuple(one.shape) for one in sums] == shapes
     assert all(one.dtype == dtype for one in sums)
     noise = torch.cat([one.flatten().double() - 3 for one in sums])
-    # No chunk and no tensor begins anew: hardly any number is there twice, by rounding alone.
+    # No chunk and no tensor begins again: hardly any number is there twice, by rounding alone.
     most = 1e-5 if dtype == torch.float64 else 0.05
     assert len(noise) - noise.unique().numel() <= most * len(noise)
     assert abs(noise.std().item() - 2) < 2 * 4.9 / math.sqrt(2 * len(noise))

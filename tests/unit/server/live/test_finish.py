@@ -231,7 +231,7 @@ def test_dying_while_it_publishes_publishes_once(site: Site, published: bool) ->
 
 def test_the_same_model_of_an_earlier_run_is_no_release_of_this_one(site: Site) -> None:
     site.finish()
-    (site.folder / "summary.json").unlink()  # begun anew, with the same bits
+    (site.folder / "summary.json").unlink()  # begun again, with the same bits
     site.finish()
     assert [one.version for one in site.versions()] == [1, 2]
     first, second = site.versions()

@@ -259,7 +259,7 @@ def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
         grid = Rounds(Devices(), again, admit=set, quorum=1.0)
         expected = {4: 1000, 5: 1000, 6: 1000}
         assert counts(grid.send_and_receive(messages(), timeout=5)) == expected
-        again.drop()  # the round failed, and is selected anew: what was kept weighs as the rest
+        again.drop()  # the round failed, and is selected again: what was kept weighs as the rest
         keeper_of(again).asked("train", drawing([*NODES]))
         assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1, 5: 1, 6: 1}
 

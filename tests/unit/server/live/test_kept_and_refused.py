@@ -97,7 +97,7 @@ def expected(tmp_path: Path) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_an_earlier_version_kept_is_checked_anew(
+def test_what_an_earlier_version_kept_is_checked_again(
     tmp_path: Path, expected: bytes, name: str
 ) -> None:
     folder = tmp_path / "journal"

@@ -147,7 +147,7 @@ def test_one_upload_is_let_in_however_large() -> None:
     uploading(scenario)
 
 
-def test_an_upload_that_begins_anew_keeps_its_room() -> None:
+def test_an_upload_that_begins_again_keeps_its_room() -> None:
     async def scenario(uploads: Uploads, clock: Clock, abandoned: list[str]) -> None:
         for _ in range(5):
             assert await uploads.enter(1, Upload("a", 10))

@@ -53,7 +53,7 @@ def test_a_run_whose_rounds_are_over_goes_on_to_its_release(tmp_path: Path) -> N
     run = run_of(tmp_path, **RELEASE)
     over(tmp_path, run)
     begin_step(tmp_path)
-    with pytest.raises(ConfigError, match="go on with --resume, or begin anew with --fresh"):
+    with pytest.raises(ConfigError, match="go on with --resume, or begin again with --fresh"):
         opened(tmp_path, run, resume=False)
     assert opened(tmp_path, run, resume=True)
 
@@ -122,7 +122,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("copied", [True, False])
-def test_a_run_whose_journal_is_gone_is_not_begun_anew(
+def test_a_run_whose_journal_is_gone_is_not_begun_again(
     tmp_path: Path, loss: str, copied: bool
 ) -> None:
     run = begun(tmp_path)

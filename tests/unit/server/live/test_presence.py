@@ -146,7 +146,7 @@ def test_who_leaves_or_is_put_out_is_not_there() -> None:
         presence.remove(2)
         assert presence.nodes() == []
         assert [device.name for device in presence.devices()] == ["edge-1"]
-        assert not presence.call(2, "a"), "one that was put out must come anew"
+        assert not presence.call(2, "a"), "one that was put out must come again"
 
     run(scenario)
 

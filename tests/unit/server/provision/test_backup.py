@@ -156,7 +156,7 @@ def test_what_a_server_has_seen_outlives_a_damaged_authority(
     done = restore(act, file, replace=True)
     assert done.caution is not None
     assert "version 4 of the roster was in force" in done.caution
-    assert "revoke anew" in done.caution
+    assert "revoke again" in done.caution
     revoke(act, "edge-2")  # the older list grows as new as the lost one, and is not that
     with pytest.raises(RollbackRefused, match="version 4 of the roster was in force"):
         load_server_identity(folder, now=act.now).roster()
@@ -208,7 +208,7 @@ def test_nothing_is_restored_over_a_running_server(act: Act, file: Path) -> None
 def test_what_is_no_file_in_the_servers_place_is_not_left_out(act: Act, file: Path) -> None:
     (served(act) / "roster.seen").unlink()
     (act.folder / "server" / "roster.seen").mkdir()
-    with pytest.raises(DataError, match=r"roster\.seen: expected a file.*revoke them anew"):
+    with pytest.raises(DataError, match=r"roster\.seen: expected a file.*revoke them again"):
         restore(act, file, replace=True)
 
 
@@ -223,7 +223,7 @@ def test_a_damaged_authority_is_not_backed_up(act: Act, tmp_path: Path) -> None:
 
 
 def altered(file: Path, **files: str | None) -> None:
-    """Seals the backup anew with some of its files changed or left out."""
+    """Seals the backup again with some of its files changed or left out."""
     content = json.loads(unseal(file.read_bytes(), PASSPHRASE, where="file"))
     for name, text in files.items():
         if text is None:

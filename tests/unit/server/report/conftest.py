@@ -2,13 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedcore.artifacts.manifest import (
-    FileEntry,
-    Lineage,
-    Manifest,
-    Parity,
-    PrivacyStatement,
-)
+from fedcore.artifacts.manifest import FileEntry, Lineage, Manifest, Parity, PrivacyStatement
 from server.records import CandidateRecord, ClientRecord, RoundRecord, RunRecord
 
 

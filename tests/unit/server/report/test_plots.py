@@ -10,13 +10,7 @@ import matplotlib
 import pytest
 
 from server.records import RunRecord
-from server.report.plots import (
-    bytes_plot,
-    candidates_plot,
-    clients_plot,
-    rounds_plot,
-    scores_plot,
-)
+from server.report.plots import bytes_plot, candidates_plot, clients_plot, rounds_plot, scores_plot
 from server.report.svg import BLUE, ORANGE, shortened
 
 SVG = "{http://www.w3.org/2000/svg}"

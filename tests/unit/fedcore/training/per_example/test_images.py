@@ -12,12 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcore.kernels.window import Window
-from fedcore.training.per_example.images import (
-    back_to_image,
-    largest,
-    patches,
-    slopes_of_image,
-)
+from fedcore.training.per_example.images import back_to_image, largest, patches, slopes_of_image
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
