@@ -18,6 +18,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes
@@ -26,9 +28,11 @@ from fedcore.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_che
 from fedcore.observability.console import choose
 from fedcore.observability.events import Sink, tee, unhurried
 from fedcore.observability.jsonl import json_lines
+from fedcore.observability.words import counted
 from fedcore.owner import OPEN_POLICY, OwnerPolicy, tighten
 from fedcore.settings import load_run, with_settings
 from fedcore.task import Task, load_task
+from fedcore.training.device import available
 from server.checkpoint import Checkpoint
 from server.folder import open_folder, write_results
 from server.pipeline import run_pipeline
@@ -152,7 +156,8 @@ def simulate(
 
     Args:
         task: A task, or the file that defines one. One that was made in memory, as in a notebook,
-            cannot be fine-tuned, as the processes that do this load a task from its file.
+            is neither fine-tuned nor trained by several processes on GPUs: those load a task from
+            its file.
         run: The run, or its file; a run with every setting's default when None.
         owner: What every virtual client keeps to.
         runs: A folder: results go to the folder of the run's name in it, in place of a complete
@@ -275,12 +280,15 @@ def _loaded(task: Task | str | PathLike[str], run: RunConfig) -> Iterator[tuple[
         needs.append(f"finetune.epochs = {run.finetune.epochs}")
     if run.simulation.engine == "ray":
         needs.append("simulation.engine = 'ray'")
+    gpus = torch.cuda.device_count() if available(run.client.device).type == "cuda" else 0
+    if gpus and (run.simulation.workers or gpus) > 1:
+        needs.append(f"simulation.workers = {run.simulation.workers} with {counted(gpus, 'GPU')}")
     if needs:
         raise ConfigError(
             f"{' and '.join(needs)}: this starts processes that load the task from its file, and "
             f"task {task.name!r} was made in memory. Nothing was run; write it to a file and give "
             "that one's name in its place, or pass finetune={'epochs': 0} and "
-            "simulation={'engine': 'local'}."
+            "simulation={'engine': 'local', 'workers': 1}."
         )
     with tempfile.TemporaryDirectory(prefix="fedcore-task-") as folder:
         path = Path(folder) / "task.py"

@@ -28,6 +28,7 @@ from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, trained
 from server.finetune.worker import work
+from server.spawn import script_left_out
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 """They print a traceback for each process that fails or is stopped; its reason is read instead."""
@@ -105,7 +106,7 @@ def _launch(job: Job, processes: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs"), redirects=Std.ALL),
     )
     try:
-        with _quiet(), _signals():
+        with _quiet(), _signals(), script_left_out():
             elastic_launch(config, work)(job)
     except ChildFailedError as failure:
         raise _reason(job, failure) from failure

@@ -22,6 +22,7 @@ from server.simulation.crew import MakeWorker, gathered, pieces
 from server.simulation.engine import RUN_ID
 from server.simulation.orders import Answer, Asked, Order
 from server.simulation.process import keep_heap
+from server.spawn import script_left_out
 
 _KILLED = " That usually means that memory ran out: take fewer simulation.workers."
 _END_S = 0.5  # more than an idle process needs to end
@@ -52,7 +53,8 @@ class Pool:
                 name=f"fedcore-worker-{number}",
                 daemon=False,  # a task's loader may have processes of its own
             )
-            with no_signal():  # until the process has said what signals do there
+            # Until the process has said what signals do there.
+            with no_signal(), script_left_out():
                 process.start()
             there.close()
             self._connections.append(here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,34 @@ def test_mistakes_are_typed_errors() -> None:
         fedcore.simulate(task_of(cloud=True))
     with pytest.raises(fedcore.FedcoreError, match="does not exist"):
         fedcore.simulate("nowhere.py")
+
+
+SCRIPT = """
+import fedcore
+result = fedcore.simulate(
+    "digits.py", federation={"rounds": 1}, finetune={"epochs": 1, "processes": 2},
+    simulation={"workers": 2}, compression={"timing_runs": 100, "candidates": ("fp32",)},
+    progress=False,
+)
+print(sorted(result.metrics["accuracy"]))
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "standard input"])
+def test_a_script_needs_no_guard_against_being_run_again(tmp_path: Path, how: str) -> None:
+    shutil.copy(Path(__file__).parents[2] / "examples/digits/task.py", tmp_path / "digits.py")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py" if how == "script" else "-"],
+        cwd=tmp_path,
+        input=SCRIPT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "['cloud_alone', 'federated', 'finetuned', 'released']\n"
+    assert done.stderr == ""
 
 
 SWEEP = """

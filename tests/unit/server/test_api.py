@@ -51,6 +51,23 @@ def test_a_name_that_is_given_is_not_changed_but_refused() -> None:
         api._configured(task("digits"), None, {"name": "My run"})
 
 
+@pytest.mark.parametrize(("workers", "gpus"), [(0, 2), (2, 1)])
+def test_a_task_made_in_memory_stays_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, workers: int, gpus: int
+) -> None:
+    monkeypatch.setattr(api, "available", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    run = api._configured(task("digits"), None, {"simulation": {"workers": workers}})
+    with (
+        pytest.raises(ConfigError, match=rf"simulation\.workers = {workers} with {gpus} GPU"),
+        api._loaded(task("digits"), run),
+    ):
+        pass
+    alone = api._configured(task("digits"), None, {"simulation": {"workers": 1}})
+    with api._loaded(task("digits"), alone) as (loaded, _):
+        assert loaded.name == "digits"
+
+
 def test_a_task_made_in_memory_has_a_file_meanwhile() -> None:
     run = api._configured(task("digits"), None, {})
     with api._loaded(task("digits"), run) as (_, configured):
