@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import secrets
 import threading
 import time
@@ -36,6 +35,7 @@ from fedcore.mods import client_mods
 from fedcore.observability.faults import first_fault
 from fedcore.owner import OwnerPolicy
 from fedcore.rpc.hello import SETTINGS, hello_of
+from fedcore.rpc.jitter import spread_s
 from fedcore.seeds import Randomness, SystemEntropy
 from fedcore.task import Task, data_folder
 from fedcore.training.bounds import bounds_of
@@ -147,7 +147,7 @@ def _persist(work: Callable[[], None], signals: Signals) -> None:
             signals.work.set()  # what it was at is asked for again
         failures += 1
         longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 1.25**failures)
-        signals.stop.wait(random.uniform(0.5, 1.0) * longest)
+        signals.stop.wait(spread_s(longest, 0.5, 1.0))
     return None
 
 

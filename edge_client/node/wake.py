@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from fedcore.crypto.kit import Kit
 from fedcore.errors import FedcoreError, TrustError
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
+from fedcore.rpc.jitter import spread_s
 from fedcore.rpc.proxy import proxy_for
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
@@ -80,7 +80,7 @@ class Signals:
     def pause_s(self) -> float:
         """How long to wait before asking again, where no stream is open."""
         on = time.monotonic() - self.last_message < _ROUND_S
-        return random.uniform(0.5, 1.0) * (_FAST_S if on else _BUSY_S if self.busy else _SLOW_S)
+        return spread_s(_FAST_S if on else _BUSY_S if self.busy else _SLOW_S, 0.5, 1.0)
 
 
 @dataclass
@@ -134,7 +134,7 @@ def watch(
                 opened = _listen(channel, instance, signals, calls, passed)
             lasted = opened and time.monotonic() - began >= _STEADY_S
             failures = 0 if lasted else failures + 1
-            pause_s = random.uniform(0.5, 1.0) * min(_AGAIN_S, 0.5 * 2.0**failures)
+            pause_s = spread_s(min(_AGAIN_S, 0.5 * 2.0**failures), 0.5, 1.0)
             next_try = time.monotonic() + pause_s
         soon_s = max(next_try - time.monotonic(), 0.05) if link.wake_port else math.inf
         pause_s = min(signals.pause_s(), soon_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +45,7 @@ from fedcore.flower.fleet_errors import (
 )
 from fedcore.flower.fleet_pull import Announced, BoundedClient, read_content
 from fedcore.rpc.hello import WAKE_PORT, again_in
+from fedcore.rpc.jitter import spread_s
 
 log = logging.getLogger("fedcore.device")
 
@@ -309,7 +309,7 @@ class FleetLink:
                     raise self._not_reached(failed) from None
             except Busy as busy:
                 # Jitter upwards alone: nobody comes back before the time that was named.
-                if self._stop.wait(busy.retry_after_s * random.uniform(1.0, 1.5)):
+                if self._stop.wait(spread_s(busy.retry_after_s, 1.0, 1.5)):
                     raise Unreachable("the server is busy, and this process ends") from None
 
     def _turn(self, failed: Mapping[str, Exception], error: Exception) -> bool:

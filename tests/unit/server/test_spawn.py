@@ -32,9 +32,16 @@ def test_a_process_does_not_run_the_script_again(tmp_path: Path, how: list[str])
     assert (done.stdout, done.stderr) == ("run __main__\n", "")
 
 
-def test_what_names_the_script_is_back_whatever_happens() -> None:
+@pytest.mark.parametrize("has_file", [True, False])
+def test_what_names_the_script_is_back_whatever_happens(
+    monkeypatch: pytest.MonkeyPatch, has_file: bool
+) -> None:
     main = sys.modules["__main__"]
-    before = main.__spec__, main.__file__
+    if has_file:
+        monkeypatch.setattr(main, "__file__", "script.py", raising=False)
+    else:
+        monkeypatch.delattr(main, "__file__", raising=False)
+    before = main.__spec__, getattr(main, "__file__", None)
     told: dict[str, object] = {}
 
     def fails() -> None:
@@ -46,4 +53,5 @@ def test_what_names_the_script_is_back_whatever_happens() -> None:
         fails()
     assert told["name"] == "x"
     assert not any(name.startswith("init_main") for name in told)
-    assert (main.__spec__, main.__file__) == before
+    assert (main.__spec__, getattr(main, "__file__", None)) == before
+    assert hasattr(main, "__file__") == has_file
