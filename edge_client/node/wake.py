@@ -7,8 +7,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -20,6 +20,7 @@ from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.rpc.jitter import spread_s
 from fedcore.rpc.proxy import proxy_for
+from fedcore.rpc.relay import relayed
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
 
@@ -46,13 +47,12 @@ _CANCEL_S = 5.0
 """How long after a stream's end the thread that would have ended it stays."""
 CALL_S, CALL_BURST = 0.05, 200
 """How often a server may call in the long run, and how often at once: the rest is read later, and
-where that is full, the server waits. With `CALL_BYTES` it is the most that a stream takes in."""
-CALL_BYTES = 128
-"""What a call counts in the owner's bandwidth, with the frames around it."""
+where that is full, the server waits."""
 STREAM_S, STREAM_BURST = 2.0, 20
 """How often a stream is tried in the long run, and how often at once, whatever the server does."""
-STREAM_BYTES = 8192
-"""What a stream's opening counts, with the handshake and the certificates before it."""
+BYTES_PER_S, BURST_BYTES = 8192, 1 << 18
+"""What passes on streams in the long run, and at once: handshakes, calls of some 60 bytes, pings.
+The rest is read later, and the server waits."""
 EARLY_S = 300.0
 """How long the stream may last that a process opens before it has loaded what it works with."""
 _STEADY_S = 10.0
@@ -93,10 +93,10 @@ class Ceiling:
     _free_s: float = field(default=float("-inf"), init=False)
     """When what was granted is paid for, at one in ``every_s``."""
 
-    def wait_s(self) -> float:
-        """Takes one; returns the seconds until it may be used."""
+    def wait_s(self, count: int = 1) -> float:
+        """Takes so many; returns the seconds until they may be used."""
         now, saved_s = self.clock(), self.burst * self.every_s
-        self._free_s = max(self._free_s, now - saved_s) + self.every_s
+        self._free_s = max(self._free_s, now - saved_s) + count * self.every_s
         return max(self._free_s - now, 0.0)
 
 
@@ -108,8 +108,9 @@ def watch(
     Runs in a thread of its own, so that a device that trains is still seen to be there.
 
     Guarantee:
-        Whatever the server sends, no more than one call in `CALL_S` and one stream in `STREAM_S`
-        seconds are taken, beside what may be saved up; all of it counts in ``passed``.
+        Whatever the server sends, no more than one call in `CALL_S` seconds, one stream in
+        `STREAM_S` and `BYTES_PER_S` of anything are taken, beside what may be saved up; every byte
+        counts in ``passed``.
 
     Args:
         instance: Names this process to the server.
@@ -119,6 +120,7 @@ def watch(
     """
     failures, next_try = 0, 0.0
     streams, calls = Ceiling(STREAM_S, STREAM_BURST), Ceiling(CALL_S, CALL_BURST)
+    count = _counting(signals, passed)
     while not signals.stop.is_set():
         if signals.reconnect.is_set():
             signals.reconnect.clear()
@@ -126,12 +128,14 @@ def watch(
         if link.wake_port and time.monotonic() >= next_try:
             if signals.stop.wait(streams.wait_s()):
                 return
-            _count(passed, STREAM_BYTES)
             with suppress(TrustError):  # it has expired: the main thread meets that, and ends
                 link.renew()
-            began = time.monotonic()
-            with _channel(link.kit, link.address(failures), link.wake_port) as channel:
-                opened = _listen(channel, instance, signals, calls, passed)
+            began, opened = time.monotonic(), False
+            with (
+                suppress(OSError),  # nobody is there
+                _channel(link.kit, link.address(failures), link.wake_port, count) as channel,
+            ):
+                opened = _listen(channel, instance, signals, calls)
             lasted = opened and time.monotonic() - began >= _STEADY_S
             failures = 0 if lasted else failures + 1
             pause_s = spread_s(min(_AGAIN_S, 0.5 * 2.0**failures), 0.5, 1.0)
@@ -156,35 +160,57 @@ def hold_stream(link: FleetLink, instance: str) -> None:
     ending.start()
 
     def hold() -> None:
-        with _channel(link.kit, link.address(0), link.wake_port) as channel:
-            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST), None)
+        count = _counting(signals, None)
+        with (
+            suppress(OSError),
+            _channel(link.kit, link.address(0), link.wake_port, count) as channel,
+        ):
+            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST))
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
 
-def _channel(kit: Kit, server: str, wake_port: int) -> grpc.Channel:
+def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callable[[int], None]:
+    """Hears of bytes on streams, and waits until more may come."""
+    ceiling = Ceiling(1 / BYTES_PER_S, BURST_BYTES)
+
+    def count(count: int) -> None:
+        if passed is not None:
+            passed(count)
+        signals.stop.wait(ceiling.wait_s(count))
+
+    return count
+
+
+@contextmanager
+def _channel(
+    kit: Kit, server: str, wake_port: int, count: Callable[[int], None]
+) -> Iterator[grpc.Channel]:
+    """A channel whose every byte is counted.
+
+    Raises:
+        OSError: the server cannot be reached.
+    """
     credentials = grpc.ssl_channel_credentials(
         kit.authority_pem, kit.key_pem(), kit.certificate_pem
     )
-    target = f"{_host(server)}:{wake_port}"
+    host = urlsplit(server).hostname or ""
+    there = f"[{host}]:{wake_port}" if ":" in host else f"{host}:{wake_port}"
     # Its core would read other variables than HTTP clients do.
-    proxy = proxy_for(f"https://{target}", os.environ)
-    way = ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0)
-    return grpc.secure_channel(target, credentials, options=(*_OPTIONS, way))
+    proxy = proxy_for(f"https://{there}", os.environ)
+    options = (
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.ssl_target_name_override", host),  # the certificate's name, not the socket's
+        ("grpc.default_authority", there),
+    )
+    with (
+        relayed(host, wake_port, proxy=proxy, timeout_s=_CONNECT_S, took=count) as target,
+        grpc.secure_channel(target, credentials, options=(*_OPTIONS, *options)) as channel,
+    ):
+        yield channel
 
 
-def _count(passed: Callable[[int], None] | None, count: int) -> None:
-    if passed is not None:
-        passed(count)
-
-
-def _listen(
-    channel: grpc.Channel,
-    instance: str,
-    signals: Signals,
-    ceiling: Ceiling,
-    passed: Callable[[int], None] | None,
-) -> bool:
+def _listen(channel: grpc.Channel, instance: str, signals: Signals, ceiling: Ceiling) -> bool:
     """Reads the stream to its end, no faster than ``ceiling``; True when it was open."""
     opened, over = False, threading.Event()
     calls = WakeStub(channel).Watch(WatchRequest(instance=instance))  # type: ignore[no-untyped-call]
@@ -202,7 +228,6 @@ def _listen(
             opened = True
             signals.lost = None
             signals.work.set()
-            _count(passed, CALL_BYTES)
             signals.stop.wait(ceiling.wait_s())  # unread, it fills a window, and the server waits
     except grpc.RpcError as error:
         code = error.code()
@@ -233,8 +258,3 @@ def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
         if signals.lost is None:
             signals.lost = time.monotonic()
     signals.work.set()
-
-
-def _host(url: str) -> str:
-    host = urlsplit(url).hostname or ""
-    return f"[{host}]" if ":" in host else host

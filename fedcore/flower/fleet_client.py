@@ -269,7 +269,7 @@ class FleetLink:
             interceptor=self,
             verify=client_context(kit),
             timeout_s=_TIMEOUT_S,
-            stopped=self._stop.is_set,
+            stopped=lambda: self._stop.is_set() and self._last is None,
             moved=self._moved,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,10 +20,19 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from fedcore.errors import FedcoreError, InvalidUpdate, OwnerLimit
 from fedcore.flower.fleet_payload import MAX_OBJECTS, ObjectReader
 from fedcore.observability.foreign import foreign
+from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 
 ANSWER_BYTES = 2**20
 """Most bytes of an answer that carries no object: settings, or a message's tree of objects."""
 _FRAME_BYTES = 2**12  # around an object, in the answer that carries it
+_AROUND_BYTES = 2**17
+"""What may come with an answer: handshake, certificates, headers, the framing of a short body."""
+_RECORDS = 16
+"""The framing of a longer one, and of TLS, may take a part in so many of it."""
+ENDING_S = 5.0
+"""How much longer a call may last when its process is to end."""
+LEAST_BYTES_PER_S = 4096
+"""What a call must move in the long run, beside the time that any call may take."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +58,16 @@ class Announced:
                 )
 
 
-class TooLarge(ValueError):
-    """An answer has more bytes than it may."""
-
-
 class BoundedClient(FleetHttpClient):
     """Flower's client, which takes in no more of an answer than it was told to.
 
     The size that the server declares is looked at first, and what comes is counted. Nothing is
     decompressed, and no redirection is followed.
+
+    Guarantee:
+        Whatever the server sends, and however slowly, a call takes in no more bytes than its answer
+        may have, a sixteenth of that and 128 KiB beside, and is over after ``timeout_s`` and
+        the time that these bytes take at `LEAST_BYTES_PER_S`.
     """
 
     def __init__(
@@ -71,14 +82,18 @@ class BoundedClient(FleetHttpClient):
     ) -> None:
         """Connects to nothing yet.
 
-        Objects are read no further once ``stopped`` says so. ``moved`` hears how many bytes of body
-        each call has sent and taken in, whatever became of it, and may wait.
+        Once ``stopped`` says so, objects are read no further, and other calls have `ENDING_S` to
+        be over. ``moved`` hears how many bytes each call has sent and taken in, from the handshake
+        on and whatever became of it, and may wait.
         """
         super().__init__(address, interceptors=[interceptor], verify=verify, timeout=timeout_s)
         self._client.follow_redirects = False
+        self._timeout_s = timeout_s
         self._stopped = stopped
         self._moved = moved
         self._most = threading.local()  # one client serves several threads
+        self._meter = Meter()
+        metered(self._client, self._meter)
 
     def pull_object(self, request: PullObjectRequest, most_bytes: int) -> PullObjectResponse:
         """Fetches an object.
@@ -102,18 +117,24 @@ class BoundedClient(FleetHttpClient):
     def _send(self, context: ProtobufRequestContext, *, stream: bool = False) -> httpx.Response:
         """Sends through the interceptors; the answer comes back in memory."""
         most_bytes: int | None = getattr(self._most, "bytes", None)
-        stopped = self._stopped if most_bytes is not None else _never
         taken_bytes = ANSWER_BYTES if most_bytes is None else most_bytes
+        ending_s = ENDING_S if most_bytes is None else 0.0
 
         def send(current: ProtobufRequestContext) -> httpx.Response:
             current.request.headers["accept-encoding"] = "identity"
-            response = self._client.send(current.request, stream=True)
+            limit_bytes = taken_bytes + taken_bytes // _RECORDS + _AROUND_BYTES
+            slowest_s = (len(current.request.content) + limit_bytes) / LEAST_BYTES_PER_S
+            until_s = time.monotonic() + self._timeout_s + slowest_s
+            traffic = Traffic(limit_bytes, until_s, self._stopped, ending_s)
             try:
-                content = read_bounded(response, taken_bytes, stopped)
+                with self._meter.counted(traffic):
+                    response = self._client.send(current.request, stream=True)
+                    try:
+                        content = read_bounded(response, taken_bytes)
+                    finally:
+                        response.close()
             finally:
-                response.close()
-                # As counted here: a server may declare what it likes, or nothing.
-                self._moved(len(current.request.content) + response.num_bytes_downloaded)
+                self._moved(traffic.sent_bytes + traffic.received_bytes)
             return httpx.Response(
                 response.status_code,
                 headers=response.headers,
@@ -127,10 +148,6 @@ class BoundedClient(FleetHttpClient):
         return call(context)
 
 
-def _never() -> bool:
-    return False
-
-
 _Call = Callable[[ProtobufRequestContext], httpx.Response]
 
 
@@ -140,14 +157,11 @@ def _around(
     return lambda context: intercept(context, inner)
 
 
-def read_bounded(
-    response: httpx.Response, most_bytes: int, stopped: Callable[[], bool] = _never
-) -> bytes:
+def read_bounded(response: httpx.Response, most_bytes: int) -> bytes:
     """The body of an answer that has begun to come in, if it is no longer than it may be.
 
     Raises:
         TooLarge: it declares more bytes, or more have come.
-        httpx.ReadError: reading was stopped.
         ValueError: it is compressed.
     """
     coding = response.headers.get("content-encoding", "identity")
@@ -161,8 +175,6 @@ def read_bounded(
         if len(body) + len(piece) > most_bytes:
             came = len(body) + len(piece)
             raise TooLarge(f"{came} bytes have come, at most {most_bytes} are taken")
-        if stopped():
-            raise httpx.ReadError("this process ends", request=response.request)
         body += piece
     return bytes(body)
 

@@ -23,11 +23,12 @@ from fedcore.flower.fleet_pull import (
     ANSWER_BYTES,
     Announced,
     BoundedClient,
-    TooLarge,
     read_bounded,
     read_content,
 )
 from fedcore.flower.identity import assume_identity
+from fedcore.rpc.metered import TooLarge
+from tests.unit.fedcore.rpc.serving import Plain
 
 WEIGHTS = 3_000_000
 LIMIT_BYTES = 16 << 20
@@ -233,32 +234,14 @@ def test_an_answer_that_is_compressed_is_refused() -> None:
     assert body.sent == 0
 
 
-def test_reading_ends_when_the_process_does() -> None:
-    body = Endless()
-    with pytest.raises(httpx.ReadError, match="ends"):
-        read_bounded(answer(body), 10**12, lambda: body.sent > 1_000_000)
-
-
-class Plain:
-    """An interceptor that does nothing."""
-
-    def intercept(self, context: Any, call_next: Any) -> httpx.Response:
-        assert context.request.headers["content-type"].endswith("protobuf")
-        response: httpx.Response = call_next(context)
-        return response
-
-
-def client(
-    respond: Callable[[httpx.Request], httpx.Response],
-    moved: Callable[[int], None] = lambda count: None,
-) -> BoundedClient:
+def client(respond: Callable[[httpx.Request], httpx.Response]) -> BoundedClient:
     made = BoundedClient(
         "https://server",
         interceptor=Plain(),
         verify=ssl.create_default_context(),
         timeout_s=1.0,
         stopped=lambda: False,
-        moved=moved,
+        moved=lambda count: None,
     )
     made._client = httpx.Client(transport=httpx.MockTransport(respond))
     return made
@@ -296,22 +279,3 @@ def test_a_client_follows_nobody_elsewhere() -> None:
     with pytest.raises(httpx.HTTPStatusError):
         client(respond).PullMessages(PullMessagesRequest())
     assert len(asked) == 1
-
-
-class Long(httpx.SyncByteStream):
-    """A body of two pieces, of which one is more than may come."""
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield bytes(1000)
-        yield bytes(2 * ANSWER_BYTES)
-
-
-@pytest.mark.parametrize("declared", [None, "0", "nonsense"])
-def test_what_came_is_counted_whatever_was_declared_and_became_of_it(declared: str | None) -> None:
-    headers = {} if declared is None else {"content-length": declared}
-    counted: list[int] = []
-    link = client(lambda _: httpx.Response(200, headers=headers, stream=Long()), counted.append)
-    request = PullMessagesRequest()
-    with pytest.raises(TooLarge):
-        link.PullMessages(request)
-    assert counted == [len(request.SerializeToString()) + 1000 + 2 * ANSWER_BYTES]

@@ -1,0 +1,147 @@
+"""What a device's client for the Fleet API makes of answers over real connections."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
+from flwr.proto.message_pb2 import PullObjectRequest
+
+from fedcore.errors import OwnerLimit
+from fedcore.flower import fleet_pull
+from fedcore.flower.fleet_pull import ANSWER_BYTES, BoundedClient
+from fedcore.rpc.metered import TooLarge
+from tests.unit.fedcore.rpc.serving import (
+    Behave,
+    Plain,
+    answer_of,
+    answering,
+    contexts,
+    endless,
+)
+
+
+@contextmanager
+def calling(
+    behave: Behave, folder: Path, *, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[BoundedClient, list[int]]]:
+    """A client of a server that does as ``behave`` says, and what it counts of each call."""
+    serving, trusting = contexts(folder)
+    moved: list[int] = []
+    with answering(behave, serving) as port:
+        client = BoundedClient(
+            f"https://127.0.0.1:{port}",
+            interceptor=Plain(),
+            verify=trusting,
+            timeout_s=1.0,
+            stopped=stopped,
+            moved=moved.append,
+        )
+        try:
+            yield client, moved
+        finally:
+            client.close()
+
+
+def test_an_honest_call_costs_little_beside_its_bytes(tmp_path: Path) -> None:
+    content = PullMessagesResponse().SerializeToString()
+
+    def behave(connection: Any, request: bytes) -> None:
+        connection.sendall(answer_of(content))
+
+    with calling(behave, tmp_path) as (client, moved):
+        client.PullMessages(PullMessagesRequest())
+        client.PullMessages(PullMessagesRequest())
+    assert 1000 < moved[0] < 5000
+    assert 0 < moved[1] < 1000
+
+
+@pytest.mark.parametrize("declared", [b"", b"content-length: 0\r\n", b"content-length: x\r\n"])
+def test_what_came_is_counted_whatever_was_declared_and_became_of_it(
+    tmp_path: Path, declared: bytes
+) -> None:
+    def behave(connection: Any, request: bytes) -> None:
+        endless(connection, b"HTTP/1.1 200 OK\r\n" + declared + b"\r\n", bytes(1 << 16))
+
+    with calling(behave, tmp_path) as (client, moved):
+        try:
+            client.PullMessages(PullMessagesRequest())
+        except (TooLarge, httpx.RemoteProtocolError):
+            pass
+        else:
+            assert declared.startswith(b"content-length: 0")
+    assert len(moved) == 1
+    assert 1000 < moved[0] < 2 * ANSWER_BYTES
+
+
+def test_what_comes_around_a_body_counts_against_the_owners_limit(tmp_path: Path) -> None:
+    def behave(connection: Any, request: bytes) -> None:
+        endless(connection, b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000)
+
+    with calling(behave, tmp_path) as (client, moved):
+        with pytest.raises(OwnerLimit, match="with what is around the answer"):
+            client.pull_object(PullObjectRequest(), 100_000)
+        with pytest.raises(TooLarge):
+            client.PullMessages(PullMessagesRequest())
+    assert moved[0] < 400_000
+
+
+def test_an_answer_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_pull, "LEAST_BYTES_PER_S", 10**6)
+
+    def behave(connection: Any, request: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(400):
+            time.sleep(0.05)
+            connection.sendall(b"z")
+
+    with calling(behave, tmp_path) as (client, _):
+        began = time.monotonic()
+        with pytest.raises(httpx.ReadTimeout):
+            client.PullMessages(PullMessagesRequest())
+        assert 1.0 < time.monotonic() - began < 6.0
+
+
+def test_a_process_that_ends_reads_no_object_to_its_end(tmp_path: Path) -> None:
+    began = time.monotonic()
+
+    def behave(connection: Any, request: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(400):
+            time.sleep(0.05)
+            connection.sendall(b"z")
+
+    def stopped() -> bool:
+        return time.monotonic() - began > 0.5
+
+    with (
+        calling(behave, tmp_path, stopped=stopped) as (client, _),
+        pytest.raises(httpx.ReadTimeout),
+    ):
+        client.pull_object(PullObjectRequest(), 10**9)
+    assert time.monotonic() - began < 3.0
+
+
+def test_every_connection_is_metered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of httpx, no public setting is used: this is what it must still have."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    client = BoundedClient(
+        "https://127.0.0.1:1",
+        interceptor=Plain(),
+        verify=ssl.create_default_context(),
+        timeout_s=1.0,
+        stopped=lambda: False,
+        moved=lambda count: None,
+    )
+    transports = [client._client._transport, *client._client._mounts.values()]
+    backends = {type(one._pool._network_backend).__name__ for one in transports if one is not None}  # type: ignore[union-attr]
+    assert len(transports) > 1
+    assert backends == {"_Backend"}
+    client.close()
