@@ -28,7 +28,7 @@ from fedcore.crypto.kit import Kit
 from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
-from fedcore.flower.fleet_errors import NotActivated, Unreachable
+from fedcore.flower.fleet_errors import NotActivated, Refused, Unreachable
 from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.mods import client_mods
@@ -44,7 +44,9 @@ from fedcore.updates.seal import run_digest, seal
 
 log = logging.getLogger("fedcore.device")
 
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 30.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S, _REFUSED_PAUSE_S = 0.2, 30.0, 600.0
+"""Pauses between two attempts: the first, and the longest where the server cannot be reached, or
+refuses this device."""
 _LAST_S = 1.0
 """How long a device that ends waits for its stream's end, and for each step of its last call."""
 _LOOK_S = 60.0
@@ -90,12 +92,13 @@ def run_device(device: Device, signals: Signals) -> None:
     """Takes part until ``signals.stop`` is set.
 
     A server that cannot be reached is tried again forever, with pauses that grow to 30 s. So is
-    one that no longer proves what it is, once it has let this device in.
+    one that no longer proves what it is, once it has let this device in; and one that refuses it
+    since, with pauses that grow to 10 minutes.
 
     Raises:
-        TrustError: the server does not let this device in, or its certificate has expired.
-        DeviceError: versions of protocol, app or task differ; the message says what to install.
-            Or the folder is another identity's.
+        TrustError: the server has never let this device in, or its certificate has expired.
+        DeviceError: it has not, as versions of protocol, app or task differ; the message says what
+            to install. Or the folder is another identity's.
     """
     instance = device.instance
     link = FleetLink(
@@ -134,19 +137,22 @@ def warm_up() -> None:
 
 def _persist(work: Callable[[], None], signals: Signals) -> None:
     """Does ``work`` until the server has been reached for it, or this process is to end."""
-    failures, told = 0, set[type[Unreachable]]()
+    failures, told, last_s = 0, set[type[Exception]](), _LAST_PAUSE_S
     while not signals.stop.is_set():
         try:
             return work()
         except NotActivated:
             signals.activate.set()
-        except Unreachable as error:
+        except (Unreachable, InvalidUpdate) as error:
+            refused = isinstance(error, Refused | InvalidUpdate)
             if type(error) not in told:
-                log.warning("the server cannot be reached: %s", error)
+                what = "this device keeps trying" if refused else "the server cannot be reached"
+                log.warning("%s: %s", what, error)
             told.add(type(error))
+            last_s = _REFUSED_PAUSE_S if refused else _LAST_PAUSE_S
             signals.work.set()  # what it was at is asked for again
         failures += 1
-        longest = min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 1.25**failures)
+        longest = min(last_s, _FIRST_PAUSE_S * 1.25 ** min(failures, 100))
         signals.stop.wait(spread_s(longest, 0.5, 1.0))
     return None
 

@@ -300,7 +300,7 @@ class FleetLink:
                 server = self._server
                 client = self._clients[server]
             try:
-                with refusals():
+                with refusals(let_in=self._let_in):
                     return send(client, request)
             except httpx.TransportError as error:
                 self.renew()

@@ -20,7 +20,7 @@ _REFUSED: dict[int, type[FedcoreError]] = {
     404: DeviceError,
     409: InvalidUpdate,
     412: DeviceError,
-    413: DeviceError,
+    413: InvalidUpdate,
 }
 _MOST_DETAIL = 600
 """Characters of a server's words that are shown."""
@@ -33,6 +33,10 @@ class Unreachable(ConnectionError):
 
 class Unproven(Unreachable):
     """What answers is not shown to be the project's server; the server may be back there later."""
+
+
+class Refused(Unreachable):
+    """The server lets this device in no more, and did before; it may again."""
 
 
 class OwnExpired(Unreachable):
@@ -52,8 +56,12 @@ class Busy(Exception):
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turns what HTTP says into the errors of this project."""
+def refusals(*, let_in: bool) -> Iterator[None]:
+    """Turns what HTTP says into the errors of this project.
+
+    Where the server has ``let_in`` this device before, no refusal is one for good: a server that
+    was misled, or is another's for an hour, would end every device until somebody starts it again.
+    """
     try:
         yield
     except httpx.HTTPStatusError as error:
@@ -65,6 +73,10 @@ def refusals() -> Iterator[None]:
         kind = _REFUSED.get(status)
         if kind is None:
             raise Unreachable(f"HTTP {status}: {detail}") from None
+        if let_in and kind is not InvalidUpdate:
+            raise Refused(
+                f"the server refuses this device, which it let in before (HTTP {status}: {detail})"
+            ) from None
         raise kind(detail) from None
     except ValueError as error:  # an answer that is no protobuf: a proxy's page, say
         raise Unreachable(str(error)) from None

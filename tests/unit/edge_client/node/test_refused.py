@@ -1,0 +1,136 @@
+"""A device that a server has let in is not ended by what a server answers."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+
+from edge_client.node import loop
+from edge_client.node.loop import Device, run_device
+from edge_client.node.state import own
+from edge_client.node.wake import Signals
+from fedcore.crypto.kit import load_identity, load_kit, restrict
+from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
+from fedcore.owner import OPEN_POLICY
+from fedcore.task import load_task
+from tests.unit.fedcore.crypto.conftest import Project
+from tests.unit.fedcore.rpc.serving import answer_of, answering
+
+STATUSES = [204, 302, 400, 401, 403, 404, 409, 412, 413, 429, 500]
+TASK = Path(__file__).parents[4] / "examples" / "digits" / "task.py"
+
+
+class Answers:
+    """A server that is honest until it is told to answer with a status."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
+        self.asked: list[str] = []
+
+    def __call__(self, connection: Any, request: bytes) -> None:
+        path = request.split(b" ", 2)[1].decode()
+        self.asked.append(path)
+        if self.status != 200:
+            body = b'{"detail": "because"}' if self.status >= 300 else b""
+            head = f"HTTP/1.1 {self.status} X\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+        elif path.endswith("activate-node"):
+            connection.sendall(answer_of(ActivateNodeResponse(node_id=7).SerializeToString()))
+        elif path.endswith("heartbeat"):
+            connection.sendall(answer_of(SendNodeHeartbeatResponse().SerializeToString()))
+        else:
+            connection.sendall(answer_of(PullMessagesResponse().SerializeToString()))
+
+
+@dataclass
+class Running:
+    """A device in a thread, and its server."""
+
+    answers: Answers
+    signals: Signals
+    thread: threading.Thread
+    raised: list[BaseException]
+
+
+@contextmanager
+def running(folder: Path, answers: Answers) -> Iterator[Running]:
+    project = Project("orchard", datetime.now(UTC).replace(microsecond=0))
+    serving = restrict(
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        load_identity(project.server(folder / "server", "127.0.0.1")),
+    )
+    kit = load_kit(project.device(folder / "kit"))
+    signals, raised = Signals(), list[BaseException]()
+    with answering(answers, serving) as port, own(folder / "state") as state:
+        kit = replace(kit, servers=(f"https://127.0.0.1:{port}",))
+        device = Device(kit, load_task(TASK), TASK, OPEN_POLICY, state)
+
+        def body() -> None:
+            try:
+                run_device(device, signals)
+            except FedcoreError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        try:
+            yield Running(answers, signals, thread, raised)
+        finally:
+            signals.stop.set()
+            signals.work.set()
+            thread.join(20.0)
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_no_answer_ends_a_device_that_was_let_in(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(loop, "_LOOK_S", 0.1)
+    answers = Answers()
+    with running(tmp_path, answers) as device:
+        wait_for(lambda: "activated" in caplog.text)
+        answers.status, before = status, len(answers.asked)
+        time.sleep(1.0)
+        assert device.thread.is_alive(), device.raised
+        assert 0 < len(answers.asked) - before < 60
+        answers.status, before = 200, len(answers.asked)
+        wait_for(lambda: len(answers.asked) >= before + 4)
+    assert device.raised == []
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, DataError), (403, TrustError), (404, DeviceError)]
+)
+def test_a_refusal_at_first_contact_ends_it_and_says_why(
+    tmp_path: Path, status: int, kind: type[FedcoreError]
+) -> None:
+    """Somebody stands beside it then, and the kit itself may be wrong."""
+    with running(tmp_path, Answers(status)) as device:
+        device.thread.join(20.0)
+    (error,) = device.raised
+    assert isinstance(error, kind)
+    assert "because" in str(error)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.01)
