@@ -136,8 +136,8 @@ class Gate:
             raise _Refusal(403, f"{member.name!r} is no device but {member.role!r}")
         return member
 
-    def _keep_to_rate(self, node_id: int) -> None:
-        wait_s = self.rates.wait_s(node_id)
+    def _keep_to_rate(self, node_id: int, calls: int = 1) -> None:
+        wait_s = self.rates.wait_s(node_id, calls)
         if wait_s > 0:
             raise _Refusal(429, "too many calls", retry_after_s=wait_s)
 
@@ -212,6 +212,8 @@ class Gate:
             self.uploads.progress_of(caller.node_id)
 
     async def _admit(self, caller: Caller, body: bytes) -> None:
+        if more := len(body) // self.limits.call_bytes:
+            self._keep_to_rate(caller.node_id, more)
         upload = upload_of(self.fleet, caller, body)
         if upload is None:
             return

@@ -35,6 +35,9 @@ class Limits:
     """Calls that it may make for each object of a message that it was sent. A message to train has
     6 objects or more, and takes 16 calls: to pull it, to push the reply, and to ask for the next.
     """
+    call_bytes: int = 1 << 13
+    """What is read before anybody may wait for it counts as one more call for each so many bytes: a
+    reply's tree of 512 KiB, which takes 10 ms, as 64."""
     body_s: float = 60.0
     """Seconds within which a request's body must have come, or an object must have been taken."""
     upload_wait_s: float = 20.0
@@ -83,17 +86,17 @@ class Rates:
         self._clock = clock
         self._buckets: dict[int, _Bucket] = {}
 
-    def wait_s(self, node_id: int) -> float:
-        """Counts a call; 0 when it is granted, else the seconds until one would be."""
+    def wait_s(self, node_id: int, calls: int = 1) -> float:
+        """Counts so many calls; 0 when they are granted, else the seconds until they would be."""
         now, sent, limits = self._clock(), self._sent(node_id), self._limits
         last = self._buckets.get(node_id, _Bucket(limits.burst, now, 0))
         earned = (sent - last.sent) * limits.calls_per_object
         tokens = last.tokens + (now - last.filled) * limits.calls_per_s + earned
         # What is saved up ends at the burst; one message may need more than that.
         tokens = min(tokens, max(limits.burst, earned, last.tokens))
-        granted = tokens >= 1.0
-        self._buckets[node_id] = _Bucket(tokens - 1.0 if granted else tokens, now, sent)
-        return 0.0 if granted else (1.0 - tokens) / limits.calls_per_s
+        granted = tokens >= calls
+        self._buckets[node_id] = _Bucket(tokens - calls if granted else tokens, now, sent)
+        return 0.0 if granted else (calls - tokens) / limits.calls_per_s
 
 
 class Refusals:

@@ -7,6 +7,7 @@ import io
 import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,3 +204,42 @@ def test_calls_of_any_content_are_answered_and_logged_in_a_few_lines(
     assert all(line.isprintable() for line in lines)
     assert len(lines) < CALLS / 10
     assert codes.get(500, 0) == 0, codes
+
+
+def test_large_lists_of_objects_hold_up_nobody(serve: Any, rogue: Any, ask: Any) -> None:
+    """Who sends them is told to wait, long before the others would have to."""
+    with serve() as served:
+        bad, good = rogue("edge-0"), rogue("edge-1")
+        thread, _ = ask(served, bad.activate(), timeout=300)
+        good.activate()
+        reply = bad.reply(loss=0.5)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        proto = message_to_proto(remove_content_from_message(reply))
+        tree = get_object_tree(reply)
+        for number in range(7000):
+            tree.children.add(object_id=f"{number:064x}")
+        body = PushMessagesRequest(
+            node=bad.node, messages_list=[proto], message_object_trees=[tree]
+        ).SerializeToString()
+        over, codes = threading.Event(), list[int]()
+
+        def flood() -> None:
+            while not over.is_set():
+                codes.append(bad.post(f"{FLEET}/push-messages", body).status_code)
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        slowest_s = 0.0
+        until = time.monotonic() + 5.0
+        while time.monotonic() < until:
+            began = time.monotonic()
+            good.pull()
+            slowest_s = max(slowest_s, time.monotonic() - began)
+            time.sleep(0.05)
+        over.set()
+        flooding.join()
+        served.listening.stop()
+        thread.join(10)
+    assert codes.count(409) < 16
+    assert codes.count(429) > 10
+    assert slowest_s < 1.0

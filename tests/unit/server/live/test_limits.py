@@ -45,6 +45,16 @@ def test_a_burst_is_granted_and_then_the_rate() -> None:
     assert rates.wait_s(1) > 0.0
 
 
+def test_what_takes_long_to_read_counts_as_many_calls() -> None:
+    clock = Clock()
+    rates = Rates(Limits(calls_per_s=10, burst=100), unasked, clock)
+    assert rates.wait_s(1, 64) == 0.0
+    assert rates.wait_s(1, 64) == pytest.approx(2.8)
+    assert rates.wait_s(1) == 0.0, "a small one is not held up by it"
+    clock.now += 3.0
+    assert rates.wait_s(1, 64) == 0.0
+
+
 def test_calls_that_are_refused_do_not_lengthen_the_wait() -> None:
     clock = Clock()
     rates = Rates(Limits(calls_per_s=10, burst=1), unasked, clock)
