@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
@@ -142,11 +141,7 @@ def room(
 
 
 def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
-    """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``.
-
-    What fits beside the other mechanisms stays the same from round to round: only the first call
-    searches for it.
-    """
+    """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``."""
     if not new.steps:
         return Room(_MOST_ROUNDS, exact=False)
     alike = (new.noise_multiplier, new.sample_rate)
@@ -159,7 +154,6 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
     return Room(max(0, most - made), exact)
 
 
-@lru_cache(maxsize=64)
 def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:
     """How many rounds like ``new`` fit beside ``other``; it is sought about ``near``."""
 
