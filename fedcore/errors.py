@@ -8,6 +8,7 @@
     |-- DataError                    4   data that is missing, corrupt or empty
     |-- PrivacyError                 5   a guarantee that cannot be given
     |   |-- UnsupportedLayer             a layer that example-level DP cannot take
+    |   |-- LedgerFull                   a device's ledger has room for no more
     |   `-- BudgetExhausted              the next release would pass the epsilon budget
     |       `-- OwnersBudgetExhausted    that of the device's owner, over all runs
     |-- TrainingError                6   training that cannot go on
@@ -85,6 +86,10 @@ class PrivacyError(FedcoreError):
 
 class UnsupportedLayer(PrivacyError):
     """The model holds a layer for which per-example gradients do not exist."""
+
+
+class LedgerFull(PrivacyError):
+    """A device's ledger holds as many runs, or charges, as it may: nothing in it is forgotten."""
 
 
 class BudgetExhausted(PrivacyError):

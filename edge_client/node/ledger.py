@@ -22,6 +22,8 @@ from edge_client.node.contents import counted_with, label_of, name_in, note_cont
 from edge_client.node.ledger_book import (
     LEDGER,
     MARK,
+    MAX_CHARGES,
+    MAX_RUNS,
     Book,
     Mark,
     Runs,
@@ -42,13 +44,16 @@ from edge_client.node.ledger_book import (
 from edge_client.node.state import DeviceFolder
 from fedcore.config import Privacy, RunConfig
 from fedcore.crypto.kit import Kit
-from fedcore.errors import DiskFull, PrivacyError, ResourceError
+from fedcore.errors import DataError, DiskFull, LedgerFull, PrivacyError, ResourceError
 from fedcore.files import held_alone, write_atomic
 from fedcore.observability.words import counted
 from fedcore.owner import OwnerPolicy, tighten
-from fedcore.privacy.ledger import Ledger, OtherRuns, Room, ledger_in, put_ledger, room
+from fedcore.privacy.ledger import FULL, Ledger, OtherRuns, Room, ledger_in, put_ledger, room
 
 log = logging.getLogger("fedcore.device")
+
+IDLE_RUNS = 256
+"""Runs without charges whose states are kept: all that is lost with one is what it had answered."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class DeviceLedger:
 
         Raises:
             PrivacyError: what was spent cannot be read, charges are missing, or copies differ.
+            LedgerFull: this run has no charge yet, and there are as many runs as there may be.
             DataError: the state of a run, or a file of a named data set, cannot be read.
             ResourceError: the ledger or the mark may not be written.
         """
@@ -82,6 +88,11 @@ class DeviceLedger:
             log.warning("%s holds no files: data set %r counts against all", named.path, name)
         with self._alone():
             book = self._mend(state)
+        if self.run.name not in book and len(book) >= MAX_RUNS:
+            raise LedgerFull(
+                f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, and this device's "
+                f"ledger holds {counted(len(book), 'run')}, where {MAX_RUNS} may be. {FULL}"
+            )
         contents = read_contents(self.folder.path)
         labels = {one.data for spent in book.values() for one in spent}
         names = counted_with(name, labels, contents)
@@ -96,6 +107,7 @@ class DeviceLedger:
             tuple(one.charge for run, one in here if run != self.run.name),
             min((one.target_delta for _, one in here), default=1.0),
             self.owner.budget(everybody if names is None else names),
+            max(0, MAX_CHARGES - count(book) + len(book.get(self.run.name, ()))),
         )
 
     def look(self) -> bool:
@@ -115,12 +127,16 @@ class DeviceLedger:
     def keep(self, state: RecordDict) -> None:
         """Has the charges in ``state`` on disk, there and in the copies; before anything trains.
 
+        A run without charges leaves nothing behind.
+
         Raises:
             PrivacyError: the ledger has become unreadable meanwhile, or another copy of this device
                 has trained.
             DiskFull: there is no room.
         """
         noted, made = terms_in(state), len(ledger_in(state).charges)
+        if not made:
+            return
         if made > len(noted):
             new = self._terms
             more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
@@ -222,6 +238,34 @@ class DeviceLedger:
         )
         with held_alone(self.counted.parent, busy):
             yield
+
+
+def drop_idle(folder: DeviceFolder, *, before: str) -> None:
+    """Removes the oldest states of runs without charges, where a server has opened very many.
+
+    Args:
+        folder: The device's.
+        before: The run that is opened; nothing is done where it has a state already.
+
+    Raises:
+        ResourceError: one may not be removed.
+    """
+    known = folder.runs()
+    if len(known) <= IDLE_RUNS or before in known:
+        return
+    try:
+        book = read_book(folder.path)
+    except PrivacyError:
+        book = None  # each state is looked at, then
+    charged = book.runs if book is not None else {}
+    idle = [run for run in folder.runs_by_age() if run not in charged]
+    for run in idle[:-IDLE_RUNS]:
+        try:
+            spent = ledger_in(folder.state(run)).charges
+        except (DataError, PrivacyError):
+            continue  # what it charged is not known
+        if not spent:
+            folder.drop_state(run)
 
 
 def ledger_of(

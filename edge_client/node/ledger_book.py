@@ -28,8 +28,14 @@ from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import ledger_in
 
 LEDGER, MARK, COUNT = "ledger.json", "ledger.mark", "ledger.count"
-_MAX_LEDGER_BYTES = 64 << 20
-_MAX_MARK_BYTES = 16 << 20
+MAX_RUNS = 1 << 12
+"""Most runs with charges on a device: one a day for eleven years. Each costs a file, a place in the
+mark, and time at every start."""
+MAX_CHARGES = 8 * MAX_RUNS
+"""Most charges over all runs: a round each hour for almost four years."""
+_MAX_LEDGER_BYTES = MAX_CHARGES << 11
+_MAX_MARK_BYTES = MAX_RUNS << 12
+"""What is read: several times what the longest entries take, so whatever is written can be read."""
 _RECORD, _TERMS = "fedcore.charged", "terms"
 _File = TypeVar("_File", bound=Section)
 

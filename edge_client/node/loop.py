@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from edge_client.node.demands import message_limit_bytes, reason_to_stop
-from edge_client.node.ledger import DeviceLedger, ledger_of
+from edge_client.node.ledger import DeviceLedger, drop_idle, ledger_of
 from edge_client.node.policy import hours_left_s
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import Signals, watch
@@ -327,6 +327,8 @@ def _open(device: Device, link: FleetLink, signals: Signals, run_id: int) -> _Ru
     if config.private:
         ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
         durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
+    else:
+        drop_idle(device.folder, before=config.name)
     context = Context(
         run_id=run_id,
         node_id=link.node_id,

@@ -151,9 +151,22 @@ class DeviceFolder:
         """Writes a run's state, durably, where there is no reply to go with it."""
         write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
 
+    def drop_state(self, run: str) -> None:
+        """Forgets a run, and what it answered.
+
+        Raises:
+            ResourceError: the file may not be removed.
+        """
+        with disk_errors(self.path):
+            remove(self._state_path(run))
+
     def runs(self) -> list[str]:
         """The runs that have a state."""
         return sorted(path.stem for path in (self.path / "state").glob("[!.]*.state"))
+
+    def runs_by_age(self) -> list[str]:
+        """The runs that have a state, the one that was written longest ago first."""
+        return sorted(self.runs(), key=lambda run: self._state_path(run).lstat().st_mtime_ns)
 
     def reply(self, key: str, state: RecordDict) -> RecordDict | None:
         """The reply that was made to an instruction, with its state; None when none was kept.

@@ -60,6 +60,9 @@ FILTER_ORDERS = (2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
 """Renyi orders of the filter; fixed, as an order chosen by what was released voids it."""
 FILTER_SHARE = 0.1
 """Of delta: what is kept for ledgers whose settings change."""
+MOST_KEPT = 1 << 15
+"""Mechanisms whose cost at the filter's orders is kept: half a kilobyte each. A ledger of more is
+counted all the same, and slowly."""
 MIN_NOISE, MAX_NOISE = 0.1, 1e6
 """Noise multipliers that may be asked for: one step without sampling costs an epsilon of 91 at the
 lower end (delta 1e-5), and nothing measurable at the upper."""
@@ -128,11 +131,13 @@ def epsilon_of(
     history = _history(charges)
     if not history:
         return 0.0
-    if settings == "fixed":
-        return _fixed(history, target_delta, accountant)
-    if len(history) == 1 or all(steps.sample_rate == 1 for steps in history):
-        return _fixed(history, (1 - FILTER_SHARE) * target_delta, accountant)
-    return _filtered(history, FILTER_SHARE * target_delta)
+    if settings == "adaptive":
+        if len(history) > 1 and any(steps.sample_rate < 1 for steps in history):
+            return _filtered(history, FILTER_SHARE * target_delta)
+        target_delta *= 1 - FILTER_SHARE
+    if len(history) == 1:
+        return _alone(history[0], target_delta, accountant)
+    return _fixed(history, target_delta, accountant)
 
 
 def _history(charges: Sequence[Charge]) -> History:
@@ -143,7 +148,16 @@ def _history(charges: Sequence[Charge]) -> History:
     return tuple(Steps(*mechanism, count) for mechanism, count in sorted(counts.items()) if count)
 
 
+# Whatever is kept has a size that nobody chooses: answers for one mechanism, never for a history. A
+# server that changes its settings each round makes a history as long as the ledger, and another one
+# each round. Of several mechanisms, epsilon is a sum of what is kept for each.
+
+
 @lru_cache(maxsize=4096)
+def _alone(steps: Steps, target_delta: float, accountant: Accountant) -> float:
+    return _fixed((steps,), target_delta, accountant)
+
+
 def _fixed(history: History, target_delta: float, accountant: Accountant) -> float:
     """The least of the upper bounds that hold for settings fixed beforehand.
 
@@ -163,7 +177,8 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
             composed = composed_epsilon(history, target_delta)
             if math.isfinite(composed):
                 return min(bound, composed)
-        return min(bound, float(_renyi(history, ORDERS, target_delta).min()))
+        spent = sum(steps.number * _renyi_costs(*steps[:2]) for steps in history)
+        return min(bound, float(renyi_epsilons(np.asarray(spent), ORDERS, target_delta).min()))
 
 
 @contextmanager
@@ -187,7 +202,6 @@ def _countable(history: History, target_delta: float) -> Iterator[None]:
         ) from error
 
 
-@lru_cache(maxsize=4096)
 def _filtered(history: History, target_delta: float) -> float:
     """The Renyi filter: the best of a few fixed orders, each with an equal share of delta.
 
@@ -196,15 +210,19 @@ def _filtered(history: History, target_delta: float) -> float:
     outcomes add up.
     """
     with _countable(history, target_delta):
-        return float(_renyi(history, FILTER_ORDERS, target_delta / len(FILTER_ORDERS)).min())
+        spent = sum(steps.number * _filter_costs(*steps[:2]) for steps in history)
+        share = target_delta / len(FILTER_ORDERS)
+        return float(renyi_epsilons(np.asarray(spent), FILTER_ORDERS, share).min())
 
 
-def _renyi(history: History, orders: tuple[float, ...], target_delta: float) -> FloatArray:
-    spent = sum(
-        steps.number * renyi_divergences(steps.noise_multiplier, steps.sample_rate, orders)
-        for steps in history
-    )
-    return renyi_epsilons(np.asarray(spent), orders, target_delta)
+@lru_cache(maxsize=4096)
+def _renyi_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
+    return renyi_divergences(noise_multiplier, sample_rate, ORDERS)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _filter_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
+    return renyi_divergences(noise_multiplier, sample_rate, FILTER_ORDERS)
 
 
 def _ratio(noise_multiplier: float) -> float:

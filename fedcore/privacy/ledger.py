@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.config import Privacy
-from fedcore.errors import BudgetExhausted, OwnersBudgetExhausted, PrivacyError
+from fedcore.errors import BudgetExhausted, LedgerFull, OwnersBudgetExhausted, PrivacyError
 from fedcore.observability.words import counted, epsilon_text
 from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
@@ -53,9 +52,19 @@ class OtherRuns:
     """The least delta that anything on these data was counted at."""
     max_epsilon: float | None = None
     """The owner's budget for these data, where it is another than the device's."""
+    most_charges: int | None = None
+    """How many charges this run may come to beside all others, on whatever data; None without an
+    end."""
 
 
 NO_OTHER_RUNS = OtherRuns()
+FULL = (
+    "A ledger forgets nothing, so nothing was charged or trained; a server that asked for so much "
+    "may be hostile. Should this device go on, lower each max_epsilon in the owner's file by what "
+    "`fedcore privacy show` says was spent, keep the folder, name an empty one with --state, and "
+    "remove ledger.mark and ledger.count."
+)
+"""What an owner can do about a full ledger."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,17 @@ def charge(
         others: What other runs have spent on the same data.
 
     Raises:
+        LedgerFull: this run has as many charges as may be written down.
         BudgetExhausted: it would pass ``privacy.max_epsilon`` in this run; nothing may be trained
             then.
         OwnersBudgetExhausted: likewise, what the owner allows over all runs.
     """
+    if others.most_charges is not None and len(ledger.charges) >= others.most_charges:
+        raise LedgerFull(
+            f"round {new.round}: client {client!r} has {counted(len(ledger.charges), 'charge')} of "
+            f"this run in its ledger, where {others.most_charges} may be beside those of all other "
+            f"runs. {FULL}"
+        )
     after = Ledger((*ledger.charges, new))
     whole = owners_budget(privacy, owner, others)
     if whole is not None:
@@ -142,16 +158,15 @@ def room(
 
 
 def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
-    """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``.
-
-    What fits beside the other mechanisms stays the same from round to round: only the first call
-    searches for it.
-    """
+    """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``."""
     if not new.steps:
         return Room(_MOST_ROUNDS, exact=False)
-    alike = (new.noise_multiplier, new.sample_rate)
-    other = tuple(one for one in charges if (one.noise_multiplier, one.sample_rate) != alike)
-    made = -(-(sum(one.steps for one in charges) - sum(one.steps for one in other)) // new.steps)
+    made_by: dict[tuple[float, float], int] = {}  # few mechanisms, however many charges
+    for one in charges:
+        mechanism = (one.noise_multiplier, one.sample_rate)
+        made_by[mechanism] = made_by.get(mechanism, 0) + one.steps
+    made = -(-made_by.pop((new.noise_multiplier, new.sample_rate), 0) // new.steps)
+    other = tuple(Charge(0, *mechanism, steps) for mechanism, steps in made_by.items())
     most = _most(other, replace(new, round=0), privacy.model_copy(update={"accountant": "rdp"}))
     exact = privacy.accountant == "rdp" and most < _MOST_ROUNDS
     if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MOST_STEPS:
@@ -159,7 +174,6 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
     return Room(max(0, most - made), exact)
 
 
-@lru_cache(maxsize=64)
 def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:
     """How many rounds like ``new`` fit beside ``other``; it is sought about ``near``."""
 

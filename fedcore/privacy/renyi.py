@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,6 @@ ORDERS = (
 """What Renyi accounting takes the best of."""
 
 
-@lru_cache(maxsize=4096)
 def renyi_divergences(
     noise_multiplier: float, sample_rate: float, orders: tuple[float, ...]
 ) -> FloatArray:
