@@ -9,34 +9,30 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from flwr.app import Array, Error, Message
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
-from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.superlink.federation import NoOpFederationManager
 
 from fedcore.errors import ResourceError, TrainingError
+from fedcore.flower.fleet_asked import Asked, Outstanding
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
-from fedcore.updates.pieces import Joined
 
 _SHOWN = 200  # characters of an error over bytes that a peer made up
 _FOREVER = datetime.max.replace(tzinfo=UTC)
@@ -73,61 +69,6 @@ class FleetState(InMemoryLinkState):
         return found
 
 
-class Arriving(Protocol):
-    """An object that is coming in."""
-
-    @property
-    def content_bytes(self) -> int:
-        """How many bytes it will have."""
-
-
-@dataclass
-class Asked:
-    """A message that a node was sent and has not answered in full."""
-
-    node_id: int
-    objects: frozenset[str]
-    """What its node may pull."""
-    payload_bytes: int
-    """What its node is sent."""
-    reply: ObjectTree | None = None
-    """The reply that the node has begun to push."""
-    missing: set[str] = field(default_factory=set)
-    """Objects of the reply that have not come yet."""
-    session: str = ""
-    came_bytes: int = 0
-    """What has come of the reply."""
-    arriving: dict[str, Arriving] = field(default_factory=dict)
-    """Who writes each object that is coming in now: the last that began to."""
-    places: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Of each object of the reply that has none below it: the one above, and its number there."""
-    files: dict[str, Joined] = field(default_factory=dict)
-    """What chunks are written into, by the object above them."""
-    ends: dict[str, int] = field(default_factory=dict)
-    """How long these may have become, whatever became of the chunks."""
-
-    def announce(self, tree: ObjectTree, session: str, missing: set[str]) -> None:
-        """A reply is about to come, without what is there already."""
-        self.reply, self.session, self.missing = tree, session, missing
-        self.places = {
-            child.object_id: (each.object_id, place)
-            for each in iterate_object_tree(tree)
-            for place, child in enumerate(each.children)
-            if not child.children
-        }
-
-    def drop_reply(self) -> None:
-        """Forgets what has come of the reply; threads that are writing some of it may not go on."""
-        self.reply, self.session, self.came_bytes = None, "", 0
-        for one in (self.missing, self.arriving, self.places, self.files, self.ends):
-            one.clear()
-
-    @property
-    def reply_limit_bytes(self) -> int:
-        """The most that a reply may hold: twice what was sent, and room for small records."""
-        return 2 * self.payload_bytes + 2**20
-
-
 class Fleet:
     """One run at a time, over nodes that are known by their keys.
 
@@ -138,7 +79,7 @@ class Fleet:
         """Begins without nodes or messages; large payloads go to the empty folder ``spool``."""
         self.store = FleetStore(spool)
         self.state = FleetState(self.store)
-        self.asked: dict[str, Asked] = {}
+        self.asked = Outstanding()
         self.run_id = 0
         self.lacks: ResourceError | None = None
         """What this machine lacked when it last failed to take something in; None where it did."""
@@ -225,8 +166,8 @@ class Fleet:
         with self.lock:
             waiting = self.state.inbox[node_id]
             waiting.clear()
-            for message_id, asked in self.asked.items():
-                if asked.node_id == node_id and (asked.reply is None or asked.missing):
+            for message_id, asked in self.asked.of(node_id):
+                if asked.reply is None or asked.missing:
                     self._drop_reply(message_id, asked)
                     waiting.append(message_id)
 
@@ -260,7 +201,8 @@ class Fleet:
                     payload_bytes = sum(
                         len(one.data) for one in objects.values() if isinstance(one, Array)
                     )
-                    self.asked[message_id] = Asked(node_id, frozenset(objects), payload_bytes)
+                    asked = Asked(node_id, frozenset(objects), payload_bytes)
+                    self.asked.add(message_id, asked)
                     state.inbox[node_id].append(message_id)
                     self._sent[node_id] += len(objects)
                 sent.append(message_id)
@@ -334,15 +276,11 @@ class Fleet:
         """Drops messages, their payloads and what came in reply."""
         with self.lock:
             for message_id in message_ids:
-                asked = self.asked.pop(message_id, None)
+                asked = self.asked.pop(message_id)
                 if asked is not None:
                     self._drop_reply(message_id, asked)
                     self.state.object_store.delete(message_id)
             self.state.delete_messages(set(message_ids))
-
-    def waiting_for(self, node_id: int) -> Iterator[tuple[str, Asked]]:
-        """What a node was sent and has not answered in full."""
-        return ((key, one) for key, one in self.asked.items() if one.node_id == node_id)
 
     def _drop_reply(self, message_id: str, asked: Asked) -> None:
         if asked.reply is None:

@@ -145,9 +145,7 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | Large:
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
     with fleet.lock:
-        its = any(
-            request.object_id in asked.objects for _, asked in fleet.waiting_for(caller.node_id)
-        )
+        its = any(request.object_id in asked.objects for _, asked in fleet.asked.of(caller.node_id))
     if not its:
         raise InvalidUpdate(
             f"client {caller.name!r}: asked for an object that was not sent to it, or no longer "
@@ -224,10 +222,9 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
                 f"update from client {caller.name!r}: it has begun to send another reply to the "
                 "same message. The second one was not used."
             )
-        others = {each.reply.object_id for each in fleet.asked.values() if each.reply is not None}
-        if asked.reply is None and tree.object_id in others:
+        if asked.reply is None and tree.object_id in fleet.state.message_res_store:
             raise _malformed(caller, "it goes by the name of another reply")
-        if any(tree.object_id in each.objects for each in fleet.asked.values()):
+        if fleet.asked.sends(tree.object_id):
             raise _malformed(caller, "it goes by the name of what the server sent")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
@@ -253,7 +250,7 @@ def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
     with fleet.lock:
         owned = [
             pair
-            for pair in fleet.waiting_for(caller.node_id)
+            for pair in fleet.asked.of(caller.node_id)
             if pair[1].session and pair[1].session == request.session_id
         ]
         if not owned or request.object_id not in owned[0][1].missing:

@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError
 
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.files import disk_errors
-from fedcore.flower.fleet import Asked, Fleet
+from fedcore.flower.fleet import Fleet
+from fedcore.flower.fleet_asked import Asked
 from fedcore.flower.fleet_store import LARGE_BYTES, Cut
 from fedcore.updates.cuts import CUT_BYTES, cut_head
 from fedcore.updates.pieces import Joined
@@ -163,7 +164,7 @@ class Arrival:
         return len(self._begun.head) + self._begun.body_bytes
 
     def _lacking(self, node_id: int) -> tuple[str, Asked]:
-        for message_id, asked in self._fleet.waiting_for(node_id):
+        for message_id, asked in self._fleet.asked.of(node_id):
             if asked.session and self.object_id in asked.missing:
                 return message_id, asked
         raise InvalidUpdate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -175,6 +176,9 @@ class Uploads:
         self._abandon = abandon
         self._clock = clock
         self._held: dict[str, _Held] = {}
+        self._of: defaultdict[int, set[str]] = defaultdict(set)
+        """Of each node, what is held for it."""
+        self._held_bytes = 0
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -192,6 +196,8 @@ class Uploads:
                     if not self._freed.is_set():
                         await self._wait()
                 self._held[upload.message_id] = _Held(node_id, upload.most_bytes, self._clock())
+                self._of[node_id].add(upload.message_id)
+                self._held_bytes += upload.most_bytes
                 return True
         except TimeoutError:
             return False
@@ -204,13 +210,17 @@ class Uploads:
 
     def progress_of(self, node_id: int) -> None:
         """Notes that the uploads of a node go on."""
-        for held in self._held.values():
-            if held.node_id == node_id:
-                held.progress = self._clock()
+        for message_id in self._of.get(node_id, ()):
+            self.progress(message_id)
 
     def leave(self, message_id: str) -> None:
         """Gives an upload's room back."""
-        if self._held.pop(message_id, None) is not None:
+        held = self._held.pop(message_id, None)
+        if held is not None:
+            self._held_bytes -= held.room_bytes
+            self._of[held.node_id].discard(message_id)
+            if not self._of[held.node_id]:
+                del self._of[held.node_id]
             self._freed.set()
 
     def released(self, message_id: str) -> None:
@@ -219,13 +229,12 @@ class Uploads:
 
     def gone(self, node_id: int) -> None:
         """Gives back the room of a device that is gone."""
-        for message_id in [key for key, held in self._held.items() if held.node_id == node_id]:
+        for message_id in list(self._of.get(node_id, ())):
             if self._abandon(message_id):
                 self.leave(message_id)
 
     def _fits(self, most_bytes: int) -> bool:
-        held = sum(one.room_bytes for one in self._held.values())
-        return not self._held or held + most_bytes <= self._limits.uploads_bytes
+        return not self._held or self._held_bytes + most_bytes <= self._limits.uploads_bytes
 
     def _evict(self) -> None:
         before = self._clock() - self._limits.stall_s

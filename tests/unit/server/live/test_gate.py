@@ -21,7 +21,7 @@ def gate(*, member: bool = True, wait_s: float = 0.0) -> Gate:
         "roster": SimpleNamespace(member=lambda public: one if member else None),
         "presence": None,
         "uploads": None,
-        "rates": SimpleNamespace(wait_s=lambda node: wait_s),
+        "rates": SimpleNamespace(wait_s=lambda node, calls: wait_s),
         "limits": None,
         "hello": None,
         "spool": Path(),
