@@ -200,6 +200,10 @@ class Finetune(Section):
     a task that brings ``cloud_heldout`` decides that itself."""
     max_metric_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     """The gate: how much worse the held-out metric may be after fine-tuning."""
+    judge: Literal["clients", "cloud", "both"] | None = None
+    """Whose held-out data the gate asks. Unset: the clients', where they hold data back
+    (``federation.evaluate_cohort``), else the cloud's. Of clients, the worst end of a 95 % interval
+    counts."""
     timeout_s: Seconds = 3600.0
     """Fine-tuning that takes longer fails; so does a process that waits so long for another."""
 

@@ -44,6 +44,11 @@ def contradictions(run: RunConfig) -> list[str]:
             f"federation.holdout = {federation.holdout} keeps data from training that nothing "
             "would read: set federation.evaluate_cohort, or holdout to 0."
         )
+    if run.finetune.judge in ("clients", "both") and not federation.evaluate_cohort:
+        found.append(
+            f"finetune.judge = {run.finetune.judge!r} needs federation.evaluate_cohort: without it "
+            "no client holds data back to judge on."
+        )
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "

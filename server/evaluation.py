@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
 from fedcore.metrics import LARGEST_METRIC, Metric
@@ -19,7 +20,7 @@ from fedcore.updates.replies import Reply
 from server.cohort import select
 from server.expected import asked_to_evaluate
 from server.inbound import Intake, Tally, accepted
-from server.progress import Progress
+from server.progress import Keeper, Peers, Progress
 from server.records import RoundRecord
 from server.robust import outlying
 
@@ -59,21 +60,51 @@ def _evaluate_on_clients(
         words = ("evaluation", number)
         return select(there, min(size, len(there)), seed=run.seed, words=words)
 
-    nodes = federation.keeper.asked(MessageType.EVALUATE, draw)
-    config = instruction_config(layout, progress.preprocess)
-    config["server-round"] = number
-    record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
-    messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
-    intake = Intake(
-        asked_to_evaluate(federation.metrics),
+    answers = ask_to_evaluate(
+        federation.grid,
+        federation.keeper.asked(MessageType.EVALUATE, draw),
+        weights,
+        layout=layout,
+        preprocess=progress.preprocess,
+        number=number,
+        metrics=federation.metrics,
+        deadline_s=run.federation.deadline_s,
         keeper=federation.keeper,
         peers=federation.peers,
         on_note=federation.on_note,
     )
+    found = [(federation.peers.name(node), measured) for node, measured in answers]
+    return {metric.name: _mean(federation, metric, found, number) for metric in federation.metrics}
+
+
+def ask_to_evaluate(
+    grid: Grid,
+    nodes: Sequence[int],
+    weights: Vector,
+    *,
+    layout: Layout,
+    preprocess: bytes,
+    number: int,
+    metrics: Sequence[Metric],
+    deadline_s: float,
+    keeper: Keeper,
+    peers: Peers,
+    on_note: Callable[[str], None],
+) -> list[tuple[int, Reply]]:
+    """What nodes measure of a model on what they hold back, as it arrives.
+
+    Raises:
+        RoundFailed: none of them could.
+    """
+    config = instruction_config(layout, preprocess)
+    config["server-round"] = number
+    record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
+    messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
+    intake = Intake(asked_to_evaluate(metrics), keeper=keeper, peers=peers, on_note=on_note)
     tally = Tally(len(nodes))
-    replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
+    replies = grid.send_and_receive(messages, timeout=deadline_s)
     found = [
-        (federation.peers.name(reply.metadata.src_node_id), measured)
+        (reply.metadata.src_node_id, measured)
         for reply, measured in accepted(replies, intake, tally, first=len(nodes))
     ]
     if not found:
@@ -82,12 +113,12 @@ def _evaluate_on_clients(
             f"{'; '.join(tally.reasons[:1]) or 'no reply came before the deadline'}"
         )
     if tally.reasons:
-        federation.on_note(
+        on_note(
             f"round {number}: {len(tally.reasons)} of {counted(len(nodes), 'client')} could not be "
             "evaluated. "
             f"First: {tally.reasons[0]}"
         )
-    return {metric.name: _mean(federation, metric, found, number) for metric in federation.metrics}
+    return found
 
 
 def _mean(

@@ -26,7 +26,7 @@ from fedcore.files import sha256_hex, write_atomic
 from fedcore.metrics import Metric
 from fedcore.model import FullModel, checkpoint_bytes
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
-from fedcore.observability.words import figure
+from fedcore.observability.words import counted, figure
 from fedcore.owner import OwnerPolicy, tighten
 from fedcore.task import Examples, Task, size_of
 from fedcore.training.device import available
@@ -41,11 +41,13 @@ from server.federated_part import federated_part
 from server.final_test import Scores, drop_note, reason_to_withhold, statement_of
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
+from server.judging import Judge, clients_judge
 from server.preflight import Prepared
 from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
 from server.release import Draft, publish
 from server.report.summary import MODELS
 from server.simulation.clients import client_records
+from server.simulation.judging import judge_in_simulation
 
 
 @dataclass
@@ -87,13 +89,17 @@ class Trained:
     device: str
     """What they trained on."""
     noise: Literal["none", "simulated", "system"]
+    judge: Judge | None = None
+    """Has clients judge what fine-tuning gives; None where they hold nothing back."""
 
 
 @dataclass(frozen=True)
 class Steps:
     """How the long steps after the rounds are done, and the one that must be done once."""
 
-    fine_tune: Callable[[Task, RunConfig, FullModel, CloudData], Finetuned] = fine_tune
+    fine_tune: Callable[[Task, RunConfig, FullModel, CloudData, Judge | None], Finetuned] = (
+        fine_tune
+    )
     compress: Callable[..., Compressed] = compress
     publish: Callable[..., Manifest] = publish
 
@@ -142,6 +148,9 @@ def run_pipeline(
         done.training,
         str(available(run.client.device)),
         "none" if run.privacy.unit == "none" else "simulated",
+        judge_in_simulation(run, task, owner, prepared.clients, story.note)
+        if clients_judge(run)
+        else None,
     )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
@@ -182,12 +191,12 @@ def after_rounds(
     tuned = None
     if cloud and run.finetune.epochs:
         with story.stage("finetune") as said:
-            tuned = steps.fine_tune(task, run, outcome.model, cloud)
+            tuned = steps.fine_tune(task, run, outcome.model, cloud, trained.judge)
             said.append(_gate_note(tuned, task.primary))
         if tuned.kept:
             write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
-        else:
-            story.note(f"The fine-tuned model was not kept: {_gate_note(tuned, task.primary)}.")
+        if tuned.clients or not tuned.kept:
+            story.note(f"The gate behind fine-tuning: {_gate_note(tuned, task.primary)}.")
     model = tuned.model if tuned else outcome.model
 
     with story.stage("compress") as said:
@@ -257,9 +266,14 @@ def _steps(emit: Sink, stage: str) -> Callable[[str], None]:
 
 def _gate_note(tuned: Finetuned, primary: Metric) -> str:
     verdict = "kept" if tuned.kept else "not kept"
+    cloud = f"on held-out cloud data {tuned.before:.4g} before, {tuned.after:.4g} after"
+    if tuned.unjudged:
+        return f"{primary.name} {cloud}; no client judged it ({tuned.unjudged}): {verdict}"
+    if (asked := tuned.clients) is None:
+        return f"{primary.name} {cloud}: {verdict}"
     return (
-        f"{primary.name} on held-out cloud data {tuned.before:.4g} before, {tuned.after:.4g} "
-        f"after: {verdict}"
+        f"{primary.name} on what {counted(asked.clients, 'client')} hold back {asked.before:.4g} "
+        f"before, {asked.after:.4g} after (to {asked.margin:.2g}); {cloud}: {verdict}"
     )
 
 

@@ -19,15 +19,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import fedcore.errors as errors
-from fedcore.config import RunConfig
-from fedcore.errors import FedcoreError, TrainingError
+from fedcore.config import Finetune, RunConfig
+from fedcore.errors import FedcoreError, RoundFailed, TrainingError
 from fedcore.files import write_atomic
+from fedcore.metrics import Metric
 from fedcore.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.task import Task
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, trained
 from server.finetune.worker import work
+from server.judging import Judge, Judgement
 from server.spawn import script_left_out
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
@@ -50,12 +52,19 @@ class Finetuned:
     before: float
     after: float
     """The primary metric on the cloud's held-out data."""
+    clients: Judgement | None = None
+    """What clients measured; None where they were not asked, or none of them answered."""
+    unjudged: str = ""
+    """Why clients who were to judge it did not."""
 
 
-def fine_tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> Finetuned:
+def fine_tune(
+    task: Task, run: RunConfig, model: FullModel, cloud: CloudData, judge: Judge | None = None
+) -> Finetuned:
     """Trains the federated model on the cloud's data, and an untrained one beside it.
 
-    The result is kept only if the held-out metric is not worse than before by more than
+    The result is kept only if the metric on held-out data, the clients' where there is a ``judge``,
+    else the cloud's, or both as ``finetune.judge`` says, is not worse than before by more than
     ``finetune.max_metric_drop``.
 
     Raises:
@@ -85,8 +94,34 @@ def fine_tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) ->
     primary = task.primary
     before = evaluate(model, cloud.heldout, [primary])[primary.name]
     after = evaluate(candidate, cloud.heldout, [primary])[primary.name]
-    kept = primary.worsening(before, after) <= run.finetune.max_metric_drop
-    return Finetuned(candidate if kept else model, candidate, cloud_alone, kept, before, after)
+    asked, unjudged = None, ""
+    if judge is not None:
+        try:
+            asked = judge(model, candidate)
+        except RoundFailed as error:
+            unjudged = str(error)
+    kept = not unjudged and passes(run.finetune, primary, before, after, asked)
+    return Finetuned(
+        candidate if kept else model, candidate, cloud_alone, kept, before, after, asked, unjudged
+    )
+
+
+def passes(
+    limits: Finetune, primary: Metric, before: float, after: float, asked: Judgement | None
+) -> bool:
+    """Whether the gate lets a fine-tuned model through.
+
+    Args:
+        limits: ``max_metric_drop``, and whether clients and cloud both decide.
+        primary: What is measured.
+        before: Of the federated model, on the cloud's held-out data.
+        after: Of the fine-tuned one.
+        asked: What clients measured, who then decide; None where they were not asked.
+    """
+    drops = [] if asked is None else [asked.worsening(primary)]
+    if asked is None or limits.judge == "both":
+        drops.append(primary.worsening(before, after))
+    return all(drop <= limits.max_metric_drop for drop in drops)  # not one that is NaN
 
 
 def _launch(job: Job, processes: int) -> None:

@@ -36,6 +36,7 @@ from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import write_results
+from server.judging import Judge, Judgement
 from server.live.resume import STEPS
 from server.pipeline import Steps, Story, Trained, after_rounds
 from server.preflight import read_for_release
@@ -62,6 +63,8 @@ class _Tuned(_Kept):
     kept: bool
     before: float
     after: float
+    clients: Judgement | None
+    unjudged: str
     files: dict[str, Digest]
 
 
@@ -94,7 +97,15 @@ def check_finish(run: RunConfig, task: Task) -> CloudData | None:
     return cloud
 
 
-def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sink) -> None:
+def finish(
+    run: RunConfig,
+    task: Task,
+    outcome: Outcome,
+    folder: Path,
+    emit: Sink,
+    *,
+    judge: Judge | None = None,
+) -> None:
     """Does what is left of the steps after the rounds, and completes the run's folder.
 
     Args:
@@ -103,6 +114,7 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
         outcome: What its rounds have left.
         folder: Where its files go.
         emit: Told what happens.
+        judge: Has devices judge what fine-tuning gives; None where the cloud's data do.
 
     Raises:
         ReleaseError: the run is complete, and its model withheld.
@@ -120,6 +132,7 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
         training=None,
         device="devices",
         noise="none" if run.privacy.unit == "none" else "system",
+        judge=judge,
     )
     finished = after_rounds(
         run,
@@ -142,7 +155,12 @@ def finish(run: RunConfig, task: Task, outcome: Outcome, folder: Path, emit: Sin
 
 
 def _fine_tuned(
-    folder: Path, task: Task, run: RunConfig, model: FullModel, cloud: CloudData
+    folder: Path,
+    task: Task,
+    run: RunConfig,
+    model: FullModel,
+    cloud: CloudData,
+    judge: Judge | None,
 ) -> Finetuned:
     """Fine-tuning, or what it came to before."""
     origin = _origin(model, run.finetune)
@@ -152,16 +170,30 @@ def _fine_tuned(
             _model(folder, name, noted.files[name], build_model(task, run)) for name in _TUNED
         )
         if candidate is not None and alone is not None:
-            kept = candidate if noted.kept else model
-            return Finetuned(kept, candidate, alone, noted.kept, noted.before, noted.after)
-    tuned = fine_tune(task, run, model, cloud)
+            return Finetuned(
+                candidate if noted.kept else model,
+                candidate,
+                alone,
+                noted.kept,
+                noted.before,
+                noted.after,
+                noted.clients,
+                noted.unjudged,
+            )
+    tuned = fine_tune(task, run, model, cloud, judge)
     files = {}
     for name, one in zip(_TUNED, (tuned.candidate, tuned.cloud_alone), strict=True):
         raw = checkpoint_bytes(one)
         write_atomic(_checkpoint(folder, name), raw)
         files[name] = sha256_hex(raw)
     note = _Tuned(
-        made_from=origin, kept=tuned.kept, before=tuned.before, after=tuned.after, files=files
+        made_from=origin,
+        kept=tuned.kept,
+        before=tuned.before,
+        after=tuned.after,
+        clients=tuned.clients,
+        unjudged=tuned.unjudged,
+        files=files,
     )
     _write(folder / _FINETUNE, note)
     return tuned

@@ -183,10 +183,11 @@ def _serve(
                 outcomes,
             )
 
+        hello = hello_of(name, path)
+        settings = device_settings(run, instance=journal.instance)
+        spool = folder / "incoming"
+
         async def serve() -> bool:
-            hello = hello_of(name, path)
-            settings = device_settings(run, instance=journal.instance)
-            spool = folder / "incoming"
             operate = over_network(control)
             async with (
                 listen(
@@ -204,12 +205,22 @@ def _serve(
                 return False
             with operated_meanwhile(control, identity):
                 from server.federated_part import outcome_of
+                from server.judging import clients_judge
                 from server.live.finish import finish
+                from server.live.judge import JudgeOnDevices
 
                 if not outcomes:
                     assert journal.start is not None  # its rounds ended in a process before
                     outcomes.append(outcome_of(run, load(), journal.start))
-                finish(run, load(), outcomes[0], folder, emit)
+                judge = JudgeOnDevices(run, load(), identity, hello, address, settings, spool, emit)
+                finish(
+                    run,
+                    load(),
+                    outcomes[0],
+                    folder,
+                    emit,
+                    judge=judge if clients_judge(run) else None,
+                )
         return True
 
 

@@ -18,6 +18,15 @@ from tests.e2e.live.asking import status, wait_for
 
 CLOUD = '    cloud_data=lambda folder: data("cloud"),\n    example_input'
 
+JUDGED = (
+    'name = "trial"\ntask = "task.py"\n'
+    "[federation]\nrounds = 2\ncohort = 2\nevaluate_cohort = 2\nholdout = 0.3\n"
+    "[client]\nbatch_size = 8\n"
+    "[finetune]\nepochs = 2\nmax_metric_drop = 1.0\n"
+    '[compression]\ncandidates = ["fp32"]\ntiming_runs = 100\n'
+    '[release]\nrepository = "releases"\nkeys = "keys"\n'
+)
+
 
 def fedcore(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -159,3 +168,49 @@ def test_what_follows_the_rounds_is_watched_stopped_and_gone_on_with(
     server = launch(*command(project, "--resume", "--set", "finetune.epochs=1"))
     assert server.end(120) == 0, server.log.read_text()
     assert [release["version"] for release in published(root)] == [1]
+
+
+@pytest.mark.slow
+def test_devices_judge_what_fine_tuning_gives(
+    project: Any, launch: Any, launch_device: Any
+) -> None:
+    """The server lets them go after the rounds, and they come back to it."""
+    root = project.root
+    prepare_release(project)
+    (root / "run.toml").write_text(JUDGED)
+    devices = [launch_device(name) for name in ("edge-0", "edge-1")]
+    server = launch(*command(project))
+    server.wait_for('"stage_finished", "stage": "finetune"', 120)
+    text = server.log.read_text()
+    assert "on what 2 clients hold back" in text, text[-3000:]
+    assert server.end(120) == 0
+    assert len(published(root)) == 1
+    for device in devices:
+        assert device.process.poll() is None
+        device.send(signal.SIGTERM)
+        assert device.end() == 0
+
+
+@pytest.mark.slow
+def test_a_server_that_waits_for_judges_is_stopped_and_goes_on(
+    project: Any, launch: Any, launch_device: Any
+) -> None:
+    root = project.root
+    prepare_release(project)
+    (root / "run.toml").write_text(JUDGED)
+    devices = [launch_device(name) for name in ("edge-0", "edge-1")]
+    server = launch(*command(project))
+    server.wait_for('"stage": "finetune"', 120)
+    for device in devices:
+        device.send(signal.SIGKILL)
+        device.end()
+    server.wait_for("listening on", 60, times=2)
+    server.send(signal.SIGTERM)
+    assert server.end(30) == INTERRUPTED
+    server = launch(*command(project, "--resume"))
+    server.wait_for("listening on", 60)
+    for name in ("edge-0", "edge-1"):
+        launch_device(name)
+    server.wait_for("on what 2 clients hold back", 60)
+    assert server.end(120) == 0
+    assert len(published(root)) == 1

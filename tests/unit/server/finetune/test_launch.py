@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore.config import RunConfig
-from fedcore.errors import TrainingDiverged, TrainingError
+from fedcore.config import Finetune, RunConfig
+from fedcore.errors import RoundFailed, TrainingDiverged, TrainingError
+from fedcore.metrics import ACCURACY
 from fedcore.model import FullModel, build_model
 from fedcore.task import Task, load_task
 from fedcore.updates.pack import pack
 from server.cloud import CloudData, read_cloud_data
-from server.finetune.launch import Finetuned, fine_tune
+from server.finetune.launch import Finetuned, fine_tune, passes
+from server.judging import Judge, Judgement
 
 pytestmark = pytest.mark.slow
 
@@ -76,8 +78,8 @@ class Case:
         start = self.run.model_copy(update={"seed": 9})
         self.model: FullModel = build_model(self.task, start).eval()
 
-    def fine_tune(self) -> Finetuned:
-        return fine_tune(self.task, self.run, self.model, self.cloud)
+    def fine_tune(self, judge: Judge | None = None) -> Finetuned:
+        return fine_tune(self.task, self.run, self.model, self.cloud, judge)
 
 
 def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path) -> None:
@@ -89,6 +91,14 @@ def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path
     assert two.kept
     assert two.model is two.candidate
     assert two.after > two.before
+
+    # No client is there to judge it: what is not known to be as good is not kept.
+    def nobody(before: FullModel, after: FullModel) -> Judgement:
+        raise RoundFailed("nobody was there")
+
+    alone = Case(tmp_path / "alone", processes=1).fine_tune(nobody)
+    assert (alone.kept, alone.unjudged, alone.clients) == (False, "nobody was there", None)
+    assert alone.after > alone.before
 
     # One process, judged by how little it learns: the gate closes, and the result is still there.
     case = Case(
@@ -132,3 +142,28 @@ def test_a_process_that_dies_takes_the_others_with_it(
     with pytest.raises(TrainingError, match=r"fine-tuning: process \d .*federated model stands"):
         case.fine_tune()
     assert "Traceback" not in capfd.readouterr().err
+
+
+WORSE, BETTER = Judgement(8, 400, 0.8, 0.6, 0.02), Judgement(8, 400, 0.6, 0.8, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("judge", "asked", "after", "kept"),
+    [
+        (None, None, 0.7, True),
+        (None, None, 0.49, False),
+        (None, None, float("nan"), False),
+        (None, WORSE, 0.9, False),
+        (None, BETTER, 0.1, True),
+        ("clients", BETTER, 0.1, True),
+        ("both", BETTER, 0.1, False),
+        ("both", BETTER, 0.9, True),
+        ("both", WORSE, 0.9, False),
+        # Better by less than it may differ from client to client.
+        (None, Judgement(8, 400, 0.6, 0.61, 0.02), 0.9, False),
+    ],
+)
+def test_who_judges_decides_what_is_kept(
+    judge: Any, asked: Judgement | None, after: float, kept: bool
+) -> None:
+    assert passes(Finetune(judge=judge), ACCURACY, 0.5, after, asked) == kept

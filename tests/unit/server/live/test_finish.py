@@ -29,6 +29,7 @@ from server.app import Outcome
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned
+from server.judging import Judge, Judgement
 from server.live import finish as finish_module
 from server.live.finish import check_finish, finish
 from server.records import RoundRecord
@@ -105,21 +106,22 @@ class Site:
         patch.setattr(finish_module, "compress", self._compress)
 
     def _fine_tune(
-        self, task: Task, run: RunConfig, model: FullModel, cloud: CloudData
+        self, task: Task, run: RunConfig, model: FullModel, cloud: CloudData, judge: Judge | None
     ) -> Finetuned:
         """In this process: what it comes to is not what these tests are about."""
         self.done["fine-tuning"] += 1
         candidate = copy.deepcopy(model)
         with torch.no_grad():
             next(candidate.parameters()).mul_(1.01)
-        return Finetuned(candidate, candidate, copy.deepcopy(model), True, 0.5, 0.6)
+        asked = judge(model, candidate) if judge else None
+        return Finetuned(candidate, candidate, copy.deepcopy(model), True, 0.5, 0.6, asked)
 
     def _compress(self, *arguments: Any, **more: Any) -> Compressed:
         self.done["compression"] += 1
         return compress(*arguments, **more)
 
-    def finish(self) -> None:
-        finish(self.run, TASK, outcome(self.run), self.folder, self.events.append)
+    def finish(self, judge: Judge | None = None) -> None:
+        finish(self.run, TASK, outcome(self.run), self.folder, self.events.append, judge=judge)
 
     def versions(self) -> tuple[Manifest, ...]:
         return history(self.root / "releases", self.root / "keys")
@@ -237,6 +239,24 @@ def test_the_same_model_of_an_earlier_run_is_no_release_of_this_one(site: Site) 
     first, second = site.versions()
     assert first.onnx.sha256 == second.onnx.sha256
     assert site.summary()["release"]["version"] == 2
+
+
+@pytest.mark.parametrize("margin", [0.01, float("inf")])
+def test_devices_are_asked_once_however_often_it_dies(site: Site, margin: float) -> None:
+    asked: list[FullModel] = []
+
+    def judge(before: FullModel, after: FullModel) -> Judgement:
+        asked.append(after)
+        return Judgement(3, 30, 0.5, 0.6, margin)
+
+    with site.patch.context() as patch:
+        patch.setattr("server.folder.write_json", dies_before("summary.json"))
+        with pytest.raises(Died):
+            site.finish(judge)
+    site.finish(judge)
+    assert len(asked) == 1
+    told = "accuracy on what 3 clients hold back 0.5 before, 0.6 after"
+    assert told in (site.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["candidate.safetensors", "golden.safetensors", "fp32.onnx"])
