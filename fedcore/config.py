@@ -203,7 +203,7 @@ class Finetune(Section):
     judge: Literal["clients", "cloud", "both"] | None = None
     """Whose held-out data the gate asks. Unset: the clients', where they hold data back
     (``federation.evaluate_cohort``), else the cloud's. Of clients, the worst end of a 95 % interval
-    counts."""
+    counts. In a simulation they weigh candidates beside the cloud then, unless it is ``cloud``."""
     timeout_s: Seconds = 3600.0
     """Fine-tuning that takes longer fails; so does a process that waits so long for another."""
 

@@ -8,7 +8,7 @@ what they hold back, so that what differs between clients does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Context
@@ -60,6 +60,10 @@ Raises:
 """
 
 
+Weigh = Callable[[bytes], Mapping[str, tuple[int, float]]]
+"""Has clients measure an ONNX file: of each its number of examples, and the primary metric."""
+
+
 def clients_judge(run: RunConfig) -> bool:
     """Whether clients judge what fine-tuning gives: as asked for, or where they hold data back."""
     return bool(run.federation.evaluate_cohort) and run.finetune.judge != "cloud"
@@ -82,6 +86,18 @@ def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
         error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total
         margin = float(student.ppf(CONFIDENCE, count - 1)) * error
     return Judgement(count, total, before, after, margin)
+
+
+def drop_of(
+    primary: Metric, base: Mapping[str, tuple[int, float]], other: Mapping[str, tuple[int, float]]
+) -> float:
+    """How much worse one file may be than another, by what the same clients measured of both."""
+    both = sorted(base.keys() & other.keys())
+    if not both:
+        return math.inf
+    return judgement([(base[name][0], base[name][1], other[name][1]) for name in both]).worsening(
+        primary
+    )
 
 
 def judging_app(

@@ -41,13 +41,13 @@ from server.federated_part import federated_part
 from server.final_test import Scores, drop_note, reason_to_withhold, statement_of
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import config_json
-from server.judging import Judge, clients_judge
+from server.judging import Judge, Weigh, clients_judge
 from server.preflight import Prepared
 from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
 from server.release import Draft, publish
 from server.report.summary import MODELS
 from server.simulation.clients import client_records
-from server.simulation.judging import judge_in_simulation
+from server.simulation.judging import judge_in_simulation, weigh_in_simulation
 
 
 @dataclass
@@ -91,6 +91,9 @@ class Trained:
     noise: Literal["none", "simulated", "system"]
     judge: Judge | None = None
     """Has clients judge what fine-tuning gives; None where they hold nothing back."""
+    weigh: Weigh | None = None
+    """Has clients weigh candidates; None where they hold nothing back, and on devices, which
+    measure weights and run no files of a run that goes on."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,14 @@ def run_pipeline(
         done.training,
         str(available(run.client.device)),
         "none" if run.privacy.unit == "none" else "simulated",
-        judge_in_simulation(run, task, owner, prepared.clients, story.note)
-        if clients_judge(run)
-        else None,
+        *(
+            (
+                judge_in_simulation(run, task, owner, prepared.clients, story.note),
+                weigh_in_simulation(run, task, owner, prepared.clients, story.note),
+            )
+            if clients_judge(run)
+            else (None, None)
+        ),
     )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
@@ -201,7 +209,9 @@ def after_rounds(
 
     with story.stage("compress") as said:
         progress = _steps(story.emit, "compress")
-        compressed = steps.compress(run, task, model, cloud, progress=progress)
+        compressed = steps.compress(
+            run, task, model, cloud, progress=progress, on_clients=trained.weigh
+        )
         said.append(f"chose {compressed.chosen}")
         for name, onnx in compressed.files.items():
             write_atomic(folder / "candidates" / f"{name}.onnx", onnx)

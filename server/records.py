@@ -149,6 +149,9 @@ class CandidateRecord:
     admitted: bool
     reason: str
     """Why it was admitted, chosen or refused, in a few words."""
+    clients_drop: float | None = None
+    """How much worse than fp32 it may be on what clients hold back, at 95 % confidence; None where
+    no client weighed it."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ def _missed(record: CandidateRecord, limits: Compression) -> list[str]:
             f"drops {record.drop:.4g}, {record.drop - limits.max_accuracy_drop:.2g} more than "
             f"max_accuracy_drop = {limits.max_accuracy_drop:g}"
         )
+    on_clients = record.clients_drop
+    if on_clients is not None and not on_clients <= limits.max_accuracy_drop + _ROUNDING:
+        found.append(
+            f"may drop {on_clients:.4g} on what clients hold back, "
+            f"{on_clients - limits.max_accuracy_drop:.2g} more than max_accuracy_drop = "
+            f"{limits.max_accuracy_drop:g}"
+        )
     if limits.max_bytes is not None and record.bytes > limits.max_bytes:
         found.append(
             f"takes {record.bytes} bytes, {record.bytes - limits.max_bytes} more than max_bytes = "

@@ -29,6 +29,7 @@ from server.compression.golden import golden_inputs, tolerance
 from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, Timing, time_candidates
+from server.judging import Weigh, drop_of
 from server.records import CandidateRecord
 
 EXACT = 1e-3
@@ -74,6 +75,8 @@ class _Weighed:
     max_abs_error: float
     heldout: FloatArray | None
     metric: float
+    clients: Mapping[str, tuple[int, float]] | None
+    """What clients measured of it; None where they were not asked."""
 
 
 def compress(
@@ -84,6 +87,7 @@ def compress(
     *,
     progress: Callable[[str], None],
     reduce_range: bool | None = None,
+    on_clients: Weigh | None = None,
 ) -> Compressed:
     """Makes the configured candidates of a trained model, and chooses the one to release.
 
@@ -96,6 +100,8 @@ def compress(
         progress: Takes a line for people at each step.
         reduce_range: Keep int8 weights to 7 bits; decided by this machine's processor when unset,
             and said in the notes.
+        on_clients: Has clients weigh candidates, too; one must keep to ``max_accuracy_drop`` there
+            as well as in the cloud.
 
     Guarantee:
         The same arguments give the same bytes of every file, in any process, on machines of one
@@ -127,7 +133,7 @@ def compress(
     for candidate in wanted:
         progress(f"building and weighing {candidate.name}")
         try:
-            weighed[candidate.name] = _weigh(candidate, material, golden, cloud)
+            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
         except ParityError:
             raise  # the export itself is wrong, so none of its figures would mean anything
         except (CompressionError, TaskError) as error:
@@ -170,7 +176,11 @@ def compress(
 
 
 def _weigh(
-    candidate: Candidate, material: Material, golden: NDArray[Any], cloud: CloudData | None
+    candidate: Candidate,
+    material: Material,
+    golden: NDArray[Any],
+    cloud: CloudData | None,
+    on_clients: Weigh | None,
 ) -> _Weighed:
     """Builds a candidate, passes it through the parity gate, and asks it everything held out."""
     built = candidate.build(material)
@@ -196,6 +206,7 @@ def _weigh(
         max_abs_error=max_abs_error(expected, outputs),
         heldout=heldout,
         metric=metric,
+        clients=on_clients(built.onnx) if on_clients and cloud is not None else None,
     )
 
 
@@ -260,9 +271,16 @@ def _records(
             p50_max_us=timings[name].p50_max_us,
             admitted=False,
             reason="",
+            clients_drop=_clients_drop(metric, base, each),
         )
         for name, each in weighed.items()
     ]
+
+
+def _clients_drop(metric: Metric, base: _Weighed, each: _Weighed) -> float | None:
+    if base.clients is None or each.clients is None:
+        return None
+    return 0.0 if each is base else drop_of(metric, base.clients, each.clients)
 
 
 def _unbuilt(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:

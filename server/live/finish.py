@@ -36,7 +36,7 @@ from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned, fine_tune
 from server.folder import write_results
-from server.judging import Judge, Judgement
+from server.judging import Judge, Judgement, Weigh
 from server.live.resume import STEPS
 from server.pipeline import Steps, Story, Trained, after_rounds
 from server.preflight import read_for_release
@@ -207,6 +207,7 @@ def _compressed(
     cloud: CloudData | None,
     *,
     progress: Callable[[str], None],
+    on_clients: Weigh | None,
 ) -> Compressed:
     """Compression, or what it came to before: times that decide are measured once."""
     origin = _origin(model, run.finetune, run.compression, run.serving)
@@ -214,7 +215,7 @@ def _compressed(
     done = _read_compressed(folder, noted) if noted is not None else None
     if done is not None:
         return done
-    done = compress(run, task, model, cloud, progress=progress)
+    done = compress(run, task, model, cloud, progress=progress, on_clients=on_clients)
     golden = golden_bytes(done.golden_inputs, done.golden_outputs)
     write_atomic(folder / _GOLDEN, golden)
     for name, onnx in done.files.items():

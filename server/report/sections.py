@@ -13,7 +13,7 @@ from fedcore.observability.words import (
     figure,
     seconds_text,
 )
-from server.records import RunRecord, VirtualRecord
+from server.records import CandidateRecord, RunRecord, VirtualRecord
 from server.report.markup import Markup, details, digest, join, table, tag
 from server.report.privacy import privacy_card
 from server.report.summary import MODELS
@@ -203,11 +203,13 @@ def _virtual_cells(virtual: VirtualRecord | None) -> tuple[str, ...]:
 
 def candidates_table(record: RunRecord) -> Markup:
     """Every candidate with its verdict."""
+    weighed = any(each.clients_drop is not None for each in record.candidates)
     headings = [
         "candidate",
         "verdict",
         record.primary,
         "drop",
+        *(["drop on clients, at most"] if weighed else []),
         "agreement",
         "largest error",
         "bytes",
@@ -218,6 +220,7 @@ def candidates_table(record: RunRecord) -> Markup:
             each.reason or ("admitted" if each.admitted else "refused"),
             figure(each.metric),
             figure(each.drop),
+            *([_drop_on_clients(each)] if weighed else []),
             figure(each.agreement),
             figure(each.max_abs_error, 2),
             bytes_text(each.bytes),
@@ -233,6 +236,10 @@ def candidates_table(record: RunRecord) -> Markup:
         prose="verdict",
         highlighted=record.chosen,
     )
+
+
+def _drop_on_clients(candidate: CandidateRecord) -> str:
+    return "" if candidate.clients_drop is None else figure(candidate.clients_drop)
 
 
 def clients_table(record: RunRecord) -> Markup:

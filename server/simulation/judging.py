@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from fedcore.config import RunConfig
+from fedcore.errors import DataError
 from fedcore.model import FullModel
-from fedcore.owner import OwnerPolicy
+from fedcore.owner import OwnerPolicy, tighten
+from fedcore.seeds import Simulated
 from fedcore.task import Task
-from server.judging import Judge, Judgement, judging_app
+from fedcore.training.client import Client, local_data
+from server.cohort import select
+from server.compression.runtime import answers, open_session
+from server.judging import Judge, Judgement, Weigh, judging_app
 from server.simulation.federate import federate
 from server.simulation.state import State
 
@@ -38,3 +46,36 @@ def judge_in_simulation(
         return found[0]
 
     return judge
+
+
+def weigh_in_simulation(
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    clients: Sequence[str],
+    on_note: Callable[[str], None],
+) -> Weigh:
+    """Has virtual clients answer what they hold back with an exported file, as devices will."""
+    size = min(run.federation.evaluate_cohort, len(clients))
+    drawn = select(range(len(clients)), size, seed=run.seed, words=("judging",))
+    client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
+
+    told = set[str]()
+
+    def weigh(onnx: bytes) -> Mapping[str, tuple[int, float]]:
+        session, found = open_session(onnx, threads=run.serving.threads), {}
+        for name in (clients[place] for place in drawn):
+            try:
+                outputs, targets = answers(session, local_data(client, name)[1])
+                value = task.primary.compute(torch.from_numpy(outputs), targets)
+                if not math.isfinite(value):
+                    raise DataError(f"its {task.primary.name} is {value}")
+            except (Exception, SystemExit) as error:  # the task's code: one client's failure
+                if name not in told:
+                    on_note(f"client {name!r} weighs no candidate: {type(error).__name__}: {error}")
+                told.add(name)
+                continue
+            found[name] = (len(targets), value)
+        return found
+
+    return weigh

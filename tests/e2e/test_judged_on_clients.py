@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 1,
     "federation": {"rounds": 10, "cohort": 8, "evaluate_cohort": 8, "holdout": 0.3},
     "client": {"epochs": 2, "batch_size": 16, "learning_rate": 0.1},
-    "compression": {"candidates": ["fp32"], "timing_runs": 100},
+    "compression": {"candidates": ["fp32", "pruned"], "timing_runs": 100},
 }
 
 
@@ -58,7 +58,17 @@ def test_the_gate_asks_whom_the_run_says(tmp_path: Path, judge: str | None, kept
     scores = result.record.scores["accuracy"]
     assert scores["federated"] > 0.9
     assert scores["finetuned"] < 0.7
-    assert scores["released"] == (scores["finetuned"] if kept else scores["federated"])
+    assert scores["released"] < 0.7 if kept else scores["released"] == scores["federated"]
+    fp32, pruned = result.record.candidates
+    assert result.record.chosen == ("pruned" if kept else "fp32")
+    if judge == "cloud":
+        assert (fp32.clients_drop, pruned.clients_drop) == (None, None)
+    else:  # retrained on the cloud's data, it loses what clients need, and the cloud sees a gain
+        assert fp32.clients_drop == 0.0
+        assert pruned.drop < 0.0
+        assert pruned.clients_drop is not None
+        assert pruned.clients_drop > 0.2
+        assert "on what clients hold back" in pruned.reason
     told = " ".join(result.record.notes)
     assert ("on what 8 clients hold back" in told) == (judge != "cloud")
     assert ("worse than that of the rounds" in told) == kept

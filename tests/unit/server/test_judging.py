@@ -15,7 +15,7 @@ from fedcore.metrics import ACCURACY, RMSE
 from fedcore.model import FullModel, build_model
 from fedcore.owner import OPEN_POLICY
 from fedcore.updates.pack import pack
-from server.judging import Judgement, clients_judge, judgement
+from server.judging import Judgement, clients_judge, drop_of, judgement
 from server.simulation.judging import judge_in_simulation
 from tests.unit.fedcore.clients import make_task
 
@@ -60,6 +60,15 @@ def test_of_models_that_are_a_limit_worse_few_are_let_through() -> None:
         measured = [(50, 0.7, 0.7 + gap) for gap in gaps]
         through += judgement(measured).worsening(ACCURACY) <= 0.02
     assert through / 2000 < 0.07
+
+
+def test_a_file_that_no_client_measured_beside_the_other_may_be_any_worse() -> None:
+    base = {"anna": (10, 0.9), "ben": (10, 0.8), "carl": (10, 0.7)}
+    assert drop_of(ACCURACY, base, {"dora": (10, 0.9)}) == math.inf
+    assert drop_of(ACCURACY, base, {}) == math.inf
+    assert drop_of(ACCURACY, base, base) == 0.0
+    worse = {name: (count, value - 0.1) for name, (count, value) in base.items()}
+    assert drop_of(ACCURACY, base, worse | {"dora": (10, 1.0)}) == pytest.approx(0.1)
 
 
 def test_clients_judge_where_they_hold_data_back_unless_the_cloud_is_asked() -> None:

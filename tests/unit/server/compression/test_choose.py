@@ -135,3 +135,13 @@ def test_a_drop_that_is_no_number_is_refused() -> None:
     judged, chosen = choose([record(size=400), record("pruned", drop=math.nan)], Compression())
     assert chosen == "fp32"
     assert not judged[1].admitted
+
+
+@pytest.mark.parametrize("drop", [0.011, math.inf, math.nan])
+def test_what_clients_lose_counts_beside_what_the_cloud_does(drop: float) -> None:
+    fp32, small = record(), record("pruned", drop=-0.3, size=10)
+    judged, chosen = choose([fp32, replace(small, clients_drop=drop)], Compression())
+    assert chosen == "fp32"
+    assert "on what clients hold back" in judged[1].reason
+    assert choose([fp32, replace(small, clients_drop=0.01)], Compression())[1] == "pruned"
+    assert choose([fp32, small], Compression())[1] == "pruned"
