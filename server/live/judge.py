@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,8 @@ class JudgeOnDevices:
     settings: Mapping[str, str]
     """What devices were told of the run in its rounds."""
     spool: Path
+    drained: Callable[[], Collection[str]]
+    """Devices that are sent nothing, by name, as the operator says now."""
     emit: Sink
 
     def __call__(self, before: FullModel, after: FullModel) -> Judgement:
@@ -78,6 +80,7 @@ class JudgeOnDevices:
             async with listen(
                 self.identity, self.hello, self.address, settings=self.settings, spool=self.spool
             ) as listening:
+                listening.presence.drain(self.drained())
                 return await run_beside(partial(work, listening.peers), listening)
 
         kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

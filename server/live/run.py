@@ -212,7 +212,17 @@ def _serve(
                 if not outcomes:
                     assert journal.start is not None  # its rounds ended in a process before
                     outcomes.append(outcome_of(run, load(), journal.start))
-                judge = JudgeOnDevices(run, load(), identity, hello, address, settings, spool, emit)
+                judge = JudgeOnDevices(
+                    run,
+                    load(),
+                    identity,
+                    hello,
+                    address,
+                    settings,
+                    spool,
+                    lambda: control.drained,
+                    emit,
+                )
                 finish(
                     run,
                     load(),
