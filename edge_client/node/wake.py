@@ -174,12 +174,12 @@ def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callabl
     """Hears of bytes on streams, and waits until more may come."""
     ceiling = Ceiling(1 / BYTES_PER_S, BURST_BYTES)
 
-    def count(count: int) -> None:
+    def hear(count: int) -> None:
         if passed is not None:
             passed(count)
         signals.stop.wait(ceiling.wait_s(count))
 
-    return count
+    return hear
 
 
 @contextmanager
