@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.node.state import DeviceFolder
 from edge_client.node.wake import hold_stream
 from fedcore.crypto.kit import Kit
-from fedcore.errors import DeviceError
+from fedcore.errors import FedcoreError, TrustError
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.rpc.hello import declared_name, hello_of
 
 log = logging.getLogger("fedcore.device")
 
+_LONGEST_S = 15.0
+"""How long a busy server is asked again."""
 
-def announce(kit: Kit, task: Path, folder: DeviceFolder, instance: str) -> None:
+
+def announce(
+    kit: Kit,
+    task: Path,
+    folder: DeviceFolder,
+    instance: str,
+    passed: Callable[[int], None] | None = None,
+) -> None:
     """Authenticates this process with the server, if that can be done at once, and stays in touch.
 
     From then on the server sees at once when this process dies, and counts on it until then.
@@ -32,6 +42,7 @@ def announce(kit: Kit, task: Path, folder: DeviceFolder, instance: str) -> None:
         task: The task file that is installed here.
         folder: What this device keeps.
         instance: How this process calls itself, now and later.
+        passed: Hears how many bytes each call, and the stream, have moved, and may wait.
 
     Raises:
         DataError: the task file cannot be read.
@@ -41,19 +52,28 @@ def announce(kit: Kit, task: Path, folder: DeviceFolder, instance: str) -> None:
     name = declared_name(task)
     if name is None:
         return
+    late = threading.Event()
     link = FleetLink(
         kit,
         headers=hello_of(name, task).headers(instance),
-        stop=threading.Event(),
+        stop=late,
         let_in_before=folder.let_in_before(kit.public),
+        passed=passed,
     )
+    # A server that is busy again and again must not keep this device from loading what it needs.
+    ending = threading.Timer(_LONGEST_S, late.set)
+    ending.daemon = True
+    ending.start()
     try:
         link.activate()
         folder.note_let_in(kit.public)
         log.info("authenticated as node %d", link.node_id)
         if link.wake_port:
-            hold_stream(link, instance)
-    except (DeviceError, NotActivated, Unreachable) as error:
+            hold_stream(link, instance, passed)
+    except TrustError:
+        raise
+    except (FedcoreError, NotActivated, Unreachable) as error:
         log.debug("announcing: %s", error)
     finally:
+        ending.cancel()
         link.close()

@@ -92,19 +92,21 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
 
     with loading_told():  # on standard error: Flower would take a logger's place that is made first
         from edge_client.node.announce import announce
-        from edge_client.node.policy import check_task, reason_to_rest, take_part
+        from edge_client.node.policy import Pace, check_task, reason_to_rest, take_part
         from edge_client.node.state import own
         from fedcore.flower.quiet import quiet
 
     quiet()
     log_lines(options.log or sys.stderr, throttled=True)
     check_task(owner, options.task)
+    rate = owner.max_bandwidth_bytes_per_s
+    passed = Pace(rate).passed if rate else None
     with own(options.state or options.kit / "device") as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # also while its owner lets it rest
         instance = secrets.token_hex(16)
         if reason_to_rest(owner) is None:
             # Before torch is imported: that takes long.
-            announce(kit, options.task, folder, instance)
+            announce(kit, options.task, folder, instance, passed)
         log.info("loading torch, and its compiler with it: some seconds, more the first time")
         loading.set()
         with loading_told(log.info):
@@ -112,26 +114,30 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
 
             edge_client.node.loop.warm_up()
         loading.clear()
-        take_part(_sessions(kit, owner, options.task, folder, instance), owner)
+        take_part(_sessions(kit, owner, options.task, folder, instance, passed), owner)
 
 
 def _sessions(
-    kit: Kit, owner: OwnerPolicy, path: Path, folder: DeviceFolder, instance: str
+    kit: Kit,
+    owner: OwnerPolicy,
+    path: Path,
+    folder: DeviceFolder,
+    instance: str,
+    passed: Callable[[int], None] | None,
 ) -> Callable[[Signals], None]:
     """What a device does while its owner lets it; ``instance`` names the first session."""
     from edge_client.node.loop import Device, run_device
-    from edge_client.node.policy import Pace, free_gpu, limit_gpu
+    from edge_client.node.policy import free_gpu, limit_gpu
     from fedcore.task import load_task
 
     limit_gpu(owner)
-    rate = owner.max_bandwidth_bytes_per_s
     device = Device(
         kit,
         load_task(path),
         path,
         owner,
         folder,
-        passed=Pace(rate).passed if rate else None,
+        passed=passed,
         between_rounds=free_gpu if owner.free_gpu_between_rounds else None,
     )
     names = chain([instance], iter(lambda: secrets.token_hex(16), ""))

@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,8 +138,9 @@ def warm_up() -> None:
 
 def _persist(work: Callable[[], None], signals: Signals) -> None:
     """Does ``work`` until the server has been reached for it, or this process is to end."""
-    failures, told, last_s = 0, set[type[Exception]](), _LAST_PAUSE_S
+    failures, told = Counter[float](), set[type[Exception]]()
     while not signals.stop.is_set():
+        last_s = _LAST_PAUSE_S
         try:
             return work()
         except NotActivated:
@@ -149,10 +151,11 @@ def _persist(work: Callable[[], None], signals: Signals) -> None:
                 what = "this device keeps trying" if refused else "the server cannot be reached"
                 log.warning("%s: %s", what, error)
             told.add(type(error))
-            last_s = _REFUSED_PAUSE_S if refused else _LAST_PAUSE_S
+            if refused:
+                last_s = _REFUSED_PAUSE_S
             signals.work.set()  # what it was at is asked for again
-        failures += 1
-        longest = min(last_s, _FIRST_PAUSE_S * 1.25 ** min(failures, 100))
+        failures[last_s] += 1  # counted apart: a refusal after a long outage is the first one
+        longest = min(last_s, _FIRST_PAUSE_S * 1.25 ** min(failures[last_s], 100))
         signals.stop.wait(spread_s(longest, 0.5, 1.0))
     return None
 

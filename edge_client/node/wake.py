@@ -20,7 +20,7 @@ from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.rpc.jitter import spread_s
 from fedcore.rpc.proxy import proxy_for
-from fedcore.rpc.relay import relayed
+from fedcore.rpc.relay import Way, relayed
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
 
@@ -36,6 +36,7 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", int(_CONNECT_S * 1000)),  # also bounds an attempt: 20 s else
     ("grpc.max_receive_message_length", 64),  # a call has 2 bytes
     ("grpc.max_metadata_size", 8192),
+    ("grpc.enable_retries", 0),  # of a stream that a server had not begun: there is no second way
 )
 _FAST_S, _BUSY_S, _SLOW_S = 0.5, 1.0, 12.0
 """How often a device without a stream asks: while a round is on, while it trains, when it idles."""
@@ -43,8 +44,10 @@ _ROUND_S = 30.0
 """How long after its last message a device takes a round to be on."""
 _AGAIN_S = 30.0
 """Longest pause between two attempts at a stream."""
-_CANCEL_S = 5.0
-"""How long after a stream's end the thread that would have ended it stays."""
+_CANCEL_S = 2.0
+"""How long after its connection's end a stream may last."""
+_LOOK_S = 0.5
+"""How often that is looked for."""
 CALL_S, CALL_BURST = 0.05, 200
 """How often a server may call in the long run, and how often at once: the rest is read later, and
 where that is full, the server waits."""
@@ -53,6 +56,11 @@ STREAM_S, STREAM_BURST = 2.0, 20
 BYTES_PER_S, BURST_BYTES = 8192, 1 << 18
 """What passes on streams in the long run, and at once: handshakes, calls of some 60 bytes, pings.
 The rest is read later, and the server waits."""
+_PIECE_BYTES = 64
+"""What a shorter piece counts there: each costs a few switches between threads."""
+ASK_S, ASK_BURST = 0.25, 40
+"""How often the server is asked in place of a stream in the long run, and how often at once,
+whatever it answers."""
 EARLY_S = 300.0
 """How long the stream may last that a process opens before it has loaded what it works with."""
 _STEADY_S = 10.0
@@ -120,6 +128,7 @@ def watch(
     """
     failures, next_try = 0, 0.0
     streams, calls = Ceiling(STREAM_S, STREAM_BURST), Ceiling(CALL_S, CALL_BURST)
+    asks = Ceiling(ASK_S, ASK_BURST)
     count = _counting(signals, passed)
     while not signals.stop.is_set():
         if signals.reconnect.is_set():
@@ -133,20 +142,24 @@ def watch(
             began, opened = time.monotonic(), False
             with (
                 suppress(OSError),  # nobody is there
-                _channel(link.kit, link.address(failures), link.wake_port, count) as channel,
+                _channel(link.kit, link.address(failures), link.wake_port, count) as (channel, way),
             ):
-                opened = _listen(channel, instance, signals, calls)
+                opened = _listen(channel, instance, signals, calls, way.over)
             lasted = opened and time.monotonic() - began >= _STEADY_S
             failures = 0 if lasted else failures + 1
             pause_s = spread_s(min(_AGAIN_S, 0.5 * 2.0**failures), 0.5, 1.0)
             next_try = time.monotonic() + pause_s
         soon_s = max(next_try - time.monotonic(), 0.05) if link.wake_port else math.inf
         pause_s = min(signals.pause_s(), soon_s)
+        if signals.stop.wait(asks.wait_s()):
+            return
         _ask(link, signals, pause_s + (_CONNECT_S if link.wake_port and pause_s == soon_s else 0.0))
         signals.reconnect.wait(pause_s)
 
 
-def hold_stream(link: FleetLink, instance: str) -> None:
+def hold_stream(
+    link: FleetLink, instance: str, passed: Callable[[int], None] | None = None
+) -> None:
     """Keeps a stream open, in a thread of its own, until this process opens its next one.
 
     It is over after `EARLY_S` at the latest.
@@ -160,12 +173,12 @@ def hold_stream(link: FleetLink, instance: str) -> None:
     ending.start()
 
     def hold() -> None:
-        count = _counting(signals, None)
+        count = _counting(signals, passed)
         with (
             suppress(OSError),
-            _channel(link.kit, link.address(0), link.wake_port, count) as channel,
+            _channel(link.kit, link.address(0), link.wake_port, count) as (channel, way),
         ):
-            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST))
+            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST), way.over)
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
@@ -177,7 +190,7 @@ def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callabl
     def hear(count: int) -> None:
         if passed is not None:
             passed(count)
-        signals.stop.wait(ceiling.wait_s(count))
+        signals.stop.wait(ceiling.wait_s(max(count, _PIECE_BYTES)))
 
     return hear
 
@@ -185,8 +198,8 @@ def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callabl
 @contextmanager
 def _channel(
     kit: Kit, server: str, wake_port: int, count: Callable[[int], None]
-) -> Iterator[grpc.Channel]:
-    """A channel whose every byte is counted.
+) -> Iterator[tuple[grpc.Channel, Way]]:
+    """A channel whose every byte is counted, and what it goes through.
 
     Raises:
         OSError: the server cannot be reached.
@@ -204,21 +217,31 @@ def _channel(
         ("grpc.default_authority", there),
     )
     with (
-        relayed(host, wake_port, proxy=proxy, timeout_s=_CONNECT_S, took=count) as target,
-        grpc.secure_channel(target, credentials, options=(*_OPTIONS, *options)) as channel,
+        relayed(host, wake_port, proxy=proxy, timeout_s=_CONNECT_S, took=count) as way,
+        grpc.secure_channel(way.target, credentials, options=(*_OPTIONS, *options)) as channel,
     ):
-        yield channel
+        yield channel, way
 
 
-def _listen(channel: grpc.Channel, instance: str, signals: Signals, ceiling: Ceiling) -> bool:
-    """Reads the stream to its end, no faster than ``ceiling``; True when it was open."""
+def _listen(
+    channel: grpc.Channel,
+    instance: str,
+    signals: Signals,
+    ceiling: Ceiling,
+    gone: threading.Event,
+) -> bool:
+    """Reads the stream to its end, no faster than ``ceiling``; True when it was open.
+
+    It ends with ``gone``, too: gRPC may wait for another connection, which there is none of.
+    """
     opened, over = False, threading.Event()
     calls = WakeStub(channel).Watch(WatchRequest(instance=instance))  # type: ignore[no-untyped-call]
 
     def cancel() -> None:
-        while not signals.stop.wait(_CANCEL_S) and not over.is_set():
-            continue
-        calls.cancel()
+        ended_s = 0.0
+        while not signals.stop.wait(_LOOK_S) and not over.is_set() and ended_s < _CANCEL_S:
+            ended_s += _LOOK_S * gone.is_set()  # what came before its end is read first
+        channel.close()  # cancelling a call that gRPC is about to begin again does not end it
 
     threading.Thread(target=cancel, daemon=True).start()
     try:

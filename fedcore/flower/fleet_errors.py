@@ -24,6 +24,7 @@ _REFUSED: dict[int, type[FedcoreError]] = {
 }
 _MOST_DETAIL = 600
 """Characters of a server's words that are shown."""
+_MOST_REFUSAL_BYTES = 1 << 14
 _CERTIFICATE_ALERT = re.compile("ALERT_(UNKNOWN_CA|.*CERTIFICATE|ACCESS_DENIED)")
 
 
@@ -80,6 +81,11 @@ def refusals(*, let_in: bool) -> Iterator[None]:
         raise kind(detail) from None
     except ValueError as error:  # an answer that is no protobuf: a proxy's page, say
         raise Unreachable(str(error)) from None
+    except (FedcoreError, httpx.TransportError, Unreachable, NotActivated, Busy):
+        raise
+    except Exception as error:  # HTTP's and protobuf's readers, on bytes that were made up
+        said = f"{type(error).__name__}: {foreign(error, 200)}"
+        raise Unreachable(f"an answer of the server cannot be read ({said})") from None
 
 
 def is_distrust(error: BaseException | None) -> bool:
@@ -103,8 +109,15 @@ def doubt(unproven: Mapping[str, Exception]) -> str:
 
 
 def _detail(response: httpx.Response) -> str:
+    """What the server says of it, in UTF-8: a charset that it names would be any codec of Python's.
+
+    Some of those decompress, some take time with the square of the length, some fail oddly.
+    """
+    raw = response.content
     try:
-        return foreign(json.loads(response.text)["detail"], _MOST_DETAIL)
+        if len(raw) > _MOST_REFUSAL_BYTES:
+            raise ValueError("no refusal is so long")
+        return foreign(json.loads(raw.decode())["detail"], _MOST_DETAIL)
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"the server answered HTTP {response.status_code}"
 

@@ -20,6 +20,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from fedcore.errors import FedcoreError, InvalidUpdate, OwnerLimit
 from fedcore.flower.fleet_payload import MAX_OBJECTS, ObjectReader
 from fedcore.observability.foreign import foreign
+from fedcore.rpc.hello import WAKE_PORT
 from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 
 ANSWER_BYTES = 2**20
@@ -94,6 +95,10 @@ class BoundedClient(FleetHttpClient):
         self._most = threading.local()  # one client serves several threads
         self._meter = Meter()
         metered(self._client, self._meter)
+        self._client._transport = _Terse(self._client._transport)
+        for pattern, transport in self._client._mounts.items():
+            if transport is not None:
+                self._client._mounts[pattern] = _Terse(transport)
 
     def pull_object(self, request: PullObjectRequest, most_bytes: int) -> PullObjectResponse:
         """Fetches an object.
@@ -148,6 +153,31 @@ class BoundedClient(FleetHttpClient):
         return call(context)
 
 
+class _Terse(httpx.BaseTransport):
+    """Leaves an answer the headers that mean something here.
+
+    httpx acts on others by itself: it keeps cookies for ever and sends them back, and builds the
+    request that a redirection asks for, also where it is not to follow it.
+    """
+
+    def __init__(self, inner: httpx.BaseTransport) -> None:
+        self._inner = inner
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = self._inner.handle_request(request)
+        response.headers = httpx.Headers(
+            [(key, one) for key, one in response.headers.multi_items() if key in _HEADERS]
+        )
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+_HEADERS = {
+    *("connection", "content-encoding", "content-length", "retry-after", "transfer-encoding"),
+    WAKE_PORT,
+}
 _Call = Callable[[ProtobufRequestContext], httpx.Response]
 
 

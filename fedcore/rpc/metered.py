@@ -141,8 +141,10 @@ class _Plain(httpcore.NetworkStream):
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """What has come, at least a byte; none at the connection's end."""
-        found = self._tried(partial(self._socket.recv, max_bytes), timeout, _READING)
-        self._meter.now.receive(len(found))
+        call = self._meter.now
+        most = min(max_bytes, call.most_bytes - call.received_bytes + 1)
+        found = self._tried(partial(self._socket.recv, most), timeout, _READING)
+        call.receive(len(found))
         return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:

@@ -8,14 +8,17 @@ stays between gRPC and the server; what passes here is its records.
 from __future__ import annotations
 
 import base64
+import os
+import secrets
 import selectors
-import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,18 +27,29 @@ _PIECE = 4096
 _LOOK_S = 0.5
 _STUCK_S = 20.0
 """How long one side may take to read what the other has sent."""
-_LONGEST_PATH = 100  # of a socket: systems take 104 bytes or 108
+_LONGEST_ROOT = 60  # systems take 104 bytes or 108 for the path of a socket
 _MOST_ANSWER = 1 << 13
 """Bytes of a proxy's answer."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What leads to a server, once."""
+
+    target: str
+    """For gRPC."""
+    over: threading.Event
+    """Set when it leads nowhere any more."""
 
 
 @contextmanager
 def relayed(
     host: str, port: int, *, proxy: str | None, timeout_s: float, took: Callable[[int], None]
-) -> Iterator[str]:
-    """A gRPC target that leads to ``host`` and ``port``, once, through a socket of this process.
+) -> Iterator[Way]:
+    """A way to ``host`` and ``port`` through a socket of this process.
 
-    Nobody else on the machine can reach it: it lies in a folder that this user alone may enter.
+    Nobody else on the machine can reach it, or stand in its place once it is gone: it lies in a
+    folder that this user alone may enter, which stays.
 
     Args:
         host: Of the server.
@@ -50,25 +64,35 @@ def relayed(
     """
     server = _connected(host, port, proxy, timeout_s)
     over = threading.Event()
-    folder = Path(tempfile.mkdtemp(prefix="fedcore-"))
-    if len(str(folder)) > _LONGEST_PATH:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="fedcore-", dir="/tmp"))
+    path = _folder() / secrets.token_hex(8)
     try:
-        path = folder / "way"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen(1)
         listener.settimeout(_LOOK_S)
         threading.Thread(
-            target=_pump, args=(listener, folder, server, took, over), name="relay", daemon=True
+            target=_pump, args=(listener, path, server, took, over), name="relay", daemon=True
         ).start()
-        yield f"unix:{path}"
+        yield Way(f"unix:{path}", over)
     finally:
         over.set()
         with suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)  # wakes whoever reads it
-        shutil.rmtree(folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    """Where sockets lie: one folder a user, or one of this call's where that is somebody else's."""
+    short = "/tmp"  # noqa: S108  the folder in it is made, or found, to be this user's alone
+    roots = [root for root in (tempfile.gettempdir(), short) if len(root) < _LONGEST_ROOT]
+    folder = Path(roots[0]) / f"fedcore-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if own and not found.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="fedcore-", dir=roots[0]))
 
 
 def _connected(host: str, port: int, proxy: str | None, timeout_s: float) -> socket.socket:
@@ -104,15 +128,15 @@ def _connected(host: str, port: int, proxy: str | None, timeout_s: float) -> soc
 
 def _pump(
     listener: socket.socket,
-    folder: Path,
+    path: Path,
     server: socket.socket,
     took: Callable[[int], None],
     over: threading.Event,
 ) -> None:
     """Hands on what comes from either side until one of them ends."""
-    with listener, server, suppress(OSError):
+    with _setting(over), listener, server, suppress(OSError):
         local = _accepted(listener, over)
-        shutil.rmtree(folder, ignore_errors=True)  # now: a process that is killed leaves nothing
+        path.unlink(missing_ok=True)  # now: a process that is killed leaves nothing
         if local is None:
             return
         other = {local: server, server: local}
@@ -127,6 +151,14 @@ def _pump(
                         return
                     other[one].sendall(piece)
                     took(len(piece))
+
+
+@contextmanager
+def _setting(event: threading.Event) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        event.set()
 
 
 def _accepted(listener: socket.socket, over: threading.Event) -> socket.socket | None:

@@ -17,12 +17,13 @@ import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
-from edge_client.node import loop
+from edge_client.node import announce, loop
 from edge_client.node.loop import Device, run_device
-from edge_client.node.state import own
+from edge_client.node.state import DeviceFolder, own
 from edge_client.node.wake import Signals
-from fedcore.crypto.kit import load_identity, load_kit, restrict
+from fedcore.crypto.kit import Kit, load_identity, load_kit, restrict
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
+from fedcore.flower.fleet_errors import Refused, Unreachable
 from fedcore.owner import OPEN_POLICY
 from fedcore.task import load_task
 from tests.unit.fedcore.crypto.conftest import Project
@@ -37,12 +38,18 @@ class Answers:
 
     def __init__(self, status: int = 200) -> None:
         self.status = status
+        self.raw = b""
+        """What is answered, where it is not empty."""
         self.asked: list[str] = []
+        self.heads: list[bytes] = []
 
     def __call__(self, connection: Any, request: bytes) -> None:
         path = request.split(b" ", 2)[1].decode()
         self.asked.append(path)
-        if self.status != 200:
+        self.heads.append(request.partition(b"\r\n\r\n")[0])
+        if self.raw:
+            connection.sendall(self.raw)
+        elif self.status != 200:
             body = b'{"detail": "because"}' if self.status >= 300 else b""
             head = f"HTTP/1.1 {self.status} X\r\ncontent-length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
@@ -65,16 +72,22 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, answers: Answers) -> Iterator[Running]:
+def kitted(folder: Path, answers: Answers) -> Iterator[tuple[Kit, DeviceFolder]]:
+    """A device's kit and folder, while its server answers."""
     project = Project("orchard", datetime.now(UTC).replace(microsecond=0))
     serving = restrict(
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
         load_identity(project.server(folder / "server", "127.0.0.1")),
     )
     kit = load_kit(project.device(folder / "kit"))
-    signals, raised = Signals(), list[BaseException]()
     with answering(answers, serving) as port, own(folder / "state") as state:
-        kit = replace(kit, servers=(f"https://127.0.0.1:{port}",))
+        yield replace(kit, servers=(f"https://127.0.0.1:{port}",)), state
+
+
+@contextmanager
+def running(folder: Path, answers: Answers) -> Iterator[Running]:
+    signals, raised = Signals(), list[BaseException]()
+    with kitted(folder, answers) as (kit, state):
         device = Device(kit, load_task(TASK), TASK, OPEN_POLICY, state)
 
         def body() -> None:
@@ -115,6 +128,65 @@ def test_no_answer_ends_a_device_that_was_let_in(
     assert "Traceback" not in caplog.text
 
 
+def oddly(head: bytes, body: bytes = b"abc") -> bytes:
+    return b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n" % (head, len(body)) + body
+
+
+ODD = {
+    "a codec of Python's": oddly(b"418 X\r\ncontent-type: x/y; charset=hex"),
+    "a codec that decompresses": oddly(b"500 X\r\ncontent-type: x/y; charset=bz2", b"BZh9" * 99),
+    "a codec that is slow": oddly(b"500 X\r\ncontent-type: x/y; charset=punycode", b"a-" * 150_000),
+    "an address that is none": oddly(b"302 X\r\nlocation: x:y"),
+    "an address with an odd host": oddly(b"307 X\r\nlocation: :http://[v1.x]/"),
+    "an address with an odd port": oddly(b"301 X\r\nlocation: :http://a:b@c:d/["),
+    "cookies": oddly(b"200 X" + b"".join(b"\r\nset-cookie: c%d=1" % one for one in range(999))),
+    "no message": oddly(b"200 X", b"\xff" * 999),
+}
+
+
+@pytest.mark.parametrize("which", ODD)
+def test_nor_does_an_odd_answer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    which: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(loop, "_LOOK_S", 0.1)
+    answers = Answers()
+    with running(tmp_path, answers) as device:
+        wait_for(lambda: "activated" in caplog.text)
+        answers.raw, before = ODD[which], len(answers.asked)
+        wait_for(lambda: len(answers.asked) >= before + 3)
+        assert device.thread.is_alive(), device.raised
+        answers.raw, before = b"", len(answers.asked)
+        wait_for(lambda: len(answers.asked) >= before + 4)
+    assert device.raised == []
+    assert "Traceback" not in caplog.text
+    assert b"cookie" not in b"".join(answers.heads).lower()
+
+
+def test_a_refusal_after_a_long_outage_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest: list[float] = []
+
+    def spread(pause_s: float, least: float, most: float) -> float:
+        longest.append(pause_s)
+        return 0.0
+
+    monkeypatch.setattr(loop, "spread_s", spread)
+    errors: list[Exception] = [Unreachable("gone")] * 30 + [Refused("no")] * 2 + [Unreachable("x")]
+    left = iter(errors)
+
+    def work() -> None:
+        if (error := next(left, None)) is not None:
+            raise error
+
+    loop._persist(work, Signals())
+    assert longest[29] == 30.0
+    assert longest[30:32] == pytest.approx([0.25, 0.3125])
+    assert longest[32] == 30.0
+
+
 @pytest.mark.parametrize(
     ("status", "kind"), [(400, DataError), (403, TrustError), (404, DeviceError)]
 )
@@ -127,6 +199,22 @@ def test_a_refusal_at_first_contact_ends_it_and_says_why(
     (error,) = device.raised
     assert isinstance(error, kind)
     assert "because" in str(error)
+
+
+@pytest.mark.parametrize("status", [409, 413, 503])
+def test_telling_a_server_early_ends_nothing_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Before torch is loaded: what is not as it should be, the loop meets again."""
+    monkeypatch.setattr(announce, "_LONGEST_S", 1.0)
+    answers, moved = Answers(status), list[int]()
+    with kitted(tmp_path, answers) as (kit, state):
+        state.note_let_in(kit.public)
+        began = time.monotonic()
+        announce.announce(kit, TASK, state, "instance", moved.append)
+        assert time.monotonic() - began < 10.0
+    assert len(moved) == len(answers.asked) > 0
+    assert sum(moved) > 1000
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:

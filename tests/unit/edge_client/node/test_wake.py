@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ import pytest
 
 from edge_client.node import wake
 from edge_client.node.wake import CALL_BURST, CALL_S, Ceiling, Signals
-from fedcore.rpc.relay import relayed
+from fedcore.flower.fleet_errors import NotActivated
+from fedcore.rpc.relay import Way, relayed
 from fedcore.rpc.wake_pb2 import Call
 from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
 
@@ -43,13 +45,13 @@ def serving(behave: Watch) -> Iterator[int]:
 @contextmanager
 def channel_to(
     port: int, count: Callable[[int], None] = lambda count: None
-) -> Iterator[grpc.Channel]:
+) -> Iterator[tuple[grpc.Channel, Way]]:
     """As a device's own, without TLS."""
     with (
-        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=count) as target,
-        grpc.insecure_channel(target, options=wake._OPTIONS) as channel,
+        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=count) as way,
+        grpc.insecure_channel(way.target, options=wake._OPTIONS) as channel,
     ):
-        yield channel
+        yield channel, way
 
 
 def floods(context: Any) -> Iterator[Call]:
@@ -86,8 +88,8 @@ def test_a_server_that_calls_without_end_is_read_at_a_rate(
 ) -> None:
     monkeypatch.setattr(wake, "_CANCEL_S", 0.1)
     signals, started, ceiling = stopped_after(2.0), time.monotonic(), Counting(CALL_S, CALL_BURST)
-    with serving(floods) as port, channel_to(port) as channel:
-        assert wake._listen(channel, "a", signals, ceiling)
+    with serving(floods) as port, channel_to(port) as (channel, way):
+        assert wake._listen(channel, "a", signals, ceiling, way.over)
     took_s = time.monotonic() - started
     assert CALL_BURST < ceiling.taken <= CALL_BURST + took_s / CALL_S + 2
 
@@ -108,8 +110,8 @@ def test_what_comes_by_the_stream_waits_for_the_owners_bandwidth(
 
     signals = stopped_after(2.0)
     count = wake._counting(signals, passed)
-    with serving(floods) as port, channel_to(port, count) as channel:
-        wake._listen(channel, "a", signals, Ceiling(0.0, 1))
+    with serving(floods) as port, channel_to(port, count) as (channel, way):
+        wake._listen(channel, "a", signals, Ceiling(0.0, 1), way.over)
     least, most = (20_000, 60_000) if owner else (15_000, 45_000)
     assert least < sum(counted) < most
 
@@ -157,8 +159,8 @@ def test_a_call_that_is_larger_than_any_ends_the_stream() -> None:
             yield call
 
     ceiling = Counting(CALL_S, CALL_BURST)
-    with serving(large) as port, channel_to(port) as channel:
-        assert not wake._listen(channel, "a", Signals(), ceiling)
+    with serving(large) as port, channel_to(port) as (channel, way):
+        assert not wake._listen(channel, "a", Signals(), ceiling, way.over)
     assert ceiling.taken == 0
 
 
@@ -198,3 +200,55 @@ def test_a_server_that_ends_each_stream_gets_few_of_them(
         wake.watch("a", link, signals, counted.append)  # type: ignore[arg-type]
     assert 3 <= len(tried) <= 3 + 4.0 / wake.STREAM_S + 1
     assert sum(counted) > 100 * len(tried)
+
+
+def test_a_server_that_says_it_goes_away_holds_no_thread() -> None:
+    """gRPC begins such a stream again by itself, on a connection that there is none of."""
+
+    def serve(listener: socket.socket) -> None:
+        one, _ = listener.accept()
+        with one:
+            one.sendall(bytes.fromhex("000000040000000000"))  # SETTINGS
+            came = b""
+            while b"\x01\x04\x00\x00\x00\x01" not in came:  # HEADERS of the first stream
+                came += one.recv(4096)
+            one.sendall(bytes.fromhex("000008070000000000") + bytes(8))  # GOAWAY: it was not begun
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with channel_to(listener.getsockname()[1]) as (channel, way):
+            began = time.monotonic()
+            assert not wake._listen(channel, "a", Signals(), Ceiling(CALL_S, CALL_BURST), way.over)
+            assert time.monotonic() - began < 8.0
+        thread.join()
+
+
+def test_a_server_that_knows_nobody_and_lets_all_in_is_asked_at_a_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wake, "ASK_BURST", 5)
+    asked: list[float] = []
+    signals = stopped_after(2.0)
+
+    def beat(again_s: float) -> None:
+        asked.append(again_s)
+        signals.reconnect.set()  # the main thread was let in again at once
+        raise NotActivated("who?")
+
+    link = SimpleNamespace(wake_port=0, node_id=1, beat=beat)
+    wake.watch("a", link, signals, None)  # type: ignore[arg-type]
+    assert 5 <= len(asked) <= 5 + 2.0 / wake.ASK_S + 2
+
+
+def test_pieces_cost_more_than_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wake, "BURST_BYTES", 640)
+    waits: list[float] = []
+    signals = SimpleNamespace(stop=SimpleNamespace(wait=waits.append))
+    counted: list[int] = []
+    hear = wake._counting(signals, counted.append)  # type: ignore[arg-type]
+    for _ in range(30):
+        hear(1)
+    assert counted == [1] * 30, "what the owner allows is bytes"
+    assert waits[:10] == [0.0] * 10
+    assert waits[-1] == pytest.approx(20 * 64 / wake.BYTES_PER_S, abs=0.05)

@@ -141,7 +141,9 @@ def test_every_connection_is_metered(tmp_path: Path, monkeypatch: pytest.MonkeyP
         moved=lambda count: None,
     )
     transports = [client._client._transport, *client._client._mounts.values()]
-    backends = {type(one._pool._network_backend).__name__ for one in transports if one is not None}  # type: ignore[union-attr]
+    inner: list[Any] = [one._inner for one in transports if isinstance(one, fleet_pull._Terse)]
+    assert len(inner) == len([one for one in transports if one is not None])
+    backends = {type(one._pool._network_backend).__name__ for one in inner}
     assert len(transports) > 1
     assert backends == {"_Backend"}
     client.close()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.rpc.relay import relayed
+from fedcore.rpc import relay
+from fedcore.rpc.relay import Way, relayed
 
 
 @contextmanager
@@ -31,9 +32,9 @@ def serving(behave: Callable[[socket.socket], None]) -> Iterator[int]:
         assert not thread.is_alive()
 
 
-def opened(target: str) -> socket.socket:
+def opened(way: Way) -> socket.socket:
     local = socket.socket(socket.AF_UNIX)
-    local.connect(target.removeprefix("unix:"))
+    local.connect(way.target.removeprefix("unix:"))
     local.settimeout(5.0)
     return local
 
@@ -55,13 +56,15 @@ def test_what_passes_is_counted_in_both_directions() -> None:
     sent = bytes(range(256)) * 100
     with (
         serving(echo) as port,
-        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=counted.append) as target,
-        opened(target) as local,
+        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=counted.append) as way,
+        opened(way) as local,
     ):
         local.sendall(sent)
         assert received(local, len(sent)) == sent
-        # Nobody else gets in, and nothing is left where somebody could.
-        assert not Path(target.removeprefix("unix:")).parent.exists()
+        # Nobody else gets in, and nobody can stand in its place.
+        path = Path(way.target.removeprefix("unix:"))
+        assert not path.exists()
+        assert path.parent.stat().st_mode & 0o077 == 0
     assert sum(counted) == 2 * len(sent)
 
 
@@ -74,8 +77,10 @@ def test_more_than_is_waited_for_stays_with_the_server() -> None:
 
     with (
         serving(floods) as port,
-        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=lambda _: time.sleep(0.1)) as to,
-        opened(to) as local,
+        relayed(
+            "127.0.0.1", port, proxy=None, timeout_s=2.0, took=lambda _: time.sleep(0.1)
+        ) as way,
+        opened(way) as local,
     ):
         began, came = time.monotonic(), 0
         while time.monotonic() - began < 1.0:
@@ -94,13 +99,14 @@ def test_the_end_of_one_side_is_that_of_the_other(side: str) -> None:
 
     with (
         serving(behave) as port,
-        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=lambda _: None) as target,
+        relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=lambda _: None) as way,
     ):
-        local = opened(target)
+        local = opened(way)
         if side == "server":
             assert local.recv(1) == b""
         local.close()
         assert side == "server" or closed.wait(5.0)
+        assert way.over.wait(5.0)
 
 
 def test_nobody_there_is_told_at_once() -> None:
@@ -135,8 +141,8 @@ def test_a_proxy_is_asked_for_the_way() -> None:
             proxy=f"http://anna:p%40ss@127.0.0.1:{port}",
             timeout_s=2.0,
             took=lambda _: None,
-        ) as target,
-        opened(target) as local,
+        ) as way,
+        opened(way) as local,
     ):
         assert received(local, 5) == b"hello"
     assert came == [
@@ -188,3 +194,20 @@ def test_a_proxy_of_another_kind_is_refused_before_anything_is_sent() -> None:
         relayed("h", 1, proxy="https://proxy", timeout_s=1.0, took=lambda _: None),
     ):
         pass
+
+
+def test_a_folder_of_somebody_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(relay, "_LONGEST_ROOT", 200)
+    first = relay._folder()
+    assert (first.parent, relay._folder()) == (tmp_path, first)
+    first.chmod(0o777)
+    other = relay._folder()
+    assert other != first
+    assert other.stat().st_mode & 0o077 == 0
+    other.rmdir()
+    first.rmdir()
+    first.symlink_to(tmp_path)
+    assert relay._folder() != first
