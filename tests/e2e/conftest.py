@@ -23,8 +23,17 @@ def environment(**changed: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **changed}
 
 
+_WAITING = "note: loading torch "
+
+
+def without_waiting(said: str) -> str:
+    """Standard error without notes of how long imports take, which a busy machine adds."""
+    lines = said.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(_WAITING))
+
+
 def _fedcore(*arguments: object, cwd: Path, env: dict[str, str] | None = None, **more: Any) -> Done:
-    return subprocess.run(
+    done = subprocess.run(
         [BIN, *map(str, arguments)],
         cwd=cwd,
         env=environment(**(env or {})),
@@ -33,6 +42,8 @@ def _fedcore(*arguments: object, cwd: Path, env: dict[str, str] | None = None, *
         timeout=240,
         **more,
     )
+    done.stderr = without_waiting(done.stderr)
+    return done
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_training_without_an_end_ends(
     owner = project.root / "owner.toml"
     owner.write_text("max_round_s = 3.0\n" if limit == "max_round_s" else "")
     project.task.write_text(endless(project.task.read_text()))
-    deadline_s = 5.0 if limit == "deadline" else 40.0
+    deadline_s = 15.0 if limit == "deadline" else 40.0
     server = launch_server(
         "federation.rounds=1",
         "federation.cohort=1",

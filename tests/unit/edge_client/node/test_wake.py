@@ -108,12 +108,13 @@ def test_what_comes_by_the_stream_waits_for_the_owners_bandwidth(
         counted.append(count)
         time.sleep(count / 20_000 if owner else 0.0)
 
-    signals = stopped_after(2.0)
+    signals, began = stopped_after(2.0), time.monotonic()
     count = wake._counting(signals, passed)
     with serving(floods) as port, channel_to(port, count) as (channel, way):
         wake._listen(channel, "a", signals, Ceiling(0.0, 1), way.over)
-    least, most = (20_000, 60_000) if owner else (15_000, 45_000)
-    assert least < sum(counted) < most
+    took_s = time.monotonic() - began
+    rate, burst = (20_000, 0) if owner else (wake.BYTES_PER_S, 10_000)
+    assert 10_000 < sum(counted) < burst + 1.1 * rate * took_s + 20_000
 
 
 def test_a_device_without_a_port_for_streams_asks_at_its_own_pace(
