@@ -35,7 +35,7 @@ class Judgement:
     """What clients measured of two models, one after the other, on what they hold back."""
 
     clients: int
-    """Those who measured both."""
+    """How many measured both."""
     examples: int
     """Of all of them together."""
     before: float
@@ -67,6 +67,12 @@ Weigh = Callable[[bytes], Mapping[str, tuple[int, float]]]
 def clients_judge(run: RunConfig) -> bool:
     """Whether clients judge what fine-tuning gives: as asked for, or where they hold data back."""
     return bool(run.federation.evaluate_cohort) and run.finetune.judge != "cloud"
+
+
+def judges(run: RunConfig, there: Sequence[int]) -> list[int]:
+    """Who is asked of those that are there: ``federation.evaluate_cohort`` of them at most."""
+    size = min(run.federation.evaluate_cohort, len(there))
+    return select(there, size, seed=run.seed, words=("judging",))
 
 
 def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
@@ -118,16 +124,15 @@ def judging_app(
         models: The one before and the one after.
         peers: Who clients are; numbers when None.
         wait: Waits until so many nodes are there, or it is in vain to.
-        on_note: Hears of clients that did not measure both.
+        on_note: Told of clients that did not measure both.
         on_end: Gets what they come to.
     """
-    app, size = ServerApp(), run.federation.evaluate_cohort
+    app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        wait(grid, size)
-        there = sorted(grid.get_node_ids())
-        nodes = select(there, min(size, len(there)), seed=run.seed, words=("judging",))
+        wait(grid, run.federation.evaluate_cohort)
+        nodes = judges(run, sorted(grid.get_node_ids()))
         found: list[dict[int, tuple[int, float]]] = []
         # A round each: a client answers one question of a kind a round, and no second one.
         for number, model in enumerate(models, run.federation.rounds + 1):

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -151,15 +151,12 @@ def run_pipeline(
         done.training,
         str(available(run.client.device)),
         "none" if run.privacy.unit == "none" else "simulated",
-        *(
-            (
-                judge_in_simulation(run, task, owner, prepared.clients, story.note),
-                weigh_in_simulation(run, task, owner, prepared.clients, story.note),
-            )
-            if clients_judge(run)
-            else (None, None)
-        ),
     )
+    if clients_judge(run):
+        asked = (run, task, owner, prepared.clients, story.note)
+        trained = replace(
+            trained, judge=judge_in_simulation(*asked), weigh=weigh_in_simulation(*asked)
+        )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
 

@@ -42,7 +42,7 @@ def announce(
         task: The task file that is installed here.
         folder: What this device keeps.
         instance: How this process calls itself, now and later.
-        passed: Hears how many bytes each call, and the stream, have moved, and may wait.
+        passed: Told how many bytes each call, and the stream, have moved; it may wait.
 
     Raises:
         DataError: the task file cannot be read.

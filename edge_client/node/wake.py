@@ -20,7 +20,7 @@ from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Unreachable
 from fedcore.rpc.jitter import spread_s
 from fedcore.rpc.proxy import proxy_for
-from fedcore.rpc.relay import Way, relayed
+from fedcore.rpc.relay import relayed
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
 
@@ -142,9 +142,12 @@ def watch(
             began, opened = time.monotonic(), False
             with (
                 suppress(OSError),  # nobody is there
-                _channel(link.kit, link.address(failures), link.wake_port, count) as (channel, way),
+                _channel(link.kit, link.address(failures), link.wake_port, count) as (
+                    channel,
+                    gone,
+                ),
             ):
-                opened = _listen(channel, instance, signals, calls, way.over)
+                opened = _listen(channel, instance, signals, calls, gone)
             lasted = opened and time.monotonic() - began >= _STEADY_S
             failures = 0 if lasted else failures + 1
             pause_s = spread_s(min(_AGAIN_S, 0.5 * 2.0**failures), 0.5, 1.0)
@@ -176,15 +179,15 @@ def hold_stream(
         count = _counting(signals, passed)
         with (
             suppress(OSError),
-            _channel(link.kit, link.address(0), link.wake_port, count) as (channel, way),
+            _channel(link.kit, link.address(0), link.wake_port, count) as (channel, gone),
         ):
-            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST), way.over)
+            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST), gone)
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
 
 def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callable[[int], None]:
-    """Hears of bytes on streams, and waits until more may come."""
+    """A function that is told of bytes on streams, and waits until more may come."""
     ceiling = Ceiling(1 / BYTES_PER_S, BURST_BYTES)
 
     def hear(count: int) -> None:
@@ -198,8 +201,8 @@ def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callabl
 @contextmanager
 def _channel(
     kit: Kit, server: str, wake_port: int, count: Callable[[int], None]
-) -> Iterator[tuple[grpc.Channel, Way]]:
-    """A channel whose every byte is counted, and what it goes through.
+) -> Iterator[tuple[grpc.Channel, threading.Event]]:
+    """A channel whose every byte is counted, and an event that is set once it leads nowhere.
 
     Raises:
         OSError: the server cannot be reached.
@@ -220,7 +223,7 @@ def _channel(
         relayed(host, wake_port, proxy=proxy, timeout_s=_CONNECT_S, took=count) as way,
         grpc.secure_channel(way.target, credentials, options=(*_OPTIONS, *options)) as channel,
     ):
-        yield channel, way
+        yield channel, way.over
 
 
 def _listen(

@@ -81,7 +81,7 @@ def refusals(*, let_in: bool) -> Iterator[None]:
         raise kind(detail) from None
     except ValueError as error:  # an answer that is no protobuf: a proxy's page, say
         raise Unreachable(str(error)) from None
-    except (FedcoreError, httpx.TransportError, Unreachable, NotActivated, Busy):
+    except (FedcoreError, httpx.TransportError):
         raise
     except Exception as error:  # HTTP's and protobuf's readers, on bytes that were made up
         said = f"{type(error).__name__}: {foreign(error, 200)}"

@@ -32,6 +32,11 @@ _RECORDS = 16
 """The framing of a longer one, and of TLS, may take a part in so many of it."""
 ENDING_S = 5.0
 """How much longer a call may last when its process is to end."""
+_HEADERS = {
+    *("connection", "content-encoding", "content-length", "retry-after", "transfer-encoding"),
+    WAKE_PORT,
+}
+"""Of an answer; others mean nothing here."""
 LEAST_BYTES_PER_S = 4096
 """What a call must move in the long run, beside the time that any call may take."""
 
@@ -84,8 +89,8 @@ class BoundedClient(FleetHttpClient):
         """Connects to nothing yet.
 
         Once ``stopped`` says so, objects are read no further, and other calls have `ENDING_S` to
-        be over. ``moved`` hears how many bytes each call has sent and taken in, from the handshake
-        on and whatever became of it, and may wait.
+        be over. ``moved`` is told how many bytes each call has sent and taken in, from the
+        handshake on and whatever became of it, and may wait.
         """
         super().__init__(address, interceptors=[interceptor], verify=verify, timeout=timeout_s)
         self._client.follow_redirects = False
@@ -94,11 +99,7 @@ class BoundedClient(FleetHttpClient):
         self._moved = moved
         self._most = threading.local()  # one client serves several threads
         self._meter = Meter()
-        metered(self._client, self._meter)
-        self._client._transport = _Terse(self._client._transport)
-        for pattern, transport in self._client._mounts.items():
-            if transport is not None:
-                self._client._mounts[pattern] = _Terse(transport)
+        metered(self._client, self._meter, keep=_HEADERS)
 
     def pull_object(self, request: PullObjectRequest, most_bytes: int) -> PullObjectResponse:
         """Fetches an object.
@@ -153,31 +154,6 @@ class BoundedClient(FleetHttpClient):
         return call(context)
 
 
-class _Terse(httpx.BaseTransport):
-    """Leaves an answer the headers that mean something here.
-
-    httpx acts on others by itself: it keeps cookies for ever and sends them back, and builds the
-    request that a redirection asks for, also where it is not to follow it.
-    """
-
-    def __init__(self, inner: httpx.BaseTransport) -> None:
-        self._inner = inner
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = self._inner.handle_request(request)
-        response.headers = httpx.Headers(
-            [(key, one) for key, one in response.headers.multi_items() if key in _HEADERS]
-        )
-        return response
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-_HEADERS = {
-    *("connection", "content-encoding", "content-length", "retry-after", "transfer-encoding"),
-    WAKE_PORT,
-}
 _Call = Callable[[ProtobufRequestContext], httpx.Response]
 
 

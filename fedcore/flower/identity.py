@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -13,3 +14,14 @@ def assume_identity(run_id: int) -> None:
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = SERVER_NODE_ID
+
+
+def server_context(run_id: int) -> Context:
+    """What a ServerApp of run ``run_id`` is given beside its grid."""
+    return Context(
+        run_id=run_id,
+        node_id=SERVER_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config={},
+    )

@@ -1,8 +1,8 @@
 """Connections of a device, counted at the socket: all that a call takes in, and how long it lasts.
 
 HTTP clients bound bodies and the pause between two pieces. Status lines, headers, interim answers,
-the framing of a body and the records of TLS come beside them, from whoever the server is, and a
-piece now and then keeps a call going forever.
+the framing of a body and the records of TLS come on top of them without a bound, and a server that
+sends a byte now and then keeps a call going forever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,16 +90,44 @@ class Meter:
         return found
 
 
-def metered(client: httpx.Client, meter: Meter) -> None:
-    """Has all connections that ``client`` opens from now on count as ``meter`` says.
+def metered(client: httpx.Client, meter: Meter, *, keep: Collection[str]) -> None:
+    """Has all connections of ``client`` count as ``meter`` says, and drops headers of answers.
 
-    httpx has no argument for it. The clients of proxies that the environment names are counted,
-    too: what a proxy adds comes in the same way.
+    httpx has no argument for either. What goes through proxies that the environment names counts,
+    too.
+
+    Args:
+        client: Has opened no connection yet.
+        meter: Says whose call each thread is in.
+        keep: Names of the headers that an answer keeps, in small letters. httpx acts on others by
+            itself: it keeps cookies and sends them back, and builds the request that a redirection
+            asks for, even where it is told not to follow any.
     """
     backend = _Backend(meter)
-    for transport in (client._transport, *client._mounts.values()):
-        if isinstance(transport, httpx.HTTPTransport):
-            transport._pool._network_backend = backend
+    client._transport = _Metered(client._transport, backend, keep)
+    for pattern, transport in client._mounts.items():
+        if transport is not None:
+            client._mounts[pattern] = _Metered(transport, backend, keep)
+
+
+class _Metered(httpx.BaseTransport):
+    """A transport whose connections are counted, and whose answers have few headers."""
+
+    def __init__(
+        self, inner: httpx.BaseTransport, backend: httpcore.NetworkBackend, keep: Collection[str]
+    ) -> None:
+        assert isinstance(inner, httpx.HTTPTransport), "another httpx than the one that is known"
+        inner._pool._network_backend = backend
+        self._inner, self._keep = inner, frozenset(keep)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = self._inner.handle_request(request)
+        kept = [(key, one) for key, one in response.headers.multi_items() if key in self._keep]
+        response.headers = httpx.Headers(kept)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class _Backend(httpcore.NetworkBackend):
@@ -132,7 +160,20 @@ class _Backend(httpcore.NetworkBackend):
         return _Plain(connected, self._meter)
 
 
-class _Plain(httpcore.NetworkStream):
+class _Stream(httpcore.NetworkStream):
+    """A connection whose bytes are counted."""
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        """TLS over this connection; over TLS, too, as through a proxy that is reached by TLS."""
+        return _Secured(self, ssl_context, server_hostname, timeout)
+
+
+class _Plain(_Stream):
     """A connection, below TLS."""
 
     def __init__(self, connected: socket.socket, meter: Meter) -> None:
@@ -175,15 +216,6 @@ class _Plain(httpcore.NetworkStream):
         """Closes the socket."""
         self._socket.close()
 
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        """TLS over this connection."""
-        return _Secured(self, ssl_context, server_hostname, timeout)
-
     def get_extra_info(self, info: str) -> Any:
         """What httpcore asks of a connection."""
         if info == "is_readable":  # of one that idles: the other side has closed it, or sent more
@@ -200,8 +232,8 @@ _WRITING: _Errors = (httpcore.WriteTimeout, httpcore.WriteError)
 _CONNECTING: _Errors = (httpcore.ConnectTimeout, httpcore.ConnectError)
 
 
-class _Secured(httpcore.NetworkStream):
-    """TLS over a connection whose bytes are counted, those of the handshake among them."""
+class _Secured(_Stream):
+    """TLS over a connection; its records count, those of the handshake among them."""
 
     def __init__(
         self,
@@ -266,15 +298,6 @@ class _Secured(httpcore.NetworkStream):
     def close(self) -> None:
         """Closes the connection below."""
         self._below.close()
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        """TLS within TLS, as through a proxy that is reached by TLS itself."""
-        return _Secured(self, ssl_context, server_hostname, timeout)
 
     def get_extra_info(self, info: str) -> Any:
         """What httpcore asks of a connection."""

@@ -1,8 +1,8 @@
 """A local way to a server whose every byte is counted, for clients that count none themselves.
 
-gRPC's core reads from its connection what comes: pings, settings and frames that nobody knows are
-answered or dropped there, and no caller hears of them. Here they pass a socket of ours first. TLS
-stays between gRPC and the server; what passes here is its records.
+gRPC's core reads whatever its connection brings: pings, settings and unknown frames are answered or
+dropped there, and no caller is told of them. Here they pass a socket of ours first. TLS stays
+between gRPC and the server; what passes here is its records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -56,7 +56,7 @@ def relayed(
         port: Of the server.
         proxy: The HTTP proxy to go through, as a URL; None to go there directly.
         timeout_s: How long connecting may take.
-        took: Hears how many bytes have passed, in either direction, and may wait: nothing is read
+        took: Told how many bytes have passed, in either direction; it may wait, and nothing is read
             from the server meanwhile.
 
     Raises:
@@ -77,7 +77,7 @@ def relayed(
     finally:
         over.set()
         with suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)  # wakes whoever reads it
+            server.shutdown(socket.SHUT_RDWR)  # ends a read that is going on in the other thread
         path.unlink(missing_ok=True)
 
 
@@ -133,8 +133,9 @@ def _pump(
     took: Callable[[int], None],
     over: threading.Event,
 ) -> None:
-    """Hands on what comes from either side until one of them ends."""
-    with _setting(over), listener, server, suppress(OSError):
+    """Hands on what comes from either side until one of them ends; sets ``over`` then."""
+    with ExitStack() as ending, listener, server, suppress(OSError):
+        ending.callback(over.set)
         local = _accepted(listener, over)
         path.unlink(missing_ok=True)  # now: a process that is killed leaves nothing
         if local is None:
@@ -151,14 +152,6 @@ def _pump(
                         return
                     other[one].sendall(piece)
                     took(len(piece))
-
-
-@contextmanager
-def _setting(event: threading.Event) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        event.set()
 
 
 def _accepted(listener: socket.socket, over: threading.Event) -> socket.socket | None:

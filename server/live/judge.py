@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
 from fedcore.crypto.roster import ServerIdentity
-from fedcore.flower.identity import SERVER_NODE_ID
+from fedcore.flower.identity import server_context
 from fedcore.model import FullModel
 from fedcore.observability.events import Noted, Sink
 from fedcore.rpc.hello import Hello
@@ -67,14 +66,7 @@ class JudgeOnDevices:
                 on_note=lambda text: self.emit(Noted(text)),
                 on_end=found.append,
             )
-            context = Context(
-                run_id=grid.run.run_id,
-                node_id=SERVER_NODE_ID,
-                node_config={},
-                state=RecordDict(),
-                run_config={},
-            )
-            app(grid, context)
+            app(grid, server_context(grid.run.run_id))
 
         async def serve() -> bool:
             async with listen(

@@ -13,14 +13,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.config import RunConfig
 from fedcore.crypto.roster import ServerIdentity, load_server_identity
 from fedcore.errors import ConfigError, FedcoreError, ResourceError, TaskError
 from fedcore.files import write_atomic
-from fedcore.flower.identity import SERVER_NODE_ID
+from fedcore.flower.identity import server_context
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, Sink, StageAdvanced, tee
 from fedcore.observability.jsonl import json_lines
@@ -212,25 +211,20 @@ def _serve(
                 if not outcomes:
                     assert journal.start is not None  # its rounds ended in a process before
                     outcomes.append(outcome_of(run, load(), journal.start))
-                judge = JudgeOnDevices(
-                    run,
-                    load(),
-                    identity,
-                    hello,
-                    address,
-                    settings,
-                    spool,
-                    lambda: control.drained,
-                    emit,
-                )
-                finish(
-                    run,
-                    load(),
-                    outcomes[0],
-                    folder,
-                    emit,
-                    judge=judge if clients_judge(run) else None,
-                )
+                judge = None
+                if clients_judge(run):
+                    judge = JudgeOnDevices(
+                        run=run,
+                        task=load(),
+                        identity=identity,
+                        hello=hello,
+                        address=address,
+                        settings=settings,
+                        spool=spool,
+                        drained=lambda: control.drained,
+                        emit=emit,
+                    )
+                finish(run, load(), outcomes[0], folder, emit, judge=judge)
         return True
 
 
@@ -330,15 +324,8 @@ def _federate(
         peers=peers,
         awaited=lambda: members.count(drained=control.drained),
     )
-    context = Context(
-        run_id=grid.run.run_id,
-        node_id=SERVER_NODE_ID,
-        node_config={},
-        state=RecordDict(),
-        run_config={},
-    )
     try:
-        app(grid, context)
+        app(grid, server_context(grid.run.run_id))
     except ResourceError:
         raise  # this machine's: the round goes on as it was once that is mended
     except FedcoreError:

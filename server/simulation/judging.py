@@ -14,9 +14,8 @@ from fedcore.owner import OwnerPolicy, tighten
 from fedcore.seeds import Simulated
 from fedcore.task import Task
 from fedcore.training.client import Client, local_data
-from server.cohort import select
 from server.compression.runtime import answers, open_session
-from server.judging import Judge, Judgement, Weigh, judging_app
+from server.judging import Judge, Judgement, Weigh, judges, judging_app
 from server.simulation.federate import federate
 from server.simulation.state import State
 
@@ -56,15 +55,13 @@ def weigh_in_simulation(
     on_note: Callable[[str], None],
 ) -> Weigh:
     """Has virtual clients answer what they hold back with an exported file, as devices will."""
-    size = min(run.federation.evaluate_cohort, len(clients))
-    drawn = select(range(len(clients)), size, seed=run.seed, words=("judging",))
+    names = [clients[place] for place in judges(run, range(len(clients)))]
     client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
-
     told = set[str]()
 
     def weigh(onnx: bytes) -> Mapping[str, tuple[int, float]]:
         session, found = open_session(onnx, threads=run.serving.threads), {}
-        for name in (clients[place] for place in drawn):
+        for name in names:
             try:
                 outputs, targets = answers(session, local_data(client, name)[1])
                 value = task.primary.compute(torch.from_numpy(outputs), targets)

@@ -24,15 +24,15 @@ def judging(project: Any, *, drained: Collection[str] = ()) -> tuple[JudgeOnDevi
     run = project.run(evaluate_cohort=3, holdout=0.3)
     task = load_task(project.task)
     judge = JudgeOnDevices(
-        run,
-        task,
-        project.server(),
-        hello_of("tiny", project.task),
-        Address("127.0.0.1", project.port, 0),
-        device_settings(run, instance="first"),
-        project.root / "incoming",
-        lambda: drained,
-        list[Event]().append,
+        run=run,
+        task=task,
+        identity=project.server(),
+        hello=hello_of("tiny", project.task),
+        address=Address("127.0.0.1", project.port, 0),
+        settings=device_settings(run, instance="first"),
+        spool=project.root / "incoming",
+        drained=lambda: drained,
+        emit=list[Event]().append,
     )
     return judge, build_model(task, run).eval()
 

@@ -170,21 +170,25 @@ def test_what_follows_the_rounds_is_watched_stopped_and_gone_on_with(
     assert [release["version"] for release in published(root)] == [1]
 
 
+def judged(project: Any, launch: Any, launch_device: Any) -> tuple[list[Any], Any]:
+    """Two devices, and a server whose gate asks them."""
+    prepare_release(project)
+    (project.root / "run.toml").write_text(JUDGED)
+    devices = [launch_device(name) for name in ("edge-0", "edge-1")]
+    return devices, launch(*command(project))
+
+
 @pytest.mark.slow
 def test_devices_judge_what_fine_tuning_gives(
     project: Any, launch: Any, launch_device: Any
 ) -> None:
     """The server lets them go after the rounds, and they come back to it."""
-    root = project.root
-    prepare_release(project)
-    (root / "run.toml").write_text(JUDGED)
-    devices = [launch_device(name) for name in ("edge-0", "edge-1")]
-    server = launch(*command(project))
+    devices, server = judged(project, launch, launch_device)
     server.wait_for('"stage_finished", "stage": "finetune"', 120)
     text = server.log.read_text()
     assert "on what 2 clients hold back" in text, text[-3000:]
     assert server.end(120) == 0
-    assert len(published(root)) == 1
+    assert len(published(project.root)) == 1
     for device in devices:
         assert device.process.poll() is None
         device.send(signal.SIGTERM)
@@ -195,11 +199,7 @@ def test_devices_judge_what_fine_tuning_gives(
 def test_a_server_that_waits_for_judges_is_stopped_and_goes_on(
     project: Any, launch: Any, launch_device: Any
 ) -> None:
-    root = project.root
-    prepare_release(project)
-    (root / "run.toml").write_text(JUDGED)
-    devices = [launch_device(name) for name in ("edge-0", "edge-1")]
-    server = launch(*command(project))
+    devices, server = judged(project, launch, launch_device)
     server.wait_for('"stage": "finetune"', 120)
     for device in devices:
         device.send(signal.SIGKILL)
@@ -213,4 +213,4 @@ def test_a_server_that_waits_for_judges_is_stopped_and_goes_on(
         launch_device(name)
     server.wait_for("on what 2 clients hold back", 60)
     assert server.end(120) == 0
-    assert len(published(root)) == 1
+    assert len(published(project.root)) == 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fedcore.config import RunConfig
-from fedcore.metrics import ACCURACY, RMSE
+from fedcore.metrics import ACCURACY, RMSE, Metric
 from fedcore.model import FullModel, build_model
 from fedcore.owner import OPEN_POLICY
 from fedcore.updates.pack import pack
@@ -44,11 +43,10 @@ def test_examples_weigh_and_the_order_of_answers_does_not_show() -> None:
 
 
 @pytest.mark.parametrize("metric", [ACCURACY, RMSE])
-def test_one_client_alone_says_nothing_of_the_others(metric: object) -> None:
+def test_one_client_alone_says_nothing_of_the_others(metric: Metric) -> None:
     found = judgement([(100, 0.5, 0.9)])
     assert math.isinf(found.margin)
-    assert found.worsening(ACCURACY) == math.inf
-    assert found.worsening(RMSE) == math.inf
+    assert found.worsening(metric) == math.inf
 
 
 def test_of_models_that_are_a_limit_worse_few_are_let_through() -> None:
@@ -93,7 +91,7 @@ def test_clients_judge_where_they_hold_data_back_unless_the_cloud_is_asked() -> 
         asked(0, judge="clients")
 
 
-def test_virtual_clients_measure_both_models_and_the_same_again(tmp_path: Path) -> None:
+def test_virtual_clients_measure_both_models_and_the_same_again() -> None:
     task = make_task()
     values = {
         "name": "trial",

@@ -1,11 +1,10 @@
-"""A server that opens ever new runs on a device, or goes on with one for ever."""
+"""A server that opens ever new runs on a device, or goes on with one forever."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -32,35 +31,21 @@ from edge_client.node.ledger_export import MAX_EXPORT_BYTES, Exported, _Composed
 from edge_client.node.state import DeviceFolder, own
 from edge_client.node.wake import Signals
 from fedcore.config import RunConfig
-from fedcore.crypto.keys import new_key, public_bytes, save_key
 from fedcore.errors import PrivacyError
 from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.records import record_bytes
-from fedcore.model import build_model, preprocess_bytes
 from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import MOST_KEPT, Charge
 from fedcore.privacy.ledger import Ledger, put_ledger
 from fedcore.task import Task
 from fedcore.updates.messages import (
-    ARRAYS,
-    CONFIG,
     MOST_ROUNDS,
     REFUSED,
-    instruction_config,
-    weights_record,
 )
-from fedcore.updates.pack import layout_of, pack
-from server.live.settings import device_settings
+from tests.unit.edge_client.node.asked import PRIVATE, RUN_ID, Link, instruction, kit_in, run_of
 from tests.unit.fedcore.clients import make_task
 
-PRIVATE = {
-    "unit": "example",
-    "target_delta": 1e-3,
-    "noise_multiplier": 1.0,
-    "max_epsilon": 1e6,
-    "accountant": "rdp",
-}
 HIDDEN = "client 'anna': LedgerFull; its log says more"
 
 
@@ -74,29 +59,11 @@ class Site:
 
     def ask(self, name: str, *, private: bool, number: int = 1) -> Message:
         """The device's answer to an instruction of the run of that name."""
-        run = RunConfig.model_validate(
-            {
-                "name": name,
-                "task": "task.py",
-                "federation": {"rounds": 9},
-                "client": {"batch_size": 8, "device": "cpu"},
-                "privacy": PRIVATE if private else {},
-            }
-        )
-        answers: list[Message] = []
-        link = SimpleNamespace(
-            node_id=3,
-            settings=lambda _: device_settings(run, instance="first"),
-            fetch=lambda found, limit_bytes: found.message,
-            answer=answers.append,
-        )
-        model = build_model(self.task, run)
-        config = instruction_config(layout_of(model.model), preprocess_bytes(model))
-        config["server-round"] = number
-        content = RecordDict({ARRAYS: weights_record(pack(model.model)), CONFIG: config})
-        found = Announced(Message(content, 3, "train"), ObjectTree())
+        run = run_of(name, privacy=PRIVATE if private else {})
+        link = Link(run)
+        found = Announced(instruction(self.task, run, number), ObjectTree())
         loop._answer_or_say_why(self.device, cast(Any, link), Signals(), {}, found)
-        return answers[-1]
+        return link.answers[-1]
 
     def charges(self) -> dict[str, int]:
         book = read_book(self.folder.path)
@@ -109,17 +76,10 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    kit_folder = tmp_path / "kit"
-    kit_folder.mkdir()
-    key = new_key()
-    save_key(kit_folder / "key.pem", key)
-    kit = SimpleNamespace(
-        name="anna", folder=kit_folder, key_path=kit_folder / "key.pem", public=public_bytes(key)
-    )
-    assume_identity(7)
+    assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
         task = make_task()
-        device = loop.Device(cast(Any, kit), task, tmp_path / "task.py", OPEN_POLICY, folder)
+        device = loop.Device(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
         yield Site(folder, device, task)
 
 

@@ -17,7 +17,7 @@ import pytest
 from edge_client.node import wake
 from edge_client.node.wake import CALL_BURST, CALL_S, Ceiling, Signals
 from fedcore.flower.fleet_errors import NotActivated
-from fedcore.rpc.relay import Way, relayed
+from fedcore.rpc.relay import relayed
 from fedcore.rpc.wake_pb2 import Call
 from fedcore.rpc.wake_pb2_grpc import WakeServicer, add_WakeServicer_to_server
 
@@ -45,13 +45,13 @@ def serving(behave: Watch) -> Iterator[int]:
 @contextmanager
 def channel_to(
     port: int, count: Callable[[int], None] = lambda count: None
-) -> Iterator[tuple[grpc.Channel, Way]]:
+) -> Iterator[tuple[grpc.Channel, threading.Event]]:
     """As a device's own, without TLS."""
     with (
         relayed("127.0.0.1", port, proxy=None, timeout_s=2.0, took=count) as way,
         grpc.insecure_channel(way.target, options=wake._OPTIONS) as channel,
     ):
-        yield channel, way
+        yield channel, way.over
 
 
 def floods(context: Any) -> Iterator[Call]:
@@ -88,8 +88,8 @@ def test_a_server_that_calls_without_end_is_read_at_a_rate(
 ) -> None:
     monkeypatch.setattr(wake, "_CANCEL_S", 0.1)
     signals, started, ceiling = stopped_after(2.0), time.monotonic(), Counting(CALL_S, CALL_BURST)
-    with serving(floods) as port, channel_to(port) as (channel, way):
-        assert wake._listen(channel, "a", signals, ceiling, way.over)
+    with serving(floods) as port, channel_to(port) as (channel, gone):
+        assert wake._listen(channel, "a", signals, ceiling, gone)
     took_s = time.monotonic() - started
     assert CALL_BURST < ceiling.taken <= CALL_BURST + took_s / CALL_S + 2
 
@@ -110,8 +110,8 @@ def test_what_comes_by_the_stream_waits_for_the_owners_bandwidth(
 
     signals, began = stopped_after(2.0), time.monotonic()
     count = wake._counting(signals, passed)
-    with serving(floods) as port, channel_to(port, count) as (channel, way):
-        wake._listen(channel, "a", signals, Ceiling(0.0, 1), way.over)
+    with serving(floods) as port, channel_to(port, count) as (channel, gone):
+        wake._listen(channel, "a", signals, Ceiling(0.0, 1), gone)
     took_s = time.monotonic() - began
     rate, burst = (20_000, 0) if owner else (wake.BYTES_PER_S, 10_000)
     assert 10_000 < sum(counted) < burst + 1.1 * rate * took_s + 20_000
@@ -160,8 +160,8 @@ def test_a_call_that_is_larger_than_any_ends_the_stream() -> None:
             yield call
 
     ceiling = Counting(CALL_S, CALL_BURST)
-    with serving(large) as port, channel_to(port) as (channel, way):
-        assert not wake._listen(channel, "a", Signals(), ceiling, way.over)
+    with serving(large) as port, channel_to(port) as (channel, gone):
+        assert not wake._listen(channel, "a", Signals(), ceiling, gone)
     assert ceiling.taken == 0
 
 
@@ -218,9 +218,9 @@ def test_a_server_that_says_it_goes_away_holds_no_thread() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        with channel_to(listener.getsockname()[1]) as (channel, way):
+        with channel_to(listener.getsockname()[1]) as (channel, gone):
             began = time.monotonic()
-            assert not wake._listen(channel, "a", Signals(), Ceiling(CALL_S, CALL_BURST), way.over)
+            assert not wake._listen(channel, "a", Signals(), Ceiling(CALL_S, CALL_BURST), gone)
             assert time.monotonic() - began < 8.0
         thread.join()
 

@@ -17,12 +17,13 @@ from flwr.proto.message_pb2 import PullObjectRequest
 from fedcore.errors import OwnerLimit
 from fedcore.flower import fleet_pull
 from fedcore.flower.fleet_pull import ANSWER_BYTES, BoundedClient
+from fedcore.rpc import metered as metered_module
 from fedcore.rpc.metered import TooLarge
 from tests.unit.fedcore.rpc.serving import (
     Behave,
-    Plain,
     answer_of,
     answering,
+    bounded,
     contexts,
     endless,
 )
@@ -36,14 +37,8 @@ def calling(
     serving, trusting = contexts(folder)
     moved: list[int] = []
     with answering(behave, serving) as port:
-        client = BoundedClient(
-            f"https://127.0.0.1:{port}",
-            interceptor=Plain(),
-            verify=trusting,
-            timeout_s=1.0,
-            stopped=stopped,
-            moved=moved.append,
-        )
+        address = f"https://127.0.0.1:{port}"
+        client = bounded(address, trusting, stopped=stopped, moved=moved.append)
         try:
             yield client, moved
         finally:
@@ -132,18 +127,10 @@ def test_a_process_that_ends_reads_no_object_to_its_end(tmp_path: Path) -> None:
 def test_every_connection_is_metered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of httpx, no public setting is used: this is what it must still have."""
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    client = BoundedClient(
-        "https://127.0.0.1:1",
-        interceptor=Plain(),
-        verify=ssl.create_default_context(),
-        timeout_s=1.0,
-        stopped=lambda: False,
-        moved=lambda count: None,
-    )
+    client = bounded("https://127.0.0.1:1", ssl.create_default_context())
     transports = [client._client._transport, *client._client._mounts.values()]
-    inner: list[Any] = [one._inner for one in transports if isinstance(one, fleet_pull._Terse)]
-    assert len(inner) == len([one for one in transports if one is not None])
-    backends = {type(one._pool._network_backend).__name__ for one in inner}
-    assert len(transports) > 1
-    assert backends == {"_Backend"}
+    there = [one for one in transports if one is not None]
+    inner: list[Any] = [one._inner for one in there if isinstance(one, metered_module._Metered)]
+    assert len(inner) == len(there) > 1
+    assert {type(one._pool._network_backend).__name__ for one in inner} == {"_Backend"}
     client.close()

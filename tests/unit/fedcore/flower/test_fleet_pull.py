@@ -28,7 +28,7 @@ from fedcore.flower.fleet_pull import (
 )
 from fedcore.flower.identity import assume_identity
 from fedcore.rpc.metered import TooLarge
-from tests.unit.fedcore.rpc.serving import Plain
+from tests.unit.fedcore.rpc.serving import bounded
 
 WEIGHTS = 3_000_000
 LIMIT_BYTES = 16 << 20
@@ -235,14 +235,7 @@ def test_an_answer_that_is_compressed_is_refused() -> None:
 
 
 def client(respond: Callable[[httpx.Request], httpx.Response]) -> BoundedClient:
-    made = BoundedClient(
-        "https://server",
-        interceptor=Plain(),
-        verify=ssl.create_default_context(),
-        timeout_s=1.0,
-        stopped=lambda: False,
-        moved=lambda count: None,
-    )
+    made = bounded("https://server", ssl.create_default_context())
     made._client = httpx.Client(transport=httpx.MockTransport(respond))
     return made
 

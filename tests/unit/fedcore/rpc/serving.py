@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from fedcore.flower.fleet_pull import BoundedClient
+
 Behave = Callable[[Any, bytes], None]
 """Gets the connection, and the first bytes of each request with its body; answers it."""
 
@@ -119,3 +121,16 @@ class Plain:
         assert context.request.headers["content-type"].endswith("protobuf")
         response: httpx.Response = call_next(context)
         return response
+
+
+def bounded(
+    address: str,
+    verify: ssl.SSLContext,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+    moved: Callable[[int], None] = lambda count: None,
+) -> BoundedClient:
+    """A client that changes nothing of its calls, and waits a second for each piece."""
+    return BoundedClient(
+        address, interceptor=Plain(), verify=verify, timeout_s=1.0, stopped=stopped, moved=moved
+    )

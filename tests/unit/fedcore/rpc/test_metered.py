@@ -19,6 +19,7 @@ from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 from tests.unit.fedcore.rpc.serving import Behave, answer_of, answering, contexts, endless
 
 MOST_BYTES = 1 << 20
+KEEP = ("content-length", "transfer-encoding")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def asking(
 ) -> Iterator[Ask]:
     meter = Meter()
     with answering(behave, secured[0]) as port, httpx.Client(verify=secured[1], **more) as client:
-        metered(client, meter)
+        metered(client, meter, keep=KEEP)
 
         def ask(traffic: Traffic, body: bytes) -> bytes:
             with meter.counted(traffic):
