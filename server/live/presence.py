@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from fedcore.errors import TrustError
 
 BEATS_S = 30.0
-"""How long a device counts as there after its last call that has no stream, and has not said when
-it calls again."""
+"""How long at most a device without a stream counts as there after a call, whenever it says that
+the next one follows."""
+FIRST_S = 5.0
+"""How long a device counts as there after a call, until its first stream opens or it says when it
+calls again: one that dies in between must not hold a round up."""
 LATE_S = 3.0
 """How much later than it has said it may call."""
 
@@ -32,7 +35,7 @@ class _Session:
     """Set when there is work; None while no stream is open."""
     left: float | None = None
     """When its stream ended, or it said goodbye."""
-    silent_s: float = BEATS_S
+    silent_s: float = FIRST_S
     """How long it counts as there after its last call, without a stream."""
     replaced: tuple[str, ...] = ()
     """Processes of this device that were there before."""

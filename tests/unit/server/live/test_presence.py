@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from fedcore.errors import TrustError
-from server.live.presence import BEATS_S, LATE_S, Presence
+from server.live.presence import BEATS_S, FIRST_S, LATE_S, Presence
 
 Scenario = Callable[[Presence, list[float], list[int]], Awaitable[None]]
 
@@ -76,17 +76,20 @@ def test_a_call_after_the_end_of_a_stream_does_not_count_for_long() -> None:
     run(scenario)
 
 
-def test_a_device_without_a_stream_is_there_while_it_calls() -> None:
+def test_a_device_that_dies_before_its_stream_opens_is_missed_soon() -> None:
     async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
         presence.arrive(7, "a", "edge", b"key")
-        now[0] = BEATS_S
+        now[0] = FIRST_S
         assert presence.nodes() == [7]
         assert presence.call(7, "a")
-        now[0] += BEATS_S
+        now[0] += FIRST_S
         assert presence.nodes() == [7]
         now[0] += 5.0
         assert presence.nodes() == []
         assert presence.absent_s(7) == 5.0
+        assert presence.call(7, "a", BEATS_S)  # it is there after all, and no stream gets through
+        now[0] += BEATS_S
+        assert presence.nodes() == [7]
 
     run(scenario)
 
