@@ -33,16 +33,16 @@ from torch import nn
 from benchmarks.figures import Check, row
 from benchmarks.measure import processor
 from benchmarks.plot import plot_curves
-from fedcore.config import RunConfig
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import RunConfig
 from fedcore.errors import DataError
 from fedcore.files import write_json
 from fedcore.flower.quiet import quiet
-from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
 from fedcore.seeds import Simulated
-from fedcore.task import Task, data_folder, load_task
+from fedcore.task.definition import Task, data_folder, load_task
 from fedcore.training.evaluate import evaluate
-from server.app import Listener, Outcome, server_app
+from server.rounds.app import Listener, Outcome, server_app
 from server.simulation.federate import federate
 from server.simulation.state import State
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.tasks.models import cnn, logistic
-from fedcore.task import Kind, Task
+from fedcore.task.definition import Kind, Task
 
 _VOCABULARY = 96
 _TABLE = (125_000, 64)  # 8 million numbers

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.dp_sgd_models import Setting, Window
-from fedcore.config import Client
-from fedcore.model import FullModel
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
+from fedcore.task.model import FullModel
 from fedcore.training.local import train
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
 from fedcore.training.per_example.trial import find_way

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from fedcore.files import read_bytes, write_atomic
-from fedcore.partition import by_column, iid
+from fedcore.task.partition import by_column, iid
 
 MEAN, DEVIATION = 33.318, 78.567  # of MNIST's training pixels, 0..255
 _CLIENTS = 1000

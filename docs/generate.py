@@ -9,8 +9,8 @@ from typing import get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedcore.config import RunConfig, Section
-from fedcore.owner import OwnerPolicy
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import RunConfig, Section
 
 INTRO = """\
 # Configuration
@@ -19,7 +19,7 @@ One TOML file describes a run, in a simulation and in a deployment alike. Paths 
 file's own folder. `--set section.key=value` overrides a value. Unknown keys, wrong types and values
 that contradict each other stop the program before anything runs, with exit code 2.
 
-This page is written by `make docs` from the models in `fedcore/config.py`.
+This page is written by `make docs` from the models in `fedcore/config/run.py`.
 """
 OWNER = """\
 What belongs to the owner of a device stands in a file on the device, `owner.toml`, and only

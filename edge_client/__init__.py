@@ -1,1 +1,5 @@
-"""A device: fetch, verify, store and serve released models. Nothing here imports torch."""
+"""A device: trains when it is asked to, and serves what its owner has installed.
+
+Read `edge_client.agent.loop` for a device at work, and `edge_client.delivery.update` for how a
+released model comes to serve.
+"""

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from edge_client.agent.commands import start
 from edge_client.enrol import enrol, install
-from edge_client.node.commands import start
 from fedcore.cli import Command, group
 from fedcore.crypto.certificates import certificate_sha256
 from fedcore.observability.foreign import say

@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_client import store as installed
-from edge_client.answers import answer_lines, answers
-from edge_client.bench import bench
-from edge_client.confined import (
+from edge_client.delivery import store as installed
+from edge_client.delivery.roots import MAX_ROOT_BYTES
+from edge_client.delivery.source import folder_source
+from edge_client.delivery.store import Installed
+from edge_client.delivery.update import update
+from edge_client.inference.answers import answer_lines, answers
+from edge_client.inference.bench import bench
+from edge_client.inference.confined import (
     MAX_MEMORY_BYTES,
     MAX_RUNS,
     MAX_SECONDS,
@@ -20,14 +24,10 @@ from edge_client.confined import (
     ModelLimits,
     predict,
 )
-from edge_client.inputs import parse_inputs, read_text
-from edge_client.roots import MAX_ROOT_BYTES
-from edge_client.source import folder_source
-from edge_client.store import Installed
-from edge_client.update import update
+from edge_client.inference.inputs import parse_inputs, read_text
 from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group
-from fedcore.config import Serving
+from fedcore.config.run import Serving
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.files import read_bytes
 from fedcore.observability.foreign import say

@@ -14,8 +14,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from edge_client.clock import Judged, read_floor
-from edge_client.clock import shown as shown_time
+from edge_client.delivery.clock import Judged, read_floor
+from edge_client.delivery.clock import shown as shown_time
 from fedcore.crypto.kit import Kit, client_context, load_kit
 from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import ConfigError, FedcoreError

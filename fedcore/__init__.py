@@ -17,33 +17,33 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
-    from fedcore.config import RunConfig
+    from fedcore.config.run import RunConfig
+    from fedcore.config.settings import load_run
     from fedcore.errors import FedcoreError
-    from fedcore.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
-    from fedcore.partition import by_column, dirichlet, iid, shards
-    from fedcore.settings import load_run
-    from fedcore.task import Task, load_task
+    from fedcore.task.definition import Task, load_task
+    from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
+    from fedcore.task.partition import by_column, dirichlet, iid, shards
     from server.api import History, Result, simulate
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "ACCURACY": "fedcore.metrics",
+    "ACCURACY": "fedcore.task.metrics",
     "FedcoreError": "fedcore.errors",
     "History": "server.api",
-    "MAE": "fedcore.metrics",
-    "Metric": "fedcore.metrics",
-    "PERPLEXITY": "fedcore.metrics",
-    "RMSE": "fedcore.metrics",
+    "MAE": "fedcore.task.metrics",
+    "Metric": "fedcore.task.metrics",
+    "PERPLEXITY": "fedcore.task.metrics",
+    "RMSE": "fedcore.task.metrics",
     "Result": "server.api",
-    "RunConfig": "fedcore.config",
-    "Task": "fedcore.task",
-    "by_column": "fedcore.partition",
-    "dirichlet": "fedcore.partition",
-    "iid": "fedcore.partition",
-    "load_run": "fedcore.settings",
-    "load_task": "fedcore.task",
-    "shards": "fedcore.partition",
+    "RunConfig": "fedcore.config.run",
+    "Task": "fedcore.task.definition",
+    "by_column": "fedcore.task.partition",
+    "dirichlet": "fedcore.task.partition",
+    "iid": "fedcore.task.partition",
+    "load_run": "fedcore.config.settings",
+    "load_task": "fedcore.task.definition",
+    "shards": "fedcore.task.partition",
     "simulate": "server.api",
 }
 

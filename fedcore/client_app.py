@@ -13,7 +13,8 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from fedcore.config import RunConfig
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
 from fedcore.errors import (
     ConfigError,
     FedcoreError,
@@ -24,10 +25,9 @@ from fedcore.errors import (
     TaskError,
 )
 from fedcore.observability.words import counted
-from fedcore.owner import OwnerPolicy, tighten
 from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, read_ledger, write_ledger
 from fedcore.seeds import Randomness
-from fedcore.task import Task, data_folder, size_of
+from fedcore.task.definition import Task, data_folder, size_of
 from fedcore.training.batches import in_order
 from fedcore.training.bounds import Bounds, bounds_of
 from fedcore.training.client import Client, learn, local_data, log_skipped, model_of

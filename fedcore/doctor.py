@@ -143,7 +143,7 @@ def task_layers(path: Path) -> Finding:
     """Whether the task loads, and privacy can take its layers."""
     from fedcore.errors import UnsupportedLayer
     from fedcore.privacy.layers import check_layers
-    from fedcore.task import load_task
+    from fedcore.task.definition import load_task
 
     task = load_task(path)
     try:

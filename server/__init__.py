@@ -1,1 +1,4 @@
-"""The cloud: rounds, fine-tuning, compression, release, simulation."""
+"""The cloud: rounds over devices or virtual clients, fine-tuning, compression and release.
+
+Read `pipeline` first: it is the loop from top to bottom.
+"""

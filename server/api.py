@@ -20,25 +20,25 @@ from typing import Any
 
 import torch
 
-from fedcore.config import RunConfig
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
+from fedcore.config.settings import load_run, with_settings
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes
 from fedcore.flower.quiet import quiet
-from fedcore.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.observability.console import choose
 from fedcore.observability.events import Sink, tee, unhurried
 from fedcore.observability.jsonl import json_lines
 from fedcore.observability.words import counted
-from fedcore.owner import OPEN_POLICY, OwnerPolicy, tighten
-from fedcore.settings import load_run, with_settings
-from fedcore.task import Task, load_task
+from fedcore.task.definition import Task, load_task
+from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.training.device import available
-from server.checkpoint import Checkpoint
-from server.folder import open_folder, write_results
 from server.pipeline import run_pipeline
 from server.preflight import Prepared, prepare
 from server.records import ClientRecord, Finished, RoundRecord, RunRecord
+from server.report.folder import open_folder, write_results
 from server.report.tensorboard import tensorboard_events
+from server.simulation.checkpoint import Checkpoint
 from server.unfinished import drop_all, refuse_to_drop
 
 _UNNAMED = re.compile(r"[^a-z0-9_-]+")  # what the name of a run may not have

@@ -13,24 +13,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
+from fedcore.config.settings import load_run
 from fedcore.errors import FedcoreError, TaskError
-from fedcore.model import FullModel, build_model
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan_for
-from fedcore.settings import load_run
-from fedcore.task import Examples, Task, data_folder, load_task, read_examples, size_of
+from fedcore.task.definition import Examples, Task, data_folder, load_task, read_examples, size_of
+from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import gather
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.private import train_private
+from server.compression.export import export_onnx
 from server.compression.runtime import answer, open_session
-from server.export import export_onnx
 
 _MOST_EXAMPLES = 64
 _FIRST_STEPS = ("training", "privacy")

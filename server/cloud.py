@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedcore.seeds import derive
-from fedcore.task import Examples, Folder, Task, read_examples
+from fedcore.task.definition import Examples, Folder, Task, read_examples
 from fedcore.training.batches import split
 
 

@@ -12,13 +12,13 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from fedcore.cli import Command
+from fedcore.config.owner import OPEN_POLICY, load_owner
+from fedcore.config.settings import load_run
 from fedcore.errors import INTERRUPTED, ReleaseError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, LOADING, loading_told, told_if_slow
-from fedcore.owner import OPEN_POLICY, load_owner
-from fedcore.settings import load_run
 from server.options import run_options
-from server.registry.commands import release
+from server.release.registry.commands import release
 
 __all__ = ["check", "release", "simulate"]
 _RUNS = Path("runs")
@@ -67,12 +67,12 @@ def _simulate(options: argparse.Namespace) -> int:
     with loading_told():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.console import choose
-        from fedcore.task import load_task
+        from fedcore.task.definition import load_task
         from server.api import run_in
-        from server.checkpoint import CHECKPOINT
-        from server.folder import open_folder, reopen_folder
         from server.preflight import prepare
-        from server.resume import pick_up
+        from server.report.folder import open_folder, reopen_folder
+        from server.simulation.checkpoint import CHECKPOINT
+        from server.simulation.resume import pick_up
         from server.unfinished import drop_all, refuse_to_drop
 
     quiet()
@@ -82,7 +82,7 @@ def _simulate(options: argparse.Namespace) -> int:
         with told_if_slow(FIRST_STEP) if run.private else nullcontext():
             prepared = prepare(run, task, owner, options.runs / run.name)
         if options.replay:
-            from server.replay import replay
+            from server.simulation.replay import replay
 
             return replay(
                 options.replay, run, task, owner, prepared, options.runs, out, json=options.json

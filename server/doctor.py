@@ -16,8 +16,8 @@ from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
 from fedcore.observability.words import counted, is_or_are
 from fedcore.rpc.proxy import proxy_for, shown
-from server.live.audit import AUDIT, MARK, check_audit
-from server.live.drained import read_drained, unknown
+from server.audit import AUDIT, MARK, check_audit
+from server.live.operators.drained import read_drained, unknown
 
 _SOON_DAYS = 14
 AUTHORITY = "authority.pem"
@@ -119,7 +119,7 @@ def _drained(identity: ServerIdentity) -> Finding:
 
 
 def _ports(identity: ServerIdentity) -> Finding:
-    from server.live.reach import ask_here
+    from server.live.operators.client import ask_here
 
     wanted = tuple(range(identity.port, min(identity.port + 2, 2**16)))
     try:

@@ -21,33 +21,33 @@ from fedcore.artifacts.manifest import (
     PrivacyStatement,
     TestStatement,
 )
-from fedcore.config import RunConfig
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
 from fedcore.files import sha256_hex, write_atomic
-from fedcore.metrics import Metric
-from fedcore.model import FullModel, checkpoint_bytes
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
 from fedcore.observability.words import counted, figure
-from fedcore.owner import OwnerPolicy, tighten
-from fedcore.task import Examples, Task, size_of
+from fedcore.task.definition import Examples, Task, size_of
+from fedcore.task.metrics import Metric
+from fedcore.task.model import FullModel, checkpoint_bytes
 from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
-from server.app import Outcome
-from server.checkpoint import Checkpoint
-from server.client_privacy import statement
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
-from server.federated_part import federated_part
-from server.final_test import Scores, drop_note, reason_to_withhold, statement_of
 from server.finetune.launch import Finetuned, fine_tune
-from server.folder import config_json
-from server.judging import Judge, Weigh, clients_judge
 from server.preflight import Prepared
 from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
-from server.release import Draft, publish
+from server.release.final_test import Scores, drop_note, reason_to_withhold, statement_of
+from server.release.publish import Draft, publish
+from server.report.folder import config_json
 from server.report.summary import MODELS
+from server.rounds.app import Outcome
+from server.rounds.client_privacy import statement
+from server.rounds.judging import Judge, Weigh, clients_judge
+from server.simulation.checkpoint import Checkpoint
 from server.simulation.clients import client_records
 from server.simulation.judging import judge_in_simulation, weigh_in_simulation
+from server.simulation.run import federated_part
 
 
 @dataclass

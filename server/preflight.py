@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcore.config import RunConfig
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
-from fedcore.model import build_model, warm_start
 from fedcore.observability.words import counted
-from fedcore.owner import OwnerPolicy, tighten
-from fedcore.task import Examples, Folder, Task, check_inputs, data_folder, read_examples
+from fedcore.task.definition import Examples, Folder, Task, check_inputs, data_folder, read_examples
+from fedcore.task.model import build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import find_way
 from fedcore.updates.pack import layout_of
-from server.client_privacy import protect
 from server.cloud import CloudData, read_cloud_data
-from server.folder import check_outside
-from server.release import check_publishable
-from server.strategies import make_strategy
+from server.release.publish import check_publishable
+from server.report.folder import check_outside
+from server.rounds.client_privacy import protect
+from server.rounds.strategies import make_strategy
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class CandidateRecord:
     metric: float
     """The primary metric on the cloud's held-out data."""
     drop: float
-    """How much worse than fp32 that is (`fedcore.metrics.Metric.worsening`)."""
+    """How much worse than fp32 that is (`fedcore.task.metrics.Metric.worsening`)."""
     agreement: float
     """With the fp32 file, on the cloud's held-out data."""
     max_abs_error: float

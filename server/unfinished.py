@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedcore.errors import ConfigError
-from server.folder import is_complete
-from server.journal_head import is_begun
+from server.live.journal.head import is_begun
+from server.report.folder import is_complete
 
 CHECKPOINT = "checkpoint.safetensors"
 """What a simulation goes on from, in its folder."""
@@ -51,7 +51,7 @@ def refuse_to_drop_simulated(folder: Path) -> None:
     if is_complete(folder) or not (folder / CHECKPOINT).is_file():
         return
     # Imported here: it brings torch, and a server listens before it has that.
-    from server.checkpoint import read_checkpoint
+    from server.simulation.checkpoint import read_checkpoint
 
     last = read_checkpoint(folder / CHECKPOINT).progress.round
     if last:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedcore.model import FullModel
-from fedcore.task import Kind, Loss, Task
+from fedcore.task.definition import Kind, Loss, Task
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Part, Way, zero_totals
 

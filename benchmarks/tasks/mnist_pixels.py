@@ -6,7 +6,7 @@ from pathlib import Path
 from models import logistic
 from torch import Tensor, nn
 
-from fedcore.task import load_task
+from fedcore.task.definition import load_task
 
 
 class Scale(nn.Module):

@@ -7,11 +7,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedcore.client_app import client_app
-from fedcore.mods import client_mods
-from fedcore.owner import OPEN_POLICY
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.settings import load_run
 from fedcore.seeds import Simulated
-from fedcore.settings import load_run
-from fedcore.task import load_task
+from fedcore.task.definition import load_task
+from fedcore.training.mods import client_mods
 
 app = ClientApp()
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedcore.config.settings import load_run
 from fedcore.files import write_atomic
-from fedcore.model import checkpoint_bytes
 from fedcore.observability.console import plain
 from fedcore.observability.events import Noted, RoundFinished, tee
 from fedcore.observability.jsonl import json_lines
 from fedcore.seeds import Simulated
-from fedcore.settings import load_run
-from fedcore.task import data_folder, load_task
-from server.app import Listener, Outcome, server_app
+from fedcore.task.definition import data_folder, load_task
+from fedcore.task.model import checkpoint_bytes
 from server.cloud import read_cloud_data
-from server.folder import open_folder
+from server.report.folder import open_folder
+from server.rounds.app import Listener, Outcome, server_app
 
 app = ServerApp()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcore.config import Name
+from fedcore.config.run import Name
 from fedcore.errors import TrustError
 from fedcore.observability.faults import first_fault
 

@@ -22,7 +22,8 @@ from typing import Annotated, Literal
 from cryptography import x509
 from pydantic import Field, ValidationError
 
-from fedcore.config import Section
+from fedcore.config.patterns import ADDRESS
+from fedcore.config.run import Section
 from fedcore.crypto.certificates import (
     MAX_CERTIFICATE_BYTES,
     Role,
@@ -36,7 +37,6 @@ from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
 from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
 from fedcore.observability.faults import first_fault
-from fedcore.patterns import ADDRESS
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
 MAX_KIT_BYTES = 4 * MAX_CERTIFICATE_BYTES  # two certificates and up to 30 addresses

@@ -14,7 +14,10 @@ _PART = 4096  # numbers of a total that stay in a core's nearest cache from row 
 def add_scaled(
     rows: NDArray[np.float32], factors: NDArray[np.float64], total: NDArray[np.int64]
 ) -> None:
-    """As `server.aggregation.exact.AddScaled` says, with the bits of what NumPy adds up."""
+    """Adds scaled rows to a total, with the bits that NumPy gives.
+
+    It is an `AddScaled` of `server.rounds.aggregation.exact_mean`.
+    """
     for first in range(0, rows.shape[1], _PART):
         last = min(rows.shape[1], first + _PART)
         for row in range(rows.shape[0]):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedcore.config import Privacy
+from fedcore.config.run import Privacy
 from fedcore.errors import InvalidUpdate
 from fedcore.updates.messages import EPSILON, UNCLIPPED, Instruction, Update
 from fedcore.updates.pack import Vector

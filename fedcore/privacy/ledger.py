@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedcore.config import Privacy
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.run import Privacy
 from fedcore.errors import BudgetExhausted, LedgerFull, OwnersBudgetExhausted, PrivacyError
 from fedcore.observability.words import counted, epsilon_text
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
 
 _RECORD, _KEY = "fedcore.ledger", "charges"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import PrivacyError
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge, noise_for
-from fedcore.task import Examples, size_of
+from fedcore.task.definition import Examples, size_of
 
 MAX_DELTA_SHARE = 0.1
 """Of one over a client's examples: what ``target_delta`` may come to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedcore.config import RunConfig
+    from fedcore.config.run import RunConfig
 
 SUMMED = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
 """Strategies that look at nothing but the mean of a round's updates."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from fedcore.errors import DataError, FedcoreError
-from fedcore.task import Examples, size_of
+from fedcore.task.definition import Examples, size_of
 
 _NO_BATCH = (
     "data: the examples cannot be put into one batch; each must be a pair (input, target) of "

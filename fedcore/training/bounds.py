@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fedcore.config.owner import OwnerPolicy
 from fedcore.errors import OwnerLimit
 from fedcore.observability.words import counted
-from fedcore.owner import OwnerPolicy
 
 _STATM = Path("/proc/self/statm")
 _LOOK_S = 0.2

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fedcore.config import RunConfig
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import RunConfig
 from fedcore.errors import DataError, FedcoreError, InvalidUpdate, TaskError, TrainingDiverged
-from fedcore.model import FullModel, build_model
 from fedcore.observability.words import counted
-from fedcore.owner import OwnerPolicy
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, charge
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan
-from fedcore.resident import Resident
 from fedcore.seeds import Randomness, derive
-from fedcore.task import Examples, Folder, Task, data_folder, read_examples, size_of
+from fedcore.task.definition import Examples, Folder, Task, data_folder, read_examples, size_of
+from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import split
 from fedcore.training.bounds import Bounds, unbounded
 from fedcore.training.device import available
@@ -32,6 +31,7 @@ from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Way
 from fedcore.training.private import MEMORY_BYTES, train_private
+from fedcore.training.resident import Resident
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update
 from fedcore.updates.pack import pack
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedcore.config import DeviceChoice
+from fedcore.config.run import DeviceChoice
 from fedcore.errors import ConfigError
 
 

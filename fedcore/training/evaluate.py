@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.errors import DataError
-from fedcore.metrics import Metric
-from fedcore.task import Examples, size_of
+from fedcore.task.definition import Examples, size_of
+from fedcore.task.metrics import Metric
 from fedcore.training.batches import in_order
 from fedcore.training.order import ViewsOfAnyMemory, for_images
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.errors import TrainingDiverged
-from fedcore.task import Examples, Loss
+from fedcore.task.definition import Examples, Loss
 from fedcore.training.batches import shuffled
 from fedcore.training.order import ViewsOfAnyMemory, for_images
 

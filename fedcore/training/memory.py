@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import InsufficientMemory
 
 _FLOAT_BYTES = 4

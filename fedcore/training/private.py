@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
-from fedcore.task import Examples, Loss, size_of
+from fedcore.task.definition import Examples, Loss, size_of
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
 from fedcore.training.per_example.ways import Way, trained

@@ -9,14 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from fedcore.config import CandidateName, RunConfig
+from fedcore.config.run import CandidateName, RunConfig
 from fedcore.observability.words import counted
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples, Task, size_of
+from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
+from server.compression.export import export_onnx
 from server.compression.prune import prune_and_recover
 from server.compression.quantise import int8_dynamic, int8_static
-from server.export import export_onnx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,4 +167,4 @@ ALL: tuple[Candidate, ...] = (
     Candidate("pruned", _pruned),
     Candidate("pruned_int8", _pruned_int8),
 )
-"""In the order of `fedcore.config.CANDIDATES`."""
+"""In the order of `fedcore.config.run.CANDIDATES`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedcore.config import Compression
+from fedcore.config.run import Compression
 from fedcore.errors import CompressionError
 from server.records import CandidateRecord
 

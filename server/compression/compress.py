@@ -16,12 +16,12 @@ from torch import nn
 
 from fedcore.artifacts.manifest import Parity
 from fedcore.artifacts.parity import FloatArray, agreement, max_abs_error
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
 from fedcore.files import sha256_hex
-from fedcore.metrics import Metric
 from fedcore.observability.words import counted
-from fedcore.task import Task, size_of
+from fedcore.task.definition import Task, size_of
+from fedcore.task.metrics import Metric
 from server.cloud import CloudData
 from server.compression.candidates import ALL, FP32, Built, Candidate, Material
 from server.compression.choose import choose
@@ -29,8 +29,8 @@ from server.compression.golden import golden_inputs, tolerance
 from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, Timing, time_candidates
-from server.judging import Weigh, drop_of
 from server.records import CandidateRecord
+from server.rounds.judging import Weigh, drop_of
 
 EXACT = 1e-3
 """How far float32 models may differ, relative to their largest output: rounding in another order.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcore.artifacts.parity import FloatArray
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples, size_of
+from fedcore.task.definition import Examples, size_of
 from fedcore.training.batches import in_order
 
 GOLDEN_INPUTS = 32

@@ -9,12 +9,12 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from fedcore.config import Finetune
+from fedcore.config.run import Finetune
 from fedcore.errors import CompressionError, TrainingDiverged
 from fedcore.seeds import global_streams, torch_rng
-from fedcore.task import Examples, Loss
+from fedcore.task.definition import Examples, Loss
 from fedcore.training.local import train
-from server.export import quiet
+from server.compression.export import quiet
 
 Model = TypeVar("Model", bound=nn.Module)
 _PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)

@@ -22,7 +22,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from fedcore.errors import CompressionError
-from server.export import INPUT, finish, properties_of, quiet
+from server.compression.export import INPUT, finish, properties_of, quiet
 
 _CALIBRATION_BATCH = 32
 _DOT_PRODUCT = {"avx512_vnni", "avx_vnni", "amx_int8"}
@@ -48,7 +48,7 @@ def int8_static(model: bytes, calibration: Tensor, *, reduce_range: bool) -> byt
     worst error, for little of the size. Weights have one scale for each output channel.
 
     Args:
-        model: An ONNX file of `server.export`.
+        model: An ONNX file of `server.compression.export`.
         calibration: Inputs ``(N, ...)`` of the cloud's training data.
         reduce_range: Keep weights to 7 bits, for processors that `saturates` is true of. It changes
             the bytes, so it is the caller's to decide and to report.
@@ -80,7 +80,7 @@ def int8_dynamic(model: bytes, *, reduce_range: bool) -> bytes:
     Convolutions stay float32: onnxruntime has no kernel for them with signed 8-bit weights.
 
     Args:
-        model: An ONNX file of `server.export`.
+        model: An ONNX file of `server.compression.export`.
         reduce_range: As for `int8_static`.
 
     Raises:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedcore.artifacts.parity import FloatArray
 from fedcore.errors import CompressionError
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
 from fedcore.training.batches import in_order
-from server.export import INPUT
+from server.compression.export import INPUT
 
 _BATCH_SIZE = 512  # examples read at a time
 

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from server.compression.export import INPUT
 from server.compression.runtime import open_session
-from server.export import INPUT
 
 BLOCKS = 50  # many short ones: a neighbour that comes and goes then meets all alike
 _WARM_UP = 5  # calls; the first ones fill caches that others have used

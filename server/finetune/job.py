@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 
 
 @dataclass(frozen=True)

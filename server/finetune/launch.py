@@ -19,18 +19,18 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import fedcore.errors as errors
-from fedcore.config import Finetune, RunConfig
+from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import FedcoreError, RoundFailed, TrainingError
 from fedcore.files import write_atomic
-from fedcore.metrics import Metric
-from fedcore.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.metrics import Metric
+from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, trained
 from server.finetune.worker import work
-from server.judging import Judge, Judgement
-from server.spawn import script_left_out
+from server.process.spawn import script_left_out
+from server.rounds.judging import Judge, Judgement
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 """They print a traceback for each process that fails or is stopped; its reason is read instead."""

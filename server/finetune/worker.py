@@ -15,15 +15,15 @@ from torch.utils.data import DistributedSampler
 
 from fedcore.errors import FedcoreError, TrainingError
 from fedcore.files import read_bytes, write_atomic, write_json
-from fedcore.model import MAX_CHECKPOINT_BYTES, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.observability.words import counted
 from fedcore.seeds import derive
-from fedcore.task import Examples, Task, data_folder, load_task
+from fedcore.task.definition import Examples, Task, data_folder, load_task
+from fedcore.task.model import MAX_CHECKPOINT_BYTES, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.batches import gather
 from fedcore.training.local import check_loss, make_optimizer
 from server.cloud import read_cloud_data
 from server.finetune.job import Job, trained
-from server.parent import die_with_parent
+from server.process.parent import die_with_parent
 
 
 def work(job: Job) -> None:

@@ -11,16 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedcore.cli import Command, group
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
+from fedcore.config.settings import load_run
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import loading_told
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
-from fedcore.settings import load_run
-from server.live.memory import loading
-from server.live.operator_commands import OPERATOR_VERBS
+from server.live.operators.commands import OPERATOR_VERBS
 from server.options import run_options, set_option
+from server.process.serving import loading
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +84,8 @@ def _start(options: argparse.Namespace) -> int:
     with loading_told(), loading():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
-        from server.live.control import Control
-        from server.live.operate import sole
+        from server.live.operators.control import Control
+        from server.live.operators.endpoint import sole
         from server.live.resume import has_journal
         from server.live.run import Deployment, run_deployment
 

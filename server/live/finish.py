@@ -19,29 +19,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
 from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
-from fedcore.config import RunConfig, Section
+from fedcore.config.run import RunConfig, Section
 from fedcore.errors import DataError, ReleaseError
 from fedcore.files import read_bytes, read_if_there, sha256_hex, write_atomic
-from fedcore.model import (
+from fedcore.observability.events import Sink
+from fedcore.task.definition import Task, data_folder
+from fedcore.task.model import (
     MAX_CHECKPOINT_BYTES,
     FullModel,
     build_model,
     checkpoint_bytes,
     load_checkpoint,
 )
-from fedcore.observability.events import Sink
-from fedcore.task import Task, data_folder
-from server.app import Outcome
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned, fine_tune
-from server.folder import write_results
-from server.judging import Judge, Judgement, Weigh
 from server.live.resume import STEPS
 from server.pipeline import Steps, Story, Trained, after_rounds
 from server.preflight import read_for_release
 from server.records import CandidateRecord
-from server.release import Draft, history, publish
+from server.release.publish import Draft, history, publish
+from server.report.folder import write_results
+from server.rounds.app import Outcome
+from server.rounds.judging import Judge, Judgement, Weigh
 
 _MAX_BYTES = 16 << 20
 _FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"

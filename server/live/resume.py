@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedcore.config import Finetune, RunConfig
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import ConfigError
-from fedcore.owner import OPEN_POLICY
-from server.folder import clear, held, is_complete, mark_again, open_folder
-from server.identity import check_same, identity_of
-from server.journal import Journal, Reached, create, nothing, reopen
-from server.journal_head import is_begun
+from server.live.journal.head import is_begun
+from server.live.journal.journal import Journal, Reached, create, nothing, reopen
+from server.report.folder import clear, held, is_complete, mark_again, open_folder
+from server.rounds.run_identity import check_same, identity_of
 from server.unfinished import JOURNAL, drop_all, refuse_to_drop_simulated
 
 FOLDER = JOURNAL

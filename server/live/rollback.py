@@ -6,12 +6,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
-from server.folder import held
-from server.journal import reopen
-from server.live.audit import AUDIT, Audit
+from server.audit import AUDIT, Audit
+from server.live.journal.journal import reopen
 from server.live.resume import FOLDER
+from server.report.folder import held
 
 
 @dataclass(frozen=True)

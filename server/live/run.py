@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from flwr.serverapp import Grid
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.crypto.roster import ServerIdentity, load_server_identity
 from fedcore.errors import ConfigError, FedcoreError, ResourceError, TaskError
 from fedcore.files import write_atomic
@@ -26,25 +26,25 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, loading_told, told_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
-from server.folder import check_outside
-from server.interrupt import insistent
-from server.journal import Journal, Reached, nothing
-from server.live.control import Control
-from server.live.journal_keeper import REJOIN_S, Admit, JournalGrid, JournalKeeper
-from server.live.members import Members
-from server.live.memory import loading
-from server.live.operate import check_socket, operated, operated_meanwhile, over_network
+from server.live.journal.journal import Journal, Reached, nothing
+from server.live.network.serve import Address, listen, run_beside
+from server.live.operators.control import Control
+from server.live.operators.endpoint import check_socket, operated, operated_meanwhile, over_network
 from server.live.resume import Complete, has_journal, open_run
-from server.live.serve import Address, listen, run_beside
-from server.live.settings import device_settings
-from server.live.waiting import Tell
-from server.progress import Peers
+from server.live.rounds.journaled import REJOIN_S, Admit, JournalGrid, JournalKeeper
+from server.live.rounds.members import Members
+from server.live.rounds.settings import device_settings
+from server.live.rounds.waiting import Tell
+from server.process.serving import loading
+from server.process.signals import insistent
 from server.records import RoundRecord
+from server.report.folder import check_outside
+from server.rounds.checkpointing import Peers
 
 if TYPE_CHECKING:
-    from fedcore.task import Task
-    from server.app import Outcome
+    from fedcore.task.definition import Task
     from server.cloud import CloudData
+    from server.rounds.app import Outcome
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ def _serve(
             if control.stopped:  # when the last round was as good as over
                 return False
             with operated_meanwhile(control, identity):
-                from server.federated_part import outcome_of
-                from server.judging import clients_judge
                 from server.live.finish import finish
-                from server.live.judge import JudgeOnDevices
+                from server.live.rounds.judge import JudgeOnDevices
+                from server.rounds.judging import clients_judge
+                from server.simulation.run import outcome_of
 
                 if not outcomes:
                     assert journal.start is not None  # its rounds ended in a process before
@@ -246,7 +246,7 @@ def _check_begins(run: RunConfig, task: Task, folder: Path) -> CloudData | None:
 
 
 def _read_cloud(run: RunConfig, task: Task) -> CloudData | None:
-    from fedcore.task import data_folder
+    from fedcore.task.definition import data_folder
     from server.cloud import read_cloud_data
 
     return read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
@@ -259,8 +259,8 @@ def _load(path: Path) -> Task:
         TaskError: it cannot be loaded, or goes by another name than its file says.
     """
     with loading_told(), loading():
-        import server.app  # noqa: F401 - what rounds need, beside the task itself
-        from fedcore.task import load_task
+        import server.rounds.app  # noqa: F401 - what rounds need, beside the task itself
+        from fedcore.task.definition import load_task
 
         task = load_task(path)
     declared = declared_name(path)
@@ -286,8 +286,8 @@ def _federate(
     randomness: Randomness | None,
     outcomes: list[Outcome],
 ) -> None:
-    from fedcore.model import checkpoint_bytes
-    from server.app import Listener, server_app
+    from fedcore.task.model import checkpoint_bytes
+    from server.rounds.app import Listener, server_app
 
     settings, start = run.federation, journal.start
 

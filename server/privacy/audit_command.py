@@ -19,9 +19,9 @@ from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
-    from fedcore.config import RunConfig
+    from fedcore.config.run import RunConfig
     from fedcore.observability.events import Sink
-    from fedcore.task import Examples
+    from fedcore.task.definition import Examples
     from server.privacy.audit import Audited, Statement
     from server.privacy.inversion import Picture
 
@@ -143,7 +143,7 @@ def _statements(options: argparse.Namespace) -> list[Statement]:
 
         plan = PrivatePlan(Charge(1, 1.0, 1.0, 1), clip_norm=1.0)
         return [Statement("one step with every example", plan, target_delta=1e-5)]
-    from fedcore.settings import load_run
+    from fedcore.config.settings import load_run
 
     run = load_run(options.config, options.overrides)
     if not run.private:
@@ -175,7 +175,7 @@ def _of_run(run: RunConfig, examples: int | None) -> list[Statement]:
 
 def _first_client(run: RunConfig) -> Examples:
     from fedcore.errors import DataError
-    from fedcore.task import data_folder, load_task, read_examples
+    from fedcore.task.definition import data_folder, load_task, read_examples
 
     task, folder = load_task(run.path(run.task)), data_folder()
     name = next(iter(task.clients(folder)), None)

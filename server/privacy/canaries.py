@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.errors import PrivacyError
-from fedcore.model import FullModel
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
-from fedcore.task import Examples, Kind, Loss, Task
+from fedcore.task.definition import Examples, Kind, Loss, Task
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Way
 from fedcore.training.private import train_private

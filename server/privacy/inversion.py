@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
-from fedcore.model import FullModel
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Randomness, global_streams, torch_rng
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel
 from fedcore.training.local import train
 from server.privacy.canaries import artificial_task, private_training
 

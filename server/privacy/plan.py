@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.planning import MAX_DELTA_SHARE, plan_for

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.observability.words import counted, epsilon_text
-from server.client_privacy import allows, epsilon, protect
+from server.rounds.client_privacy import allows, epsilon, protect
 
 
 @dataclass(frozen=True)

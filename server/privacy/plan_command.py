@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config import MOST_CLIENTS, Client, Privacy, RunConfig, Section
+from fedcore.config.run import MOST_CLIENTS, Client, Privacy, RunConfig, Section
+from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import counted, epsilon_text
-from fedcore.settings import load_run
 
 if TYPE_CHECKING:
     from server.privacy.plan import Answer, Question

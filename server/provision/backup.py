@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from cryptography import x509
 from pydantic import AwareDatetime, ValidationError
 
-from fedcore.config import Section
+from fedcore.config.run import Section
 from fedcore.crypto.certificates import (
     MAX_CERTIFICATE_BYTES,
     check_authority,
@@ -31,8 +31,8 @@ from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_s
 from fedcore.crypto.sealing import is_sealed, seal, unseal
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
 from fedcore.files import disk_errors, held_alone, is_there, read_bytes, sync_folder, write_atomic
-from server.live.audit import AUDIT, MARK
-from server.live.drained import DRAINED
+from server.audit import AUDIT, MARK
+from server.live.operators.drained import DRAINED
 from server.provision.folder import (
     CERTIFICATE,
     MAX_AUDIT_BYTES,

@@ -30,7 +30,7 @@ from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import is_sealed, unseal
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, is_there, lock_file, read_bytes, write_atomic
-from server.live.audit import AUDIT, Audit
+from server.audit import AUDIT, Audit
 
 CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
 ROSTER_KEY = "roster.key"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import InsufficientMemory
-from fedcore.model import FullModel
 from fedcore.privacy.ledger import Ledger
-from fedcore.task import Examples, Folder, Task, read_examples, size_of
+from fedcore.task.definition import Examples, Folder, Task, read_examples, size_of
+from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
 from server.records import ClientRecord
 from server.simulation.state import State

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from fedcore.config import DeviceClass, RunConfig
+from fedcore.config.run import DeviceClass, RunConfig
 from fedcore.errors import DataError
 from fedcore.observability.words import counted
 from fedcore.seeds import derive

@@ -10,23 +10,23 @@ import torch
 from flwr.serverapp import ServerApp
 
 from fedcore.client_app import client_app
-from fedcore.config import RunConfig
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.flower.quiet import quiet
-from fedcore.mods import client_mods
-from fedcore.owner import OwnerPolicy, tighten
 from fedcore.seeds import Simulated
-from fedcore.task import Task, load_task
+from fedcore.task.definition import Task, load_task
 from fedcore.training.client import Client
 from fedcore.training.device import available
-from server.simulation.choice import Choice
+from fedcore.training.mods import client_mods
+from server.process.training import keep_heap, settled_objects
 from server.simulation.devices import Fleet
 from server.simulation.engine import RUN_ID, context_of, one_thread
 from server.simulation.grid import SimulatedGrid
-from server.simulation.process import keep_heap, settled_objects
-from server.simulation.staff import Staff
 from server.simulation.state import State
-from server.simulation.worker import Worker
+from server.simulation.workers.autotune import Choice
+from server.simulation.workers.scheduler import Staff
+from server.simulation.workers.worker import Worker
 
 
 def federate(

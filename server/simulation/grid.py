@@ -11,14 +11,14 @@ from flwr.app import Error, Message, MessageType, RecordDict
 
 from fedcore.flower.grid import OwnGrid
 from fedcore.training.client import skipped_text
-from server.aggregation.exact import ExactMean
-from server.inbound import Folded
 from server.records import VirtualRecord
+from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.inbound import Folded
 from server.simulation.devices import Fate, first_of, settle
 from server.simulation.engine import FIRST_NODE_ID, RUN_ID
-from server.simulation.orders import Answer, Asked, Order
-from server.simulation.staff import Staff
 from server.simulation.state import State
+from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.scheduler import Staff
 
 log = logging.getLogger("fedcore.server")
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fedcore.config import RunConfig
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
 from fedcore.errors import DataError
-from fedcore.model import FullModel
-from fedcore.owner import OwnerPolicy, tighten
 from fedcore.seeds import Simulated
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel
 from fedcore.training.client import Client, local_data
 from server.compression.runtime import answers, open_session
-from server.judging import Judge, Judgement, Weigh, judges, judging_app
+from server.rounds.judging import Judge, Judgement, Weigh, judges, judging_app
 from server.simulation.federate import federate
 from server.simulation.state import State
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from fedcore.privacy.ledger import Ledger
-from server.simulation.choice import Choice
+from server.simulation.workers.autotune import Choice
 
 
 @dataclass

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_client import store as installed
-from edge_client.confined import ModelLimits, predict
-from edge_client.source import Source, folder_source
-from edge_client.update import Update, update
+from edge_client.delivery import store as installed
+from edge_client.delivery.source import Source, folder_source
+from edge_client.delivery.update import Update, update
+from edge_client.inference.confined import ModelLimits, predict
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import FedcoreError
-from server.registry import repository as registry
-from server.registry.keys import ONLINE, read_keys, read_trusted_root
-from server.registry.rotation import Rotation, rotate
-from server.release import Draft, initialise, publish
+from server.release.publish import Draft, initialise, publish
+from server.release.registry import repository as registry
+from server.release.registry.keys import ONLINE, read_keys, read_trusted_root
+from server.release.registry.rotation import Rotation, rotate
 from tests.origin import LINEAGE, NO_PRIVACY, PARITY
 
 INPUTS = np.eye(3, dtype=np.float32)

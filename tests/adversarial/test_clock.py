@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from edge_client.roots import anchor
-from edge_client.source import folder_source
-from edge_client.trust import current_offer
+from edge_client.delivery.roots import anchor
+from edge_client.delivery.source import folder_source
+from edge_client.delivery.trust import current_offer
 from fedcore.artifacts.manifest import manifest_bytes
 from fedcore.errors import DataError, SignatureInvalid
-from server.release import refresh
+from server.release.publish import refresh
 
 T0 = datetime(2026, 5, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

@@ -12,13 +12,13 @@ from flwr.app import Array, Context, Message
 from torch import Tensor, nn
 
 from fedcore.client_app import client_app
-from fedcore.config import RunConfig
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.run import RunConfig
 from fedcore.errors import DeviceError, InvalidUpdate, OwnerLimit
 from fedcore.flower.identity import assume_identity
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.ledger import read_ledger
 from fedcore.seeds import SystemEntropy
-from fedcore.task import Task
+from fedcore.task.definition import Task
 from fedcore.training.bounds import bounds_of
 from fedcore.updates.messages import CONFIG, REFUSED, array_of, read_instruction
 from tests.unit.fedcore.clients import (

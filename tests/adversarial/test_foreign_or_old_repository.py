@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from edge_client.source import folder_source
+from edge_client.delivery.source import folder_source
 from fedcore.errors import DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
-from server.registry import repository as registry
-from server.registry.keys import ONLINE, read_keys, read_trusted_root
-from server.release import refresh
+from server.release.publish import refresh
+from server.release.registry import repository as registry
+from server.release.registry.keys import ONLINE, read_keys, read_trusted_root
 
 
 def test_a_repository_signed_by_someone_else(world: Any, new_world: Callable[..., Any]) -> None:

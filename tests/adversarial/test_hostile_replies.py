@@ -22,21 +22,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
-from fedcore.metrics import ACCURACY, RMSE
+from fedcore.task.metrics import ACCURACY, RMSE
 from fedcore.updates.messages import ARRAYS, METRICS, MODEL, NUM_EXAMPLES, Update, update_content
 from fedcore.updates.pack import Layout
 from fedcore.updates.replies import Asked, Reply, check_legible, read_reply
 from fedcore.updates.seal import content_digest
-from server.expected import asked_for_sums, asked_to_evaluate, asked_to_train
-from server.inbound import Intake, Tally, accepted
-from server.journal import create
-from server.live.journal_keeper import JournalKeeper
-from server.norms import NormBound
-from server.progress import Forgetful
-from server.taken import fold, hold
+from server.live.journal.journal import create
+from server.live.rounds.journaled import JournalKeeper
+from server.rounds.aggregation.fold import fold, hold
+from server.rounds.checkpointing import Forgetful
+from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
+from server.rounds.inbound import Intake, Tally, accepted
+from server.rounds.norm_bound import NormBound
 
 REPLIES = int(os.environ.get("FEDCORE_HOSTILE_REPLIES", "10000"))
 """How many replies are drawn; a million takes an hour or so."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from edge_client import store as installed
-from edge_client.source import folder_source
+from edge_client.delivery import store as installed
+from edge_client.delivery.source import folder_source
 from fedcore.errors import DigestMismatch, DiskFull, FedcoreError, RollbackRefused, SignatureInvalid
 from fedcore.files import write_atomic
-from server.registry import repository as registry
-from server.registry.keys import ONLINE
+from server.release.registry import repository as registry
+from server.release.registry.keys import ONLINE
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors", "manifest.json"])

@@ -17,12 +17,12 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.node.ledger import DeviceLedger
-from edge_client.node.ledger_book import LEDGER, MARK, count_path
-from edge_client.node.state import own
-from fedcore.config import Privacy, RunConfig
+from edge_client.agent.state import own
+from edge_client.ledger.book import LEDGER, MARK, count_path
+from edge_client.ledger.ledger import DeviceLedger
+from fedcore.config.owner import DataSet, OwnerPolicy, tighten
+from fedcore.config.run import Privacy, RunConfig
 from fedcore.errors import BudgetExhausted, PrivacyError
-from fedcore.owner import DataSet, OwnerPolicy, tighten
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.ledger import Ledger, charge, ledger_in, put_ledger
 
@@ -391,6 +391,6 @@ def test_a_data_set_that_is_too_large_to_look_at_is_refused(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named(lab, "2026")
-    monkeypatch.setattr("edge_client.node.contents.MAX_BYTES", 3)
+    monkeypatch.setattr("edge_client.ledger.contents.MAX_BYTES", 3)
     assert on(lab, "2026") == 0
     assert "too many to tell whether they are another's" in lab.refusals[0]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws, SimulatedDraws, SystemDraws
 from fedcore.privacy.planning import PrivatePlan

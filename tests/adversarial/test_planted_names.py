@@ -14,10 +14,10 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsa
 )
 
 from fedcore.errors import ReleaseError
-from server.registry import repository as registry
-from server.registry.keys import ONLINE, read_keys, read_trusted_root
-from server.registry.rotation import rotate
-from server.release import history, publish, rollback, versions
+from server.release.publish import history, publish, rollback, versions
+from server.release.registry import repository as registry
+from server.release.registry.keys import ONLINE, read_keys, read_trusted_root
+from server.release.registry.rotation import rotate
 from tests.adversarial.conftest import World, initialised, matmul_draft
 
 LARGE = 10**15

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS
-from server.journal import create, reopen
+from server.live.journal.journal import create, reopen
 from server.live.resume import FOLDER
 from server.live.rollback import roll_back
-from tests.unit.server.journals import IDENTITY, LARGE, answer, asked, progress, record
+from tests.unit.server.live.journal.journals import IDENTITY, LARGE, answer, asked, progress, record
 
 RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})
 WRITES = {

@@ -15,14 +15,21 @@ from typing import Any
 import pytest
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Timestamp
 
-from edge_client import store as installed
-from edge_client.source import folder_source
+from edge_client.delivery import store as installed
+from edge_client.delivery.source import folder_source
 from fedcore.artifacts.manifest import manifest_bytes
 from fedcore.artifacts.statements import EPOCHS, Epochs
 from fedcore.errors import DataError, ReleaseError, RollbackRefused, SignatureInvalid, TrustError
-from server import release
-from server.registry import repository as registry
-from server.registry.keys import ONLINE, Keys, Quorum, generate_keys, read_keys, read_trusted_root
+from server.release import publish as release
+from server.release.registry import repository as registry
+from server.release.registry.keys import (
+    ONLINE,
+    Keys,
+    Quorum,
+    generate_keys,
+    read_keys,
+    read_trusted_root,
+)
 from tests.adversarial.conftest import matmul_draft
 
 FAR = 2**40

@@ -28,13 +28,13 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from torch import nn
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
-from fedcore.model import FullModel, build_model, preprocess_bytes
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel, build_model, preprocess_bytes
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,

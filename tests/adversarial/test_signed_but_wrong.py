@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from edge_client import store as installed
-from edge_client.confined import ModelLimits
-from edge_client.source import folder_source
-from edge_client.update import update
+from edge_client.delivery import store as installed
+from edge_client.delivery.source import folder_source
+from edge_client.delivery.update import update
+from edge_client.inference.confined import ModelLimits
 from fedcore.artifacts.manifest import manifest_bytes, parse_manifest
 from fedcore.errors import (
     ConfigError,
@@ -28,7 +28,7 @@ from fedcore.errors import (
     TrustError,
 )
 from fedcore.files import sha256_hex
-from server.release import Draft, publish, rollback
+from server.release.publish import Draft, publish, rollback
 from tests import hostile_models as hostile
 
 

@@ -33,8 +33,6 @@ _SUITES = "GRPC_SSL_CIPHER_SUITES"
 
 def _warm() -> None:
     """Imports what the commands need: each of them is forked from this process."""
-    import server.app
-    import server.live.run  # noqa: F401
     from fedcore.cli import build_parser
     from fedcore.crypto import sealing
 

@@ -39,8 +39,8 @@ def main() -> int:
     build_parser("client")  # the time of it belongs to a start
     kit = load_kit(options.kit)
     only_tls_1_3()
-    from edge_client.node import state
-    from edge_client.node.announce import announce
+    from edge_client.agent import state
+    from edge_client.agent.announce import announce
     from fedcore.flower.fleet_client import FleetLink
     from fedcore.flower.quiet import quiet
     from fedcore.observability.lines import log_lines
@@ -71,11 +71,11 @@ def main() -> int:
     with state.own(options.folder) as folder:
         instance = secrets.token_hex(16)
         announce(kit, options.task, folder, instance)  # as the product does, before torch
-        from edge_client.node.loop import Device, run_device
-        from edge_client.node.wake import Signals
-        from fedcore.owner import OPEN_POLICY
+        from edge_client.agent.loop import Device, run_device
+        from edge_client.agent.wake import Signals
+        from fedcore.config.owner import OPEN_POLICY
         from fedcore.seeds import Simulated
-        from fedcore.task import load_task
+        from fedcore.task.definition import load_task
 
         if fatal:
             state.write_atomic = writing

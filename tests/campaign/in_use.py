@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from server.journal import COMMITTED
-from server.journal_head import HEAD, RECORDS
+from server.live.journal.head import HEAD, RECORDS
+from server.live.journal.journal import COMMITTED
 from tests.campaign.harms import HARMS
 from tests.campaign.scenarios import Outcome
 from tests.campaign.site import NAMES, Site, Started

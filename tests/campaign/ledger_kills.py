@@ -32,24 +32,24 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
-from edge_client.node import loop
-from edge_client.node.ledger_view import find_ledger
-from edge_client.node.state import own
-from edge_client.node.wake import Signals
-from fedcore.config import RunConfig
+from edge_client.agent import loop
+from edge_client.agent.state import own
+from edge_client.agent.wake import Signals
+from edge_client.ledger.view import find_ledger
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import RunConfig
 from fedcore.crypto.kit import Kit
 from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.quiet import quiet
-from fedcore.model import build_model, preprocess_bytes
-from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge, epsilon_of
-from fedcore.task import load_task
+from fedcore.task.definition import load_task
+from fedcore.task.model import build_model, preprocess_bytes
 from fedcore.training import client as client_module
 from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import layout_of, pack
 from fedcore.updates.seal import content_digest
-from server.live.settings import device_settings
+from server.live.rounds.settings import device_settings
 from tests.e2e.live.conftest import Project
 
 RUN_ID, DELTA = 7, 1e-5

@@ -15,36 +15,36 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.node.ledger import DeviceLedger
-from edge_client.node.ledger_book import MARK, count_path
-from edge_client.node.state import DeviceFolder, own
+from edge_client.agent.state import DeviceFolder, own
+from edge_client.ledger.book import MARK, count_path
+from edge_client.ledger.ledger import DeviceLedger
 from fedcore.cli import main
-from fedcore.config import Privacy, RunConfig
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.run import Privacy, RunConfig
+from fedcore.config.settings import load_run
 from fedcore.crypto.kit import REQUEST, load_kit
 from fedcore.errors import FedcoreError
 from fedcore.files import sha256_hex
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.records import record_bytes
-from fedcore.model import build_model
 from fedcore.observability.foreign import say
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
-from fedcore.settings import load_run
-from fedcore.task import load_task
+from fedcore.task.definition import load_task
+from fedcore.task.model import build_model
 from fedcore.updates.messages import Update, update_content
 from fedcore.updates.pack import layout_of
-from server.folder import mark_again
-from server.identity import identity_of
-from server.journal import create
-from server.live.audit import AUDIT, Audit
-from server.live.drained import write_drained
-from server.strategies import make_strategy
-from server.strategy_state import remembered
+from server.audit import AUDIT, Audit
+from server.live.journal.journal import create
+from server.live.operators.drained import write_drained
+from server.report.folder import mark_again
+from server.rounds.run_identity import identity_of
+from server.rounds.strategies import make_strategy
+from server.rounds.strategy_state import remembered
 from tests.adversarial.conftest import World, initialised
 from tests.campaign.harms import Command
 from tests.e2e.live.conftest import TASK, Project
-from tests.unit.server.journals import answer, asked, progress, record
+from tests.unit.server.live.journal.journals import answer, asked, progress, record
 from tests.unit.server.provision.conftest import Desk
 
 _RUN = """

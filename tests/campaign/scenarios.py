@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
-from server.journal import ACCEPTED, ACCEPTING, COMMITTED, POINTS
-from server.journal_head import HEAD, JOURNAL, RECORDS
+from server.live.journal.head import HEAD, JOURNAL, RECORDS
+from server.live.journal.journal import ACCEPTED, ACCEPTING, COMMITTED, POINTS
 from tests.campaign import device_main
 from tests.campaign.proxy import Proxy
 from tests.campaign.server_main import SENT

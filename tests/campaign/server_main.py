@@ -38,22 +38,22 @@ def main() -> int:
     if options.clock_off_s:  # OpenSSL asks the system itself
         time.time = lambda: right() + options.clock_off_s
     from fedcore.cli import build_parser
-    from fedcore.settings import load_run
+    from fedcore.config.settings import load_run
 
     build_parser("server")  # the time of it belongs to a start
     run = load_run(options.config, [])
     from fedcore.rpc.tls import only_tls_1_3
 
     only_tls_1_3()
-    from server.live.memory import loading
+    from server.process.serving import loading
 
     with loading():
         from fedcore.errors import FedcoreError
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
         from fedcore.seeds import Simulated
-        from server.live.control import Control
-        from server.live.presence import Presence
+        from server.live.network.presence import Presence
+        from server.live.operators.control import Control
         from server.live.run import Deployment, run_deployment
 
     quiet()

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore.client_app import client_app
-from fedcore.config import RunConfig
-from fedcore.mods import client_mods
-from fedcore.owner import OPEN_POLICY
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import RunConfig
 from fedcore.seeds import Simulated, torch_rng
-from fedcore.task import Task
-from server.app import Listener, Outcome, server_app
+from fedcore.task.definition import Task
+from fedcore.training.mods import client_mods
+from server.rounds.app import Listener, Outcome, server_app
 from server.simulation.engine import simulate
 
 CLIENTS = [f"client-{number}" for number in range(6)]

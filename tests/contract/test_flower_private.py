@@ -48,7 +48,7 @@ from fedcore.updates.messages import (
     REFUSED,
     STATISTICS,
 )
-from server import strategies
+from server.rounds import strategies
 
 ROOT = Path(__file__).parents[2]
 NODE = SERVER_NODE_ID + 1
@@ -64,7 +64,7 @@ GIVEN = {
     *("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"),
     *("weighted_by_key", "arrayrecord_key", "configrecord_key"),
 }
-"""What `server.strategies.make_strategy` gives to a strategy that is no DP wrapper."""
+"""What `server.rounds.strategies.make_strategy` gives to a strategy that is no DP wrapper."""
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_a_message_takes_its_sender_from_the_process_identity() -> None:
     assert metadata.src_task_id == TaskIdentity.task_id, where
 
 
-# --- messages: fedcore/client_app.py, server/rounds.py ---------------------------------------
+# --- messages: fedcore/client_app.py, server/rounds/loop.py ---------------------------------------
 
 
 def test_a_message_carries_what_it_was_made_with() -> None:
@@ -194,7 +194,7 @@ def test_the_content_of_a_reply_can_be_exchanged() -> None:
     reply = Message(RecordDict(), reply_to=instruction())
     content = RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: 3})})
     reply.content = content
-    assert reply.content is content, "server/rounds.py folds a round into one reply so"
+    assert reply.content is content, "server/rounds/loop.py folds a round into one reply so"
     assert not reply.has_error()
 
 
@@ -235,7 +235,7 @@ def test_records_keep_what_fedcore_puts_into_them() -> None:
     assert isinstance(metrics["loss"], float)
 
 
-# --- apps and their contexts: fedcore/client_app.py, server/app.py ---------------------------
+# --- apps and their contexts: fedcore/client_app.py, server/rounds/app.py -------------------------
 
 
 def context() -> Context:
@@ -275,7 +275,9 @@ def test_a_decorator_of_a_client_app_returns_the_function() -> None:
 
 @pytest.mark.parametrize("mod", [fixedclipping_mod, adaptiveclipping_mod])
 def test_a_mod_stands_around_the_function(mod: Callable[..., Message]) -> None:
-    assert len(parameters(mod)) == 3, f"{mod} takes {parameters(mod)}: see server/strategies.py"
+    assert len(parameters(mod)) == 3, (
+        f"{mod} takes {parameters(mod)}: see server/rounds/strategies.py"
+    )
 
 
 def test_what_a_client_writes_into_its_state_stays_there() -> None:
@@ -320,7 +322,7 @@ def test_a_grid_has_the_methods_that_ours_have() -> None:
         assert methods == wanted, f"{cls.__name__} differs from what Flower's Grid asks for"
 
 
-# --- strategies: server/strategies.py --------------------------------------------------------
+# --- strategies: server/rounds/strategies.py ------------------------------------------------------
 
 
 def plain_strategies() -> list[type[Strategy]]:
@@ -339,7 +341,7 @@ def test_the_strategies_are_the_ones_that_were_looked_at() -> None:
             "DifferentialPrivacyServerSideAdaptiveClipping",
             "DifferentialPrivacyServerSideFixedClipping",
         ]
-    ), "decide in server/strategies.py whether a new strategy folds, and what it is given"
+    ), "decide in server/rounds/strategies.py whether a new strategy folds, and what it is given"
 
 
 @pytest.mark.parametrize("cls", plain_strategies())
@@ -358,7 +360,7 @@ def test_no_parameter_that_fedcore_sets_itself_is_gone() -> None:
     taken = {name for n in strategies.strategy_names() for name in parameters(getattr(flower, n))}
     gone = strategies._OURS - taken
     assert not gone, (
-        f"server/strategies.py keeps {gone} from the user; Flower has no such parameter"
+        f"server/rounds/strategies.py keeps {gone} from the user; Flower has no such parameter"
     )
 
 

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
-from fedcore.model import build_model
 from fedcore.observability.events import RoundFinished
 from fedcore.seeds import Simulated, numpy_rng
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
-from server.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
-from server.progress import Forgetful, Progress, Start
-from server.rounds import Federation, run_rounds
+from server.rounds.checkpointing import Forgetful, Progress, Start
+from server.rounds.loop import Federation, run_rounds
+from server.rounds.strategies import make_strategy, strategy_names
+from server.rounds.strategy_state import remind
+from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.state import State
-from server.strategies import make_strategy, strategy_names
-from server.strategy_state import remind
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]
 NETWORKS = [name for name in strategy_names() if name not in TREES]

@@ -12,20 +12,20 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.flower.grid import CohortGrid, InProcessGrid
 from fedcore.flower.identity import assume_identity
-from fedcore.model import build_model
 from fedcore.seeds import Simulated, numpy_rng
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content, weights_record
 from fedcore.updates.pack import Vector, pack
-from server.aggregation.exact import ExactMean
-from server.app import Outcome
-from server.inbound import carry
-from server.rounds import Federation, run_rounds
-from server.strategies import FOLDING, make_strategy, strategy_names
+from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.app import Outcome
+from server.rounds.inbound import carry
+from server.rounds.loop import Federation, run_rounds
+from server.rounds.strategies import FOLDING, make_strategy, strategy_names
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]
 NETWORKS = [name for name in strategy_names() if name not in TREES]

@@ -9,10 +9,10 @@ import pytest
 from tuf.api.exceptions import ExpiredMetadataError
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 
-from edge_client.roots import anchor
-from edge_client.source import folder_source
-from edge_client.trust import _Fetcher, _Updater
-from server.release import initialise
+from edge_client.delivery.roots import anchor
+from edge_client.delivery.source import folder_source
+from edge_client.delivery.trust import _Fetcher, _Updater
+from server.release.publish import initialise
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fedcore
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
 
 QUICK = {"compression": {"timing_runs": 100, "candidates": ("fp32",)}}
 

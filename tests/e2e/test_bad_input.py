@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.scaffold import write_scaffold
+from fedcore.task.templates import write_scaffold
 
 Done = subprocess.CompletedProcess[str]
 Fedcore = Callable[..., Done]

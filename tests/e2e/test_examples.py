@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fedcore import load_run, load_task
-from fedcore.config import Client
-from fedcore.model import build_model, standardise_of
-from fedcore.task import Examples
+from fedcore.config.run import Client
+from fedcore.task.definition import Examples
+from fedcore.task.model import build_model, standardise_of
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
 

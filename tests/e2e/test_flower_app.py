@@ -23,19 +23,19 @@ import tomli_w
 import torch
 
 from fedcore.client_app import client_app
-from fedcore.config import RunConfig
-from fedcore.metrics import ACCURACY
-from fedcore.model import build_model, checkpoint_bytes, load_checkpoint
-from fedcore.owner import OPEN_POLICY
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import RunConfig
+from fedcore.config.settings import load_run
 from fedcore.privacy.accounting import epsilon_of
 from fedcore.privacy.ledger import read_ledger
 from fedcore.privacy.planning import plan
 from fedcore.seeds import Simulated
-from fedcore.settings import load_run
-from fedcore.task import Task, load_task
+from fedcore.task.definition import Task, load_task
+from fedcore.task.metrics import ACCURACY
+from fedcore.task.model import build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
-from server.app import Listener, Outcome, server_app
 from server.cloud import read_cloud_data
+from server.rounds.app import Listener, Outcome, server_app
 from server.simulation.engine import Visited, simulate
 
 pytestmark = pytest.mark.slow

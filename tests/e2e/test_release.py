@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from server.release import publish
+from server.release.publish import publish
 from tests.adversarial.conftest import World, initialised, matmul_draft
 from tests.hostile_models import endless_loop
 

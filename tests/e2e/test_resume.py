@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fedcore.seeds import numpy_rng
-from server.checkpoint import CHECKPOINT, read_checkpoint
+from server.simulation.checkpoint import CHECKPOINT, read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -92,8 +92,10 @@ dropout = 0.1
 _FORKING = """
 import json, os, sys, traceback
 import fedcore.cli
-import server.keeper, server.pipeline, server.replay, server.report.tensorboard, server.resume
-server.keeper._EVERY_S, server.keeper._MOST_OF_TIME = 0.0, 1.0
+import server.pipeline, server.simulation.replay, server.simulation.resume
+import server.report.tensorboard
+from server.simulation import checkpointer
+checkpointer._EVERY_S, checkpointer._MOST_OF_TIME = 0.0, 1.0
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()

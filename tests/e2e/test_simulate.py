@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedcore.config import CANDIDATES
+from fedcore.config.run import CANDIDATES
 from fedcore.files import sha256_hex
 from tests.e2e.conftest import without_waiting
 

@@ -12,10 +12,10 @@ from typing import Any
 from flwr.app import Array, Message, RecordDict
 from safetensors.torch import save
 
-from edge_client.node.loop import read_settings
+from edge_client.agent.loop import read_settings
+from fedcore.config.owner import OPEN_POLICY
 from fedcore.flower.fleet_pull import Announced, read_content
 from fedcore.flower.identity import assume_identity
-from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated
 from fedcore.training.client import Client, check_instruction, model_of
 from fedcore.updates.messages import read_instruction, weights_record

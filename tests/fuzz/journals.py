@@ -13,11 +13,11 @@ from random import Random
 from typing import Any
 
 from fedcore.flower.identity import assume_identity
-from server.entries import _digest
-from server.journal import create, reopen
-from server.journal_head import HEAD, JOURNAL, RECORDS
+from server.live.journal.entries import _digest
+from server.live.journal.head import HEAD, JOURNAL, RECORDS
+from server.live.journal.journal import create, reopen
 from tests.fuzz.mutate import damage, damaged, packed, parsed, unpacked, written
-from tests.unit.server.journals import IDENTITY, answer, asked, progress, record
+from tests.unit.server.live.journal.journals import IDENTITY, answer, asked, progress, record
 
 _WORDS = ("train", "commit", "array", "|u1", "<f4", "|O", "FedAvgM", "model", "record", "0" * 64)
 _COLUMNS = ("kind", "round", "node", "doc", "data", "sha256")

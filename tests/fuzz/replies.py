@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import InvalidUpdate, ResourceError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.flower.identity import assume_identity
-from fedcore.metrics import ACCURACY, RMSE
+from fedcore.task.metrics import ACCURACY, RMSE
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.pack import Layout
 from fedcore.updates.replies import Asked, check_legible, read_reply
 from fedcore.updates.seal import base_digest, content_digest, seal, unseal
-from server.expected import asked_for_sums, asked_to_evaluate, asked_to_train
-from server.inbound import failure_of
+from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
+from server.rounds.inbound import failure_of
 from tests.fuzz.mutate import NUMBERS, TEXTS, packed, unpacked
 from tests.fuzz.project import member_keys
 from tests.fuzz.wire import array, objects, odd_content, read_objects

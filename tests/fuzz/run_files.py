@@ -8,9 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fedcore.config import RunConfig
-from fedcore.owner import load_owner
-from fedcore.settings import load_run
+from fedcore.config.owner import load_owner
+from fedcore.config.run import RunConfig
+from fedcore.config.settings import load_run
 from tests.fuzz.mutate import Pairs, Raw, copied, damage, damaged, packed, unpacked
 
 _WORDS = (

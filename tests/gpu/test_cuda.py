@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.seeds import Simulated, torch_rng
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
 from fedcore.training.device import available
 from fedcore.training.local import train
 from fedcore.training.memory import free_bytes
@@ -121,9 +121,9 @@ def test_noise_of_the_system_reaches_sums_on_the_gpu(dtype: torch.dtype) -> None
 
 
 def test_fine_tuning_runs_over_nccl(tmp_path: Path) -> None:
-    from fedcore.model import build_model
-    from fedcore.settings import load_run
-    from fedcore.task import load_task
+    from fedcore.config.settings import load_run
+    from fedcore.task.definition import load_task
+    from fedcore.task.model import build_model
     from server.cloud import read_cloud_data
     from server.finetune.launch import fine_tune
 

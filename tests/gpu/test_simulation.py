@@ -10,21 +10,21 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
-from fedcore.model import FullModel
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
+from fedcore.task.model import FullModel
 from fedcore.training.local import train
 from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
-from server.simulation.chained import train_chained
-from server.simulation.vectorised import train_cohort
-from server.simulation.work import LocalWork, PrivateWork, Trained
+from server.simulation.batched.chained import train_chained
+from server.simulation.batched.vmap import train_cohort
+from server.simulation.batched.work import LocalWork, PrivateWork, Trained
 from tests.ways import way_of
 
 pytestmark = pytest.mark.gpu

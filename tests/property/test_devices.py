@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.config import DeviceClass
+from fedcore.config.run import DeviceClass
 from fedcore.errors import DataError
 from server.simulation.devices import SILENCE_S, Fate, Fleet, class_of, device_of, fate, settle
 from server.simulation.trace import COLUMNS, read_trace, window_at

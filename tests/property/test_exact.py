@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedcore.kernels.fixed_point import add_scaled
 from fedcore.updates.pack import Vector
-from server.aggregation.exact import AddScaled, ExactMean
+from server.rounds.aggregation.exact_mean import AddScaled, ExactMean
 
 VALUES = st.floats(-50, 50, width=32) | st.floats(-(2.0**-20), 2.0**-20, width=32)
 WEIGHTS = st.integers(1, 1000) | st.integers(1, 2**17)

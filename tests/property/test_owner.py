@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.config import Privacy, RunConfig
-from fedcore.owner import OwnerPolicy, tighten
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import Privacy, RunConfig
 
 EPSILONS = st.floats(0.01, 1e6)
 DELTAS = st.floats(1e-12, 1, exclude_max=True)

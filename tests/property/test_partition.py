@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.partition import Rows, by_column, dirichlet, iid, shards
+from fedcore.task.partition import Rows, by_column, dirichlet, iid, shards
 
 SEEDS = st.integers(0, 2**63 - 1)
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 
-from edge_client import confined
-from edge_client.clock import Floor, Judged, learned, looked, read_floor
-from edge_client.roots import anchor, parse_root
+from edge_client.delivery.clock import Floor, Judged, learned, looked, read_floor
+from edge_client.delivery.roots import anchor, parse_root
+from edge_client.inference import confined
 from fedcore.artifacts.manifest import parse_manifest
 from fedcore.artifacts.statements import moment_of, parse_epochs, stamp
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError

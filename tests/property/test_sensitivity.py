@@ -23,16 +23,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedcore.config import Client as Settings
-from fedcore.config import RunConfig
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import Client as Settings
+from fedcore.config.run import RunConfig
 from fedcore.errors import PrivacyError, UnsupportedLayer
-from fedcore.model import FullModel, build_model, preprocess_bytes
-from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import SystemEntropy, global_streams
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel, build_model, preprocess_bytes
 from fedcore.training.client import Client, learn
 from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum

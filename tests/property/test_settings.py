@@ -7,9 +7,9 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.config import Client, Federation, RunConfig, Serving
+from fedcore.config.run import Client, Federation, RunConfig, Serving
+from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
-from fedcore.settings import load_run
 
 RUNS = st.builds(
     RunConfig,

@@ -10,7 +10,7 @@ import torch
 from opacus.layers import DPGRU, DPLSTM, DPMultiheadAttention
 from torch import Tensor, nn
 
-from fedcore.task import Kind, Loss
+from fedcore.task.definition import Kind, Loss
 from tests.property import zoo_models as m
 from tests.property import zoo_state as s
 from tests.property.zoo_models import CLASSES, STEPS, TOKENS, WIDTH, made

@@ -14,7 +14,7 @@ import pytest
 from flwr.app import RecordDict
 from scipy.special import ndtr
 
-from fedcore.config import Privacy
+from fedcore.config.run import Privacy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
 from fedcore.privacy.losses import gaussian_epsilon

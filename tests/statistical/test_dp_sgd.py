@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws, SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan

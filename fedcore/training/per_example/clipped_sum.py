@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin_streams
-from fedcore.task import Examples, Loss
+from fedcore.task.definition import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
 from fedcore.training.per_example.ways import Kind, Part, Way, one_by_one, zero_totals

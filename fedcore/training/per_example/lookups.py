@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from fedcore.task import Loss
+from fedcore.task.definition import Loss
 from fedcore.training.per_example.clipping import norms
 from fedcore.training.per_example.mapping import vmap
 from fedcore.training.per_example.ways import (

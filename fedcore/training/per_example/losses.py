@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedcore.task import Loss
+from fedcore.task.definition import Loss
 from fedcore.training.per_example.mapping import vmap
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from fedcore.model import FullModel
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import kept_streams
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
 from fedcore.training.per_example.trial import made_up
 from fedcore.training.per_example.ways import Way

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedcore.errors import PrivacyError, UnsupportedLayer
-from fedcore.model import FullModel
 from fedcore.privacy.layers import check_layers
 from fedcore.seeds import drawn_outside_torch, global_streams
-from fedcore.task import Kind, Loss, Task
+from fedcore.task.definition import Kind, Loss, Task
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.lookups import by_lookups

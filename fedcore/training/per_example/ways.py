@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from fedcore.task import Loss
+from fedcore.task.definition import Loss
 from fedcore.training.per_example.chain import Chain, Conv, Run, left_apart, like_weight, stacked
 from fedcore.training.per_example.clipping import Gradient, example_gradients, norms, without
 from fedcore.training.per_example.losses import example_losses

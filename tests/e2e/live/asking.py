@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedcore.errors import ResourceError
-from server.live.reach import ask_here
+from server.live.operators.client import ask_here
 
 
 def status(project: Any) -> dict[str, Any]:

@@ -21,23 +21,23 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from edge_client.node.loop import Device, run_device
-from edge_client.node.state import own
-from edge_client.node.wake import Signals
-from fedcore.config import RunConfig
+from edge_client.agent.loop import Device, run_device
+from edge_client.agent.state import own
+from edge_client.agent.wake import Signals
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import RunConfig
 from fedcore.crypto.certificates import pem
 from fedcore.crypto.issue import issue_authority, issue_member, issue_server
 from fedcore.crypto.keys import new_key, save_key
 from fedcore.crypto.kit import Kit, KitFile, load_kit, write_kit
 from fedcore.crypto.roster import Entry, RosterFile, ServerIdentity, load_server_identity
 from fedcore.files import write_atomic
-from fedcore.owner import OPEN_POLICY
 from fedcore.rpc.hello import hello_of
 from fedcore.seeds import Simulated
-from fedcore.task import load_task
-from server.live.limits import Limits
-from server.live.serve import Address, Listening, listen
-from server.live.settings import device_settings
+from fedcore.task.definition import load_task
+from server.live.network.limits import Limits
+from server.live.network.serve import Address, Listening, listen
+from server.live.rounds.settings import device_settings
 
 TASK = '''
 import torch
@@ -391,7 +391,7 @@ def launch_device(project: Project, launch: Launch) -> Callable[..., Program]:
     def starting(name: str, *arguments: str) -> Program:
         project.device(name)
         return launch(
-            "edge_client.node.commands:start",
+            "edge_client.agent.commands:start",
             *("start", "--kit", str(project.root / name), "--task", str(project.task)),
             *arguments,
         )

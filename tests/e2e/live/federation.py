@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fedcore.seeds import Simulated
-from fedcore.task import load_task
-from server.app import Listener, server_app
+from fedcore.task.definition import load_task
 from server.records import RoundRecord
+from server.rounds.app import Listener, server_app
 
 
 def federate(

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+import edge_client.agent.loop as loop
 import edge_client.doctor
-import edge_client.node.loop as loop
 from fedcore.crypto.kit import Kit, load_kit, parse_kit_file, write_kit
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.rpc.hello import hello_of

@@ -13,8 +13,8 @@ import pytest
 
 from fedcore.errors import INTERRUPTED, ConfigError, ResourceError
 from server.live.resume import open_run
-from server.progress import Progress
-from server.strategy_state import Remembered
+from server.rounds.checkpointing import Progress
+from server.rounds.strategy_state import Remembered
 
 
 def begun(project: Any, *, ended: bool) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_client.node.ledger_book import LEDGER, MARK
-from fedcore.config import Privacy
+from edge_client.ledger.book import LEDGER, MARK
+from fedcore.config.run import Privacy
 from fedcore.privacy.accounting import Charge, epsilon_of
 
 PRIVATE = (

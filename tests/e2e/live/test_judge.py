@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from fedcore.errors import RoundFailed
-from fedcore.model import FullModel, build_model
 from fedcore.observability.events import Event
 from fedcore.rpc.hello import hello_of
-from fedcore.task import load_task
-from server.live import judge as judge_module
-from server.live.judge import JudgeOnDevices
-from server.live.serve import Address
-from server.live.settings import device_settings
+from fedcore.task.definition import load_task
+from fedcore.task.model import FullModel, build_model
+from server.live.network.serve import Address
+from server.live.rounds import judge as judge_module
+from server.live.rounds.judge import JudgeOnDevices
+from server.live.rounds.settings import device_settings
 
 
 def judging(project: Any, *, drained: Collection[str] = ()) -> tuple[JudgeOnDevices, FullModel]:

@@ -13,9 +13,9 @@ import grpc
 import pytest
 from flwr.app import Message, RecordDict
 
-from edge_client.node import loop, wake
-from edge_client.node.ledger import LEDGER, MARK
-from fedcore.config import Privacy
+from edge_client.agent import loop, wake
+from edge_client.ledger.ledger import LEDGER, MARK
+from fedcore.config.run import Privacy
 from fedcore.errors import DeviceError, FedcoreError, TrustError
 from fedcore.updates.messages import STATISTICS
 from tests.e2e.live.federation import federate

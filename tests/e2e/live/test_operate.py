@@ -19,9 +19,9 @@ import pytest
 
 from fedcore.crypto.kit import client_context
 from fedcore.errors import ConfigError, DataError, ResourceError, TrustError
-from server.live.audit import check_audit
-from server.live.reach import OPERATE, SOCKET, ask_here, ask_there, reachable
-from server.live.request import MAX_REQUEST_BYTES
+from server.audit import check_audit
+from server.live.operators.client import OPERATE, SOCKET, ask_here, ask_there, reachable
+from server.live.operators.protocol import MAX_REQUEST_BYTES
 from tests.e2e.live.asking import status, wait_for
 
 

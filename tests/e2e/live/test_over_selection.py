@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from edge_client.node.ledger import LEDGER
-from server.live.reach import ask_here
+from edge_client.ledger.ledger import LEDGER
+from server.live.operators.client import ask_here
 
 SLOW = """    if client == "edge-2":
         import time

@@ -12,7 +12,7 @@ import torch
 
 from fedcore.errors import RoundFailed
 from fedcore.files import sha256_hex
-from server.live.reach import ask_here
+from server.live.operators.client import ask_here
 
 
 def there(project: Any) -> int:

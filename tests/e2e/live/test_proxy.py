@@ -14,7 +14,7 @@ import pytest
 from edge_client.doctor import examine
 from fedcore.crypto.kit import load_kit
 from fedcore.errors import ResourceError
-from server.live.reach import ask_there
+from server.live.operators.client import ask_there
 from tests.e2e.live.asking import status, wait_for
 
 

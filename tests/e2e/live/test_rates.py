@@ -13,8 +13,8 @@ from fedcore.errors import DeviceError
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import Unreachable
 from fedcore.rpc.hello import hello_of
-from server.live.gate import Gate
-from server.live.limits import Limits
+from server.live.network.gate import Gate
+from server.live.network.limits import Limits
 from tests.e2e.live.federation import federate
 
 NAMES = ("edge-0", "edge-1")

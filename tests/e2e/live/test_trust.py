@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-import edge_client.node.loop as loop
+import edge_client.agent.loop as loop
 import fedcore.flower.fleet_client as fleet_client
 from fedcore.crypto.certificates import pem
 from fedcore.crypto.issue import issue_member
@@ -28,10 +28,10 @@ from fedcore.errors import CertificateRefused, ConfigError, DeviceError, TrustEr
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated
 from fedcore.rpc.hello import hello_of
-from server.live.limits import Limits, Refusals, Uploads
-from server.live.presence import Presence
-from server.live.reach import ask_there
-from server.live.wake import Wakeups, serve_wakeups
+from server.live.network.limits import Limits, Refusals, Uploads
+from server.live.network.presence import Presence
+from server.live.network.wake import Wakeups, serve_wakeups
+from server.live.operators.client import ask_there
 from tests.e2e.live.stranger import stranger
 
 

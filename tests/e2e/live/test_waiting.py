@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from fedcore.errors import ConfigError, FedcoreError
-from server.live.audit import check_audit
-from server.live.control import Control
-from server.live.reach import SOCKET, ask_here, reachable
-from server.live.request import Asker
-from server.progress import Forgetful, Progress
-from server.strategy_state import Remembered
+from server.audit import check_audit
+from server.live.operators.client import SOCKET, ask_here, reachable
+from server.live.operators.control import Control
+from server.live.operators.protocol import Asker
+from server.rounds.checkpointing import Forgetful, Progress
+from server.rounds.strategy_state import Remembered
 from tests.e2e.live.asking import status, wait_for
 
 

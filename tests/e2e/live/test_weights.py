@@ -15,11 +15,11 @@ from flwr.app import Message
 from fedcore.crypto.roster import Roster
 from fedcore.flower.fleet_grid import GRACE_S, Stopped
 from fedcore.seeds import Simulated
-from fedcore.task import load_task
-from server.app import Listener, server_app
-from server.journal import Journal, create, reopen
-from server.live.journal_keeper import JournalGrid, JournalKeeper
-from server.live.members import Members
+from fedcore.task.definition import load_task
+from server.live.journal.journal import Journal, create, reopen
+from server.live.rounds.journaled import JournalGrid, JournalKeeper
+from server.live.rounds.members import Members
+from server.rounds.app import Listener, server_app
 from tests.e2e.live.test_live_rounds import wait_for
 
 NAMES = ("edge-0", "edge-1")

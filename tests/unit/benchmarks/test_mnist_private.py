@@ -18,7 +18,7 @@ from benchmarks.mnist_private import (
     trained_of,
 )
 from benchmarks.workloads import TASKS
-from fedcore.task import load_task
+from fedcore.task.definition import load_task
 
 PIXELS_TASK = TASKS / "mnist_pixels.py"
 

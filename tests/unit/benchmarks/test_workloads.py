@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.campaign import MILLION, PLANS
 from benchmarks.workloads import read_workload, run_file
-from fedcore.settings import load_run
+from fedcore.config.settings import load_run
 
 NAMES = [plan.workload for plan in PLANS] + [MILLION]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from edge_client import store
 from edge_client.commands import device
+from edge_client.delivery import store
 from fedcore.errors import ConfigError, DataError, DeviceError, LimitExceeded
 from fedcore.files import sha256_hex
 from tests import hostile_models as hostile

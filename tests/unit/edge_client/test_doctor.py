@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.clock import Floor, write_floor
+from edge_client.delivery.clock import Floor, write_floor
 from edge_client.doctor import _releases_clock, examine
 from fedcore import doctor
 from fedcore.errors import ConfigError
@@ -46,8 +46,8 @@ def test_a_damaged_floor_is_a_finding(tmp_path: Path) -> None:
 def test_a_device_that_only_infers_is_looked_at(
     publisher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from edge_client.source import folder_source
-    from edge_client.update import update
+    from edge_client.delivery.source import folder_source
+    from edge_client.delivery.update import update
 
     publisher.publish()
     store = tmp_path / "store"

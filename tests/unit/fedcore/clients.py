@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedcore.client_app import DurableLedger, client_app
-from fedcore.config import RunConfig
-from fedcore.model import build_model, preprocess_bytes
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.run import RunConfig
 from fedcore.privacy.ledger import NO_OTHER_RUNS
 from fedcore.seeds import Simulated, SystemEntropy, torch_rng
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import build_model, preprocess_bytes
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,

@@ -24,7 +24,7 @@ sys.exit(main({words!r}))
 
 
 @pytest.mark.parametrize(
-    "name", ["argparse", "importlib.metadata", "fedcore.errors", "fedcore.scaffold"]
+    "name", ["argparse", "importlib.metadata", "fedcore.errors", "fedcore.task.templates"]
 )
 def test_ctrl_c_while_a_command_loads_leaves_no_traceback(name: str, tmp_path: Path) -> None:
     code = _RUN.format(name=name, words=["new", "turbines"])

@@ -11,9 +11,9 @@ from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from fedcore.config.owner import OwnerPolicy
 from fedcore.flower.identity import assume_identity
-from fedcore.model import build_model
-from fedcore.owner import OwnerPolicy
+from fedcore.task.model import build_model
 from fedcore.updates.messages import (
     ARRAYS,
     METRICS,

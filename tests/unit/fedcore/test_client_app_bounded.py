@@ -9,10 +9,10 @@ import pytest
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.flower.identity import assume_identity
-from fedcore.model import build_model
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import build_model
 from fedcore.updates.messages import CLIP_NORM, CONFIG, Update
 from fedcore.updates.pack import pack
 from tests.unit.fedcore.test_client_app import (

@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore.client_app import DurableLedger, client_app
-from fedcore.config import Privacy, RunConfig
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import Privacy, RunConfig
 from fedcore.errors import PrivacyError
-from fedcore.owner import OPEN_POLICY
 from fedcore.privacy.ledger import OtherRuns
 from fedcore.seeds import Randomness, Simulated, SystemEntropy
-from fedcore.task import Task
+from fedcore.task.definition import Task
 
 DATA = TensorDataset(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
 TASK = Task(

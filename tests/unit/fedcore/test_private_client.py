@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.client_app import DurableLedger, client_app
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
-from fedcore.model import build_model
 from fedcore.observability.words import epsilon_text
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, read_ledger, write_ledger
 from fedcore.seeds import SystemEntropy
+from fedcore.task.model import build_model
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINED,

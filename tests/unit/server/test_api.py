@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedcore.errors import ConfigError
-from fedcore.task import Examples, Task
+from fedcore.task.definition import Examples, Task
 from server import api
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import ConfigError, TaskError
-from fedcore.scaffold import KINDS, write_scaffold
+from fedcore.task.templates import KINDS, write_scaffold
 from server.check import Finding, check_task, print_finding, print_findings
 
 STEPS = [
@@ -105,7 +105,7 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
             "does not require grad",
         ),
         (
-            "from fedcore.metrics import Metric\n"
+            "from fedcore.task.metrics import Metric\n"
             "values['metrics'] = (Metric('m', lambda o, t: o[99], higher_is_better=True),)",
             "metrics",
             "IndexError",

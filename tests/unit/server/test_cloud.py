@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from fedcore.errors import DataError
-from fedcore.task import Examples, Task, size_of
+from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
 from server.cloud import CloudData, read_cloud_data
 

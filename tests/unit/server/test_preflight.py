@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore import Task
-from fedcore.config import RunConfig
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.run import RunConfig
 from fedcore.errors import (
     ConfigError,
     DataError,
@@ -24,10 +25,9 @@ from fedcore.errors import (
     TaskError,
     UnsupportedLayer,
 )
-from fedcore.owner import OPEN_POLICY, OwnerPolicy
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
 from server.preflight import prepare
-from server.release import initialise
+from server.release.publish import initialise
 
 
 def examples(width: int = 4) -> Examples:

@@ -37,7 +37,7 @@ from fedcore.flower.fleet import node_id_of
 from fedcore.flower.fleet_grid import Stopped
 from fedcore.rpc.hello import hello_of
 from fedcore.updates.seal import run_digest, seal
-from server.live.settings import device_settings
+from server.live.rounds.settings import device_settings
 
 FLEET = "/v1/fleet"
 CONTENT = RecordDict({"c": ConfigRecord({"x": 1})})

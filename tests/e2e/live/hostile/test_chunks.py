@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedcore.updates.messages import weights_record
 from fedcore.updates.pieces import JoinedArray
-from server.live.limits import Limits
+from server.live.network.limits import Limits
 
 FLEET = "/v1/fleet"
 VALUES = np.random.default_rng(0).random(200_000, np.float32)

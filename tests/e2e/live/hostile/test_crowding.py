@@ -25,7 +25,7 @@ from fedcore.crypto.kit import Kit, client_context, load_kit, parse_kit_file, wr
 from fedcore.crypto.roster import Entry
 from fedcore.rpc import wake_pb2 as wake
 from fedcore.rpc.wake_pb2_grpc import WakeStub
-from server.live.limits import Limits
+from server.live.network.limits import Limits
 from tests.e2e.live.federation import federate
 
 CALL = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\n"

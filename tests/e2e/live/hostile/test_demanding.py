@@ -19,7 +19,7 @@ from fedcore.errors import DeviceError
 from fedcore.flower import fleet_api
 from fedcore.flower.fleet_api import Caller, Large, Route
 from fedcore.updates.messages import REFUSED, instruction_config, weights_record
-from server.live import gate
+from server.live.network import gate
 
 PULL = "/v1/fleet/pull-object"
 OWNER = "max_memory_bytes = 200000000\n"
@@ -50,8 +50,8 @@ def bomb(fleet: Any, caller: Caller, body: Any) -> Any:
 def content_of(project: Any) -> Any:
     from flwr.app import RecordDict
 
-    from fedcore.model import build_model, preprocess_bytes
-    from fedcore.task import load_task
+    from fedcore.task.definition import load_task
+    from fedcore.task.model import build_model, preprocess_bytes
     from fedcore.updates.pack import layout_of, pack
 
     model = build_model(load_task(project.task), project.run())

@@ -33,7 +33,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from fedcore.observability.lines import OneLine
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
-from server.live.limits import Limits
+from server.live.network.limits import Limits
 
 FLEET = "/v1/fleet"
 CALLS = 2000

@@ -31,8 +31,8 @@ from flwr.app import (
 from fedcore.crypto.keys import new_key
 from fedcore.updates.messages import weights_record
 from fedcore.updates.replies import Asked, Form, Range
-from server.inbound import Intake, Tally, accepted
-from server.live.limits import Limits
+from server.live.network.limits import Limits
+from server.rounds.inbound import Intake, Tally, accepted
 
 COUNT = int(os.environ.get("FEDCORE_HOSTILE", "40"))
 """Of each class."""

@@ -30,7 +30,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 
 from fedcore.crypto.kit import client_context
 from fedcore.updates.messages import REFUSED
-from server.live.limits import Limits
+from server.live.network.limits import Limits
 
 FLEET = "/v1/fleet"
 

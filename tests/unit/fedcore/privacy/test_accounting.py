@@ -8,7 +8,7 @@ import pytest
 from opacus.accountants import RDPAccountant
 from scipy.stats import norm
 
-from fedcore.config import Privacy
+from fedcore.config.run import Privacy
 from fedcore.errors import BudgetExhausted, PrivacyError
 from fedcore.privacy import accounting
 from fedcore.privacy.accounting import (

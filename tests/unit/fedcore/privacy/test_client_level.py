@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedcore.config import Privacy
+from fedcore.config.run import Privacy
 from fedcore.errors import InvalidUpdate
 from fedcore.privacy.client_level import Bound, bounded, clip, distance
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, UNCLIPPED, Instruction

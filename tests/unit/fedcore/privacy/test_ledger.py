@@ -6,10 +6,10 @@ from typing import Literal
 import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedcore.config import Privacy
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import Privacy
 from fedcore.errors import BudgetExhausted, PrivacyError
 from fedcore.observability.words import epsilon_text
-from fedcore.owner import OwnerPolicy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import (
     Ledger,

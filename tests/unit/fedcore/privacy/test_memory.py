@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fedcore.privacy
-from fedcore.config import Privacy
+from fedcore.config.run import Privacy
 from fedcore.privacy import accounting
 from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
 from fedcore.privacy.ledger import Ledger, charge, room

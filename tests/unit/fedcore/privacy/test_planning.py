@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan, plan_for
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
 
 PRIVACY = Privacy(unit="example", target_delta=1e-3)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from edge_client.node.wake import Signals
+from edge_client.agent.wake import Signals
 from fedcore.rpc.jitter import spread_s
 
 

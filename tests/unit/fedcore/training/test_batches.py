@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fedcore.errors import DataError
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
 from fedcore.training.batches import gather, in_order, shuffled, split
 
 DATA: Any = TensorDataset(torch.arange(10.0).reshape(10, 1), torch.arange(10))

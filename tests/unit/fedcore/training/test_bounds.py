@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from fedcore.config.owner import OwnerPolicy
 from fedcore.errors import OwnerLimit
-from fedcore.owner import OwnerPolicy
 from fedcore.training.bounds import Bounds, bounds_of, resident_bytes, unbounded
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedcore.config import DeviceChoice
+from fedcore.config.run import DeviceChoice
 from fedcore.errors import ConfigError
 from fedcore.training.device import available
 

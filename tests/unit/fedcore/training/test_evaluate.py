@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore.errors import DataError
-from fedcore.metrics import ACCURACY, RMSE, Metric
+from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.training import evaluate as module
 from fedcore.training.evaluate import evaluate, outputs_of
 

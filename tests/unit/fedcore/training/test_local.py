@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.errors import TrainingDiverged
 from fedcore.seeds import torch_rng
 from fedcore.training.local import make_optimizer, proximal, train

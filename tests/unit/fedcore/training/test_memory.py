@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import InsufficientMemory
 from fedcore.training.memory import check_memory, free_bytes, memory_errors, needed_bytes
 
@@ -49,7 +49,7 @@ PEAK = """
 import gc, re, torch
 from pathlib import Path
 from torch import nn
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan

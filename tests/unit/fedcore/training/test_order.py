@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.seeds import torch_rng
 from fedcore.training import order as module
 from fedcore.training.batches import shuffled

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import UnsupportedLayer
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan, plan
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples, size_of
+from fedcore.task.definition import Examples, size_of
 from fedcore.training.batches import gather
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.ways import one_by_one

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from fedcore import Task, load_task
-from fedcore.config import Compression, Finetune, RunConfig
-from fedcore.model import FullModel, build_model
+from fedcore.config.run import Compression, Finetune, RunConfig
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
+from fedcore.task.model import FullModel, build_model
 from fedcore.training.local import train
 from server.cloud import CloudData, read_cloud_data
 from server.compression.compress import Compressed, compress

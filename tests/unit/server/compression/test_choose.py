@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.config import Compression
+from fedcore.config.run import Compression
 from fedcore.errors import CompressionError
 from server.compression.choose import choose
 from server.records import CandidateRecord

@@ -18,11 +18,11 @@ from torch.utils.data import Subset, TensorDataset
 
 from fedcore import Task
 from fedcore.artifacts.golden import golden_bytes, parse_golden
-from fedcore.config import CANDIDATES, RunConfig
+from fedcore.config.run import CANDIDATES, RunConfig
 from fedcore.errors import CompressionError, ParityError
 from fedcore.files import sha256_hex
-from fedcore.model import FullModel
-from fedcore.task import Kind, size_of
+from fedcore.task.definition import Kind, size_of
+from fedcore.task.model import FullModel
 from server.cloud import CloudData
 from server.compression.candidates import ALL
 from server.compression.compress import Compressed, compress
@@ -154,7 +154,7 @@ _ELSEWHERE = """
 import json, runpy, sys
 from fedcore import load_task
 from fedcore.files import sha256_hex
-from fedcore.model import FullModel
+from fedcore.task.model import FullModel
 from pathlib import Path
 from server.cloud import read_cloud_data
 from server.compression.compress import compress

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedcore import Task
-from fedcore.config import Finetune
+from fedcore.config.run import Finetune
 from fedcore.errors import CompressionError
-from fedcore.metrics import ACCURACY
-from fedcore.model import FullModel
+from fedcore.task.metrics import ACCURACY
+from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.compression.prune import prune_and_recover, prune_channels

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fedcore.errors import CompressionError
 from server.compression.compress import Compressed
+from server.compression.export import export_onnx
 from server.compression.quantise import int8_dynamic, int8_static, saturates
 from server.compression.runtime import answer, open_session
-from server.export import export_onnx
 
 
 def weights(raw: bytes) -> dict[str, onnx.TensorProto]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from server.compression.export import export_onnx
 from server.compression.timing import time_candidates, time_in_turn
-from server.export import export_onnx
 
 
 def spin(seconds: float) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore.config import Finetune, RunConfig
+from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import RoundFailed, TrainingDiverged, TrainingError
-from fedcore.metrics import ACCURACY
-from fedcore.model import FullModel, build_model
-from fedcore.task import Task, load_task
+from fedcore.task.definition import Task, load_task
+from fedcore.task.metrics import ACCURACY
+from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
 from server.cloud import CloudData, read_cloud_data
 from server.finetune.launch import Finetuned, fine_tune, passes
-from server.judging import Judge, Judgement
+from server.rounds.judging import Judge, Judgement
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from fedcore import Task
-from fedcore.metrics import ACCURACY, Metric
+from fedcore.task.metrics import ACCURACY, Metric
 
 rng = torch.Generator().manual_seed(0)
 targets = torch.randint(3, (120,), generator=rng)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import TrainingDiverged, TrainingError
-from fedcore.model import build_model, checkpoint_bytes
-from fedcore.task import load_task
+from fedcore.task.definition import load_task
+from fedcore.task.model import build_model, checkpoint_bytes
 from server.finetune.job import Job, trained
 from server.finetune.worker import work
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from server.live.commands import _address, _kept, start
-from server.live.operator_commands import OPERATOR_VERBS
+from server.live.operators.commands import OPERATOR_VERBS
 from server.live.run import Deployment
 
 

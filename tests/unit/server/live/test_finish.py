@@ -17,24 +17,24 @@ from torch.utils.data import TensorDataset
 
 from fedcore import Task
 from fedcore.artifacts.manifest import Manifest
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, DataError, ReleaseError
 from fedcore.files import write_atomic, write_json
-from fedcore.model import FullModel, build_model
 from fedcore.observability.events import Event
-from fedcore.task import Examples
+from fedcore.task.definition import Examples
+from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
-from server import final_test
-from server.app import Outcome
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned
-from server.judging import Judge, Judgement
 from server.live import finish as finish_module
 from server.live.finish import check_finish, finish
 from server.records import RoundRecord
-from server.release import history, initialise, publish
-from server.rounds import Federated
+from server.release import final_test
+from server.release.publish import history, initialise, publish
+from server.rounds.app import Outcome
+from server.rounds.judging import Judge, Judgement
+from server.rounds.loop import Federated
 
 NOW = datetime.now(UTC)
 
@@ -198,9 +198,9 @@ POINTS = {
 def test_whatever_it_dies_of_each_step_is_done_once(site: Site, point: str) -> None:
     write = dies_before(point)
     with site.patch.context() as patch:
-        for module in ("server.live.finish", "server.pipeline", "server.folder"):
+        for module in ("server.live.finish", "server.pipeline", "server.report.folder"):
             patch.setattr(f"{module}.write_atomic", write)
-        patch.setattr("server.folder.write_json", write)
+        patch.setattr("server.report.folder.write_json", write)
         with pytest.raises(Died):
             site.finish()
     assert not (site.folder / "summary.json").exists()
@@ -250,7 +250,7 @@ def test_devices_are_asked_once_however_often_it_dies(site: Site, margin: float)
         return Judgement(3, 30, 0.5, 0.6, margin)
 
     with site.patch.context() as patch:
-        patch.setattr("server.folder.write_json", dies_before("summary.json"))
+        patch.setattr("server.report.folder.write_json", dies_before("summary.json"))
         with pytest.raises(Died):
             site.finish(judge)
     site.finish(judge)
@@ -262,7 +262,7 @@ def test_devices_are_asked_once_however_often_it_dies(site: Site, margin: float)
 @pytest.mark.parametrize("name", ["candidate.safetensors", "golden.safetensors", "fp32.onnx"])
 def test_a_step_whose_file_is_damaged_is_done_again(site: Site, name: str) -> None:
     with site.patch.context() as patch:
-        patch.setattr("server.folder.write_json", dies_before("summary.json"))
+        patch.setattr("server.report.folder.write_json", dies_before("summary.json"))
         with pytest.raises(Died):
             site.finish()
     path = site.folder / "steps" / name
@@ -286,7 +286,7 @@ def test_settings_that_were_changed_after_a_failure_count(site: Site) -> None:
         update={"finetune": run.finetune.model_copy(update={"learning_rate": 0.01})}
     )
     with site.patch.context() as patch:
-        patch.setattr("server.folder.write_json", dies_before("summary.json"))
+        patch.setattr("server.report.folder.write_json", dies_before("summary.json"))
         with pytest.raises(Died):
             site.finish()
     site.run = run

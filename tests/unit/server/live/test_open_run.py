@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
-from server.journal_head import HEAD, JOURNAL, RECORDS
+from server.live.journal.head import HEAD, JOURNAL, RECORDS
 from server.live.resume import FOLDER, STEPS, Complete, has_journal, open_run
-from server.progress import Progress
-from server.strategy_state import Remembered
-from tests.unit.server.journals import progress, record
+from server.rounds.checkpointing import Progress
+from server.rounds.strategy_state import Remembered
+from tests.unit.server.live.journal.journals import progress, record
 
 RELEASE = {"release": {"repository": "releases", "keys": "keys"}}
 

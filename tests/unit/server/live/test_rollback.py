@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.crypto.kit import KIT
 from fedcore.errors import ConfigError, PrivacyError
-from server.folder import held
-from server.journal import create, reopen
-from server.live.audit import AUDIT
+from server.audit import AUDIT
 from server.live.commands import rollback
+from server.live.journal.journal import create, reopen
 from server.live.resume import FOLDER
 from server.live.rollback import RolledBack, roll_back
-from server.protection import ClientPlan, Protection
-from tests.unit.server.journals import IDENTITY, LARGE, progress, record
+from server.report.folder import held
+from server.rounds.protection import ClientPlan, Protection
+from tests.unit.server.live.journal.journals import IDENTITY, LARGE, progress, record
 
 RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})
 

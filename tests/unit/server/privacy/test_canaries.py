@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.errors import PrivacyError
-from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Simulated
-from fedcore.task import Examples, Task
+from fedcore.task.definition import Examples, Task
+from fedcore.task.model import FullModel
 from server.privacy.canaries import private_training, release
 
 TINY = 1e-5  # a noise multiplier below which nothing is hidden

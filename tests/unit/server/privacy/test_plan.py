@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.config import Client, Privacy
+from fedcore.config.run import Client, Privacy
 from fedcore.errors import ConfigError, PrivacyError, ResourceError
 from fedcore.privacy.accounting import Accountant, Charge, epsilon_of
 from server.privacy.plan import MAX_ROUNDS, Question, answer

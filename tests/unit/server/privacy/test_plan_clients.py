@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.config import RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
-from server.client_privacy import epsilon, protect
 from server.privacy.plan_clients import plan_clients
 from server.privacy.plan_command import plan
+from server.rounds.client_privacy import epsilon, protect
 
 
 def run_of(mechanism: str = "gaussian", **client: object) -> RunConfig:

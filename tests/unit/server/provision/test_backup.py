@@ -21,10 +21,10 @@ from fedcore.errors import (
     RollbackRefused,
     TrustError,
 )
+from server.audit import Audit, check_audit
 from server.doctor import _roster
-from server.live.audit import Audit, check_audit
-from server.live.drained import read_drained, write_drained
-from server.live.operate import sole
+from server.live.operators.drained import read_drained, write_drained
+from server.live.operators.endpoint import sole
 from server.provision.backup import backup, restore
 from server.provision.issue import Act, listing, revoke, sign_roster
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from fedcore.config import RunConfig
-from fedcore.model import FullModel
+from fedcore.config.run import RunConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
-from fedcore.task import Task
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel
 from server.simulation import clients
 from server.simulation.clients import client_records
 from server.simulation.state import State

@@ -10,9 +10,9 @@ import pytest
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from pydantic import ValidationError
 
-from fedcore.config import DeviceClass, Federation, RunConfig, Simulation
+from fedcore.config.run import DeviceClass, Federation, RunConfig, Simulation
+from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError, DataError
-from fedcore.settings import load_run
 from server.simulation.devices import (
     SILENCE_S,
     Device,

@@ -16,19 +16,19 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore import Task
-from fedcore.config import RunConfig
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError, RoundFailed
-from fedcore.owner import OPEN_POLICY
 from fedcore.seeds import Simulated, torch_rng
-from fedcore.task import Examples, Folder
+from fedcore.task.definition import Examples, Folder
 from fedcore.updates.pack import Vector
-from server.app import Listener, Outcome, server_app
-from server.cohort import select
 from server.records import RoundRecord
-from server.simulation.choice import Choice
+from server.rounds.app import Listener, Outcome, server_app
+from server.rounds.cohort import select
 from server.simulation.devices import read_fleet
 from server.simulation.federate import federate
 from server.simulation.state import State
+from server.simulation.workers.autotune import Choice
 
 NAMES = [f"client-{place}" for place in range(6)]
 

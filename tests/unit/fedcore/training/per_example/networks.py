@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcore.seeds import global_streams, torch_rng
-from fedcore.task import Loss
+from fedcore.task.definition import Loss
 
 
 class Text(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from fedcore.model import FullModel
-from fedcore.task import Examples, Loss
+from fedcore.task.definition import Examples, Loss
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum, read_batch
 from fedcore.training.per_example.trial import find_way
 from fedcore.training.per_example.ways import Way, by_vmap, one_by_one

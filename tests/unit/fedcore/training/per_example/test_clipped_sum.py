@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fedcore.seeds import global_streams, torch_rng
-from fedcore.task import Examples, Loss
+from fedcore.task.definition import Examples, Loss
 from fedcore.training.per_example.clipped_sum import Batch, ClippedSum, clipped_sum, read_batch
 from fedcore.training.per_example.ways import Way, by_vmap, one_by_one, trained
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
-from fedcore.model import FullModel
+from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
 from fedcore.training.per_example.cpu import by_kernels
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
-from server.simulation.chained import train_chained
-from server.simulation.work import LocalWork, PrivateWork
+from server.simulation.batched.chained import train_chained
+from server.simulation.batched.work import LocalWork, PrivateWork
 from tests.ways import way_of
 
 IMAGE = torch.randn(2, 2, 8, 8)

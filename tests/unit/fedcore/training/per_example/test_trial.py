@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config import Client
+from fedcore.config.run import Client
 from fedcore.errors import PrivacyError, UnsupportedLayer
-from fedcore.model import FullModel
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.task import Examples, Kind, Loss
+from fedcore.task.definition import Examples, Kind, Loss
+from fedcore.task.model import FullModel
 from fedcore.training.per_example.trial import made_up
 from fedcore.training.private import train_private
 from tests import ways

@@ -1,0 +1,152 @@
+"""``fedcore client start``: the device at work."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_client.agent.stopping import told_to_stop
+from fedcore.cli import Command
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, load_owner
+from fedcore.crypto.kit import Kit, load_kit
+from fedcore.errors import CertificateRefused
+from fedcore.observability.patience import loading_told
+from fedcore.rpc.proxy import check_proxies
+from fedcore.rpc.tls import only_tls_1_3, quiet_core
+
+if TYPE_CHECKING:
+    from edge_client.agent.state import DeviceFolder
+    from edge_client.agent.wake import Signals
+
+log = logging.getLogger("fedcore.device")
+
+
+def _start_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kit",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder that `fedcore client install` put the kit into, as --kit kit",
+    )
+    parser.add_argument(
+        "--task",
+        type=Path,
+        required=True,
+        help="the task installed here, the same file as the server's, as --task task.py",
+    )
+    parser.add_argument(
+        "--owner", type=Path, help="what the owner of this device allows, as --owner owner.toml"
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="where this device keeps its ledger and finished updates, as --state "
+        "/var/lib/fedcore/device (default: `device` in the folder of the kit)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="write the log here, in files of 10 MiB of which six are kept, as --log device.log "
+        "(default: standard error)",
+    )
+
+
+def _start(options: argparse.Namespace) -> int:
+    loading = threading.Event()
+    with told_to_stop(loading) as told:
+        try:
+            _work(options, loading)
+        except BaseException as error:
+            if not told():
+                raise
+            if not isinstance(error, KeyboardInterrupt):  # an import makes another error of it
+                log.info("stopped, and met: %s: %s", type(error).__name__, error)
+    return 0
+
+
+def _work(options: argparse.Namespace, loading: threading.Event) -> None:
+    """Takes part until this process is told to stop; sets ``loading`` while torch is imported."""
+    kit = load_kit(options.kit)
+    if kit.role != "device":
+        raise CertificateRefused(
+            f"{options.kit}: this is the identity of the {kit.role} {kit.name!r}, expected a "
+            "device's. Nothing was started; enrol this machine as a device."
+        )
+    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
+    check_proxies(os.environ)
+    only_tls_1_3()  # before Flower, which imports grpc
+    quiet_core()
+    from fedcore.observability.lines import log_lines
+
+    with loading_told():  # on standard error: Flower would take a logger's place that is made first
+        from edge_client.agent.announce import announce
+        from edge_client.agent.policy import Pace, check_task, reason_to_rest, take_part
+        from edge_client.agent.state import own
+        from fedcore.flower.quiet import quiet
+
+    quiet()
+    log_lines(options.log or sys.stderr, throttled=True)
+    check_task(owner, options.task)
+    rate = owner.max_bandwidth_bytes_per_s
+    passed = Pace(rate).passed if rate else None
+    with own(options.state or options.kit / "device") as folder:
+        folder.belongs_to(kit.public, so="Nothing was started")  # also while its owner lets it rest
+        instance = secrets.token_hex(16)
+        if reason_to_rest(owner) is None:
+            # Before torch is imported: that takes long.
+            announce(kit, options.task, folder, instance, passed)
+        log.info("loading torch, and its compiler with it: some seconds, more the first time")
+        loading.set()
+        with loading_told(log.info):
+            import edge_client.agent.loop
+
+            edge_client.agent.loop.warm_up()
+        loading.clear()
+        take_part(_sessions(kit, owner, options.task, folder, instance, passed), owner)
+
+
+def _sessions(
+    kit: Kit,
+    owner: OwnerPolicy,
+    path: Path,
+    folder: DeviceFolder,
+    instance: str,
+    passed: Callable[[int], None] | None,
+) -> Callable[[Signals], None]:
+    """What a device does while its owner lets it; ``instance`` names the first session."""
+    from edge_client.agent.loop import Device, run_device
+    from edge_client.agent.policy import free_gpu, limit_gpu
+    from fedcore.task.definition import load_task
+
+    limit_gpu(owner)
+    device = Device(
+        kit,
+        load_task(path),
+        path,
+        owner,
+        folder,
+        passed=passed,
+        between_rounds=free_gpu if owner.free_gpu_between_rounds else None,
+    )
+    names = chain([instance], iter(lambda: secrets.token_hex(16), ""))
+    return lambda signals: run_device(replace(device, instance=next(names)), signals)
+
+
+start = Command(
+    help="take part in training with the task installed here, until stopped",
+    arguments=_start_arguments,
+    run=_start,
+    example="fedcore client start --kit kit --task task.py",
+)

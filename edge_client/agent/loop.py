@@ -1,0 +1,365 @@
+"""A device at work: pulls what the server asks, does it with the installed app, answers."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Error, Message, MessageType
+from flwr.clientapp import ClientApp
+from pydantic import ValidationError
+
+from edge_client.agent.demands import message_limit_bytes, reason_to_stop
+from edge_client.agent.policy import hours_left_s
+from edge_client.agent.state import DeviceFolder
+from edge_client.agent.wake import Signals, watch
+from edge_client.ledger.ledger import DeviceLedger, drop_idle, ledger_of
+from fedcore.client_app import DurableLedger, client_app, error_of
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import RunConfig
+from fedcore.crypto.keys import load_key
+from fedcore.crypto.kit import Kit
+from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
+from fedcore.files import sha256_hex
+from fedcore.flower.fleet_client import FleetLink
+from fedcore.flower.fleet_errors import NotActivated, Refused, Unreachable
+from fedcore.flower.fleet_pull import Announced
+from fedcore.flower.identity import assume_identity
+from fedcore.observability.faults import first_fault
+from fedcore.rpc.hello import SETTINGS, hello_of
+from fedcore.rpc.jitter import spread_s
+from fedcore.seeds import Randomness, SystemEntropy
+from fedcore.task.definition import Task, data_folder
+from fedcore.training.bounds import bounds_of
+from fedcore.training.mods import client_mods
+from fedcore.updates.messages import REFUSED
+from fedcore.updates.seal import run_digest, seal
+
+log = logging.getLogger("fedcore.device")
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S, _REFUSED_PAUSE_S = 0.2, 30.0, 600.0
+"""Pauses between two attempts: the first, and the longest where the server cannot be reached, or
+refuses this device."""
+_LAST_S = 1.0
+"""How long a device that ends waits for its stream's end, and for each step of its last call."""
+_LOOK_S = 60.0
+"""How often messages are looked for without any call; a stream that lost one costs no more."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device is made of."""
+
+    kit: Kit
+    task: Task
+    task_path: Path
+    owner: OwnerPolicy
+    folder: DeviceFolder
+    randomness: Randomness = field(default_factory=SystemEntropy)
+    instance: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Names this process, or this session of it, to the server."""
+    passed: Callable[[int], None] | None = None
+    """Hears how many bytes each call has moved, and may wait."""
+    between_rounds: Callable[[], None] | None = None
+    """Called when nothing is left to answer, after the run's model has been let go."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that the server asks this device to take part in."""
+
+    name: str
+    digest: str
+    """Of its settings and instance: a reply that was made under others is no reply."""
+    app: ClientApp
+    context: Context
+    ledger: DeviceLedger | None
+    """None where nothing is charged."""
+    durable: DurableLedger | None
+    """None where nothing is charged."""
+    most_bytes: int
+    """Of one message."""
+
+
+def run_device(device: Device, signals: Signals) -> None:
+    """Takes part until ``signals.stop`` is set.
+
+    A server that cannot be reached is tried again forever, with pauses that grow to 30 s. So is
+    one that no longer proves what it is, once it has let this device in; and one that refuses it
+    since, with pauses that grow to 10 minutes.
+
+    Raises:
+        TrustError: the server has never let this device in, or its certificate has expired.
+        DeviceError: it has not, as versions of protocol, app or task differ; the message says what
+            to install. Or the folder is another identity's.
+    """
+    instance = device.instance
+    link = FleetLink(
+        device.kit,
+        headers=hello_of(device.task.name, device.task_path).headers(instance),
+        stop=signals.stop,
+        let_in_before=device.folder.let_in_before(device.kit.public),
+        passed=device.passed,
+    )
+    watcher = threading.Thread(
+        target=watch, args=(instance, link, signals, device.passed), name="wake", daemon=True
+    )
+    runs: dict[int, _Run] = {}
+    try:
+        _persist(lambda: _activate(link, signals), signals)
+        device.folder.note_let_in(device.kit.public)
+        watcher.start()
+        while not signals.stop.is_set():
+            _persist(lambda: _turn(device, link, signals, runs), signals)
+    finally:
+        signals.stop.set()
+        signals.work.set()
+        signals.reconnect.set()
+        if watcher.is_alive():
+            watcher.join(timeout=_LAST_S)
+        _goodbye(link)
+        link.close()
+
+
+def warm_up() -> None:
+    """Has torch import what a first step of training imports, before the server waits for it."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.sum().backward()  # type: ignore[no-untyped-call]
+    torch.optim.SGD([weight]).step()
+
+
+def _persist(work: Callable[[], None], signals: Signals) -> None:
+    """Does ``work`` until the server has been reached for it, or this process is to end."""
+    failures, told = Counter[float](), set[type[Exception]]()
+    while not signals.stop.is_set():
+        last_s = _LAST_PAUSE_S
+        try:
+            return work()
+        except NotActivated:
+            signals.activate.set()
+        except (Unreachable, InvalidUpdate) as error:
+            refused = isinstance(error, Refused | InvalidUpdate)
+            if type(error) not in told:
+                what = "this device keeps trying" if refused else "the server cannot be reached"
+                log.warning("%s: %s", what, error)
+            told.add(type(error))
+            if refused:
+                last_s = _REFUSED_PAUSE_S
+            signals.work.set()  # what it was at is asked for again
+        failures[last_s] += 1  # counted apart: a refusal after a long outage is the first one
+        longest = min(last_s, _FIRST_PAUSE_S * 1.25 ** min(failures[last_s], 100))
+        signals.stop.wait(spread_s(longest, 0.5, 1.0))
+    return None
+
+
+def _activate(link: FleetLink, signals: Signals) -> None:
+    signals.activate.clear()
+    link.activate()
+    log.info("activated as node %d", link.node_id)
+    signals.reconnect.set()
+    signals.work.set()
+
+
+def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run]) -> None:
+    """Waits for a call, and answers every message that there is."""
+    signals.work.wait(_LOOK_S)
+    if signals.stop.is_set():
+        return
+    if signals.activate.is_set():
+        _activate(link, signals)
+    signals.work.clear()
+    try:
+        while not signals.stop.is_set() and (found := link.announced()) is not None:
+            signals.last_message, signals.busy = time.monotonic(), True
+            try:
+                _answer_or_say_why(device, link, signals, runs, found)
+            finally:
+                signals.last_message, signals.busy = time.monotonic(), False
+        if device.between_rounds is not None and runs:
+            runs.clear()
+            device.between_rounds()
+    except InvalidUpdate as error:  # its round is over: there is nothing to mend here
+        log.info("not taken: %s", error)
+        signals.stop.wait(_FIRST_PAUSE_S)
+        signals.work.set()
+
+
+def _answer_or_say_why(
+    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+) -> None:
+    """Answers; where the server does not take it, tells it not to wait for this device.
+
+    A message that is left unanswered would come again with the next pull.
+    """
+    try:
+        _answer(device, link, signals, runs, found)
+    except InvalidUpdate as error:
+        reason = f"client {device.kit.name!r}: its reply was not taken: {error}"
+        link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=found.message))
+        log.warning("not taken: %s", error)
+
+
+def _answer(
+    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+) -> None:
+    """Does what a message asks, or finds that it was done before, signs the reply and sends it.
+
+    The state, with what was spent in it, is on disk before the reply is, and the reply before any
+    of it leaves.
+    """
+    kind, started = found.message.metadata.message_type, time.monotonic()
+    run_id = found.message.metadata.run_id
+    try:
+        run = runs.get(run_id) or _open(device, link, signals, run_id)
+        if run.ledger is not None and run.ledger.look():  # what was spent on new files counts now
+            run = _open(device, link, signals, run_id)
+        message = link.fetch(found, limit_bytes=run.most_bytes)
+    except FedcoreError as error:
+        if isinstance(error, InvalidUpdate):
+            raise
+        log.warning("run %d: takes no part: %s", run_id, error)
+        # The server hears more of its own settings alone: the rest is of files, which may name
+        # people, of what was spent, and of what the owner allows.
+        hide = not isinstance(error, ConfigError)
+        reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=found.message)
+        link.answer(reply)
+        return
+    runs.clear()
+    runs[run_id] = run
+    key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
+    content, again = device.folder.reply(key, run.context.state), True
+    if content is None:
+        reply, again = _by_app(device, run, message), False
+        _keep(device, run, key, reply)
+        if run.ledger is not None and run.ledger.look():  # some came while it trained
+            runs.clear()
+    else:
+        reply = Message(content, reply_to=message)
+    if reply.has_error():  # told before it is sent: the server may be gone
+        log.info("%s %s: declined or failed: %s", run.name, kind, reply.error.reason)
+    else:
+        seal(
+            reply.content,
+            message.content,
+            purpose=kind,
+            run_id=run.digest,
+            node_id=link.node_id,
+            key=load_key(device.kit.key_path),
+            now_s=time.time(),
+        )
+    link.answer(reply)
+    outcome = "told" if reply.has_error() else "sent again" if again else "done"
+    log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
+    _tell_room(run, kind)
+
+
+def _by_app(device: Device, run: _Run, message: Message) -> Message:
+    """What the app answers; what it does not catch itself refuses one message, and ends nothing.
+
+    The app answers for the task's failures. What is left are mods that a strategy has run around
+    it: they believe the numbers of a server's message. What was charged meanwhile is in the state.
+    """
+    try:
+        reply = run.app(message, run.context)
+        if isinstance(reply, Message):
+            return reply
+        raise TypeError(f"it answered with a {type(reply).__name__}")
+    except (Exception, SystemExit) as error:
+        kind = message.metadata.message_type
+        refused = InvalidUpdate(
+            f"{kind}: what runs around training for this strategy failed on the server's message: "
+            f"{type(error).__name__}: {error}. Nothing was sent, and what was charged stays "
+            "charged; see the options of federation.strategy on the server."
+        )
+        hide = run.ledger is not None
+        return Message(Error(*error_of(device.kit.name, refused, hide=hide)), reply_to=message)
+
+
+def _tell_room(run: _Run, kind: str) -> None:
+    """Says how many more rounds the budget has room for, once the reply is on its way."""
+    if run.ledger is None or run.durable is None or kind != MessageType.TRAIN:
+        return
+    try:
+        room = run.ledger.room(run.context.state, run.durable.others)
+    except (FedcoreError, ArithmeticError, ValueError) as error:  # it is told, and decides nothing
+        log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
+        return
+    if room is not None:
+        log.info("%s: the budget has room for %s like the latest", run.name, room)
+
+
+def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
+    """Has a reply on disk, before it may leave. What it cost is there since before it was made."""
+    state = run.context.state
+    if not reply.has_error():
+        device.folder.keep(run.name, state, key, reply.content)
+    elif run.ledger is not None:  # what kept the charge from the disk before ends the device now
+        run.ledger.keep(state)
+
+
+def read_settings(told: str) -> RunConfig:
+    """The run that a server tells of, as JSON.
+
+    Raises:
+        ConfigError: it is none that this version knows.
+    """
+    try:
+        return RunConfig.model_validate_json(told.encode(errors="replace"))
+    except ValidationError as error:
+        raise ConfigError(
+            f"run: the server's settings cannot be read ({first_fault(error)}). This device takes "
+            "no part; install the server's version of fedcore on it."
+        ) from None
+
+
+def _open(device: Device, link: FleetLink, signals: Signals, run_id: int) -> _Run:
+    """The app for a run, built once: model, data and accelerator stay warm between rounds."""
+    told = link.settings(run_id)
+    config = read_settings(told.get(SETTINGS, ""))
+    assume_identity(run_id)
+    state, ledger, durable = device.folder.state(config.name), None, None
+    data = device.owner.data_folder or data_folder()
+    if config.private:
+        ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
+        durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
+    else:
+        drop_idle(device.folder, before=config.name)
+    context = Context(
+        run_id=run_id,
+        node_id=link.node_id,
+        node_config={"client": device.kit.name},
+        state=state,
+        run_config={},
+    )
+    app = client_app(
+        device.task,
+        config,
+        owner=device.owner.on(data),
+        randomness=device.randomness,
+        mods=client_mods(config.federation.strategy),
+        durable=durable,
+        bounds=lambda: bounds_of(
+            device.owner,
+            deadline_s=config.federation.deadline_s,
+            hours_left_s=hours_left_s(device.owner),
+            stopped=lambda: reason_to_stop(signals),
+        ),
+    )
+    most_bytes = message_limit_bytes(device.task, config, device.owner)
+    return _Run(config.name, run_digest(told), app, context, ledger, durable, most_bytes)
+
+
+def _goodbye(link: FleetLink) -> None:
+    try:
+        if link.node_id:
+            link.deactivate(_LAST_S)
+    except (FedcoreError, ConnectionError) as error:
+        log.debug("goodbye: %s", error)

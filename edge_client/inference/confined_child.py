@@ -1,0 +1,125 @@
+"""The other side of `edge_client.inference.confined`: a process that runs a model, and little else.
+
+It imports NumPy, onnxruntime and nothing of ours but `edge_client.inference.session`, so that it
+starts in a tenth of a second. What it needs is read before the limits fall; after that no file and
+no connection can be opened, and nothing written but the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from edge_client.inference.session import open_session
+
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # prctl.h
+_WARM_UP_RUNS = 50
+_MAX_TEXT = 500  # characters of onnxruntime's own words
+_NO_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "bad allocation")
+
+
+def main() -> None:
+    """Reads a request on standard input and answers it on standard output.
+
+    A request is one line of JSON, then the inputs' bytes. An answer is one line of JSON, then the
+    outputs' bytes where there are any; the times', where ``runs`` are asked for.
+    """
+    request = json.loads(sys.stdin.buffer.readline())
+    _die_with(request["parent"])
+    inputs = np.frombuffer(sys.stdin.buffer.read(), request["dtype"]).reshape(request["shape"])
+    try:
+        onnx = Path(request["model"]).read_bytes()
+    except OSError as error:
+        _answer({"fault": "file", "text": str(error.strerror)})
+    if hashlib.sha256(onnx).hexdigest() != request["sha256"]:
+        _answer({"fault": "file", "text": "its digest is another"})
+    _confine(request["memory_bytes"], request["processor_s"])
+    try:
+        session = open_session(onnx, threads=request["threads"])
+    except Exception as error:  # onnxruntime's errors share no class of their own
+        _fail("load", error)
+    try:
+        if "runs" in request:
+            outputs = _times_us(session, inputs, runs=request["runs"])
+        else:
+            outputs = _outputs(session, inputs, one_at_a_time=request["one_at_a_time"])
+    except Exception as error:  # likewise
+        _fail("run", error)
+    if outputs.dtype.kind not in "fiub":
+        _answer({"fault": "run", "text": f"its outputs are of type {outputs.dtype}, no numbers"})
+    if outputs.nbytes > request["max_output_bytes"]:
+        _answer({"fault": "output", "text": f"{outputs.nbytes} bytes"})
+    _answer({"dtype": outputs.dtype.str, "shape": outputs.shape}, outputs.tobytes())
+
+
+def _die_with(parent: int) -> None:
+    """Has the system kill this process when its parent dies, at whatever it is then."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        with contextlib.suppress(OSError):  # if memory runs out, this process goes first
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    if os.getppid() != parent:  # it died before this was asked for
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _confine(memory_bytes: int, processor_s: int) -> None:
+    for limit, soft, hard in (
+        (resource.RLIMIT_AS, memory_bytes, memory_bytes),
+        (resource.RLIMIT_CPU, processor_s, processor_s + 1),  # SIGXCPU, then SIGKILL
+        (resource.RLIMIT_NOFILE, 3, 3),  # standard streams: a new descriptor has no number left
+        (resource.RLIMIT_FSIZE, 0, 0),
+        (resource.RLIMIT_CORE, 0, 0),
+    ):
+        _, most = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        resource.setrlimit(limit, (soft, hard))
+
+
+def _outputs(session: Any, inputs: Any, *, one_at_a_time: bool) -> Any:
+    name = session.get_inputs()[0].name
+    # One at a time is how golden outputs were made: dynamic int8 takes its scale from the batch.
+    batches = [inputs[n : n + 1] for n in range(len(inputs))] if one_at_a_time else [inputs]
+    return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
+
+
+def _times_us(session: Any, inputs: Any, *, runs: int) -> Any:
+    """The median and the 99th percentile of ``runs`` inferences, each of one input in turn."""
+    name = session.get_inputs()[0].name
+    feeds = [{name: inputs[row : row + 1]} for row in range(len(inputs))]
+    for run in range(_WARM_UP_RUNS):
+        session.run(None, feeds[run % len(feeds)])
+    times_us = np.empty(runs)
+    for run in range(runs):
+        feed = feeds[run % len(feeds)]
+        start_ns = time.perf_counter_ns()
+        session.run(None, feed)
+        times_us[run] = (time.perf_counter_ns() - start_ns) / 1e3
+    # `np.percentile` would import a module with its first call, which no file can be opened for.
+    return np.interp([0.5 * (runs - 1), 0.99 * (runs - 1)], np.arange(runs), np.sort(times_us))
+
+
+def _fail(step: str, error: Exception) -> NoReturn:
+    text = str(error)
+    short = isinstance(error, MemoryError) or any(word in text.lower() for word in _NO_MEMORY)
+    _answer({"fault": "memory" if short else step, "text": text[:_MAX_TEXT]})
+
+
+def _answer(head: dict[str, Any], raw: bytes = b"") -> NoReturn:
+    """Writes the answer and ends at once: a model has no say in how."""
+    with os.fdopen(1, "wb", closefd=False) as stream:
+        stream.write(json.dumps(head).encode() + b"\n" + raw)
+    os._exit(0)

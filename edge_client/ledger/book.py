@@ -1,0 +1,288 @@
+"""What a device writes down of its charges, and where; read without changing anything.
+
+Four places tell of them: the states of the runs, ``ledger.json`` beside them, ``ledger.mark`` in
+the folder of the kit, and ``ledger.count`` on the machine, which belongs to neither. The first two
+hold every charge; the others say how many there are and which is the latest, so that what is put
+back as it was before, or goes on in a second copy, is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from flwr.app import ConfigRecord, RecordDict
+from pydantic import Field, ValidationError
+
+from fedcore.config.run import Fraction, Section
+from fedcore.crypto.keys import fingerprint
+from fedcore.errors import DataError, PrivacyError
+from fedcore.files import read_if_there
+from fedcore.observability.faults import first_fault
+from fedcore.observability.words import counted
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.ledger import ledger_in
+
+LEDGER, MARK, COUNT = "ledger.json", "ledger.mark", "ledger.count"
+MAX_RUNS = 1 << 12
+"""Most runs with charges on a device: one a day for eleven years. Each costs a file, a place in the
+mark, and time at every start."""
+MAX_CHARGES = 8 * MAX_RUNS
+"""Most charges over all runs: a round each hour for almost four years."""
+_MAX_LEDGER_BYTES = MAX_CHARGES << 11
+_MAX_MARK_BYTES = MAX_RUNS << 12
+"""What is read: several times what the longest entries take, so whatever is written can be read."""
+_RECORD, _TERMS = "fedcore.charged", "terms"
+_File = TypeVar("_File", bound=Section)
+
+
+class Spent(Section):
+    """One charge, and what it was made on."""
+
+    round: int
+    noise_multiplier: Annotated[float, Field(gt=0)]
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: Annotated[int, Field(ge=0)]
+    target_delta: Fraction
+    """What its run counted it at."""
+    data: str
+    """The named data, as `edge_client.ledger.contents` labels them; anything else counts against
+    all data."""
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")] = ""
+    """Tells it from a charge that another copy of this device made; empty in old ones."""
+
+    @property
+    def charge(self) -> Charge:
+        """What is composed."""
+        return Charge(self.round, self.noise_multiplier, self.sample_rate, self.steps)
+
+
+class Book(Section):
+    """``ledger.json``."""
+
+    format: Literal["fedcore.ledger/1"] = "fedcore.ledger/1"
+    runs: dict[str, tuple[Spent, ...]]
+
+
+class Mark(Section):
+    """``ledger.mark``, and ``ledger.count``."""
+
+    format: Literal["fedcore.mark/1"] = "fedcore.mark/1"
+    charges: Annotated[int, Field(ge=0)]
+    latest: dict[str, str] = Field(default_factory=dict)
+    """The id of each run's latest charge, where it has one."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a charge was made on, as it is noted in the state of its run."""
+
+    target_delta: float
+    data: str
+    id: str = ""
+
+
+Runs = Mapping[str, Sequence[Spent]]
+
+
+def count_path(public: bytes, environ: Mapping[str, str]) -> Path | None:
+    """Where this machine counts the charges of a device, outside its kit and its state.
+
+    Args:
+        public: The device's key, as `fedcore.crypto.keys.public_bytes` gives it.
+        environ: ``XDG_STATE_HOME`` names the folder; ``$HOME/.local/state`` when unset.
+
+    Returns:
+        The file; None where the machine has no such place.
+    """
+    home, base = environ.get("HOME", ""), environ.get("XDG_STATE_HOME", "")
+    if not base.startswith("/"):  # the XDG specification has relative ones passed over
+        if not home.startswith("/"):
+            return None
+        base = f"{home}/.local/state"
+    return Path(base) / "fedcore" / "devices" / fingerprint(public)[:32] / COUNT
+
+
+def read_book(folder: Path) -> Book | None:
+    """``ledger.json`` of a device's folder; None where there is none.
+
+    Raises:
+        PrivacyError: it cannot be read.
+    """
+    return _read(folder / LEDGER, Book, _MAX_LEDGER_BYTES)
+
+
+def read_mark(path: Path) -> Mark | None:
+    """A mark or count; None where there is none.
+
+    Raises:
+        PrivacyError: it cannot be read.
+    """
+    return _read(path, Mark, _MAX_MARK_BYTES)
+
+
+def spent_in(state: RecordDict, otherwise: Terms) -> tuple[Spent, ...]:
+    """The charges in a state; those without terms were made on those that are given."""
+    charges, terms = ledger_in(state).charges, terms_in(state)
+    terms = terms[: len(charges)] + [otherwise] * (len(charges) - len(terms))
+    try:
+        return tuple(
+            Spent(**asdict(charge), **asdict(noted))
+            for charge, noted in zip(charges, terms, strict=True)
+        )
+    except ValidationError as error:
+        raise _unreadable(error) from None
+
+
+def terms_in(state: RecordDict) -> list[Terms]:
+    """The terms of each charge in a state, as far as they are noted."""
+    record = state.get(_RECORD)
+    if not isinstance(record, ConfigRecord):
+        return []
+    try:
+        noted = json.loads(str(record[_TERMS]))
+        return [Terms(float(delta), str(data), *map(str, more)) for delta, data, *more in noted]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(error) from None
+
+
+def put_terms(state: RecordDict, terms: Sequence[Terms]) -> None:
+    """Notes the terms of each charge in a state."""
+    noted = [[one.target_delta, one.data, *([one.id] if one.id else [])] for one in terms]
+    state[_RECORD] = ConfigRecord({_TERMS: json.dumps(noted)})
+
+
+def new_terms(target_delta: float, data: str) -> Terms:
+    """The terms of a charge that is being made."""
+    return Terms(target_delta, data, secrets.token_hex(8))
+
+
+def count(runs: Runs) -> int:
+    """How many charges there are."""
+    return sum(map(len, runs.values()))
+
+
+def mark_of(runs: Runs) -> Mark:
+    """What is marked elsewhere of all charges."""
+    latest = {run: spent[-1].id for run, spent in runs.items() if spent and spent[-1].id}
+    return Mark(charges=count(runs), latest=latest)
+
+
+def merged(
+    copied: Runs, states: Mapping[str, tuple[Sequence[Spent], int]], where: Path
+) -> dict[str, tuple[Spent, ...]]:
+    """Every charge that a copy or a state tells of.
+
+    Args:
+        copied: As ``ledger.json`` has it.
+        states: The charges of each state, and to how many of them the state notes terms.
+        where: The device's folder, for errors.
+
+    Raises:
+        PrivacyError: the two tell of one charge differently.
+    """
+    book = dict(copied)
+    for run, (spent, noted) in states.items():
+        _check_copy(where, run, book.get(run, ()), spent, noted)
+        book[run] = max(book.get(run, ()), spent, key=len)
+    return {run: tuple(spent) for run, spent in book.items() if spent}
+
+
+def _check_copy(
+    where: Path, run: str, copied: Sequence[Spent], spent: Sequence[Spent], noted: int
+) -> None:
+    for place, (one, other) in enumerate(zip(copied, spent, strict=False)):
+        if one.charge != other.charge or (place < noted and one != other):
+            raise PrivacyError(
+                f"{where}: charge {place + 1} of run {run!r} is one thing in "
+                f"{LEDGER} and another in the run's state: one of the two is damaged. What "
+                "was spent is unknown, so nothing was trained; remove the file that was "
+                "changed, and the next start mends it from the other."
+            )
+
+
+def check_marks(where: Path, runs: Runs, marks: Mapping[Path, Mark | None]) -> None:
+    """Refuses a ledger that lacks what was marked elsewhere.
+
+    Raises:
+        PrivacyError: charges are missing, or another copy of this device has made one.
+    """
+    for problem in against_marks(where, runs, marks):
+        raise problem
+
+
+def against_marks(
+    where: Path, runs: Runs, marks: Mapping[Path, Mark | None]
+) -> Iterator[PrivacyError]:
+    """What is wrong with a ledger by what was marked elsewhere."""
+    found, more, strange = count(runs), dict[Path, int](), dict[str, list[Path]]()
+    for path, mark in marks.items():
+        if mark is not None and found < mark.charges:
+            more[path] = mark.charges
+        elif mark is not None and (run := _strange(runs, mark)):
+            strange.setdefault(run, []).append(path)
+    if more:
+        said = " and ".join(f"{path} says that {made} were made" for path, made in more.items())
+        yield PrivacyError(
+            f"{where}: this device's ledger holds {counted(found, 'charge')}, and {said}: it was "
+            "removed, put back as it was before, or is another device's. What was spent is "
+            "unknown, so nothing was trained; put the latest folder back, or name this device's "
+            "own with --state. Only where that is lost for good, lower max_epsilon in the owner's "
+            f"file by what was spent at most and remove {_names(more)}."
+        )
+    for run, paths in strange.items():
+        said = " and ".join(f"{path} says" for path in paths)
+        yield PrivacyError(
+            f"{where}: this device's ledger does not hold the charge of run {run!r} that {said} "
+            "was made last: a second copy of this device has trained meanwhile, or the folder is "
+            "another device's. What was spent is unknown, so nothing was trained; go on with that "
+            "copy alone, or name this device's own folder with --state. Only where that is lost "
+            "for good, lower max_epsilon in the owner's file by what it spent at most and remove "
+            f"{_names(paths)}."
+        )
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return " and ".join(path.name for path in paths)
+
+
+def _strange(runs: Runs, mark: Mark) -> str:
+    """A run whose latest charge is not among those that are known; empty where there is none."""
+    for run, latest in mark.latest.items():
+        if latest not in {one.id for one in runs.get(run, ())}:
+            return run
+    return ""
+
+
+def states_of(
+    names: Sequence[str], state: Callable[[str], RecordDict], otherwise: Terms
+) -> dict[str, tuple[tuple[Spent, ...], int]]:
+    """The charges of each state, and to how many of them the state notes terms."""
+    held = ((name, state(name)) for name in names)
+    return {name: (spent_in(one, otherwise), len(terms_in(one))) for name, one in held}
+
+
+def _unreadable(error: Exception) -> PrivacyError:
+    return PrivacyError(
+        f"ledger: what a run's state tells of its charges cannot be read ({error}). What was spent "
+        "is unknown, so nothing was trained; remove the state: the next start mends it from "
+        f"{LEDGER}."
+    )
+
+
+def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
+    try:
+        raw = read_if_there(path, max_bytes=max_bytes, what="the ledger")
+        return None if raw is None else kind.model_validate_json(raw)
+    except DataError as error:
+        reason = str(error)
+    except ValidationError as error:
+        reason = f"{path}: {first_fault(error)}."
+    raise PrivacyError(
+        f"{reason} It may not tell what was spent, so nothing was trained; put it back from a "
+        "backup, or remove it: the next start mends it from what lies beside it."
+    )

@@ -1,0 +1,318 @@
+"""``fedcore privacy show | verify | export``: a device's ledger, looked at and never changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedcore.cli import Command
+from fedcore.config.owner import OPEN_POLICY, load_owner
+from fedcore.config.run import Privacy
+from fedcore.crypto.keys import load_key
+from fedcore.crypto.kit import KEY
+from fedcore.errors import ConfigError, DataError, PrivacyError
+from fedcore.files import check_file, read_bytes, write_atomic
+from fedcore.observability.foreign import foreign, say
+from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
+
+if TYPE_CHECKING:
+    from edge_client.ledger.view import Found, RunView, Total, View
+
+_MOST_SAID = 2000  # characters of what is wrong with a ledger
+_SHOWN_ROUNDS = 12
+"""Charges of a run that a table shows, the first and the last ones: composing takes time."""
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="where the device keeps its ledger, as --state /var/lib/fedcore/device (default: "
+        "`device` in the folder of the kit)",
+    )
+    parser.add_argument(
+        "--kit",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the device's kit, whose mark and count are compared, as --kit kit",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _counting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--owner",
+        type=Path,
+        metavar="FILE",
+        help="what the owner of this device allows, as --owner owner.toml; without it no budget is "
+        "known",
+    )
+    parser.add_argument(
+        "--accountant",
+        choices=["rdp", "prv"],
+        default=Privacy().accountant,
+        help="how charges are composed; a run's own is in its settings (default: %(default)s)",
+    )
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    _counting(parser)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw epsilon by round, as --plot ledger.png (.pdf, .svg)",
+    )
+
+
+def _find(options: argparse.Namespace) -> Found:
+    """The ledger that the options name.
+
+    Raises:
+        ConfigError: they name none.
+        DataError: there is no such folder.
+    """
+    if options.state is None and options.kit is None:
+        raise ConfigError(
+            "Neither --state nor --kit says whose ledger. Nothing was read; name one."
+        )
+    folder = options.state or options.kit / "device"
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: there is no such folder, so no ledger to look at. Nothing was read; name "
+            "the device's with --state, as its `fedcore client start` has it."
+        )
+    from edge_client.ledger.view import find_ledger
+
+    return find_ledger(folder, options.kit, os.environ)
+
+
+def _view(options: argparse.Namespace, found: Found, most_lines: int | None = None) -> View:
+    from edge_client.ledger.view import view_of
+
+    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
+    return view_of(found, owner, options.accountant, most_lines=most_lines)
+
+
+def _show(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        from edge_client.ledger.plot import check_plot
+
+        check_plot(options.plot)
+    found = _find(options)
+    view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
+    if options.json:
+        say(json.dumps(view.to_dict(), indent=2, allow_nan=False))
+    else:
+        say("\n".join(_table(view, owned=options.owner is not None)))
+    if options.plot is not None:
+        from edge_client.ledger.plot import plot_ledger
+
+        plot_ledger(view, options.plot)
+    return _ended(found)
+
+
+def _ended(found: Found) -> int:
+    """The exit code; what is wrong stands with the figures, and that something is, here as well."""
+    if not found.problems:
+        return 0
+    say(
+        f"{PrivacyError.__name__}: {found.folder}: this ledger is damaged, and what was spent is "
+        f"the figures' amount at the least: {counted(len(found.problems), 'problem')}, named on "
+        "standard output. Nothing was changed, and this device trains nothing with privacy; each "
+        "says what to do.",
+        to=sys.stderr,
+    )
+    return PrivacyError.exit_code
+
+
+def _table(view: View, *, owned: bool) -> Iterator[str]:
+    yield from (f"damaged: {foreign(problem, _MOST_SAID)}" for problem in view.problems)
+    if view.problems and view.runs:
+        yield "Charges may be missing: what follows is the least that was spent."
+    elif view.problems:
+        yield "No charge can be read, so what was spent is not known."
+    elif not view.runs:
+        yield "Nothing was charged: this device has trained nothing with privacy."
+    least = "at least " if view.problems else ""
+    for run in view.runs:
+        spent = epsilon_text(run.epsilon)
+        yield f"run {foreign(run.name)}: epsilon {least}{spent} at delta {run.target_delta:g}"
+        yield "  round   steps   sample rate   noise     epsilon so far"
+        yield from _lines(run)
+        if run.room is not None:
+            yield f"  the owner's budget has room for {run.room} like the latest"
+    yield from (_total_line(total, owned=owned) for total in view.totals)
+    if not owned and view.totals:
+        yield "No owner's file was named, so budgets are not known: --owner owner.toml names it."
+
+
+def _lines(run: RunView) -> Iterator[str]:
+    before = 0
+    for line in run.lines:
+        if line.place > before + 1:
+            yield f"  ... {line.place - before - 1} more; --json has them all"
+        before, one = line.place, line.spent
+        yield (
+            f"  {one.round:>5}   {one.steps:>5}   {one.sample_rate:>11.4g}   "
+            f"{one.noise_multiplier:<7.4g}   {epsilon_text(line.epsilon)}"
+        )
+
+
+def _total_line(total: Total, *, owned: bool) -> str:
+    who = f"data set {total.name}" if total.name else "device, all runs"
+    least = "" if total.whole else "at least "
+    spent = f"{who}: epsilon {least}{epsilon_text(total.epsilon)} at delta {total.target_delta:g}"
+    if total.max_epsilon is None:
+        return f"{spent}; the owner sets no budget" if owned else spent
+    if total.left is None:
+        return f"{spent}; what is left of {total.max_epsilon:g} is not known"
+    return f"{spent}; {epsilon_floor_text(total.left)} of {total.max_epsilon:g} is left"
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="check what `fedcore privacy export` wrote, instead of a device's own files; with "
+        "--kit, that this device signed it",
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.export is not None:
+        return _verify_export(options)
+    found = _find(options)
+    charges = sum(map(len, found.runs.values()))
+    if options.json:
+        told = {
+            "charges": charges,
+            "problems": found.problems,
+            "notes": found.notes,
+            "behind": found.behind,
+        }
+        say(json.dumps(told, indent=2))
+    else:
+        for note in found.notes:
+            say(f"note: {foreign(note, _MOST_SAID)}")
+        for problem in found.problems:
+            say(f"damaged: {foreign(problem, _MOST_SAID)}")
+        held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
+        for lacks in found.behind:
+            say(f"behind: {foreign(lacks, _MOST_SAID)}")
+        say(f"{found.folder}: {held}, {_agreed(found)}")
+    return _ended(found)
+
+
+def _agreed(found: Found) -> str:
+    """Whether the places that tell of charges agree."""
+    if found.problems:
+        return "can be read, and others may be missing"
+    if found.behind:
+        return (
+            "and none is missing. What is behind was removed or put back, or the device died: its "
+            "next start mends that; nothing was changed here"
+        )
+    return "and all agrees"
+
+
+def _verify_export(options: argparse.Namespace) -> int:
+    from edge_client.ledger.export import MAX_EXPORT_BYTES, check_export
+    from edge_client.ledger.view import public_of
+
+    otherwise = "Nothing was verified; name the file that `fedcore privacy export --out` wrote."
+    raw = read_bytes(
+        options.export,
+        max_bytes=MAX_EXPORT_BYTES,
+        what="an exported ledger",
+        otherwise=otherwise,
+    )
+    expected = public_of(options.kit) if options.kit else None
+    checked = check_export(raw, where=str(options.export), expected=expected)
+    ledger = checked.ledger
+    told = {
+        "made_at": ledger.made_at,
+        "signer": checked.signer or None,
+        "charges": checked.charges,
+        "epsilon": ledger.device.epsilon,
+        "target_delta": ledger.device.target_delta,
+        "problems": ledger.problems,
+    }
+    if options.json:
+        say(json.dumps(told, indent=2))
+    else:
+        signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
+        say(
+            f"{options.export}: of {foreign(ledger.made_at)}, {signed}. "
+            f"{counted(checked.charges, 'charge')} come to epsilon "
+            f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as it "
+            "says."
+        )
+        for problem in ledger.problems:
+            say(f"damaged when it was exported: {foreign(problem, _MOST_SAID)}")
+    if not ledger.problems:
+        return 0
+    say(
+        f"{PrivacyError.__name__}: {options.export}: the device's ledger was damaged when this was "
+        "exported, so epsilon is the least that was spent; standard output says what was wrong. "
+        "Have the device mend it, and export it again.",
+        to=sys.stderr,
+    )
+    return PrivacyError.exit_code
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    _counting(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write it there, as --out ledger-export.json"
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        check_file(options.out, option="--out")
+    found = _find(options)
+    view = _view(options, found)
+    from edge_client.ledger.export import export_bytes
+
+    key = load_key(options.kit / KEY) if options.kit else None
+    raw = export_bytes(found, view, key, now=datetime.now(UTC))
+    if options.out is None:
+        say(raw.decode().removesuffix("\n"))
+    else:
+        write_atomic(options.out, raw)
+        for problem in found.problems:
+            say(f"damaged: {foreign(problem, _MOST_SAID)}")
+        say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
+    return _ended(found)
+
+
+show = Command(
+    help="what this device has spent, by run and round, and how much is left",
+    arguments=_show_arguments,
+    run=_show,
+    example="fedcore privacy show --kit kit --owner owner.toml",
+)
+verify = Command(
+    help="compare the places that tell what this device has spent, or check an export",
+    arguments=_verify_arguments,
+    run=_verify,
+    example="fedcore privacy verify --kit kit",
+)
+export = Command(
+    help="write every charge and what they come to, signed by this device, for an auditor",
+    arguments=_export_arguments,
+    run=_export,
+    example="fedcore privacy export --kit kit --out ledger-export.json",
+)

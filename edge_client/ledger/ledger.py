@@ -1,0 +1,290 @@
+"""What a device has spent over all runs: a server that renames its run gets no new budget.
+
+The state of a run holds its charges and becomes durable together with the reply that they pay for.
+``ledger.json`` beside the states is a copy of all of them. ``ledger.mark`` in the folder of the kit
+and ``ledger.count``, on the machine but outside both, say how many there are and which was the
+latest. A state that was removed, or put back as it was before, is mended from the copy; where both
+are gone, or a second copy of the device has gone on, a mark shows it, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from edge_client.agent.state import DeviceFolder
+from edge_client.ledger.book import (
+    LEDGER,
+    MARK,
+    MAX_CHARGES,
+    MAX_RUNS,
+    Book,
+    Mark,
+    Runs,
+    Terms,
+    check_marks,
+    count,
+    count_path,
+    mark_of,
+    merged,
+    new_terms,
+    put_terms,
+    read_book,
+    read_mark,
+    spent_in,
+    states_of,
+    terms_in,
+)
+from edge_client.ledger.contents import (
+    counted_with,
+    label_of,
+    name_in,
+    note_contents,
+    read_contents,
+)
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import Privacy, RunConfig
+from fedcore.crypto.kit import Kit
+from fedcore.errors import DataError, DiskFull, LedgerFull, PrivacyError, ResourceError
+from fedcore.files import held_alone, write_atomic
+from fedcore.observability.words import counted
+from fedcore.privacy.ledger import FULL, Ledger, OtherRuns, Room, ledger_in, put_ledger, room
+
+log = logging.getLogger("fedcore.device")
+
+IDLE_RUNS = 256
+"""Runs without charges whose states are kept: all that is lost with one is what it had answered."""
+
+
+@dataclass(frozen=True)
+class DeviceLedger:
+    """What one run spends on a device, among all the others."""
+
+    folder: DeviceFolder
+    mark: Path
+    """A file that does not lie in ``folder``, so that the two are not lost or put back together."""
+    counted: Path | None
+    """One that lies with neither ``folder`` nor ``mark``; None where the machine has no place."""
+    run: RunConfig
+    """As its server has it."""
+    owner: OwnerPolicy
+    data: Path | None
+    """The folder of the data; None where the task itself knows where they are."""
+
+    def open(self, state: RecordDict) -> OtherRuns:
+        """What other runs have spent on the same data; mends ``state``, this run's, and the copies.
+
+        All data count as the same, but those that the owner names.
+
+        Raises:
+            PrivacyError: what was spent cannot be read, charges are missing, or copies differ.
+            LedgerFull: this run has no charge yet, and there are as many runs as there may be.
+            DataError: the state of a run, or a file of a named data set, cannot be read.
+            ResourceError: the ledger or the mark may not be written.
+        """
+        named = self.owner.data_set(self.data)
+        name = named.name if named else ""
+        if named is not None and not note_contents(self.folder.path, name, named.folder):
+            log.warning("%s holds no files: data set %r counts against all", named.path, name)
+        with self._alone():
+            book = self._mend(state)
+        if self.run.name not in book and len(book) >= MAX_RUNS:
+            raise LedgerFull(
+                f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, and this device's "
+                f"ledger holds {counted(len(book), 'run')}, where {MAX_RUNS} may be. {FULL}"
+            )
+        contents = read_contents(self.folder.path)
+        labels = {one.data for spent in book.values() for one in spent}
+        names = counted_with(name, labels, contents)
+        here = [
+            (run, one)
+            for run, spent in book.items()
+            for one in spent
+            if names is None or not name_in(one.data) or name_in(one.data) in names
+        ]
+        everybody = {"", *(one.name for one in self.owner.datasets)}
+        return OtherRuns(
+            tuple(one.charge for run, one in here if run != self.run.name),
+            min((one.target_delta for _, one in here), default=1.0),
+            self.owner.budget(everybody if names is None else names),
+            max(0, MAX_CHARGES - count(book) + len(book.get(self.run.name, ()))),
+        )
+
+    def look(self) -> bool:
+        """Notes the files of the data set that the owner names; says whether any is new.
+
+        Raises:
+            PrivacyError: there are more than can be looked at.
+            DataError: one cannot be read.
+            DiskFull: there is no room.
+        """
+        named = self.owner.data_set(self.data)
+        if named is None:
+            return False
+        before = label_of(named.name, read_contents(self.folder.path).names.get(named.name, ()))
+        return note_contents(self.folder.path, named.name, named.folder) != before
+
+    def keep(self, state: RecordDict) -> None:
+        """Has the charges in ``state`` on disk, there and in the copies; before anything trains.
+
+        A run without charges leaves nothing behind.
+
+        Raises:
+            PrivacyError: the ledger has become unreadable meanwhile, or another copy of this device
+                has trained.
+            DiskFull: there is no room.
+        """
+        noted, made = terms_in(state), len(ledger_in(state).charges)
+        if not made:
+            return
+        if made > len(noted):
+            new = self._terms
+            more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
+            put_terms(state, [*noted, *more])
+        self.folder.keep_state(self.run.name, state)
+        with self._alone():
+            self._mend(state, only_own=True)
+
+    def room(self, state: RecordDict, others: OtherRuns) -> Room | None:
+        """How many more rounds like the latest fit."""
+        return room(ledger_in(state), self._privacy, owner=self._here, others=others)
+
+    def _mend(self, state: RecordDict, *, only_own: bool = False) -> Runs:
+        """Every charge of every run; what lacks one on disk gets it.
+
+        Args:
+            state: Of this run.
+            only_own: Whether the copy is believed as for the other runs, where it is whole.
+        """
+        name, terms = self.run.name, self._terms
+        copied = read_book(self.folder.path)
+        marks = {path: read_mark(path) for path in self._marks}
+        marked = max((mark.charges for mark in marks.values() if mark is not None), default=0)
+        whole = only_own and copied is not None and count(copied.runs) >= marked
+        names = [] if whole else [one for one in self.folder.runs() if one != name]
+        states = states_of(names, self.folder.state, terms) | {
+            name: (spent_in(state, terms), len(terms_in(state)))
+        }
+        book = merged(copied.runs if copied else {}, states, self.folder.path)
+        check_marks(self.folder.path, book, marks)
+        own = book.get(name, ())
+        if missing := len(own) - len(ledger_in(state).charges):
+            log.warning(
+                "%s: the state of run %r lacks %s that %s has: it was removed, or put back as it "
+                "was before. They count; what it had answered is done again, and charged again.",
+                self.folder.path,
+                name,
+                counted(missing, "charge"),
+                LEDGER,
+            )
+            put_ledger(state, Ledger(tuple(one.charge for one in own)))
+            put_terms(state, [Terms(one.target_delta, one.data, one.id) for one in own])
+        if copied is None or copied.runs != book:
+            raw = Book(runs={run: tuple(spent) for run, spent in book.items()})
+            where = self.folder.path / LEDGER
+            write_atomic(where, raw.model_dump_json().encode() + b"\n", mode=0o600)
+        for path, mark in marks.items():
+            if mark != mark_of(book):
+                self._write_mark(path, mark_of(book), new=mark is None)
+        return book
+
+    def _write_mark(self, path: Path, mark: Mark, *, new: bool) -> None:
+        try:
+            write_atomic(path, mark.model_dump_json().encode() + b"\n", mode=0o600)
+        except DiskFull:
+            raise
+        except (ResourceError, OSError) as error:
+            if path != self.counted or not new:
+                raise
+            log.warning(
+                "%s cannot be written (%s): should this device's kit and its folder be put back "
+                "as they were before, both at once, nobody will notice. XDG_STATE_HOME names "
+                "another place for it.",
+                path,
+                error,
+            )
+
+    @property
+    def _marks(self) -> list[Path]:
+        return [self.mark, *([self.counted] if self.counted else [])]
+
+    @property
+    def _here(self) -> OwnerPolicy:
+        return self.owner.on(self.data)
+
+    @property
+    def _privacy(self) -> Privacy:
+        return tighten(self.run, self._here).privacy
+
+    @property
+    def _terms(self) -> Terms:
+        """What a charge is made on now."""
+        named = self.owner.data_set(self.data)
+        label = ""
+        if named is not None:
+            digests = read_contents(self.folder.path).names.get(named.name, ())
+            label = label_of(named.name, digests)
+        return Terms(self._privacy.target_delta, label)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps a second copy of this device, where there is one, from counting meanwhile."""
+        if self.counted is None or not _made(self.counted.parent):
+            yield
+            return
+        busy = PrivacyError(
+            f"{self.counted.parent}: another process with this device's key is at its ledger. "
+            "Nothing was sent; stop one of the two."
+        )
+        with held_alone(self.counted.parent, busy):
+            yield
+
+
+def drop_idle(folder: DeviceFolder, *, before: str) -> None:
+    """Removes the oldest states of runs without charges, where a server has opened very many.
+
+    Args:
+        folder: The device's.
+        before: The run that is opened; nothing is done where it has a state already.
+
+    Raises:
+        ResourceError: one may not be removed.
+    """
+    known = folder.runs()
+    if len(known) <= IDLE_RUNS or before in known:
+        return
+    try:
+        book = read_book(folder.path)
+    except PrivacyError:
+        book = None  # each state is looked at, then
+    charged = book.runs if book is not None else {}
+    idle = [run for run in folder.runs_by_age() if run not in charged]
+    for run in idle[:-IDLE_RUNS]:
+        try:
+            spent = ledger_in(folder.state(run)).charges
+        except (DataError, PrivacyError):
+            continue  # what it charged is not known
+        if not spent:
+            folder.drop_state(run)
+
+
+def ledger_of(
+    folder: DeviceFolder, kit: Kit, owner: OwnerPolicy, run: RunConfig, data: Path | None
+) -> DeviceLedger:
+    """The ledger of a run on a device, with its marks where they belong."""
+    counted = count_path(kit.public, os.environ)
+    return DeviceLedger(folder, kit.folder / MARK, counted, run, owner, data)
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return False  # writing there will say so
+    return True

@@ -1,1 +1,0 @@
-"""A device that takes part in training: one warm process that the server wakes."""

@@ -1,0 +1,73 @@
+"""Settings of a run that cannot stand together: refused when its file is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedcore.privacy.unsound import unsound
+
+if TYPE_CHECKING:
+    from fedcore.config.run import DeviceClass, RunConfig
+
+
+def contradictions(run: RunConfig) -> list[str]:
+    """What cannot stand together, each with the reason and the way out (unsound before useless)."""
+    federation, privacy, compression = run.federation, run.privacy, run.compression
+    found = unsound(run)
+    names = [device.name for device in run.simulation.devices]
+    if len(set(names)) < len(names):
+        found.append("simulation.devices names one class twice: give each its own name.")
+    if names and run.simulation.trace is not None:
+        found.append(
+            f"simulation.trace = {run.simulation.trace!r} contradicts simulation.devices: either a "
+            "trace says what each client is, or classes do. Keep one of the two."
+        )
+    if federation.over_selection > 1 and federation.cohort is None:
+        found.append(
+            f"federation.over_selection = {federation.over_selection:g} needs federation.cohort: "
+            "without it every client is asked, and nobody is left to ask in addition."
+        )
+    answering = _answering(run.simulation.devices) * federation.over_selection
+    if answering < federation.quorum:
+        found.append(
+            f"federation.quorum = {federation.quorum:g} contradicts simulation.devices: by their "
+            f"availability and dropout {answering:.3g} of a cohort answers on average, so most "
+            "rounds would fail. Lower the quorum, or make the devices more reliable."
+        )
+    if federation.evaluate_cohort and not federation.holdout:
+        found.append(
+            "federation.evaluate_cohort needs federation.holdout above 0: without it clients would "
+            "report metrics on the data they trained on."
+        )
+    if federation.holdout and not federation.evaluate_cohort:
+        found.append(
+            f"federation.holdout = {federation.holdout} keeps data from training that nothing "
+            "would read: set federation.evaluate_cohort, or holdout to 0."
+        )
+    if run.finetune.judge in ("clients", "both") and not federation.evaluate_cohort:
+        found.append(
+            f"finetune.judge = {run.finetune.judge!r} needs federation.evaluate_cohort: without it "
+            "no client holds data back to judge on."
+        )
+    if privacy.participations and privacy.participations > federation.rounds:
+        found.append(
+            f"privacy.participations = {privacy.participations} is more than federation.rounds = "
+            f"{federation.rounds}: no client can take part so often."
+        )
+    if len(set(compression.candidates)) < len(compression.candidates):
+        found.append("compression.candidates names one candidate twice: name each once.")
+    if "fp32" not in compression.candidates:
+        found.append("compression.candidates must hold 'fp32': the others are weighed against it.")
+    if (run.release.repository is None) != (run.release.keys is None):
+        found.append(
+            "release.repository and release.keys belong together: set both to publish, or neither."
+        )
+    return found
+
+
+def _answering(devices: tuple[DeviceClass, ...]) -> float:
+    """The share of a cohort that can be expected to answer, were there no deadline."""
+    if not devices:
+        return 1.0
+    answers = sum(device.share * device.availability * (1 - device.dropout) for device in devices)
+    return answers / sum(device.share for device in devices)

@@ -1,0 +1,201 @@
+"""What the owner of a device decides: read on the device, and only ever tightening."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from fedcore.config.patterns import DATA_NAME, HOURS, PATH, SHA256
+from fedcore.config.run import MOST_SECONDS, DeviceChoice, RunConfig, Section
+from fedcore.config.settings import load
+from fedcore.errors import ConfigError, PrivacyError
+
+Hours = Annotated[str, Field(pattern=HOURS)]
+Digest = Annotated[str, Field(pattern=SHA256)]
+
+
+class DataSet(Section):
+    """``[[datasets]]``: data with a budget of its own, as they are of other people."""
+
+    name: Annotated[str, Field(pattern=DATA_NAME)]
+    """Whatever is trained on data of this name adds up for good, however the files change."""
+    path: Annotated[str, Field(pattern=PATH)]
+    """The folder that holds them; ``data`` must be it, or lie in it, for a run to count there."""
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
+    """In place of the device's, for what is trained on these data."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the data are."""
+        return Path(self.path).resolve()
+
+
+class OwnerPolicy(Section):
+    """``owner.toml``: limits that no server can lift."""
+
+    data: str | None = None
+    """Folder of the local data, handed to the task in place of its default; it must be there."""
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
+    """No update leaves once it would take this device past so much, whatever the server allows,
+    over all runs, tasks and data; where ``datasets`` names data, over all runs on the same ones."""
+    target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The delta at which ``max_epsilon`` is counted, when stricter than the server's."""
+    max_delta_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A run's ``target_delta`` times the number of examples is at most so much: at 1, showing one
+    of them to everyone would count as private."""
+    max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
+    """A message that is larger, or training that would need more, is declined before it starts;
+    training without privacy that comes to need more ends between two steps."""
+    max_round_s: Annotated[float, Field(ge=1, le=MOST_SECONDS)] | None = None
+    """Most seconds of work for one message. Training with privacy that would take longer, by a step
+    that is timed on made-up examples, is declined before it starts; whatever goes on ends between
+    two steps, and no update is sent."""
+    max_round_steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    """Most steps of the optimiser in one round; a round that asks for more is declined."""
+    max_round_bytes: Annotated[int, Field(ge=1, le=10**15)] | None = None
+    """Most bytes of one message from the server. Whatever stands here, no message may have more
+    than a few times the bytes of the installed task's model."""
+    max_threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    """Most threads of torch that training uses."""
+    device: DeviceChoice | None = None
+    """Pins where this device trains."""
+    tasks: tuple[Digest, ...] | None = None
+    """SHA-256 of each task file that may run here; any that is installed when unset."""
+    hours: tuple[Hours, ...] | None = None
+    """When this device takes part, by its own clock, as ``["22:00-06:00"]``; always when unset.
+    Training that is not over by their end is given up."""
+    max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
+    """Most bytes a second, to and from the server together, over a transfer as a whole."""
+    min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    """On battery, this device takes no part below that charge."""
+    on_mains_only: bool = False
+    """This device takes no part while it runs on its battery."""
+    max_gpu_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The share of a GPU's memory that training may take; more ends as too little memory does."""
+    free_gpu_between_rounds: bool = False
+    """Gives the GPU's memory back after each round; the next one takes longer to begin."""
+    datasets: tuple[DataSet, ...] = ()
+    """Data that have budgets of their own. Two that ever held a file of the same content count as
+    one, at the lesser budget, and what was trained on data without a name counts against all."""
+
+    file: str = Field(default="owner.toml", exclude=True, repr=False)
+    """What the file is called, for errors; some of these go to the server, so it is no path."""
+
+    @field_validator("data")
+    @classmethod
+    def _names_a_folder(cls, data: str | None) -> str | None:
+        if data is not None and (not data or "\0" in data):
+            raise ValueError(
+                f"data = {data!r} names no folder. Leave it out for the task's own place."
+            )
+        return data
+
+    @field_validator("hours")
+    @classmethod
+    def _names_hours(cls, hours: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if hours == ():
+            raise ValueError(
+                "hours = [] names none, so this device would never take part. Leave it out to take "
+                'part always, or name some, as ["22:00-06:00"].'
+            )
+        return hours
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder of the local data."""
+        return Path(self.data) if self.data else None
+
+    def data_set(self, folder: Path | None) -> DataSet | None:
+        """The named data that ``folder`` is, or lies in; None where nothing is known of it."""
+        if folder is None:
+            return None
+        where = folder.resolve()
+        return next((one for one in self.datasets if where.is_relative_to(one.folder)), None)
+
+    def on(self, folder: Path | None) -> OwnerPolicy:
+        """What is allowed on the data in ``folder``: their own budget, where they have one."""
+        named = self.data_set(folder)
+        if named is None or named.max_epsilon is None:
+            return self
+        return self.model_copy(update={"max_epsilon": named.max_epsilon})
+
+    def budget(self, names: Iterable[str]) -> float | None:
+        """The least that any of the data of these names allows; None without a limit."""
+        own = {one.name: one.max_epsilon for one in self.datasets}
+        limits = [own.get(name) or self.max_epsilon for name in names]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+OPEN_POLICY = OwnerPolicy()
+"""An owner who asks for nothing beyond what the server's file says."""
+
+
+def load_owner(path: Path) -> OwnerPolicy:
+    """Reads ``owner.toml``.
+
+    Raises:
+        ConfigError: as for a run's file; or ``data`` is no folder that this user can see, or two
+            of ``datasets`` have one name, or overlap.
+    """
+    owner = load(path, OwnerPolicy, file=path.name)
+    _check_apart(path, owner.datasets)
+    folder = owner.data_folder
+    if folder is not None and not _is_folder(folder):
+        raise ConfigError(
+            f"{path}: data = {owner.data!r}: there is no folder {folder.absolute()}, or this user "
+            "may not look for it. Nothing was run; make it, mount it, or name the one that holds "
+            "the data."
+        )
+    return owner
+
+
+def _check_apart(path: Path, datasets: Sequence[DataSet]) -> None:
+    """Refuses two data sets of which nobody could tell which one a run is on."""
+    for one, other in combinations(datasets, 2):
+        if one.name == other.name:
+            raise ConfigError(
+                f"{path}: datasets names {one.name!r} twice. Nothing was run; give each data set a "
+                "name of its own."
+            )
+        if one.folder.is_relative_to(other.folder) or other.folder.is_relative_to(one.folder):
+            raise ConfigError(
+                f"{path}: datasets: {one.name!r} and {other.name!r} overlap ({one.path!r} and "
+                f"{other.path!r}). Nothing was run; name the data in one place alone."
+            )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
+    """The run as this device will do it: never looser than either side asked.
+
+    Guarantee:
+        ``max_epsilon`` and ``target_delta`` of the result are at most those of ``run``.
+
+    Raises:
+        PrivacyError: the owner set a budget, and the run would train without privacy.
+    """
+    if owner.max_epsilon is not None and not run.private:
+        raise PrivacyError(
+            f"{owner.file}: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
+            f"{run.privacy.unit!r}: what this device sends the server would have no bound. It "
+            "takes no part and nothing was trained; the server must set privacy.unit to 'example' "
+            "or 'both', or the owner drop the budget."
+        )
+    privacy = run.privacy.model_copy(
+        update={
+            "max_epsilon": min(run.privacy.max_epsilon, owner.max_epsilon or float("inf")),
+            "target_delta": min(run.privacy.target_delta, owner.target_delta or 1.0),
+        }
+    )
+    client = run.client.model_copy(update={"device": owner.device or run.client.device})
+    return run.model_copy(update={"privacy": privacy, "client": client})

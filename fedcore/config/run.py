@@ -1,0 +1,350 @@
+"""The run: one TOML file for the whole loop, as frozen models.
+
+The same file drives a simulation and a deployment. What belongs to the owner of a device is in a
+file of its own on the device (`fedcore.config.owner`) and only ever tightens what stands here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedcore.config.contradictions import contradictions
+from fedcore.config.patterns import NAME
+
+MOST_CLIENTS = 10_000_000
+MOST_SECONDS = 31 * 86_400.0  # a month: whoever waits longer has been forgotten
+Clients = Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
+Rounds = Annotated[int, Field(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
+WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=NAME)]
+RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
+Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX)]
+Spread = Annotated[float, Field(ge=0, le=3)]
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
+CANDIDATES: tuple[CandidateName, ...] = (
+    "fp32",
+    "int8_static",
+    "int8_dynamic",
+    "pruned",
+    "pruned_int8",
+)
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Federation(Section):
+    """``[federation]``: who takes part in a round and how updates become a model."""
+
+    rounds: Rounds = 10
+    """How many rounds to run at most."""
+    cohort: Clients | None = None
+    """Clients a round, or their expected number (see ``privacy.client``); every client when unset.
+    On a live run these are the project's devices that are there before the first round: all are
+    waited for, until the deadline."""
+    strategy: str = "FedAvg"
+    """The name of a strategy in ``flwr.serverapp.strategy``."""
+    strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Keyword arguments of that strategy."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Whether an update weighs as many examples as its client has, or as much as any other. On a
+    live run that is the number that each client committed to when it was enrolled, whatever it
+    reports later; unless every device of the project has committed to one, all weigh the same.
+    Which of the two holds is settled when a round selects, for all of it. Under client-level
+    privacy all weigh the same, whatever stands here: a bound on each update bounds nothing else."""
+    max_update_norm: Annotated[float, Field(ge=1e-9, le=1e12)] | Literal["adaptive", "none"] = (
+        "adaptive"
+    )
+    """L2 bound of an update, the difference to the weights that were sent; a longer one is clipped,
+    and its client named. ``adaptive``, on a live run alone, is ten medians of the round's updates,
+    at most 20 of rounds before, as for fewer than three. Client-level privacy has its own."""
+    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
+    """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
+    the others are told that they are late. At 1.3 three of thirteen may be slow."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """The share of a cohort whose updates a round needs."""
+    deadline_s: Seconds = 3600.0
+    """A round goes on with the updates that have come in by then."""
+    evaluate_cohort: Annotated[int, Field(ge=0, le=MOST_CLIENTS)] = 0
+    """Clients that report metrics on data they hold back, each round; 0 for none."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of a client's data held back from training for that."""
+    patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Stop after so many rounds without a better validation metric; 0 to run every round."""
+    normalisation: Literal["task", "cloud", "federated"] = "task"
+    """Where the mean and deviation of the inputs come from: the task's own preprocessing, the
+    cloud's data, or sums over all clients."""
+    initial: str | None = None
+    """A safetensors checkpoint to start from, relative to this file."""
+
+
+class Client(Section):
+    """``[client]``: local training."""
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Passes over a client's data in one round."""
+    batch_size: BatchSize = 32
+    """Examples a step; under privacy the expected number of a Poisson sample."""
+    learning_rate: LearningRate = 0.1
+    """Step size of the local optimiser."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD; begins at zero in every round."""
+    weight_decay: WeightDecay = 0.0
+    """L2 penalty of the optimiser."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """The local optimiser."""
+    device: DeviceChoice = "auto"
+    """Where to train: CUDA, else MPS, else CPU when ``auto``."""
+
+
+class ClientPrivacy(Section):
+    """``[privacy.client]``: client-level differential privacy, whose noise the server adds."""
+
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
+    """Budget of the whole run: it ends before a round that would pass it."""
+    target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
+    """The delta at which that is counted; at most a tenth of one over the number of clients."""
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["adaptive"] = 1.0
+    """L2 bound of one client's update, the difference to the weights that it was sent;
+    ``adaptive`` follows the median of the updates' norms from round to round."""
+    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
+    """Deviation of the noise on the sum of updates, over ``clip_norm``; ``auto`` takes the least
+    that keeps ``federation.rounds`` rounds within ``max_epsilon``."""
+    mechanism: Literal["gaussian", "matrix"] = "gaussian"
+    """``gaussian``: the server draws each client for a round on its own, with equal probability,
+    ``federation.cohort`` of them in expectation, and tells nobody whom; epsilon counts on that.
+    ``matrix``: each round asks exactly so many, nobody's absence is counted on, and noise is
+    correlated over rounds so that much of it cancels in the model."""
+    separation: Rounds | None = None
+    """Of ``matrix``: no client is asked more than once in so many rounds in a row. The more, the
+    less noise; unset, as many as the number of clients over the cohort allows."""
+    accountant: Literal["rdp", "prv"] = "prv"
+    """As in ``[privacy]``."""
+
+
+class Privacy(Section):
+    """``[privacy]``: differential privacy; these settings are those of each example, by DP-SGD."""
+
+    unit: Literal["none", "example", "client", "both"] = "none"
+    """What is protected: nothing; each ``example`` of each client, by noise that the client adds,
+    so from the server as well, against a null record in its place (zero-out adjacency: how many
+    examples a client has is public); each ``client`` with all of its data, by noise that the server
+    adds (see ``[privacy.client]``), so from whoever gets its models; or ``both``."""
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
+    """Budget of each client over the whole run."""
+    target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
+    """The delta at which epsilon is counted; a client with more than a tenth of one over it
+    examples refuses, unless its owner allows more."""
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    """L2 bound of one example's gradient."""
+    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
+    """Noise over ``clip_norm``; ``auto`` takes, for each client, the least that keeps
+    ``participations`` rounds within ``max_epsilon``."""
+    participations: Rounds | None = None
+    """Rounds one client is expected in; ``federation.rounds`` when unset. A client whose budget
+    is spent earlier takes no further part."""
+    accountant: Literal["rdp", "prv"] = "prv"
+    """How charges add up. Both bound epsilon from above: ``prv`` by the distribution of privacy
+    losses, which takes 4 to 12 % less noise; ``rdp`` by Renyi divergences."""
+    client: ClientPrivacy = Field(default_factory=ClientPrivacy)
+    """Settings of client-level privacy."""
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether each example is protected, by noise on the device."""
+        return self.unit in ("example", "both")
+
+    @property
+    def of_clients(self) -> bool:
+        """Whether each client is protected, by noise at the server."""
+        return self.unit in ("client", "both")
+
+
+class Finetune(Section):
+    """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
+
+    epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
+    """0 to leave fine-tuning out."""
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes on this machine; one a GPU where there are GPUs."""
+    batch_size: BatchSize = 32
+    """Examples a step, over all processes."""
+    learning_rate: LearningRate = 0.05
+    """Step size, for pruned models too."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD."""
+    weight_decay: WeightDecay = 0.0
+    """L2 penalty of the optimiser."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """The optimiser in the cloud."""
+    holdout: Fraction = 0.3
+    """The share of the cloud's data kept for the gate and for choosing a candidate, at random;
+    a task that brings ``cloud_heldout`` decides that itself."""
+    max_metric_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    """The gate: how much worse the held-out metric may be after fine-tuning."""
+    judge: Literal["clients", "cloud", "both"] | None = None
+    """Whose held-out data the gate asks. Unset: the clients', where they hold data back
+    (``federation.evaluate_cohort``), else the cloud's. Of clients, the worst end of a 95 % interval
+    counts. In a simulation they weigh candidates beside the cloud then, unless it is ``cloud``."""
+    timeout_s: Seconds = 3600.0
+    """Fine-tuning that takes longer fails; so does a process that waits so long for another."""
+
+
+class Compression(Section):
+    """``[compression]``: which candidates are built, and what the released one must keep to."""
+
+    candidates: tuple[CandidateName, ...] = CANDIDATES
+    """What to build; ``fp32`` always, as the others are weighed against it."""
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
+    """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
+    such as RMSE, a fraction of it)."""
+    max_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    """Size of the ONNX file."""
+    max_p50_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Median time of one inference on the machine that compresses."""
+    prune_fraction: Fraction = 0.5
+    """The share of each hidden layer's channels that structured pruning removes."""
+    prune_epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
+    """Epochs on the cloud's data after pruning."""
+    calibration_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Examples of the cloud's data that static quantisation sees, at most."""
+    timing_runs: Annotated[int, Field(ge=100, le=1_000_000)] = 2000
+    """Timed inferences of each candidate, in turn."""
+
+
+class Release(Section):
+    """``[release]``: where signed models are published."""
+
+    model: Name | None = None
+    """The name devices ask for; the run's name when unset."""
+    repository: str | None = None
+    """Folder of the signed repository, relative to this file; nothing is published when unset."""
+    keys: str | None = None
+    """Folder of the keys that ``fedcore release init`` made."""
+    max_test_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
+    """How much worse than the model of the rounds what is published may be on the final test split
+    (an absolute accuracy; for an error such as RMSE, a fraction of it), and by one example in any
+    case. What is worse is withheld: the run ends with exit code 9, its files and report are
+    there."""
+
+
+class Serving(Section):
+    """``[serving]``: how devices run the model, and how candidates are timed."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """Threads of one inference."""
+
+
+class DeviceClass(Section):
+    """``[[simulation.devices]]``: one kind of device among the virtual clients."""
+
+    name: Name
+    """What the class is called; each its own."""
+    share: Rate = 1.0
+    """How many of the clients are of this class, relative to the other classes' shares."""
+    examples_per_s: Rate
+    """Median speed of local training, as measured on such a device with this run's settings."""
+    speed_spread: Spread = 0.0
+    """Sigma of a log-normal over devices: 0 where all are alike; at 0.5 one device in six is
+    slower than 0.6 times the median."""
+    download_mbit_s: Rate = 50.0
+    """Median bandwidth from the server to a device, in 10^6 bits a second."""
+    upload_mbit_s: Rate = 10.0
+    """Median bandwidth from a device to the server."""
+    bandwidth_spread: Spread = 0.0
+    """As ``speed_spread``; one draw a device, for both directions."""
+    latency_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """From the start of a round until a device begins to download: polling, waking up."""
+    availability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that a device can be reached when it is selected."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a device vanishes during a round that it takes part in."""
+
+
+class Simulation(Section):
+    """``[simulation]``: how virtual clients are trained; no part of a deployment."""
+
+    training: Literal["auto", "loop", "vectorised"] = "auto"
+    """One client after the other by the app that devices run, or many side by side in batched
+    computation; ``auto`` measures both on the first clients. The result is the same up to the order
+    of float32 sums."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes that train at the same time, one thread each; 0 for as many as there are cores, or
+    for none beside the main one where rounds are short."""
+    engine: Literal["local", "ray"] = "local"
+    """Where workers live: processes on this machine, or actors of a Ray cluster."""
+    devices: tuple[DeviceClass, ...] = ()
+    """Classes of devices; which one a client is in follows from the seed and its name. With none,
+    and without a trace, no virtual clock runs and every client answers."""
+    trace: str | None = None
+    """A CSV file with each client's speed, bandwidth and hours in place of ``devices``, relative
+    to this file."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Name
+    """Results go to ``runs/<name>``."""
+    task: str
+    """The task file, relative to this file."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Fixes everything in a simulation. Real devices never draw noise from it."""
+    federation: Federation = Field(default_factory=Federation)
+    client: Client = Field(default_factory=Client)
+    privacy: Privacy = Field(default_factory=Privacy)
+    finetune: Finetune = Field(default_factory=Finetune)
+    compression: Compression = Field(default_factory=Compression)
+    release: Release = Field(default_factory=Release)
+    serving: Serving = Field(default_factory=Serving)
+    simulation: Simulation = Field(default_factory=Simulation)
+    base: Path = Field(default=Path(), exclude=True, repr=False)
+    """The folder that relative paths start from; set by the loader."""
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is released."""
+        return self.release.model or self.name
+
+    @property
+    def private(self) -> bool:
+        """Whether clients train with example-level differential privacy."""
+        return self.privacy.of_examples
+
+    @property
+    def client_private(self) -> bool:
+        """Whether the server releases models with client-level differential privacy."""
+        return self.privacy.of_clients
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every update weighs the same."""
+        return self.federation.weighting == "uniform" or self.client_private
+
+    def path(self, relative: str) -> Path:
+        """A path of the file, resolved against the file's folder."""
+        return (self.base / relative).resolve()
+
+    @model_validator(mode="after")
+    def _nothing_contradicts(self) -> Self:
+        for problem in contradictions(self):
+            raise ValueError(problem)
+        return self

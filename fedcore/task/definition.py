@@ -1,0 +1,232 @@
+"""What a user brings: a model, data, and how good is told from bad."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fedcore.errors import DataError, FedcoreError, TaskError
+from fedcore.files import sha256_hex
+from fedcore.rpc.hello import is_task_name
+from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
+
+Kind = Literal["classification", "regression", "next_token"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Folder = Path | None
+Examples = Dataset[tuple[Tensor, Tensor]]
+
+
+def _regression_loss(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(output.reshape(target.shape), target)
+
+
+def _token_loss(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.transpose(1, 2), target)
+
+
+_LOSSES: dict[Kind, Loss] = {
+    "classification": nn.functional.cross_entropy,
+    "regression": _regression_loss,
+    "next_token": _token_loss,
+}
+_METRICS: dict[Kind, tuple[Metric, ...]] = {
+    "classification": (ACCURACY,),
+    "regression": (RMSE, MAE),
+    "next_token": (ACCURACY, PERPLEXITY),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A learning problem over data that lives on many clients.
+
+    Functions that read data take the folder to read from: on a device the one its owner names, on
+    a server and in a simulation the environment variable ``FEDCORE_DATA``; ``None`` when neither
+    is set. Examples are pairs ``(input, target)`` of tensors.
+
+    Example::
+
+        task = Task(
+            name="digits",
+            kind="classification",
+            model=lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+            clients=lambda folder: ["anna", "ben"],
+            client_data=lambda client, folder: load(folder, client),
+            test_data=lambda folder: load(folder, "test"),
+            example_input=torch.zeros(64),
+        )
+    """
+
+    name: str
+    """1 to 64 of ``A-Za-z0-9._-``: devices and the server tell each other of it."""
+    kind: Kind
+    """``classification``: outputs ``(B, C)``, targets ``(B,)`` of class numbers.
+    ``regression``: outputs and targets ``(B,)`` or ``(B, K)``.
+    ``next_token``: outputs ``(B, T, V)``, targets ``(B, T)`` of token numbers."""
+    model: Callable[[], nn.Module]
+    """Builds the model; its weights come from torch's default generator, which is seeded."""
+    clients: Callable[[Folder], Sequence[str]]
+    """The names of all clients. Only a simulation calls it."""
+    client_data: Callable[[str, Folder], Examples]
+    """The examples of one client."""
+    test_data: Callable[[Folder], Examples]
+    """The final test split. It is read once, at the end; no choice is made on it."""
+    example_input: Tensor
+    """One input, without the batch dimension."""
+    cloud_data: Callable[[Folder], Examples] | None = None
+    """Data that the cloud may use: for fine-tuning, its gate, pruning and calibration."""
+    cloud_heldout: Callable[[Folder], Examples] | None = None
+    """The part of the cloud's data that only judges, where a random share of ``cloud_data`` would
+    not do: other people, other machines, later days."""
+    preprocess: Callable[[], nn.Module] | None = None
+    """Builds a module without parameters that runs before the model and is exported with it."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes; they travel in the released model."""
+    loss: Loss | None = None
+    """Mean loss over a batch, ``(outputs, targets)``; the kind's usual one when unset."""
+    metrics: tuple[Metric, ...] = ()
+    """The first is the primary one; the kind's usual ones when unset."""
+
+    def __post_init__(self) -> None:
+        if not is_task_name(self.name):
+            raise TaskError(
+                f"task {self.name!r}: a task's name is 1 to 64 of the letters A-Z and a-z, digits, "
+                "'.', '_' and '-', which devices and the server tell each other. Nothing was run; "
+                "choose another name in the task file."
+            )
+        if self.kind not in _LOSSES:
+            raise TaskError(
+                f"task {self.name!r}: kind = {self.kind!r}; allowed: {', '.join(_LOSSES)}."
+            )
+        object.__setattr__(self, "loss", self.loss or _LOSSES[self.kind])
+        object.__setattr__(self, "metrics", self.metrics or _METRICS[self.kind])
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that decisions follow."""
+        return self.metrics[0]
+
+    @property
+    def loss_of(self) -> Loss:
+        """The mean loss over a batch: ``loss_of(outputs, targets)`` is a scalar."""
+        assert self.loss is not None  # set in __post_init__
+        return self.loss
+
+
+def load_task(path: Path) -> Task:
+    """Imports a task file and returns its ``task``.
+
+    The file's folder can be imported from while it loads, as when Python runs a script there.
+
+    Raises:
+        TaskError: the file does not exist, fails to import, or holds no `Task` named ``task``.
+    """
+    path = path.resolve()
+    if not path.is_file():
+        wrong = "is a folder or something else" if path.exists() else "does not exist"
+        raise TaskError(
+            f"{path}: this task file {wrong}. Nothing was run; name the one that is there: as "
+            "`task` in the run's file, by --task on a device."
+        )
+    name = f"fedcore_task_{sha256_hex(str(path).encode())[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path}: a task file ends in .py. Nothing was run.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # a model class defined there must be importable by its name
+    sys.path.insert(0, str(path.parent))
+    task = None
+    try:
+        spec.loader.exec_module(module)
+        task = getattr(module, "task", None)
+    except FedcoreError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's file raises is theirs to read
+        raise TaskError(
+            f"{path}: importing this task failed: {type(error).__name__}: {error}. "
+            "Nothing was run; `python` on the file shows where."
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent))
+        if not isinstance(task, Task):
+            del sys.modules[name]
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"{path}: expected a variable `task` that is a fedcore.Task, found "
+            f"{'nothing of that name' if task is None else type(task).__name__}. Nothing was run."
+        )
+    return task
+
+
+def data_folder() -> Folder:
+    """Where a server or a simulation reads data: ``FEDCORE_DATA``, or ``None``.
+
+    Raises:
+        DataError: the variable names a folder that does not exist.
+    """
+    value = os.environ.get("FEDCORE_DATA")
+    if not value:
+        return None
+    folder = Path(value)
+    if not folder.is_dir():
+        raise DataError(f"FEDCORE_DATA = {value}: this folder does not exist. Nothing was run.")
+    return folder
+
+
+def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
+    """Calls a task's loader and turns its failures into errors that say what was being read.
+
+    Raises:
+        DataError: the loader failed, or what it returned has no examples.
+    """
+    try:
+        examples = load()
+        count = len(cast(Sized, examples))
+    except FedcoreError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code: any failure of it is one of data
+        raise DataError(
+            f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
+            "it; mend the file or the task's loader."
+        ) from error
+    if count == 0:
+        raise DataError(
+            f"{what}: it holds no examples, and at least 1 is needed. Nothing was trained on it; "
+            "leave this client out, or give it data."
+        )
+    return examples
+
+
+def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
+    """Refuses data whose inputs are not like the task's example.
+
+    Raises:
+        TaskError: shape or dtype differ; the exported model would take only the example's.
+    """
+    try:
+        inputs, _ = examples[0]
+    except Exception as error:
+        raise DataError(
+            f"{what}: reading its first example failed: {type(error).__name__}: {error}. Nothing "
+            "was trained; examples are pairs (input, target)."
+        ) from error
+    example = task.example_input
+    if inputs.shape != example.shape or inputs.dtype != example.dtype:
+        raise TaskError(
+            f"{what}: inputs are {inputs.dtype} {tuple(inputs.shape)}, and example_input of task "
+            f"{task.name!r} is {example.dtype} {tuple(example.shape)}: the exported model would "
+            "refuse them. Nothing was trained; make the two alike."
+        )
+
+
+def size_of(examples: Examples) -> int:
+    """How many examples there are."""
+    return len(cast(Sized, examples))

@@ -1,0 +1,158 @@
+"""The model as it is trained, exported and served: the task's network behind its preprocessing."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from fedcore.config.run import RunConfig
+from fedcore.errors import DataError, InsufficientMemory, InvalidUpdate, TaskError
+from fedcore.files import read_bytes
+from fedcore.observability.foreign import foreign
+from fedcore.seeds import global_streams
+from fedcore.task.definition import Task
+from fedcore.training.memory import memory_errors
+
+MAX_CHECKPOINT_BYTES = 8 << 30  # 8 GiB
+
+
+class Standardise(nn.Module):
+    """Subtracts a mean and divides by a deviation, feature by feature; both are buffers."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("deviation", torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes and gives ``(B, *shape)``."""
+        return (x - self.mean) / self.deviation
+
+
+class FullModel(nn.Module):
+    """``preprocess`` (runs on raw inputs, is not trained), then ``model``."""
+
+    def __init__(self, preprocess: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes raw inputs ``(B, ...)``."""
+        return cast(Tensor, self.model(self.preprocess(x)))
+
+
+def build_model(task: Task, run: RunConfig) -> FullModel:
+    """A fresh model whose weights are fixed by the run's seed.
+
+    Raises:
+        TaskError: building it failed, or the preprocessing has parameters.
+        InsufficientMemory: there is no memory for it.
+    """
+    try:
+        with (
+            memory_errors(f"task {task.name!r}: building the model"),
+            global_streams(run.seed, "initial weights"),
+        ):
+            model = task.model()
+            preprocess = task.preprocess() if task.preprocess else nn.Identity()
+    except InsufficientMemory:
+        raise
+    except Exception as error:  # the user's code: any failure of it is one of the task
+        raise TaskError(
+            f"task {task.name!r}: building the model failed: {type(error).__name__}: {error}. "
+            "Nothing was run."
+        ) from error
+    if any(True for _ in preprocess.parameters()):
+        raise TaskError(
+            f"task {task.name!r}: preprocess has parameters; use buffers, so that it is not "
+            "trained. Nothing was run."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TaskError(f"task {task.name!r}: the model has nothing to train. Nothing was run.")
+    if run.federation.normalisation != "task":
+        shape = _standardised_shape(task, preprocess)
+        preprocess = nn.Sequential(preprocess, Standardise(shape))
+    return FullModel(preprocess, model)
+
+
+def _standardised_shape(task: Task, preprocess: nn.Module) -> torch.Size:
+    if not task.example_input.is_floating_point():
+        raise TaskError(
+            f"task {task.name!r}: inputs of dtype {task.example_input.dtype} cannot be normalised. "
+            "Nothing was run; set federation.normalisation to 'task'."
+        )
+    with torch.inference_mode():
+        return preprocess(task.example_input.unsqueeze(0)).shape[1:]  # type: ignore[no-any-return]
+
+
+def standardise_of(model: FullModel) -> Standardise:
+    """The part of a model that holds normalisation statistics."""
+    return next(m for m in model.preprocess.modules() if isinstance(m, Standardise))
+
+
+def preprocess_bytes(model: FullModel) -> bytes:
+    """The state of the preprocessing as safetensors; empty when it has none."""
+    state = model.preprocess.state_dict()
+    return save({name: tensor.contiguous() for name, tensor in state.items()}) if state else b""
+
+
+def load_preprocess(raw: bytes, model: FullModel) -> None:
+    """Puts a state that the server sent into the preprocessing.
+
+    Raises:
+        InvalidUpdate: it does not fit this model.
+    """
+    try:
+        model.preprocess.load_state_dict(load(raw) if raw else {})
+    except (SafetensorError, RuntimeError) as error:
+        raise InvalidUpdate(
+            f"preprocessing: what the server sent does not fit this task: {foreign(error)}. "
+            "Nothing was trained; server and client must run the same task."
+        ) from None
+
+
+def checkpoint_bytes(model: nn.Module) -> bytes:
+    """All weights and buffers as safetensors."""
+    state = model.state_dict()
+    return save({name: t.detach().cpu().clone().contiguous() for name, t in state.items()})
+
+
+def load_checkpoint(raw: bytes, model: nn.Module, *, where: str) -> None:
+    """Loads safetensors into a model of the same shape.
+
+    Raises:
+        DataError: the bytes are no safetensors, or hold other tensors than the model has.
+    """
+    try:
+        state = load(raw)
+    except SafetensorError as error:
+        raise DataError(
+            f"{where}: not a safetensors checkpoint ({error}). Nothing was run."
+        ) from None
+    mine = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in state.items()}
+    if mine != theirs:
+        missing, extra = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+        changed = sorted(n for n in mine.keys() & theirs.keys() if mine[n] != theirs[n])
+        raise DataError(
+            f"{where}: this checkpoint is of another model: missing {missing}, extra {extra}, "
+            f"other shapes {changed}. Nothing was run."
+        )
+    model.load_state_dict(state)
+
+
+def warm_start(run: RunConfig, model: FullModel) -> None:
+    """Loads ``federation.initial`` when the configuration names it."""
+    if run.federation.initial is None:
+        return
+    path = run.path(run.federation.initial)
+    raw = read_bytes(path, max_bytes=MAX_CHECKPOINT_BYTES, what="the initial checkpoint")
+    load_checkpoint(raw, model, where=str(path))

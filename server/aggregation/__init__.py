@@ -1,1 +1,0 @@
-"""From updates to a new global model."""

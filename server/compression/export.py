@@ -1,0 +1,235 @@
+"""Exporting a model to ONNX: bytes that depend on its weights alone, and tell of nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from fedcore.artifacts.manifest import MAX_MODEL_BYTES
+from fedcore.errors import CompressionError, TaskError
+from fedcore.observability.words import counted
+
+INPUT, OUTPUT = "input", "output"
+LABELS_KEY, KIND_KEY = "fedcore.labels", "fedcore.kind"
+OPSET = 20  # fixed, so that another torch does not change the bytes by its default
+
+
+def export_onnx(
+    module: nn.Module, example_batch: Tensor, *, labels: tuple[str, ...], kind: str
+) -> bytes:
+    """Exports a model as it is served, with its preprocessing, label names and kind.
+
+    Args:
+        module: The model with its preprocessing, a `fedcore.task.model.FullModel`. Not changed.
+        example_batch: Two inputs ``(2, ...)`` of the dtype that devices send; with one only, the
+            exporter would take the batch dimension for a constant.
+        labels: Names of the classes, in order; may be empty.
+        kind: ``classification``, ``regression`` or ``next_token``.
+
+    Returns:
+        One ONNX file: input ``input`` and output ``output`` with a free batch dimension, weights
+        inline.
+
+    Guarantee:
+        Equal weights and architecture give equal bytes, in any process and folder: source lines,
+        paths and producer versions are removed.
+
+    Raises:
+        TaskError: the model cannot run on ``example_batch``, or holds something that ONNX cannot
+            express; the message names the module where there is one to name.
+    """
+    module = copy.deepcopy(module).cpu().eval()
+    try:
+        with torch.no_grad():
+            answer = module(example_batch)
+    except Exception as error:  # the model is the user's code: whatever it raises is theirs to read
+        raise TaskError(
+            f"model: it fails on a batch of inputs of shape {tuple(example_batch.shape)}: "
+            f"{_first_line(error)}. Nothing was exported; make `example_input` one input without "
+            "the batch dimension, as the model takes it."
+        ) from error
+    if not isinstance(answer, Tensor) or answer.shape[:1] != example_batch.shape[:1]:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise TaskError(
+            f"model: for {counted(len(example_batch), 'input')} it gives {got}, and one tensor "
+            "with as many rows is needed. Nothing was exported; return the outputs alone, one row "
+            "an input."
+        )
+    try:
+        model = _to_proto(module, (example_batch,))
+    except Exception as error:  # the exporter raises whatever its passes and the model raise
+        culprit = _culprit(module, example_batch)
+        raise TaskError(
+            f"model: {culprit or type(module).__name__} cannot be exported to ONNX: "
+            f"{_first_line(_root(error))}. Nothing was exported; replace it by operations that "
+            "ONNX has, without control flow that depends on values."
+        ) from error
+    rows = model.graph.output[0].type.tensor_type.shape.dim[0]
+    if rows.HasField("dim_value"):
+        raise TaskError(
+            f"model: it always gives {rows.dim_value} rows, and devices ask for 1. Nothing was "
+            "exported; look for an expand, view or reshape that writes the batch size out."
+        )
+    return finish(model, {LABELS_KEY: json.dumps(list(labels)), KIND_KEY: kind})
+
+
+def finish(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
+    """Serialises a model with ``properties`` as its only metadata.
+
+    Everything that tells where, when or by what it was made is removed: metadata and documentation
+    of the model, its graphs, nodes, values, weights and functions, and the producer's version.
+
+    Raises:
+        CompressionError: the model is larger than one file can hold.
+    """
+    model.producer_name, model.producer_version = "fedcore", ""
+    model.domain, model.model_version = "", 0
+    _clear(model, *model.functions)
+    for function in model.functions:
+        _strip_nodes(function.node)
+        _clear(*function.value_info)
+    _strip_graph(model.graph)
+    _drop_unused_domains(model)
+    for key, value in sorted(properties.items()):
+        model.metadata_props.add(key=key, value=value)
+    size = model.ByteSize()
+    if size > MAX_MODEL_BYTES:
+        raise CompressionError(
+            f"export: the model takes {size} bytes, and one ONNX file holds at most "
+            f"{MAX_MODEL_BYTES}. Nothing was exported; use a smaller model."
+        )
+    serialised: bytes = model.SerializeToString(deterministic=True)
+    return serialised
+
+
+def properties_of(model: onnx.ModelProto) -> dict[str, str]:
+    """The label names and kind that `export_onnx` wrote, to pass on to `finish`."""
+    keys = (LABELS_KEY, KIND_KEY)
+    return {item.key: item.value for item in model.metadata_props if item.key in keys}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides what exporters and quantisers print, log and warn while they succeed.
+
+    Their failures are exceptions, and those pass. Logging and the standard streams belong to the
+    whole process, so other threads are quiet meanwhile too.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    sink = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _to_proto(module: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            inputs,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            dynamo=True,
+            dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None  # dynamo=True always returns one
+    return program.model_proto
+
+
+def _culprit(module: nn.Module, example_batch: Tensor) -> str | None:
+    """The innermost submodule that cannot be exported by itself, described; None if all can."""
+    seen: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
+    hooks = [
+        inner.register_forward_hook(
+            lambda inner, inputs, _, name=name: seen.append((name, inner, inputs))
+        )
+        for name, inner in module.named_modules()
+        if name
+    ]
+    with torch.no_grad():
+        module(example_batch)
+    for hook in hooks:
+        hook.remove()
+    # Forward hooks fire when a module returns, so an inner one stands before the one it is in.
+    for name, inner, inputs in seen:
+        if not all(isinstance(value, Tensor) for value in inputs):
+            continue
+        try:
+            _to_proto(inner, inputs)
+        except Exception:  # that it fails is the answer; why, the caller reports
+            return f"layer {name!r} ({type(inner).__name__})"
+    return None
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    said = 2 if lines and lines[0].endswith(":") else 1  # a heading says nothing by itself
+    return f"{type(error).__name__}: {' '.join(lines[:said])}".rstrip(".")
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    _clear(graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    # Shapes of what flows inside are for tools to infer; kept, they name the exporter's symbols.
+    del graph.value_info[:]
+    _strip_nodes(graph.node)
+
+
+def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
+    for node in nodes:
+        _clear(node)
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+            if attribute.HasField("t"):
+                _clear(attribute.t)
+            for graph in _subgraphs(attribute):
+                _strip_graph(graph)
+
+
+def _drop_unused_domains(model: onnx.ModelProto) -> None:
+    """Quantisers declare every set of operators that their build of onnxruntime knows."""
+    used = {""}
+    graphs: list[Any] = [model.graph, *model.functions]
+    while graphs:
+        for node in graphs.pop().node:
+            used.add(node.domain)
+            graphs += [graph for attribute in node.attribute for graph in _subgraphs(attribute)]
+    kept = [opset for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _subgraphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    return [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
+
+
+def _clear(*parts: Any) -> None:
+    for part in parts:
+        del part.metadata_props[:]
+        part.ClearField("doc_string")

@@ -1,0 +1,355 @@
+"""The network side of the Fleet API: an ASGI application that asks who calls before it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedcore.crypto.roster import Member, Roster
+from fedcore.errors import (
+    DataError,
+    DeviceError,
+    FedcoreError,
+    InvalidUpdate,
+    ResourceError,
+    TrustError,
+)
+from fedcore.files import disk_errors
+from fedcore.flower.fleet import Fleet, node_id_of
+from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, Arrival, beginning_of
+from fedcore.observability.foreign import foreign
+from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
+from server.live.network.limits import Limits, PeerLines, Rates, Refusals, Uploads
+from server.live.network.peer import divert_of, key_of
+from server.live.network.presence import Presence
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Begin = Callable[[bytes], Arrival | None]
+Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
+
+ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
+PUSH, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
+PING = "/"
+"""What `fedcore doctor` gets, to see that a device is let in; it changes nothing."""
+_MEMORY_BYTES = 2**16
+"""So much of a request's body is kept in memory while it comes in; a longer one goes to a file."""
+_PIECE_BYTES = 2**15
+_STATUS: tuple[tuple[type[FedcoreError], int], ...] = (
+    (DataError, 400),
+    (TrustError, 403),
+    (InvalidUpdate, 409),
+    (DeviceError, 412),
+)
+
+
+class _Refusal(Exception):
+    """A call that is answered without asking the fleet."""
+
+    def __init__(self, status: int, detail: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.retry_after_s = status, detail, retry_after_s
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Lets members with the role of a device call the Fleet API, within limits.
+
+    In this order: the key of the connection is a member's, the path is one of the Fleet API's, the
+    rate is kept to, the process was let in; only then is a body read, and no further than the
+    call's own limit.
+    """
+
+    fleet: Fleet
+    roster: Roster
+    presence: Presence
+    uploads: Uploads
+    rates: Rates
+    limits: Limits
+    hello: Hello
+    spool: Path
+    """Where bodies lie while they come in."""
+    bodies: asyncio.Semaphore
+    wake_port: int
+    refusals: Refusals
+    lines: PeerLines = field(default_factory=PeerLines)
+    operate: Operate | None = None
+    """Answers operators and viewers; they are refused when None."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            return None
+        peer, begun = str((scope.get("client") or ("?",))[0]), False
+
+        async def sent(event: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(event)
+
+        try:
+            member = self._member(scope)
+            peer = member.name
+            if member.role != "device" and self.operate is not None:
+                self._keep_to_rate(node_id_of(member.public))
+                return await self.operate(scope, receive, sent, member)
+            answer = await self._answer(scope, receive, member)
+        except _Refusal as refusal:
+            await self._refuse(send, peer, scope["path"], refusal)
+        except FedcoreError as error:
+            if isinstance(error, ResourceError):  # the device comes again: the round waits
+                self.fleet.lack(error)
+            status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+            await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
+        except Exception as error:  # whatever a peer sent that nobody thought of
+            self.refusals.note(peer, 500, f"{scope['path']}: {_place(error)}")
+            if not begun:
+                text = f"the call could not be answered ({type(error).__name__})"
+                await _respond(
+                    send, 500, b"application/json", json.dumps({"detail": text}).encode()
+                )
+        else:
+            if isinstance(answer, Large):
+                await _send_pieces(send, answer, self.limits)
+                return None
+            wake = (
+                [(WAKE_PORT.encode(), b"%d" % self.wake_port)] if scope["path"] == ACTIVATE else []
+            )
+            await _respond(send, 200, b"application/x-protobuf", answer, wake)
+
+    def _member(self, scope: Scope) -> Member:
+        public = key_of(scope["state"])
+        member = self.roster.member(public) if public is not None else None
+        if member is None:
+            raise _Refusal(403, "this certificate is not, or no longer, a member's")
+        if member.role != "device" and self.operate is None:
+            raise _Refusal(403, f"{member.name!r} is no device but {member.role!r}")
+        return member
+
+    def _keep_to_rate(self, node_id: int, calls: int = 1) -> None:
+        wait_s = self.rates.wait_s(node_id, calls)
+        if wait_s > 0:
+            raise _Refusal(429, "too many calls", retry_after_s=wait_s)
+
+    async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | Large:
+        path, route = scope["path"], ROUTES.get(scope["path"])
+        if path == PING and scope["method"] == "GET":
+            self._keep_to_rate(node_id_of(member.public))
+            return b""
+        if route is None or scope["method"] != "POST":
+            raise _Refusal(404, "no such call")
+        caller = Caller(node_id_of(member.public), member.public, member.name)
+        self._keep_to_rate(caller.node_id)
+        headers = {
+            key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
+        }
+        instance = instance_of(headers)
+        if path == ACTIVATE:
+            if not instance:
+                raise _Refusal(400, "it names no process of a device")
+            check_hello(headers, self.hello)
+        elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
+            raise _Refusal(401, "this process was not activated")
+        begin = None
+        if path == PUSH_OBJECT:
+            self.uploads.progress_of(caller.node_id)
+            begin = partial(self._begin, caller)
+        body = await self._body(headers, scope, receive, route, begin)
+        if isinstance(body, Arrival):
+            self.uploads.progress_of(caller.node_id)
+            self.fleet.lack(None)
+            with closing(body):
+                return bytes(body.finish().SerializeToString())
+        if isinstance(body, bytes):
+            await self._before(path, caller, instance, body)
+            return call(self.fleet, caller, route, body)
+        with body:
+            if path == PUSH_OBJECT:
+                self.uploads.progress_of(caller.node_id)
+                async with self.bodies:  # what is parsed takes several times its size
+                    answer = await asyncio.to_thread(call, self.fleet, caller, route, body)
+                self.fleet.lack(None)
+                return answer
+            raw = body.read()
+            await self._before(path, caller, instance, raw)
+            return await asyncio.to_thread(call, self.fleet, caller, route, raw)
+
+    def _begin(self, caller: Caller, raw: bytes) -> Arrival | None:
+        """Where a large chunk begins to come in, what takes it; None for any other object."""
+        begun = beginning_of(raw)
+        if begun is None:
+            return None
+        arrival = Arrival(self.fleet, caller.node_id, caller.name, begun)
+        try:
+            arrival.write(memoryview(raw)[begun.body_at :])
+        except BaseException:
+            arrival.close()
+            raise
+        return arrival
+
+    async def _before(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
+        """What the server notes before Flower's handlers see a call."""
+        if path == ACTIVATE:
+            if self.presence.arrive(caller.node_id, instance, caller.name, caller.public_key):
+                self.fleet.restart(caller.node_id)
+                self.lines.tell(caller.name, "activated", instance[:8])
+        elif path == DEACTIVATE:
+            self.presence.leave(caller.node_id)
+            self.lines.tell(caller.name, "left")
+        elif path == PUSH:
+            await self._admit(caller, body)
+        elif path == PUSH_OBJECT:
+            self.uploads.progress_of(caller.node_id)
+
+    async def _admit(self, caller: Caller, body: bytes) -> None:
+        if more := len(body) // self.limits.call_bytes:
+            self._keep_to_rate(caller.node_id, more)
+        upload = upload_of(self.fleet, caller, body)
+        if upload is None:
+            return
+        if not await self.uploads.enter(caller.node_id, upload):
+            raise _Refusal(503, "the server is taking in other updates", retry_after_s=1.0)
+        if upload.message_id not in self.fleet.asked:  # its round ended while it waited
+            self.uploads.leave(upload.message_id)
+
+    async def _body(
+        self,
+        headers: dict[str, str],
+        scope: Scope,
+        receive: Receive,
+        route: Route,
+        begin: Begin | None,
+    ) -> bytes | BinaryIO | Arrival:
+        """Reads a request's body, counting: what is longer than a piece comes back as a file.
+
+        What ``begin`` makes something of goes there, piece by piece.
+
+        Guarantee:
+            `_MEMORY_BYTES` and one piece of the connection's buffer are held at most, whatever the
+            peer announces or sends, and no more than ``route.max_bytes`` on disk. A peer that is
+            slow holds up no other.
+        """
+        announced = headers.get("content-length", "")
+        if announced.isdigit() and int(announced) > route.max_bytes:
+            raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
+        try:
+            async with asyncio.timeout(self.limits.body_s):
+                read = await _read(receive, route.max_bytes, self.spool, begin)
+                if isinstance(read, Arrival) and not read.is_whole:
+                    await self._rest(read, scope, receive)
+                return read
+        except TimeoutError:
+            raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
+
+    async def _rest(self, arrival: Arrival, scope: Scope, receive: Receive) -> None:
+        """Has what is missing of a chunk come in."""
+        divert = divert_of(scope["state"])
+        try:
+            ended = divert(scope, arrival.write) if divert is not None else None
+            if ended is not None:
+                await ended
+                return
+            while True:
+                event = await receive()
+                if event["type"] == "http.disconnect":
+                    raise ConnectionResetError("the peer went away while it sent")
+                arrival.write(event.get("body", b""))
+                if not event.get("more_body"):
+                    return
+        except ConnectionResetError as error:
+            arrival.close()
+            raise _Refusal(400, str(error)) from None
+        except BaseException:
+            arrival.close()
+            raise
+
+    async def _refuse(self, send: Send, peer: str, path: str, refusal: _Refusal) -> None:
+        if refusal.status not in (401, 503):  # these two are part of coming and of waiting
+            self.refusals.note(peer, refusal.status, f"{path}: {refusal.detail}")
+        headers = [(b"connection", b"close")] if refusal.status in (403, 408, 413) else []
+        if refusal.retry_after_s is not None:
+            headers.append((b"retry-after", f"{refusal.retry_after_s:.2f}".encode()))
+        body = json.dumps({"detail": refusal.detail}).encode()
+        await _respond(send, refusal.status, b"application/json", body, headers)
+
+
+def _place(error: Exception) -> str:
+    """What an error that is nobody's refusal says, and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" at {Path(one.filename).name}:{one.lineno}" for one in frame)
+    return f"{type(error).__name__}: {foreign(error)}{where}"
+
+
+async def _read(
+    receive: Receive, max_bytes: int, spool: Path, begin: Begin | None
+) -> bytes | BinaryIO | Arrival:
+    pieces: list[bytes] = []
+    size, file = 0, None
+    try:
+        while True:
+            event = await receive()
+            if event["type"] == "http.disconnect":
+                raise _Refusal(400, "the peer went away while it sent")
+            pieces.append(event.get("body", b""))
+            size += len(pieces[-1])
+            if size > max_bytes:
+                raise _Refusal(413, f"more than the {max_bytes} bytes that are taken")
+            if begin is not None and size >= BEGINNING_BYTES:
+                arrival, begin = begin(b"".join(pieces)), None
+                if arrival is not None:
+                    arrival.is_whole = not event.get("more_body")
+                    return arrival
+            if size > _MEMORY_BYTES:
+                with disk_errors(spool):
+                    file = file or tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 - its reader's
+                    file.writelines(pieces)
+                pieces.clear()
+            if not event.get("more_body"):
+                break
+    except BaseException:
+        if file is not None:
+            file.close()
+        raise
+    if file is None:
+        return b"".join(pieces)
+    file.seek(0)
+    return file
+
+
+async def _send_pieces(send: Send, answer: Large, limits: Limits) -> None:
+    """Sends a large answer no faster than its peer reads, and holds a piece of it at a time."""
+    length = (b"content-length", str(answer.size_bytes).encode())
+    head = [(b"content-type", b"application/x-protobuf"), length]
+    with answer.file as file:
+        try:
+            async with asyncio.timeout(limits.body_s):
+                await send({"type": "http.response.start", "status": 200, "headers": head})
+                await send({"type": "http.response.body", "body": answer.head, "more_body": True})
+                while piece := file.read(_PIECE_BYTES):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            return  # uvicorn hangs up on an answer that was not finished
+
+
+async def _respond(
+    send: Send,
+    status: int,
+    kind: bytes,
+    body: bytes,
+    headers: list[tuple[bytes, bytes]] | None = None,
+) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    head = [(b"content-type", kind), length, *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

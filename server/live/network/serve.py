@@ -1,0 +1,241 @@
+"""The server's process: the network on one event loop, the ServerApp in a thread beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.files import disk_errors
+from fedcore.flower.fleet import Fleet
+from fedcore.flower.fleet_grid import FleetGrid, Stopped
+from fedcore.flower.identity import assume_identity
+from fedcore.rpc.hello import Hello
+from fedcore.updates.seal import run_digest
+from server.live.network.connections import Connections, grant_descriptors
+from server.live.network.gate import Gate, Operate
+from server.live.network.http import bind, http_server
+from server.live.network.limits import Limits, Rates, Refusals, Uploads
+from server.live.network.presence import Presence
+from server.live.network.signatures import DevicePeers, Seals
+from server.live.network.steady_clock import SteadyClock
+from server.live.network.wake import Wakeups, put_out_strangers, serve_wakeups
+from server.process.serving import give_back_early
+from server.process.signals import end_at_once
+
+log = logging.getLogger("fedcore.server")
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+_TOGETHER_S = 1.0
+"""Signals that follow each other within this are one."""
+_ROSTER_S = 1.0
+"""How long a device that was revoked may keep its stream and its connections."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens; port 0 lets the system choose."""
+
+    host: str
+    port: int
+    wake_port: int
+
+    def check_free(self) -> None:
+        """Sees that both ports can be had, and lets go of them again.
+
+        Raises:
+            ResourceError: one is in use, or may not be used.
+        """
+        with bind(self.host, self.port), bind(self.host, self.wake_port, option="--wake-port"):
+            pass
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server that is up."""
+
+    fleet: Fleet
+    presence: Presence
+    uploads: Uploads
+    seals: Seals
+    peers: DevicePeers
+    address: Address
+    """As it came out, with the ports that the system chose."""
+    stopping: threading.Event
+    """Ends what waits on the grid, once it is set."""
+
+    def grid(self) -> FleetGrid:
+        """A grid for the run that is open."""
+        return FleetGrid(
+            self.fleet,
+            self.presence,
+            inspector=self.seals,
+            consumed=self.uploads.released,
+            stopping=self.stopping,
+        )
+
+    def stop(self) -> None:
+        """Ends what waits on the grid."""
+        self.stopping.set()
+        self.fleet.wake()
+
+
+@asynccontextmanager
+async def listen(
+    identity: ServerIdentity,
+    hello: Hello,
+    address: Address,
+    *,
+    settings: Mapping[str, str],
+    spool: Path,
+    limits: Limits | None = None,
+    operate: Operate | None = None,
+) -> AsyncIterator[Listening]:
+    """Opens a run and both ports, and closes them again.
+
+    Args:
+        identity: The server's key and certificate, and where its members are listed.
+        hello: The versions that devices must have.
+        address: Where to listen.
+        settings: What devices are told of the run.
+        spool: Folder that payloads lie in while they are on their way; it is emptied.
+        limits: What devices are granted.
+        operate: Answers operators and viewers; they are refused when None.
+
+    Raises:
+        ResourceError: a port is in use.
+    """
+    give_back_early()
+    limits = limits or Limits()
+    clock = SteadyClock()
+    roster = identity.roster(clock=clock)
+    with disk_errors(spool):
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True, mode=0o700)
+    fleet = Fleet(spool)
+    assume_identity(fleet.open_run(settings))
+    presence = Presence(fleet.wake)
+    uploads = Uploads(limits, fleet.abandon)
+    refusals = Refusals()
+    seals = Seals(
+        roster,
+        fleet.key_of,
+        run_id=run_digest(settings),
+        refusals=refusals,
+        clock=clock.seconds,
+    )
+    peers = DevicePeers(roster, fleet.key_of, refusals)
+    most = min(limits.connections, grant_descriptors())
+    connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
+    listener = connections.listener(bind(address.host, address.port))
+    try:
+        wakeups = Wakeups(presence, roster, uploads, refusals)
+        wake, wake_port = await serve_wakeups(
+            wakeups,
+            identity,
+            host=address.host,
+            port=address.wake_port,
+            connections=most,
+            handshake_s=limits.handshake_s,
+        )
+    except BaseException:
+        listener.close()
+        raise
+    gate = Gate(
+        fleet=fleet,
+        roster=roster,
+        presence=presence,
+        uploads=uploads,
+        rates=Rates(limits, fleet.objects_sent),
+        limits=limits,
+        hello=hello,
+        spool=spool,
+        bodies=asyncio.Semaphore(limits.bodies),
+        wake_port=wake_port,
+        refusals=refusals,
+        operate=operate,
+    )
+    http = http_server(gate, identity, connections)
+    bound = Address(address.host, listener.getsockname()[1], wake_port)
+    listening = Listening(fleet, presence, uploads, seals, peers, bound, threading.Event())
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    watching = asyncio.create_task(
+        put_out_strangers(presence, roster, uploads, connections, every_s=_ROSTER_S)
+    )
+    while not http.started and not serving.done():
+        await asyncio.sleep(0.01)
+    log.info("listening on %s:%d, wakes on %d", bound.host, bound.port, bound.wake_port)
+    try:
+        yield listening
+    finally:
+        listening.stop()
+        watching.cancel()
+        http.should_exit = True
+        presence.close()
+        await wake.stop(grace=1.0)
+        await serving
+        fleet.end_run()
+        shutil.rmtree(spool, ignore_errors=True)
+        log.info("stopped")
+
+
+def _name(roster: Roster, public: bytes) -> str | None:
+    member = roster.member(public)
+    return member.name if member is not None else None
+
+
+async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool:
+    """Runs ``work``, a ServerApp, in a thread over the server's grid, until it or the server ends.
+
+    SIGTERM and SIGINT end it where it next asks the grid. Returns whether it came to its own end.
+
+    One more ends the process at once, where ``work`` has not ended in a second: it may be in a
+    task's function that hangs. Once it has, and where several come together, as from a terminal
+    and from whoever started this, one more changes nothing, to the very end of the process: it
+    does not cut off what is being put away, and the exit code is that of what happened.
+
+    Raises:
+        FedcoreError: whatever ``work`` raised.
+    """
+    loop = asyncio.get_running_loop()
+    asked_s: float | None = None
+    works = True
+
+    def ignore() -> None:
+        for each in _ENDING:  # any handler but this one is gone before the interpreter is
+            signal.signal(each, signal.SIG_IGN)
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked_s
+        before_s, asked_s = asked_s, time.monotonic()
+        if not works:
+            ignore()
+        elif before_s is not None and asked_s - before_s > _TOGETHER_S:
+            end_at_once()
+        with suppress(RuntimeError):  # the loop is closed: it has stopped
+            loop.call_soon_threadsafe(listening.stop)
+
+    for each in _ENDING:  # the loop's own would be gone with the loop
+        signal.signal(each, stop)
+    with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # none that others wait for
+        try:
+            await loop.run_in_executor(own, work, listening.grid())
+        except Stopped:
+            return False
+        finally:
+            works = False
+            if asked_s is not None:
+                ignore()
+    return True

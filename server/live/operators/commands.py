@@ -1,0 +1,183 @@
+"""The verbs by which operators steer a server that runs, and viewers look at it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedcore.cli import Command
+from fedcore.observability.foreign import say
+from fedcore.observability.words import counted
+
+Shown = Callable[[Mapping[str, Any]], str]
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--identity",
+        type=Path,
+        default=Path("authority/server"),
+        metavar="DIR",
+        help="the folder of a server on this machine, as --identity server (default: %(default)s)",
+    )
+    where.add_argument(
+        "--kit",
+        type=Path,
+        metavar="DIR",
+        help="ask over the network, with the operator's or viewer's kit in this folder, as "
+        "--kit anna",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _drain_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    parser.add_argument("device", metavar="DEVICE", help="its name, as edge-017")
+    parser.add_argument("--undo", action="store_true", help="have rounds select the device again")
+
+
+def _backup_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help="where it goes, as orchard.tar")
+
+
+def _ask(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
+    from server.live.operators.client import ask_here, ask_there
+
+    if options.kit is None:
+        answer = ask_here(options.identity, request)
+    else:
+        from fedcore.crypto.kit import load_kit
+
+        answer = ask_there(load_kit(options.kit), request)
+    say(json.dumps(answer, indent=2) if options.json else shown(answer))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    return _ask(options, _shown_status, verb="status")
+
+
+def _shown_status(told: Mapping[str, Any]) -> str:
+    devices, last = told["devices"], told["last"]
+    state = f"{told['state']}: {told['stage']}" if told["stage"] else told["state"]
+    listens = f"{told['listens']}, wakes on {told['wakes']}" if told["listens"] else "no more"
+    lines = [
+        f"Run:     {told['run']}, {state}; {told['round']} of {counted(told['rounds'], 'round')}",
+        f"Devices: {devices['there']} there, of {counted(devices['members'], 'member')}; "
+        f"{devices['drained']} drained",
+        f"Listens: {listens}; up {told['up_s']:.0f} s",
+        f"Project: {told['project']}, fedcore {told['version']}; certificate until "
+        f"{told['certificate_not_after'][:10]}, roster version {told['roster']['version']}",
+    ]
+    if last:
+        lines.insert(1, f"Last:    {_shown_round(last)}")
+    if told["roster"]["damage"]:
+        lines.append(f"Roster:  not read again: {told['roster']['damage']}")
+    return "\n".join([*lines, *(f"Note:    {note}" for note in told["notes"])])
+
+
+def _shown_round(one: Mapping[str, Any]) -> str:
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
+    return (
+        f"round {one['round']}: {one['updates']} of {counted(one['cohort'], 'update')}, "
+        f"{one['failed']} failed, {one['seconds']:.2f} s{', ' if metrics else ''}{metrics}"
+    )
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    return _ask(
+        options,
+        lambda told: "\n".join(map(_shown_round, told["rounds"])) or "No round is over yet.",
+        verb="rounds",
+    )
+
+
+def _devices(options: argparse.Namespace) -> int:
+    return _ask(options, _shown_devices, verb="devices")
+
+
+def _shown_devices(told: Mapping[str, Any]) -> str:
+    lines = []
+    for one in told["devices"]:
+        there = "awake" if one["awake"] else "polls" if one["there"] else "away"
+        drained = ", drained" if one["drained"] else ""
+        until = one["certificate_not_after"][:10]
+        lines.append(f"{one['name']:<24} {there}{drained}; certificate until {until}")
+    return "\n".join(lines) or "No device is a member yet."
+
+
+def _steer(verb: str) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        return _ask(options, lambda told: f"{told['run']}: {told['state']}", verb=verb)
+
+    return run
+
+
+def _drain(options: argparse.Namespace) -> int:
+    return _ask(
+        options,
+        lambda told: f"{told['device']}: {'drained' if told['drained'] else 'selected again'}",
+        verb="drain",
+        device=options.device,
+        undo=options.undo,
+    )
+
+
+def _backup(options: argparse.Namespace) -> int:
+    return _ask(
+        options,
+        lambda told: (
+            f"Backup: {told['file']}, {counted(told['files'], 'file')}, {told['bytes']} bytes"
+        ),
+        verb="backup",
+        file=str(options.file.absolute()),
+    )
+
+
+OPERATOR_VERBS = {
+    "status": Command(
+        "Show what a running server does.", _where, _status, "fedcore server status --json"
+    ),
+    "rounds": Command(
+        "List the rounds that are over, the last 1000.",
+        _where,
+        _rounds,
+        "fedcore server rounds --kit anna",
+    ),
+    "devices": Command(
+        "List the devices of the project: who is there, who is drained.",
+        _where,
+        _devices,
+        "fedcore server devices",
+    ),
+    "pause": Command(
+        "Begin no further round once this one is over.",
+        _where,
+        _steer("pause"),
+        "fedcore server pause",
+    ),
+    "resume": Command("Go on after a pause.", _where, _steer("resume"), "fedcore server resume"),
+    "stop": Command(
+        "End the server after this round, or what follows the rounds; the run can be resumed.",
+        _where,
+        _steer("stop"),
+        "fedcore server stop --kit anna",
+    ),
+    "drain": Command(
+        "Have further rounds leave a device out, until it is undone.",
+        _drain_arguments,
+        _drain,
+        "fedcore server drain edge-017",
+    ),
+    "backup": Command(
+        "Write the run's folder to one file, between two rounds.",
+        _backup_arguments,
+        _backup,
+        "fedcore server backup orchard.tar",
+    ),
+}

@@ -1,0 +1,397 @@
+"""What operators steer of a run that goes on, and what they and viewers see of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fedcore.config.run import RunConfig
+from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.errors import ConfigError, FedcoreError, ResourceError, TrustError
+from fedcore.flower.fleet_grid import Stopped
+from fedcore.observability.events import Event, Noted, RoundFinished, StageStarted, json_line
+from server.audit import AUDIT, Audit
+from server.live.network.serve import Listening
+from server.live.operators.backup import back_up, check_place, check_wanted
+from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
+from server.live.operators.protocol import LOOKING, Asker, Request, named, parse_request
+from server.live.operators.status import shown_devices, shown_status
+from server.live.rounds.steered import Steered
+from server.rounds.checkpointing import Keeper, Progress
+
+_ROUNDS_SHOWN = 1000
+_LOOK_S = 0.25
+"""How often whatever waits looks whether the server is told to stop."""
+_THREADS = 4
+"""Answer operators at the same time; one of them at most waits for a round to be over."""
+_STAGES = {"finetune": "fine-tuning", "compress": "compression"}
+Gone = Callable[[], bool]
+"""Whether whoever asked has hung up."""
+
+_State = Literal["waiting", "running", "paused", "finishing", "ended"]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is there once the server is up."""
+
+    identity: ServerIdentity
+    listening: Listening | None
+    """None once the rounds are over, and no device is served any more."""
+    roster: Roster
+    audit: Audit
+
+    @property
+    def stopping(self) -> bool:
+        return self.listening is not None and self.listening.stopping.is_set()
+
+
+class Control:
+    """Steers one run. Every method may be called from any thread."""
+
+    def __init__(self, run: RunConfig, *, identity: Path, results: Path) -> None:
+        """Begins with a run that goes on.
+
+        Args:
+            run: The run's configuration.
+            identity: The server's folder: the audit log and the list of drained devices lie there.
+            results: The run's own folder.
+
+        Raises:
+            DiskFull: there is no room for the audit log.
+            DataError: the list of drained devices is no such list.
+        """
+        self._run, self._folder, self._results = run, identity, results
+        Audit(identity / AUDIT).close()  # what may not be written is known before anything begins
+        self._changed = threading.Condition()
+        self._rounds: deque[dict[str, Any]] = deque(maxlen=_ROUNDS_SHOWN)
+        self._notes: deque[str] = deque(maxlen=20)
+        self._state: _State = "waiting"
+        self._stage = ""
+        """What follows the rounds and is being done."""
+        self._pause = self._stop = False
+        self._hold = False
+        """Whether a backup waits for the round to be over, or copies what it left."""
+        self._resting = False
+        """Whether the round, which lacks devices, lets a backup be taken."""
+        self._answering = 0
+        self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="operators")
+        """Where to answer: what devices send is taken in by others, whatever operators wait for."""
+        self._started = time.monotonic()
+        self._drained = read_drained(identity)
+        self._site: _Site | None = None
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """The names of devices that further rounds leave out."""
+        return self._drained
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is to end where it is, and to be gone on with later."""
+        return self._stop
+
+    @property
+    def last_round(self) -> int:
+        """The last one that is over; 0 before the first."""
+        return self._rounds[-1]["round"] if self._rounds else 0
+
+    def sink(self, event: Event) -> None:
+        """Takes in what happens, for those who look."""
+        with self._changed:
+            if isinstance(event, RoundFinished):
+                self._rounds.append(json.loads(json_line(event)))
+            elif isinstance(event, Noted):
+                self._notes.append(event.text)
+            elif isinstance(event, StageStarted):
+                self._stage = _STAGES.get(event.stage, event.stage)
+
+    def open(self, identity: ServerIdentity, listening: Listening | None) -> None:
+        """The server is up; without ``listening``, its rounds are over and steps follow.
+
+        Those are done by the main thread, which an operator who stops them interrupts.
+        """
+        audit = Audit(self._folder / AUDIT)
+        self._site = _Site(identity, listening, identity.roster(), audit)
+        warn_of_unknown(self._drained, self._site.roster)
+        action = "start"
+        if listening is not None:
+            listening.presence.drain(self._drained)
+        else:
+            action, self._stage, self._state = "finish", "preparing", "finishing"
+        audit.record(by="server", action=action, outcome="done", run=self._run.name)
+
+    def close(self) -> None:
+        """Waits until all is answered, beside the event loop; a backup that waits gives up."""
+        with self._changed:
+            site = self._site
+            assert site is not None
+            self._stop |= site.stopping
+            self._show("ended")
+            self._site = None
+            self._changed.wait_for(lambda: not self._answering)
+        last, name = self.last_round, self._run.name
+        site.audit.record(by="server", action="end", outcome="done", run=name, round=last)
+        site.audit.close()
+
+    def steered(self, keeper: Keeper) -> Keeper:
+        """``keeper``, and after each round that it has kept, what operators asked for."""
+        return Steered(keeper, self._goes_on, self.lacks_devices)
+
+    def lacks_devices(self) -> None:
+        """Called while a round waits for devices that are not there, each time that it looks.
+
+        A stop does not wait for its end then, and a backup may be taken.
+
+        Raises:
+            Stopped: an operator stopped the run, or the server stops.
+        """
+        with self._changed:
+            self._check_stopped()
+            self._resting = True
+            self._changed.notify_all()
+            try:
+                while self._hold:
+                    self._changed.wait(_LOOK_S)
+                    self._check_stopped()
+            finally:
+                self._resting = False
+
+    def answer(self, raw: bytes, asker: Asker, gone: Gone = lambda: False) -> dict[str, Any]:
+        """Does what is asked, and says so; what may not be done is answered, not raised."""
+        with self._changed:
+            self._answering += 1
+        try:
+            return {"ok": True, **self._answer(parse_request(raw), asker, gone)}
+        except FedcoreError as error:
+            return {"ok": False, "error": type(error).__name__, "message": str(error)}
+        finally:
+            with self._changed:
+                self._answering -= 1
+                self._changed.notify_all()
+
+    def _answer(self, request: Request, asker: Asker, gone: Gone) -> dict[str, Any]:
+        site = self._site
+        if site is None:
+            raise ResourceError("the server is not up yet. Nothing was done; ask again.")
+        if request.verb in LOOKING:
+            return self._look(request, site)
+        more = request.model_dump(exclude={"verb"}, exclude_defaults=True)
+
+        def told(outcome: str) -> None:
+            site.audit.record(by=asker.by, action=request.verb, outcome=outcome, **more)
+
+        try:
+            if asker.role != "operator":
+                raise TrustError(
+                    f"{asker.by}: a {asker.role} may look, and only an operator may "
+                    f"{request.verb}. Nothing was done; ask an operator."
+                )
+            with named(request):
+                act = self._act(request, asker, site, gone)
+            told("accepted")  # on disk before anything is done
+            with named(request):
+                answer = act()
+        except FedcoreError as error:
+            told(f"refused: {error}")
+            raise
+        if request.verb == "backup":
+            told("done")
+        return answer
+
+    def _look(self, request: Request, site: _Site) -> dict[str, Any]:
+        if request.verb == "devices":
+            return {"devices": shown_devices(site.roster, self._drained, site.listening)}
+        with self._changed:
+            rounds = list(self._rounds)
+        if request.verb == "rounds":
+            return {"run": self._run.name, "rounds": rounds}
+        return self._status(site, rounds)
+
+    def _status(self, site: _Site, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return shown_status(
+            self._run,
+            site.identity,
+            site.roster,
+            site.listening,
+            state=self._described(),
+            stage=self._stage,
+            rounds=rounds,
+            notes=self._notes,
+            drained=self._drained,
+            up_s=time.monotonic() - self._started,
+        )
+
+    def _described(self) -> str:
+        with self._changed:
+            if self._stop and self._state != "ended":
+                return "stopping"
+            if self._pause and self._state in ("waiting", "running"):
+                return "pausing"
+            return self._state
+
+    def _act(
+        self, request: Request, asker: Asker, site: _Site, gone: Gone
+    ) -> Callable[[], dict[str, Any]]:
+        """What is to be done, once nothing speaks against it; nothing is done yet."""
+        listening = site.listening
+        if listening is None:
+            return self._finishing(request)
+        if request.verb == "backup":
+            return self._backup(request, asker, site, gone)
+        if request.verb == "drain":
+            return self._drain(request, site.roster, listening)
+        if self._state == "ended":
+            raise ConfigError(f"{self._run.name}: the run has ended. Nothing was done.")
+        if request.verb == "pause":
+            return lambda: self._set(pause=True, stop=self._stop)
+        if request.verb == "resume":
+            return lambda: self._set(pause=False, stop=self._stop)
+
+        def stop() -> dict[str, Any]:
+            if self._state == "waiting":  # nothing has begun that could end
+                listening.stop()
+            return self._set(pause=False, stop=True)
+
+        return stop
+
+    def _finishing(self, request: Request) -> Callable[[], dict[str, Any]]:
+        """As `_act`, once the rounds are over."""
+        if request.verb != "stop":
+            raise ConfigError(
+                f"{request.verb}: the rounds of {self._run.name!r} are over, no device is asked "
+                f"anything any more, and its model is being finished ({self._stage}). Nothing was "
+                "done; `fedcore server stop` ends that, and --resume goes on with it."
+            )
+
+        def stop() -> dict[str, Any]:
+            told = self._set(pause=False, stop=True)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            return told
+
+        return stop
+
+    def _set(self, *, pause: bool, stop: bool) -> dict[str, Any]:
+        with self._changed:
+            self._pause, self._stop = pause, stop
+            self._changed.notify_all()
+        if not pause and not stop:
+            with self._changed:
+                self._changed.wait_for(lambda: self._state != "paused", timeout=2 * _LOOK_S)
+        return {"run": self._run.name, "state": self._described()}
+
+    def _drain(
+        self, request: Request, roster: Roster, listening: Listening
+    ) -> Callable[[], dict[str, Any]]:
+        known = {m.name: m for m in roster.members() if m.role == "device"}
+        name = request.device or ""
+        if name not in known and not (request.undo and name in self._drained):
+            raise ConfigError(
+                f"{name or 'drain'}: no device of this project has this name. Nothing was done; "
+                "`fedcore server devices` lists them."
+            )
+        if not request.undo:
+            with self._changed:
+                last = self._rounds[-1] if self._rounds else None
+            needed = self._run.federation.cohort or (last["cohort"] if last else 1)
+            there = [one.name for one in listening.presence.devices() if one.there]
+            check_enough(self._run.name, there, self._drained | {name}, needed=needed)
+
+        def act() -> dict[str, Any]:
+            with self._changed:  # another operator may drain at the same time
+                wanted = self._drained - {name} if request.undo else self._drained | {name}
+                write_drained(self._folder, wanted)
+                self._drained = wanted
+            listening.presence.drain(self._drained)
+            return {"device": name, "drained": not request.undo}
+
+        return act
+
+    def _backup(
+        self, request: Request, asker: Asker, site: _Site, gone: Gone
+    ) -> Callable[[], dict[str, Any]]:
+        file = Path(request.file or "")
+        if not asker.local:
+            raise ConfigError(
+                "backup: it is written on the server's own machine, and asked for there. Nothing "
+                "was written; log in there, and name the server's folder with --identity."
+            )
+        check_place(file)
+
+        def act() -> dict[str, Any]:
+            def wanted() -> None:
+                check_wanted(self._run.name, gone=gone(), ends=site.stopping)
+
+            with self._between_rounds(site, gone):
+                return asdict(back_up(self._results, file, now=datetime.now(UTC), wanted=wanted))
+
+        return act
+
+    @contextmanager
+    def _between_rounds(self, site: _Site, gone: Gone) -> Iterator[None]:
+        """Waits until no round is on, or it lacks devices, and lets none go on meanwhile.
+
+        Raises:
+            ResourceError: another waits, nobody waits for this one any more, or the run ends.
+        """
+        with self._changed:
+            if self._hold:
+                raise ResourceError(
+                    "backup: another one waits for the end of this round, or is being written. "
+                    "Nothing was written; ask again when it is done, or end it with Ctrl-C."
+                )
+            self._hold = True
+        try:
+            with self._changed:
+                self._check_waited_for(site, gone)
+                while self._state == "running" and not self._resting:
+                    self._changed.wait(_LOOK_S)
+                    self._check_waited_for(site, gone)
+            yield
+        finally:
+            with self._changed:
+                self._hold = False
+                self._changed.notify_all()
+
+    def _check_waited_for(self, site: _Site, gone: Gone) -> None:
+        ends = self._stop or self._state == "ended" or site.stopping
+        check_wanted(self._run.name, gone=gone(), ends=ends)
+
+    def _check_stopped(self) -> None:
+        if self._site is None or self._site.stopping:
+            raise Stopped("the server stops")
+        if self._stop:
+            raise Stopped("an operator stopped the run")
+
+    def _goes_on(self, progress: Progress) -> bool:
+        """Waits while the run is paused.
+
+        Raises:
+            Stopped: an operator stopped the run, or the server stops.
+        """
+        with self._changed:
+            if progress.over:
+                self._show("finishing")
+                return True
+            while self._hold or (self._pause and not self._stop):
+                self._show("paused")
+                self._changed.wait(_LOOK_S)
+                self._check_stopped()
+            self._check_stopped()
+            self._show("running")
+        return True
+
+    def _show(self, state: _State) -> None:
+        if self._state != state:
+            self._state = state
+            self._changed.notify_all()

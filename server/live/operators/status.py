@@ -1,0 +1,90 @@
+"""What operators and viewers are shown of a run and its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from fedcore import __version__
+from fedcore.config.run import RunConfig
+from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.flower.fleet import node_id_of
+from server.live.network.serve import Listening
+
+
+def shown_status(
+    run: RunConfig,
+    identity: ServerIdentity,
+    roster: Roster,
+    listening: Listening | None,
+    *,
+    state: str,
+    stage: str,
+    rounds: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    drained: Collection[str],
+    up_s: float,
+) -> dict[str, Any]:
+    """How a run is doing.
+
+    Args:
+        run: The run.
+        identity: The server's.
+        roster: Who takes part.
+        listening: Where devices are served; None where none are, any more.
+        state: In a word.
+        stage: What follows the rounds and is being done; empty while they go on.
+        rounds: The last ones that are over.
+        notes: The last ones.
+        drained: Names of devices that rounds leave out.
+        up_s: For how long the process has been there, in seconds.
+    """
+    devices = shown_devices(roster, drained, listening)
+    address, kit = listening and listening.address, identity.kit
+    return {
+        "run": run.name,
+        "state": state,
+        "stage": stage or None,
+        "round": rounds[-1]["round"] if rounds else 0,
+        "rounds": run.federation.rounds,
+        "last": rounds[-1] if rounds else None,
+        "notes": list(notes),
+        "devices": {
+            "members": len(devices),
+            "there": sum(device["there"] for device in devices),
+            "drained": len(drained),
+        },
+        "project": kit.project,
+        "listens": address and f"{address.host}:{address.port}",
+        "wakes": address and address.wake_port,
+        "certificate_not_after": f"{kit.not_after:%Y-%m-%dT%H:%M:%SZ}",
+        "roster": {"version": roster.version, "damage": roster.damage},
+        "up_s": round(up_s, 1),
+        "version": __version__,
+    }
+
+
+def shown_devices(
+    roster: Roster, drained: Collection[str], listening: Listening | None
+) -> list[dict[str, Any]]:
+    """Every device of the project, by name; none is there where devices are not served."""
+    present = listening.presence.devices() if listening else ()
+    seen = {device.node_id: device for device in present}
+    found = []
+    for member in roster.members():
+        if member.role != "device":
+            continue
+        node_id = node_id_of(member.public)
+        device = seen.get(node_id)
+        found.append(
+            {
+                "name": member.name,
+                "node_id": node_id,
+                "there": device is not None and device.there,
+                "awake": device is not None and device.awake,
+                "drained": member.name in drained,
+                "num_examples": member.num_examples,
+                "certificate_not_after": f"{member.not_after:%Y-%m-%dT%H:%M:%SZ}",
+            }
+        )
+    return sorted(found, key=lambda one: str(one["name"]))

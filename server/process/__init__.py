@@ -1,0 +1,1 @@
+"""Processes as the operating system sees them: signals, parents, memory, how one is started."""

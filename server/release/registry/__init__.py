@@ -1,0 +1,4 @@
+"""The signed repository of releases: keys, roles and metadata of The Update Framework.
+
+Read `repository` first.
+"""

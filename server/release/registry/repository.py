@@ -1,0 +1,385 @@
+"""The signed repository on disk: made, read back verified, and changed in one step.
+
+::
+
+    metadata/N.root.json, N.targets.json      who may sign what; offline keys
+    metadata/N.releases.json                  the published files; online key
+    metadata/N.snapshot.json, timestamp.json  which of those are in force; online keys
+    targets/models/MODEL/VERSION/HASH.FILE    the files, named by their digests
+
+Devices start at ``timestamp.json``. It is replaced last and atomically, so at any moment the
+repository is either as it was or wholly changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+    DelegatedRole,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization.json import JSONSerializer
+
+from fedcore.artifacts.statements import stamp
+from fedcore.errors import DataError, ReleaseError
+from fedcore.files import is_there, lock_file, read_bytes, write_atomic
+from fedcore.observability.words import counted
+from server.release.registry import pending
+from server.release.registry.keys import MAX_METADATA_BYTES, Keys
+
+OFFLINE_EXPIRY = timedelta(days=365)
+"""Root and targets: each renewal takes the offline keys out of their safe, so seldom."""
+RELEASES_EXPIRY = timedelta(days=30)
+"""Releases and snapshot: a stolen online key signs nothing that outlives a month, and `refresh`
+renews both without a person."""
+TIMESTAMP_EXPIRY = timedelta(days=7)
+"""A device that is shown a frozen repository notices within a week; `refresh` runs daily or so."""
+
+RELEASE_FILES = ("golden.safetensors", "manifest.json", "model.onnx")
+POINTER = "release.json"
+
+Payload = TypeVar("Payload", Root, Targets, Snapshot, Timestamp)
+
+
+_NAME = "[a-z0-9][a-z0-9_-]{0,63}"
+_RELEASE = re.compile(rf"models/({_NAME})/([1-9][0-9]{{0,15}})/([a-z]+[.][a-z]+)")
+
+
+@dataclass(frozen=True)
+class State:
+    """The metadata in force, each part verified by the one that vouches for it."""
+
+    root: Root
+    targets: Targets
+    releases: Targets
+    snapshot: Snapshot
+    timestamp: Timestamp
+
+
+@contextmanager
+def locked(repository: Path) -> Iterator[None]:
+    """Holds the repository's lock, waiting for whoever has it.
+
+    The kernel gives it back when its holder ends, however that happens.
+
+    Raises:
+        ReleaseError: there is no repository here.
+    """
+    if not (repository / "metadata").is_dir():
+        raise ReleaseError(
+            f"{repository}: there is no release repository here. Nothing was published; "
+            "`fedcore release init` makes one."
+        )
+    with lock_file(repository / ".lock"):
+        pending.finish(repository)
+        yield
+
+
+def read_state(repository: Path, trusted_root: bytes) -> State:
+    """Reads the metadata in force and verifies it from ``trusted_root`` down.
+
+    Expiry is not looked at: what has expired can still be renewed.
+
+    Raises:
+        ReleaseError: a part is missing, damaged, or not signed by the keys that it should be.
+    """
+    folder = repository / "metadata"
+    try:
+        root = _verified(Root, trusted_root, "root", None)
+        while is_there(path := folder / f"{root.version + 1}.root.json"):
+            newer = _verified(Root, _read(path), "root", root)
+            if newer.version != root.version + 1:
+                raise RepositoryError(f"{path.name} says that it is version {newer.version}")
+            root = newer
+        timestamp = _verified(Timestamp, _read(folder / "timestamp.json"), "timestamp", root)
+        snapshot = _vouched(Snapshot, folder, "snapshot", timestamp.snapshot_meta, root)
+        targets = _vouched(Targets, folder, "targets", snapshot.meta["targets.json"], root)
+        releases = _vouched(Targets, folder, "releases", snapshot.meta["releases.json"], targets)
+    except (RepositoryError, DataError, KeyError, ValueError) as error:
+        raise ReleaseError(
+            f"{repository}: this repository does not verify with the root in the folder of keys: "
+            f"{type(error).__name__}: {error}. Nothing was published; name the folder of keys that "
+            "belongs to it, or restore it from a copy."
+        ) from error
+    return State(root, targets, releases, snapshot, timestamp)
+
+
+def trusted_keys(state: State, keys: Keys, repository: Path) -> Keys:
+    """Those of the keys that their roles trust.
+
+    Raises:
+        ReleaseError: a role has none of them, or fewer than its threshold.
+    """
+    trusted = dict[str, tuple[CryptoSigner, ...]]()
+    for role, signers in keys.signers.items():
+        delegator = state.targets if role == "releases" else state.root
+        required = delegator.get_delegated_role(role)
+        trusted[role] = tuple(
+            signer for signer in signers if signer.public_key.keyid in required.keyids
+        )
+        if not trusted[role]:
+            raise ReleaseError(
+                f"{repository}: its role {role!r} is signed by another key than the one given "
+                f"({keys.ids(role)[0][:12]}). Nothing was published; name the folder of keys "
+                "that `fedcore release init` made for this repository."
+            )
+        if len(trusted[role]) < required.threshold:
+            raise ReleaseError(
+                f"{repository}: its role {role!r} needs {required.threshold} of its "
+                f"{counted(len(required.keyids), 'key')}, and {len(trusted[role])} is given. "
+                "Nothing was published; bring the files of more of them into the folder of keys."
+            )
+    return Keys(trusted)
+
+
+def may_publish(state: State, path: str) -> bool:
+    """Whether the online key is trusted for a target path."""
+    role = state.targets.get_delegated_role("releases")
+    return isinstance(role, DelegatedRole) and role.is_delegated_path(path)
+
+
+def release_of(path: str) -> tuple[str, int, str] | None:
+    """Model, version and file that a target path names; None for what no release has.
+
+    Whoever has an online key can sign any name: it is told from ours before anything is made of it.
+    """
+    found = _RELEASE.fullmatch(path)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
+def is_pointer(path: str) -> bool:
+    """Whether a target path is that of the release that a model's devices are to have."""
+    return re.fullmatch(rf"models/{_NAME}/{re.escape(POINTER)}", path) is not None
+
+
+def releases(state: State) -> Iterator[tuple[str, int, str]]:
+    """Model, version and file of each published file of a release."""
+    return (found for path in state.releases.targets if (found := release_of(path)) is not None)
+
+
+def read_target(repository: Path, state: State, path: str) -> bytes:
+    """The bytes of a published file, verified.
+
+    Raises:
+        ReleaseError: it is missing or differs from what was signed.
+    """
+    return read_info(repository, state.releases.targets[path])
+
+
+def read_info(repository: Path, info: TargetFile) -> bytes:
+    """The bytes of a file that signed metadata describes, verified.
+
+    Raises:
+        ReleaseError: it is missing or differs from what was signed.
+    """
+    try:
+        raw = read_bytes(
+            repository / "targets" / info.get_prefixed_paths()[0],
+            max_bytes=info.length,
+            what="a published file",
+        )
+        info.verify_length_and_hashes(raw)
+    except (DataError, RepositoryError) as error:
+        raise ReleaseError(
+            f"{repository}: {info.path} is not what was published: {error} Nothing was changed; "
+            "restore the file from a copy of the repository."
+        ) from error
+    return raw
+
+
+def add(
+    repository: Path, state: State, keys: Keys, files: Mapping[str, bytes], *, now: datetime
+) -> None:
+    """Puts files into force under their target paths; with none, renews what has an expiry.
+
+    Args:
+        repository: Locked by the caller.
+        state: As read under that lock.
+        keys: The online ones.
+        files: Bytes by target path.
+        now: Expiry counts from here; UTC.
+
+    Raises:
+        ReleaseError: the offline metadata has expired, or there is more than devices will read.
+        DiskFull: there was no room. In both cases the release before stays in force.
+    """
+    _replace_online(repository, state, keys, files, {}, now=now)
+
+
+def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) -> None:
+    """Signs root and targets again for a year, and everything below them.
+
+    Raises:
+        DiskFull: there was no room; what was in force stays so.
+    """
+    root = Root.from_dict(state.root.to_dict())
+    root.version, root.expires = root.version + 1, now + OFFLINE_EXPIRY
+    root.unrecognized_fields |= stamp(now)
+    targets = Targets.from_dict(state.targets.to_dict())
+    targets.version, targets.expires = targets.version + 1, now + OFFLINE_EXPIRY
+    # The new root names the same keys, so that it may be in force before the rest is.
+    write_atomic(repository / "metadata" / f"{root.version}.root.json", sign(root, keys, "root"))
+    renewed = State(root, targets, state.releases, state.snapshot, state.timestamp)
+    _replace_online(repository, renewed, keys, {}, {"targets": targets}, now=now)
+
+
+def sign(payload: Payload, keys: Keys, role: str, *others: Keys) -> bytes:
+    """A metadata file: the payload with the signatures of its role's keys.
+
+    Args:
+        payload: What is signed.
+        keys: Signs it.
+        role: Whose keys sign.
+        others: More keys that sign in the same role: a root is signed by those before it, too.
+    """
+    metadata: Metadata[Payload] = Metadata(payload)
+    for signer in (*keys.signers[role], *(one for other in others for one in other.signers[role])):
+        metadata.sign(signer, append=True)
+    return metadata.to_bytes(JSONSerializer(compact=True))
+
+
+def _replace_online(
+    repository: Path,
+    state: State,
+    keys: Keys,
+    files: Mapping[str, bytes],
+    roles: Mapping[str, Targets],
+    *,
+    now: datetime,
+) -> None:
+    for role, payload in (("root", state.root), ("targets", state.targets)):
+        if payload.is_expired(now):
+            raise ReleaseError(
+                f"{repository}: the metadata of role {role!r} expired on {payload.expires:%Y-%m-%d}"
+                ", so devices would refuse whatever is published. Nothing was; `fedcore release "
+                "refresh --offline` renews it with the offline keys."
+            )
+    infos = {path: TargetFile.from_data(path, data, ["sha256"]) for path, data in files.items()}
+    releases = Targets(
+        version=state.releases.version + 1,
+        expires=now + RELEASES_EXPIRY,
+        targets={**state.releases.targets, **infos},
+    )
+    replace(
+        repository,
+        keys,
+        {**roles, "releases": releases},
+        {f"targets/{infos[path].get_prefixed_paths()[0]}": data for path, data in files.items()},
+        snapshot=Snapshot(
+            version=state.snapshot.version + 1,
+            expires=now + RELEASES_EXPIRY,
+            meta=dict(state.snapshot.meta),
+        ),
+        timestamp_version=state.timestamp.version + 1,
+        now=now,
+    )
+
+
+def replace(
+    repository: Path,
+    keys: Keys,
+    roles: Mapping[str, Targets],
+    files: Mapping[str, bytes],
+    *,
+    snapshot: Snapshot,
+    timestamp_version: int,
+    now: datetime,
+    root: tuple[int, bytes] | None = None,
+) -> None:
+    """Writes everything under new names, then the timestamp, which alone is replaced.
+
+    Args:
+        repository: Locked by the caller.
+        keys: Of the roles, of snapshot and timestamp.
+        roles: New targets metadata by role.
+        files: More files, by path within the repository.
+        snapshot: The new one; its ``meta`` is brought up to date.
+        timestamp_version: Of the new timestamp.
+        now: Expiry counts from here; UTC.
+        root: The version and the bytes of a root that comes into force with the timestamp.
+    """
+    new = dict(files)
+    for role, payload in roles.items():
+        raw = sign(payload, keys, role)
+        if len(raw) > MAX_METADATA_BYTES:
+            raise ReleaseError(
+                f"{repository}: the list of published files would have {len(raw)} bytes, more than "
+                f"the {MAX_METADATA_BYTES} that devices read. Nothing was published; start a new "
+                "repository."
+            )
+        new[f"metadata/{payload.version}.{role}.json"] = raw
+        snapshot.meta[f"{role}.json"] = MetaFile.from_data(payload.version, raw, ["sha256"])
+    raw = sign(snapshot, keys, "snapshot")
+    new[f"metadata/{snapshot.version}.snapshot.json"] = raw
+    timestamp = Timestamp(
+        version=timestamp_version,
+        expires=now + TIMESTAMP_EXPIRY,
+        snapshot_meta=MetaFile.from_data(snapshot.version, raw, ["sha256"]),
+        unrecognized_fields=stamp(now),
+    )
+    switch, raw = repository / "metadata" / "timestamp.json", sign(timestamp, keys, "timestamp")
+    written: list[Path] = []
+    try:
+        for name, data in new.items():
+            if not is_there(path := repository / name):
+                written.append(path)
+            write_atomic(path, data)
+        if root is None:
+            write_atomic(switch, raw)
+        else:
+            pending.begin(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
+    except BaseException:
+        begun = pending.is_begun(repository)
+        if not begun and not _holds(switch, raw):  # not in force: nothing names them
+            for path in written:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _holds(path: Path, raw: bytes) -> bool:
+    try:
+        return _read(path) == raw
+    except DataError:
+        return False
+
+
+def _read(path: Path) -> bytes:
+    return read_bytes(path, max_bytes=MAX_METADATA_BYTES, what="signed metadata")
+
+
+def _verified(
+    kind: type[Payload], raw: bytes, role: str, delegator: Root | Targets | None
+) -> Payload:
+    """The payload of a metadata file that ``delegator`` vouches for, or of a root for itself."""
+    metadata: Metadata[Payload] = Metadata.from_bytes(raw)
+    signed = metadata.signed
+    if not isinstance(signed, kind):
+        raise RepositoryError(f"expected metadata of type {kind.type!r}, got {signed.type!r}")
+    for vouching in (delegator, signed if isinstance(signed, Root) else None):
+        if vouching is not None:
+            vouching.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+    return signed
+
+
+def _vouched(
+    kind: type[Payload], folder: Path, role: str, meta: MetaFile, delegator: Root | Targets
+) -> Payload:
+    """The payload of a metadata file whose version and digest the level above names, too."""
+    raw = _read(folder / f"{meta.version}.{role}.json")
+    meta.verify_length_and_hashes(raw)
+    return _verified(kind, raw, role, delegator)

@@ -1,0 +1,161 @@
+"""Updates that were taken: folded into their exact mean, or held for a strategy that sees each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from flwr.app import Message
+
+from fedcore.errors import ResourceError
+from fedcore.updates.messages import ARRAYS, Update, update_content
+from fedcore.updates.pack import Layout
+from fedcore.updates.replies import Reply
+from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.inbound import Tally
+from server.rounds.norm_bound import NormBound
+
+
+def hold(
+    taken: Iterator[tuple[Message, Reply]],
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: NormBound | None = None,
+) -> list[Message]:
+    """Every update of the round, in the order of the cohort; none is longer than ``bound`` allows.
+
+    Flower refuses a whole round over one metric that not every client sends, so what some do not
+    send is left out.
+    """
+    held, lengths = [], list[float]()
+    for reply, found in taken:
+        with _kept(reply):
+            held.append((reply, found.update()))
+        lengths.append(found.distance or 0.0)
+        del reply.content[ARRAYS], found  # weights are in memory now, once
+    limit = bound.limit(lengths) if bound is not None else None
+    tally.median_norm = bound.measure(lengths) if bound is not None else None
+    for place, (reply, update) in enumerate(held):
+        scale = _scale(bound, reply, lengths[place], limit, tally)
+        if bound is not None and scale < 1.0:
+            whole = np.concatenate([*bound.moved(partial(iter, (update.weights,)), scale)])
+            held[place] = reply, replace(update, weights=whole)
+    held.sort(key=lambda pair: pair[0].metadata.src_node_id)
+    common = set.intersection(*(set(update.metrics) for _, update in held)) if held else set()
+    for reply, update in held:
+        tally.count(update.num_examples, update.metrics)
+        reply.content = update_content(
+            Update(
+                update.weights,
+                1 if uniform else update.num_examples,
+                {name: value for name, value in update.metrics.items() if name in common},
+            )
+        )
+    return [reply for reply, _ in held]
+
+
+def fold(
+    taken: Iterable[tuple[Message, Reply]],
+    layout: Layout,
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: NormBound | None = None,
+) -> ExactMean:
+    """The exact weighted mean of all updates, each folded in as it comes, by pieces.
+
+    Where ``bound`` follows from all of them, those that turn out to be longer are taken out again
+    and folded in clipped: sums are exact, so nothing is left of what was taken out.
+    """
+    mean = ExactMean(layout.size)
+    if bound is not None and bound.fixed is None:
+        _fold_all(taken, mean, tally, uniform=uniform, bound=bound)
+        return mean
+    limit = bound.limit(()) if bound is not None else None
+    for reply, found in taken:
+        scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
+        _fold_one(reply, found, mean, uniform=uniform, bound=bound, scale=scale)
+        tally.count(found.num_examples, found.metrics)
+        del reply, found  # the next one is read while this frame waits
+    return mean
+
+
+def _fold_all(
+    taken: Iterable[tuple[Message, Reply]],
+    mean: ExactMean,
+    tally: Tally,
+    *,
+    uniform: bool,
+    bound: NormBound,
+) -> None:
+    """Folds updates in before their bound is known.
+
+    One that would make the sum take more memory waits where it lies until it is known: by its
+    bound it is usually small.
+    """
+    held: list[tuple[Message, Reply, bool]] = []
+    for reply, found in taken:
+        weight = 1 if uniform else found.num_examples
+        early = found.peaks is not None and mean.has_room(found.peaks, weight)
+        if early:
+            _fold_one(reply, found, mean, uniform=uniform, bound=None, scale=1.0)
+        held.append((reply, found, early))
+        del reply, found
+    lengths = [found.distance or 0.0 for _, found, _ in held]
+    limit, tally.median_norm = bound.limit(lengths), bound.measure(lengths)
+    late: list[tuple[Message, Reply, float]] = []
+    for reply, found, early in held:
+        scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
+        tally.count(found.num_examples, found.metrics)
+        if early and scale < 1.0:
+            assert found.peaks is not None
+            with _kept(reply):
+                weight = 1 if uniform else found.num_examples
+                mean.take_back(found.parts, weight, peaks=found.peaks)
+        if scale < 1.0 or not early:
+            late.append((reply, found, scale))
+    for reply, found, scale in late:  # all are out before any is in that needs more room
+        _fold_one(reply, found, mean, uniform=uniform, bound=bound, scale=scale)
+
+
+def _fold_one(
+    reply: Message,
+    found: Reply,
+    mean: ExactMean,
+    *,
+    uniform: bool,
+    bound: NormBound | None,
+    scale: float,
+) -> None:
+    parts, peaks = found.parts, found.peaks
+    if bound is not None and scale < 1.0:
+        parts, peaks = partial(bound.moved, found.parts, scale), None
+    with _kept(reply):
+        mean.add_parts(parts, 1 if uniform else found.num_examples, peaks=peaks)
+
+
+@contextmanager
+def _kept(reply: Message) -> Iterator[None]:
+    """Tells of an update that was taken, and cannot be read again from where it is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"update from node {reply.metadata.src_node_id}: what was kept of it cannot be read "
+            f"({error.strerror or error}). The round was not aggregated, and what the journal "
+            "holds stands; make the disk work again, and go on with --resume."
+        ) from error
+
+
+def _scale(
+    bound: NormBound | None, reply: Message, length: float, limit: float | None, tally: Tally
+) -> float:
+    """What a difference is multiplied by, see `NormBound`; one that is clipped is counted."""
+    if bound is None or limit is None or length <= limit:
+        return 1.0
+    tally.clipped.append((reply.metadata.src_node_id, length))
+    return limit / length

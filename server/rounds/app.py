@@ -1,0 +1,202 @@
+"""The ServerApp: the federated part of a run, over whatever grid it is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedcore.config.run import RunConfig
+from fedcore.errors import RoundFailed
+from fedcore.observability.patience import Reminder
+from fedcore.observability.words import counted, is_or_are, seconds_text
+from fedcore.seeds import Randomness
+from fedcore.task.definition import Task
+from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
+from fedcore.training.evaluate import evaluate
+from fedcore.updates.pack import layout_of, unpack
+from server.cloud import CloudData
+from server.records import RoundRecord
+from server.rounds.checkpointing import Forgetful, Keeper, Nameless, Peers, Start
+from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.normalisation import normalise
+from server.rounds.strategies import make_strategy
+from server.rounds.strategy_state import remind
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the federated part hands to the rest of the loop."""
+
+    model: FullModel
+    """The best global model, on the CPU, in evaluation mode."""
+    federated: Federated
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what happens; each function is called in the server's own thread."""
+
+    on_note: Callable[[str], None]
+    on_round: Callable[[RoundRecord], None]
+    on_end: Callable[[Outcome], None]
+    on_wait: Callable[[str], None] = lambda text: None
+    """Hears now and then that clients are waited for before the first round."""
+
+
+def server_app(
+    task: Task,
+    run: RunConfig,
+    *,
+    cloud: CloudData | None,
+    randomness: Randomness,
+    listener: Listener,
+    keeper: Keeper | None = None,
+    start: Start | None = None,
+    peers: Peers | None = None,
+    awaited: Callable[[], int] = lambda: 1,
+) -> ServerApp:
+    """An ordinary Flower ServerApp that trains ``task`` as ``run`` says.
+
+    Args:
+        task: What clients train.
+        run: How.
+        cloud: The cloud's data, which judges rounds; None when there is none.
+        randomness: Of the server.
+        listener: Who is told what happens.
+        keeper: Keeps what it takes to go on with rounds that are interrupted; nobody when None.
+        start: Where such rounds go on; from the beginning when None.
+        peers: Who clients are, for what is said of them. None where they are virtual, or a
+            network's that is not ours: numbers then.
+        awaited: How many clients there are to wait for where the run names no cohort. All who are
+            there then are the cohort; those who come after the deadline are not waited for.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        model = build_model(task, run)
+        if run.private and start is None:
+            # Imported here: Opacus takes seconds, which a server that goes on has no time for.
+            from fedcore.privacy.layers import check_layers
+
+            check_layers(model.model)  # here, and not by every client in turn
+        cohort = run.federation.cohort or (start.cohort if start is not None else None)
+        if cohort is None:
+            cohort = _gather(grid, awaited, run.federation.deadline_s, listener)
+        elif start is None:
+            _wait_for_nodes(grid, cohort, run.federation.deadline_s, listener)
+        chosen = make_strategy(
+            run.federation.strategy,
+            run.federation.strategy_options,
+            cohort=cohort,
+            size=layout_of(model.model).size,
+        )
+        if start is None:
+            for note in chosen.notes:
+                listener.on_note(note)
+            warm_start(run, model)
+            normalise(run, model, grid, cloud, peers or Nameless(), listener.on_note)
+        else:
+            load_preprocess(start.progress.preprocess, model)
+            remind(chosen.strategy, start.progress.strategy)
+
+        def judge(candidate: FullModel) -> dict[str, float]:
+            assert cloud is not None
+            return evaluate(candidate, cloud.train, task.metrics)
+
+        federation = Federation(
+            run=run,
+            grid=grid,
+            chosen=chosen,
+            cohort=cohort,
+            metrics=tuple(task.metrics),
+            randomness=randomness,
+            judge=judge if cloud else None,
+            on_round=listener.on_round,
+            on_note=listener.on_note,
+            keeper=keeper or Forgetful(),
+            start=start,
+            peers=peers or Nameless(),
+            live=peers is not None,
+            clients=max(_count(grid), awaited()) if run.client_private else 0,
+        )
+        federated = run_rounds(federation, model)
+        unpack(federated.weights, model.model)
+        listener.on_end(Outcome(model.eval(), federated))
+
+    return app
+
+
+def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener: Listener) -> int:
+    """How many nodes there are, once all are, or at the deadline; says so where some are not.
+
+    Raises:
+        RoundFailed: there was none at the deadline.
+    """
+    end, told, reminder = time.monotonic() + deadline_s, False, Reminder()
+    while (found := _count(grid)) < (needed := max(awaited(), 1)):
+        if time.monotonic() > end:
+            break
+        if not told and needed > 1:
+            told = True
+            listener.on_note(
+                f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
+                "project, and "
+                f"for no longer than federation.deadline_s = {deadline_s:g}."
+            )
+        _tell_waiting(reminder, found, needed, end, listener)
+        time.sleep(_POLL_S)
+    if not found:
+        raise RoundFailed(
+            f"start: no client connected within federation.deadline_s = {deadline_s:g}. Nothing "
+            "was trained; start the clients, and then the run again."
+        )
+    if found < needed:
+        listener.on_note(
+            f"{found} of {counted(needed, 'device')} came within federation.deadline_s = "
+            f"{deadline_s:g}: each "
+            f"round asks {found}. To ask more, begin again and set federation.cohort."
+        )
+    return found
+
+
+def _tell_waiting(
+    reminder: Reminder, found: int, needed: int, end: float, listener: Listener
+) -> None:
+    lasted_s = reminder.due()
+    if lasted_s is not None:
+        listener.on_wait(
+            f"waiting for devices, of which {found} of {needed} {is_or_are(found)} there: "
+            f"{seconds_text(lasted_s)} so far, {seconds_text(max(end - time.monotonic(), 0.0))} "
+            "left (federation.deadline_s)"
+        )
+
+
+def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listener) -> None:
+    """Waits until there are enough nodes: they connect while the server starts.
+
+    Raises:
+        RoundFailed: there were too few at the deadline.
+    """
+    end, reminder = time.monotonic() + deadline_s, Reminder()
+    while (found := _count(grid)) < needed:
+        if time.monotonic() > end:
+            raise RoundFailed(
+                f"start: {counted(found, 'client')} connected within federation.deadline_s = "
+                f"{deadline_s:g}, "
+                f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
+                "clients, or lower the cohort."
+            )
+        _tell_waiting(reminder, found, needed, end, listener)
+        time.sleep(_POLL_S)
+
+
+def _count(grid: Grid) -> int:
+    nodes = grid.get_node_ids()
+    return len(nodes) if isinstance(nodes, Sized) else sum(1 for _ in nodes)

@@ -1,0 +1,300 @@
+"""Client-level privacy at the server: whom a round asks, the noise on what they send, its cost.
+
+A round's updates are bounded by `fedcore.privacy.client_level`. Their differences to the weights
+that were sent are summed up, all weighing the same; noise goes on the sum, and the divisor is the
+expected number of clients: neither depends on who took part. An update that does not come, or is
+refused, counts as no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from fedcore.artifacts.manifest import ClientStatement
+from fedcore.config.run import ClientPrivacy, RunConfig
+from fedcore.errors import BudgetExhausted, PrivacyError, RoundFailed
+from fedcore.observability.words import counted, epsilon_text, is_or_are
+from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
+from fedcore.privacy.client_level import SLACK, Bound
+from fedcore.privacy.draws import Draws, SimulatedDraws, SystemDraws
+from fedcore.privacy.matrix import Factor, factor_for, participations_of
+from fedcore.seeds import Randomness
+from fedcore.updates.pack import Vector
+from server.rounds.aggregation.exact_mean import STEP, ExactMean
+from server.rounds.cohort import select
+from server.rounds.protection import ClientPlan, Protection
+
+_LEAST_DELTA_SHARE = 0.1
+_FIRST_CLIP_NORM, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2  # Andrew et al. 2021, section 3
+_BIT_DEVIATION = 1 / 20  # of the number of unclipped updates, over the expected number of clients
+_FAR = 100.0  # deviations of noise: no noise of a round before is so large
+_Kept = TypeVar("_Kept")
+
+
+@dataclass(frozen=True)
+class Released:
+    """What one round of training gives."""
+
+    weights: Vector
+    protection: Protection | None
+    """After it; None without client-level privacy."""
+
+
+def draws_of(randomness: Randomness, *words: str | int) -> Draws:
+    """Where the server's random numbers of one purpose come from."""
+    if randomness.origin == "system":
+        return SystemDraws()
+    cpu = torch.device("cpu")
+    return SimulatedDraws(
+        sampling=randomness.generator(cpu, *words, "sampling"),
+        noise=randomness.generator(cpu, *words, "noise"),
+    )
+
+
+def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
+    """How the clients of a run are protected, before its first round.
+
+    Args:
+        run: The run.
+        clients: Those that rounds draw from.
+        cohort: Clients a round.
+
+    Raises:
+        PrivacyError: the delta protects nobody among so few clients, or no noise is enough.
+        BudgetExhausted: the budget does not allow even one round.
+    """
+    settings = run.privacy.client
+    if settings.target_delta * clients > _LEAST_DELTA_SHARE:
+        raise PrivacyError(
+            f"privacy.client.target_delta = {settings.target_delta:g} with "
+            f"{counted(clients, 'client')}: "
+            f"expected at most {_LEAST_DELTA_SHARE / clients:.2g}, a tenth of one over their "
+            "number, as showing one client's data to everyone with probability delta would count "
+            "as private. Nothing was trained; lower it."
+        )
+    separation = _separation(settings, clients, cohort)
+    plan = ClientPlan(clients, min(cohort, clients), 1.0, separation)
+    noise = settings.noise_multiplier
+    if noise == "auto":
+        noise = _least_noise(run, plan)
+    plan = replace(plan, noise_multiplier=noise)
+    first = _FIRST_CLIP_NORM if settings.clip_norm == "adaptive" else settings.clip_norm
+    protection = Protection(plan, first)
+    if not allows(run, protection, rounds=1):
+        needed = epsilon(run, protection, rounds=1)
+        raise BudgetExhausted(
+            f"round 1: it would spend epsilon {epsilon_text(needed)} of "
+            f"privacy.client.max_epsilon = {settings.max_epsilon:g} at noise_multiplier = "
+            f"{noise:g}. Nothing was trained; raise either, or set noise_multiplier to 'auto'."
+        )
+    return protection
+
+
+def charge(run: RunConfig, protection: Protection, *, rounds: int) -> Charge:
+    """What the models of the first ``rounds`` rounds have cost together.
+
+    Under correlated noise all of them are one Gaussian mechanism: the sensitivity is that of the
+    rounds in which one client can have taken part by then.
+    """
+    plan = protection.plan
+    if plan.separation is None:
+        return Charge(rounds, plan.noise_multiplier, plan.sample_rate, rounds)
+    moved = factor(run, plan.separation).sensitivity(participations_of(rounds, plan.separation))
+    return Charge(rounds, plan.noise_multiplier / moved, 1.0, 1)
+
+
+def epsilon(run: RunConfig, protection: Protection, *, rounds: int) -> float:
+    """The client-level epsilon of the models of the first ``rounds`` rounds together."""
+    settings = run.privacy.client
+    return epsilon_of(
+        [charge(run, protection, rounds=rounds)] if rounds else [],
+        target_delta=settings.target_delta,
+        accountant=settings.accountant,
+    )
+
+
+def allows(run: RunConfig, protection: Protection, *, rounds: int) -> bool:
+    """Whether so many rounds stay within the budget."""
+    return epsilon(run, protection, rounds=rounds) <= run.privacy.client.max_epsilon
+
+
+def draw(
+    run: RunConfig, protection: Protection, there: Sequence[int], draws: Draws, *, number: int
+) -> list[int]:
+    """Whom a round asks.
+
+    Where the mechanism counts on the draw, each node is drawn on its own; elsewhere as many as
+    are expected, of those that were not asked lately.
+
+    Raises:
+        RoundFailed: too few clients are there.
+    """
+    plan = protection.plan
+    lately = {node for nodes in protection.asked for node in nodes}
+    free = there if not lately else [node for node in there if node not in lately]
+    if len(free) < plan.expected:
+        rested = (
+            ""
+            if plan.separation in (None, 1)
+            else (f" that were not asked in the {counted(plan.separation - 1, 'round')} before")
+        )
+        raise RoundFailed(
+            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, "
+            "and the round takes "
+            f"{plan.expected}. It was not begun, and nothing was spent on it; wait for more "
+            "clients, or begin again with a lower federation.cohort or privacy.client.separation."
+        )
+    if plan.separation is None:
+        return [free[int(place)] for place in draws.poisson(len(free), plan.sample_rate)]
+    return select(free, plan.expected, seed=run.seed, words=("round", number))
+
+
+def bound_of(run: RunConfig, protection: Protection, start: Vector) -> Bound:
+    """What each update of the next round is held to."""
+    return Bound(start, protection.clip_norm, adaptive=run.privacy.client.clip_norm == "adaptive")
+
+
+def release(
+    run: RunConfig,
+    protection: Protection,
+    start: Vector,
+    updates: ExactMean,
+    *,
+    nodes: Sequence[int],
+    unclipped: int,
+    draws: Draws,
+) -> Released:
+    """The start weights and the noised mean of a round's differences to them.
+
+    Guarantee:
+        The deviation of the noise on the sum is ``noise_multiplier`` times as much as one client
+        can move it: its bound, what `Bound.check` allows beyond, and what fixed point rounds.
+
+    Args:
+        run: The run.
+        protection: Before the round.
+        start: Weights that clients were sent.
+        updates: What they sent, each weighing 1.
+        nodes: Whom the round asked, whether they answered or not.
+        unclipped: How many updates were within the bound by themselves; looked at where the bound
+            is adaptive.
+        draws: Of this round and purpose alone.
+    """
+    plan, settings = protection.plan, run.privacy.client
+    adaptive = settings.clip_norm == "adaptive"
+    moved = protection.clip_norm * (1 + SLACK) + math.sqrt(len(start)) * STEP
+    noise = plan.noise_multiplier
+    if adaptive:
+        noise = noise_beside_bits(noise, _bit_deviation(plan))
+    noised = updates.differences(start)
+    deviation, most = noise * moved, plan.clients * moved
+    if plan.separation is None:
+        draws.add_noise([torch.from_numpy(noised)], deviation=deviation, bound=most)
+        after = protection
+    else:
+        matrix = factor(run, plan.separation)
+        bands, total = len(matrix.column), noised.copy()
+        noised -= matrix.carried(len(noised), protection.noise)
+        most += _FAR * bands * deviation
+        draws.add_noise([torch.from_numpy(noised)], deviation=deviation, bound=most)
+        after = replace(
+            protection,
+            asked=_last((*protection.asked, tuple(nodes)), plan.separation - 1),
+            noise=_last((*protection.noise, noised - total), bands - 1),
+        )
+    if adaptive:
+        after = replace(after, clip_norm=_adapted(protection, updates.count, unclipped, draws))
+    weights = (start + noised / plan.expected).astype(np.float32)
+    return Released(weights, after)
+
+
+def statement(run: RunConfig, protection: Protection, *, rounds: int) -> ClientStatement:
+    """What the models of ``rounds`` rounds guarantee to clients, for the manifest."""
+    settings, plan = run.privacy.client, protection.plan
+    return ClientStatement(
+        epsilon=epsilon(run, protection, rounds=rounds),
+        target_delta=settings.target_delta,
+        mechanism=settings.mechanism,
+        noise_multiplier=plan.noise_multiplier,
+        clip_norm=settings.clip_norm,
+        sample_rate=plan.sample_rate,
+        separation=plan.separation,
+        clients=plan.clients,
+        rounds=rounds,
+        accountant=settings.accountant,
+    )
+
+
+def factor(run: RunConfig, separation: int) -> Factor:
+    """How a run's noise is correlated over rounds."""
+    return factor_for(run.federation.rounds, separation)
+
+
+def noise_beside_bits(noise_multiplier: float, bit_deviation: float) -> float:
+    """The noise on updates where bits are released beside them, for the same cost of both.
+
+    Source:
+        Andrew et al. 2021, arXiv:1905.03871, theorem 1.
+    """
+    return 1 / math.sqrt(noise_multiplier**-2 - (2 * bit_deviation) ** -2)
+
+
+def _last(values: tuple[_Kept, ...], count: int) -> tuple[_Kept, ...]:
+    return values[-count:] if count else ()
+
+
+def _bit_deviation(plan: ClientPlan) -> float:
+    """Of the noise on the number of unclipped updates, less one half each.
+
+    At least so much that bits never take more than a quarter of what a round spends.
+    """
+    return max(_BIT_DEVIATION * plan.expected, plan.noise_multiplier)
+
+
+def _adapted(protection: Protection, updates: int, unclipped: int, draws: Draws) -> float:
+    """The next bound: greater where more than the wanted share of updates was clipped."""
+    plan = protection.plan
+    bits = torch.tensor([unclipped - updates / 2])
+    draws.add_noise([bits], deviation=_bit_deviation(plan), bound=plan.clients / 2)
+    share = min(max(float(bits[0]) / plan.expected + 0.5, 0.0), 1.0)
+    return protection.clip_norm * math.exp(-_CLIP_RATE * (share - _QUANTILE))
+
+
+def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | None:
+    """Rounds in which no client is asked twice.
+
+    Raises:
+        PrivacyError: there are not enough clients to rest for so long.
+    """
+    if settings.mechanism == "gaussian":
+        return None
+    most = max(1, clients // cohort)
+    if (settings.separation or 1) > most:
+        raise PrivacyError(
+            f"privacy.client.separation = {settings.separation}: with {counted(clients, 'client')} "
+            "and "
+            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at the "
+            "latest. "
+            "Nothing was trained; lower it, or federation.cohort."
+        )
+    return settings.separation or most
+
+
+def _least_noise(run: RunConfig, plan: ClientPlan) -> float:
+    settings, rounds = run.privacy.client, run.federation.rounds
+    whole = charge(run, Protection(plan, 1.0), rounds=rounds)
+    found = noise_for(
+        max_epsilon=settings.max_epsilon,
+        target_delta=settings.target_delta,
+        sample_rate=whole.sample_rate,
+        steps=whole.steps,
+        accountant=settings.accountant,
+    )
+    # `plan` has a noise multiplier of 1, so this is what one of 1 comes to over all rounds.
+    return found / whole.noise_multiplier

@@ -1,0 +1,98 @@
+"""What a round's end means for the run, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedcore.errors import BudgetExhausted
+from fedcore.observability.words import counted
+from server.records import RoundRecord
+from server.rounds.checkpointing import Progress
+from server.rounds.client_privacy import allows
+from server.rounds.inbound import Tally
+from server.rounds.norm_bound import LEAST, NormBound
+
+if TYPE_CHECKING:
+    from server.rounds.loop import Federation
+
+
+def announce(
+    federation: Federation,
+    progress: Progress,
+    records: Sequence[RoundRecord],
+    tally: Tally,
+    bound: NormBound | None,
+) -> None:
+    """Says whose updates were clipped, and that clients failed, if more did than ever before.
+
+    Not every round: a client that fails tends to fail again. That updates are too few to be bounded
+    is said of the first such round.
+    """
+    said_before = bool(records) and 0 < records[-1].updates < LEAST
+    if bound is not None and bound.lacks(tally.updates) and not said_before:
+        federation.on_note(
+            f"WARNING: round {progress.round + 1}: {counted(tally.updates, 'update')}, which "
+            f'federation.max_update_norm = "adaptive" does not bound: it takes {LEAST} to tell a '
+            "usual one, and no round so far had them. Whatever a device sends is taken whole; give "
+            "max_update_norm a number, or the run more devices."
+        )
+    if bound is not None and tally.clipped:
+        named = [(federation.peers.name(node), length) for node, length in tally.clipped]
+        federation.on_note(bound.note(progress.round + 1, named))
+    if tally.failed <= progress.most_failed:
+        return
+    advice = federation.keeper.failures(progress, tally.reasons)
+    federation.on_note(
+        f"round {progress.round + 1}: {tally.failed} of {counted(tally.asked, 'client')} failed. "
+        "First: "
+        f"{' '.join([tally.reasons[0], *advice])}"
+    )
+
+
+def is_over(federation: Federation, progress: Progress) -> bool:
+    """Whether the round that ended was the last; says so where more were planned."""
+    settings = federation.run.federation
+    if progress.round >= settings.rounds:
+        return True
+    protection, following = progress.protection, progress.round + 1
+    if protection is not None and not allows(federation.run, protection, rounds=following):
+        federation.on_note(
+            f"Ended before round {following}: it would take the client-level epsilon past "
+            f"privacy.client.max_epsilon = {federation.run.privacy.client.max_epsilon:g}."
+        )
+        return True
+    if not settings.patience or progress.round - progress.best_round < settings.patience:
+        return False
+    federation.on_note(
+        f"Stopped after round {progress.round}: none was better than round {progress.best_round} "
+        f"for federation.patience = {counted(settings.patience, 'round')}."
+    )
+    return True
+
+
+def end_early(federation: Federation, number: int, tally: Tally) -> None:
+    """Says that budgets are spent; that is an error where no client ever took part."""
+    if number == 1:
+        who = "the client" if tally.declined == 1 else f"all {tally.declined} clients"
+        raise BudgetExhausted(
+            f"round 1: {who} declined. Nothing was trained; {_remedy(tally)}. Last: {tally.spent}"
+        )
+    whose = f"{tally.declined} of {counted(tally.asked, 'client')} asked"
+    if tally.all_declined:
+        whose = f"all {tally.asked} clients asked" if tally.asked > 1 else "the client asked"
+    owners = f", for {tally.owners} of them the one that the owner allows" if tally.owners else ""
+    federation.on_note(
+        f"Ended before round {number}: the privacy budget of {whose} is spent{owners}."
+    )
+
+
+def _remedy(tally: Tally) -> str:
+    if not tally.owners:
+        return "raise privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs"
+    spent = "of all" if tally.owners == tally.declined else f"of {tally.owners} of them"
+    return (
+        f"the budgets {spent} that owners allow over all runs are spent, which no "
+        "privacy.max_epsilon of this run changes: ask other devices, or have the owners raise "
+        "theirs"
+    )

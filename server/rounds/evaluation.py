@@ -1,0 +1,157 @@
+"""How good a round's model is: on the cloud's data, or on what clients hold back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedcore.errors import RoundFailed
+from fedcore.observability.words import counted
+from fedcore.task.metrics import LARGEST_METRIC, Metric
+from fedcore.task.model import FullModel
+from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
+from fedcore.updates.pack import Layout, Vector, unpack
+from fedcore.updates.replies import Reply
+from server.records import RoundRecord
+from server.rounds.checkpointing import Keeper, Peers, Progress
+from server.rounds.cohort import select
+from server.rounds.expected import asked_to_evaluate
+from server.rounds.inbound import Intake, Tally, accepted
+from server.rounds.outliers import outlying
+
+if TYPE_CHECKING:
+    from server.rounds.loop import Federation
+
+_NAMED = 5  # clients that a note names
+
+
+def judge_round(
+    federation: Federation, model: FullModel, layout: Layout, progress: Progress, weights: Vector
+) -> tuple[dict[str, float], str]:
+    """Metrics of ``weights``, which the round after ``progress`` gave, and what on."""
+    size = federation.run.federation.evaluate_cohort
+    if size:
+        return _evaluate_on_clients(federation, weights, layout, progress, size), "clients"
+    if federation.judge:
+        unpack(weights, model.model)
+        return federation.judge(model), "cloud"
+    return {}, "nothing"
+
+
+def _evaluate_on_clients(
+    federation: Federation, weights: Vector, layout: Layout, progress: Progress, size: int
+) -> dict[str, float]:
+    """Means over some clients' held-out data, each weighed by its number of examples."""
+    run, number = federation.run, progress.round + 1
+
+    def draw() -> list[int]:
+        there = list(federation.grid.get_node_ids())
+        if not there:
+            raise RoundFailed(
+                f"round {number}: no client is there to evaluate it, and "
+                f"federation.evaluate_cohort asks for {size}. The round does not count; start "
+                "clients, and go on with the run, or run it again."
+            )
+        words = ("evaluation", number)
+        return select(there, min(size, len(there)), seed=run.seed, words=words)
+
+    answers = ask_to_evaluate(
+        federation.grid,
+        federation.keeper.asked(MessageType.EVALUATE, draw),
+        weights,
+        layout=layout,
+        preprocess=progress.preprocess,
+        number=number,
+        metrics=federation.metrics,
+        deadline_s=run.federation.deadline_s,
+        keeper=federation.keeper,
+        peers=federation.peers,
+        on_note=federation.on_note,
+    )
+    found = [(federation.peers.name(node), measured) for node, measured in answers]
+    return {metric.name: _mean(federation, metric, found, number) for metric in federation.metrics}
+
+
+def ask_to_evaluate(
+    grid: Grid,
+    nodes: Sequence[int],
+    weights: Vector,
+    *,
+    layout: Layout,
+    preprocess: bytes,
+    number: int,
+    metrics: Sequence[Metric],
+    deadline_s: float,
+    keeper: Keeper,
+    peers: Peers,
+    on_note: Callable[[str], None],
+) -> list[tuple[int, Reply]]:
+    """What nodes measure of a model on what they hold back, as it arrives.
+
+    Raises:
+        RoundFailed: none of them could.
+    """
+    config = instruction_config(layout, preprocess)
+    config["server-round"] = number
+    record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
+    messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
+    intake = Intake(asked_to_evaluate(metrics), keeper=keeper, peers=peers, on_note=on_note)
+    tally = Tally(len(nodes))
+    replies = grid.send_and_receive(messages, timeout=deadline_s)
+    found = [
+        (reply.metadata.src_node_id, measured)
+        for reply, measured in accepted(replies, intake, tally, first=len(nodes))
+    ]
+    if not found:
+        raise RoundFailed(
+            f"round {number}: none of {counted(len(nodes), 'client')} could be evaluated. First: "
+            f"{'; '.join(tally.reasons[:1]) or 'no reply came before the deadline'}"
+        )
+    if tally.reasons:
+        on_note(
+            f"round {number}: {len(tally.reasons)} of {counted(len(nodes), 'client')} could not be "
+            "evaluated. "
+            f"First: {tally.reasons[0]}"
+        )
+    return found
+
+
+def _mean(
+    federation: Federation, metric: Metric, found: Sequence[tuple[str, Reply]], number: int
+) -> float:
+    """The mean of what clients measured, by examples; without those that are far from the others.
+
+    A metric with a range of its own needs no such care: no client moves it by more than its share.
+    """
+    values = np.array([[one.metrics[metric.name]] for _, one in found], np.float64)
+    bounded = metric.high - metric.low < LARGEST_METRIC
+    far = np.zeros(len(found), np.bool_) if bounded else outlying(values)
+    kept = [one for (_, one), out in zip(found, far, strict=True) if not out]
+    if far.any():
+        named = [
+            f"{name} ({one.metrics[metric.name]:.4g})"
+            for (name, one), out in zip(found, far, strict=True)
+            if out
+        ]
+        federation.on_note(
+            f"round {number}: {metric.name} is without {', '.join(sorted(named)[:_NAMED])}"
+            f"{', ...' if len(named) > _NAMED else ''}: far from what the other "
+            f"{counted(len(kept), 'client')} measured."
+        )
+    # Summed as if with infinite precision: the order in which clients answer must not show.
+    total = sum(one.num_examples for one in kept)
+    return math.fsum(one.metrics[metric.name] * one.num_examples for one in kept) / total
+
+
+def is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
+    """Whether the latest round is better than the best before; true where that is unknown."""
+    latest = records[-1].metrics.get(primary.name)
+    best = records[best_round - 1].metrics.get(primary.name) if best_round else None
+    if latest is None or best is None or math.isnan(best):
+        return True
+    return primary.better(latest, best)

@@ -1,0 +1,175 @@
+"""Mean and deviation of the inputs, from the cloud's data or from sums over all clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedcore.config.run import RunConfig
+from fedcore.errors import ConfigError, InvalidUpdate, RoundFailed
+from fedcore.observability.words import counted
+from fedcore.task.model import FullModel, standardise_of
+from fedcore.training.batches import in_order
+from fedcore.training.evaluate import BATCH_SIZE
+from fedcore.updates.messages import CONFIG, STATISTICS
+from fedcore.updates.replies import read_reply
+from server.cloud import CloudData
+from server.rounds.checkpointing import Peers
+from server.rounds.expected import SQUARES, SUM, asked_for_sums
+from server.rounds.inbound import failure_of
+from server.rounds.outliers import DECIDES, FAR, LEAST
+
+Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
+"""Number of examples, sum and sum of squares by feature."""
+_LARGEST_INPUT = 1e12
+"""What devices take from a server as a statistic; so no larger one is made."""
+_SLACK, _TINY = 1e-6, 1e-300  # sums are those of rounded numbers
+_NAMED = 5  # clients that a note names
+
+
+def normalise(
+    run: RunConfig,
+    model: FullModel,
+    grid: Grid,
+    cloud: CloudData | None,
+    peers: Peers,
+    on_note: Callable[[str], None],
+) -> None:
+    """Sets the statistics in the model's preprocessing, as ``federation.normalisation`` says.
+
+    What clients report is held to bounds; one whose inputs are far from all others' is left out,
+    and named by ``on_note``. With fewer than three clients nobody can tell who is far.
+
+    Raises:
+        ConfigError: it says ``cloud``, and the task has no cloud data.
+        RoundFailed: it says ``federated``, and too few clients answered.
+    """
+    if run.federation.normalisation == "task":
+        return
+    target = standardise_of(model)
+    if run.federation.normalisation == "federated":
+        count, total, squares = _from_clients(grid, run, tuple(target.mean.shape), peers, on_note)
+    elif cloud is None:
+        raise ConfigError(
+            "federation.normalisation = 'cloud': the task has no cloud_data. Nothing was trained; "
+            "use 'federated' or 'task', or give the task cloud_data."
+        )
+    else:
+        count, total, squares = _from_cloud(model, cloud)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    constant = deviation < 1e-6 * np.maximum(1.0, np.abs(mean))
+    deviation = np.where(constant, 1.0, deviation)  # a constant is only shifted
+    target.mean.copy_(torch.from_numpy(mean))
+    target.deviation.copy_(torch.from_numpy(deviation))
+
+
+def _from_cloud(model: FullModel, cloud: CloudData) -> Sums:
+    first = next(iter(model.preprocess.children()))
+    with torch.inference_mode():
+        values = torch.cat([first(x) for x, _ in in_order(cloud.train, BATCH_SIZE)]).double()
+    return len(values), values.sum(0).numpy(), values.square().sum(0).numpy()
+
+
+def _from_clients(
+    grid: Grid,
+    run: RunConfig,
+    shape: tuple[int, ...],
+    peers: Peers,
+    on_note: Callable[[str], None],
+) -> Sums:
+    """Sums over all clients but those whose inputs are far from all others'."""
+    nodes = sorted(grid.get_node_ids())
+    messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, STATISTICS) for node in nodes]
+    found: list[tuple[str, Sums]] = []
+    reasons: list[str] = []
+    replies = grid.send_and_receive(messages, timeout=run.federation.deadline_s)
+    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            reasons.append(peers.said(node, failure_of(reply)[1]))
+            continue
+        try:
+            found.append((peers.name(node), _read_sums(reply, shape, peers.name(node))))
+        except InvalidUpdate as error:
+            peers.refused(node, str(error))
+            reasons.append(str(error))
+    far = _outlying([sums for _, sums in found])
+    kept = [sums for (_, sums), out in zip(found, far, strict=True) if not out]
+    if far.any():
+        named = [name for (name, _), out in zip(found, far, strict=True) if out]
+        on_note(
+            f"normalisation: without the inputs of {', '.join(named[:_NAMED])}"
+            f"{', ...' if len(named) > _NAMED else ''}, which are far from those of the "
+            f"other {counted(len(kept), 'client')}. Look at their data."
+        )
+    if not kept or len(kept) < run.federation.quorum * len(nodes):
+        raise RoundFailed(
+            f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent sums that can be "
+            "used, and "
+            f"federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
+            f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
+        )
+    count, total, squares = kept[0]
+    for more, sums, squared in kept[1:]:
+        count, total, squares = count + more, total + sums, squares + squared
+    return count, total, squares
+
+
+def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
+    """Whose inputs are far from what is usual, or would decide alone what comes out.
+
+    The first by their means and root mean squares, of any feature, beside the root mean square of
+    most clients: so a feature that is centred at zero has a scale, too, and one that is zero for
+    most has that of the largest feature. The second by what leaving them out would change: a client
+    may have most of the examples, where they are like those of others.
+    """
+    if len(found) < LEAST:
+        return np.zeros(len(found), np.bool_)
+    counts = np.array([[count] for count, _, _ in found], np.float64)
+    totals = np.array([total.ravel() for _, total, _ in found])
+    squares = np.array([squared.ravel() for _, _, squared in found])
+    means, sizes = totals / counts, np.sqrt(squares / counts)
+    usual = np.median(sizes, axis=0)
+    usual = np.where(usual > 0, usual, usual.max(initial=0.0))
+    away = np.maximum(np.abs(means - np.median(means, axis=0)), sizes)
+    far = np.logical_and(away > FAR * usual, usual > 0).any(axis=1, keepdims=True)
+    kept = np.where(far, 0.0, counts)
+    others = kept.sum() - kept
+    total, squared = (np.where(far, 0.0, one) for one in (totals, squares))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of one that is alone
+        mean, size = total.sum(axis=0) / kept.sum(), np.sqrt(squared.sum(axis=0) / kept.sum())
+        without = (total.sum(axis=0) - total) / others
+        size_without = np.sqrt(np.maximum(squared.sum(axis=0) - squared, 0.0) / others)
+    moved = np.maximum(np.abs(mean - without), np.abs(size - size_without))
+    decides = np.logical_and(moved > DECIDES * usual, usual > 0).any(axis=1, keepdims=True)
+    out: NDArray[np.bool_] = np.logical_or(far, decides)[:, 0]
+    return out
+
+
+def _read_sums(reply: Message, shape: tuple[int, ...], name: str) -> Sums:
+    """A client's number of examples, sums and sums of squares.
+
+    Raises:
+        InvalidUpdate: they are not those of any inputs of a size that training copes with.
+    """
+    where = f"sums from {name}"
+    read = read_reply(reply, asked_for_sums(shape), where=where)
+    count, total, squares = read.num_examples, read.values(SUM), read.values(SQUARES)
+    if not (squares >= 0).all() or not (squares <= count * _LARGEST_INPUT**2).all():
+        raise InvalidUpdate(
+            f"{where}: sums of squares from {squares.min():.3g} to {squares.max():.3g} over "
+            f"{counted(count, 'example')}, expected inputs of magnitude up to {_LARGEST_INPUT:g}. "
+            "They were not used."
+        )
+    if not (np.abs(total) <= np.sqrt(count * squares) * (1 + _SLACK) + _TINY).all():
+        raise InvalidUpdate(
+            f"{where}: its sums are larger than its sums of squares allow. They were not used; no "
+            "inputs have such."
+        )
+    return count, total, squares

@@ -1,0 +1,228 @@
+"""Training many clients of a chain of products at once, with and without privacy.
+
+One product over ten clients' batches keeps a processor busy where ten small ones do not. Gradients
+of dense layers and convolutions are products of what went in and the slope of what came out, so no
+graph of the weights is built, and under privacy no hooks are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedcore.config.run import Client
+from fedcore.errors import DataError
+from fedcore.privacy.planning import expected_batch_size
+from fedcore.task.definition import Loss
+from fedcore.task.model import FullModel
+from fedcore.training.per_example.chain import (
+    Back,
+    Chain,
+    Dense,
+    Each,
+    Made,
+    Run,
+    Share,
+    Weights,
+    left_apart,
+    stacked,
+)
+from fedcore.training.per_example.clipping import (
+    Gradient,
+    batch_gradient,
+    example_gradients,
+    shares_of,
+)
+from fedcore.training.per_example.losses import example_losses
+from fedcore.training.private import noise_deviation
+from server.simulation.batched.optimizer import Descend, descent
+from server.simulation.batched.rows import Rows, lay_out, poisson_order, shuffled_order
+from server.simulation.batched.work import LocalWork, Trained, in_order
+
+
+def train_chained(
+    model: FullModel,
+    chain: Chain,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: Client,
+    *,
+    proximal_mu: float,
+    run: Run,
+) -> Trained:
+    """Trains one copy of ``model`` for each client; ``work`` is all private, or none of it.
+
+    Guarantee:
+        Each result is that of `fedcore.training.local.train`, or of
+        `fedcore.training.private.train_private` with the same noise, on the same client, up to the
+        order of float32 sums, for losses that are means over examples. Under privacy each step is
+        the same mechanism: every example's gradient over all layers is clipped to ``clip_norm``
+        before the sum, and noise of the plan's multiplier is added to the sum.
+
+    Args:
+        model: The global model, on the device to train on; not changed.
+        chain: Of ``model.model``, from `find_chain`.
+        work: Clients with at least one example each.
+        loss: Mean loss over a batch.
+        settings: Of local training.
+        proximal_mu: Weight of FedProx's penalty; 0 without.
+        run: Runs the chain; for private work, one that leaves examples apart.
+
+    Source:
+        Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
+        arXiv:2210.00038 (one pass back).
+    """
+    with torch.inference_mode(_is_one_layer(chain)):  # it needs no way back
+        return _train(model, chain, work, loss, settings, proximal_mu, run)
+
+
+def _is_one_layer(chain: Chain) -> bool:
+    return len(chain.steps) == 1 and type(chain.steps[0].apply) is Dense
+
+
+def _train(
+    model: FullModel,
+    chain: Chain,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: Client,
+    proximal_mu: float,
+    run: Run,
+) -> Trained:
+    private = work[0].private is not None
+    orders = [
+        poisson_order(one)
+        if private
+        else shuffled_order(one, epochs=settings.epochs, batch_size=settings.batch_size)
+        for one in work
+    ]
+    places = sorted(range(len(work)), key=lambda place: -len(orders[place].lengths))
+    group = [work[place] for place in places]
+    device = next(model.model.parameters()).device
+    rows = lay_out(model, group, [orders[place] for place in places], device)
+    start = {name: p.detach() for name, p in model.model.named_parameters()}
+    weights = stacked(chain, start, len(work))
+    descend = descent(weights, start, chain.layers, settings, proximal_mu)
+    if private:
+        _walk_private(rows, group, chain.layers, run, weights, loss, descend)
+        losses: list[float | None] = [None] * len(work)
+    else:
+        losses = list(_walk(rows, run, weights, loss, descend, epochs=settings.epochs))
+    flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
+    return in_order([(places, Trained(flat, losses))])
+
+
+def _walk(
+    rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
+) -> list[float]:
+    """Every step without privacy; each client's mean loss over its last epoch."""
+    told: list[Tensor] = []
+    shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
+    for step, clients in enumerate(rows.active):
+        back, losses, slopes = _ahead(rows, step, run, weights, loss)
+        told.append(losses)
+        if rows.full:
+            slopes.mul_(1 / rows.width)
+        else:
+            share = shares[:clients, step, : rows.widest[step]]
+            slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
+        layers = back(slopes)
+        given = [_together(one) for one in layers]
+        descend(clients, given, None)
+    each = torch.zeros(rows.mask.shape, device=rows.mask.device)
+    for step, losses in enumerate(told):
+        each[: rows.active[step], step, : rows.widest[step]] = losses
+    last = _last_epoch(rows, epochs)
+    each = torch.where(rows.mask > 0, each, 0.0)
+    sums = torch.where(last.unsqueeze(2), each, 0.0).sum(dim=(1, 2))
+    means = sums / (rows.counts * last).sum(dim=1)
+    finite = torch.isfinite(each).all(dim=2).all(dim=1)  # in earlier epochs, too
+    return torch.where(finite, means, torch.nan).tolist()
+
+
+def _together(part: Share | Made | Each) -> Gradient | Made:
+    """A layer's gradient over whole batches."""
+    assert not isinstance(part, Each)
+    return part if isinstance(part, Made) else batch_gradient(*part)
+
+
+def _last_epoch(rows: Rows, epochs: int) -> Tensor:
+    """Whether a step of a client is one of its last epoch, ``(K, T)``."""
+    number = torch.arange(rows.counts.shape[1], device=rows.counts.device)
+    taken = rows.taken.unsqueeze(1)
+    return (number >= taken - taken // epochs) & (number < taken)
+
+
+def _walk_private(
+    rows: Rows,
+    group: Sequence[LocalWork],
+    layers: Sequence[Dense],
+    run: Run,
+    weights: Weights,
+    loss: Loss,
+    descend: Descend,
+) -> None:
+    """Every step of DP-SGD."""
+    device = rows.inputs.device
+    plans = [one.private.plan for one in group if one.private is not None]
+    sizes = [expected_batch_size(one.size, plan) for one, plan in zip(group, plans, strict=True)]
+    expected = torch.tensor(sizes, dtype=torch.float32, device=device)
+    norms = torch.tensor([plan.clip_norm for plan in plans], device=device).unsqueeze(1)
+    draw = _noise(group, weights, sizes)
+    shares = rows.mask / expected[:, None, None]
+    for step, clients in enumerate(rows.active):
+        back, _, slopes = _ahead(rows, step, run, weights, loss)
+        each = []
+        for layer, one in zip(layers, back(slopes), strict=True):
+            each.append(example_gradients(left_apart(one), bias=layer.bias is not None))
+        if not all(bool(one.usable.all()) for one in each):
+            raise DataError("data: some example's gradient is not finite. It is taken alone.")
+        squares = torch.stack([one.squares for one in each]).sum(dim=0)
+        scale = shares_of(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
+        descend(clients, [one.weighted(scale, slice(None)) for one in each], draw(clients))
+
+
+def _ahead(
+    rows: Rows, step: int, run: Run, weights: Weights, loss: Loss
+) -> tuple[Back, Tensor, Tensor]:
+    """One batch of each client of a step: the way back, the losses, and their slopes."""
+    clients = rows.active[step]
+    columns = slice(step * rows.width, step * rows.width + rows.widest[step])
+    all_of_them = clients == len(rows.inputs)
+    now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
+    output, back = run(now, rows.inputs[:clients, columns])
+    losses, slopes = example_losses(loss, output, rows.targets[:clients, columns])
+    if not rows.full:  # a loss of nought may be no number, and stays none when it is multiplied
+        pads = rows.mask[:clients, step, : rows.widest[step]] == 0
+        slopes[pads] = 0
+    return back, losses, slopes
+
+
+def _noise(
+    group: Sequence[LocalWork], weights: Weights, sizes: Sequence[int]
+) -> Callable[[int], Weights]:
+    """Draws a step's noise for the first clients, in the order in which Opacus does.
+
+    What is drawn is divided by the expected batch size at once, as the gradient is.
+    """
+    drawn = {name: tensor.new_empty(tensor.shape) for name, tensor in weights.items()}
+    device = next(iter(drawn.values())).device
+    draws = [
+        (
+            [tensor[place] for tensor in drawn.values()],
+            noise_deviation(one.private.plan) / size,
+            one.private.noise(device),
+        )
+        for place, (one, size) in enumerate(zip(group, sizes, strict=True))
+        if one.private is not None
+    ]
+
+    def draw(clients: int) -> Weights:
+        for tensors, deviation, rng in draws[:clients]:
+            for tensor in tensors:
+                tensor.normal_(0.0, deviation, generator=rng)
+        return {name: tensor[:clients] for name, tensor in drawn.items()}
+
+    return draw

@@ -1,0 +1,117 @@
+"""One step of the optimiser on the stacked weights of many clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from fedcore.config.run import Client
+from fedcore.training.per_example.chain import Dense, Made, Weights, like_weight, matrix
+from fedcore.training.per_example.clipping import Gradient
+
+Descend = Callable[[int, Sequence[Gradient | Made], Weights | None], None]
+"""Moves the first clients' weights by the gradients of the layers, in their order, and by what is
+added to the gradients, if anything."""
+
+
+def descent(
+    weights: Weights,
+    start: Weights,
+    layers: Sequence[Dense],
+    settings: Client,
+    proximal_mu: float,
+) -> Descend:
+    """What `fedcore.training.local.make_optimizer` does to one client, for all of them.
+
+    Args:
+        weights: ``(K, ...)`` each; changed in place, step by step.
+        start: The global weights, ``(...)`` each; FedProx pulls towards them.
+        layers: Those of the model's chain.
+        settings: The optimiser's.
+        proximal_mu: Weight of FedProx's penalty; 0 without.
+    """
+    if settings.optimizer == "sgd" and not settings.momentum:
+        return _plain(weights, start, layers, settings, proximal_mu)
+    return _with_state(weights, start, layers, settings, proximal_mu)
+
+
+def _plain(
+    weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
+) -> Descend:
+    """SGD without momentum: gradient and step are one product.
+
+    What decays is a step of its own: weights times a little less than 1 would be rounded to it.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    pulled = weights.items() if decay or mu else ()
+    matrices = [matrix(layer, weights[layer.weight]) for layer in layers]
+
+    def descend(clients: int, gradients: Sequence[Gradient | Made], extra: Weights | None) -> None:
+        pulls = {name: _pull(one[:clients], start[name], decay, mu) for name, one in pulled}
+        for layer, whole, one in zip(layers, matrices, gradients, strict=True):
+            if isinstance(one, Made):
+                whole[:clients].sub_(one.weight, alpha=rate)
+            else:
+                weight = whole[:clients].view(clients, one.left.shape[2], -1)
+                weight.baddbmm_(one.left.transpose(1, 2), one.right, alpha=-rate)
+            if layer.bias is not None:
+                weights[layer.bias][:clients].sub_(one.bias, alpha=rate)
+        for name, tensor in weights.items():
+            if name in pulls:
+                tensor[:clients].sub_(pulls[name], alpha=rate)
+            if extra is not None:
+                tensor[:clients].sub_(extra[name], alpha=rate)
+
+    return descend
+
+
+def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
+    """Slopes of weight decay and of FedProx's penalty."""
+    slopes = (weight - start).mul_(mu) if mu else torch.zeros_like(weight)
+    return slopes.add_(weight, alpha=decay) if decay else slopes
+
+
+def _with_state(
+    weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
+) -> Descend:
+    """SGD with momentum, and Adam, by torch's own functions."""
+    first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    steps = [torch.zeros(()) for _ in weights]
+
+    def descend(clients: int, given: Sequence[Gradient | Made], extra: Weights | None) -> None:
+        gradients: Weights = {}
+        for layer, one in zip(layers, given, strict=True):
+            if isinstance(one, Made):
+                products = one.weight
+            else:
+                products = torch.bmm(one.left.transpose(1, 2), one.right)
+            gradients[layer.weight] = like_weight(layer, products, weights[layer.weight][:clients])
+            if layer.bias is not None:
+                gradients[layer.bias] = one.bias
+        for name, gradient in gradients.items():
+            if extra is not None:
+                gradient.add_(extra[name])
+            if mu:
+                gradient.add_(weights[name][:clients] - start[name], alpha=mu)
+        now = [tensor[:clients] for tensor in weights.values()]
+        slopes_of = [gradients[name] for name in weights]
+        averages = [first[name][:clients] for name in weights]
+        rate, decay = settings.learning_rate, settings.weight_decay
+        if settings.optimizer == "adam":  # with torch's own defaults, as clients use them
+            squares = [second[name][:clients] for name in weights]
+            adam(
+                now, slopes_of, averages, squares, [], steps, foreach=False, amsgrad=False,
+                beta1=0.9, beta2=0.999, eps=1e-8, lr=rate, weight_decay=decay, maximize=False,
+            )  # fmt: skip
+        else:
+            sgd(
+                now, slopes_of, [*averages], foreach=False, momentum=settings.momentum, lr=rate,
+                weight_decay=decay, dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+
+    return descend

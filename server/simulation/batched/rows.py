@@ -1,0 +1,151 @@
+"""Which examples each client takes in which step, laid out side by side for a whole group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.errors import DataError
+from fedcore.task.model import FullModel
+from fedcore.training.batches import gather_all
+from server.simulation.batched.work import LocalWork
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Batches of ``K`` clients, those with the most steps first, each ``width`` rows wide.
+
+    Step ``t`` begins at column ``t * width`` and is of the first ``active[t]`` clients.
+    """
+
+    inputs: Tensor
+    """``(K, T * width, ...)``, behind preprocessing; rows that pad hold zeros."""
+    targets: Tensor
+    """``(K, T * width, ...)``."""
+    counts: Tensor
+    """Examples in each batch, ``(K, T)``; 0 is an empty batch, which is a step all the same."""
+    active: tuple[int, ...]
+    """Clients that take part in each step."""
+    taken: Tensor
+    """Steps of each client, ``(K,)``."""
+    width: int
+    widest: tuple[int, ...]
+    """Rows of the largest batch of each step, at least 1: what stands behind them pads for every
+    client."""
+    full: bool
+    """Whether no row pads."""
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """1 for rows that hold an example, 0 for those that pad: ``(K, T, width)``."""
+        columns = torch.arange(self.width, device=self.counts.device)
+        return (columns < self.counts.unsqueeze(2)).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which examples one client takes, step by step."""
+
+    rows: Tensor
+    """Those of all batches, one after the other."""
+    lengths: Sequence[int]
+    """Examples in each batch."""
+
+
+def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> Order:
+    """The batches that `fedcore.training.local.train` takes."""
+    rng, count = work.order(), work.size
+    whole, rest = divmod(count, batch_size)
+    lengths = ([batch_size] * whole + [rest] * (rest > 0)) * epochs
+    drawn = [torch.randperm(count, generator=rng) for _ in range(epochs)]
+    return Order(drawn[0] if epochs == 1 else torch.cat(drawn), lengths)
+
+
+def poisson_order(work: LocalWork) -> Order:
+    """The batches that `fedcore.training.private.train_private` takes."""
+    assert work.private is not None
+    count, charge = work.size, work.private.plan.charge
+    drawn = torch.rand(charge.steps, count, generator=work.order()) < charge.sample_rate
+    return Order(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist())
+
+
+def lay_out(
+    model: FullModel, work: Sequence[LocalWork], orders: Sequence[Order], device: torch.device
+) -> Rows:
+    """Gathers the rows of all clients; ``work`` stands with the most steps first."""
+    steps = [len(order.lengths) for order in orders]
+    width = max(max(order.lengths) for order in orders) or 1
+    columns = steps[0] * width
+    inputs = targets = torch.empty(0)
+    for place, (one, order) in enumerate(zip(work, orders, strict=True)):
+        x, y = client_rows(model, one, device)
+        if place:
+            check_alike((x, y), (inputs[0], targets[0]))
+        else:
+            inputs = x.new_empty((len(work), columns, *x.shape[1:]))
+            targets = y.new_empty((len(work), columns, *y.shape[1:]), device=device)
+        index = _padded(order, width, columns).to(device)
+        torch.index_select(x, 0, index, out=inputs[place])
+        torch.index_select(y, 0, index, out=targets[place])
+    lengths = [[*order.lengths, *[0] * (steps[0] - len(order.lengths))] for order in orders]
+    rows = Rows(
+        inputs,
+        targets,
+        counts=torch.tensor(lengths, device=device),
+        active=tuple(sum(step < taken for taken in steps) for step in range(steps[0])),
+        taken=torch.tensor(steps, device=device),
+        width=width,
+        widest=tuple(max(1, *step) for step in zip(*lengths, strict=True)),
+        full=all(length == width for row in lengths for length in row),
+    )
+    if not rows.full:  # of an example that is not finite even nothing would be too much
+        inputs[rows.mask.flatten(1) == 0] = 0
+    return rows
+
+
+def client_rows(model: FullModel, one: LocalWork, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A client's examples on a device, inputs behind preprocessing; what is there is not copied."""
+    x, y = gather_all(one.examples)
+    x = x.to(device)
+    if type(model.preprocess) is not nn.Identity:
+        with torch.no_grad():
+            x = model.preprocess(x)
+    return x, y.to(device)
+
+
+def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    """Refuses to train clients together whose examples, inputs and targets, are not of one kind.
+
+    Raises:
+        DataError: shape or dtype differ.
+    """
+    (x, y), (inputs, targets) = one, other
+    if _kind(x) != _kind(inputs) or _kind(y) != _kind(targets):
+        raise DataError(
+            f"data: examples are {_kind(x)} with targets {_kind(y)}, those of another client "
+            f"{_kind(inputs)} with {_kind(targets)}. They were not trained together."
+        )
+
+
+def _kind(batch: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Of what one example in a batch is."""
+    return batch.dtype, tuple(batch.shape[1:])
+
+
+def _padded(order: Order, width: int, columns: int) -> Tensor:
+    """The rows of all batches one after the other, each filled up with the first example."""
+    rows = order.rows
+    if all(length == width for length in order.lengths):
+        return (
+            torch.cat([rows, rows.new_zeros(columns - len(rows))]) if len(rows) < columns else rows
+        )
+    numbers, index, begin = rows.tolist(), [], 0  # for so few, lists are quicker than tensors
+    for length in order.lengths:
+        index += numbers[begin : begin + length]
+        index += [0] * (width - length)
+        begin += length
+    return torch.tensor(index + [0] * (columns - len(index)))

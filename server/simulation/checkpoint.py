@@ -1,0 +1,186 @@
+"""A checkpoint of the federated part of a simulation: one file, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedcore.errors import DataError
+from fedcore.files import read_bytes, write_atomic
+from fedcore.observability.events import Noted, RoundFinished
+from fedcore.privacy.accounting import Charge
+from fedcore.privacy.ledger import Ledger
+from server import unfinished
+from server.records import RoundRecord, VirtualRecord
+from server.rounds.checkpointing import Progress, Start
+from server.rounds.protection import noise_of, protection_doc, protection_of
+from server.rounds.strategy_state import Remembered
+from server.simulation.state import State
+from server.simulation.workers.autotune import Choice
+
+CHECKPOINT = unfinished.CHECKPOINT
+"""Its name in a run's folder."""
+MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB, and six vectors of a strategy's
+_FORMAT = 2
+_DIGEST, _STATE, _EVENTS, _STRATEGY = "sha256", "state", "events", "strategy"
+_NOISE, _PROTECTION = "noise", "protection"
+Told = Noted | RoundFinished
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the federated part needs to go on and give the same bits."""
+
+    identity: Mapping[str, Any]
+    """What fixes the run, see `server.rounds.run_identity`."""
+    progress: Progress
+    told: Sequence[Told]
+    """What was told of rounds, in order."""
+    state: State
+    elapsed_s: float
+    """How long it took to get there."""
+
+    @property
+    def start(self) -> Start:
+        """Where rounds go on."""
+        rounds = (event for event in self.told if isinstance(event, RoundFinished))
+        return Start(self.progress, tuple(_record(event.values) for event in rounds))
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes it in place of the one before, as safetensors that carry their own digest.
+
+    Raises:
+        DiskFull: there was no room; the one before is as it was.
+    """
+    progress = checkpoint.progress
+    arrays: Arrays = {
+        "weights": progress.weights,
+        "best": progress.best,
+        "preprocess": np.frombuffer(progress.preprocess, np.uint8),
+        _STATE: _json(_state(checkpoint)),
+        _EVENTS: _json([_told(event) for event in checkpoint.told]),
+        **{f"{_STRATEGY}/{n}": array for n, array in enumerate(progress.strategy.arrays)},
+        **{f"{_NOISE}/{n}": array for n, array in enumerate(noise_of(progress.protection))},
+    }
+    arrays[_DIGEST] = _digest(arrays)
+    write_atomic(path, save(arrays))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads what `write_checkpoint` wrote.
+
+    Raises:
+        DataError: there is none, or it is not what was written.
+    """
+    raw = read_bytes(path, max_bytes=MAX_BYTES, what="the checkpoint")
+    try:
+        arrays = load(raw)
+        if not np.array_equal(arrays.pop(_DIGEST), _digest(arrays)):
+            raise DataError(
+                f"{path}: the checkpoint's bytes do not match their digest: it is damaged. Nothing "
+                "was run; begin the run again with --fresh."
+            )
+        return _checkpoint(arrays)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: this is no checkpoint that this version of fedcore reads "
+            f"({type(error).__name__}: {error}). Nothing was run; begin the run again with "
+            "--fresh."
+        ) from None
+
+
+def _digest(arrays: Arrays) -> NDArray[np.uint8]:
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        found.update(np.ascontiguousarray(array).data)
+    return np.frombuffer(found.digest(), np.uint8)
+
+
+def _json(value: Any) -> NDArray[np.uint8]:
+    """As bytes of JSON; Python writes and reads NaN in it, and every float to its last bit."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    progress, state = checkpoint.progress, checkpoint.state
+    return {
+        "format": _FORMAT,
+        "identity": checkpoint.identity,
+        "elapsed_s": checkpoint.elapsed_s,
+        "round": progress.round,
+        "over": progress.over,
+        "best_round": progress.best_round,
+        "most_failed": progress.most_failed,
+        _STRATEGY: progress.strategy.tree,
+        _PROTECTION: protection_doc(progress.protection),
+        "ledgers": {
+            name: [astuple(charge) for charge in ledger.charges]
+            for name, ledger in state.ledgers.items()
+        },
+        "rounds": state.rounds,
+        "clock_s": state.clock_s,
+        "choice": state.choice and asdict(state.choice),
+    }
+
+
+def _told(event: Told) -> Any:
+    return event.text if isinstance(event, Noted) else event.values
+
+
+def _checkpoint(arrays: Arrays) -> Checkpoint:
+    held = json.loads(arrays[_STATE].tobytes())
+    if held["format"] != _FORMAT:
+        raise ValueError(f"format {held['format']}, expected {_FORMAT}")
+    told = json.loads(arrays[_EVENTS].tobytes())
+    return Checkpoint(
+        identity=held["identity"],
+        progress=Progress(
+            round=held["round"],
+            over=held["over"],
+            weights=arrays["weights"].copy(),  # what was read cannot be written to
+            best=arrays["best"].copy(),
+            best_round=held["best_round"],
+            most_failed=held["most_failed"],
+            strategy=Remembered(held[_STRATEGY], _numbered(arrays, _STRATEGY)),
+            preprocess=arrays["preprocess"].tobytes(),
+            protection=protection_of(held[_PROTECTION], _numbered(arrays, _NOISE)),
+        ),
+        told=[Noted(one) if isinstance(one, str) else RoundFinished(one) for one in told],
+        state=State(
+            ledgers={name: _ledger(charges) for name, charges in held["ledgers"].items()},
+            rounds=Counter(held["rounds"]),
+            clock_s=held["clock_s"],
+            choice=held["choice"] and Choice(**held["choice"]),
+        ),
+        elapsed_s=held["elapsed_s"],
+    )
+
+
+def _numbered(arrays: Arrays, kind: str) -> tuple[NDArray[Any], ...]:
+    """The arrays of a kind, in order."""
+    count = sum(name.startswith(f"{kind}/") for name in arrays)
+    return tuple(arrays[f"{kind}/{n}"] for n in range(count))
+
+
+def _ledger(charges: Iterable[Sequence[Any]]) -> Ledger:
+    return Ledger(tuple(Charge(*charge) for charge in charges))
+
+
+def _record(values: Mapping[str, Any]) -> RoundRecord:
+    # What came later has a default, and is not in checkpoints from before.
+    own = {field.name: values[field.name] for field in fields(RoundRecord) if field.name in values}
+    virtual = own.get("virtual") and VirtualRecord(**own["virtual"])
+    return RoundRecord(**{**own, "virtual": virtual})

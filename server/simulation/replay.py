@@ -1,0 +1,296 @@
+"""One client of one round, trained again alone, with everything that it says."""
+
+from __future__ import annotations
+
+import difflib
+import json as json_format
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from flwr.app import Context, Message
+from flwr.clientapp.typing import ClientAppCallable, Mod
+
+from fedcore.client_app import error_of, train_client
+from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.run import RunConfig
+from fedcore.errors import ConfigError, DataError, FedcoreError, TaskError
+from fedcore.flower.grid import InProcessGrid
+from fedcore.flower.identity import assume_identity
+from fedcore.observability.foreign import say
+from fedcore.observability.words import bytes_text, counted, figure, seconds_text
+from fedcore.privacy.ledger import Ledger, write_ledger
+from fedcore.seeds import Simulated
+from fedcore.task.definition import Task
+from fedcore.task.model import build_model
+from fedcore.training.client import Client
+from fedcore.training.mods import client_mods
+from fedcore.updates.pack import layout_of
+from fedcore.updates.replies import read_reply
+from server.preflight import Prepared
+from server.rounds.checkpointing import Forgetful, Progress
+from server.rounds.cohort import asked_for, select
+from server.rounds.expected import asked_to_train
+from server.rounds.inbound import payload_bytes
+from server.rounds.loop import Federation, instructions
+from server.rounds.run_identity import TASK, changes, check_same, identity_of
+from server.rounds.strategies import make_strategy
+from server.rounds.strategy_state import remind
+from server.simulation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
+from server.simulation.checkpointer import FAILED
+from server.simulation.engine import FIRST_NODE_ID, RUN_ID, context_of, one_thread
+from server.simulation.run import rounds
+from server.simulation.state import State
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A client of a round."""
+
+    round: int
+    client: str
+    node: int
+    cohort: Sequence[int]
+    """Nodes of the round."""
+
+
+def replay(
+    text: str,
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    prepared: Prepared,
+    runs: Path,
+    out: TextIO,
+    *,
+    json: bool,
+) -> int:
+    """Trains the client that ``text`` names, as it was trained in that round.
+
+    The round's weights come from the checkpoint that is nearest to it, by simulating the rounds
+    between; where there is none, by simulating from the beginning. No file is written.
+
+    Args:
+        text: ``ROUND:CLIENT``.
+        run: The run.
+        task: Its task; it may have been mended since.
+        owner: What virtual clients keep to.
+        prepared: What the run works on.
+        runs: Folder that results of runs are below.
+        out: Where the result goes.
+        json: Whether as one JSON object.
+
+    Returns:
+        An exit code: that of the client's error, if it fails again; its traceback is printed.
+
+    Raises:
+        ConfigError: there is no such round or client, or the checkpoint is of another run.
+        FedcoreError: a round before it fails.
+    """
+    wanted = _wanted(text, run, prepared.clients)
+    nearest = _nearest(runs / run.name, wanted.round, identity_of(run, owner))
+    state = nearest.state if nearest else State()
+    progress = _progress_before(wanted, run, task, owner, prepared, nearest, state)
+    return _train_alone(wanted, run, task, owner, progress, state, out, json=json)
+
+
+def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
+    number, separator, client = text.partition(":")
+    if not separator or not (number.isascii() and number.isdigit()):
+        raise ConfigError(
+            f"--replay {text}: expected ROUND:CLIENT, for example --replay 3:anna. Nothing was run."
+        )
+    planned = run.federation.rounds
+    if not 1 <= int(number) <= planned:
+        has = f"rounds 1 to {planned}" if planned else "no rounds"
+        raise ConfigError(f"--replay {text}: this run has {has}. Nothing was run.")
+    if client not in clients:
+        near = difflib.get_close_matches(client, clients, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"--replay {text}: the task has no client {client!r}.{hint} Nothing was run."
+        )
+    nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients))
+    size = run.federation.cohort or len(clients)
+    size = min(asked_for(run, size, simulated=True), len(clients))
+    cohort = select(nodes, size, seed=run.seed, words=("round", int(number)))
+    node = FIRST_NODE_ID + clients.index(client)
+    if node not in cohort:
+        asked = ", ".join(clients[one - FIRST_NODE_ID] for one in cohort[:5])
+        raise ConfigError(
+            f"--replay {text}: client {client!r} was not asked in round {number}. Nothing was run; "
+            f"the {counted(size, 'client')} that were: {asked}{', ...' if size > 5 else ''}."
+        )
+    return Wanted(int(number), client, node, cohort)
+
+
+def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoint | None:
+    """The last checkpoint from before a round, of those that there are."""
+    best: Checkpoint | None = None
+    for path in [folder / CHECKPOINT, *folder.glob(f"{FAILED}/round-*.safetensors")]:
+        if not path.is_file():
+            continue
+        found = read_checkpoint(path)
+        mended = {**identity, TASK: found.identity[TASK]}  # to see whether that helps
+        check_same(path, found.identity, mended)
+        if found.progress.round < number and (
+            best is None or found.progress.round > best.progress.round
+        ):
+            best = found
+    if best is not None and changes(best.identity, identity):
+        say("The task file is not the one that the run was begun with.", to=sys.stderr)
+    return best
+
+
+class _Until(Forgetful):
+    """Ends rounds before the one that is wanted."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.progress: Progress | None = None
+
+    def goes_on(self, progress: Progress) -> bool:
+        """False before that round."""
+        self.progress = progress
+        return progress.round < self._number - 1
+
+
+def _progress_before(
+    wanted: Wanted,
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    prepared: Prepared,
+    nearest: Checkpoint | None,
+    state: State,
+) -> Progress:
+    """Where the federated part was before the round; ``state`` is brought there, too."""
+    if nearest is not None and nearest.progress.round == wanted.round - 1:
+        return nearest.progress
+    begun = nearest.progress.round if nearest else 0
+    say(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", to=sys.stderr)
+    keeper = _Until(wanted.round)
+    rounds(
+        run,
+        task,
+        owner,
+        prepared,
+        state=state,
+        resumed=nearest,
+        keeper=keeper,
+        tell=lambda event: None,
+        on_choice=lambda choice, workers: None,
+    )
+    assert keeper.progress is not None  # it was asked at least once
+    if keeper.progress.round < wanted.round - 1:
+        raise ConfigError(
+            f"--replay {wanted.round}:{wanted.client}: the run ended after round "
+            f"{keeper.progress.round}. Nothing was replayed; name an earlier round."
+        )
+    return keeper.progress
+
+
+def _train_alone(
+    wanted: Wanted,
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    progress: Progress,
+    state: State,
+    out: TextIO,
+    *,
+    json: bool,
+) -> int:
+    assume_identity(RUN_ID)
+    client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
+    message = _instruction(wanted, run, task, progress)
+    context = context_of(wanted.node, wanted.client)
+    write_ledger(context, state.ledgers.get(wanted.client, Ledger()))
+    handle = _handler(client, wanted.client, client_mods(run.federation.strategy))
+    started = time.perf_counter()
+    try:
+        with one_thread():
+            reply = handle(message, context)
+        asked = asked_to_train(client.run, client.resident.layout)
+        update = read_reply(reply, asked, where=f"update from client {wanted.client!r}")
+    except (Exception, SystemExit) as error:  # here the traceback is what the user asked for
+        traceback.print_exception(error, file=sys.stderr)
+        _, reason = error_of(wanted.client, error, hide=False)
+        found = {"ok": False, "error": reason}
+        said = f"round {wanted.round}: {reason}"
+        code = error.exit_code if isinstance(error, FedcoreError) else TaskError.exit_code
+    else:
+        seconds, size = time.perf_counter() - started, payload_bytes(reply)
+        figures = {name: float(value) for name, value in update.metrics.items()}
+        found = {
+            "ok": True,
+            "num_examples": update.num_examples,
+            "metrics": figures,
+            "payload_bytes": size,
+            "seconds": seconds,
+        }
+        measured = "".join(f", {name} {figure(value)}" for name, value in figures.items())
+        said = (
+            f"round {wanted.round}: client {wanted.client!r} trained on "
+            f"{counted(update.num_examples, 'example')} in {seconds_text(seconds)}{measured}; its "
+            f"update has {bytes_text(size)}"
+        )
+        code = 0
+    if json:
+        event = {"event": "replayed", "round": wanted.round, "client": wanted.client, **found}
+        said = json_format.dumps(event)
+    say(said, to=out, flush=True)
+    return code
+
+
+def _handler(client: Client, name: str, mods: Sequence[Mod]) -> ClientAppCallable:
+    """What the ClientApp does for a message, mods included, but that errors come out whole."""
+
+    def train(message: Message, context: Context) -> Message:
+        return Message(train_client(client, name, message, context), reply_to=message)
+
+    def within(mod: Mod, inner: ClientAppCallable) -> ClientAppCallable:
+        return lambda message, context: mod(message, context, inner)
+
+    handler: ClientAppCallable = train
+    for mod in reversed(mods):
+        handler = within(mod, handler)
+    return handler
+
+
+def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress) -> Message:
+    """What the client was sent."""
+    model = build_model(task, run)
+    layout = layout_of(model.model)
+    if layout.size != len(progress.weights):
+        raise DataError(
+            f"--replay {wanted.round}:{wanted.client}: the task's model has "
+            f"{counted(layout.size, 'weight')}, and that of the run {len(progress.weights)}. "
+            "Nothing was replayed; set back the model."
+        )
+    federation = run.federation
+    chosen = make_strategy(
+        federation.strategy, federation.strategy_options, cohort=len(wanted.cohort), size=0
+    )
+    remind(chosen.strategy, progress.strategy)
+    messages = instructions(
+        Federation(
+            run=run,
+            grid=InProcessGrid(RUN_ID, wanted.cohort, lambda message: message),
+            chosen=chosen,
+            cohort=len(wanted.cohort),
+            metrics=tuple(task.metrics),
+            randomness=Simulated(run.seed),
+            judge=None,
+            on_round=lambda record: None,
+            on_note=lambda note: None,
+        ),
+        progress,
+        layout,
+        wanted.cohort,
+    )
+    return next(one for one in messages if one.metadata.dst_node_id == wanted.node)

@@ -1,0 +1,37 @@
+"""Where a run that was interrupted goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import RunConfig
+from fedcore.errors import ConfigError
+from server.report.folder import clear
+from server.rounds.run_identity import check_same, identity_of
+from server.simulation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
+from server.simulation.checkpointer import FAILED
+
+
+def pick_up(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
+    """The run's checkpoint; what else lies in ``folder`` and will be written again is removed.
+
+    Args:
+        folder: The run's, held by this process.
+        run: The run as it is asked for now.
+        owner: What virtual clients keep to now.
+
+    Raises:
+        ConfigError: there is none, or it is of another run. Nothing was removed.
+        DataError: it is damaged. Nothing was removed.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder}: this run was stopped before its first checkpoint. Nothing was run; begin "
+            "it again without --resume."
+        )
+    checkpoint = read_checkpoint(path)
+    check_same(path, checkpoint.identity, identity_of(run, owner))
+    clear(folder, keep=(CHECKPOINT, FAILED))
+    return checkpoint

@@ -1,0 +1,189 @@
+"""Workers in processes of their own, one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from fedcore.errors import FedcoreError, RoundFailed
+from fedcore.flower.identity import assume_identity
+from server.process.parent import die_with_parent
+from server.process.signals import no_signal, signals_come
+from server.process.spawn import script_left_out
+from server.process.training import keep_heap
+from server.rounds.aggregation.exact_mean import ExactMean
+from server.simulation.engine import RUN_ID
+from server.simulation.workers.executor import MakeWorker, gathered, pieces
+from server.simulation.workers.messages import Answer, Asked, Order
+
+_KILLED = " That usually means that memory ran out: take fewer simulation.workers."
+_END_S = 0.5  # more than an idle process needs to end
+
+
+class Pool:
+    """Processes that are forked from this one, so that they share what it has loaded.
+
+    A piece of work goes to whoever is free; sums stay where they are made until the end of an
+    order. Neither threads nor a GPU survive a fork: a forked process computes in one thread, and
+    with ``gpus`` processes are started afresh and take a GPU each, in turn.
+    """
+
+    def __init__(self, make: MakeWorker, size: int, *, gpus: int = 0) -> None:
+        context: ForkContext | SpawnContext
+        if gpus:
+            context = multiprocessing.get_context("spawn")
+        else:
+            context = multiprocessing.get_context("fork")
+        self._connections: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for number in range(size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(there, [] if gpus else [*self._connections, here], make),
+                kwargs={"gpu": number % gpus if gpus else None},
+                name=f"fedcore-worker-{number}",
+                daemon=False,  # a task's loader may have processes of its own
+            )
+            # Until the process has said what signals do there.
+            with no_signal(), script_left_out():
+                process.start()
+            there.close()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return len(self._processes)
+
+    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+        """Hands the clients out piece by piece.
+
+        Raises:
+            RoundFailed: a worker died, or something in it failed that no client answers for.
+            FedcoreError: a worker raised it.
+        """
+        waiting = list(pieces(order, asked, self.size))[::-1]
+        answers: list[Answer] = []
+        sums: list[ExactMean] = []
+        held: dict[Connection, Sequence[Asked]] = {}
+        for connection in self._connections:
+            if waiting:
+                self._send(connection, held, order, waiting.pop())
+        while held:
+            for ready in wait(list(held)):
+                connection = next(one for one in held if one is ready)
+                done = self._receive(connection, held)
+                if isinstance(done, ExactMean):
+                    sums.append(done)
+                    continue
+                answers += done
+                if waiting:
+                    self._send(connection, held, None, waiting.pop())
+                else:
+                    self._send(connection, held, None, ())
+        return gathered(answers, sums, asked)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for connection in self._connections:
+            connection.close()
+        until = time.monotonic() + _END_S
+        for process in self._processes:
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():  # in the middle of a client
+                process.kill()
+                process.join()
+
+    def _send(
+        self,
+        connection: Connection,
+        held: dict[Connection, Sequence[Asked]],
+        order: Order | None,
+        piece: Sequence[Asked],
+    ) -> None:
+        held[connection] = piece
+        try:
+            connection.send((order, piece))
+        except OSError:
+            raise self._died(connection, piece) from None
+
+    def _receive(
+        self, connection: Connection, held: dict[Connection, Sequence[Asked]]
+    ) -> list[Answer] | ExactMean:
+        piece = held.pop(connection)
+        try:
+            got = connection.recv()
+        except (EOFError, OSError):
+            raise self._died(connection, piece) from None
+        if isinstance(got, FedcoreError):
+            raise got
+        if isinstance(got, str):
+            raise RoundFailed(
+                f"simulation: a worker failed while it trained {_named(piece)}. The round was "
+                f"dropped. It said: {got}"
+            )
+        return got  # type: ignore[no-any-return]
+
+    def _died(self, connection: Connection, piece: Sequence[Asked]) -> RoundFailed:
+        process = self._processes[self._connections.index(connection)]
+        process.join(_END_S)
+        code = process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return RoundFailed(
+            f"simulation: worker {process.name} died ({how}) while it trained {_named(piece)}. The "
+            f"round was dropped.{_KILLED if code == -signal.SIGKILL else ''} `fedcore simulate "
+            "--resume` continues from the last checkpoint."
+        )
+
+
+def _named(piece: Sequence[Asked]) -> str:
+    names = [repr(one.name) for one in piece]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"clients {', '.join(names[:5])}{more}" if names else "nobody"
+
+
+def _serve(
+    connection: Connection, others: Sequence[Connection], make: MakeWorker, *, gpu: int | None
+) -> None:
+    """The life of a process: until the other end of its connection is closed."""
+    die_with_parent()
+    for other in others:  # a copy held here would keep them open
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to every process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signals_come()
+    torch.set_num_threads(1)
+    if gpu is not None and torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    keep_heap()
+    assume_identity(RUN_ID)
+    worker = None
+    while True:
+        try:
+            order, piece = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            if worker is None:
+                worker = make()
+            if order is not None:
+                worker.begin(order)
+            answer: object = worker.work(piece) if piece else worker.hand_in()
+        except FedcoreError as error:
+            answer = error
+        except Exception:  # whatever it is, the other side must hear of it
+            answer = traceback.format_exc()
+        try:
+            connection.send(answer)
+        except OSError:
+            return

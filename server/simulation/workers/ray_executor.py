@@ -1,0 +1,119 @@
+"""Workers as actors of a Ray cluster: on this machine, or on others."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fedcore.errors import ConfigError, FedcoreError, RoundFailed
+from fedcore.flower.identity import assume_identity
+from server.process.training import keep_heap
+from server.rounds.aggregation.exact_mean import ExactMean
+from server.simulation.engine import RUN_ID
+from server.simulation.workers.executor import MakeWorker, gathered, pieces
+from server.simulation.workers.messages import Answer, Asked, Order
+
+ADDRESS = "RAY_ADDRESS"
+"""Names a cluster that runs; without it one is started on this machine, and ended afterwards."""
+
+
+class RayCrew:
+    """One actor a worker; the order's content goes to each machine once.
+
+    Actors load the task from its file, so a cluster's machines need it, and the data, where this
+    machine has them.
+    """
+
+    def __init__(self, make: MakeWorker, size: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "simulation.engine = 'ray': Ray is not installed. Nothing was trained; "
+                "`pip install 'fedcore[sim]'`, or use 'local'."
+            ) from None
+        self._ray: Any = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            ray.init(
+                num_cpus=None if os.environ.get(ADDRESS) else size,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        actor: Any = self._ray.remote(num_cpus=1)(_Actor)
+        self._actors = [actor.remote(make) for _ in range(size)]
+
+    @property
+    def size(self) -> int:
+        """Actors."""
+        return len(self._actors)
+
+    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+        """Hands the clients out piece by piece.
+
+        Raises:
+            RoundFailed: an actor or its machine died.
+            FedcoreError: an actor raised it.
+        """
+        ray = self._ray
+        shared = ray.put(order)
+        waiting = list(pieces(order, asked, self.size))[::-1]
+        try:
+            ray.get([actor.begin.remote(shared) for actor in self._actors])
+            busy: dict[Any, Any] = {}
+            for actor in self._actors:
+                if waiting:
+                    busy[actor.work.remote(waiting.pop())] = actor
+            answers: list[Answer] = []
+            while busy:
+                (done, *_), _ = ray.wait(list(busy))
+                actor = busy.pop(done)
+                answers += ray.get(done)
+                if waiting:
+                    busy[actor.work.remote(waiting.pop())] = actor
+            sums = ray.get([actor.hand_in.remote() for actor in self._actors])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, FedcoreError):
+                raise error.cause from None
+            raise RoundFailed(
+                f"simulation: a Ray actor failed. The round was dropped. It said: {error}"
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise RoundFailed(
+                f"simulation: a Ray actor died: {error}. The round was dropped. `fedcore simulate "
+                "--resume` continues from the last checkpoint."
+            ) from None
+        return gathered(answers, sums, asked)
+
+    def close(self) -> None:
+        """Ends the actors, and the cluster if it was started here."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()
+
+
+class _Actor:
+    """One worker, on some machine of the cluster."""
+
+    def __init__(self, make: MakeWorker) -> None:
+        torch.set_num_threads(1)
+        keep_heap()
+        assume_identity(RUN_ID)
+        self._worker = make()
+
+    def begin(self, order: Order) -> None:
+        self._worker.begin(order)
+
+    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+        return self._worker.work(asked)
+
+    def hand_in(self) -> ExactMean:
+        return self._worker.hand_in()

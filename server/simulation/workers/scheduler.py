@@ -1,0 +1,118 @@
+"""Who trains: decided with the first order, once it is known how long a client takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from flwr.app import MessageType
+
+from fedcore.config.run import Simulation
+from fedcore.errors import ConfigError
+from server.simulation.state import State
+from server.simulation.workers.autotune import Choice, Clock, attempts, choose, difference, forced
+from server.simulation.workers.executor import Alone, Crew, MakeWorker
+from server.simulation.workers.messages import Asked, Order
+from server.simulation.workers.process_pool import Pool
+
+_WORTH_S = 0.02  # rounds shorter than that gain nothing from other processes
+
+
+class Staff:
+    """Chooses how clients are trained and by how many workers, and keeps to it.
+
+    ``make_elsewhere`` is for processes that share nothing with this one: it can be pickled.
+    ``gpus`` is how many of them clients are trained on.
+    """
+
+    def __init__(
+        self,
+        make: MakeWorker,
+        make_elsewhere: MakeWorker,
+        settings: Simulation,
+        *,
+        state: State,
+        on_choice: Callable[[Choice, int], None],
+        gpus: int = 0,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._make = make
+        self._make_elsewhere = make_elsewhere
+        self._settings = settings
+        self._on_choice = on_choice
+        self._gpus = gpus
+        self._clock = clock
+        self._here = Alone(make())
+        self._crew: Crew | None = None
+        self._state = state
+
+    def crew_for(self, order: Order, asked: Sequence[Asked]) -> tuple[Crew, Order]:
+        """Who carries out an order, and the order with the way of training filled in."""
+        if order.kind != MessageType.TRAIN:
+            return self._crew or self._here, order
+        choice = self._state.choice
+        if choice is None:
+            choice = self._state.choice = self._choose(order, asked)
+        if choice is None:
+            return self._here, order
+        if self._crew is None:
+            self._crew = self._hire(choice, len(asked))
+            self._on_choice(choice, self._crew.size)
+        return self._crew, replace(order, method=choice.method, chosen=True)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._crew is not None:
+            self._crew.close()
+
+    def _choose(self, order: Order, asked: Sequence[Asked]) -> Choice | None:
+        """None where no client trains, so that there is nothing to choose by."""
+        wanted, worker = self._settings.training, self._here.worker
+        if wanted == "loop":
+            return forced(wanted)
+        there = worker.reached(order, asked)
+        alone = attempts(worker, order, there, clock=self._clock)
+        train = [one.asked for one in alone if one.content is not None]
+        if not train:
+            return None
+        if wanted == "auto":
+            rest = there[len(alone) :]
+            choice = choose(worker, order, [*train, *rest], clock=self._clock)
+        else:
+            choice = forced(wanted)
+        if choice.method == "loop":
+            return choice
+        why = difference(worker, order, alone)
+        if why is not None and wanted == "vectorised":
+            raise ConfigError(
+                f"simulation.training = 'vectorised': {why}. Nothing was trained; use 'loop'."
+            )
+        return choice if why is None else replace(choice, method="loop", reason=why)
+
+    def _hire(self, choice: Choice, cohort: int) -> Crew:
+        if self._settings.engine == "ray":
+            from server.simulation.workers.ray_executor import RayCrew
+
+            return RayCrew(self._make_elsewhere, self._settings.workers or _cores())
+        workers = self._settings.workers
+        if self._gpus:  # one GPU is best fed by one process, this one
+            workers = workers or self._gpus
+            return self._here if workers == 1 else self._pool(self._make_elsewhere, workers)
+        if not workers:
+            taken_s = choice.loop_s if choice.method == "loop" else choice.vectorised_s
+            small = taken_s is not None and taken_s * cohort < _WORTH_S
+            workers = 1 if small else _cores()
+        workers = min(workers, cohort)
+        return self._here if workers == 1 else self._pool(self._make, workers)
+
+    def _pool(self, make: MakeWorker, workers: int) -> Crew:
+        return Pool(make, workers, gpus=self._gpus)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

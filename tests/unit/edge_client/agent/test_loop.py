@@ -1,0 +1,85 @@
+"""One message, answered: whatever a server puts into it, the device is there for the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from flwr.proto.message_pb2 import ObjectTree
+
+from edge_client.agent import loop
+from edge_client.agent.state import own
+from edge_client.agent.wake import Signals
+from edge_client.ledger.book import read_book
+from fedcore.config.owner import OPEN_POLICY, DataSet, OwnerPolicy
+from fedcore.errors import InvalidUpdate
+from fedcore.flower.fleet_pull import Announced
+from fedcore.flower.identity import assume_identity
+from fedcore.privacy.ledger import ledger_in
+from fedcore.updates.messages import REFUSED
+from tests.unit.edge_client.agent.asked import PRIVATE, RUN_ID, Link, instruction, kit_in, run_of
+from tests.unit.fedcore.clients import make_task
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wrong"),
+    [
+        ("DifferentialPrivacyClientSideFixedClipping", "lots"),
+        ("DifferentialPrivacyClientSideAdaptiveClipping", "lots"),
+        ("DifferentialPrivacyClientSideFixedClipping", [1.0, 2.0]),
+    ],
+)
+@pytest.mark.parametrize("privacy", [PRIVATE, {}], ids=["private", "plain"])
+def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
+    tmp_path: Path, strategy: str, wrong: Any, privacy: dict[str, Any]
+) -> None:
+    task = make_task()
+    run, kit = run_of(privacy=privacy, strategy=strategy), kit_in(tmp_path)
+    link, runs = Link(run), dict[int, Any]()
+    assume_identity(RUN_ID)
+    with own(tmp_path / "device") as folder:
+        device = loop.Device(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
+        for number, norm in ((1, wrong), (2, 0.5)):
+            message = instruction(task, run, number, clipping_norm=norm)
+            found = Announced(message, ObjectTree())
+            loop._answer_or_say_why(device, cast(Any, link), Signals(), runs, found)
+            charged = len(ledger_in(folder.state("run")).charges)
+            assert charged == (number if privacy else 0)
+    refused, done = link.answers
+    assert refused.error.code == REFUSED + InvalidUpdate.exit_code
+    if privacy:
+        assert refused.error.reason == "client 'anna': InvalidUpdate; its log says more"
+    else:
+        assert "what runs around training" in (refused.error.reason or "")
+    assert not done.has_error()
+
+
+def test_files_that_come_to_a_named_data_set_in_mid_run_count_at_once(tmp_path: Path) -> None:
+    """Or data could be trained on under another's budget, by moving files for a while."""
+    task = make_task()
+    run, kit = run_of(privacy=PRIVATE), kit_in(tmp_path)
+    ward, other = tmp_path / "ward", tmp_path / "other"
+    for folder_made in (ward, other):
+        folder_made.mkdir()
+    (ward / "a.csv").write_text("1,2\n")
+    (other / "b.csv").write_text("3,4\n")
+    sets = tuple(DataSet(name=path.name, path=str(path), max_epsilon=1e5) for path in (ward, other))
+    link, runs = Link(run), dict[int, Any]()
+    assume_identity(RUN_ID)
+    with own(tmp_path / "device") as folder:
+        owner = OwnerPolicy(data=str(ward), datasets=sets)
+        device = loop.Device(kit, task, tmp_path / "task.py", owner, folder)
+        opened = []
+        for number in (1, 2, 3, 4):
+            if number == 3:
+                (other / "b.csv").rename(ward / "b.csv")
+            found = Announced(instruction(task, run, number), ObjectTree())
+            loop._answer_or_say_why(device, cast(Any, link), Signals(), runs, found)
+            opened.append(runs[RUN_ID])
+        assert opened[0] is opened[1] is not opened[2] is opened[3]
+        charges = read_book(folder.path)
+        assert charges is not None
+        labels = [one.data for one in charges.runs["run"]]
+    assert labels[0] == labels[1] != labels[2] == labels[3]
+    assert all(not answer.has_error() for answer in link.answers)

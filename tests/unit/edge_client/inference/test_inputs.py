@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_client.inference import inputs
+from edge_client.inference.inputs import parse_inputs, read_text
+from fedcore.artifacts.manifest import Manifest
+from fedcore.errors import DataError
+
+
+def test_a_list_of_inputs_becomes_a_batch(manifest: Manifest) -> None:
+    batch = parse_inputs(b"[[1, 2.5, -3], [0, 0, 0]]", manifest, where="x")
+    np.testing.assert_array_equal(batch, np.array([[1, 2.5, -3], [0, 0, 0]], np.float32))
+    assert batch.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"5",
+        b"[]",
+        b"{}",
+        b"[1, 2, 3]",
+        b"[[1, 2]]",
+        b"[[1, 2], [1, 2, 3]]",
+        b'[["1", "2", "3"]]',
+        b"[[1, 2, NaN]]",
+        b"[[1, 2, 1e39]]",
+        b"[[1, 2, Infinity]]",
+        b"[[true, false, true]]",
+        b"[[1, 2, null]]",
+        b"[" * 100_000,
+        b"[" * 70 + b"1" + b"]" * 70,
+        b"\xff\xfe",
+        b"[[1, 2, " + b"9" * 5000 + b"]]",
+    ],
+)
+def test_anything_else_is_refused(manifest: Manifest, raw: bytes) -> None:
+    with pytest.raises(DataError, match=r"x\.json"):
+        parse_inputs(raw, manifest, where="x.json")
+
+
+def test_whole_numbers_stay_whole(manifest: Manifest) -> None:
+    pixels = manifest.model_copy(update={"input_dtype": "uint8"})
+    assert parse_inputs(b"[[0, 7, 255]]", pixels, where="x").tolist() == [[0, 7, 255]]
+    for wrong in (b"[[0, 7, 256]]", b"[[0, -1, 5]]", b"[[0, 0.5, 5]]"):
+        with pytest.raises(DataError, match="uint8"):
+            parse_inputs(wrong, pixels, where="x")
+
+
+def test_standard_input_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "MAX_INPUT_BYTES", 10)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 10)))
+    assert read_text("-") == b"x" * 10
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 11)))
+    with pytest.raises(DataError, match="standard input"):
+        read_text("-")
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json"):
+        read_text(str(tmp_path / "none.json"))

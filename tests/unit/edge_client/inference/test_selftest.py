@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_client.inference.confined import ModelLimits
+from edge_client.inference.selftest import self_test
+from fedcore.artifacts.golden import golden_bytes
+from fedcore.artifacts.manifest import Manifest
+from fedcore.errors import LimitExceeded, SelfTestFailed, TrustError
+from fedcore.files import sha256_hex
+from tests.hostile_models import endless_loop, many_outputs
+
+EYE = np.eye(3, dtype=np.float32)
+Test = Callable[[bytes], float]
+
+
+@pytest.fixture
+def tested(manifest: Manifest, matmul: Any, tmp_path: Path) -> Test:
+    """The self-test of the model with factor 1, with golden bytes of the test's choice."""
+    onnx = tmp_path / "model.onnx"
+    onnx.write_bytes(matmul.onnx(1.0))
+    return lambda golden: self_test(manifest, onnx, golden, threads=1, limits=ModelLimits())
+
+
+def test_a_model_that_answers_as_in_the_cloud_passes(tested: Test, matmul: Any) -> None:
+    assert tested(matmul.golden(1.0)) == 0
+
+
+def test_the_tolerance_is_the_bound(tested: Test, matmul: Any) -> None:
+    exact = (np.arange(1, 7).reshape(3, 2)).astype(np.float32)
+    near = golden_bytes(EYE, exact + np.float32(0.9e-3))
+    assert tested(near) == pytest.approx(0.9e-3, rel=0.01)
+    off = exact.copy()
+    off[1, 1] += 2e-3
+    with pytest.raises(SelfTestFailed, match=r"differs by 0\.002, more than the 0\.001"):
+        tested(golden_bytes(EYE, off))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_fails(tested: Test, value: float) -> None:
+    with pytest.raises(SelfTestFailed, match="differs by inf"):
+        tested(golden_bytes(EYE, np.full((3, 2), value, np.float32)))
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        golden_bytes(EYE, np.zeros((3, 3), np.float32)),
+        golden_bytes(EYE, np.zeros((3, 1), np.float32)),  # would broadcast
+        golden_bytes(EYE[:0], np.zeros((0, 2), np.float32)),  # would prove nothing
+        golden_bytes(EYE[:, :2], np.zeros((3, 2), np.float32)),
+        golden_bytes(EYE.astype(np.float64), np.zeros((3, 2), np.float32)),
+        golden_bytes(np.array(1, np.float32), np.zeros((3, 2), np.float32)),
+    ],
+)
+def test_golden_files_that_do_not_fit_fail(tested: Test, golden: bytes) -> None:
+    with pytest.raises(SelfTestFailed, match="does not reproduce"):
+        tested(golden)
+
+
+def test_answers_without_a_number_prove_nothing(manifest: Manifest, tmp_path: Path) -> None:
+    raw = many_outputs(0)
+    (tmp_path / "model.onnx").write_bytes(raw)
+    entry = manifest.onnx.model_copy(update={"sha256": sha256_hex(raw), "length": len(raw)})
+    with pytest.raises(SelfTestFailed, match="differs by inf"):
+        self_test(
+            manifest.model_copy(update={"onnx": entry}),
+            tmp_path / "model.onnx",
+            golden_bytes(EYE, np.zeros((3, 0), np.float32)),
+            threads=1,
+            limits=ModelLimits(),
+        )
+
+
+def test_what_is_no_golden_file_is_not_trusted(tested: Test) -> None:
+    with pytest.raises(TrustError, match="golden"):
+        tested(b"garbage")
+
+
+def test_the_limit_that_was_passed_is_named(manifest: Manifest, tmp_path: Path) -> None:
+    raw = endless_loop()
+    (tmp_path / "model.onnx").write_bytes(raw)
+    entry = manifest.onnx.model_copy(update={"sha256": sha256_hex(raw), "length": len(raw)})
+    with pytest.raises(SelfTestFailed, match="no answer within 1 s, the limit of time") as caught:
+        self_test(
+            manifest.model_copy(update={"onnx": entry}),
+            tmp_path / "model.onnx",
+            golden_bytes(EYE, np.zeros((3, 2), np.float32)),
+            threads=1,
+            limits=ModelLimits(seconds=1),
+        )
+    assert isinstance(caught.value.__cause__, LimitExceeded)

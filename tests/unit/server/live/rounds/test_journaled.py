@@ -1,0 +1,371 @@
+"""Rounds over a journal: who is asked, who is not asked again, and who is waited for."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
+
+from fedcore.errors import ResourceError, RoundFailed
+from fedcore.flower.grid import OwnGrid
+from fedcore.flower.identity import assume_identity
+from fedcore.observability import patience
+from fedcore.updates.messages import DECLINED, REFUSED, refused_as
+from server.live.journal.journal import Journal, create, reopen
+from server.live.rounds import journaled as journal_keeper
+from server.live.rounds.journaled import JournalGrid, JournalKeeper
+
+NODES = (4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    assume_identity(1)
+    monkeypatch.setattr(journal_keeper, "_LOOK_S", 0.01)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with closing(create(tmp_path, {})) as made:
+        yield made
+
+
+class Devices(OwnGrid):
+    """Devices that are there, or are gone for some looks at who is."""
+
+    def __init__(
+        self, gone: dict[int, int] | None = None, failing: Mapping[int, int] | None = None
+    ) -> None:
+        super().__init__(1)
+        self.gone = gone or {}
+        self.failing = dict(failing or {})
+        """The codes of what nodes fail with."""
+        self.asked: list[list[int]] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        there = [node for node in NODES if not self.gone.get(node)]
+        self.gone = {node: left - 1 for node, left in self.gone.items() if left}
+        return there
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        messages = list(messages)
+        self.asked.append([message.metadata.dst_node_id for message in messages])
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node in self.failing:
+                yield Message(Error(self.failing[node], "its disk is gone"), reply_to=message)
+            elif not self.gone.get(node):
+                metrics = MetricRecord({"num-examples": node})
+                yield Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+class Rounds(JournalGrid):
+    """Replies as a round takes them: each is accepted before the next is asked for."""
+
+    refused: Collection[int] = ()
+    """Nodes whose replies are discarded instead."""
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            node, kind = reply.metadata.src_node_id, reply.metadata.message_type
+            if node in self.refused:
+                self._journal.discard(kind, node)
+            elif not reply.has_error() and kind in ("train", "evaluate"):
+                self._journal.accept(reply)
+            yield reply
+
+
+def messages(kind: str = MessageType.TRAIN) -> list[Message]:
+    return [Message(RecordDict(), node, kind) for node in NODES]
+
+
+def answered(replies: Iterable[Message]) -> list[int]:
+    return sorted(reply.metadata.src_node_id for reply in replies if not reply.has_error())
+
+
+def test_who_has_answered_is_not_asked_again(journal: Journal) -> None:
+    first = Rounds(Devices(), journal, admit=set, quorum=1.0)
+    replies = first.send_and_receive(messages(), timeout=5)
+    assert next(iter(replies)).metadata.src_node_id == 4
+    replies.close()  # type: ignore[attr-defined]
+    devices = Devices()
+    again = Rounds(devices, journal, admit=set, quorum=1.0)
+    found = list(again.send_and_receive(messages(), timeout=5))
+    assert answered(found) == [4, 5, 6]
+    assert devices.asked == [[5, 6]]
+    assert [reply.content["metrics"]["num-examples"] for reply in found] == [4, 5, 6]  # type: ignore[index]
+
+
+def test_training_and_evaluation_are_answered_apart(journal: Journal) -> None:
+    devices = Devices()
+    grid = Rounds(devices, journal, admit=set, quorum=1.0)
+    list(grid.send_and_receive(messages(), timeout=5))
+    assert answered(grid.send_and_receive(messages(MessageType.EVALUATE), timeout=5)) == [4, 5, 6]
+    assert devices.asked == [[4, 5, 6], [4, 5, 6]]
+
+
+def test_what_is_asked_outside_rounds_is_not_kept(journal: Journal) -> None:
+    devices = Devices()
+    grid = Rounds(devices, journal, admit=set, quorum=1.0)
+    for _ in range(2):
+        assert answered(grid.send_and_receive(messages("query.statistics"))) == [4, 5, 6]
+    assert len(devices.asked) == 2
+
+
+def test_a_device_that_failed_is_asked_again_after_a_restart_alone(journal: Journal) -> None:
+    devices = Devices(failing={5: REFUSED})
+    grid = Rounds(devices, journal, admit=set, quorum=0.5)
+    assert len(list(grid.send_and_receive(messages(), timeout=5))) == 3
+    assert devices.asked == [[4, 5, 6]]
+    devices.failing.clear()
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+    assert devices.asked[1:] == [[5]]
+
+
+def test_what_devices_failed_with_is_not_of_this_machines_kinds(journal: Journal) -> None:
+    devices = Devices(failing={4: REFUSED + ResourceError.exit_code, 5: REFUSED + 4, 6: DECLINED})
+    grid = Rounds(devices, journal, admit=set, quorum=0.5)
+    errors = [reply.error for reply in grid.send_and_receive(messages(), timeout=5)]
+    assert [refused_as(error.code) for error in errors[:2]] == [RoundFailed, RoundFailed]
+    assert [error.reason for error in errors] == ["its disk is gone"] * 3
+    assert errors[2].code == DECLINED
+
+
+def test_a_device_that_the_round_needs_is_waited_for(journal: Journal) -> None:
+    devices = Devices(gone={6: 5})
+    grid = Rounds(devices, journal, admit=set, quorum=1.0)
+    assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5, 6]
+    assert devices.asked == [[4, 5, 6], [6]]
+
+
+def test_a_device_that_the_round_does_not_need_is_not_waited_for(journal: Journal) -> None:
+    devices = Devices(gone={6: 1000})
+    grid = Rounds(devices, journal, admit=set, quorum=0.6)
+    assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5]
+
+
+def test_after_a_restart_a_device_has_time_to_come_back(journal: Journal) -> None:
+    devices = Devices(gone={6: 5})
+    grid = Rounds(devices, journal, admit=set, quorum=0.6, rejoin_s=30.0)
+    assert answered(grid.send_and_receive(messages(), timeout=30)) == [4, 5, 6]
+
+
+@pytest.mark.parametrize(("quorum", "rejoin_s"), [(1.0, 0.0), (0.5, 30.0)])
+def test_nobody_is_waited_for_past_the_deadline(
+    journal: Journal, quorum: float, rejoin_s: float
+) -> None:
+    grid = Rounds(Devices(gone={6: 10**6}), journal, admit=set, quorum=quorum, rejoin_s=rejoin_s)
+    started = time.monotonic()
+    assert answered(grid.send_and_receive(messages(), timeout=0.3)) == [4, 5]
+    assert 0.2 < time.monotonic() - started < 5.0
+
+
+def drawing(*draws: list[int] | None) -> Callable[[], list[int]]:
+    left = list(draws)
+
+    def draw() -> list[int]:
+        drawn = left.pop(0)
+        if drawn is None:
+            raise RoundFailed("too few are there")
+        return drawn
+
+    return draw
+
+
+def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> JournalKeeper:
+    return JournalKeeper(
+        journal,
+        tell=lambda record: None,
+        deadline_s=deadline_s,
+        weights=more.pop("weights", lambda nodes: [1] * len(nodes)),
+        **more,
+    )
+
+
+def test_a_cohort_is_drawn_once(tmp_path: Path, journal: Journal) -> None:
+    assert keeper_of(journal).asked("train", drawing([4, 6])) == [4, 6]
+    journal.close()
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again):
+        assert keeper_of(again).asked("train", drawing([5, 6])) == [4, 6]
+        assert keeper_of(again).asked("evaluate", drawing([5])) == [5]
+
+
+def test_a_round_waits_for_its_devices_until_the_deadline(journal: Journal) -> None:
+    assert keeper_of(journal).asked("train", drawing(None, None, [4])) == [4]
+    with pytest.raises(RoundFailed, match="too few"):
+        keeper_of(journal, deadline_s=-1.0).asked("evaluate", drawing(None, [4]))
+
+
+def test_an_evaluation_waits_for_as_many_as_it_asks_and_then_for_one(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keeper_of(journal, evaluated=2)
+    keeper.asked("train", drawing([4, 5, 6]))
+    assert keeper.asked("evaluate", drawing(None, [4], [4], [4, 6])) == [4, 6]
+    journal.ask("evaluate", [], [])  # as servers did that found nobody
+    monkeypatch.setattr(journal_keeper, "GRACE_S", 0.05)
+    assert keeper.asked("evaluate", drawing(None, *[[5]] * 1000)) == [5]
+    journal.drop()
+    keeper.asked("train", drawing([4]))
+    assert keeper.asked("evaluate", drawing([4], [4, 6])) == [4], "as many as trained are enough"
+
+
+def test_after_a_restart_an_evaluation_gives_devices_time_to_come_back(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_keeper, "GRACE_S", 0.0)
+    journal.ask("train", [4, 6], [1, 1])
+    keeper = keeper_of(journal, evaluated=2, rejoin_s=30.0)
+    assert keeper.asked("evaluate", drawing(*[[4]] * 20, [4, 6])) == [4, 6]
+
+
+def counts(replies: Iterable[Message]) -> dict[int, int]:
+    return {
+        reply.metadata.src_node_id: reply.content["metrics"]["num-examples"]  # type: ignore[index, misc]
+        for reply in replies
+    }
+
+
+def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
+    tmp_path: Path, journal: Journal
+) -> None:
+    committed = keeper_of(journal, weights=lambda nodes: [1000] * len(nodes))
+    committed.asked("train", drawing([*NODES]))
+    grid = Rounds(Devices(gone={6: 10**6}), journal, admit=set, quorum=0.6)
+    assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1000, 5: 1000}
+    journal.close()
+    again = reopen(tmp_path)  # when a device has been enrolled that committed to nothing
+    assert again is not None
+    with closing(again):
+        keeper_of(again).asked("train", drawing())
+        grid = Rounds(Devices(), again, admit=set, quorum=1.0)
+        expected = {4: 1000, 5: 1000, 6: 1000}
+        assert counts(grid.send_and_receive(messages(), timeout=5)) == expected
+        again.drop()  # the round failed, and is selected again: what was kept weighs as the rest
+        keeper_of(again).asked("train", drawing([*NODES]))
+        assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1, 5: 1, 6: 1}
+
+
+def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
+    devices = Devices()
+    grid = Rounds(devices, journal, admit=lambda nodes: {*nodes} - {5}, quorum=1.0)
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 6]
+    assert devices.asked == [[4, 6]]
+
+
+def test_a_draw_of_nobody_is_kept_as_a_draw(journal: Journal) -> None:
+    keeper = JournalKeeper(
+        journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1] * len(nodes)
+    )
+    assert keeper.asked(MessageType.TRAIN, list) == []
+    assert keeper.asked(MessageType.TRAIN, lambda: [4, 5]) == []
+
+
+def test_one_that_is_refused_is_not_kept_and_is_asked_again_after_a_restart(
+    tmp_path: Path, journal: Journal
+) -> None:
+    grid = Rounds(Devices(), journal, admit=set, quorum=0.6)
+    grid.refused = {5}
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+    journal.close()
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again):
+        devices = Devices()
+        grid = Rounds(devices, again, admit=set, quorum=1.0)
+        assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+        assert devices.asked == [[5]]
+
+
+def test_a_kept_one_that_would_not_be_accepted_today_is_asked_for_again(
+    tmp_path: Path, journal: Journal
+) -> None:
+    list(Rounds(Devices(), journal, admit=set, quorum=1.0).send_and_receive(messages(), timeout=5))
+    journal.close()
+    again = reopen(tmp_path)
+    assert again is not None
+    with closing(again):
+        devices = Devices()
+        grid = Rounds(devices, again, admit=set, quorum=1.0)
+        grid.refused = {6}
+        assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6, 6]
+        assert devices.asked == [[6]], "the reply of before was dropped"
+    last = reopen(tmp_path)
+    assert last is not None
+    with closing(last):
+        devices = Devices()
+        grid = Rounds(devices, last, admit=set, quorum=1.0)
+        assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5, 6]
+        assert devices.asked == [[6]]
+
+
+def test_a_reply_of_another_type_than_asked_stops_nothing(journal: Journal) -> None:
+    class Lying(Devices):
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterator[Message]:
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                reply.metadata.__dict__["_message_type"] = "query.x"
+                yield reply
+
+    keeper_of(journal).asked("train", drawing([*NODES]))
+    grid = Rounds(Lying(), journal, admit=set, quorum=1.0)
+    grid.refused = NODES
+    assert answered(grid.send_and_receive(messages(), timeout=1)) == [4, 5, 6]
+
+
+def test_a_round_that_waits_says_for_whom_and_for_how_long(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "SILENT_S", 0.0)
+    waits: list[str] = []
+    devices = Devices(gone={5: 99, 6: 99})
+    grid = Rounds(
+        devices, journal, admit=set, quorum=1.0, waits=waits.append, name="edge-{}".format
+    )
+    list(grid.send_and_receive(messages(), timeout=1.0))
+    assert re.fullmatch(
+        r"round 1 \(train\) waits for edge-5 \(not connected\), edge-6 \(not connected\): "
+        r"1 of 3 have answered, [\d.]+ s so far, [\d.]+ s left",
+        waits[0],
+    )
+
+
+def test_a_round_that_lacks_devices_says_so(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "SILENT_S", 0.0)
+    waits: list[str] = []
+    keeper = JournalKeeper(
+        journal,
+        tell=lambda record: None,
+        deadline_s=0.5,
+        weights=lambda nodes: [1] * len(nodes),
+        waits=waits.append,
+    )
+
+    def draw() -> list[int]:
+        raise RoundFailed("round 1: 1 client is there, and 3 are asked for. It was not begun.")
+
+    with pytest.raises(RoundFailed):
+        keeper.asked(MessageType.TRAIN, draw)
+    assert waits[0].startswith("round 1: 1 client is there, and 3 are asked for: ")
+    assert waits[0].endswith(" left")

@@ -1,0 +1,155 @@
+"""Rounds over made-up clients, and what they tell, for tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from torch import nn
+
+from fedcore.config.run import RunConfig
+from fedcore.flower.grid import InProcessGrid
+from fedcore.flower.identity import assume_identity
+from fedcore.seeds import Simulated
+from fedcore.task.metrics import ACCURACY, Metric
+from fedcore.task.model import FullModel
+from fedcore.updates.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    NUM_EXAMPLES,
+    REFUSED,
+    Update,
+    update_content,
+)
+from fedcore.updates.pack import Vector, pack, unpack
+from server.records import RoundRecord
+from server.rounds.checkpointing import Progress, Start
+from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.strategies import make_strategy
+from server.rounds.strategy_state import remembered
+
+NODES = list(range(10, 15))
+Answer = Callable[[int, int, Vector], RecordDict | Error]
+"""What a node answers, given its number, the round and the weights that it was sent."""
+
+
+def zeros() -> FullModel:
+    """Two inputs, one output: three weights, all zero."""
+    model = nn.Linear(2, 1)
+    unpack(np.zeros(3, np.float32), model)
+    return FullModel(nn.Identity(), model)
+
+
+def adds(step: float = 1.0, *, count: int = 10, **metrics: float) -> Answer:
+    return lambda node, number, weights: update_content(
+        Update(weights + np.float32(step), count, metrics)
+    )
+
+
+def mixed(usual: Answer, **others: Answer) -> Answer:
+    """Some nodes answer otherwise: ``n10=...``."""
+    return lambda node, number, weights: others.get(f"n{node}", usual)(node, number, weights)
+
+
+class Story:
+    """A federation over made-up clients, and what it told."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        judge: Callable[[FullModel], dict[str, float]] | None = None,
+        primary: Metric = ACCURACY,
+        evaluate: Answer | None = None,
+        client_seconds: float = 0.0,
+        strategy: str = "FedAvg",
+        options: dict[str, Any] | None = None,
+        live: bool = False,
+        unit: str = "none",
+        **federation: Any,
+    ) -> None:
+        assume_identity(1)
+        self.records: list[RoundRecord] = []
+        self.notes: list[str] = []
+        self.asked: list[tuple[int, int]] = []
+        run = RunConfig.model_validate(
+            {
+                "name": "run",
+                "task": "task.py",
+                "federation": {"rounds": 3} | federation,
+                "privacy": {"unit": unit},
+            }
+        )
+
+        def handle(message: Message) -> Message:
+            time.sleep(client_seconds)
+            node = message.metadata.dst_node_id
+            number = int(str(message.content.config_records[CONFIG]["server-round"]))
+            weights = message.content.array_records[ARRAYS][MODEL].numpy()
+            if message.metadata.message_type == "train":
+                self.asked.append((number, node))
+                return Message(answer(node, number, weights), reply_to=message)
+            assert evaluate is not None
+            return Message(evaluate(node, number, weights), reply_to=message)
+
+        cohort = run.federation.cohort or len(NODES)
+        self._federation = Federation(
+            run=run,
+            grid=InProcessGrid(1, NODES, handle),
+            chosen=make_strategy(strategy, options or {}, cohort=cohort, size=3),
+            cohort=cohort,
+            metrics=(primary,),
+            randomness=Simulated(0),
+            judge=judge,
+            on_round=self.records.append,
+            on_note=self.notes.append,
+            live=live,
+        )
+        self.model = zeros()
+
+    def run(self, start: Start | None = None) -> Federated:
+        return run_rounds(replace(self._federation, start=start), self.model)
+
+    def progress(self, *, round: int) -> Progress:
+        """As after a round that left the weights of the beginning."""
+        weights = pack(self.model.model)
+        strategy = remembered(self._federation.chosen.strategy)
+        return Progress(round, False, weights, weights, round, 0, strategy, b"")
+
+
+def scores(*values: float) -> Callable[[FullModel], dict[str, float]]:
+    """A judge that gives these scores, one a round."""
+    left = iter(values)
+    return lambda model: {"accuracy": next(left), "rmse": 1.0}
+
+
+def records_of(array: np.ndarray[Any, Any], **metrics: Any) -> RecordDict:
+    return RecordDict(
+        {
+            ARRAYS: ArrayRecord({MODEL: Array(array)}),
+            METRICS: MetricRecord({NUM_EXAMPLES: 10} | metrics),
+        }
+    )
+
+
+BAD: dict[str, Answer] = {
+    "NaN": adds(float("nan")),
+    "infinite": adds(float("inf")),
+    "another shape": lambda *_: records_of(np.zeros(4, np.float32)),
+    "another dtype": lambda *_: records_of(np.zeros(3)),
+    "no examples": lambda *_: records_of(np.zeros(3, np.float32), **{NUM_EXAMPLES: 0}),
+    "a trillion examples": lambda *_: records_of(np.zeros(3, np.float32), **{NUM_EXAMPLES: 10**12}),
+    "negative examples": lambda *_: records_of(np.zeros(3, np.float32), **{NUM_EXAMPLES: -9}),
+    "a loss that is NaN": adds(train_loss=float("nan")),
+    "nothing": lambda *_: RecordDict(),
+    "an error": lambda *_: Error(REFUSED, "client 'x': it broke"),
+    "an error without a reason": lambda *_: Error(7),
+    "a metric that was not asked for": adds(accuracy=1.0),
+    "a loss out of its range": adds(train_loss=1e300),
+}

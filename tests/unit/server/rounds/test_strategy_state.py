@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg
+from numpy.typing import NDArray
+
+from fedcore.errors import ConfigError, DataError
+from server.rounds.strategy_state import Remembered, remembered, remind
+
+VALUES: list[Any] = [
+    None,
+    True,
+    7,
+    0.1,
+    float("inf"),
+    "text",
+    (1, [2.5, None]),
+    {"a": (), 3: {"b": []}},
+    np.float32(0.1),
+    np.float64(0.1),
+    np.arange(6, dtype=np.int16).reshape(2, 3).T,
+    np.array(2.5),
+]
+
+
+def passed_on(value: Any) -> Any:
+    """What a fresh strategy holds that was reminded of one that held ``value``."""
+    before, after = FedAvg(), FedAvg()
+    before.fraction_train = value
+    taken = remembered(before)
+    remind(after, Remembered(json.loads(json.dumps(taken.tree)), taken.arrays))
+    return after.fraction_train
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_come_back_as_they_were(value: Any) -> None:
+    back: Any = passed_on(value)
+    assert type(back) is type(value)
+    assert np.array_equal(back, value) if isinstance(value, np.ndarray) else back == value
+    assert getattr(back, "dtype", None) == getattr(value, "dtype", None)
+    assert getattr(back, "shape", None) == getattr(value, "shape", None)
+
+
+def test_arrays_of_flowers_come_back_byte_for_byte() -> None:
+    array = Array(np.linspace(0, 1, 5))
+    back: Any = passed_on({"kept": ArrayRecord({"model": array})})
+    found = back["kept"]["model"]
+    assert (found.dtype, found.shape, found.stype) == (array.dtype, array.shape, array.stype)
+    assert found.data == array.data
+
+
+def test_wrapped_strategies_are_reminded_too() -> None:
+    def made() -> tuple[FedAdam, DifferentialPrivacyServerSideFixedClipping]:
+        inner = FedAdam()
+        return inner, DifferentialPrivacyServerSideFixedClipping(inner, 1.0, 1.0, 5)
+
+    inner, outer = made()
+    inner.m_t = {"model": np.ones(3)}
+    other_inner, other = made()
+    remind(other, remembered(outer))
+    moments: dict[str, NDArray[Any]] | None = other_inner.m_t
+    assert moments is not None
+    assert moments["model"].tolist() == [1.0, 1.0, 1.0]
+    moments["model"][0] = 5.0  # its own, and it may be written to
+    assert inner.m_t["model"][0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1, 2}, {(1, 2): 3}, np.array(["text"]), 1j, [object()]],
+    ids=["object", "set", "tuple keys", "text", "complex", "inside a list"],
+)
+def test_what_cannot_be_stored_is_refused_rather_than_lost(value: object) -> None:
+    strategy = FedAvg()
+    strategy.weighted_by_key = value  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"FedAvg\.weighted_by_key.* cannot hold"):
+        remembered(strategy)
+
+
+def _another() -> FedAvg:
+    return FedAdam()
+
+
+def _more() -> FedAvg:
+    strategy = FedAvg()
+    strategy.more = 1  # type: ignore[attr-defined]
+    return strategy
+
+
+def _other_function() -> FedAvg:
+    return FedAvg(train_metrics_aggr_fn=lambda records, key: records[0].content["metrics"])  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("make", [_another, _more, _other_function])
+def test_another_strategy_is_not_reminded(make: Callable[[], FedAvg]) -> None:
+    with pytest.raises(DataError, match="another strategy"):
+        remind(make(), remembered(FedAvg()))

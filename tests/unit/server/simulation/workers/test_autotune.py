@@ -1,0 +1,123 @@
+"""The quicker way of training is chosen by what it takes on the first clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+
+from fedcore.errors import ConfigError
+from fedcore.updates.messages import ARRAYS, Update, update_content, weights_record
+from server.simulation.workers.autotune import choose, difference
+from server.simulation.workers.messages import Answer, Asked, Method, Order
+
+ASKED = [Asked(node, f"client-{node}", None) for node in range(20)]
+ORDER = Order("train", RecordDict())
+
+
+class Rigged:
+    """A worker whose clients take a given time each, and the clock that tells it."""
+
+    def __init__(self, seconds: dict[Method, float], first: float = 0.0) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+        self.first = first
+        self.seen: list[tuple[Method, int]] = []
+        self.order = ORDER
+
+    def begin(self, order: Order) -> None:
+        self.order = order
+
+    def prepare(self, order: Order, asked: Sequence[Asked]) -> None:
+        self.now += 1000.0  # of which nothing may be seen in what is measured
+
+    def work(self, asked: Sequence[Asked]) -> list[object]:
+        method = self.order.method
+        if method not in self.seconds:
+            raise ConfigError(
+                "simulation.training = 'vectorised': the model holds BatchNorm. Nothing was "
+                "trained; use 'loop'."
+            )
+        if method not in [seen for seen, _ in self.seen]:
+            self.now += self.first
+        self.seen.append((method, len(asked)))
+        self.now += self.seconds[method] * len(asked)
+        return []
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return lambda: self.now
+
+
+@pytest.mark.parametrize(
+    ("loop_s", "vectorised_s", "method"),
+    [(0.01, 0.001, "vectorised"), (0.01, 0.02, "loop"), (0.01, 0.0097, "loop")],
+)
+def test_the_quicker_is_chosen_and_a_tie_goes_to_what_devices_do(
+    loop_s: float, vectorised_s: float, method: str
+) -> None:
+    worker = Rigged({"loop": loop_s, "vectorised": vectorised_s})
+    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    assert choice.method == method
+    assert choice.loop_s == pytest.approx(loop_s)
+    assert choice.vectorised_s == pytest.approx(vectorised_s)
+    assert f"{loop_s * 1e3:.3g} ms" in choice.reason
+
+
+def test_what_the_first_time_costs_does_not_count() -> None:
+    worker = Rigged({"loop": 0.001, "vectorised": 0.01}, first=3.0)
+    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    assert choice.method == "loop"
+    assert choice.loop_s == pytest.approx(0.001)
+
+
+def test_clients_that_take_long_are_looked_at_once() -> None:
+    worker = Rigged({"loop": 60.0, "vectorised": 30.0})
+    assert choose(worker, ORDER, ASKED, clock=worker.clock).method == "vectorised"  # type: ignore[arg-type]
+    assert worker.seen == [("loop", 1), ("vectorised", 10)]
+
+
+def test_why_clients_cannot_go_side_by_side_is_said() -> None:
+    worker = Rigged({"loop": 0.01})
+    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    assert (choice.method, choice.vectorised_s) == ("loop", None)
+    assert choice.reason == "the model holds BatchNorm"
+
+
+class Comparing:
+    """A worker whose clients differ from those trained alone by a share of their update."""
+
+    def __init__(self, gaps: Sequence[float]) -> None:
+        self.gaps = gaps
+
+    def begin(self, order: Order) -> None:
+        assert (order.method, order.fold) == ("vectorised", False)
+
+    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+        return [answer(one, 1.0 + gap) for one, gap in zip(asked, self.gaps, strict=True)]
+
+
+def answer(asked: Asked, moved: float) -> Answer:
+    weights = np.full(4, 10.0 + moved, np.float32)
+    return Answer(asked, content=update_content(Update(weights, 3, {})))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "who"),
+    [
+        ((0.0, 2e-5, 0.0, 0.0), None),
+        ((0.0, 4e-3, 0.0, 0.0), None),  # rounding decided what pooling keeps
+        ((0.0, 4e-3, 0.0, 3e-3), "client 'c3'"),
+        ((0.0, 0.0, 4e-2, 0.0), "client 'c2'"),
+        ((4e-3,), "client 'c0'"),
+    ],
+)
+def test_one_of_several_may_meet_a_tie(gaps: Sequence[float], who: str | None) -> None:
+    content = RecordDict({ARRAYS: weights_record(np.full(4, 10.0, np.float32))})
+    asked = [Asked(place, f"c{place}", None) for place in range(len(gaps))]
+    alone = [answer(one, 1.0) for one in asked]
+    order = Order("train", content)
+    found = difference(Comparing(gaps), order, alone)  # type: ignore[arg-type]
+    assert (found is None) if who is None else (found or "").startswith(who)
