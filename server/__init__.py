@@ -1,4 +1,5 @@
 """The cloud: rounds over devices or virtual clients, fine-tuning, compression and release.
 
-Read `pipeline` first: it is the loop from top to bottom.
+Read `rounds.loop` and `after_rounds` first: together they are the loop from top to bottom.
+`simulation.run` runs it over virtual clients, and `live.run` over devices.
 """

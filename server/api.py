@@ -33,12 +33,12 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Task, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.training.device import available
-from server.pipeline import run_pipeline
 from server.preflight import Prepared, prepare
 from server.records import ClientRecord, Finished, RoundRecord, RunRecord
 from server.report.folder import open_folder, write_results
 from server.report.tensorboard import tensorboard_events
 from server.simulation.checkpoint import Checkpoint
+from server.simulation.run import run_pipeline
 from server.unfinished import drop_all, refuse_to_drop
 
 _UNNAMED = re.compile(r"[^a-z0-9_-]+")  # what the name of a run may not have

@@ -18,7 +18,7 @@ from fedcore.errors import INTERRUPTED, ReleaseError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, LOADING, loading_told, told_if_slow
 from server.options import run_options
-from server.release.registry.commands import release
+from server.release.commands import release
 
 __all__ = ["check", "release", "simulate"]
 _RUNS = Path("runs")
@@ -70,8 +70,7 @@ def _simulate(options: argparse.Namespace) -> int:
         from fedcore.task.definition import load_task
         from server.api import run_in
         from server.preflight import prepare
-        from server.report.folder import open_folder, reopen_folder
-        from server.simulation.checkpoint import CHECKPOINT
+        from server.report.folder import CHECKPOINT, open_folder, reopen_folder
         from server.simulation.resume import pick_up
         from server.unfinished import drop_all, refuse_to_drop
 

@@ -6,12 +6,7 @@ from pathlib import Path
 
 from fedcore.errors import ConfigError
 from server.live.journal.head import is_begun
-from server.report.folder import is_complete
-
-CHECKPOINT = "checkpoint.safetensors"
-"""What a simulation goes on from, in its folder."""
-JOURNAL = "journal"
-"""Folder of the journal of a run over devices, in its folder."""
+from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, is_complete
 
 
 def drop_all(folder: Path) -> None:
@@ -32,7 +27,7 @@ def refuse_to_drop(folder: Path) -> None:
     """
     if is_complete(folder):
         return
-    if is_begun(folder / JOURNAL):
+    if is_begun(folder / JOURNAL_FOLDER):
         raise ConfigError(
             f"{folder}: `fedcore server start` began this run over devices, and it is not "
             "complete; starting this one would drop it. Nothing was run; choose another `name`, "

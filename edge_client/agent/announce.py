@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_client.agent.state import DeviceFolder
 from edge_client.agent.wake import hold_stream
+from edge_client.device_folder import DeviceFolder
 from fedcore.crypto.kit import Kit
 from fedcore.errors import FedcoreError, TrustError
 from fedcore.flower.fleet_client import FleetLink

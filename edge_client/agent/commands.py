@@ -24,8 +24,8 @@ from fedcore.rpc.proxy import check_proxies
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
 
 if TYPE_CHECKING:
-    from edge_client.agent.state import DeviceFolder
     from edge_client.agent.wake import Signals
+    from edge_client.device_folder import DeviceFolder
 
 log = logging.getLogger("fedcore.device")
 
@@ -93,7 +93,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     with loading_told():  # on standard error: Flower would take a logger's place that is made first
         from edge_client.agent.announce import announce
         from edge_client.agent.policy import Pace, check_task, reason_to_rest, take_part
-        from edge_client.agent.state import own
+        from edge_client.device_folder import own
         from fedcore.flower.quiet import quiet
 
     quiet()

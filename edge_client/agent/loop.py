@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from edge_client.agent.demands import message_limit_bytes, reason_to_stop
 from edge_client.agent.policy import hours_left_s
-from edge_client.agent.state import DeviceFolder
 from edge_client.agent.wake import Signals, watch
+from edge_client.device_folder import DeviceFolder
 from edge_client.ledger.ledger import DeviceLedger, drop_idle, ledger_of
 from fedcore.client_app import DurableLedger, client_app, error_of
 from fedcore.config.owner import OwnerPolicy

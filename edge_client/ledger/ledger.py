@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from edge_client.agent.state import DeviceFolder
+from edge_client.device_folder import DeviceFolder
 from edge_client.ledger.book import (
     LEDGER,
     MARK,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_client.agent.state import DeviceFolder
+from edge_client.device_folder import DeviceFolder
 from edge_client.ledger.book import (
     COUNT,
     LEDGER,

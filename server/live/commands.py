@@ -20,7 +20,7 @@ from fedcore.observability.patience import loading_told
 from fedcore.rpc.tls import only_tls_1_3, quiet_core
 from server.live.operators.commands import OPERATOR_VERBS
 from server.options import run_options, set_option
-from server.process.serving import loading
+from server.process.memory import loading
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:

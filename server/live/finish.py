@@ -31,11 +31,11 @@ from fedcore.task.model import (
     checkpoint_bytes,
     load_checkpoint,
 )
+from server.after_rounds import Steps, Story, Trained, after_rounds
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned, fine_tune
 from server.live.resume import STEPS
-from server.pipeline import Steps, Story, Trained, after_rounds
 from server.preflight import read_for_release
 from server.records import CandidateRecord
 from server.release.publish import Draft, history, publish

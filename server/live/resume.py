@@ -11,12 +11,10 @@ from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import ConfigError
 from server.live.journal.head import is_begun
 from server.live.journal.journal import Journal, Reached, create, nothing, reopen
-from server.report.folder import clear, held, is_complete, mark_again, open_folder
+from server.report.folder import JOURNAL_FOLDER, clear, held, is_complete, mark_again, open_folder
 from server.rounds.run_identity import check_same, identity_of
-from server.unfinished import JOURNAL, drop_all, refuse_to_drop_simulated
+from server.unfinished import drop_all, refuse_to_drop_simulated
 
-FOLDER = JOURNAL
-"""Folder of a run's journal."""
 AFTER_ROUNDS = (
     *("compression.", "release.", "serving."),
     *(f"finetune.{name}" for name in Finetune.model_fields if name != "holdout"),
@@ -32,7 +30,7 @@ class Complete(Exception):
 
 def has_journal(run: RunConfig, runs: Path) -> bool:
     """Whether a run of this name was begun below ``runs``, and may have to go on."""
-    return is_begun(runs / run.name / FOLDER)
+    return is_begun(runs / run.name / JOURNAL_FOLDER)
 
 
 @contextmanager
@@ -62,13 +60,15 @@ def open_run(
                 try:
                     mark_again(folder, run)  # its journal tells whose folder it is
                     # Steps of rounds that are not over are those of a run that a backup replaced.
-                    clear(folder, keep=(FOLDER, STEPS) if found.ended else (FOLDER,))
+                    clear(
+                        folder, keep=(JOURNAL_FOLDER, STEPS) if found.ended else (JOURNAL_FOLDER,)
+                    )
                     yield folder, found
                 finally:
                     found.close()
                 return
     with open_folder(run, runs, before=drop_all if fresh else refuse_to_drop_simulated) as folder:
-        begun = create(folder / FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
+        begun = create(folder / JOURNAL_FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
         try:
             yield folder, begun
         finally:
@@ -77,7 +77,7 @@ def open_run(
 
 def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
     """The journal of a run that goes on; None where one is to be begun."""
-    journal = reopen(folder / FOLDER, reached=reached)
+    journal = reopen(folder / JOURNAL_FOLDER, reached=reached)
     if journal is None:
         return None
     try:
@@ -93,7 +93,7 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
                 "--fresh."
             )
         now, free = identity_of(run, OPEN_POLICY), AFTER_ROUNDS if journal.ended else ()
-        check_same(folder / FOLDER, journal.identity, now, free=free)
+        check_same(folder / JOURNAL_FOLDER, journal.identity, now, free=free)
         if over:
             what = "results are in summary.json" if released else "model is in global.safetensors"
             raise Complete(

@@ -10,8 +10,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
 from server.audit import AUDIT, Audit
 from server.live.journal.journal import reopen
-from server.live.resume import FOLDER
-from server.report.folder import held
+from server.report.folder import JOURNAL_FOLDER, held
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: st
             "--runs."
         )
     with held(folder):
-        journal = reopen(folder / FOLDER)
+        journal = reopen(folder / JOURNAL_FOLDER)
         if journal is None or journal.start is None:
             raise ConfigError(f"{folder}: no round of this run is over. Nothing was changed.")
         with closing(journal), closing(Audit(identity / AUDIT)) as audit:

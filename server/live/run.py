@@ -27,15 +27,15 @@ from fedcore.observability.patience import FIRST_STEP, loading_told, told_if_slo
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.live.journal.journal import Journal, Reached, nothing
+from server.live.network.members import Members
 from server.live.network.serve import Address, listen, run_beside
 from server.live.operators.control import Control
 from server.live.operators.endpoint import check_socket, operated, operated_meanwhile, over_network
 from server.live.resume import Complete, has_journal, open_run
 from server.live.rounds.journaled import REJOIN_S, Admit, JournalGrid, JournalKeeper
-from server.live.rounds.members import Members
 from server.live.rounds.settings import device_settings
 from server.live.rounds.waiting import Tell
-from server.process.serving import loading
+from server.process.memory import loading
 from server.process.signals import insistent
 from server.records import RoundRecord
 from server.report.folder import check_outside
@@ -204,9 +204,9 @@ def _serve(
                 return False
             with operated_meanwhile(control, identity):
                 from server.live.finish import finish
-                from server.live.rounds.judge import JudgeOnDevices
+                from server.live.judge import JudgeOnDevices
+                from server.rounds.app import outcome_of
                 from server.rounds.judging import clients_judge
-                from server.simulation.run import outcome_of
 
                 if not outcomes:
                     assert journal.start is not None  # its rounds ended in a process before

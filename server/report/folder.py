@@ -12,6 +12,10 @@ from fedcore.errors import ConfigError
 from fedcore.files import disk_errors, held_alone, remove, write_atomic, write_json
 from server.records import Finished
 
+CHECKPOINT = "checkpoint.safetensors"
+"""What a simulation goes on from, in its folder."""
+JOURNAL_FOLDER = "journal"
+"""Folder of the journal of a run over devices, in its folder."""
 _MARK, _SUMMARY = "run.json", "summary.json"
 
 

@@ -21,7 +21,8 @@ from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.records import RoundRecord
 from server.rounds.checkpointing import Forgetful, Keeper, Nameless, Peers, Start
-from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.federation import Federation
+from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
 from server.rounds.strategies import make_strategy
 from server.rounds.strategy_state import remind
@@ -200,3 +201,13 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listen
 def _count(grid: Grid) -> int:
     nodes = grid.get_node_ids()
     return len(nodes) if isinstance(nodes, Sized) else sum(1 for _ in nodes)
+
+
+def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
+    """What the rounds that are over have left."""
+    progress = start.progress
+    model = build_model(task, run)
+    load_preprocess(progress.preprocess, model)
+    unpack(progress.best, model.model)
+    federated = Federated(progress.best, progress.best_round, start.records, progress.protection)
+    return Outcome(model.eval(), federated)

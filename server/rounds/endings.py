@@ -14,7 +14,7 @@ from server.rounds.inbound import Tally
 from server.rounds.norm_bound import LEAST, NormBound
 
 if TYPE_CHECKING:
-    from server.rounds.loop import Federation
+    from server.rounds.federation import Federation
 
 
 def announce(

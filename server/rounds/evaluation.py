@@ -25,7 +25,7 @@ from server.rounds.inbound import Intake, Tally, accepted
 from server.rounds.outliers import outlying
 
 if TYPE_CHECKING:
-    from server.rounds.loop import Federation
+    from server.rounds.federation import Federation
 
 _NAMED = 5  # clients that a note names
 

@@ -1,6 +1,6 @@
 """What comes back from clients: checked, counted and kept.
 
-`server.rounds.aggregation.fold` makes a mean of it.
+`server.rounds.fold` makes a mean of it.
 """
 
 from __future__ import annotations

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 
 from flwr.app import ArrayRecord, Message, MessageType
-from flwr.serverapp import Grid
 
-from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.observability.words import counted
-from fedcore.seeds import Randomness
-from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.messages import check_weights, instruction_config, sendable, weights_record
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.records import RoundRecord
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.rounds.aggregation.fold import fold, hold
-from server.rounds.checkpointing import Forgetful, Keeper, Nameless, Peers, Progress, Start
+from server.rounds.checkpointing import Progress
 from server.rounds.client_privacy import (
     Released,
     bound_of,
@@ -33,12 +28,13 @@ from server.rounds.client_privacy import (
     protect,
     release,
 )
-from server.rounds.cohort import asked_for, select
+from server.rounds.cohort import select
 from server.rounds.endings import announce, end_early, is_over
 from server.rounds.evaluation import is_better, judge_round
 from server.rounds.expected import asked_to_train
+from server.rounds.federation import Federation
+from server.rounds.fold import fold, hold
 from server.rounds.inbound import (
-    FoldingGrid,
     Intake,
     Tally,
     accepted,
@@ -47,62 +43,10 @@ from server.rounds.inbound import (
     fold_in_place,
     payload_bytes,
 )
-from server.rounds.norm_bound import is_bounded, norm_bound
+from server.rounds.norm_bound import norm_bound
 from server.rounds.protection import Protection
 from server.rounds.quorum import check_quorum
-from server.rounds.strategies import Chosen
 from server.rounds.strategy_state import remembered
-
-Judge = Callable[[FullModel], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Federation:
-    """What rounds run with; fixed before the first."""
-
-    run: RunConfig
-    grid: Grid
-    chosen: Chosen
-    cohort: int
-    metrics: tuple[Metric, ...]
-    """Of the task; the first is its primary one."""
-    randomness: Randomness
-    judge: Judge | None
-    """Scores a model on the cloud's data; None when there is none."""
-    on_round: Callable[[RoundRecord], None]
-    on_note: Callable[[str], None]
-    keeper: Keeper = field(default_factory=Forgetful)
-    start: Start | None = None
-    """Where to go on; from the beginning when None."""
-    peers: Peers = field(default_factory=Nameless)
-    """Who clients are."""
-    live: bool = False
-    """Whether they are devices, whose updates are bounded unless the run says otherwise."""
-    clients: int = 0
-    """Those that rounds draw from, as client-level privacy counts on; as many as are there, or
-    as a round asks, where those are more."""
-
-    @property
-    def primary(self) -> Metric:
-        """What rounds are compared by."""
-        return self.metrics[0]
-
-    @cached_property
-    def folding(self) -> FoldingGrid | None:
-        """The grid, where it adds updates up itself and the strategy lets it."""
-        bounded = is_bounded(self.run, live=self.live)  # which looks at each update
-        folds = self.chosen.folds and self.asked == self.cohort and not bounded
-        return self.grid if folds and isinstance(self.grid, FoldingGrid) else None
-
-    @cached_property
-    def asked(self) -> int:
-        """How many clients a round asks, where so many are there; ``cohort`` updates are enough."""
-        return asked_for(self.run, self.cohort, simulated=self.virtual is not None)
-
-    @cached_property
-    def virtual(self) -> FoldingGrid | None:
-        """The grid, where it may have a virtual clock."""
-        return self.grid if isinstance(self.grid, FoldingGrid) else None
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,12 @@ from fedcore.files import read_bytes, write_atomic
 from fedcore.observability.events import Noted, RoundFinished
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
-from server import unfinished
 from server.records import RoundRecord, VirtualRecord
 from server.rounds.checkpointing import Progress, Start
 from server.rounds.protection import noise_of, protection_doc, protection_of
 from server.rounds.strategy_state import Remembered
-from server.simulation.state import State
-from server.simulation.workers.autotune import Choice
+from server.simulation.virtual.state import Choice, State
 
-CHECKPOINT = unfinished.CHECKPOINT
-"""Its name in a run's folder."""
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB, and six vectors of a strategy's
 _FORMAT = 2
 _DIGEST, _STATE, _EVENTS, _STRATEGY = "sha256", "state", "events", "strategy"

@@ -14,10 +14,11 @@ from flwr.app import Message
 
 from fedcore.privacy.ledger import Ledger
 from server.process.signals import Asked
+from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing import Progress
-from server.simulation.checkpoint import CHECKPOINT, Checkpoint, Told, write_checkpoint
-from server.simulation.engine import FIRST_NODE_ID
-from server.simulation.state import State
+from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
+from server.simulation.virtual.nodes import FIRST_NODE_ID
+from server.simulation.virtual.state import State
 
 FAILED = "failed"
 """Folder of checkpoints from before rounds in which clients failed."""

@@ -9,7 +9,7 @@ from fedcore.task.definition import Examples, Folder, Task, read_examples, size_
 from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
 from server.records import ClientRecord
-from server.simulation.state import State
+from server.simulation.virtual.state import State
 
 MOST = 1000
 """Clients that are looked at; reading every one's data again would rival the run itself."""

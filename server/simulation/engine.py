@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.updates.messages import REFUSED
-
-RUN_ID = 1
-FIRST_NODE_ID = SERVER_NODE_ID + 1
+from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID, context_of, one_thread
 
 
 @dataclass(frozen=True)
@@ -55,29 +51,3 @@ def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Vi
     with one_thread():
         server(InProcessGrid(RUN_ID, nodes, handle), context_of(SERVER_NODE_ID, "server"))
     return Visited(contexts, rounds)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Computes in one thread.
-
-    Models and batches of clients are small, and a pool of threads costs them more than it gives
-    (five times the time on a busy machine).
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def context_of(node_id: int, name: str) -> Context:
-    """What a node of that name keeps, before its first message."""
-    return Context(
-        run_id=RUN_ID,
-        node_id=node_id,
-        node_config={"client": name},
-        state=RecordDict(),
-        run_config={},
-    )

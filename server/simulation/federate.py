@@ -19,12 +19,11 @@ from fedcore.task.definition import Task, load_task
 from fedcore.training.client import Client
 from fedcore.training.device import available
 from fedcore.training.mods import client_mods
-from server.process.training import keep_heap, settled_objects
-from server.simulation.devices import Fleet
-from server.simulation.engine import RUN_ID, context_of, one_thread
+from server.process.memory import objects_frozen, reuse_large_blocks
 from server.simulation.grid import SimulatedGrid
-from server.simulation.state import State
-from server.simulation.workers.autotune import Choice
+from server.simulation.virtual.devices import Fleet
+from server.simulation.virtual.nodes import RUN_ID, context_of, one_thread
+from server.simulation.virtual.state import Choice, State
 from server.simulation.workers.scheduler import Staff
 from server.simulation.workers.worker import Worker
 
@@ -65,9 +64,9 @@ def federate(
     first = run.federation.cohort if run.federation.over_selection > 1 else None
     grid = SimulatedGrid(clients, staff, state, first=first)
     assume_identity(RUN_ID)
-    keep_heap()
+    reuse_large_blocks()
     try:
-        with one_thread(), settled_objects():
+        with one_thread(), objects_frozen():
             server(grid, context_of(SERVER_NODE_ID, "server"))
     finally:
         staff.close()

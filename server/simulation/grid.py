@@ -14,9 +14,9 @@ from fedcore.training.client import skipped_text
 from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.inbound import Folded
-from server.simulation.devices import Fate, first_of, settle
-from server.simulation.engine import FIRST_NODE_ID, RUN_ID
-from server.simulation.state import State
+from server.simulation.virtual.devices import Fate, first_of, settle
+from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID
+from server.simulation.virtual.state import State
 from server.simulation.workers.messages import Answer, Asked, Order
 from server.simulation.workers.scheduler import Staff
 

@@ -32,19 +32,21 @@ from fedcore.training.mods import client_mods
 from fedcore.updates.pack import layout_of
 from fedcore.updates.replies import read_reply
 from server.preflight import Prepared
+from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing import Forgetful, Progress
 from server.rounds.cohort import asked_for, select
 from server.rounds.expected import asked_to_train
+from server.rounds.federation import Federation
 from server.rounds.inbound import payload_bytes
-from server.rounds.loop import Federation, instructions
+from server.rounds.loop import instructions
 from server.rounds.run_identity import TASK, changes, check_same, identity_of
 from server.rounds.strategies import make_strategy
 from server.rounds.strategy_state import remind
-from server.simulation.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
+from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
-from server.simulation.engine import FIRST_NODE_ID, RUN_ID, context_of, one_thread
 from server.simulation.run import rounds
-from server.simulation.state import State
+from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID, context_of, one_thread
+from server.simulation.virtual.state import State
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""The first part of a run: rounds over virtual clients, which can be interrupted and resumed."""
+"""A run in simulation: rounds over virtual clients, which can be resumed, and what follows them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fedcore.config.owner import OwnerPolicy
+from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError
 from fedcore.observability.events import Noted, RoundFinished, Sink
@@ -16,23 +16,74 @@ from fedcore.observability.foreign import say
 from fedcore.observability.pace import Pace
 from fedcore.seeds import Simulated
 from fedcore.task.definition import Task
-from fedcore.task.model import build_model, load_preprocess
-from fedcore.updates.pack import unpack
+from fedcore.training.device import available
+from server.after_rounds import Story, Trained, after_rounds
 from server.preflight import Prepared
 from server.process.signals import asked_to_stop
-from server.records import RoundRecord, TrainingRecord
-from server.rounds.app import Listener, Outcome, server_app
-from server.rounds.checkpointing import Keeper, Start
-from server.rounds.loop import Federated
+from server.records import Finished, RoundRecord, TrainingRecord
+from server.rounds.app import Listener, Outcome, outcome_of, server_app
+from server.rounds.checkpointing import Keeper
+from server.rounds.judging import clients_judge
 from server.rounds.run_identity import identity_of
 from server.simulation.checkpoint import Checkpoint, Told
 from server.simulation.checkpointer import CheckpointKeeper
-from server.simulation.devices import read_fleet
+from server.simulation.clients import client_records
 from server.simulation.federate import federate
-from server.simulation.state import State
-from server.simulation.workers.autotune import Choice
+from server.simulation.judging import judge_in_simulation, weigh_in_simulation
+from server.simulation.virtual.devices import read_fleet
+from server.simulation.virtual.state import Choice, State
 
 _WAYS = {"loop": "one after the other", "vectorised": "side by side"}
+
+
+def run_pipeline(
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    prepared: Prepared,
+    folder: Path,
+    emit: Sink,
+    *,
+    command: str,
+    resumed: Checkpoint | None,
+) -> Finished:
+    """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
+
+    Args:
+        run: The run.
+        task: Its task.
+        owner: What virtual clients keep to.
+        prepared: What it works on.
+        folder: Where its files go.
+        emit: Told what happens.
+        command: The command line that asked for this, for advice on how to go on.
+        resumed: Where an earlier process stopped; None to begin at the beginning.
+
+    Raises:
+        FedcoreError: whatever stops it; what was published before stands.
+        KeyboardInterrupt: the user stopped it; a checkpoint is in ``folder``.
+    """
+    story = Story(emit)
+    elapsed_s = resumed.elapsed_s if resumed else 0.0
+    with story.stage("federate", run.federation.rounds, before_s=elapsed_s):
+        done = federated_part(
+            run, task, owner, prepared, folder, emit, command=command, resumed=resumed
+        )
+    story.notes.extend(done.notes)
+    model, data = done.outcome.model, prepared.data
+    trained = Trained(
+        done.outcome,
+        client_records(tighten(run, owner), task, model, done.state, data),
+        done.training,
+        str(available(run.client.device)),
+        "none" if run.privacy.unit == "none" else "simulated",
+    )
+    if clients_judge(run):
+        asked = (run, task, owner, prepared.clients, story.note)
+        trained = replace(
+            trained, judge=judge_in_simulation(*asked), weigh=weigh_in_simulation(*asked)
+        )
+    return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
 
 @dataclass(frozen=True)
@@ -57,7 +108,7 @@ def federated_part(
     command: str,
     resumed: Checkpoint | None,
 ) -> Done:
-    """Runs the rounds that are left; the arguments are those of `server.pipeline.run_pipeline`.
+    """Runs the rounds that are left; the arguments are those of `run_pipeline`.
 
     Raises:
         FedcoreError: whatever stops it; a checkpoint from before the failed round is kept.
@@ -160,16 +211,6 @@ def choice_text(choice: Choice, workers: int) -> str:
         f"Clients are trained {_WAYS[choice.method]} by {workers} "
         f"worker{'s' if workers > 1 else ''}: {choice.reason}."
     )
-
-
-def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
-    """What the rounds that are over have left."""
-    progress = start.progress
-    model = build_model(task, run)
-    load_preprocess(progress.preprocess, model)
-    unpack(progress.best, model.model)
-    federated = Federated(progress.best, progress.best_round, start.records, progress.protection)
-    return Outcome(model.eval(), federated)
 
 
 def _say_stopping() -> None:

@@ -32,9 +32,9 @@ from fedcore.updates.replies import Asked, Reply, check_legible, read_reply
 from fedcore.updates.seal import content_digest
 from server.live.journal.journal import create
 from server.live.rounds.journaled import JournalKeeper
-from server.rounds.aggregation.fold import fold, hold
 from server.rounds.checkpointing import Forgetful
 from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
+from server.rounds.fold import fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
 from server.rounds.norm_bound import NormBound
 

@@ -17,7 +17,7 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.agent.state import own
+from edge_client.device_folder import own
 from edge_client.ledger.book import LEDGER, MARK, count_path
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.config.owner import DataSet, OwnerPolicy, tighten

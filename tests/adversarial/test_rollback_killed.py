@@ -17,8 +17,8 @@ from fedcore.config.run import RunConfig
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS
 from server.live.journal.journal import create, reopen
-from server.live.resume import FOLDER
 from server.live.rollback import roll_back
+from server.report.folder import JOURNAL_FOLDER
 from tests.unit.server.live.journal.journals import IDENTITY, LARGE, answer, asked, progress, record
 
 RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})
@@ -40,7 +40,7 @@ def _identity() -> None:
 def begun(root: Path) -> None:
     """A run after five rounds, in the midst of the sixth."""
     (root / "identity").mkdir(parents=True, mode=0o700)
-    folder = root / "runs" / "trial" / FOLDER
+    folder = root / "runs" / "trial" / JOURNAL_FOLDER
     folder.mkdir(parents=True)
     with closing(create(folder, IDENTITY)) as journal:
         for number in range(6):
@@ -58,7 +58,7 @@ def state(root: Path) -> tuple[Any, ...]:
     copy = root.with_name(root.name + "-seen")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(root, copy)
-    folder = copy / "runs" / "trial" / FOLDER
+    folder = copy / "runs" / "trial" / JOURNAL_FOLDER
     journal = reopen(folder)
     assert journal is not None
     with closing(journal):

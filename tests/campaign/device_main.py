@@ -39,7 +39,7 @@ def main() -> int:
     build_parser("client")  # the time of it belongs to a start
     kit = load_kit(options.kit)
     only_tls_1_3()
-    from edge_client.agent import state
+    from edge_client import device_folder as state
     from edge_client.agent.announce import announce
     from fedcore.flower.fleet_client import FleetLink
     from fedcore.flower.quiet import quiet

@@ -33,8 +33,8 @@ from flwr.app import Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
 from edge_client.agent import loop
-from edge_client.agent.state import own
 from edge_client.agent.wake import Signals
+from edge_client.device_folder import own
 from edge_client.ledger.view import find_ledger
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig

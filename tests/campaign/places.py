@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.agent.state import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, own
 from edge_client.ledger.book import MARK, count_path
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.cli import main

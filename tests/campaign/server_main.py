@@ -45,7 +45,7 @@ def main() -> int:
     from fedcore.rpc.tls import only_tls_1_3
 
     only_tls_1_3()
-    from server.process.serving import loading
+    from server.process.memory import loading
 
     with loading():
         from fedcore.errors import FedcoreError

@@ -129,7 +129,9 @@ def test_a_run_can_be_made_from_its_id_alone() -> None:
 
 
 def test_the_server_has_a_node_id_that_leaves_room_above() -> None:
-    assert isinstance(SERVER_NODE_ID, int), "server/simulation/engine.py numbers nodes from it"
+    assert isinstance(SERVER_NODE_ID, int), (
+        "server/simulation/virtual/nodes.py numbers nodes from it"
+    )
     assert 0 < SERVER_NODE_ID < 2**63 - 1
 
 

@@ -21,11 +21,12 @@ from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from server.rounds.checkpointing import Forgetful, Progress, Start
-from server.rounds.loop import Federation, run_rounds
+from server.rounds.federation import Federation
+from server.rounds.loop import run_rounds
 from server.rounds.strategies import make_strategy, strategy_names
 from server.rounds.strategy_state import remind
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
-from server.simulation.state import State
+from server.simulation.virtual.state import State
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]
 NETWORKS = [name for name in strategy_names() if name not in TREES]

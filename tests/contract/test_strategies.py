@@ -23,8 +23,9 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content, weig
 from fedcore.updates.pack import Vector, pack
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.app import Outcome
+from server.rounds.federation import Federation
 from server.rounds.inbound import carry
-from server.rounds.loop import Federation, run_rounds
+from server.rounds.loop import run_rounds
 from server.rounds.strategies import FOLDING, make_strategy, strategy_names
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from fedcore.seeds import numpy_rng
-from server.simulation.checkpoint import CHECKPOINT, read_checkpoint
+from server.report.folder import CHECKPOINT
+from server.simulation.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +93,7 @@ dropout = 0.1
 _FORKING = """
 import json, os, sys, traceback
 import fedcore.cli
-import server.pipeline, server.simulation.replay, server.simulation.resume
+import server.after_rounds, server.simulation.replay, server.simulation.resume
 import server.report.tensorboard
 from server.simulation import checkpointer
 checkpointer._EVERY_S, checkpointer._MOST_OF_TIME = 0.0, 1.0

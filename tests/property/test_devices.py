@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 
 from fedcore.config.run import DeviceClass
 from fedcore.errors import DataError
-from server.simulation.devices import SILENCE_S, Fate, Fleet, class_of, device_of, fate, settle
-from server.simulation.trace import COLUMNS, read_trace, window_at
+from server.simulation.virtual.devices import (
+    SILENCE_S,
+    Fate,
+    Fleet,
+    class_of,
+    device_of,
+    fate,
+    settle,
+)
+from server.simulation.virtual.trace import COLUMNS, read_trace, window_at
 
 SEEDS = st.integers(0, 2**63 - 1)
 RATES = st.floats(1e-6, 1e12)

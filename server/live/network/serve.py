@@ -32,7 +32,7 @@ from server.live.network.presence import Presence
 from server.live.network.signatures import DevicePeers, Seals
 from server.live.network.steady_clock import SteadyClock
 from server.live.network.wake import Wakeups, put_out_strangers, serve_wakeups
-from server.process.serving import give_back_early
+from server.process.memory import return_freed_blocks
 from server.process.signals import end_at_once
 
 log = logging.getLogger("fedcore.server")
@@ -117,7 +117,7 @@ async def listen(
     Raises:
         ResourceError: a port is in use.
     """
-    give_back_early()
+    return_freed_blocks()
     limits = limits or Limits()
     clock = SteadyClock()
     roster = identity.roster(clock=clock)

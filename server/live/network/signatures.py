@@ -16,7 +16,7 @@ from fedcore.observability.foreign import foreign
 from fedcore.updates.replies import check_legible
 from fedcore.updates.seal import base_digest, round_of, unseal
 from server.live.network.limits import Refusals
-from server.live.rounds.members import weigh, weights_of
+from server.live.network.members import weigh, weights_of
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from fedcore.files import disk_errors, open_regular, sync_folder
 from server.live.journal.entries import Entries
 from server.live.journal.head import JOURNAL, RESTORED, write_head
 from server.live.journal.journal import VALUES, values_of
-from server.live.resume import FOLDER
-from server.report.folder import results_around
+from server.report.folder import JOURNAL_FOLDER, results_around
 
-_LEFT_OUT = {FOLDER, "incoming", "tensorboard"}
+_LEFT_OUT = {JOURNAL_FOLDER, "incoming", "tensorboard"}
 """What is copied otherwise, payloads on their way, and what can be drawn again."""
 _ATTEMPTS = 20
 """Each holds what those before it have held, too, so few are needed however quick commits are."""
@@ -111,7 +110,7 @@ def back_up(
         DiskFull: there was no room; nothing half-written is left.
         ResourceError: the journal changed too quickly to be copied.
     """
-    if not (results / FOLDER / JOURNAL).is_file():
+    if not (results / JOURNAL_FOLDER / JOURNAL).is_file():
         raise DataError(f"{results}: there is no such run. Nothing was written.")
     with (
         disk_errors(file),
@@ -121,16 +120,16 @@ def back_up(
         ) as held,  # links reach no further
     ):
         partial, count = Path(made) / "backup.tar", 0
-        _hold(results / FOLDER, Path(held))
+        _hold(results / JOURNAL_FOLDER, Path(held))
         mark = Path(held) / RESTORED
         mark.write_text(f"{now:%Y-%m-%dT%H:%M:%SZ}\n")
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as tar:
-                name = f"{results.name}/{FOLDER}/{RESTORED}"
+                name = f"{results.name}/{JOURNAL_FOLDER}/{RESTORED}"
                 count += _add(tar, mark, name, wanted)  # before the rest
                 mark.unlink()
-                for name, path in (*_files(Path(held), FOLDER), *_files(results, "")):
+                for name, path in (*_files(Path(held), JOURNAL_FOLDER), *_files(results, "")):
                     count += _add(tar, path, f"{results.name}/{name}", wanted)
             stream.flush()
             os.fsync(stream.fileno())

@@ -14,7 +14,7 @@ from fedcore.flower.grid import OwnGrid
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
-from server.live.rounds.members import weigh
+from server.live.network.members import weigh
 from server.live.rounds.waiting import Awaited, Tell, so_far
 from server.records import RoundRecord
 from server.rounds.checkpointing import Progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import RecordDict
@@ -11,7 +11,8 @@ from flwr.app import RecordDict
 from fedcore.errors import ConfigError
 from fedcore.updates.messages import ARRAYS, MODEL, array_of
 from fedcore.updates.pack import Vector
-from server.simulation.workers.messages import Answer, Asked, Method, Order
+from server.simulation.virtual.state import Choice, Method
+from server.simulation.workers.messages import Answer, Asked, Order
 from server.simulation.workers.worker import Worker
 
 _LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
@@ -23,18 +24,6 @@ _TIE = 1e-2  # of an update, where rounding decides which of two nearly equal nu
 _MARGIN = 1.05  # a gain below it is not worth other last bits than a device's
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How clients are trained, and why; part of a run's record, for it decides the last bits."""
-
-    method: Method
-    loop_s: float | None
-    """Seconds a client, one after the other; None where it was not measured."""
-    vectorised_s: float | None
-    """Seconds a client, side by side; None where it was not measured."""
-    reason: str
 
 
 def forced(method: Method) -> Choice:

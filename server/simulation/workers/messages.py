@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from flwr.app import RecordDict
 
 from fedcore.privacy.ledger import Ledger
-from server.simulation.devices import Fate
-
-Method = Literal["loop", "vectorised"]
-"""One client after the other by the ClientApp that devices run, or many side by side."""
+from server.simulation.virtual.devices import Fate
+from server.simulation.virtual.state import Method
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.identity import assume_identity
+from server.process.memory import reuse_large_blocks
 from server.process.parent import die_with_parent
 from server.process.signals import no_signal, signals_come
 from server.process.spawn import script_left_out
-from server.process.training import keep_heap
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.simulation.engine import RUN_ID
+from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import MakeWorker, gathered, pieces
 from server.simulation.workers.messages import Answer, Asked, Order
 
@@ -165,7 +165,7 @@ def _serve(
     torch.set_num_threads(1)
     if gpu is not None and torch.cuda.is_available():
         torch.cuda.set_device(gpu)
-    keep_heap()
+    reuse_large_blocks()
     assume_identity(RUN_ID)
     worker = None
     while True:

@@ -11,9 +11,9 @@ import torch
 
 from fedcore.errors import ConfigError, FedcoreError, RoundFailed
 from fedcore.flower.identity import assume_identity
-from server.process.training import keep_heap
+from server.process.memory import reuse_large_blocks
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.simulation.engine import RUN_ID
+from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import MakeWorker, gathered, pieces
 from server.simulation.workers.messages import Answer, Asked, Order
 
@@ -105,7 +105,7 @@ class _Actor:
 
     def __init__(self, make: MakeWorker) -> None:
         torch.set_num_threads(1)
-        keep_heap()
+        reuse_large_blocks()
         assume_identity(RUN_ID)
         self._worker = make()
 

@@ -11,8 +11,8 @@ from flwr.app import MessageType
 
 from fedcore.config.run import Simulation
 from fedcore.errors import ConfigError
-from server.simulation.state import State
-from server.simulation.workers.autotune import Choice, Clock, attempts, choose, difference, forced
+from server.simulation.virtual.state import Choice, State
+from server.simulation.workers.autotune import Clock, attempts, choose, difference, forced
 from server.simulation.workers.executor import Alone, Crew, MakeWorker
 from server.simulation.workers.messages import Asked, Order
 from server.simulation.workers.process_pool import Pool

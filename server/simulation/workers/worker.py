@@ -46,8 +46,8 @@ from fedcore.updates.messages import (
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
 from server.simulation.batched.work import LocalWork, PrivateWork, Trained
-from server.simulation.devices import Fate, Fleet, begun, counts, fate
-from server.simulation.engine import RUN_ID
+from server.simulation.virtual.devices import Fate, Fleet, begun, counts, fate
+from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.messages import Answer, Asked, Order
 
 

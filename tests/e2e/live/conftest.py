@@ -22,8 +22,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from edge_client.agent.loop import Device, run_device
-from edge_client.agent.state import own
 from edge_client.agent.wake import Signals
+from edge_client.device_folder import own
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
 from fedcore.crypto.certificates import pem

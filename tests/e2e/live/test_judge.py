@@ -14,9 +14,9 @@ from fedcore.observability.events import Event
 from fedcore.rpc.hello import hello_of
 from fedcore.task.definition import load_task
 from fedcore.task.model import FullModel, build_model
+from server.live import judge as judge_module
+from server.live.judge import JudgeOnDevices
 from server.live.network.serve import Address
-from server.live.rounds import judge as judge_module
-from server.live.rounds.judge import JudgeOnDevices
 from server.live.rounds.settings import device_settings
 
 

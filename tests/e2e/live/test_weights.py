@@ -17,8 +17,8 @@ from fedcore.flower.fleet_grid import GRACE_S, Stopped
 from fedcore.seeds import Simulated
 from fedcore.task.definition import load_task
 from server.live.journal.journal import Journal, create, reopen
+from server.live.network.members import Members
 from server.live.rounds.journaled import JournalGrid, JournalKeeper
-from server.live.rounds.members import Members
 from server.rounds.app import Listener, server_app
 from tests.e2e.live.test_live_rounds import wait_for
 

@@ -9,8 +9,8 @@ import pytest
 from flwr.proto.message_pb2 import ObjectTree
 
 from edge_client.agent import loop
-from edge_client.agent.state import own
 from edge_client.agent.wake import Signals
+from edge_client.device_folder import own
 from edge_client.ledger.book import read_book
 from fedcore.config.owner import OPEN_POLICY, DataSet, OwnerPolicy
 from fedcore.errors import InvalidUpdate

@@ -19,8 +19,8 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
 from edge_client.agent import announce, loop
 from edge_client.agent.loop import Device, run_device
-from edge_client.agent.state import DeviceFolder, own
 from edge_client.agent.wake import Signals
+from edge_client.device_folder import DeviceFolder, own
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.crypto.kit import Kit, load_identity, load_kit, restrict
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from edge_client.agent.state import own
+from edge_client.device_folder import own
 from edge_client.ledger.book import MARK, count_path
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.cli import Command

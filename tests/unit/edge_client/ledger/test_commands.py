@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.agent.state import own
+from edge_client.device_folder import own
 from edge_client.ledger import commands as ledger_commands
 from edge_client.ledger.book import COUNT, LEDGER, MARK
 from fedcore.errors import ConfigError, DataError, DeviceError, PrivacyError, ResourceError

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.agent.state import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, own
 from edge_client.ledger.book import COUNT, LEDGER, MARK
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.config.owner import OwnerPolicy
@@ -350,7 +350,7 @@ def test_whatever_dies_and_when_what_may_have_begun_is_charged_once(
                 write_atomic(path, data, mode=mode)
 
             patch.setattr("edge_client.ledger.ledger.write_atomic", dying)
-            patch.setattr("edge_client.agent.state.write_atomic", dying)
+            patch.setattr("edge_client.device_folder.write_atomic", dying)
             try:
                 ledger = machine.ledger(run)
                 ledger.keep(state)

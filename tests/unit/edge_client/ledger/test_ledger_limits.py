@@ -12,10 +12,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
 import edge_client.ledger.ledger as ledger_module
+from edge_client import device_folder as state_module
 from edge_client.agent import loop
-from edge_client.agent import state as state_module
-from edge_client.agent.state import DeviceFolder, own
 from edge_client.agent.wake import Signals
+from edge_client.device_folder import DeviceFolder, own
 from edge_client.ledger import book as ledger_book
 from edge_client.ledger.book import (
     MAX_CHARGES,

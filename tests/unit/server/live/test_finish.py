@@ -198,7 +198,7 @@ POINTS = {
 def test_whatever_it_dies_of_each_step_is_done_once(site: Site, point: str) -> None:
     write = dies_before(point)
     with site.patch.context() as patch:
-        for module in ("server.live.finish", "server.pipeline", "server.report.folder"):
+        for module in ("server.live.finish", "server.after_rounds", "server.report.folder"):
             patch.setattr(f"{module}.write_atomic", write)
         patch.setattr("server.report.folder.write_json", write)
         with pytest.raises(Died):

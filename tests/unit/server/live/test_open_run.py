@@ -11,7 +11,7 @@ import pytest
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from server.live.journal.head import HEAD, JOURNAL, RECORDS
-from server.live.resume import FOLDER, STEPS, Complete, has_journal, open_run
+from server.report.folder import JOURNAL_FOLDER, STEPS, Complete, has_journal, open_run
 from server.rounds.checkpointing import Progress
 from server.rounds.strategy_state import Remembered
 from tests.unit.server.live.journal.journals import progress, record
@@ -36,7 +36,7 @@ def over(folder: Path, run: RunConfig) -> None:
 def opened(folder: Path, run: RunConfig, *, resume: bool) -> bool:
     """Whether its rounds are over; steps that were begun are still there then."""
     with open_run(run, folder / "runs", resume=resume, fresh=False) as (results, journal):
-        assert (results / FOLDER).is_dir()
+        assert (results / JOURNAL_FOLDER).is_dir()
         assert (results / STEPS).is_dir() == journal.ended
         return journal.ended
 
@@ -126,7 +126,7 @@ def test_a_run_whose_journal_is_gone_is_not_begun_again(
     tmp_path: Path, loss: str, copied: bool
 ) -> None:
     run = begun(tmp_path)
-    folder = tmp_path / "runs" / "orchard" / FOLDER
+    folder = tmp_path / "runs" / "orchard" / JOURNAL_FOLDER
     (folder / JOURNAL).rename(folder / f"{JOURNAL}.damaged")
     for name in LOSSES[loss]:
         (folder / name).unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def test_a_run_whose_journal_is_gone_is_not_begun_again(
 def test_where_nothing_was_begun_there_is_no_journal(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     assert not has_journal(run, tmp_path / "runs")
-    folder = tmp_path / "runs" / "orchard" / FOLDER
+    folder = tmp_path / "runs" / "orchard" / JOURNAL_FOLDER
     folder.mkdir(parents=True)
     assert not has_journal(run, tmp_path / "runs")
     (folder.parent / "run.json").write_text("{}")

@@ -15,9 +15,8 @@ from fedcore.errors import ConfigError, PrivacyError
 from server.audit import AUDIT
 from server.live.commands import rollback
 from server.live.journal.journal import create, reopen
-from server.live.resume import FOLDER
 from server.live.rollback import RolledBack, roll_back
-from server.report.folder import held
+from server.report.folder import JOURNAL_FOLDER, held
 from server.rounds.protection import ClientPlan, Protection
 from tests.unit.server.live.journal.journals import IDENTITY, LARGE, progress, record
 
@@ -26,7 +25,7 @@ RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})
 
 def begun(tmp_path: Path, *, rounds: int = 5, protected: bool = False) -> Path:
     (tmp_path / "identity").mkdir(mode=0o700)
-    folder = tmp_path / "runs" / "trial" / FOLDER
+    folder = tmp_path / "runs" / "trial" / JOURNAL_FOLDER
     folder.mkdir(parents=True)
     with closing(create(folder, IDENTITY)) as journal:
         for number in range(rounds + 1):

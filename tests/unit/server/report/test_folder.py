@@ -11,10 +11,10 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DiskFull, ResourceError
 from server.live.resume import open_run
 from server.records import Finished, RoundRecord, RunRecord
-from server.report.folder import clear, config_json, reopen_folder, write_results
+from server.report.folder import CHECKPOINT, clear, config_json, reopen_folder, write_results
 from server.report.folder import open_folder as opening
-from server.simulation.checkpoint import CHECKPOINT, Checkpoint, write_checkpoint
-from server.simulation.state import State
+from server.simulation.checkpoint import Checkpoint, write_checkpoint
+from server.simulation.virtual.state import State
 from server.unfinished import refuse_to_drop
 from tests.unit.server.simulation.test_checkpoint import PROGRESS
 

@@ -30,7 +30,8 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import Vector, pack, unpack
 from server.records import RoundRecord
 from server.rounds.checkpointing import Progress, Start
-from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.federation import Federation
+from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies import make_strategy
 from server.rounds.strategy_state import remembered
 

@@ -27,8 +27,9 @@ from fedcore.updates.messages import (
     update_content,
 )
 from fedcore.updates.pack import Vector, unpack
+from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
-from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.loop import Federated, run_rounds
 from server.rounds.quorum import check_quorum
 from server.rounds.strategies import make_strategy
 

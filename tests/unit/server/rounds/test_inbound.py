@@ -24,8 +24,8 @@ from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 from server.live.journal.journal import create, reopen
 from server.live.rounds.journaled import JournalKeeper
-from server.rounds.aggregation.fold import fold, hold
 from server.rounds.expected import asked_to_train
+from server.rounds.fold import fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
 
 SIZE = 1_000_000

@@ -23,7 +23,8 @@ from fedcore.updates.messages import REFUSED, Update, read_instruction, update_c
 from fedcore.updates.pack import Vector, unpack
 from server.records import RoundRecord
 from server.rounds.checkpointing import Forgetful, Progress, Start
-from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.federation import Federation
+from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies import make_strategy
 
 NODES = list(range(10, 30))

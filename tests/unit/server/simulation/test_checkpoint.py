@@ -19,9 +19,8 @@ from server.rounds.protection import ClientPlan, Protection, noise_of
 from server.rounds.strategy_state import Remembered
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.checkpointer import FAILED, CheckpointKeeper
-from server.simulation.engine import FIRST_NODE_ID
-from server.simulation.state import State
-from server.simulation.workers.autotune import Choice
+from server.simulation.virtual.nodes import FIRST_NODE_ID
+from server.simulation.virtual.state import Choice, State
 
 RECORD = RoundRecord(
     round=1,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.simulation.state import State
+from server.simulation.virtual.state import State
 from tests.unit.server.simulation.test_federate import (
     LOOP,
     PRIVATE,

@@ -15,7 +15,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from server.simulation import clients
 from server.simulation.clients import client_records
-from server.simulation.state import State
+from server.simulation.virtual.state import State
 
 
 class First(nn.Module):

@@ -25,10 +25,9 @@ from fedcore.updates.pack import Vector
 from server.records import RoundRecord
 from server.rounds.app import Listener, Outcome, server_app
 from server.rounds.cohort import select
-from server.simulation.devices import read_fleet
 from server.simulation.federate import federate
-from server.simulation.state import State
-from server.simulation.workers.autotune import Choice
+from server.simulation.virtual.devices import read_fleet
+from server.simulation.virtual.state import Choice, State
 
 NAMES = [f"client-{place}" for place in range(6)]
 

@@ -16,8 +16,8 @@ from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples
 from server.preflight import Prepared
 from server.rounds.cohort import select
-from server.simulation.engine import FIRST_NODE_ID
 from server.simulation.replay import replay
+from server.simulation.virtual.nodes import FIRST_NODE_ID
 
 NAMES = ("anna", "ben", "cleo", "a:b")
 

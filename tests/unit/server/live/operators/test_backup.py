@@ -20,8 +20,8 @@ from fedcore.errors import ConfigError, DataError, DiskFull, ResourceError
 from server.live.journal.head import HEAD, JOURNAL, RECORDS, RESTORED
 from server.live.journal.journal import VALUES, Journal, create, reopen
 from server.live.operators.backup import back_up, check_place
-from server.live.resume import FOLDER
 from server.records import RoundRecord
+from server.report.folder import JOURNAL_FOLDER
 from server.rounds.checkpointing import Progress
 from server.rounds.strategy_state import Remembered
 
@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> Path:
 
 @contextmanager
 def begun(run: Path, *, rounds: int = 3) -> Iterator[Journal]:
-    with closing(create(run / FOLDER, {"run": "orchard"})) as journal:
+    with closing(create(run / JOURNAL_FOLDER, {"run": "orchard"})) as journal:
         for number in range(rounds + 1):
             commit(journal, number)
         yield journal
@@ -82,7 +82,7 @@ def begun(run: Path, *, rounds: int = 3) -> Iterator[Journal]:
 def restored(file: Path, into: Path) -> tuple[Path, Progress]:
     with tarfile.open(file) as tar:
         tar.extractall(into, filter="data")
-    with closing(reopen(into / "orchard" / FOLDER) or pytest.fail("no journal")) as journal:
+    with closing(reopen(into / "orchard" / JOURNAL_FOLDER) or pytest.fail("no journal")) as journal:
         assert journal.mended == ""
         assert journal.start is not None
         assert [one.round for one in journal.start.records] == list(range(1, journal.round + 1))
@@ -94,8 +94,8 @@ def test_a_run_comes_back_with_what_its_journal_refers_to(run: Path, tmp_path: P
         (run / "incoming").mkdir()
         (run / "incoming" / "payload").write_bytes(b"x")
         (run / ".half").write_bytes(b"being written")
-        (run / FOLDER / VALUES / ("0" * 64)).write_bytes(b"nothing refers to it")
-        (run / FOLDER / VALUES / ("1" * 64 + ".new")).write_bytes(b"being written")
+        (run / JOURNAL_FOLDER / VALUES / ("0" * 64)).write_bytes(b"nothing refers to it")
+        (run / JOURNAL_FOLDER / VALUES / ("1" * 64 + ".new")).write_bytes(b"being written")
         (run / "metrics.jsonl").write_text("{}\n")
         done = back_up(run, tmp_path / "b.tar", now=NOW)
     assert done.bytes == (tmp_path / "b.tar").stat().st_size
@@ -104,13 +104,13 @@ def test_a_run_comes_back_with_what_its_journal_refers_to(run: Path, tmp_path: P
     again, there = restored(tmp_path / "b.tar", tmp_path / "again")
     assert (there.round, there.weights.tolist()) == (3, [3.0] * SIZE)
     found = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
-    values = {name for name in found if name.startswith(f"{FOLDER}/{VALUES}/")}
+    values = {name for name in found if name.startswith(f"{JOURNAL_FOLDER}/{VALUES}/")}
     assert len(values) == 2, "of the last two rounds"
-    journal = {f"{FOLDER}/{name}" for name in (JOURNAL, HEAD, RECORDS)}
+    journal = {f"{JOURNAL_FOLDER}/{name}" for name in (JOURNAL, HEAD, RECORDS)}
     assert found - values == {*journal, "metrics.jsonl"}
     assert done.files == len(found) + 1, "its mark, which is gone once it was gone on with"
     left = {path.name for path in run.iterdir()}
-    assert left == {FOLDER, "incoming", ".half", "metrics.jsonl"}
+    assert left == {JOURNAL_FOLDER, "incoming", ".half", "metrics.jsonl"}
 
 
 def test_what_a_killed_server_left_is_not_replayed_over_a_backup(run: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_a_killed_server_left_is_not_replayed_over_a_backup(run: Path, tmp_
     child = os.fork()
     if not child:
         try:
-            journal = reopen(run / FOLDER)
+            journal = reopen(run / JOURNAL_FOLDER)
             assert journal is not None
             for number in range(4, 8):
                 commit(journal, number)
@@ -128,19 +128,19 @@ def test_what_a_killed_server_left_is_not_replayed_over_a_backup(run: Path, tmp_
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     with closing(reopen(copied(run, tmp_path / "later")) or pytest.fail("no journal")) as journal:
         assert journal.round == 7, "the killed process had gone on"
-    assert (run / FOLDER / f"{JOURNAL}-wal").stat().st_size > 0
+    assert (run / JOURNAL_FOLDER / f"{JOURNAL}-wal").stat().st_size > 0
     again, there = restored(tmp_path / "b.tar", run.parent)
     assert (there.round, there.weights.tolist()) == (3, [3.0] * SIZE)
-    assert not (again / FOLDER / RESTORED).exists(), "what follows is the run's own"
-    with closing(reopen(again / FOLDER) or pytest.fail("no journal")) as journal:
+    assert not (again / JOURNAL_FOLDER / RESTORED).exists(), "what follows is the run's own"
+    with closing(reopen(again / JOURNAL_FOLDER) or pytest.fail("no journal")) as journal:
         commit(journal, 4)
-    with closing(reopen(again / FOLDER) or pytest.fail("no journal")) as journal:
+    with closing(reopen(again / JOURNAL_FOLDER) or pytest.fail("no journal")) as journal:
         assert (journal.round, journal.mended) == (4, "")
 
 
 def copied(run: Path, to: Path) -> Path:
     """A journal as a killed process left it, to be looked at."""
-    shutil.copytree(run / FOLDER, to)
+    shutil.copytree(run / JOURNAL_FOLDER, to)
     return to
 
 
@@ -149,7 +149,7 @@ def test_a_backup_begins_with_its_mark(run: Path, tmp_path: Path) -> None:
         back_up(run, tmp_path / "b.tar", now=NOW)
     with tarfile.open(tmp_path / "b.tar") as tar:
         names = tar.getnames()
-    assert names[0] == f"orchard/{FOLDER}/{RESTORED}", "what is cut off has it, too"
+    assert names[0] == f"orchard/{JOURNAL_FOLDER}/{RESTORED}", "what is cut off has it, too"
     assert len(names) == len(set(names))
 
 
@@ -185,7 +185,7 @@ def test_a_backup_that_nobody_wants_any_more_leaves_nothing_behind(
             back_up(run, tmp_path / "b.tar", now=NOW, wanted=wanted)
     assert calls == 100, "not another piece was read"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert {path.name for path in run.iterdir()} == {FOLDER, "large"}
+    assert {path.name for path in run.iterdir()} == {JOURNAL_FOLDER, "large"}
 
 
 def test_backups_are_whole_while_rounds_are_committed(run: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_journal_that_never_rests_is_not_backed_up(
         with pytest.raises(ResourceError, match="pause the run"):
             back_up(run, tmp_path / "b.tar", now=NOW)
     assert not (tmp_path / "b.tar").exists()
-    assert {path.name for path in run.iterdir()} == {FOLDER}
+    assert {path.name for path in run.iterdir()} == {JOURNAL_FOLDER}
 
 
 def test_no_run_a_damaged_journal_and_a_full_disk_leave_nothing_behind(
@@ -268,11 +268,11 @@ def test_no_run_a_damaged_journal_and_a_full_disk_leave_nothing_behind(
         back_up(run, tmp_path / "b.tar", now=NOW)
     with begun(run):
         pass
-    whole = (run / FOLDER / JOURNAL).read_bytes()
-    (run / FOLDER / JOURNAL).write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
+    whole = (run / JOURNAL_FOLDER / JOURNAL).read_bytes()
+    (run / JOURNAL_FOLDER / JOURNAL).write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
     with pytest.raises(DataError, match=r"journal\.sqlite: this database cannot be copied"):
         back_up(run, tmp_path / "b.tar", now=NOW)
-    (run / FOLDER / JOURNAL).write_bytes(whole)
+    (run / JOURNAL_FOLDER / JOURNAL).write_bytes(whole)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -281,4 +281,4 @@ def test_no_run_a_damaged_journal_and_a_full_disk_leave_nothing_behind(
     with pytest.raises(DiskFull):
         back_up(run, tmp_path / "b.tar", now=NOW)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert {path.name for path in run.iterdir()} == {FOLDER}
+    assert {path.name for path in run.iterdir()} == {JOURNAL_FOLDER}

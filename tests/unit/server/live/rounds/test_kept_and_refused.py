@@ -19,7 +19,8 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import unpack
 from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds.journaled import JournalGrid, JournalKeeper
-from server.rounds.loop import Federated, Federation, run_rounds
+from server.rounds.federation import Federation
+from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies import make_strategy
 
 NODES = (10, 11, 12, 13)

@@ -26,11 +26,11 @@ from fedcore.task.definition import Examples, Folder
 from fedcore.training.client import Client
 from fedcore.updates.messages import ARRAYS, MODEL, array_of, instruction_config, weights_record
 from fedcore.updates.pack import Vector, pack
-from server.simulation.devices import read_fleet
-from server.simulation.engine import RUN_ID
-from server.simulation.state import State
-from server.simulation.trace import COLUMNS
-from server.simulation.workers.messages import Answer, Asked, Method, Order
+from server.simulation.virtual.devices import read_fleet
+from server.simulation.virtual.nodes import RUN_ID
+from server.simulation.virtual.state import Method, State
+from server.simulation.virtual.trace import COLUMNS
+from server.simulation.workers.messages import Answer, Asked, Order
 from server.simulation.workers.scheduler import Staff
 from server.simulation.workers.worker import Worker
 

@@ -10,8 +10,9 @@ from flwr.app import RecordDict
 
 from fedcore.errors import ConfigError
 from fedcore.updates.messages import ARRAYS, Update, update_content, weights_record
+from server.simulation.virtual.state import Method
 from server.simulation.workers.autotune import choose, difference
-from server.simulation.workers.messages import Answer, Asked, Method, Order
+from server.simulation.workers.messages import Answer, Asked, Order
 
 ASKED = [Asked(node, f"client-{node}", None) for node in range(20)]
 ORDER = Order("train", RecordDict())

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from flwr.app import RecordDict
 
+from server.simulation.virtual.state import Method
 from server.simulation.workers.executor import pieces
-from server.simulation.workers.messages import Asked, Method, Order
+from server.simulation.workers.messages import Asked, Order
 
 
 def sizes(method: Method, clients: int, workers: int) -> list[int]:

@@ -16,8 +16,8 @@ from fedcore.task.definition import load_task
 from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import layout_of, pack
-from server.simulation.engine import RUN_ID
 from server.simulation.federate import worker_elsewhere
+from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import Alone
 from server.simulation.workers.messages import Asked, Order
 from server.simulation.workers.process_pool import Pool

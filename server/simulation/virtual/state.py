@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fedcore.privacy.ledger import Ledger
-from server.simulation.workers.autotune import Choice
+
+Method = Literal["loop", "vectorised"]
+"""One client after the other by the ClientApp that devices run, or many side by side."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How clients are trained, and why; part of a run's record, for it decides the last bits."""
+
+    method: Method
+    loop_s: float | None
+    """Seconds a client, one after the other; None where it was not measured."""
+    vectorised_s: float | None
+    """Seconds a client, side by side; None where it was not measured."""
+    reason: str
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fedcore.config.run import DeviceClass, Federation, RunConfig, Simulation
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError, DataError
-from server.simulation.devices import (
+from server.simulation.virtual.devices import (
     SILENCE_S,
     Device,
     Fate,

@@ -1,4 +1,4 @@
-"""The whole loop, from clients to a signed release, step by step."""
+"""From what rounds have left to a signed release: fine-tune, compress, test, publish."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,6 @@ from fedcore.artifacts.manifest import (
     PrivacyStatement,
     TestStatement,
 )
-from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
@@ -29,13 +28,11 @@ from fedcore.observability.words import counted, figure
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, checkpoint_bytes
-from fedcore.training.device import available
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.runtime import answers, open_session
 from server.finetune.launch import Finetuned, fine_tune
-from server.preflight import Prepared
 from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
 from server.release.final_test import Scores, drop_note, reason_to_withhold, statement_of
 from server.release.publish import Draft, publish
@@ -43,11 +40,7 @@ from server.report.folder import config_json
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
 from server.rounds.client_privacy import statement
-from server.rounds.judging import Judge, Weigh, clients_judge
-from server.simulation.checkpoint import Checkpoint
-from server.simulation.clients import client_records
-from server.simulation.judging import judge_in_simulation, weigh_in_simulation
-from server.simulation.run import federated_part
+from server.rounds.judging import Judge, Weigh
 
 
 @dataclass
@@ -108,56 +101,6 @@ class Steps:
 
 
 AT_ONCE = Steps()
-
-
-def run_pipeline(
-    run: RunConfig,
-    task: Task,
-    owner: OwnerPolicy,
-    prepared: Prepared,
-    folder: Path,
-    emit: Sink,
-    *,
-    command: str,
-    resumed: Checkpoint | None,
-) -> Finished:
-    """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
-
-    Args:
-        run: The run.
-        task: Its task.
-        owner: What virtual clients keep to.
-        prepared: What it works on.
-        folder: Where its files go.
-        emit: Told what happens.
-        command: The command line that asked for this, for advice on how to go on.
-        resumed: Where an earlier process stopped; None to begin at the beginning.
-
-    Raises:
-        FedcoreError: whatever stops it; what was published before stands.
-        KeyboardInterrupt: the user stopped it; a checkpoint is in ``folder``.
-    """
-    story = Story(emit)
-    elapsed_s = resumed.elapsed_s if resumed else 0.0
-    with story.stage("federate", run.federation.rounds, before_s=elapsed_s):
-        done = federated_part(
-            run, task, owner, prepared, folder, emit, command=command, resumed=resumed
-        )
-    story.notes.extend(done.notes)
-    model, data = done.outcome.model, prepared.data
-    trained = Trained(
-        done.outcome,
-        client_records(tighten(run, owner), task, model, done.state, data),
-        done.training,
-        str(available(run.client.device)),
-        "none" if run.privacy.unit == "none" else "simulated",
-    )
-    if clients_judge(run):
-        asked = (run, task, owner, prepared.clients, story.note)
-        trained = replace(
-            trained, judge=judge_in_simulation(*asked), weigh=weigh_in_simulation(*asked)
-        )
-    return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
 
 def after_rounds(

@@ -20,7 +20,7 @@ from fedcore.errors import DataError
 from fedcore.observability.words import counted
 from fedcore.seeds import derive
 from server.records import VirtualRecord
-from server.simulation.trace import Trace, read_trace, window_at
+from server.simulation.virtual.trace import Trace, read_trace, window_at
 
 SILENCE_S = 60.0
 """How long a server waits, at most, for a device that it has lost: Flower's SuperLink counts a node

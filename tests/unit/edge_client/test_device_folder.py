@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-import edge_client.agent.state as state_module
-from edge_client.agent.state import DeviceFolder, own
+import edge_client.device_folder as state_module
+from edge_client.device_folder import DeviceFolder, own
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import write_atomic
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import DataError
-from server.simulation.trace import COLUMNS, MAX_BYTES, Window, read_trace, window_at
+from server.simulation.virtual.trace import COLUMNS, MAX_BYTES, Window, read_trace, window_at
 
 HEADER = ",".join(COLUMNS)
 
