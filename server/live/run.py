@@ -32,7 +32,7 @@ from server.live.network.serve import Address, listen, run_beside
 from server.live.operators.control import Control
 from server.live.operators.endpoint import check_socket, operated, operated_meanwhile, over_network
 from server.live.resume import Complete, has_journal, open_run
-from server.live.rounds.journaled import REJOIN_S, Admit, JournalGrid, JournalKeeper
+from server.live.rounds.journaled import REJOIN_S, Admit, JournalCheckpointer, JournalGrid
 from server.live.rounds.settings import device_settings
 from server.live.rounds.waiting import Tell
 from server.process.memory import loading
@@ -298,9 +298,9 @@ def _federate(
         outcomes.append(outcome)
         emit(Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}"))
 
-    keeper = JournalKeeper(
+    checkpointer = JournalCheckpointer(
         journal,
-        tell=lambda record: emit(_finished(record)),
+        report=lambda record: emit(_finished(record)),
         deadline_s=settings.deadline_s,
         weights=members.weights,
         evaluated=settings.evaluate_cohort,
@@ -309,7 +309,7 @@ def _federate(
     )
     listener = Listener(
         on_note=lambda text: emit(Noted(text)),
-        on_round=keeper.record,
+        on_round=lambda record: None,  # reported once it is committed
         on_end=keep,
         on_wait=_awaits(journal, emit),
     )
@@ -319,7 +319,7 @@ def _federate(
         cloud=cloud,
         randomness=randomness or SystemEntropy(),
         listener=listener,
-        keeper=control.steered(keeper),
+        checkpointer=control.steered(checkpointer),
         start=start,
         peers=peers,
         awaited=lambda: members.count(drained=control.drained),
