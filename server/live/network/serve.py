@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.serverapp import Grid
 
@@ -40,6 +41,7 @@ log = logging.getLogger("fedcore.server")
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER_S = 1.0
 """Signals that follow each other within this are one."""
+Result = TypeVar("Result")
 _ROSTER_S = 1.0
 """How long a device that was revoked may keep its stream and its connections."""
 
@@ -196,10 +198,11 @@ def _name(roster: Roster, public: bytes) -> str | None:
     return member.name if member is not None else None
 
 
-async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool:
+async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Result | None:
     """Runs ``work``, a ServerApp, in a thread over the server's grid, until it or the server ends.
 
-    SIGTERM and SIGINT end it where it next asks the grid. Returns whether it came to its own end.
+    SIGTERM and SIGINT end it where it next asks the grid. Returns what ``work`` returned; None
+    where it was stopped.
 
     One more ends the process at once, where ``work`` has not ended in a second: it may be in a
     task's function that hangs. Once it has, and where several come together, as from a terminal
@@ -231,11 +234,10 @@ async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool
         signal.signal(each, stop)
     with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # none that others wait for
         try:
-            await loop.run_in_executor(own, work, listening.grid())
+            return await loop.run_in_executor(own, work, listening.grid())
         except Stopped:
-            return False
+            return None
         finally:
             works = False
             if asked_s is not None:
                 ignore()
-    return True
