@@ -6,11 +6,12 @@ import asyncio
 import logging
 import shutil
 import signal
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,30 +132,21 @@ async def listen(
     presence = Presence(fleet.wake)
     uploads = Uploads(limits, fleet.abandon)
     refusals = Refusals()
-    seals = Seals(
-        roster,
-        fleet.key_of,
-        run_id=run_digest(settings),
-        refusals=refusals,
-        clock=clock.seconds,
-    )
+    digest, now = run_digest(settings), clock.seconds
+    seals = Seals(roster, fleet.key_of, run_id=digest, refusals=refusals, clock=now)
     peers = DevicePeers(roster, fleet.key_of, refusals)
     most = min(limits.connections, grant_descriptors())
     connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
     listener = connections.listener(bind(address.host, address.port))
-    try:
-        wakeups = Wakeups(presence, roster, uploads, refusals)
+    with _closed_on_error(listener):
         wake, wake_port = await serve_wakeups(
-            wakeups,
+            Wakeups(presence, roster, uploads, refusals),
             identity,
             host=address.host,
             port=address.wake_port,
             connections=most,
             handshake_s=limits.handshake_s,
         )
-    except BaseException:
-        listener.close()
-        raise
     gate = Gate(
         fleet=fleet,
         roster=roster,
@@ -191,6 +183,15 @@ async def listen(
         fleet.end_run()
         shutil.rmtree(spool, ignore_errors=True)
         log.info("stopped")
+
+
+@contextmanager
+def _closed_on_error(listener: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        listener.close()
+        raise
 
 
 def _name(roster: Roster, public: bytes) -> str | None:
