@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import httpcore
 import httpx
 
+from fedcore.rpc.dial import dial
+
 _LOOK_S = 0.5
 """How often a call that waits looks whether it is to end."""
 _PIECE = 1 << 16
@@ -149,9 +151,7 @@ class _Backend(httpcore.NetworkBackend):
         if left_s <= 0:
             raise httpcore.ConnectTimeout("the call is over")
         try:
-            connected = socket.create_connection(
-                (host, port), left_s if timeout is None else min(timeout, left_s)
-            )
+            connected = dial(host, port, left_s if timeout is None else min(timeout, left_s))
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
