@@ -274,7 +274,7 @@ class FleetLink:
             interceptor=self,
             verify=client_context(kit),
             timeout_s=_TIMEOUT_S,
-            stopped=lambda: self._stop.is_set() and self._last is None,
+            stopped=self._stop.is_set,
             moved=self._moved,
         )
 

@@ -24,6 +24,7 @@ from edge_client.node.state import DeviceFolder, own
 from edge_client.node.wake import Signals
 from fedcore.crypto.kit import Kit, load_identity, load_kit, restrict
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
+from fedcore.flower import fleet_pull
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import Refused, Unreachable
 from fedcore.owner import OPEN_POLICY
@@ -68,7 +69,9 @@ class Running:
 
 
 @contextmanager
-def kitted(folder: Path, answers: Answers) -> Iterator[tuple[Kit, DeviceFolder]]:
+def kitted(
+    folder: Path, answers: Callable[[Any, bytes], None]
+) -> Iterator[tuple[Kit, DeviceFolder]]:
     """A device's kit and folder, while its server answers."""
     project = Project("orchard", datetime.now(UTC).replace(microsecond=0))
     serving = restrict(
@@ -247,6 +250,27 @@ def test_a_server_that_is_busy_on_and_on_is_asked_less_and_less(
     assert all(0.05 <= one <= 0.2 for one in waited[:5])
     assert all(30.0 <= one <= 45.0 for one in waited[80:])
     assert caplog.text.count("busy") == 1
+
+
+def test_a_goodbye_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner's hours are over, and each byte came in time for the next."""
+    monkeypatch.setattr(fleet_pull, "ENDING_S", 1.0)
+
+    def drip(connection: Any, request: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 X\r\ncontent-length: 99\r\n\r\n")
+        for _ in range(99):
+            time.sleep(0.1)
+            connection.sendall(b"z")
+
+    stop = threading.Event()
+    stop.set()
+    with kitted(tmp_path, drip) as (kit, _):
+        link = FleetLink(kit, headers={}, stop=stop)
+        began = time.monotonic()
+        with pytest.raises(Unreachable):
+            link.deactivate(1.0)
+        link.close()
+    assert time.monotonic() - began < 4.0
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
