@@ -9,6 +9,7 @@
     |-- PrivacyError                 5   a guarantee that cannot be given
     |   |-- UnsupportedLayer             a layer that example-level DP cannot take
     |   |-- LedgerFull                   a device's ledger has room for no more
+    |   |-- TooManyRuns                  a server begins private runs too fast
     |   `-- BudgetExhausted              the next release would pass the epsilon budget
     |       `-- OwnersBudgetExhausted    that of the device's owner, over all runs
     |-- TrainingError                6   training that cannot go on
@@ -90,6 +91,10 @@ class UnsupportedLayer(PrivacyError):
 
 class LedgerFull(PrivacyError):
     """A device's ledger holds as many runs, or charges, as it may: nothing in it is forgotten."""
+
+
+class TooManyRuns(PrivacyError):
+    """A server has a device open new private runs faster than any project needs."""
 
 
 class BudgetExhausted(PrivacyError):

@@ -27,13 +27,14 @@ from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit
-from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
+from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate, TooManyRuns
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Refused, Unreachable
 from fedcore.flower.fleet_pull import Announced
 from fedcore.flower.identity import assume_identity
 from fedcore.observability.faults import first_fault
+from fedcore.privacy.ledger import ledger_in
 from fedcore.rpc.hello import SETTINGS, hello_of
 from fedcore.rpc.jitter import spread_s
 from fedcore.seeds import Randomness, SystemEntropy
@@ -54,6 +55,9 @@ _LOOK_S = 60.0
 """How often messages are looked for without any call; a stream that lost one costs no more."""
 MESSAGE_S, MESSAGE_BURST = 0.02, 1000
 """How often a message is answered in the long run, and how often at once."""
+NEW_RUN_S, NEW_RUN_BURST = 900.0, 64
+"""How often a private run that this device has no charge of is opened, and how often at once. A
+ledger forgets nothing: ever new runs would fill it, and nothing could be charged any more."""
 IDLE_MESSAGES = 50
 """As so many counts one that was no work: declined, failed, or answered before. A server could
 have a device decline as fast as the two can talk, and no limit on work bounds that."""
@@ -75,6 +79,8 @@ class Device:
     """Hears how many bytes each call has moved, and may wait."""
     between_rounds: Callable[[], None] | None = None
     """Called when nothing is left to answer, after the run's model has been let go."""
+    new_runs: Ceiling = field(default_factory=lambda: Ceiling(NEW_RUN_S, NEW_RUN_BURST))
+    """Grants private runs that nothing was charged in yet."""
 
 
 @dataclass(frozen=True)
@@ -346,6 +352,13 @@ def _open(device: Device, link: FleetLink, signals: Signals, run_id: int) -> _Ru
     data = device.owner.data_folder or data_folder()
     if config.private:
         ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
+        if not (ledger_in(state).charges or device.new_runs.take()):
+            raise TooManyRuns(
+                f"run {config.name!r} is new, and its server has had this device open "
+                f"{NEW_RUN_BURST} new private runs, and one in {NEW_RUN_S / 60:.0f} minutes. A "
+                "server that begins run after run would fill this device's ledger. Nothing was "
+                "charged; the run is taken when it is asked for later."
+            )
         durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
     else:
         drop_idle(device.folder, before=config.name)

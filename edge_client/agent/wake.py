@@ -107,6 +107,14 @@ class Ceiling:
         self._free_s = max(self._free_s, now - saved_s) + count * self.every_s
         return max(self._free_s - now, 0.0)
 
+    def take(self) -> bool:
+        """Takes one if it is granted now; False, and nothing is taken, if it is not."""
+        before_s = self._free_s
+        granted = self.wait_s() == 0.0
+        if not granted:
+            self._free_s = before_s
+        return granted
+
 
 def watch(
     instance: str, link: FleetLink, signals: Signals, passed: Callable[[int], None] | None = None

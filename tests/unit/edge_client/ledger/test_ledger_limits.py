@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from flwr.proto.message_pb2 import ObjectTree
 import edge_client.ledger.ledger as ledger_module
 from edge_client import device_folder as state_module
 from edge_client.agent import loop
-from edge_client.agent.wake import Signals
+from edge_client.agent.wake import Ceiling, Signals
 from edge_client.device_folder import DeviceFolder, own
 from edge_client.ledger import book as ledger_book
 from edge_client.ledger.book import (
@@ -100,6 +100,26 @@ def test_ever_new_runs_are_refused_before_anything_is_charged_or_written(
     assert "name an empty one with --state" in caplog.text
     assert not site.ask("run-1", private=True, number=2).has_error(), "a known run goes on"
     assert site.charges() == {"run-0": 1, "run-1": 2, "run-2": 1}
+
+
+def test_a_server_cannot_fill_a_ledger_with_runs_as_fast_as_it_can_ask(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    site.device = replace(site.device, new_runs=Ceiling(900.0, 2, clock=lambda: now[0]))
+    assert not site.ask("one", private=True).has_error()
+    assert not site.ask("two", private=True).has_error()
+    before = site.files()
+    reply = site.ask("three", private=True)
+    assert reply.error.code == REFUSED + PrivacyError.exit_code
+    assert site.files() == before
+    assert "run 'three' is new, and its server has had this device open 64" in caplog.text
+    assert not site.ask("one", private=True, number=2).has_error(), "a known run goes on"
+    assert not site.ask("plain", private=False).has_error(), "nothing is charged in it"
+    now[0] += 901.0
+    assert not site.ask("three", private=True).has_error()
+    assert site.ask("four", private=True).has_error()
+    assert site.charges() == {"one": 2, "two": 1, "three": 1}
 
 
 def test_a_run_without_an_end_is_refused_before_anything_is_charged_or_written(
