@@ -81,9 +81,10 @@ lint: setup  ## formatting, style, types and the layers of the packages
 coverage: setup  ## the tests, with lines and branches that none of them reaches
 	$(BIN)/pytest -n $(WORKERS) -m "not gpu" --cov --cov-report=term --cov-report=html $(ARGS)
 
+# Not --quiet: that also silences the warnings which --strict counts.
 docs: setup  ## write the generated pages, then build the site in runs/site; checks every link
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Resolved afresh in environments of their own. What torch's CUDA build brings is left out: torch
 # pins it itself, and a CPU build has none of it.
