@@ -78,18 +78,18 @@ class History:
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a simulation."""
+    """What a simulation left."""
 
     record: RunRecord
     """Everything that the report shows."""
     model: FullModel = field(repr=False)
-    """Preprocessing and network after fine-tuning, or of the best round when there was no
-    fine-tuning or the gate rejected it; on the CPU, in evaluation mode."""
+    """Preprocessing and network behind fine-tuning, or of the best round where there was none or
+    the gate closed; on the CPU, in evaluation mode."""
     summary: dict[str, Any] = field(repr=False)
-    """The contents of ``summary.json``."""
+    """What ``summary.json`` holds."""
     folder: Path
-    """The folder of its files: report, candidates, checkpoints. It is removed together with this
-    object, unless ``runs`` was named."""
+    """Where its files lie: report, candidates, checkpoints. It is gone with this object, unless
+    ``runs`` was named."""
     _kept: object = field(default=None, repr=False, compare=False)
 
     @property
@@ -101,7 +101,7 @@ class Result:
     def metrics(self) -> dict[str, dict[str, float]]:
         """Scores on the final test split, by metric and then by model.
 
-        Models are ``federated``, ``released``, and after fine-tuning ``finetuned`` and
+        Models are ``federated``, ``released``, and behind fine-tuning ``finetuned`` and
         ``cloud_alone``.
         """
         return self.record.scores
@@ -159,16 +159,16 @@ def simulate(
             is neither fine-tuned nor trained by several processes on GPUs: those load a task from
             its file.
         run: The run, or its file; a run with every setting's default when None.
-        owner: The owner's policy that every virtual client applies.
+        owner: What every virtual client keeps to.
         runs: A folder: results go to the folder of the run's name in it, in place of a complete
             run that was there. A folder that lives as long as the result when None.
-        fresh: Replace an interrupted run there, too; otherwise that is an error.
+        fresh: A run that was interrupted there is replaced, too; it is an error otherwise.
         progress: Whether progress is written to standard error.
-        settings: Sections or settings of the run to override, such as ``seed=3``.
+        settings: Sections or settings of the run that are to be others.
 
     Raises:
-        FedcoreError: anything that the command line would report, with the same text. Only
-            progress is printed, and the process goes on.
+        FedcoreError: whatever is wrong or fails, as the command line says it. Nothing is printed
+            but progress, and the process goes on.
     """
     asked = _configured(task, run, settings)
     kept = tempfile.TemporaryDirectory(prefix="fedcore-run-") if runs is None else None
