@@ -31,7 +31,7 @@ setup: .venv/.installed  ## make .venv with exactly the versions of constraints.
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(FIND_PYTHON); [ -x $(BIN)/python ] || $$python -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[sim,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[sim,dev,docs]"
 	@touch $@
 
 demo: setup  ## the whole loop on handwritten digits, until a device answers
@@ -81,8 +81,10 @@ lint: setup  ## formatting, style, types and the layers of the packages
 coverage: setup  ## the tests, with lines and branches that none of them reaches
 	$(BIN)/pytest -n $(WORKERS) -m "not gpu" --cov --cov-report=term --cov-report=html $(ARGS)
 
-docs: setup  ## write docs/configuration.md from the models
+# Not --quiet: that also silences the warnings which --strict counts.
+docs: setup  ## write the generated pages, then build the site in runs/site; checks every link
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Resolved afresh in environments of their own. What torch's CUDA build brings is left out: torch
 # pins it itself, and a CPU build has none of it.
@@ -95,7 +97,7 @@ constraints:  ## resolve again and write constraints.txt and constraints-device.
 		{ grep '^#' $$3; .venv-resolve/bin/pip freeze --all --exclude pip --exclude fedcore \
 			| grep -v '^nvidia-\|^triton' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > $$3.new; \
 		mv $$3.new $$3; }; \
-	resolve "$$torch" "[sim,dev]" constraints.txt; \
+	resolve "$$torch" "[sim,dev,docs]" constraints.txt; \
 	resolve "" "" constraints-device.txt; \
 	rm -rf .venv-resolve build
 

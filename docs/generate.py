@@ -1,16 +1,28 @@
-"""Writes docs/configuration.md from the models themselves: ``python docs/generate.py``."""
+"""Writes the pages that follow from the code: ``python docs/generate.py [--check]``.
+
+``configuration.md`` comes from the models of settings, ``command_line.md`` from the parsers, and
+the list of folders in ``architecture.md`` from the docstrings of the packages. ``--check`` writes
+nothing, and exits with 1 when a page is not up to date.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedcore.cli import build_parser
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig, Section
+
+DOCS = Path(__file__).parent
 
 INTRO = """\
 # Configuration
@@ -19,12 +31,23 @@ One TOML file describes a run, in a simulation and in a deployment alike. Paths 
 file's own folder. `--set section.key=value` overrides a value. Unknown keys, wrong types and values
 that contradict each other stop the program before anything runs, with exit code 2.
 
-This page is written by `make docs` from the models in `fedcore/config/run.py`.
+This page is written by `make docs` from the models in `fedcore/config/run.py` and
+`fedcore/config/owner.py`.
 """
 OWNER = """\
 What belongs to the owner of a device stands in a file on the device, `owner.toml`, and only
 tightens what a server asks. A simulation takes one for all its clients: `--owner owner.toml`.
 """
+
+COMMANDS = """\
+# Command line
+
+`fedcore VERB --help` says the same in a terminal. With `--json` a command prints JSON for programs.
+Exit codes are in [Errors and exit codes](errors.md).
+
+This page is written by `make docs` from the parsers of the command line.
+"""
+FOLDERS = ("<!-- folders: written by `make docs` -->", "<!-- end of folders -->")
 
 
 def section_of(annotation: object) -> type[Section] | None:
@@ -94,8 +117,8 @@ def plain(value: object) -> str:
     return "{}" if value == {} else str(value)
 
 
-def page() -> str:
-    """The whole page."""
+def configuration() -> str:
+    """The page of all settings."""
     parts = [INTRO, "## The run\n", table(RunConfig)]
     for name, field in RunConfig.model_fields.items():
         section = section_of(field.annotation)
@@ -120,5 +143,94 @@ def tables_in(section: type[Section], prefix: str) -> list[str]:
     return parts
 
 
+def command_line() -> str:
+    """The page of all commands."""
+    return "\n".join([COMMANDS, *commands(build_parser(), level=2)]) + "\n"
+
+
+def commands(parser: argparse.ArgumentParser, *, level: int) -> Iterator[str]:
+    """A section for each command below a parser, and for each below that."""
+    for below in parser._actions:
+        if not isinstance(below, argparse._SubParsersAction):
+            continue
+        for command in below.choices.values():
+            yield f"{'#' * level} {command.prog}\n"
+            yield f"{sentence(command.description or '')}\n"
+            if command.epilog:
+                yield f"```\n{command.epilog.removeprefix('example: ')}\n```\n"
+            yield from options(command)
+            yield from commands(command, level=level + 1)
+
+
+def options(command: argparse.ArgumentParser) -> Iterator[str]:
+    """A row for each argument of a command, positional ones first."""
+    formatter = argparse.HelpFormatter(command.prog)
+    taken = [
+        action
+        for action in sorted(command._actions, key=lambda action: bool(action.option_strings))
+        if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
+    ]
+    if not taken:
+        return
+    yield "| argument | required | what it does |\n|---|---|---|"
+    for action in taken:
+        values = formatter._format_args(action, str(action.metavar or action.dest.upper()))
+        name = " ".join(filter(None, [*action.option_strings[-1:], values]))
+        required = action.required and action.nargs not in ("?", "*")
+        text = cell(formatter._expand_help(action) if action.help else "")
+        if action.choices:
+            text += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+        yield f"| `{cell(name)}` | {'yes' if required else ''} | {text} |"
+    yield ""
+
+
+def sentence(text: str) -> str:
+    """A description with a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def cell(text: str) -> str:
+    """Text that may stand in a table."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def architecture() -> str:
+    """The page on architecture with the folders of today."""
+    before, begin, rest = (DOCS / "architecture.md").read_text().partition(FOLDERS[0])
+    _, end, after = rest.partition(FOLDERS[1])
+    return "".join([before, begin, "\n", *folders(), end, after])
+
+
+def folders() -> Iterator[str]:
+    """A table for each package, with a row for each folder of it."""
+    for top in ("fedcore", "edge_client", "server"):
+        yield "\n| folder | what it does |\n|---|---|\n"
+        for path in sorted((DOCS.parent / top).rglob("__init__.py")):
+            said = ast.get_docstring(ast.parse(path.read_text())) or ""
+            line = re.sub(r"\s+", " ", said.partition("\n\n")[0]).replace("``", "`")
+            yield f"| `{path.parent.relative_to(DOCS.parent)}/` | {cell(line)} |\n"
+    yield "\n"
+
+
+PAGES = {
+    "architecture.md": architecture,
+    "command_line.md": command_line,
+    "configuration.md": configuration,
+}
+
+
+def main(check: bool) -> int:
+    """Writes each page, or with ``check`` names those that are not up to date."""
+    stale = False
+    for name, page in PAGES.items():
+        path, text = DOCS / name, page()
+        if check and (not path.exists() or path.read_text() != text):
+            sys.stderr.write(f"docs/{name} is not up to date: run `make docs`.\n")
+            stale = True
+        elif not check:
+            path.write_text(text)
+    return int(stale)
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("configuration.md").write_text(page())
+    sys.exit(main("--check" in sys.argv[1:]))

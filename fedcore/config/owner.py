@@ -19,14 +19,14 @@ Digest = Annotated[str, Field(pattern=SHA256)]
 
 
 class DataSet(Section):
-    """``[[datasets]]``: data with a budget of its own, as they are of other people."""
+    """``[[datasets]]``: data with a budget of its own, because it is about other people."""
 
     name: Annotated[str, Field(pattern=DATA_NAME)]
-    """Whatever is trained on data of this name adds up for good, however the files change."""
+    """All training on data of this name adds up for good, however the files change."""
     path: Annotated[str, Field(pattern=PATH)]
-    """The folder that holds them; ``data`` must be it, or lie in it, for a run to count there."""
+    """The folder of the data set. A run counts here when ``data`` is this folder or inside it."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
-    """In place of the device's, for what is trained on these data."""
+    """The budget of this data set, in place of the device's."""
 
     @property
     def folder(self) -> Path:
@@ -38,49 +38,49 @@ class OwnerPolicy(Section):
     """``owner.toml``: limits that no server can lift."""
 
     data: str | None = None
-    """Folder of the local data, handed to the task in place of its default; it must be there."""
+    """Folder of the local data, which the task reads from; it must exist."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
-    """No update leaves once it would take this device past so much, whatever the server allows,
-    over all runs, tasks and data; where ``datasets`` names data, over all runs on the same ones."""
+    """Budget of this device over all runs, tasks and data, whatever the server allows; no update
+    that would exceed it leaves. For data named in ``datasets``: over all runs on that data set."""
     target_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The delta at which ``max_epsilon`` is counted, when stricter than the server's."""
     max_delta_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """A run's ``target_delta`` times the number of examples is at most so much: at 1, showing one
-    of them to everyone would count as private."""
+    """Upper bound of a run's ``target_delta`` times the number of examples. At 1, publishing one
+    example would count as private."""
     max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
-    """A message that is larger, or training that would need more, is declined before it starts;
-    training without privacy that comes to need more ends between two steps."""
+    """A larger message, or training that would need more, is declined before it starts. Training
+    without privacy that turns out to need more ends between two steps."""
     max_round_s: Annotated[float, Field(ge=1, le=MOST_SECONDS)] | None = None
-    """Most seconds of work for one message. Training with privacy that would take longer, by a step
-    that is timed on made-up examples, is declined before it starts; whatever goes on ends between
-    two steps, and no update is sent."""
+    """Most seconds of work for one message. Private training that would take longer, judged by a
+    step timed on made-up examples, is declined before it starts. Work that takes longer ends
+    between two steps, and no update is sent."""
     max_round_steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
     """Most steps of the optimiser in one round; a round that asks for more is declined."""
     max_round_bytes: Annotated[int, Field(ge=1, le=10**15)] | None = None
-    """Most bytes of one message from the server. Whatever stands here, no message may have more
-    than a few times the bytes of the installed task's model."""
+    """Most bytes of one message from the server. In any case no message may have more than a few
+    times the bytes of the installed task's model."""
     max_threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Most threads of torch that training uses."""
     device: DeviceChoice | None = None
-    """Pins where this device trains."""
+    """Where this device trains, whatever the run says."""
     tasks: tuple[Digest, ...] | None = None
-    """SHA-256 of each task file that may run here; any that is installed when unset."""
+    """SHA-256 of each task file that may run here; any installed task when unset."""
     hours: tuple[Hours, ...] | None = None
-    """When this device takes part, by its own clock, as ``["22:00-06:00"]``; always when unset.
-    Training that is not over by their end is given up."""
+    """When this device takes part, by its own clock, such as ``["22:00-06:00"]``; always when
+    unset. Training that has not finished at the end of these hours is given up."""
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
     """Most bytes a second, to and from the server together, over a transfer as a whole."""
     min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
-    """On battery, this device takes no part below that charge."""
+    """On battery, this device takes no part below this charge."""
     on_mains_only: bool = False
     """This device takes no part while it runs on its battery."""
     max_gpu_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The share of a GPU's memory that training may take; more ends as too little memory does."""
+    """The share of a GPU's memory that training may take. More is an out-of-memory error."""
     free_gpu_between_rounds: bool = False
-    """Gives the GPU's memory back after each round; the next one takes longer to begin."""
+    """Releases the GPU's memory after each round; the next round takes longer to begin."""
     datasets: tuple[DataSet, ...] = ()
-    """Data that have budgets of their own. Two that ever held a file of the same content count as
-    one, at the lesser budget, and what was trained on data without a name counts against all."""
+    """Two data sets that ever held a file of the same content count as one, with the smaller
+    budget. Training on data without a name counts against all of them."""
 
     file: str = Field(default="owner.toml", exclude=True, repr=False)
     """What the file is called, for errors; some of these go to the server, so it is no path."""

@@ -65,30 +65,31 @@ class Federation(Section):
     strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Keyword arguments of that strategy."""
     weighting: Literal["examples", "uniform"] = "examples"
-    """Whether an update weighs as many examples as its client has, or as much as any other. On a
-    live run that is the number that each client committed to when it was enrolled, whatever it
-    reports later; unless every device of the project has committed to one, all weigh the same.
-    Which of the two holds is settled when a round selects, for all of it. Under client-level
-    privacy all weigh the same, whatever stands here: a bound on each update bounds nothing else."""
+    """``examples``: an update weighs as many examples as its client has. ``uniform``: all weigh the
+    same. On a live run the number of examples is the one that the device enrolled with, whatever it
+    reports later; unless every device of the project enrolled with one, all weigh the same. This is
+    decided when a round selects its devices. Under client-level privacy all weigh the same in any
+    case, because the guarantee needs a bound on each update alone."""
     max_update_norm: Annotated[float, Field(ge=1e-9, le=1e12)] | Literal["adaptive", "none"] = (
         "adaptive"
     )
-    """L2 bound of an update, the difference to the weights that were sent; a longer one is clipped,
-    and its client named. ``adaptive``, on a live run alone, is ten medians of the round's updates,
-    at most 20 of rounds before, as for fewer than three. Client-level privacy has its own."""
+    """L2 bound of an update (the difference to the weights that were sent). A longer update is
+    clipped, and a note names its client. ``adaptive`` works on live runs only: ten times the median
+    of the round's updates, and at most 20 times the median of earlier rounds, which also bounds
+    rounds of fewer than three updates. Client-level privacy has its own bound."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
-    """Asks so many times the cohort, and takes the first updates to arrive, as many as the cohort;
-    the others are told that they are late. At 1.3 three of thirteen may be slow."""
+    """Asks this many times the cohort, and takes the first ``cohort`` updates that arrive; later
+    ones do not count. With a cohort of ten and 1.3, three of thirteen clients may be slow."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The share of a cohort whose updates a round needs."""
     deadline_s: Seconds = 3600.0
-    """A round goes on with the updates that have come in by then."""
+    """After this time a round goes on with the updates that have arrived."""
     evaluate_cohort: Annotated[int, Field(ge=0, le=MOST_CLIENTS)] = 0
-    """Clients that report metrics on data they hold back, each round; 0 for none."""
+    """How many clients report metrics on held-back data in each round; 0 for none."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The share of a client's data held back from training for that."""
+    """The share of a client's data that is held back from training to evaluate on."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Stop after so many rounds without a better validation metric; 0 to run every round."""
+    """Stop after this many rounds without a better validation metric; 0 to run every round."""
     normalisation: Literal["task", "cloud", "federated"] = "task"
     """Where the mean and deviation of the inputs come from: the task's own preprocessing, the
     cloud's data, or sums over all clients."""
@@ -119,7 +120,7 @@ class ClientPrivacy(Section):
     """``[privacy.client]``: client-level differential privacy, whose noise the server adds."""
 
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
-    """Budget of the whole run: it ends before a round that would pass it."""
+    """Budget of the whole run, which ends before a round that would exceed it."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
     """The delta at which that is counted; at most a tenth of one over the number of clients."""
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["adaptive"] = 1.0
@@ -129,13 +130,13 @@ class ClientPrivacy(Section):
     """Deviation of the noise on the sum of updates, over ``clip_norm``; ``auto`` takes the least
     that keeps ``federation.rounds`` rounds within ``max_epsilon``."""
     mechanism: Literal["gaussian", "matrix"] = "gaussian"
-    """``gaussian``: the server draws each client for a round on its own, with equal probability,
-    ``federation.cohort`` of them in expectation, and tells nobody whom; epsilon counts on that.
-    ``matrix``: each round asks exactly so many, nobody's absence is counted on, and noise is
-    correlated over rounds so that much of it cancels in the model."""
+    """``gaussian``: the server draws each client independently, ``federation.cohort`` of them in
+    expectation, and keeps the draw secret; epsilon relies on that. ``matrix``: each round asks
+    exactly ``federation.cohort`` clients, participation need not be secret, and noise is correlated
+    over rounds so that much of it cancels in the model."""
     separation: Rounds | None = None
-    """Of ``matrix``: no client is asked more than once in so many rounds in a row. The more, the
-    less noise; unset, as many as the number of clients over the cohort allows."""
+    """For ``matrix``: a client is asked at most once in this many consecutive rounds. Larger values
+    need less noise. Unset: the number of clients divided by the cohort."""
     accountant: Literal["rdp", "prv"] = "prv"
     """As in ``[privacy]``."""
 
@@ -144,26 +145,27 @@ class Privacy(Section):
     """``[privacy]``: differential privacy; these settings are those of each example, by DP-SGD."""
 
     unit: Literal["none", "example", "client", "both"] = "none"
-    """What is protected: nothing; each ``example`` of each client, by noise that the client adds,
-    so from the server as well, against a null record in its place (zero-out adjacency: how many
-    examples a client has is public); each ``client`` with all of its data, by noise that the server
-    adds (see ``[privacy.client]``), so from whoever gets its models; or ``both``."""
+    """What is protected. ``example``: each example of each client, by noise that the client adds,
+    also from the server. Neighbouring data sets have a null record in place of one example
+    (zero-out adjacency), so the number of examples is public. ``client``: each client with all of
+    its data, by noise that the server adds (see ``[privacy.client]``), from everyone who gets the
+    models. ``both``: both guarantees. ``none``: nothing."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
     """Budget of each client over the whole run."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
-    """The delta at which epsilon is counted; a client with more than a tenth of one over it
-    examples refuses, unless its owner allows more."""
+    """The delta at which epsilon is counted. A client refuses when it is above a tenth of one over
+    the number of its examples, unless its owner allows more."""
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """L2 bound of one example's gradient."""
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
     """Noise over ``clip_norm``; ``auto`` takes, for each client, the least that keeps
     ``participations`` rounds within ``max_epsilon``."""
     participations: Rounds | None = None
-    """Rounds one client is expected in; ``federation.rounds`` when unset. A client whose budget
-    is spent earlier takes no further part."""
+    """Rounds in which one client is expected to take part; ``federation.rounds`` when unset. A
+    client whose budget is spent earlier takes no further part."""
     accountant: Literal["rdp", "prv"] = "prv"
-    """How charges add up. Both bound epsilon from above: ``prv`` by the distribution of privacy
-    losses, which takes 4 to 12 % less noise; ``rdp`` by Renyi divergences."""
+    """How charges add up. Both give an upper bound on epsilon: ``prv`` by the distribution of
+    privacy losses, which needs 4 to 12 % less noise; ``rdp`` by Renyi divergences."""
     client: ClientPrivacy = Field(default_factory=ClientPrivacy)
     """Settings of client-level privacy."""
 
@@ -201,18 +203,18 @@ class Finetune(Section):
     max_metric_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     """The gate: how much worse the held-out metric may be after fine-tuning."""
     judge: Literal["clients", "cloud", "both"] | None = None
-    """Whose held-out data the gate asks. Unset: the clients', where they hold data back
-    (``federation.evaluate_cohort``), else the cloud's. Of clients, the worst end of a 95 % interval
-    counts. In a simulation they weigh candidates beside the cloud then, unless it is ``cloud``."""
+    """Whose held-out data the gate uses. Unset: the clients', if they hold data back
+    (``federation.evaluate_cohort``), or else the cloud's. With clients, the worse end of a 95 %
+    interval counts, and in a simulation they also judge candidates, together with the cloud."""
     timeout_s: Seconds = 3600.0
-    """Fine-tuning that takes longer fails; so does a process that waits so long for another."""
+    """Fine-tuning fails when it takes longer, or when a process waits this long for another."""
 
 
 class Compression(Section):
     """``[compression]``: which candidates are built, and what the released one must keep to."""
 
     candidates: tuple[CandidateName, ...] = CANDIDATES
-    """What to build; ``fp32`` always, as the others are weighed against it."""
+    """What to build. ``fp32`` must be among them, because the others are compared with it."""
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
     such as RMSE, a fraction of it)."""
@@ -240,10 +242,10 @@ class Release(Section):
     keys: str | None = None
     """Folder of the keys that ``fedcore release init`` made."""
     max_test_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
-    """How much worse than the model of the rounds what is published may be on the final test split
-    (an absolute accuracy; for an error such as RMSE, a fraction of it), and by one example in any
-    case. What is worse is withheld: the run ends with exit code 9, its files and report are
-    there."""
+    """How much worse than the model of the rounds the published model may be on the final test
+    split (an absolute accuracy; for an error such as RMSE, a fraction of it). One example worse is
+    always allowed. A model that is worse is withheld: the run ends with exit code 9, and its files
+    and report remain."""
 
 
 class Serving(Section):
@@ -257,20 +259,20 @@ class DeviceClass(Section):
     """``[[simulation.devices]]``: one kind of device among the virtual clients."""
 
     name: Name
-    """What the class is called; each its own."""
+    """The name of the class; each name is used once."""
     share: Rate = 1.0
     """How many of the clients are of this class, relative to the other classes' shares."""
     examples_per_s: Rate
     """Median speed of local training, as measured on such a device with this run's settings."""
     speed_spread: Spread = 0.0
-    """Sigma of a log-normal over devices: 0 where all are alike; at 0.5 one device in six is
+    """Sigma of a log-normal over devices. At 0 all have the same speed; at 0.5 one device in six is
     slower than 0.6 times the median."""
     download_mbit_s: Rate = 50.0
     """Median bandwidth from the server to a device, in 10^6 bits a second."""
     upload_mbit_s: Rate = 10.0
     """Median bandwidth from a device to the server."""
     bandwidth_spread: Spread = 0.0
-    """As ``speed_spread``; one draw a device, for both directions."""
+    """Like ``speed_spread``; one draw per device, for both directions."""
     latency_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     """From the start of a round until a device begins to download: polling, waking up."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -283,17 +285,17 @@ class Simulation(Section):
     """``[simulation]``: how virtual clients are trained; no part of a deployment."""
 
     training: Literal["auto", "loop", "vectorised"] = "auto"
-    """One client after the other by the app that devices run, or many side by side in batched
-    computation; ``auto`` measures both on the first clients. The result is the same up to the order
-    of float32 sums."""
+    """``loop``: one client after the other, by the app that devices run. ``vectorised``: many
+    clients at once in batched computation. ``auto``: the faster of the two on the first clients.
+    The result is the same up to the order of float32 sums."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that train at the same time, one thread each; 0 for as many as there are cores, or
-    for none beside the main one where rounds are short."""
+    """Processes that train at the same time, one thread each. 0: as many as there are cores, or
+    only the main process when rounds are short."""
     engine: Literal["local", "ray"] = "local"
-    """Where workers live: processes on this machine, or actors of a Ray cluster."""
+    """Where workers run: in processes on this machine, or in actors of a Ray cluster."""
     devices: tuple[DeviceClass, ...] = ()
-    """Classes of devices; which one a client is in follows from the seed and its name. With none,
-    and without a trace, no virtual clock runs and every client answers."""
+    """The seed and a client's name decide its class. Without classes and without a trace there is
+    no virtual clock, and every client answers."""
     trace: str | None = None
     """A CSV file with each client's speed, bandwidth and hours in place of ``devices``, relative
     to this file."""

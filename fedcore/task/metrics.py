@@ -27,9 +27,9 @@ class Metric:
     """Takes outputs ``(N, ...)`` and targets ``(N, ...)``, both on the CPU."""
     higher_is_better: bool
     low: float = -LARGEST_METRIC
-    """The least that it can be. A client that reports less is not believed."""
+    """The smallest possible value. A client's reply below it is rejected."""
     high: float = LARGEST_METRIC
-    """The most that it can be, likewise."""
+    """The largest possible value. A client's reply above it is rejected."""
 
     def __post_init__(self) -> None:
         if not -LARGEST_METRIC <= self.low < self.high <= LARGEST_METRIC:
@@ -78,5 +78,8 @@ def _perplexity(outputs: Tensor, targets: Tensor) -> float:
 ACCURACY = Metric("accuracy", _accuracy, higher_is_better=True, low=0.0, high=1.0)
 """The share of rows (or tokens) whose largest output is the target."""
 RMSE = Metric("rmse", _rmse, higher_is_better=False, low=0.0)
+"""The square root of the mean squared error, over all outputs."""
 MAE = Metric("mae", _mae, higher_is_better=False, low=0.0)
+"""The mean absolute error, over all outputs."""
 PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False, low=0.0)
+"""The exponential of the mean cross-entropy over tokens."""

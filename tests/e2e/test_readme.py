@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 QUICK = ["federation.rounds=2", "finetune.epochs=1", "compression.timing_runs=100"]
 
 
@@ -97,15 +97,3 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
-
-
-def test_the_configuration_page_is_that_of_the_models(tmp_path: Path) -> None:
-    script = "import runpy, sys; sys.stdout.write(runpy.run_path(sys.argv[1])['page']())"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "docs" / "generate.py")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    assert done.stdout == (ROOT / "docs" / "configuration.md").read_text(), "run `make docs`"
