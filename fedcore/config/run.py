@@ -299,6 +299,10 @@ class Simulation(Section):
     to this file."""
 
 
+IN_MEMORY = "<made in memory>"
+"""Stands for the task file of a task that has none, as one that is defined in a notebook."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
