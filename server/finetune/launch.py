@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,7 +29,7 @@ from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_ch
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, trained
-from server.finetune.loop import device_of, threads_of, train_start, unknown_failure
+from server.finetune.loop import device_of, train_start, unknown_failure
 from server.finetune.worker import work
 from server.process.spawn import script_left_out
 from server.rounds.judging import Judge, Judgement
@@ -80,8 +79,8 @@ def fine_tune(
     else the cloud's, or both as ``finetune.judge`` says, is not worse than before by more than
     ``finetune.max_metric_drop``.
 
-    One process is this one; it keeps its random streams, its threads and what it computes on.
-    Several are started by torchrun, and load the task from its file.
+    One process is this one, whose random streams stay what they were. Several are started by
+    torchrun, and load the task from its file.
 
     Guarantee:
         The run's seed fixes every bit of both models, whatever process they are trained in.
@@ -149,10 +148,9 @@ def _train_here(
     results: Sequence[FullModel],
 ) -> None:
     """Trains each result from its start, in this process."""
-    device, threads = device_of(0), torch.get_num_threads()
+    device = device_of(0)
     try:
         with kept_streams():
-            torch.set_num_threads(threads_of(1))
             for start, result in zip(starts, results, strict=True):
                 load_checkpoint(start, result, where="the model to fine-tune")
                 train_start(result.to(device), task, cloud.train, run, device)
@@ -161,8 +159,6 @@ def _train_here(
         raise
     except (Exception, SystemExit) as error:  # the task's code: its failure is passed on
         raise TrainingError(unknown_failure(0, error)) from error
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train_apart(run: RunConfig, starts: Sequence[bytes], results: Sequence[FullModel]) -> None:

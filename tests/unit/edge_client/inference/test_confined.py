@@ -202,7 +202,7 @@ def test_foreign_words_do_not_act_on_a_terminal() -> None:
 INSIDE = """
 import json, os, resource, socket, sys
 sys.path[:] = json.loads(sys.argv[1])
-from edge_client import confined_child as child
+from edge_client.inference import confined_child as child
 before = sorted(int(n) for n in os.listdir("/proc/self/fd"))[:-1]
 child._die_with(os.getppid())
 child._confine(1 << 30, 60)
