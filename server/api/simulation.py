@@ -42,8 +42,10 @@ def simulate(
 ) -> Result:
     """Trains over simulated clients, then fine-tunes, compresses, tests and publishes.
 
-    Example:
-        ``fedcore.simulate(task, "run.toml", federation={"rounds": 20}, seed=3)``
+    Example::
+
+        result = fedcore.simulate(task, "run.toml", federation={"rounds": 20}, seed=3)
+        result.metrics, result.history.to_pandas(), result.model
 
     Args:
         task: A task, or the file that defines one; None for the one that the run names. A task made
