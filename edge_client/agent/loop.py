@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from edge_client.agent.demands import message_limit_bytes, reason_to_stop
 from edge_client.agent.policy import hours_left_s
-from edge_client.agent.wake import Signals, watch
+from edge_client.agent.wake import Ceiling, Signals, watch
 from edge_client.device_folder import DeviceFolder
 from edge_client.ledger.ledger import DeviceLedger, drop_idle, ledger_of
 from fedcore.client_app import DurableLedger, client_app, error_of
@@ -52,6 +52,11 @@ _LAST_S = 1.0
 """How long a device that ends waits for its stream's end, and for each step of its last call."""
 _LOOK_S = 60.0
 """How often messages are looked for without any call; a stream that lost one costs no more."""
+MESSAGE_S, MESSAGE_BURST = 0.02, 1000
+"""How often a message is answered in the long run, and how often at once."""
+IDLE_MESSAGES = 50
+"""As so many counts one that was no work: declined, failed, or answered before. A server could
+have a device decline as fast as the two can talk, and no limit on work bounds that."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,13 @@ def run_device(device: Device, signals: Signals) -> None:
         target=watch, args=(instance, link, signals, device.passed), name="wake", daemon=True
     )
     runs: dict[int, _Run] = {}
+    messages = Ceiling(MESSAGE_S, MESSAGE_BURST)
     try:
         _persist(lambda: _activate(link, signals), signals)
         device.folder.note_let_in(device.kit.public)
         watcher.start()
         while not signals.stop.is_set():
-            _persist(lambda: _turn(device, link, signals, runs), signals)
+            _persist(lambda: _turn(device, link, signals, runs, messages), signals)
     finally:
         signals.stop.set()
         signals.work.set()
@@ -168,8 +174,10 @@ def _activate(link: FleetLink, signals: Signals) -> None:
     signals.work.set()
 
 
-def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run]) -> None:
-    """Waits for a call, and answers every message that there is."""
+def _turn(
+    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], messages: Ceiling
+) -> None:
+    """Waits for a call, and answers every message that there is, no faster than ``messages``."""
     signals.work.wait(_LOOK_S)
     if signals.stop.is_set():
         return
@@ -180,40 +188,48 @@ def _turn(device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Ru
         while not signals.stop.is_set() and (found := link.announced()) is not None:
             signals.last_message, signals.busy = time.monotonic(), True
             try:
-                _answer_or_say_why(device, link, signals, runs, found)
+                worked = _answer_or_say_why(device, link, signals, runs, found)
             finally:
                 signals.last_message, signals.busy = time.monotonic(), False
+            signals.stop.wait(messages.wait_s(1 if worked else IDLE_MESSAGES))
         if device.between_rounds is not None and runs:
             runs.clear()
             device.between_rounds()
     except InvalidUpdate as error:  # its round is over: there is nothing to mend here
         log.info("not taken: %s", error)
-        signals.stop.wait(_FIRST_PAUSE_S)
+        signals.stop.wait(max(_FIRST_PAUSE_S, messages.wait_s(IDLE_MESSAGES)))
         signals.work.set()
 
 
 def _answer_or_say_why(
     device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
-) -> None:
+) -> bool:
     """Answers; where the server does not take it, tells it not to wait for this device.
 
     A message that is left unanswered would come again with the next pull.
+
+    Returns:
+        Whether work was done for it, and taken.
     """
     try:
-        _answer(device, link, signals, runs, found)
+        return _answer(device, link, signals, runs, found)
     except InvalidUpdate as error:
         reason = f"client {device.kit.name!r}: its reply was not taken: {error}"
         link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=found.message))
         log.warning("not taken: %s", error)
+        return False
 
 
 def _answer(
     device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
-) -> None:
+) -> bool:
     """Does what a message asks, or finds that it was done before, signs the reply and sends it.
 
     The state, with what was spent in it, is on disk before the reply is, and the reply before any
     of it leaves.
+
+    Returns:
+        Whether work was done for it.
     """
     kind, started = found.message.metadata.message_type, time.monotonic()
     run_id = found.message.metadata.run_id
@@ -231,7 +247,7 @@ def _answer(
         hide = not isinstance(error, ConfigError)
         reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=found.message)
         link.answer(reply)
-        return
+        return False
     runs.clear()
     runs[run_id] = run
     key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
@@ -259,6 +275,7 @@ def _answer(
     outcome = "told" if reply.has_error() else "sent again" if again else "done"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
     _tell_room(run, kind)
+    return not again and not reply.has_error()
 
 
 def _by_app(device: Device, run: _Run, message: Message) -> Message:

@@ -177,24 +177,44 @@ def _watched(owner: OwnerPolicy, stop: threading.Event, around: Surroundings) ->
         looking.join()
 
 
+_SMALL_BYTES = 1 << 14
+"""Calls that carry no part of a model, and what passes on a stream at a time."""
+_SOON_S = 1e-3
+"""What is paid for so soon is not waited for."""
+
+
 @dataclass
 class Pace:
-    """Keeps what passes to and from the server below a rate, over a transfer as a whole."""
+    """Keeps what passes to and from the server below a rate, over a transfer as a whole.
+
+    What is small shares half of the rate, and waits for nothing else: behind a piece of a model,
+    which is paid for in many seconds, no sign of life would leave in time, and a server would take
+    the device for gone. What is large waits until everything is paid for.
+    """
 
     bytes_per_s: float
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     _free_s: float = field(default=0.0, init=False)
     """When what has passed so far is paid for."""
+    _small_free_s: float = field(default=0.0, init=False)
+    """When the small of it is, at half of the rate."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def passed(self, count: int) -> None:
         """Waits for as long as ``count`` bytes that have just passed take at that rate."""
+        took_s, small = count / self.bytes_per_s, count <= _SMALL_BYTES
         with self._lock:
             now = self.clock()
-            self._free_s = max(self._free_s, now) + count / self.bytes_per_s
-            wait_s = self._free_s - now
+            self._free_s = max(self._free_s, now) + took_s
+            if small:
+                self._small_free_s = max(self._small_free_s, now) + 2 * took_s
+                wait_s = self._small_free_s - now
+            else:
+                wait_s = self._free_s - now
         self.sleep(wait_s)
+        while not small and (wait_s := self._free_s - self.clock()) > _SOON_S:
+            self.sleep(wait_s)  # something small has passed meanwhile
 
 
 def limit_gpu(owner: OwnerPolicy) -> None:

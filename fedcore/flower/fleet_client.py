@@ -56,6 +56,11 @@ _TIMEOUT_S = 90.0
 _CONNECT_S = 10.0
 """How long an address may take to answer, where the kit holds others."""
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
+_BUSY_S, _BUSY_GROWTH, _LAST_BUSY_S = 0.05, 1.1, 30.0
+"""How soon a busy server is asked again at the soonest: at first, by what factor later each time,
+and in the end. One that says so on and on would be asked as often as it likes."""
+_BUSY_TOLD = 30
+"""After so many times an owner is told."""
 _PUSHES = 3
 """How often a reply is begun again when the server has dropped what had come of it."""
 _Request = TypeVar("_Request")
@@ -269,7 +274,7 @@ class FleetLink:
             interceptor=self,
             verify=client_context(kit),
             timeout_s=_TIMEOUT_S,
-            stopped=lambda: self._stop.is_set() and self._last is None,
+            stopped=self._stop.is_set,
             moved=self._moved,
         )
 
@@ -295,6 +300,7 @@ class FleetLink:
         self, send: Callable[[BoundedClient, _Request], _Response], request: _Request
     ) -> _Response:
         failed: dict[str, httpx.TransportError] = {}
+        times = 0
         while True:
             with self._renewing:
                 server = self._server
@@ -308,8 +314,12 @@ class FleetLink:
                 if not self._turn(failed, error):
                     raise self._not_reached(failed) from None
             except Busy as busy:
+                times += 1
+                if times == _BUSY_TOLD:
+                    log.warning("the server says that it is busy, over and over; it is asked again")
+                least_s = min(_LAST_BUSY_S, _BUSY_S * _BUSY_GROWTH ** min(times, 100))
                 # Jitter upwards alone: nobody comes back before the time that was named.
-                if self._stop.wait(spread_s(busy.retry_after_s, 1.0, 1.5)):
+                if self._stop.wait(spread_s(max(busy.retry_after_s, least_s), 1.0, 1.5)):
                     raise Unreachable("the server is busy, and this process ends") from None
 
     def _turn(self, failed: Mapping[str, Exception], error: Exception) -> bool:

@@ -27,7 +27,8 @@ ANSWER_BYTES = 2**20
 """Most bytes of an answer that carries no object: settings, or a message's tree of objects."""
 _FRAME_BYTES = 2**12  # around an object, in the answer that carries it
 _AROUND_BYTES = 2**17
-"""What may come with an answer: handshake, certificates, headers, the framing of a short body."""
+"""What may come with an answer: handshake, certificates, headers, the framing of a short body. No
+more comes before its body: interim answers are headers, too."""
 _RECORDS = 16
 """The framing of a longer one, and of TLS, may take a part in so many of it."""
 ENDING_S = 5.0
@@ -131,12 +132,13 @@ class BoundedClient(FleetHttpClient):
             limit_bytes = taken_bytes + taken_bytes // _RECORDS + _AROUND_BYTES
             slowest_s = (len(current.request.content) + limit_bytes) / LEAST_BYTES_PER_S
             until_s = time.monotonic() + self._timeout_s + slowest_s
-            traffic = Traffic(limit_bytes, until_s, self._stopped, ending_s)
+            traffic = Traffic(_AROUND_BYTES, until_s, self._stopped, ending_s)
             try:
                 with self._meter.counted(traffic):
                     response = self._client.send(current.request, stream=True)
+                    traffic.most_bytes = limit_bytes
                     try:
-                        content = read_bounded(response, taken_bytes)
+                        content = read_bounded(response, taken_bytes, traffic.piece)
                     finally:
                         response.close()
             finally:
@@ -163,8 +165,15 @@ def _around(
     return lambda context: intercept(context, inner)
 
 
-def read_bounded(response: httpx.Response, most_bytes: int) -> bytes:
+def read_bounded(
+    response: httpx.Response, most_bytes: int, count: Callable[[], None] = lambda: None
+) -> bytes:
     """The body of an answer that has begun to come in, if it is no longer than it may be.
+
+    Args:
+        response: Whose body it is.
+        most_bytes: How long it may be.
+        count: Called for each piece of it, and may raise `TooLarge`.
 
     Raises:
         TooLarge: it declares more bytes, or more have come.
@@ -178,6 +187,7 @@ def read_bounded(response: httpx.Response, most_bytes: int) -> bytes:
         raise TooLarge(f"{declared[:19]} bytes are declared, at most {most_bytes} are taken")
     body = bytearray()
     for piece in response.iter_raw():
+        count()
         if len(body) + len(piece) > most_bytes:
             came = len(body) + len(piece)
             raise TooLarge(f"{came} bytes have come, at most {most_bytes} are taken")

@@ -21,9 +21,14 @@ from typing import Any, TypeVar
 import httpcore
 import httpx
 
+from fedcore.rpc.dial import dial
+
 _LOOK_S = 0.5
 """How often a call that waits looks whether it is to end."""
 _PIECE = 1 << 16
+LEAST_PIECE_BYTES = 256
+"""A piece counts as so many bytes at least, among pieces: each goes through several parsers, so an
+answer byte by byte takes a hundred times the work of the same answer at once."""
 _Found = TypeVar("_Found")
 
 
@@ -45,6 +50,8 @@ class Traffic:
     """How much longer it may last once it is stopped."""
     received_bytes: int = 0
     sent_bytes: int = 0
+    pieces: int = 0
+    """In how many it came, as they are handed on: segments, records, parts of a body."""
 
     def left_s(self) -> float:
         """Seconds until it must be over."""
@@ -64,6 +71,19 @@ class Traffic:
             raise TooLarge(
                 f"{self.received_bytes} bytes have come with what is around the answer, at most "
                 f"{self.most_bytes} are taken"
+            )
+        self.piece()
+
+    def piece(self) -> None:
+        """Counts a piece that is handed on.
+
+        Raises:
+            TooLarge: they are more than come of an answer that is not cut up on purpose.
+        """
+        self.pieces += 1
+        if self.pieces * LEAST_PIECE_BYTES > self.most_bytes:
+            raise TooLarge(
+                f"the answer has come in {self.pieces} pieces, which is more than it may"
             )
 
 
@@ -149,9 +169,7 @@ class _Backend(httpcore.NetworkBackend):
         if left_s <= 0:
             raise httpcore.ConnectTimeout("the call is over")
         try:
-            connected = socket.create_connection(
-                (host, port), left_s if timeout is None else min(timeout, left_s)
-            )
+            connected = dial(host, port, left_s if timeout is None else min(timeout, left_s))
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
@@ -163,6 +181,8 @@ class _Backend(httpcore.NetworkBackend):
 class _Stream(httpcore.NetworkStream):
     """A connection whose bytes are counted."""
 
+    _meter: Meter
+
     def start_tls(
         self,
         ssl_context: ssl.SSLContext,
@@ -170,7 +190,7 @@ class _Stream(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         """TLS over this connection; over TLS, too, as through a proxy that is reached by TLS."""
-        return _Secured(self, ssl_context, server_hostname, timeout)
+        return _Secured(self, self._meter, ssl_context, server_hostname, timeout)
 
 
 class _Plain(_Stream):
@@ -238,11 +258,12 @@ class _Secured(_Stream):
     def __init__(
         self,
         below: httpcore.NetworkStream,
+        meter: Meter,
         context: ssl.SSLContext,
         server_hostname: str | None,
         timeout: float | None,
     ) -> None:
-        self._below = below
+        self._below, self._meter = below, meter
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_hostname=server_hostname
@@ -255,7 +276,9 @@ class _Secured(_Stream):
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """What has come, at least a byte; none at the connection's end."""
-        return self._done(partial(self._tls.read, max_bytes), timeout, _READING)
+        found = self._done(partial(self._tls.read, max_bytes), timeout, _READING)
+        self._meter.now.piece()
+        return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Sends everything."""

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from fedcore.rpc.dial import dial
+
 _PIECE = 4096
 """Read at a time, and waited for: what a server sends beyond stays with it."""
 _LOOK_S = 0.5
@@ -97,12 +99,12 @@ def _folder() -> Path:
 
 def _connected(host: str, port: int, proxy: str | None, timeout_s: float) -> socket.socket:
     if proxy is None:
-        return socket.create_connection((host, port), timeout_s)
+        return dial(host, port, timeout_s)
     until_s = time.monotonic() + timeout_s
     parts = urlsplit(proxy)
     if parts.scheme != "http":
         raise OSError("a proxy that is reached by TLS is not supported for streams")
-    server = socket.create_connection((parts.hostname or "", parts.port or 80), timeout_s)
+    server = dial(parts.hostname or "", parts.port or 80, timeout_s)
     try:
         there = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         asked = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n"

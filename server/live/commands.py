@@ -84,10 +84,11 @@ def _start(options: argparse.Namespace) -> int:
     with loading_told(), loading():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
+        from server.live.deployment import Deployment
         from server.live.operators.control import Control
         from server.live.operators.endpoint import sole
         from server.live.resume import has_journal
-        from server.live.run import Deployment, run_deployment
+        from server.live.run import run_deployment
 
     quiet()
     log_lines(options.log or sys.stderr)

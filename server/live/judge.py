@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from fedcore.config.run import RunConfig
-from fedcore.crypto.roster import ServerIdentity
 from fedcore.flower.identity import server_context
-from fedcore.observability.events import Noted, Sink
-from fedcore.rpc.hello import Hello
-from fedcore.task.definition import Task
+from fedcore.observability.events import Noted
 from fedcore.task.model import FullModel
-from server.live.network.serve import Address, listen, run_beside
+from server.live.deployment import LiveRun
+from server.live.network.serve import listen, run_beside
 from server.live.rounds.journaled import REJOIN_S
 from server.rounds.checkpointing import Peers
 from server.rounds.judging import Judgement, judging_app
@@ -34,17 +29,7 @@ class JudgeOnDevices:
     Devices that the rounds let go look for the server on and on, and find it again.
     """
 
-    run: RunConfig
-    task: Task
-    identity: ServerIdentity
-    hello: Hello
-    address: Address
-    settings: Mapping[str, str]
-    """What devices were told of the run in its rounds."""
-    spool: Path
-    drained: Callable[[], Collection[str]]
-    """Devices that are sent nothing, by name, as the operator says now."""
-    emit: Sink
+    live: LiveRun
 
     def __call__(self, before: FullModel, after: FullModel) -> Judgement:
         """What they measure.
@@ -54,35 +39,38 @@ class JudgeOnDevices:
             ResourceError: a port is in use.
             KeyboardInterrupt: SIGTERM or SIGINT.
         """
-        found: list[Judgement] = []
+        live = self.live
 
-        def work(peers: Peers, grid: Grid) -> None:
+        def work(peers: Peers, grid: Grid) -> Judgement:
+            found: list[Judgement] = []
             app = judging_app(
-                self.task,
-                self.run,
+                live.inputs.task,
+                live.run,
                 (before, after),
                 peers=peers,
                 wait=_wait,
-                on_note=lambda text: self.emit(Noted(text)),
+                on_note=lambda text: live.emit(Noted(text)),
                 on_end=found.append,
             )
             app(grid, server_context(grid.run.run_id))
+            return found[0]
 
-        async def serve() -> bool:
+        async def serve() -> Judgement | None:
             async with listen(
-                self.identity, self.hello, self.address, settings=self.settings, spool=self.spool
+                live.identity, live.hello, live.address, settings=live.settings, spool=live.spool
             ) as listening:
-                listening.presence.drain(self.drained())
+                listening.presence.drain(live.control.drained)
                 return await run_beside(partial(work, listening.peers), listening)
 
         kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            if not asyncio.run(serve()):
-                raise KeyboardInterrupt
+            judgement = asyncio.run(serve())
         finally:
             for number, handler in kept.items():
                 signal.signal(number, handler)
-        return found[0]
+        if judgement is None:
+            raise KeyboardInterrupt
+        return judgement
 
 
 def _wait(grid: Grid, wanted: int) -> None:

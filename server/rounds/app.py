@@ -20,7 +20,13 @@ from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.records import RoundRecord
-from server.rounds.checkpointing import Forgetful, Keeper, Nameless, Peers, Start
+from server.rounds.checkpointing import (
+    NoCheckpoints,
+    NumberedPeers,
+    Peers,
+    RoundCheckpointer,
+    Start,
+)
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
@@ -57,7 +63,7 @@ def server_app(
     cloud: CloudData | None,
     randomness: Randomness,
     listener: Listener,
-    keeper: Keeper | None = None,
+    checkpointer: RoundCheckpointer | None = None,
     start: Start | None = None,
     peers: Peers | None = None,
     awaited: Callable[[], int] = lambda: 1,
@@ -70,7 +76,7 @@ def server_app(
         cloud: The cloud's data, which judges rounds; None when there is none.
         randomness: Of the server.
         listener: Who is told what happens.
-        keeper: Keeps what it takes to go on with rounds that are interrupted; nobody when None.
+        checkpointer: Makes rounds durable, so that they can be resumed; none are when None.
         start: Where such rounds go on; from the beginning when None.
         peers: Who clients are, for what is said of them. None where they are virtual, or a
             network's that is not ours: numbers then.
@@ -102,7 +108,7 @@ def server_app(
             for note in chosen.notes:
                 listener.on_note(note)
             warm_start(run, model)
-            normalise(run, model, grid, cloud, peers or Nameless(), listener.on_note)
+            normalise(run, model, grid, cloud, peers or NumberedPeers(), listener.on_note)
         else:
             load_preprocess(start.progress.preprocess, model)
             remind(chosen.strategy, start.progress.strategy)
@@ -121,9 +127,9 @@ def server_app(
             judge=judge if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
-            keeper=keeper or Forgetful(),
+            checkpointer=checkpointer or NoCheckpoints(),
             start=start,
-            peers=peers or Nameless(),
+            peers=peers or NumberedPeers(),
             live=peers is not None,
             clients=max(_count(grid), awaited()) if run.client_private else 0,
         )

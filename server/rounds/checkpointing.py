@@ -1,4 +1,4 @@
-"""How far the rounds of a run are, and who keeps that for the day they are interrupted."""
+"""How far the rounds of a run are, and what makes that durable."""
 
 from __future__ import annotations
 
@@ -49,20 +49,34 @@ class Start:
     """How many each round asks; as the run says, and as there are clients, when None."""
 
 
-class Keeper(Protocol):
-    """Keeps what it takes to go on with rounds that are interrupted.
+class RoundCheckpointer(Protocol):
+    """Makes rounds durable, so that a run that is interrupted can be resumed.
 
     Nothing that it is given changes afterwards.
     """
 
-    def goes_on(self, progress: Progress) -> bool:
-        """Asked before the first round and after each; False ends the rounds there."""
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Makes everything up to ``progress`` durable.
 
-    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """Whom a round asks with messages of ``kind``: as ``draw`` says, or said before."""
+        Called before the first round and after each.
+
+        Args:
+            progress: Where the rounds are.
+            record: Of the round that has ended; None before the first round of a process.
+        """
+
+    def may_continue(self, progress: Progress) -> bool:
+        """Waits while rounds are paused; False where they are to end at ``progress``."""
+
+    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        """The nodes that a round sends messages of ``kind``.
+
+        They are those that the round selected before it was interrupted, or else what ``draw``
+        returns, made durable.
+        """
 
     def begin(self, nodes: Sequence[int]) -> None:
-        """These nodes are about to be asked to train."""
+        """Called before the nodes of a round are asked to train."""
 
     def accept(self, reply: Message) -> Message:
         """Makes a reply durable that passed every check, before anything follows from it.
@@ -73,22 +87,25 @@ class Keeper(Protocol):
     def discard(self, reply: Message) -> bool:
         """Forgets a reply that is refused; True where it had been accepted, by a process before."""
 
-    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        """Clients failed for ``reasons`` in the round after ``progress``: what a user can do."""
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        """What a user can do about clients that failed in the round after ``progress``."""
 
     def fail(self, progress: Progress) -> None:
-        """The round after ``progress`` failed, and with it the run."""
+        """Called when the round after ``progress`` has failed, and with it the run."""
 
 
-class Forgetful:
-    """Keeps nothing."""
+class NoCheckpoints:
+    """Makes nothing durable: a run that is interrupted starts again."""
 
-    def goes_on(self, progress: Progress) -> bool:
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Nothing."""
+
+    def may_continue(self, progress: Progress) -> bool:
         """Always."""
         return True
 
-    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """As ``draw`` says."""
+    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        """What ``draw`` returns."""
         return draw()
 
     def begin(self, nodes: Sequence[int]) -> None:
@@ -102,7 +119,7 @@ class Forgetful:
         """Nothing was accepted before."""
         return False
 
-    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """No advice."""
         return ()
 
@@ -123,7 +140,7 @@ class Peers(Protocol):
         """A reply of a node was refused for ``reason``."""
 
 
-class Nameless:
+class NumberedPeers:
     """Clients that nothing is known of but their numbers."""
 
     def name(self, node_id: int) -> str:

@@ -42,7 +42,7 @@ def announce(
         federation.on_note(bound.note(progress.round + 1, named))
     if tally.failed <= progress.most_failed:
         return
-    advice = federation.keeper.failures(progress, tally.reasons)
+    advice = federation.checkpointer.advice(progress, tally.reasons)
     federation.on_note(
         f"round {progress.round + 1}: {tally.failed} of {counted(tally.asked, 'client')} failed. "
         "First: "

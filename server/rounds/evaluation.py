@@ -18,7 +18,7 @@ from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights
 from fedcore.updates.pack import Layout, Vector, unpack
 from fedcore.updates.replies import Reply
 from server.records import RoundRecord
-from server.rounds.checkpointing import Keeper, Peers, Progress
+from server.rounds.checkpointing import Peers, Progress, RoundCheckpointer
 from server.rounds.cohort import select
 from server.rounds.expected import asked_to_evaluate
 from server.rounds.inbound import Intake, Tally, accepted
@@ -62,14 +62,14 @@ def _evaluate_on_clients(
 
     answers = ask_to_evaluate(
         federation.grid,
-        federation.keeper.asked(MessageType.EVALUATE, draw),
+        federation.checkpointer.cohort(MessageType.EVALUATE, draw),
         weights,
         layout=layout,
         preprocess=progress.preprocess,
         number=number,
         metrics=federation.metrics,
         deadline_s=run.federation.deadline_s,
-        keeper=federation.keeper,
+        checkpointer=federation.checkpointer,
         peers=federation.peers,
         on_note=federation.on_note,
     )
@@ -87,7 +87,7 @@ def ask_to_evaluate(
     number: int,
     metrics: Sequence[Metric],
     deadline_s: float,
-    keeper: Keeper,
+    checkpointer: RoundCheckpointer,
     peers: Peers,
     on_note: Callable[[str], None],
 ) -> list[tuple[int, Reply]]:
@@ -100,7 +100,9 @@ def ask_to_evaluate(
     config["server-round"] = number
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
-    intake = Intake(asked_to_evaluate(metrics), keeper=keeper, peers=peers, on_note=on_note)
+    intake = Intake(
+        asked_to_evaluate(metrics), checkpointer=checkpointer, peers=peers, on_note=on_note
+    )
     tally = Tally(len(nodes))
     replies = grid.send_and_receive(messages, timeout=deadline_s)
     found = [

@@ -13,7 +13,13 @@ from fedcore.seeds import Randomness
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel
 from server.records import RoundRecord
-from server.rounds.checkpointing import Forgetful, Keeper, Nameless, Peers, Start
+from server.rounds.checkpointing import (
+    NoCheckpoints,
+    NumberedPeers,
+    Peers,
+    RoundCheckpointer,
+    Start,
+)
 from server.rounds.cohort import asked_for
 from server.rounds.inbound import (
     FoldingGrid,
@@ -39,10 +45,10 @@ class Federation:
     """Scores a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
     on_note: Callable[[str], None]
-    keeper: Keeper = field(default_factory=Forgetful)
+    checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
     start: Start | None = None
     """Where to go on; from the beginning when None."""
-    peers: Peers = field(default_factory=Nameless)
+    peers: Peers = field(default_factory=NumberedPeers)
     """Who clients are."""
     live: bool = False
     """Whether they are devices, whose updates are bounded unless the run says otherwise."""

@@ -35,7 +35,7 @@ from fedcore.updates.pieces import size_of
 from fedcore.updates.replies import Asked, Reply, read_reply
 from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.rounds.checkpointing import Forgetful, Keeper, Nameless, Peers
+from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers, RoundCheckpointer
 
 _MAX_REASON = 1900  # characters that are shown of what a client says
 
@@ -142,8 +142,8 @@ class Intake:
     """What the replies to one question are held to, and who keeps those that are taken."""
 
     asked: Asked
-    keeper: Keeper = field(default_factory=Forgetful)
-    peers: Peers = field(default_factory=Nameless)
+    checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
+    peers: Peers = field(default_factory=NumberedPeers)
     base: Vector | None = None
     """The weights that were sent, where the distance to them is to be measured."""
     bound: Bound | None = None
@@ -198,7 +198,7 @@ def accepted(
             _refuse(reply, intake, tally, str(error))
             del reply
             continue
-        kept = intake.keeper.accept(reply)
+        kept = intake.checkpointer.accept(reply)
         if found.arrays:
             arrays = kept.content[ARRAYS]
             found = replace(found, arrays={name: arrays[name] for name in found.arrays})  # type: ignore[misc]
@@ -211,7 +211,7 @@ def accepted(
 
 
 def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
-    if intake.keeper.discard(reply):
+    if intake.checkpointer.discard(reply):
         intake.on_note(f"Dropped from the journal, which an earlier process had kept: {reason}")
     intake.peers.refused(reply.metadata.src_node_id, reason)
     tally.refuse(reason)

@@ -22,7 +22,7 @@ from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.pack import layout_of, pack
-from server.rounds.checkpointing import Forgetful, Nameless, Peers
+from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers
 from server.rounds.cohort import select
 from server.rounds.evaluation import ask_to_evaluate
 
@@ -145,8 +145,8 @@ def judging_app(
                 number=number,
                 metrics=task.metrics,
                 deadline_s=run.federation.deadline_s,
-                keeper=Forgetful(),
-                peers=peers or Nameless(),
+                checkpointer=NoCheckpoints(),
+                peers=peers or NumberedPeers(),
                 on_note=on_note,
             )
             name = task.primary.name

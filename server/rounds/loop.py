@@ -70,35 +70,38 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         RoundFailed: a round got fewer updates than its quorum.
         BudgetExhausted: no client's budget allows even the first round.
     """
-    keeper, layout = federation.keeper, layout_of(model.model)
+    checkpointer, layout = federation.checkpointer, layout_of(model.model)
     start = federation.start
     progress = _held_once(start.progress if start else _beginning(federation, model))
     records = list(start.records) if start else []
     most = _most_of(*(each.epsilon_max for each in records))
     unpack(progress.weights, model.model)
-    while keeper.goes_on(progress) and not progress.over:
+    checkpointer.commit(progress, None)
+    while checkpointer.may_continue(progress) and not progress.over:
         started, number = time.monotonic(), progress.round + 1
-        nodes = keeper.asked(MessageType.TRAIN, partial(_drawn, federation, progress))
+        nodes = checkpointer.cohort(MessageType.TRAIN, partial(_drawn, federation, progress))
         tally = Tally(len(nodes))
-        keeper.begin(nodes)
+        checkpointer.begin(nodes)
         try:
             released, sent = _train_round(federation, progress, records, layout, nodes, tally)
             arrays = sendable(released.weights)
             if tally.over:
                 end_early(federation, number, tally)  # what was learnt before stands
                 progress = replace(progress, over=True)
+                checkpointer.commit(progress, None)
                 continue
             metrics, judged_on = judge_round(federation, model, layout, progress, arrays)
         except Exception:
-            keeper.fail(progress)
+            checkpointer.fail(progress)
             raise
         seconds = time.monotonic() - started
         protection = released.protection
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
         record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
         most = _most_of(most, record.epsilon_max)
-        records.append(replace(record, epsilon_max=most, client_epsilon=spent))
-        federation.on_round(records[-1])
+        record = replace(record, epsilon_max=most, client_epsilon=spent)
+        records.append(record)
+        federation.on_round(record)
         better = is_better(federation.primary, records, progress.best_round)
         progress = replace(
             progress,
@@ -112,6 +115,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             spent=progress.spent | tally.spent_nodes if federation.live else progress.spent,
         )
         progress = replace(progress, over=is_over(federation, progress))
+        checkpointer.commit(progress, record)
     unpack(progress.weights, model.model)
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
@@ -233,7 +237,7 @@ def _train_round(
         enough = len(nodes) if protection else federation.cohort
         intake = Intake(
             asked_to_train(run, layout),
-            keeper=federation.keeper,
+            checkpointer=federation.checkpointer,
             peers=federation.peers,
             base=progress.weights if norm else None,
             bound=bound,

@@ -14,6 +14,7 @@ from flwr.app import Message
 
 from fedcore.privacy.ledger import Ledger
 from server.process.signals import Asked
+from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing import Progress
 from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
@@ -38,7 +39,7 @@ class _Cohort:
     clock_s: float
 
 
-class CheckpointKeeper:
+class FileCheckpointer:
     """Writes a checkpoint now and then, when rounds end, and from before one that fails."""
 
     def __init__(
@@ -78,21 +79,25 @@ class CheckpointKeeper:
         self._began_s = clock() - elapsed_s
         self._due_s = clock()
         self._told_before = len(told)
+        self._stop = False
         self._cohort: _Cohort | None = None
 
-    def goes_on(self, progress: Progress) -> bool:
-        """Writes where it is time to; False where rounds are to end here."""
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Writes a checkpoint where one is due, where rounds are over or are to stop."""
         self._told_before, self._cohort = len(self._told), None
-        stopping = self._stopping()
-        if stopping or progress.over or self._clock() >= self._due_s:
+        self._stop = self._stopping()
+        if self._stop or progress.over or self._clock() >= self._due_s:
             started_s = self._clock()
             write_checkpoint(self._folder / CHECKPOINT, self._before(progress))
             took_s = self._clock() - started_s
             self._due_s = self._clock() + max(_EVERY_S, took_s / _MOST_OF_TIME)
-        return not stopping
 
-    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """As ``draw`` says: a simulation goes on at the beginning of a round."""
+    def may_continue(self, progress: Progress) -> bool:
+        """False where the last commit found that rounds are to stop."""
+        return not self._stop
+
+    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+        """What ``draw`` returns: a simulation resumes at the beginning of a round."""
         return draw()
 
     def begin(self, nodes: Sequence[int]) -> None:
@@ -114,7 +119,7 @@ class CheckpointKeeper:
         """Nothing was accepted before."""
         return False
 
-    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """Keeps what the clients of the round were sent; names the command to see one fail."""
         folder, number = self._folder / FAILED, progress.round + 1
         write_checkpoint(folder / f"round-{number}.safetensors", self._before(progress))

@@ -33,7 +33,7 @@ from fedcore.updates.pack import layout_of
 from fedcore.updates.replies import read_reply
 from server.preflight import Prepared
 from server.report.folder import CHECKPOINT
-from server.rounds.checkpointing import Forgetful, Progress
+from server.rounds.checkpointing import NoCheckpoints, Progress
 from server.rounds.cohort import asked_for, select
 from server.rounds.expected import asked_to_train
 from server.rounds.federation import Federation
@@ -148,14 +148,14 @@ def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoi
     return best
 
 
-class _Until(Forgetful):
+class _Until(NoCheckpoints):
     """Ends rounds before the one that is wanted."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self.progress: Progress | None = None
 
-    def goes_on(self, progress: Progress) -> bool:
+    def may_continue(self, progress: Progress) -> bool:
         """False before that round."""
         self.progress = progress
         return progress.round < self._number - 1
@@ -175,7 +175,7 @@ def _progress_before(
         return nearest.progress
     begun = nearest.progress.round if nearest else 0
     say(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", to=sys.stderr)
-    keeper = _Until(wanted.round)
+    checkpointer = _Until(wanted.round)
     rounds(
         run,
         task,
@@ -183,17 +183,17 @@ def _progress_before(
         prepared,
         state=state,
         resumed=nearest,
-        keeper=keeper,
+        checkpointer=checkpointer,
         tell=lambda event: None,
         on_choice=lambda choice, workers: None,
     )
-    assert keeper.progress is not None  # it was asked at least once
-    if keeper.progress.round < wanted.round - 1:
+    assert checkpointer.progress is not None  # it was asked at least once
+    if checkpointer.progress.round < wanted.round - 1:
         raise ConfigError(
             f"--replay {wanted.round}:{wanted.client}: the run ended after round "
-            f"{keeper.progress.round}. Nothing was replayed; name an earlier round."
+            f"{checkpointer.progress.round}. Nothing was replayed; name an earlier round."
         )
-    return keeper.progress
+    return checkpointer.progress
 
 
 def _train_alone(

@@ -22,11 +22,11 @@ from server.preflight import Prepared
 from server.process.signals import asked_to_stop
 from server.records import RoundRecord, TrainingRecord
 from server.rounds.app import Listener, Outcome, outcome_of, server_app
-from server.rounds.checkpointing import Keeper
+from server.rounds.checkpointing import RoundCheckpointer
 from server.rounds.judging import clients_judge
 from server.rounds.run_identity import identity_of
 from server.simulation.checkpoint import Checkpoint, Told
-from server.simulation.checkpointer import CheckpointKeeper
+from server.simulation.checkpointer import FileCheckpointer
 from server.simulation.clients import client_records
 from server.simulation.federate import federate
 from server.simulation.judging import judge_in_simulation, weigh_in_simulation
@@ -133,7 +133,7 @@ def federated_part(
         outcome = outcome_of(run, task, resumed.start)
     else:
         with asked_to_stop(_say_stopping) as stopping:
-            keeper = CheckpointKeeper(
+            checkpointer = FileCheckpointer(
                 folder,
                 identity_of(run, owner),
                 prepared.clients,
@@ -151,7 +151,7 @@ def federated_part(
                     prepared,
                     state=state,
                     resumed=resumed,
-                    keeper=keeper,
+                    checkpointer=checkpointer,
                     tell=tell,
                     on_choice=on_choice,
                 )
@@ -177,11 +177,11 @@ def rounds(
     *,
     state: State,
     resumed: Checkpoint | None,
-    keeper: Keeper,
+    checkpointer: RoundCheckpointer,
     tell: Callable[[Told], None],
     on_choice: Callable[[Choice, int], None],
 ) -> Outcome:
-    """Rounds from where ``resumed`` and ``state`` are until the last, or until ``keeper`` says."""
+    """Rounds from where ``resumed`` and ``state`` are until the last, or until asked to stop."""
     outcomes: list[Outcome] = []
     pace = Pace()
 
@@ -195,7 +195,7 @@ def rounds(
         cloud=prepared.cloud,
         randomness=Simulated(run.seed),
         listener=Listener(lambda text: tell(Noted(text)), on_round, outcomes.append),
-        keeper=keeper,
+        checkpointer=checkpointer,
         start=resumed.start if resumed else None,
     )
     fleet = read_fleet(run, prepared.clients)

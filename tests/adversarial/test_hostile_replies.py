@@ -31,8 +31,8 @@ from fedcore.updates.pack import Layout
 from fedcore.updates.replies import Asked, Reply, check_legible, read_reply
 from fedcore.updates.seal import content_digest
 from server.live.journal.journal import create
-from server.live.rounds.journaled import JournalKeeper
-from server.rounds.checkpointing import Forgetful
+from server.live.rounds.journaled import JournalCheckpointer
+from server.rounds.checkpointing import NoCheckpoints
 from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
 from server.rounds.fold import fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
@@ -264,8 +264,8 @@ def test_a_round_goes_on_whatever_some_of_its_devices_send(
     replies = [reply_to(10 + node, *one) for node, one in enumerate(made_up)]
     replies += map(honest, range(1, 6))
     notes: list[str] = []
-    tally, keeper = Tally(len(replies)), Forgetful()
-    intake = Intake(QUESTIONS[0], keeper=keeper, base=BASE, on_note=notes.append)
+    tally, checkpointer = Tally(len(replies)), NoCheckpoints()
+    intake = Intake(QUESTIONS[0], checkpointer=checkpointer, base=BASE, on_note=notes.append)
     if keeps:  # a journal takes most of the time
         taken = list(accepted(iter(replies), intake, tally, first=len(replies)))
     else:
@@ -287,13 +287,13 @@ def _journaled(
 ) -> list[tuple[Message, Reply]]:
     """The replies that are taken, each of which the journal gives back as it was."""
     with closing(create(folder, {})) as journal:
-        keeper = JournalKeeper(
+        checkpointer = JournalCheckpointer(
             journal,
-            tell=lambda record: None,
+            report=lambda record: None,
             deadline_s=1.0,
             weights=lambda nodes: [1] * len(nodes),
         )
-        intake = replace(intake, keeper=keeper)
+        intake = replace(intake, checkpointer=checkpointer)
         taken = list(accepted(iter(replies), intake, tally, first=len(replies)))
         accepted_nodes = {reply.metadata.src_node_id for reply, _ in taken}
         for reply in replies:

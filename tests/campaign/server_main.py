@@ -52,9 +52,10 @@ def main() -> int:
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
         from fedcore.seeds import Simulated
+        from server.live.deployment import Deployment
         from server.live.network.presence import Presence
         from server.live.operators.control import Control
-        from server.live.run import Deployment, run_deployment
+        from server.live.run import run_deployment
 
     quiet()
     log_lines(sys.stderr)

@@ -20,7 +20,7 @@ from fedcore.seeds import Simulated, numpy_rng
 from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
-from server.rounds.checkpointing import Forgetful, Progress, Start
+from server.rounds.checkpointing import NoCheckpoints, Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
 from server.rounds.strategies import make_strategy, strategy_names
@@ -58,7 +58,7 @@ def answer(message: Message, *, bit: bool) -> Message:
     return Message(update_content(update), reply_to=message)
 
 
-class Watching(Forgetful):
+class Watching(NoCheckpoints):
     """Remembers every progress that it is shown, and stops after one of them."""
 
     def __init__(self, last: int) -> None:
@@ -66,13 +66,13 @@ class Watching(Forgetful):
         self.seen: list[Progress] = []
         self.told: list[Told] = []
 
-    def goes_on(self, progress: Progress) -> bool:
+    def may_continue(self, progress: Progress) -> bool:
         self.seen.append(progress)
         return progress.round < self._last
 
 
-def rounds(name: str, task: Task, keeper: Watching, start: Start | None = None) -> Progress:
-    """Runs until ``keeper`` stops it; the last progress."""
+def rounds(name: str, task: Task, checkpointer: Watching, start: Start | None = None) -> Progress:
+    """Runs until ``checkpointer`` stops it; the last progress."""
     assume_identity(1)
     federated = {"rounds": 6, "strategy": name}
     run = RunConfig.model_validate({"name": "run", "task": "x", "federation": federated})
@@ -87,13 +87,13 @@ def rounds(name: str, task: Task, keeper: Watching, start: Start | None = None) 
         metrics=task.metrics,
         randomness=Simulated(0),
         judge=None,
-        on_round=lambda record: keeper.told.append(RoundFinished(asdict(record))),
+        on_round=lambda record: checkpointer.told.append(RoundFinished(asdict(record))),
         on_note=lambda note: None,
-        keeper=keeper,
+        checkpointer=checkpointer,
         start=start,
     )
     run_rounds(federation, build_model(task, run))
-    return keeper.seen[-1]
+    return checkpointer.seen[-1]
 
 
 def bits(progress: Progress) -> Iterator[object]:

@@ -36,7 +36,7 @@ from fedcore.task.model import build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
 from server.cloud import read_cloud_data
 from server.rounds.app import Listener, Outcome, server_app
-from server.simulation.virtual.nodes import Visited, simulate
+from server.simulation.engine import Visited, simulate
 
 pytestmark = pytest.mark.slow
 

@@ -25,6 +25,11 @@ ALL = PRODUCT + sorted(
     path for top in ("tests", "examples", "benchmarks") for path in (ROOT / top).rglob("*.py")
 )
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+LONG_FUNCTIONS = {
+    "fedcore/kernels/sparse_backward.py:taken_back": "one loop nest, compiled as a whole",
+}
+"""Functions that may be longer, and why."""
 UNPICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"torch.load", "np.load", "numpy.load", "eval", "exec"}
 
@@ -74,6 +79,30 @@ def test_the_layers_hold() -> None:
 @pytest.mark.parametrize("path", ALL, ids=label)
 def test_a_file_is_about_one_thing(path: Path) -> None:
     assert len(path.read_text().splitlines()) < MAX_LINES
+
+
+def long_functions(path: Path) -> Iterator[str]:
+    for node in parsed(path):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            if (node.end_lineno or 0) - first.lineno + 1 > MAX_FUNCTION_LINES:
+                yield f"{label(path)}:{node.name}"
+
+
+def test_a_function_is_read_on_one_page() -> None:
+    assert sorted(LONG_FUNCTIONS) == sorted(
+        name for path in PRODUCT for name in long_functions(path)
+    )
+
+
+def test_a_class_name_is_used_once() -> None:
+    found: dict[str, list[str]] = {}
+    for path in PRODUCT:
+        if not path.name.startswith("wake_pb2"):
+            for node in parsed(path):
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, []).append(label(path))
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
 
 
 def is_public_flower(module: str, names: tuple[str, ...]) -> bool:

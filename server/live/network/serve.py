@@ -6,14 +6,16 @@ import asyncio
 import logging
 import shutil
 import signal
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.serverapp import Grid
 
@@ -40,6 +42,7 @@ log = logging.getLogger("fedcore.server")
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER_S = 1.0
 """Signals that follow each other within this are one."""
+Result = TypeVar("Result")
 _ROSTER_S = 1.0
 """How long a device that was revoked may keep its stream and its connections."""
 
@@ -129,30 +132,21 @@ async def listen(
     presence = Presence(fleet.wake)
     uploads = Uploads(limits, fleet.abandon)
     refusals = Refusals()
-    seals = Seals(
-        roster,
-        fleet.key_of,
-        run_id=run_digest(settings),
-        refusals=refusals,
-        clock=clock.seconds,
-    )
+    digest, now = run_digest(settings), clock.seconds
+    seals = Seals(roster, fleet.key_of, run_id=digest, refusals=refusals, clock=now)
     peers = DevicePeers(roster, fleet.key_of, refusals)
     most = min(limits.connections, grant_descriptors())
     connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
     listener = connections.listener(bind(address.host, address.port))
-    try:
-        wakeups = Wakeups(presence, roster, uploads, refusals)
+    with _closed_on_error(listener):
         wake, wake_port = await serve_wakeups(
-            wakeups,
+            Wakeups(presence, roster, uploads, refusals),
             identity,
             host=address.host,
             port=address.wake_port,
             connections=most,
             handshake_s=limits.handshake_s,
         )
-    except BaseException:
-        listener.close()
-        raise
     gate = Gate(
         fleet=fleet,
         roster=roster,
@@ -191,15 +185,25 @@ async def listen(
         log.info("stopped")
 
 
+@contextmanager
+def _closed_on_error(listener: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        listener.close()
+        raise
+
+
 def _name(roster: Roster, public: bytes) -> str | None:
     member = roster.member(public)
     return member.name if member is not None else None
 
 
-async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool:
+async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Result | None:
     """Runs ``work``, a ServerApp, in a thread over the server's grid, until it or the server ends.
 
-    SIGTERM and SIGINT end it where it next asks the grid. Returns whether it came to its own end.
+    SIGTERM and SIGINT end it where it next asks the grid. Returns what ``work`` returned; None
+    where it was stopped.
 
     One more ends the process at once, where ``work`` has not ended in a second: it may be in a
     task's function that hangs. Once it has, and where several come together, as from a terminal
@@ -231,11 +235,10 @@ async def run_beside(work: Callable[[Grid], None], listening: Listening) -> bool
         signal.signal(each, stop)
     with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # none that others wait for
         try:
-            await loop.run_in_executor(own, work, listening.grid())
+            return await loop.run_in_executor(own, work, listening.grid())
         except Stopped:
-            return False
+            return None
         finally:
             works = False
             if asked_s is not None:
                 ignore()
-    return True

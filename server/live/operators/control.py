@@ -26,8 +26,8 @@ from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
 from server.live.operators.protocol import LOOKING, Asker, Request, named, parse_request
 from server.live.operators.status import shown_devices, shown_status
-from server.live.rounds.steered import Steered
-from server.rounds.checkpointing import Keeper, Progress
+from server.live.rounds.steered import SteeredCheckpointer
+from server.rounds.checkpointing import Progress, RoundCheckpointer
 
 _ROUNDS_SHOWN = 1000
 _LOOK_S = 0.25
@@ -144,9 +144,9 @@ class Control:
         site.audit.record(by="server", action="end", outcome="done", run=name, round=last)
         site.audit.close()
 
-    def steered(self, keeper: Keeper) -> Keeper:
-        """``keeper``, and after each round that it has kept, what operators asked for."""
-        return Steered(keeper, self._goes_on, self.lacks_devices)
+    def steered(self, checkpointer: RoundCheckpointer) -> RoundCheckpointer:
+        """``checkpointer``, which waits or ends between rounds as operators ask."""
+        return SteeredCheckpointer(checkpointer, self._wait_if_paused, self.lacks_devices)
 
     def lacks_devices(self) -> None:
         """Called while a round waits for devices that are not there, each time that it looks.
@@ -373,7 +373,7 @@ class Control:
         if self._stop:
             raise Stopped("an operator stopped the run")
 
-    def _goes_on(self, progress: Progress) -> bool:
+    def _wait_if_paused(self, progress: Progress) -> bool:
         """Waits while the run is paused.
 
         Raises:

@@ -31,14 +31,14 @@ Weights = Callable[[Sequence[int]], Sequence[int]]
 _ROUNDS = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
-class JournalKeeper:
+class JournalCheckpointer:
     """Commits each round to the journal before anyone is told of it."""
 
     def __init__(
         self,
         journal: Journal,
         *,
-        tell: Callable[[RoundRecord], None],
+        report: Callable[[RoundRecord], None],
         deadline_s: float,
         weights: Weights,
         evaluated: int = 0,
@@ -49,7 +49,7 @@ class JournalKeeper:
 
         Args:
             journal: Of the run.
-            tell: Told of each round once it is over for good.
+            report: Called with each round once it is committed.
             deadline_s: How long a round that lacks devices waits before it fails.
             weights: What those asked weigh; noted down with them.
             evaluated: How many a round asks to evaluate; as many as trained, where those are fewer.
@@ -58,27 +58,24 @@ class JournalKeeper:
             waits: Told now and then of a round that lacks devices.
         """
         self._journal = journal
-        self._tell = tell
+        self._report = report
         self._waits = waits
         self._deadline_s = deadline_s
         self._weights = weights
         self._evaluated = evaluated
         self._rejoin_until = time.monotonic() + rejoin_s
-        self._record: RoundRecord | None = None
 
-    def record(self, record: RoundRecord) -> None:
-        """A round is over, but for the journal."""
-        self._record = record
-
-    def goes_on(self, progress: Progress) -> bool:
-        """Commits what is over; always goes on."""
-        record, self._record = self._record, None
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Writes it to the journal, and only then reports the round."""
         self._journal.commit(progress, record)
         if record is not None:
-            self._tell(record)
+            self._report(record)
+
+    def may_continue(self, progress: Progress) -> bool:
+        """Always."""
         return True
 
-    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
         """Whom the round asked before it was interrupted; else whom ``draw`` names, noted down.
 
         Raises:
@@ -95,7 +92,7 @@ class JournalKeeper:
         return nodes
 
     def begin(self, nodes: Sequence[int]) -> None:
-        """Nothing: they are noted by `asked`."""
+        """Nothing: `cohort` has made them durable."""
 
     def accept(self, reply: Message) -> Message:
         """Writes it to the journal."""
@@ -106,7 +103,7 @@ class JournalKeeper:
         metadata = reply.metadata
         return self._journal.discard(metadata.message_type, metadata.src_node_id)
 
-    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
         """No advice: each device has its own log."""
         return ()
 
@@ -202,8 +199,8 @@ class JournalGrid(OwnGrid):
     ) -> Iterator[Message]:
         """Replies that were kept, then the others as they come in.
 
-        Whoever takes them checks each and has the keeper accept or discard it before asking for
-        the next. A kept one that is discarded has its node asked again. ``timeout`` is in seconds.
+        The caller checks each and has the checkpointer accept or discard it before asking for the
+        next. A kept one that is discarded has its node asked again. ``timeout`` is in seconds.
         """
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         waiting = {message.metadata.dst_node_id: message for message in messages}

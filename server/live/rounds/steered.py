@@ -7,23 +7,27 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from server.rounds.checkpointing import Keeper, Progress
+from server.records import RoundRecord
+from server.rounds.checkpointing import Progress, RoundCheckpointer
 
 
 @dataclass(frozen=True)
-class Steered:
-    """A keeper whose run operators steer."""
+class SteeredCheckpointer:
+    """A checkpointer that pauses and stops as operators ask."""
 
-    keeper: Keeper
-    may_go_on: Callable[[Progress], bool]
+    checkpointer: RoundCheckpointer
+    wait_if_paused: Callable[[Progress], bool]
     lacks_devices: Callable[[], None]
     """Called each time before a round that found too few devices looks for them again."""
 
-    def goes_on(self, progress: Progress) -> bool:
-        """What is over is kept first."""
-        return self.keeper.goes_on(progress) and self.may_go_on(progress)
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        self.checkpointer.commit(progress, record)
 
-    def asked(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def may_continue(self, progress: Progress) -> bool:
+        """Waits while operators pause the run or take a backup."""
+        return self.checkpointer.may_continue(progress) and self.wait_if_paused(progress)
+
+    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
         draws = 0
 
         def again() -> list[int]:
@@ -33,19 +37,19 @@ class Steered:
                 self.lacks_devices()
             return draw()
 
-        return self.keeper.asked(kind, again)
+        return self.checkpointer.cohort(kind, again)
 
     def begin(self, nodes: Sequence[int]) -> None:
-        self.keeper.begin(nodes)
+        self.checkpointer.begin(nodes)
 
     def accept(self, reply: Message) -> Message:
-        return self.keeper.accept(reply)
+        return self.checkpointer.accept(reply)
 
     def discard(self, reply: Message) -> bool:
-        return self.keeper.discard(reply)
+        return self.checkpointer.discard(reply)
 
-    def failures(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        return self.keeper.failures(progress, reasons)
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        return self.checkpointer.advice(progress, reasons)
 
     def fail(self, progress: Progress) -> None:
-        self.keeper.fail(progress)
+        self.checkpointer.fail(progress)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -12,29 +13,44 @@ import torch
 from fedcore.errors import RoundFailed
 from fedcore.observability.events import Event
 from fedcore.rpc.hello import hello_of
-from fedcore.task.definition import load_task
+from fedcore.seeds import SystemEntropy
 from fedcore.task.model import FullModel, build_model
 from server.live import judge as judge_module
+from server.live.deployment import LiveRun
+from server.live.inputs import Inputs
+from server.live.journal.journal import create
 from server.live.judge import JudgeOnDevices
 from server.live.network.serve import Address
+from server.live.operators.control import Control
+from server.live.operators.drained import write_drained
 from server.live.rounds.settings import device_settings
+from server.report.folder import JOURNAL_FOLDER
 
 
-def judging(project: Any, *, drained: Collection[str] = ()) -> tuple[JudgeOnDevices, FullModel]:
-    run = project.run(evaluate_cohort=3, holdout=0.3)
-    task = load_task(project.task)
-    judge = JudgeOnDevices(
-        run=run,
-        task=task,
-        identity=project.server(),
-        hello=hello_of("tiny", project.task),
-        address=Address("127.0.0.1", project.port, 0),
-        settings=device_settings(run, instance="first"),
-        spool=project.root / "incoming",
-        drained=lambda: drained,
-        emit=list[Event]().append,
-    )
-    return judge, build_model(task, run).eval()
+@pytest.fixture
+def judging(project: Any) -> Iterator[Callable[..., tuple[JudgeOnDevices, FullModel]]]:
+    with ExitStack() as stack:
+
+        def judge(*, drained: Collection[str] = ()) -> tuple[JudgeOnDevices, FullModel]:
+            run, folder = project.run(evaluate_cohort=3, holdout=0.3), project.root / "results"
+            (folder / JOURNAL_FOLDER).mkdir(parents=True)
+            write_drained(project.root / "server", drained)
+            live = LiveRun(
+                run=run,
+                inputs=Inputs(run.model_copy(update={"task": str(project.task)})),
+                identity=project.server(),
+                address=Address("127.0.0.1", project.port, 0),
+                hello=hello_of("tiny", project.task),
+                settings=device_settings(run, instance="first"),
+                folder=folder,
+                journal=stack.enter_context(closing(create(folder / JOURNAL_FOLDER, {}))),
+                control=Control(run, identity=project.root / "server", results=folder),
+                emit=list[Event]().append,
+                randomness=SystemEntropy(),
+            )
+            return JudgeOnDevices(live), build_model(live.inputs.task, run).eval()
+
+        yield judge
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +58,12 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "REJOIN_S", 5.0)
 
 
-def test_those_who_are_there_measure_both_models(project: Any, start: Any) -> None:
+def test_those_who_are_there_measure_both_models(project: Any, start: Any, judging: Any) -> None:
     for name in ("edge-0", "edge-1", "edge-2"):
         start(name)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    judge, model = judging(project)
-    other = build_model(judge.task, judge.run).eval()
+    judge, model = judging()
+    other = build_model(judge.live.inputs.task, judge.live.run).eval()
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.mul_(-1.0)
@@ -58,14 +74,14 @@ def test_those_who_are_there_measure_both_models(project: Any, start: Any) -> No
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_who_is_drained_is_asked_for_nothing(project: Any, start: Any) -> None:
+def test_who_is_drained_is_asked_for_nothing(project: Any, start: Any, judging: Any) -> None:
     for name in ("edge-0", "edge-1", "edge-2"):
         start(name)
-    judge, model = judging(project, drained=["edge-1"])
+    judge, model = judging(drained=["edge-1"])
     assert judge(model, model).clients == 2
 
 
-def test_where_nobody_comes_it_is_said(project: Any) -> None:
-    judge, model = judging(project)
+def test_where_nobody_comes_it_is_said(judging: Any) -> None:
+    judge, model = judging()
     with pytest.raises(RoundFailed, match="none of 0 clients"):
         judge(model, model)

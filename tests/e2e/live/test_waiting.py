@@ -20,7 +20,7 @@ from server.audit import check_audit
 from server.live.operators.client import SOCKET, ask_here, reachable
 from server.live.operators.control import Control
 from server.live.operators.protocol import Asker
-from server.rounds.checkpointing import Forgetful, Progress
+from server.rounds.checkpointing import NoCheckpoints, Progress
 from server.rounds.strategy_state import Remembered
 from tests.e2e.live.asking import status, wait_for
 
@@ -90,7 +90,8 @@ def test_a_backup_that_waits_is_alone_and_ends_with_whoever_asked_or_the_run(
     with serve(run) as served:
         control.open(project.server(), served.listening)
         progress = Progress(0, False, weights, weights, 0, 0, Remembered(None, ()), b"")
-        control.steered(Forgetful()).goes_on(progress)  # a round is on, and nobody is missing
+        # a round is on, and nobody is missing
+        control.steered(NoCheckpoints()).may_continue(progress)
         gone = threading.Event()
         first = backup("a.tar", gone)
         assert not first.done()
@@ -116,7 +117,7 @@ def test_a_backup_that_waits_when_the_server_ends_is_answered_before_the_audit_i
     with serve(run) as served:
         control.open(project.server(), served.listening)
         progress = Progress(0, False, weights, weights, 0, 0, Remembered(None, ()), b"")
-        control.steered(Forgetful()).goes_on(progress)
+        control.steered(NoCheckpoints()).may_continue(progress)
         line = json.dumps({"verb": "backup", "file": str(project.root / "a.tar")}).encode()
         waits = control.threads.submit(control.answer, line, Asker("me", "operator", True))
         wait_for(lambda: audit(project)[-1] == ("backup", "accepted"))

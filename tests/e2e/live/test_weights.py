@@ -18,7 +18,7 @@ from fedcore.seeds import Simulated
 from fedcore.task.definition import load_task
 from server.live.journal.journal import Journal, create, reopen
 from server.live.network.members import Members
-from server.live.rounds.journaled import JournalGrid, JournalKeeper
+from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
 from server.rounds.app import Listener, server_app
 from tests.e2e.live.test_live_rounds import wait_for
 
@@ -47,16 +47,16 @@ def federating(project: Any, served: Any, run: Any, journal: Journal) -> Any:
     """Rounds over the journal, in a thread; and what updates weighed."""
     roster = Roster(project.root / "server" / "roster.json", project.server().kit.authority_pem)
     members = Members(roster, served.listening.fleet)
-    keeper = JournalKeeper(
-        journal, tell=lambda record: None, deadline_s=60.0, weights=members.weights
+    checkpointer = JournalCheckpointer(
+        journal, report=lambda record: None, deadline_s=60.0, weights=members.weights
     )
     app = server_app(
         load_task(project.task),
         run,
         cloud=None,
         randomness=Simulated(run.seed),
-        listener=Listener(lambda note: None, keeper.record, lambda outcome: None),
-        keeper=keeper,
+        listener=Listener(lambda note: None, lambda record: None, lambda outcome: None),
+        checkpointer=checkpointer,
         start=journal.start,
     )
     grid = Noting(served.listening.grid(), journal, admit=members.admit, quorum=1.0)

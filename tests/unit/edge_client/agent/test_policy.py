@@ -180,3 +180,26 @@ def test_two_threads_share_one_rate() -> None:
     for thread in threads:
         thread.join()
     assert time.monotonic() - started >= 0.19
+
+
+def test_what_is_small_does_not_wait_for_what_is_large_and_both_keep_the_rate() -> None:
+    """Or a device whose owner allows little gave no sign of life while a piece was paid for."""
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    pace = Pace(300_000, clock=lambda: now[0], sleep=lambda seconds: None)
+    large = threading.Thread(target=pace.passed, args=(3_000_000,), daemon=True)
+    large.start()
+    while not pace._free_s:
+        time.sleep(0.001)
+    pace.sleep = sleep
+    pace.passed(3000)
+    assert now[0] == pytest.approx(1000.02)
+    large.join(5.0)
+    assert not large.is_alive()
+    assert now[0] == pytest.approx(1010.01, abs=0.01)
+    for _ in range(100):  # a server that has much to say in small pieces has half of it
+        pace.passed(3000)
+    assert now[0] == pytest.approx(1012.0, abs=0.1)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
 from edge_client.agent import announce, loop
 from edge_client.agent.loop import Device, run_device
@@ -24,6 +25,8 @@ from edge_client.device_folder import DeviceFolder, own
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.crypto.kit import Kit, load_identity, load_kit, restrict
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
+from fedcore.flower import fleet_pull
+from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import Refused, Unreachable
 from fedcore.task.definition import load_task
 from tests.unit.fedcore.crypto.conftest import Project
@@ -66,7 +69,9 @@ class Running:
 
 
 @contextmanager
-def kitted(folder: Path, answers: Answers) -> Iterator[tuple[Kit, DeviceFolder]]:
+def kitted(
+    folder: Path, answers: Callable[[Any, bytes], None]
+) -> Iterator[tuple[Kit, DeviceFolder]]:
     """A device's kit and folder, while its server answers."""
     project = Project("orchard", datetime.now(UTC).replace(microsecond=0))
     serving = restrict(
@@ -195,6 +200,77 @@ def test_telling_a_server_early_ends_nothing_and_counts(
         assert time.monotonic() - began < 10.0
     assert len(moved) == len(answers.asked) > 0
     assert sum(moved) > 1000
+
+
+class Demanding(Answers):
+    """A server with a message each time, of a run whose settings cannot be read."""
+
+    def __call__(self, connection: Any, request: bytes) -> None:
+        if not request.split(b" ", 2)[1].endswith(b"pull-messages"):
+            super().__call__(connection, request)
+            return
+        self.asked.append("pull-messages")
+        message = Message(metadata=Metadata(run_id=5, message_id="m", message_type="train"))
+        message.content.SetInParent()
+        pulled = PullMessagesResponse(
+            messages_list=[message], message_object_trees=[ObjectTree(object_id="m")]
+        )
+        connection.sendall(answer_of(pulled.SerializeToString()))
+
+
+def test_what_a_device_declines_does_not_come_as_fast_as_two_can_talk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No limit on work bounds it, and it held a processor."""
+    monkeypatch.setattr(loop, "MESSAGE_BURST", 5 * loop.IDLE_MESSAGES)
+    answers = Demanding()
+    with running(tmp_path, answers) as device:
+        wait_for(lambda: "pull-messages" in answers.asked)
+        time.sleep(2.0)
+        assert device.thread.is_alive(), device.raised
+        assert 5 < answers.asked.count("pull-messages") < 12
+    assert "takes no part" in caplog.text
+
+
+def test_a_server_that_is_busy_on_and_on_is_asked_less_and_less(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    waited: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.append(timeout or 0.0)
+            return len(waited) == 100
+
+    with kitted(tmp_path, Answers(answer(b"429 X\r\nretry-after: 0"))) as (kit, _):
+        link = FleetLink(kit, headers={}, stop=Stop())
+        with pytest.raises(Unreachable, match="busy"):
+            link.activate()
+        link.close()
+    assert all(0.05 <= one <= 0.2 for one in waited[:5])
+    assert all(30.0 <= one <= 45.0 for one in waited[80:])
+    assert caplog.text.count("busy") == 1
+
+
+def test_a_goodbye_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner's hours are over, and each byte came in time for the next."""
+    monkeypatch.setattr(fleet_pull, "ENDING_S", 1.0)
+
+    def drip(connection: Any, request: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 X\r\ncontent-length: 99\r\n\r\n")
+        for _ in range(99):
+            time.sleep(0.1)
+            connection.sendall(b"z")
+
+    stop = threading.Event()
+    stop.set()
+    with kitted(tmp_path, drip) as (kit, _):
+        link = FleetLink(kit, headers={}, stop=stop)
+        began = time.monotonic()
+        with pytest.raises(Unreachable):
+            link.deactivate(1.0)
+        link.close()
+    assert time.monotonic() - began < 4.0
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:

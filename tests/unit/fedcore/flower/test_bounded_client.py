@@ -88,6 +88,54 @@ def test_what_comes_around_a_body_counts_against_the_owners_limit(tmp_path: Path
     assert moved[0] < 400_000
 
 
+MOST_PIECES = 2 * ANSWER_BYTES // metered_module.LEAST_PIECE_BYTES
+
+
+def by_records(connection: Any, request: bytes) -> None:
+    """Each byte in a record of its own."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 99999\r\n\r\n")
+    for _ in range(99_999):
+        connection.sendall(b"z")
+
+
+def by_chunks(connection: Any, request: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    endless(connection, head, b"1\r\nz\r\n" * 1000)
+
+
+@pytest.mark.parametrize("behave", [by_records, by_chunks])
+def test_an_answer_that_is_cut_up_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behave: Behave
+) -> None:
+    """It went through all parsers byte by byte: a second of a processor for each call."""
+    handed_on = 0
+    read = metered_module._Secured.read
+
+    def counting(self: Any, *args: Any, **more: Any) -> bytes:
+        nonlocal handed_on
+        handed_on += 1
+        return read(self, *args, **more)
+
+    monkeypatch.setattr(metered_module._Secured, "read", counting)
+    with (
+        calling(behave, tmp_path) as (client, _),
+        pytest.raises(TooLarge, match="pieces"),
+    ):
+        client.PullMessages(PullMessagesRequest())
+    assert 0 < handed_on < MOST_PIECES
+
+
+def test_no_more_comes_before_an_answer_than_headers_take(tmp_path: Path) -> None:
+    """Each of the shortest interim answers takes a parser as long as a kilobyte of a body."""
+
+    def behave(connection: Any, request: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 103 E\r\n\r\n" * 20_000 + answer_of(b""))
+
+    with calling(behave, tmp_path) as (client, moved), pytest.raises(TooLarge):
+        client.PullMessages(PullMessagesRequest())
+    assert moved[0] < 200_000
+
+
 def test_an_answer_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_pull, "LEAST_BYTES_PER_S", 10**6)
 

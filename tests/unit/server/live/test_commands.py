@@ -12,8 +12,8 @@ import pytest
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from server.live.commands import _address, _kept, start
+from server.live.deployment import Deployment
 from server.live.operators.commands import OPERATOR_VERBS
-from server.live.run import Deployment
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from server.live.journal.head import HEAD, JOURNAL, RECORDS
-from server.report.folder import JOURNAL_FOLDER, STEPS, Complete, has_journal, open_run
+from server.live.resume import STEPS, Complete, has_journal, open_run
+from server.report.folder import JOURNAL_FOLDER
 from server.rounds.checkpointing import Progress
 from server.rounds.strategy_state import Remembered
 from tests.unit.server.live.journal.journals import progress, record

@@ -23,7 +23,7 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 from server.live.journal.journal import create, reopen
-from server.live.rounds.journaled import JournalKeeper
+from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.expected import asked_to_train
 from server.rounds.fold import fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
@@ -147,11 +147,13 @@ def test_what_a_client_says_of_its_failure_is_one_line_of_words() -> None:
 
 def test_an_update_that_is_lost_after_it_was_kept_is_this_machines_fault(tmp_path: Path) -> None:
     with closing(create(tmp_path, {})) as journal:
-        keeper = JournalKeeper(
-            journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+        checkpointer = JournalCheckpointer(
+            journal, report=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
         )
         tally = Tally(1)
-        taken = list(accepted(iter([reply(4)]), replace(INTAKE, keeper=keeper), tally, first=1))
+        taken = list(
+            accepted(iter([reply(4)]), replace(INTAKE, checkpointer=checkpointer), tally, first=1)
+        )
         for path in (tmp_path / "values").iterdir():
             path.unlink()
         with pytest.raises(ResourceError, match=r"cannot be read .*go on with --resume"):
@@ -164,12 +166,12 @@ def test_updates_that_wait_in_the_journal_take_no_descriptors(tmp_path: Path) ->
         return len(list(Path("/proc/self/fd").iterdir()))
 
     with closing(create(tmp_path, {})) as journal:
-        keeper = JournalKeeper(
-            journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+        checkpointer = JournalCheckpointer(
+            journal, report=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
         )
         before, tally = descriptors(), Tally(5)
         replies = (reply(node) for node in range(4, 9))
-        taken = list(accepted(replies, replace(INTAKE, keeper=keeper), tally, first=5))
+        taken = list(accepted(replies, replace(INTAKE, checkpointer=checkpointer), tally, first=5))
         assert descriptors() == before
         mean = fold(taken, LAYOUT, tally, uniform=True)
     assert (

@@ -21,7 +21,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, Standardise, build_model, standardise_of
 from fedcore.updates.messages import ARRAYS, METRICS, NUM_EXAMPLES
 from server.cloud import CloudData
-from server.rounds.checkpointing import Nameless
+from server.rounds.checkpointing import NumberedPeers
 from server.rounds.normalisation import normalise
 
 CLIENTS = ["anna", "ben", "carl"]
@@ -83,7 +83,9 @@ def fitted(
     assume_identity(1)
     model = build_model(TASK, run)
     grid = InProcessGrid(1, nodes, handle or clients(run))
-    normalise(run, model, grid, cloud, Nameless(), notes.append if notes is not None else print)
+    normalise(
+        run, model, grid, cloud, NumberedPeers(), notes.append if notes is not None else print
+    )
     return model
 
 

@@ -22,7 +22,7 @@ from fedcore.task.model import FullModel
 from fedcore.updates.messages import REFUSED, Update, read_instruction, update_content
 from fedcore.updates.pack import Vector, unpack
 from server.records import RoundRecord
-from server.rounds.checkpointing import Forgetful, Progress, Start
+from server.rounds.checkpointing import NoCheckpoints, Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies import make_strategy
@@ -34,15 +34,14 @@ CLIP = 0.5
 SIMULATED = Simulated(0)
 
 
-class Kept(Forgetful):
+class Kept(NoCheckpoints):
     """Keeps progress of every round, as a checkpoint does."""
 
     def __init__(self) -> None:
         self.all: list[Progress] = []
 
-    def goes_on(self, progress: Progress) -> bool:
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         self.all.append(progress)
-        return True
 
 
 class Story:
@@ -56,7 +55,7 @@ class Story:
         strategy: str = "FedAvg",
         start: Start | None = None,
         randomness: Randomness = SIMULATED,
-        keeper: Kept | None = None,
+        checkpointer: Kept | None = None,
         rounds: int = 1,
         cohort: int | None = None,
         quorum: float = 0.1,
@@ -81,7 +80,7 @@ class Story:
         self.records: list[RoundRecord] = []
         self.notes: list[str] = []
         self.asked: list[list[int]] = []
-        self.keeper = keeper or Kept()
+        self.checkpointer = checkpointer or Kept()
 
         def handle(message: Message) -> Message:
             node, asked = message.metadata.dst_node_id, read_instruction(message.content)
@@ -113,7 +112,7 @@ class Story:
             judge=None,
             on_round=self.records.append,
             on_note=self.notes.append,
-            keeper=self.keeper,
+            checkpointer=self.checkpointer,
             start=start,
         )
 
@@ -194,7 +193,7 @@ def test_a_round_that_draws_nobody_releases_noise_and_counts() -> None:
     done = story.run()
     nobody = [record.round for record in done.rounds if record.cohort == 0]
     assert 5 < len(nobody) < 25  # 20 nodes at 1/20 each: nobody in 36 % of rounds
-    kept = {progress.round: progress.weights for progress in story.keeper.all}
+    kept = {progress.round: progress.weights for progress in story.checkpointer.all}
     assert all(not np.array_equal(kept[number - 1], kept[number]) for number in nobody)
     spent = [record.client_epsilon or 0 for record in done.rounds]
     assert spent == sorted(spent)
@@ -242,7 +241,7 @@ def test_a_run_ends_before_the_round_that_would_pass_its_budget() -> None:
 def test_rounds_that_go_on_give_the_same_bits(settings: dict[str, Any]) -> None:
     whole = Story(learns(0.01), rounds=9, **settings)
     done = whole.run()
-    kept = whole.keeper.all[4]
+    kept = whole.checkpointer.all[4]
     assert kept.round == 4
     start = Start(replace(kept), done.rounds[:4])
     again = Story(learns(0.01), rounds=9, start=start, **settings)
@@ -256,7 +255,7 @@ def test_rounds_that_go_on_give_the_same_bits(settings: dict[str, Any]) -> None:
 def test_an_adaptive_bound_travels_with_the_round_and_follows_what_comes_back() -> None:
     story = Story(learns(1.0), rounds=6, clip_norm="adaptive")
     story.run()
-    bounds = [p.protection.clip_norm for p in story.keeper.all if p.protection]
+    bounds = [p.protection.clip_norm for p in story.checkpointer.all if p.protection]
     # Every update is clipped, so the bound grows by about exp(0.2 / 2) a round.
     assert bounds[0] == 0.1
     assert bounds[-1] == pytest.approx(0.1 * math.exp(0.1 * 6), rel=0.2)
@@ -265,10 +264,10 @@ def test_an_adaptive_bound_travels_with_the_round_and_follows_what_comes_back() 
 class Dies(Kept):
     """A process that dies with the noise of a round drawn and the round not committed."""
 
-    def goes_on(self, progress: Progress) -> bool:
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         if progress.round == 3:
             raise KeyboardInterrupt
-        return super().goes_on(progress)
+        super().commit(progress, record)
 
 
 def test_noise_that_was_not_committed_is_never_sent() -> None:
@@ -278,10 +277,10 @@ def test_noise_that_was_not_committed_is_never_sent() -> None:
         sent.setdefault(number, set()).add(weights.tobytes())
         return weights
 
-    first = Story(sees, rounds=5, randomness=SystemEntropy(), keeper=Dies())
+    first = Story(sees, rounds=5, randomness=SystemEntropy(), checkpointer=Dies())
     with pytest.raises(KeyboardInterrupt):
         first.run()
-    kept = first.keeper.all[-1]
+    kept = first.checkpointer.all[-1]
     assert kept.round == 2
     start = Start(kept, tuple(first.records[:2]))
     done = Story(sees, rounds=5, randomness=SystemEntropy(), start=start).run()

@@ -18,7 +18,7 @@ from server.rounds.checkpointing import Progress
 from server.rounds.protection import ClientPlan, Protection, noise_of
 from server.rounds.strategy_state import Remembered
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
-from server.simulation.checkpointer import FAILED, CheckpointKeeper
+from server.simulation.checkpointer import FAILED, FileCheckpointer
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import Choice, State
 
@@ -120,8 +120,8 @@ def keeper(
     *,
     clock: Clock | None = None,
     stopping: bool = False,
-) -> CheckpointKeeper:
-    return CheckpointKeeper(
+) -> FileCheckpointer:
+    return FileCheckpointer(
         folder,
         {},
         ["anna", "ben", "cleo d'A"],
@@ -141,21 +141,24 @@ def rounds_kept(folder: Path) -> int:
 def test_checkpoints_are_written_at_the_start_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     clock = Clock()
     keeping = keeper(tmp_path, State(), [], clock=clock)
-    assert keeping.goes_on(replace(PROGRESS, round=0))
+    keeping.commit(replace(PROGRESS, round=0), None)
     assert rounds_kept(tmp_path) == 0
     clock.now_s += 29
-    assert keeping.goes_on(replace(PROGRESS, round=1))
+    keeping.commit(replace(PROGRESS, round=1), None)
     assert rounds_kept(tmp_path) == 0
     clock.now_s += 2
-    assert keeping.goes_on(replace(PROGRESS, round=2))
+    keeping.commit(replace(PROGRESS, round=2), None)
     assert rounds_kept(tmp_path) == 2
     assert read_checkpoint(tmp_path / "checkpoint.safetensors").elapsed_s == 38.0
-    assert keeping.goes_on(replace(PROGRESS, round=3, over=True))
+    keeping.commit(replace(PROGRESS, round=3, over=True), None)
+    assert keeping.may_continue(PROGRESS)
     assert rounds_kept(tmp_path) == 3
 
 
 def test_who_is_asked_to_stop_writes_first(tmp_path: Path) -> None:
-    assert not keeper(tmp_path, State(), [], stopping=True).goes_on(PROGRESS)
+    keeping = keeper(tmp_path, State(), [], stopping=True)
+    keeping.commit(PROGRESS, None)
+    assert not keeping.may_continue(PROGRESS)
     assert rounds_kept(tmp_path) == 1
 
 
@@ -163,7 +166,7 @@ def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
     state = State({"anna": Ledger()}, Counter(anna=1), 5.0)
     told: list[Told] = [Noted("before")]
     keeping = keeper(tmp_path, state, told)
-    keeping.goes_on(PROGRESS)
+    keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     state.ledgers |= {"anna": LEDGER, "cleo d'A": LEDGER}
     state.rounds.update(["anna", "cleo d'A"])
@@ -187,9 +190,9 @@ def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
 )
 def test_failures_name_the_command_that_shows_them(reason: str, named: str, tmp_path: Path) -> None:
     keeping = keeper(tmp_path, State(), [])
-    keeping.goes_on(PROGRESS)
+    keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
-    assert keeping.failures(PROGRESS, [reason]) == [
+    assert keeping.advice(PROGRESS, [reason]) == [
         f"`fedcore simulate run.toml --replay {named}` shows how."
     ]
     kept = read_checkpoint(tmp_path / FAILED / "round-2.safetensors")
@@ -198,9 +201,9 @@ def test_failures_name_the_command_that_shows_them(reason: str, named: str, tmp_
 
 def test_of_failed_rounds_the_latest_few_are_kept(tmp_path: Path) -> None:
     keeping = keeper(tmp_path, State(), [])
-    keeping.goes_on(PROGRESS)
+    keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     for number in range(12):
-        keeping.failures(replace(PROGRESS, round=number), ["client 'anna': no"])
+        keeping.advice(replace(PROGRESS, round=number), ["client 'anna': no"])
     kept = {path.name for path in (tmp_path / FAILED).iterdir()}
     assert kept == {f"round-{number}.safetensors" for number in range(5, 13)}

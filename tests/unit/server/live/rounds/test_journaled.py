@@ -19,7 +19,7 @@ from fedcore.observability import patience
 from fedcore.updates.messages import DECLINED, REFUSED, refused_as
 from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds import journaled as journal_keeper
-from server.live.rounds.journaled import JournalGrid, JournalKeeper
+from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
 
 NODES = (4, 5, 6)
 
@@ -188,10 +188,10 @@ def drawing(*draws: list[int] | None) -> Callable[[], list[int]]:
     return draw
 
 
-def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> JournalKeeper:
-    return JournalKeeper(
+def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> JournalCheckpointer:
+    return JournalCheckpointer(
         journal,
-        tell=lambda record: None,
+        report=lambda record: None,
         deadline_s=deadline_s,
         weights=more.pop("weights", lambda nodes: [1] * len(nodes)),
         **more,
@@ -199,33 +199,33 @@ def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> Journa
 
 
 def test_a_cohort_is_drawn_once(tmp_path: Path, journal: Journal) -> None:
-    assert keeper_of(journal).asked("train", drawing([4, 6])) == [4, 6]
+    assert keeper_of(journal).cohort("train", drawing([4, 6])) == [4, 6]
     journal.close()
     again = reopen(tmp_path)
     assert again is not None
     with closing(again):
-        assert keeper_of(again).asked("train", drawing([5, 6])) == [4, 6]
-        assert keeper_of(again).asked("evaluate", drawing([5])) == [5]
+        assert keeper_of(again).cohort("train", drawing([5, 6])) == [4, 6]
+        assert keeper_of(again).cohort("evaluate", drawing([5])) == [5]
 
 
 def test_a_round_waits_for_its_devices_until_the_deadline(journal: Journal) -> None:
-    assert keeper_of(journal).asked("train", drawing(None, None, [4])) == [4]
+    assert keeper_of(journal).cohort("train", drawing(None, None, [4])) == [4]
     with pytest.raises(RoundFailed, match="too few"):
-        keeper_of(journal, deadline_s=-1.0).asked("evaluate", drawing(None, [4]))
+        keeper_of(journal, deadline_s=-1.0).cohort("evaluate", drawing(None, [4]))
 
 
 def test_an_evaluation_waits_for_as_many_as_it_asks_and_then_for_one(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = keeper_of(journal, evaluated=2)
-    keeper.asked("train", drawing([4, 5, 6]))
-    assert keeper.asked("evaluate", drawing(None, [4], [4], [4, 6])) == [4, 6]
+    keeper.cohort("train", drawing([4, 5, 6]))
+    assert keeper.cohort("evaluate", drawing(None, [4], [4], [4, 6])) == [4, 6]
     journal.ask("evaluate", [], [])  # as servers did that found nobody
     monkeypatch.setattr(journal_keeper, "GRACE_S", 0.05)
-    assert keeper.asked("evaluate", drawing(None, *[[5]] * 1000)) == [5]
+    assert keeper.cohort("evaluate", drawing(None, *[[5]] * 1000)) == [5]
     journal.drop()
-    keeper.asked("train", drawing([4]))
-    assert keeper.asked("evaluate", drawing([4], [4, 6])) == [4], "as many as trained are enough"
+    keeper.cohort("train", drawing([4]))
+    assert keeper.cohort("evaluate", drawing([4], [4, 6])) == [4], "as many as trained are enough"
 
 
 def test_after_a_restart_an_evaluation_gives_devices_time_to_come_back(
@@ -234,7 +234,7 @@ def test_after_a_restart_an_evaluation_gives_devices_time_to_come_back(
     monkeypatch.setattr(journal_keeper, "GRACE_S", 0.0)
     journal.ask("train", [4, 6], [1, 1])
     keeper = keeper_of(journal, evaluated=2, rejoin_s=30.0)
-    assert keeper.asked("evaluate", drawing(*[[4]] * 20, [4, 6])) == [4, 6]
+    assert keeper.cohort("evaluate", drawing(*[[4]] * 20, [4, 6])) == [4, 6]
 
 
 def counts(replies: Iterable[Message]) -> dict[int, int]:
@@ -248,19 +248,19 @@ def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
     tmp_path: Path, journal: Journal
 ) -> None:
     committed = keeper_of(journal, weights=lambda nodes: [1000] * len(nodes))
-    committed.asked("train", drawing([*NODES]))
+    committed.cohort("train", drawing([*NODES]))
     grid = Rounds(Devices(gone={6: 10**6}), journal, admit=set, quorum=0.6)
     assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1000, 5: 1000}
     journal.close()
     again = reopen(tmp_path)  # when a device has been enrolled that committed to nothing
     assert again is not None
     with closing(again):
-        keeper_of(again).asked("train", drawing())
+        keeper_of(again).cohort("train", drawing())
         grid = Rounds(Devices(), again, admit=set, quorum=1.0)
         expected = {4: 1000, 5: 1000, 6: 1000}
         assert counts(grid.send_and_receive(messages(), timeout=5)) == expected
         again.drop()  # the round failed, and is selected again: what was kept weighs as the rest
-        keeper_of(again).asked("train", drawing([*NODES]))
+        keeper_of(again).cohort("train", drawing([*NODES]))
         assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1, 5: 1, 6: 1}
 
 
@@ -272,11 +272,11 @@ def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
 
 
 def test_a_draw_of_nobody_is_kept_as_a_draw(journal: Journal) -> None:
-    keeper = JournalKeeper(
-        journal, tell=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1] * len(nodes)
+    keeper = JournalCheckpointer(
+        journal, report=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1] * len(nodes)
     )
-    assert keeper.asked(MessageType.TRAIN, list) == []
-    assert keeper.asked(MessageType.TRAIN, lambda: [4, 5]) == []
+    assert keeper.cohort(MessageType.TRAIN, list) == []
+    assert keeper.cohort(MessageType.TRAIN, lambda: [4, 5]) == []
 
 
 def test_one_that_is_refused_is_not_kept_and_is_asked_again_after_a_restart(
@@ -326,7 +326,7 @@ def test_a_reply_of_another_type_than_asked_stops_nothing(journal: Journal) -> N
                 reply.metadata.__dict__["_message_type"] = "query.x"
                 yield reply
 
-    keeper_of(journal).asked("train", drawing([*NODES]))
+    keeper_of(journal).cohort("train", drawing([*NODES]))
     grid = Rounds(Lying(), journal, admit=set, quorum=1.0)
     grid.refused = NODES
     assert answered(grid.send_and_receive(messages(), timeout=1)) == [4, 5, 6]
@@ -354,9 +354,9 @@ def test_a_round_that_lacks_devices_says_so(
 ) -> None:
     monkeypatch.setattr(patience, "SILENT_S", 0.0)
     waits: list[str] = []
-    keeper = JournalKeeper(
+    keeper = JournalCheckpointer(
         journal,
-        tell=lambda record: None,
+        report=lambda record: None,
         deadline_s=0.5,
         weights=lambda nodes: [1] * len(nodes),
         waits=waits.append,
@@ -366,6 +366,6 @@ def test_a_round_that_lacks_devices_says_so(
         raise RoundFailed("round 1: 1 client is there, and 3 are asked for. It was not begun.")
 
     with pytest.raises(RoundFailed):
-        keeper.asked(MessageType.TRAIN, draw)
+        keeper.cohort(MessageType.TRAIN, draw)
     assert waits[0].startswith("round 1: 1 client is there, and 3 are asked for: ")
     assert waits[0].endswith(" left")

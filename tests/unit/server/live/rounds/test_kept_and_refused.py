@@ -18,7 +18,7 @@ from fedcore.task.metrics import ACCURACY
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import unpack
 from server.live.journal.journal import Journal, create, reopen
-from server.live.rounds.journaled import JournalGrid, JournalKeeper
+from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies import make_strategy
@@ -62,9 +62,9 @@ class Site:
         run = RunConfig.model_validate(
             {"name": "run", "task": "t.py", "federation": {"rounds": 1, "quorum": 1.0}}
         )
-        keeper = JournalKeeper(
+        checkpointer = JournalCheckpointer(
             self._journal,
-            tell=lambda record: None,
+            report=lambda record: None,
             deadline_s=5.0,
             weights=lambda nodes: [1] * len(nodes),
         )
@@ -81,9 +81,9 @@ class Site:
             metrics=(ACCURACY,),
             randomness=Simulated(0),
             judge=None,
-            on_round=keeper.record,
+            on_round=lambda record: None,
             on_note=self.notes.append,
-            keeper=keeper,
+            checkpointer=checkpointer,
             start=self._journal.start,
             live=True,
         )

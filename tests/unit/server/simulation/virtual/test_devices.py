@@ -27,7 +27,7 @@ from server.simulation.virtual.devices import (
     settle,
 )
 
-DOCS = Path(__file__).parents[4] / "docs" / "simulation.md"
+DOCS = Path(__file__).parents[5] / "docs" / "simulation.md"
 HEADER = "client,examples_per_s,download_mbit_s,upload_mbit_s,available_from_s,available_until_s\n"
 PHONE = DeviceClass(
     name="phone",
