@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from server.api.result import History, Result
     from server.api.simulation import simulate
     from server.api.steps import compress, finetune, publish
-    from server.check import Checked
+    from server.check import TaskCheck
     from server.compression.compress import Compressed
     from server.finetune.launch import Finetuned
 
@@ -37,7 +37,6 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
-    "Checked": "server.check",
     "Compressed": "server.compression.compress",
     "EdgeModel": "edge_client.model",
     "FedcoreError": "fedcore.errors",
@@ -51,6 +50,7 @@ _LAZY = {
     "Result": "server.api.result",
     "RunConfig": "fedcore.config.run",
     "Task": "fedcore.task.definition",
+    "TaskCheck": "server.check",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",
     "compress": "server.api.steps",
@@ -70,7 +70,6 @@ __all__ = [
     "MAE",
     "PERPLEXITY",
     "RMSE",
-    "Checked",
     "Compressed",
     "EdgeModel",
     "FedcoreError",
@@ -81,6 +80,7 @@ __all__ = [
     "Result",
     "RunConfig",
     "Task",
+    "TaskCheck",
     "__version__",
     "by_column",
     "check",

@@ -56,7 +56,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Checked:
+class TaskCheck:
     """What a check of a task found, step by step; its text is a line for each.
 
     Example::
@@ -89,7 +89,7 @@ def check_task(
     client: str | None,
     tell: Callable[[Finding], None] = lambda finding: None,
     around_first: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Checked:
+) -> TaskCheck:
     """Runs every step, each on what the ones before it left; a required failure ends it.
 
     Args:
@@ -114,7 +114,7 @@ def check_task(
         tell(findings[-1])
         if required and not ok:
             break
-    return Checked(tuple(findings))
+    return TaskCheck(tuple(findings))
 
 
 class _State:
@@ -246,7 +246,7 @@ def _metrics(state: _State) -> str:
 
 
 def _privacy(state: _State) -> str:
-    """Checked even when privacy is off, so that switching it on holds no surprise."""
+    """TaskCheck even when privacy is off, so that switching it on holds no surprise."""
     model, run = build_model(state.task, state.run), state.run
     way = find_way(state.task, model)
     if run.private:  # refuses a delta that protects nobody on a client of this size

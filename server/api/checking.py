@@ -9,7 +9,7 @@ from typing import Any
 from fedcore.flower.quiet import quiet
 from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from server.api.asked import AnyRun, AnyTask, configured, loaded
-from server.check import Checked, Finding, check_task
+from server.check import Finding, TaskCheck, check_task
 
 
 def check(
@@ -20,7 +20,7 @@ def check(
     on_finding: Callable[[Finding], None] = lambda finding: None,
     progress: bool = True,
     **settings: Any,
-) -> Checked:
+) -> TaskCheck:
     """Runs one step of everything on one client's data, and finds in seconds what would fail later.
 
     Steps are: clients, client data, model, schema, loss, training, metrics, privacy, export, test

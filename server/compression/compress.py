@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,20 +139,7 @@ def compress(
     golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
-    weighed: dict[str, _Weighed] = {}
-    refused: dict[str, str] = {}
-    for candidate in wanted:
-        progress(f"building and weighing {candidate.name}")
-        try:
-            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
-        except ParityError:
-            raise  # the export itself is wrong, so none of its figures would mean anything
-        except (CompressionError, TaskError) as error:
-            if candidate is FP32:
-                raise _without_fp32(error) from error
-            refused[candidate.name] = str(error)
-            progress(f"{candidate.name} was not built: {error}")
-
+    weighed, refused = _weigh_all(wanted, material, golden, cloud, on_clients, progress)
     files = {name: each.built.onnx for name, each in weighed.items()}
     progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
@@ -185,6 +172,31 @@ def compress(
         notes=_notes(cloud, files, reduce_range),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
+
+
+def _weigh_all(
+    wanted: Sequence[Candidate],
+    material: Material,
+    golden: NDArray[Any],
+    cloud: CloudData | None,
+    on_clients: Weigh | None,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, _Weighed], dict[str, str]]:
+    """The candidates that could be built, by name, and why the others could not."""
+    weighed: dict[str, _Weighed] = {}
+    refused: dict[str, str] = {}
+    for candidate in wanted:
+        progress(f"building and weighing {candidate.name}")
+        try:
+            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
+        except ParityError:
+            raise  # the export itself is wrong, so none of its figures would mean anything
+        except (CompressionError, TaskError) as error:
+            if candidate is FP32:
+                raise _without_fp32(error) from error
+            refused[candidate.name] = str(error)
+            progress(f"{candidate.name} was not built: {error}")
+    return weighed, refused
 
 
 def _weigh(

@@ -9,7 +9,7 @@ import pytest
 from fedcore.errors import ConfigError, TaskError
 from fedcore.task.templates import KINDS, write_scaffold
 from server.api.checking import check as check_call
-from server.check import Checked, Finding
+from server.check import Finding, TaskCheck
 from server.commands import check as command
 
 STEPS = [
@@ -181,14 +181,14 @@ def test_findings_are_a_line_each() -> None:
         Finding("clients", True, True, "2 clients", 0.1),
         Finding("privacy", False, False, "no", 0.2),
     ]
-    checked = Checked(tuple(findings))
+    checked = TaskCheck(tuple(findings))
     assert checked.ok
     assert str(checked).splitlines() == [
         "ok   clients      2 clients [0.10 s]",
         "note privacy      no [0.20 s]",
         "This task is ready.",
     ]
-    failed = Checked((*findings, Finding("export", False, True, "bad", 0.3)))
+    failed = TaskCheck((*findings, Finding("export", False, True, "bad", 0.3)))
     assert not failed.ok
     assert str(failed).splitlines()[-2:] == [
         "FAIL export       bad [0.30 s]",
