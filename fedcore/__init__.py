@@ -17,34 +17,52 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
+    from edge_client.model import EdgeModel, open_model
+    from fedcore.artifacts.manifest import Manifest
     from fedcore.config.run import RunConfig
     from fedcore.config.settings import load_run
     from fedcore.errors import FedcoreError
     from fedcore.task.definition import Task, load_task
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
-    from server.api import History, Result, simulate
+    from server.api.checking import check
+    from server.api.result import History, Result
+    from server.api.simulation import simulate
+    from server.api.steps import compress, finetune, publish
+    from server.check import TaskCheck
+    from server.compression.compress import Compressed
+    from server.finetune.launch import Finetuned
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
+    "Compressed": "server.compression.compress",
+    "EdgeModel": "edge_client.model",
     "FedcoreError": "fedcore.errors",
-    "History": "server.api",
+    "Finetuned": "server.finetune.launch",
+    "History": "server.api.result",
     "MAE": "fedcore.task.metrics",
+    "Manifest": "fedcore.artifacts.manifest",
     "Metric": "fedcore.task.metrics",
     "PERPLEXITY": "fedcore.task.metrics",
     "RMSE": "fedcore.task.metrics",
-    "Result": "server.api",
+    "Result": "server.api.result",
     "RunConfig": "fedcore.config.run",
     "Task": "fedcore.task.definition",
+    "TaskCheck": "server.check",
     "by_column": "fedcore.task.partition",
+    "check": "server.api.checking",
+    "compress": "server.api.steps",
     "dirichlet": "fedcore.task.partition",
+    "finetune": "server.api.steps",
     "iid": "fedcore.task.partition",
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
+    "open_model": "edge_client.model",
+    "publish": "server.api.steps",
     "shards": "fedcore.task.partition",
-    "simulate": "server.api",
+    "simulate": "server.api.simulation",
 }
 
 __all__ = [
@@ -52,18 +70,28 @@ __all__ = [
     "MAE",
     "PERPLEXITY",
     "RMSE",
+    "Compressed",
+    "EdgeModel",
     "FedcoreError",
+    "Finetuned",
     "History",
+    "Manifest",
     "Metric",
     "Result",
     "RunConfig",
     "Task",
+    "TaskCheck",
     "__version__",
     "by_column",
+    "check",
+    "compress",
     "dirichlet",
+    "finetune",
     "iid",
     "load_run",
     "load_task",
+    "open_model",
+    "publish",
     "shards",
     "simulate",
 ]

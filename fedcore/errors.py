@@ -48,7 +48,15 @@ from fedcore.observability.foreign import paragraph
 
 
 class FedcoreError(Exception):
-    """The root: catch it to catch whatever fedcore refuses on purpose."""
+    """The root: catch it to catch whatever fedcore refuses on purpose.
+
+    Example::
+
+        try:
+            result = fedcore.simulate("churn/task.py", "churn/run.toml")
+        except fedcore.FedcoreError as error:
+            print(type(error).__name__, error)
+    """
 
     exit_code: ClassVar[int] = 1
 

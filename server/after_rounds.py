@@ -13,14 +13,7 @@ from typing import Literal
 
 import torch
 
-from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import (
-    ClientStatement,
-    Lineage,
-    Manifest,
-    PrivacyStatement,
-    TestStatement,
-)
+from fedcore.artifacts.manifest import ClientStatement, Manifest, PrivacyStatement
 from fedcore.config.run import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
@@ -31,11 +24,12 @@ from fedcore.task.model import FullModel, checkpoint_bytes
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
+from server.compression.draft import draft_of
 from server.compression.runtime import answers, open_session
 from server.finetune.launch import Finetuned, fine_tune
 from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
 from server.release.final_test import Scores, drop_note, reason_to_withhold, statement_of
-from server.release.publish import Draft, publish
+from server.release.publish import Origin, publish
 from server.report.folder import config_json
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
@@ -90,6 +84,18 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Completed(Finished):
+    """A run that reached its end, with what later calls can go on from."""
+
+    federated: FullModel
+    """Of the best round."""
+    model: FullModel
+    """Behind fine-tuning; the federated one where there was none, or the gate closed."""
+    compressed: Compressed
+    origin: Origin
+
+
+@dataclass(frozen=True)
 class Steps:
     """How the long steps after the rounds are done, and the one that must be done once."""
 
@@ -113,7 +119,7 @@ def after_rounds(
     story: Story,
     *,
     steps: Steps = AT_ONCE,
-) -> Finished:
+) -> Completed:
     """Fine-tunes, compresses, tests and publishes what rounds have left.
 
     The final test split is read once, at the end, by nothing that chooses. Where it shows that what
@@ -140,15 +146,15 @@ def after_rounds(
     if cloud and run.finetune.epochs:
         with story.stage("finetune") as said:
             tuned = steps.fine_tune(task, run, outcome.model, cloud, trained.judge)
-            said.append(_gate_note(tuned, task.primary))
+            said.append(gate_note(tuned, task.primary))
         if tuned.kept:
             write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
         if tuned.clients or not tuned.kept:
-            story.note(f"The gate behind fine-tuning: {_gate_note(tuned, task.primary)}.")
+            story.note(f"The gate behind fine-tuning: {gate_note(tuned, task.primary)}.")
     model = tuned.model if tuned else outcome.model
 
     with story.stage("compress") as said:
-        progress = _steps(story.emit, "compress")
+        progress = counted_steps(story.emit, "compress")
         compressed = steps.compress(
             run, task, model, cloud, progress=progress, on_clients=trained.weigh
         )
@@ -170,18 +176,18 @@ def after_rounds(
         if text:
             story.note(text)
 
-    manifest = None
+    manifest, origin = None, _origin(run, trained, parent)
     if run.release.repository is not None and run.release.keys is not None and not withheld:
         with story.stage("release") as said:
             manifest = steps.publish(
-                _draft(run, task, trained, tuned, compressed, parent, tested),
+                draft_of(run.model_name, task, origin, compressed, tested),
                 repository=run.path(run.release.repository),
                 keys=run.path(run.release.keys),
                 created=datetime.now(UTC),
             )
             said.append(f"published {manifest.model} version {manifest.version}")
 
-    return Finished(
+    return Completed(
         RunRecord(
             name=run.name,
             task=task.name,
@@ -194,8 +200,8 @@ def after_rounds(
             best_round=outcome.federated.best_round,
             training=trained.training,
             clients=trained.clients,
-            epsilon=_epsilon_of(run, trained),
-            client_privacy=_client_statement(run, trained),
+            epsilon=origin.privacy.epsilon,
+            client_privacy=origin.privacy.client,
             candidates=compressed.records,
             chosen=compressed.chosen,
             manifest=manifest,
@@ -205,16 +211,21 @@ def after_rounds(
             notes=tuple(story.notes),
         ),
         compressed.torch_p50_us,
+        outcome.model,
+        model,
+        compressed,
+        origin,
     )
 
 
-def _steps(emit: Sink, stage: str) -> Callable[[str], None]:
+def counted_steps(emit: Sink, stage: str) -> Callable[[str], None]:
     """Tells of a stage's steps, counting them."""
     count = itertools.count(1)
     return lambda text: emit(StageAdvanced(stage, next(count), text))
 
 
-def _gate_note(tuned: Finetuned, primary: Metric) -> str:
+def gate_note(tuned: Finetuned, primary: Metric) -> str:
+    """What the gate behind fine-tuning saw, and whether it let the model through."""
     verdict = "kept" if tuned.kept else "not kept"
     cloud = f"on held-out cloud data {tuned.before:.4g} before, {tuned.after:.4g} after"
     if tuned.unjudged:
@@ -243,42 +254,27 @@ def _final_scores(
     for name, model in models.items():
         for measured, value in evaluate(model, test, task.metrics).items():
             scores[measured][name] = value
-    session = open_session(compressed.files[compressed.chosen], threads=threads)
-    outputs, targets = answers(session, test)
-    for metric in task.metrics:
-        scores[metric.name]["released"] = metric.compute(torch.from_numpy(outputs), targets)
+    for measured, value in released_scores(task, test, compressed, threads).items():
+        scores[measured]["released"] = value
     return scores
 
 
-def _draft(
-    run: RunConfig,
-    task: Task,
-    trained: Trained,
-    tuned: Finetuned | None,
-    compressed: Compressed,
-    parent: bytes,
-    tested: TestStatement,
-) -> Draft:
-    federated = trained.outcome.federated
-    return Draft(
-        model=run.model_name,
-        onnx=compressed.files[compressed.chosen],
-        golden=golden_bytes(compressed.golden_inputs, compressed.golden_outputs),
-        kind=task.kind,
-        labels=task.labels,
-        input_shape=tuple(task.example_input.shape),
-        input_dtype=str(task.example_input.dtype).removeprefix("torch."),
-        golden_tolerance=compressed.golden_tolerance,
-        lineage=Lineage(
-            run=run.name,
-            round=federated.best_round,
-            parent_sha256=sha256_hex(parent),
-            finetuned=bool(tuned and tuned.kept),
-            candidate=compressed.chosen,
-            config_sha256=sha256_hex(config_json(run)),
-            seed=run.seed,
-            calibration=compressed.calibration,
-        ),
+def released_scores(
+    task: Task, test: Examples, compressed: Compressed, threads: int
+) -> dict[str, float]:
+    """Every metric of the chosen candidate's file on the final test split."""
+    session = open_session(compressed.files[compressed.chosen], threads=threads)
+    outputs, targets = answers(session, test)
+    return {each.name: each.compute(torch.from_numpy(outputs), targets) for each in task.metrics}
+
+
+def _origin(run: RunConfig, trained: Trained, parent: bytes) -> Origin:
+    return Origin(
+        run=run.name,
+        round=trained.outcome.federated.best_round,
+        parent_sha256=sha256_hex(parent),
+        config_sha256=sha256_hex(config_json(run)),
+        seed=run.seed,
         privacy=PrivacyStatement(
             unit=run.privacy.unit,
             epsilon=_epsilon_of(run, trained),
@@ -286,8 +282,6 @@ def _draft(
             noise=trained.noise,
             client=_client_statement(run, trained),
         ),
-        parity=compressed.parity,
-        test=tested,
     )
 
 

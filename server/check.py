@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,15 +13,12 @@ import torch
 from torch import Tensor
 
 from fedcore.config.run import RunConfig
-from fedcore.config.settings import load_run
 from fedcore.errors import FedcoreError, TaskError
-from fedcore.observability.foreign import say
-from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan_for
-from fedcore.task.definition import Examples, Task, data_folder, load_task, read_examples, size_of
+from fedcore.task.definition import Examples, Task, data_folder, read_examples, size_of
 from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import gather
 from fedcore.training.evaluate import evaluate
@@ -52,28 +48,63 @@ class Finding:
     detail: str
     seconds: float
 
+    @property
+    def line(self) -> str:
+        """The finding in a line: a mark, the step, the detail, the time."""
+        mark = "ok  " if self.ok else ("FAIL" if self.required else "note")
+        return f"{mark} {self.step:<12} {self.detail} [{self.seconds:.2f} s]"
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """What a check of a task found, step by step; its text is a line for each.
+
+    Example::
+
+        checked = fedcore.check("task.py")
+        assert checked.ok, checked
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every step that is required succeeded."""
+        return all(finding.ok or not finding.required for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the task is ready, in a sentence."""
+        return "This task is ready." if self.ok else "This task would fail."
+
+    def __str__(self) -> str:
+        """A line for each step, and the verdict."""
+        return "\n".join([*(finding.line for finding in self.findings), self.verdict])
+
 
 def check_task(
-    path: Path, *, client: str | None, tell: Callable[[Finding], None] = lambda finding: None
-) -> list[Finding]:
+    run: RunConfig,
+    task: Task,
+    *,
+    client: str | None,
+    tell: Callable[[Finding], None] = lambda finding: None,
+    around_first: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> TaskCheck:
     """Runs every step, each on what the ones before it left; a required failure ends it.
 
     Args:
-        path: A task file, or a run's TOML file, whose settings are then kept to.
+        run: Whose settings are kept to.
+        task: What is checked.
         client: The client whose data is used; the first one when None.
         tell: Called with each finding as soon as there is one.
+        around_first: Stands around steps that may be the first of the process, which take long.
     """
-    if path.suffix == ".toml":
-        run = load_run(path)
-        task = load_task(run.path(run.task))
-    else:
-        run, task = RunConfig(name="check", task=path.name, base=path.parent), load_task(path)
     state = _State(run, task, client)
     findings: list[Finding] = []
     for step, required, work in _steps(state):
         started = time.monotonic()
         try:
-            with told_if_slow(FIRST_STEP) if step in _FIRST_STEPS else nullcontext():
+            with around_first() if step in _FIRST_STEPS else nullcontext():
                 ok, detail = True, work()
         except FedcoreError as error:
             ok, detail = False, str(error)
@@ -83,31 +114,7 @@ def check_task(
         tell(findings[-1])
         if required and not ok:
             break
-    return findings
-
-
-def print_finding(finding: Finding) -> None:
-    """Prints a line for one step."""
-    mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
-    say(f"{mark} {finding.step:<12} {finding.detail} [{finding.seconds:.2f} s]", flush=True)
-
-
-def print_findings(findings: list[Finding], *, as_json: bool, told: bool = False) -> int:
-    """Prints a line a step; the exit code is that of `TaskError` when a required one failed.
-
-    Args:
-        findings: Of every step.
-        as_json: Prints one JSON object in place of lines.
-        told: Whether the lines were printed before; the last one is left then.
-    """
-    failed = any(finding.required and not finding.ok for finding in findings)
-    if as_json:
-        say(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}))
-    else:
-        for finding in () if told else findings:
-            print_finding(finding)
-        say("This task would fail." if failed else "This task is ready.")
-    return TaskError.exit_code if failed else 0
+    return TaskCheck(tuple(findings))
 
 
 class _State:
@@ -153,7 +160,7 @@ def _clients(state: _State) -> str:
     if not names:
         raise TaskError("clients() names none; at least one is needed.")
     if state.client is not None and state.client not in names:
-        raise TaskError(f"--client {state.client}: not among the {counted(len(names), 'client')}.")
+        raise TaskError(f"client {state.client!r}: not among the {counted(len(names), 'client')}.")
     state.client = state.client or names[0]
     return f"{counted(len(names), 'client')}; checking with {state.client!r}"
 
@@ -239,7 +246,7 @@ def _metrics(state: _State) -> str:
 
 
 def _privacy(state: _State) -> str:
-    """Checked even when privacy is off, so that switching it on holds no surprise."""
+    """TaskCheck even when privacy is off, so that switching it on holds no surprise."""
     model, run = build_model(state.task, state.run), state.run
     way = find_way(state.task, model)
     if run.private:  # refuses a delta that protects nobody on a client of this size

@@ -7,14 +7,15 @@ import json
 import os
 import shlex
 import sys
-import time
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 from fedcore.cli import Command
-from fedcore.config.owner import OPEN_POLICY, load_owner
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, load_owner
+from fedcore.config.run import RunConfig
 from fedcore.config.settings import load_run
-from fedcore.errors import INTERRUPTED, ReleaseError
+from fedcore.errors import INTERRUPTED, ReleaseError, TaskError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import FIRST_STEP, LOADING, loading_told, told_if_slow
 from server.options import run_options
@@ -61,63 +62,59 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    started = time.monotonic()
     run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     with loading_told():
-        from fedcore.flower.quiet import quiet
         from fedcore.observability.console import choose
-        from fedcore.task.definition import load_task
-        from server.api import run_in
-        from server.preflight import prepare
-        from server.report.folder import CHECKPOINT, open_folder, reopen_folder
-        from server.simulation.resume import pick_up
-        from server.unfinished import drop_all, refuse_to_drop
+        from server.api.simulation import simulated
+        from server.report.folder import CHECKPOINT
 
-    quiet()
+    if options.replay:
+        return _replay(options, run, owner)
     out, command = sys.stdout, _command(options)
     with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
+        try:
+            with choose(out, json=options.json) as shown:
+                result = simulated(
+                    None,
+                    run,
+                    owner=owner,
+                    runs=options.runs,
+                    fresh=options.fresh,
+                    resume=options.resume,
+                    progress=shown,
+                    say_slow=True,
+                    command=command,
+                )
+        except KeyboardInterrupt:
+            if not (options.runs / run.name / CHECKPOINT).is_file():
+                raise
+            say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
+            return INTERRUPTED
+    if options.json:
+        say(json.dumps({"event": "summary", **result.summary}))
+    else:
+        say(f"report: {os.path.relpath(result.folder / 'report.html')}")
+    if result.record.withheld:
+        raise ReleaseError(result.record.withheld)
+    return 0
+
+
+def _replay(options: argparse.Namespace, run: RunConfig, owner: OwnerPolicy) -> int:
+    """Trains one client of one round again; nothing is written."""
+    from fedcore.flower.quiet import quiet
+    from fedcore.task.definition import load_task
+    from server.preflight import prepare
+    from server.simulation.replay import replay
+
+    quiet()
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
         task = load_task(run.path(run.task))
         with told_if_slow(FIRST_STEP) if run.private else nullcontext():
             prepared = prepare(run, task, owner, options.runs / run.name)
-        if options.replay:
-            from server.simulation.replay import replay
-
-            return replay(
-                options.replay, run, task, owner, prepared, options.runs, out, json=options.json
-            )
-        if options.resume:
-            opening = reopen_folder(run, options.runs)
-        else:
-            before = drop_all if options.fresh else refuse_to_drop
-            opening = open_folder(run, options.runs, before=before)
-        with opening as folder:
-            resumed = pick_up(folder, run, owner) if options.resume else None
-            try:
-                with choose(out, json=options.json) as shown:
-                    finished, summary = run_in(
-                        folder,
-                        run,
-                        task,
-                        owner,
-                        prepared,
-                        shown,
-                        command=command,
-                        started=started,
-                        resumed=resumed,
-                    )
-            except KeyboardInterrupt:
-                if not (folder / CHECKPOINT).is_file():
-                    raise
-                say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
-                return INTERRUPTED
-    if options.json:
-        say(json.dumps({"event": "summary", **summary}))
-    else:
-        say(f"report: {os.path.relpath(folder / 'report.html')}")
-    if finished.record.withheld:
-        raise ReleaseError(finished.record.withheld)
-    return 0
+        asked = (options.replay, run, task, owner, prepared, options.runs, out)
+        return replay(*asked, json=options.json)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -148,14 +145,21 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     with told_if_slow(LOADING):
-        from fedcore.flower.quiet import quiet
-        from server.check import check_task, print_finding, print_findings
+        from server.api.checking import check as checked
+        from server.check import Finding
 
-    quiet()
+    def tell(finding: Finding) -> None:
+        if not options.json:
+            say(finding.line, flush=True)
+
+    asked = (None, options.task) if options.task.suffix == ".toml" else (options.task,)
+    found = checked(*asked, client=options.client, on_finding=tell)
     if options.json:
-        return print_findings(check_task(options.task, client=options.client), as_json=True)
-    findings = check_task(options.task, client=options.client, tell=print_finding)
-    return print_findings(findings, as_json=False, told=True)
+        findings = [asdict(finding) for finding in found.findings]
+        say(json.dumps({"ok": found.ok, "findings": findings}))
+    else:
+        say(found.verdict)
+    return 0 if found.ok else TaskError.exit_code
 
 
 check = Command(

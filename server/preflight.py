@@ -51,7 +51,7 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
     asked = tighten(run, owner)
     available(asked.client.device)
     data = data_folder()
-    clients = _clients(task, run, data)
+    clients = clients_of(task, run, data)
     check_rounds(run, task, folder, clients=len(clients))
     if run.client_private:
         protect(run, clients=len(clients), cohort=run.federation.cohort or len(clients))
@@ -107,7 +107,13 @@ def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudDat
     return cloud, test
 
 
-def _clients(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
+def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
+    """The names of a task's clients, each once, and at least as many as a cohort.
+
+    Raises:
+        DataError: listing them failed, or they are no such names.
+        ConfigError: there are fewer than ``federation.cohort``.
+    """
     try:
         clients = task.clients(data)
         if not isinstance(clients, Sequence) or isinstance(clients, str):

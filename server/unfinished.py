@@ -53,5 +53,5 @@ def refuse_to_drop_simulated(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: this simulation was interrupted after round {last}, and starting it would "
             "drop that. Nothing was run; go on with `fedcore simulate --resume`, or begin again "
-            "with --fresh (from Python, fresh=True)."
+            "with --fresh (from Python, resume=True or fresh=True)."
         )

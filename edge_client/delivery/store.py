@@ -84,7 +84,7 @@ def check_name(model: str) -> None:
         TypeAdapter(Name).validate_python(model)
     except ValidationError:
         raise ConfigError(
-            f"--model {model!r}: expected 1 to 64 of a-z, 0-9, '-' and '_', starting with a letter "
+            f"model {model!r}: expected 1 to 64 of a-z, 0-9, '-' and '_', starting with a letter "
             "or digit. Nothing was done."
         ) from None
 

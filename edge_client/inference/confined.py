@@ -194,7 +194,7 @@ def _asked(
     if raw is None or status is None:
         raise LimitExceeded(
             f"{of}: it gave no answer within {limits.seconds:g} s, the limit of time on this "
-            "device, and was ended. --max-seconds allows more."
+            "device, and was ended. --max-seconds allows more (from Python, ModelLimits.seconds)."
         )
     return _outputs(raw, status, of, memory_bytes, len(inputs) if rows is None else rows)
 
@@ -295,7 +295,8 @@ def _explain_fault(fault: str, text: str, of: str, memory_bytes: int) -> NoRetur
     if fault == "memory":
         raise LimitExceeded(
             f"{of}: it needs more than {memory_bytes >> 20} MiB, the limit of memory on this "
-            f"device ({text}). --max-memory-mib allows more."
+            f"device ({text}). --max-memory-mib allows more (from Python, "
+            "ModelLimits.memory_bytes)."
         )
     if fault == "output":
         raise LimitExceeded(
@@ -318,7 +319,7 @@ def _explain_end(status: int, of: str, memory_bytes: int) -> NoReturn:
     if status == -signal.SIGXCPU:
         raise LimitExceeded(
             f"{of}: it took more time of the processor than the limit of time on this device "
-            "allows, and was ended. --max-seconds allows more."
+            "allows, and was ended. --max-seconds allows more (from Python, ModelLimits.seconds)."
         )
     how = signal.strsignal(-status) if status < 0 else f"exit code {status}"
     raise DeviceError(

@@ -47,23 +47,37 @@ def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
     Raises:
         DataError: they are no list of such inputs, or a number is not finite.
     """
-    shape = manifest.input_shape
-    expected = f"expected a JSON list of inputs of shape {list(shape)}"
+    expected = f"expected a JSON list of inputs of shape {list(manifest.input_shape)}"
     try:
         batch = np.asarray(json.loads(raw))
     except (ValueError, RecursionError) as error:  # no JSON, or lists of unequal length
         raise DataError(f"{where}: {expected}: {error}. Nothing was answered.") from None
-    if batch.ndim == 0 or len(batch) == 0 or batch.shape[1:] != shape:
-        raise DataError(
-            f"{where}: {expected}, got shape {list(batch.shape)}. Nothing was answered."
-        )
+    return as_batch(batch, manifest, expected=f"{where}: {expected}")
+
+
+def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
+    """Numbers in the type that a model takes.
+
+    Args:
+        batch: Shape ``(B, *input_shape)``, whole numbers or floats.
+        manifest: Of the model that they are for.
+        expected: Where they are from and what they should be, which an error begins with.
+
+    Returns:
+        The same shape, dtype ``input_dtype``.
+
+    Raises:
+        DataError: they are of another shape, or one is not finite or does not fit the type.
+    """
+    if batch.ndim == 0 or len(batch) == 0 or batch.shape[1:] != manifest.input_shape:
+        raise DataError(f"{expected}, got shape {list(batch.shape)}. Nothing was answered.")
     dtype = np.dtype(manifest.input_dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         converted = batch.astype(dtype) if batch.dtype.kind in "iuf" else None
     if converted is None or not _represents(converted, batch):
         raise DataError(
-            f"{where}: expected finite numbers of type {dtype}, got {batch.dtype} with values that "
-            "it cannot hold. Nothing was answered."
+            f"{expected}, finite and of type {dtype}, got {batch.dtype} with values that it cannot "
+            "hold. Nothing was answered."
         )
     return converted
 

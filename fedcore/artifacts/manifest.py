@@ -121,6 +121,12 @@ class Manifest(_Part):
     """Everything about one version of a released model.
 
     Timings are left out: they differ from device to device, and what is signed must not.
+
+    Example::
+
+        manifest = fedcore.publish(result.compressed, result, repository="releases", keys="keys")
+        manifest.version, manifest.lineage.round, manifest.privacy.epsilon
+        fedcore.open_model("device-store", "digits").manifest  # of what a device has installed
     """
 
     format: Literal[1] = 1

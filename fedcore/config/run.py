@@ -186,7 +186,8 @@ class Finetune(Section):
     epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
     """0 to leave fine-tuning out."""
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Processes on this machine; one a GPU where there are GPUs."""
+    """Processes on this machine, one a GPU where there are GPUs. A single one is the process that
+    does everything else; more load the task from its file."""
     batch_size: BatchSize = 32
     """Examples a step, over all processes."""
     learning_rate: LearningRate = 0.05
@@ -301,8 +302,18 @@ class Simulation(Section):
     to this file."""
 
 
+IN_MEMORY = "<made in memory>"
+"""Stands for the task file of a task that has none, as one that is defined in a notebook."""
+
+
 class RunConfig(Section):
-    """A whole run."""
+    """A whole run: a section for each part of it; all but its name and task have defaults.
+
+    Example::
+
+        run = fedcore.RunConfig(name="churn", task="churn/task.py", seed=3)
+        fedcore.simulate("churn/task.py", run, federation={"rounds": 5})
+    """
 
     name: Name
     """Results go to ``runs/<name>``."""

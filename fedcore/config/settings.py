@@ -25,6 +25,11 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's file and applies ``section.key=value`` overrides.
 
+    Example::
+
+        run = fedcore.load_run(Path("churn/run.toml"), ["federation.rounds=5"])
+        fedcore.simulate("churn/task.py", run)
+
     Raises:
         ConfigError: the file does not exist or is no TOML; a key is unknown; a value has the wrong
             type, is out of range, or contradicts another. Nothing has run then.

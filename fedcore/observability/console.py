@@ -1,14 +1,16 @@
-"""Events on a terminal, through a pipe, or for a machine: one sink for each."""
+"""Events on a terminal, in a notebook, through a pipe, or for a machine: one sink for each."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TextIO, assert_never
+from typing import TYPE_CHECKING, Any, TextIO, assert_never
 
 from fedcore.observability.events import (
     Event,
@@ -43,13 +45,20 @@ _ON_DEVICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("away", "unavailable", lambda count: f"{count:.0f}"),
 )
 """Headings of what a virtual clock says, its names, and how they are written."""
+_LINES = 30  # of finished stages and notes in a notebook's cell; the report has all of them
+_REDRAWN_S = 0.2  # short rounds pass quicker than anybody reads
 _Cells = tuple[tuple[str, str], ...]
 
 
 def choose(stream: TextIO, *, json: bool) -> AbstractContextManager[Sink]:
-    """The sink that suits ``stream``: JSON when asked for, live on a terminal, else plain lines."""
+    """The sink that suits ``stream``.
+
+    JSON when asked for, live on a terminal and in the cell of a notebook, else plain lines.
+    """
     if json:
         return as_json(stream)
+    if type(stream).__module__.partition(".")[0] == "ipykernel":
+        return in_cell(import_module("IPython.display").display)
     capable = os.environ.get("TERM") != "dumb" and find_spec("rich") is not None
     if stream.isatty() and capable:
         from rich.console import Console
@@ -233,3 +242,74 @@ def _rounds_table(rows: Iterable[_Cells]) -> Table:
                 table.add_column(Text(foreign(name, 100)), justify="right")
         table.add_row(*(Text(cell) for _, cell in cells))
     return table
+
+
+@contextmanager
+def in_cell(
+    display: Callable[..., Any], *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Sink]:
+    """A sink that keeps one output of a notebook's cell up to date: a kernel has no terminal.
+
+    It shows what `live` does: finished stages and notes, the last rounds, and the stage at hand.
+
+    Args:
+        display: IPython's function of that name.
+        clock: Seconds, for how often short rounds are shown.
+    """
+    lines: deque[str] = deque(maxlen=_LINES)
+    rows: deque[_Cells] = deque(maxlen=_ROWS)
+    left_out, drawn_s = 0, -_REDRAWN_S
+    stage, steps, at = "", "", ""
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def draw() -> None:
+        nonlocal drawn_s
+        drawn_s = clock()
+        earlier = [f"... {counted(left_out, 'line')} before"] if left_out else []
+        now = [bounded_line(f"{stage}: {at}{steps}")] if stage else []
+        text = "\n".join([*earlier, *lines, *_aligned(rows), *now])
+        handle.update({"text/plain": text}, raw=True)
+
+    def say(text: str) -> None:
+        nonlocal left_out
+        left_out += len(lines) == _LINES
+        lines.append(text)
+
+    def sink(event: Event) -> None:
+        nonlocal stage, steps, at
+        match event:
+            case StageStarted(stage, count):
+                steps, at = (f" of {counted(count, 'step')}" if count else ""), "started"
+            case StageAdvanced(_, done, note):
+                at, steps = f"step {done}" + (f": {note}" if note else ""), ""
+            case RoundFinished(values):
+                rows.append(_round_cells(values))
+                at, steps = ", ".join([f"round {rows[-1][0][1]}", *_pace(values)]), ""
+                short = (_number(values, "seconds") or 0.0) < _REDRAWN_S
+                if short and clock() - drawn_s < _REDRAWN_S:
+                    return
+            case StageFinished() | Noted():
+                stage = "" if isinstance(event, StageFinished) else stage
+                say(_sentence(event))
+            case _:
+                assert_never(event)
+        draw()
+
+    try:
+        yield sink
+    finally:
+        draw()
+
+
+def _aligned(rows: Iterable[_Cells]) -> list[str]:
+    """A table of rounds as lines of text, columns aligned to the right."""
+    table: list[tuple[str, ...]] = []
+    for cells in rows:
+        if not table:
+            table.append(tuple(foreign(name, 100) for name, _ in cells))
+        table.append(tuple(text for _, text in cells))
+    widths = [max(map(len, column)) for column in zip(*table, strict=False)]
+    return [
+        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=False))
+        for row in table
+    ]

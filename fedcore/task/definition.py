@@ -126,6 +126,11 @@ def load_task(path: Path) -> Task:
 
     The file's folder can be imported from while it loads, as when Python runs a script there.
 
+    Example::
+
+        task = fedcore.load_task(Path("churn/task.py"))
+        model = task.model()
+
     Raises:
         TaskError: the file does not exist, fails to import, or holds no `Task` named ``task``.
     """

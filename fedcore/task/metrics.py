@@ -20,6 +20,13 @@ class Metric:
 
     The first metric of a task is its primary one: gates, the choice of the best round and of the
     released candidate follow it.
+
+    Example::
+
+        def bias(outputs, targets):
+            return (outputs - targets).mean().abs().item()
+
+        task = fedcore.Task(..., metrics=(fedcore.RMSE, fedcore.Metric("bias", bias, False)))
     """
 
     name: str

@@ -20,6 +20,19 @@ Rows = NDArray[np.int64]
 def iid(count: int, clients: int, *, seed: int = 0) -> list[Rows]:
     """Deals ``count`` rows out at random, evenly.
 
+    Example::
+
+        parts = fedcore.iid(len(data), 10, seed=1)
+        client_data = lambda client, folder: Subset(data, parts[int(client)])
+
+    Args:
+        count: Rows.
+        clients: Number of clients.
+        seed: Fixes the split.
+
+    Returns:
+        Row numbers of each client, ascending; disjoint, together all rows.
+
     Raises:
         DataError: there are fewer rows than clients.
     """
@@ -33,12 +46,20 @@ def dirichlet(
 ) -> list[Rows]:
     """Draws, for each label, the clients' shares from a symmetric Dirichlet distribution.
 
+    Example::
+
+        parts = fedcore.dirichlet(labels, 10, alpha=0.3, seed=1)
+        client_data = lambda client, folder: Subset(data, parts[int(client)])
+
     Args:
         labels: One label a row, shape ``(N,)``.
         clients: Number of clients.
         alpha: Concentration; small values give each client few labels, large ones approach IID.
         seed: Fixes the split.
         min_examples: Rows that each client has at least; the largest clients give up rows for it.
+
+    Returns:
+        Row numbers of each client, ascending; disjoint, together all rows.
 
     Raises:
         DataError: there are too few rows for that, or ``alpha`` is not positive and finite.
@@ -68,6 +89,19 @@ def dirichlet(
 def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int = 0) -> list[Rows]:
     """Sorts rows by label, cuts them into equal shards and deals each client some of them.
 
+    Example::
+
+        parts = fedcore.shards(labels, 10, shards_a_client=2, seed=1)  # about two labels each
+
+    Args:
+        labels: One label a row, shape ``(N,)``.
+        clients: Number of clients.
+        shards_a_client: Shards that each client gets.
+        seed: Fixes the split.
+
+    Returns:
+        Row numbers of each client, ascending; disjoint, together all rows.
+
     Raises:
         DataError: there are fewer rows than shards.
 
@@ -83,6 +117,15 @@ def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int =
 
 def by_column(values: Sequence[Hashable] | NDArray[np.generic]) -> dict[str, Rows]:
     """One client for each distinct value of a column (a patient, a machine, a writer).
+
+    Example::
+
+        rows = fedcore.by_column(frame["patient"])
+        clients = lambda folder: list(rows)
+        client_data = lambda client, folder: Subset(data, rows[client])
+
+    Args:
+        values: One value a row, shape ``(N,)``.
 
     Returns:
         Row numbers by the value's text, in the order of the sorted values.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedcore.files import sha256_hex
 from fedcore.observability.words import counted
 from fedcore.task.definition import Task, size_of
 from fedcore.task.metrics import Metric
+from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
 from server.compression.candidates import ALL, FP32, Built, Candidate, Material
 from server.compression.choose import choose
@@ -43,20 +44,28 @@ where this one did not is further off than that, and must not serve the model.""
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """What compression came to."""
+    """What compression came to.
+
+    Example::
+
+        compressed = fedcore.compress(task, "run.toml", result.model)
+        for each in compressed.records:
+            print(each.name, each.bytes, each.p50_us, each.reason)
+        Path("model.onnx").write_bytes(compressed.files[compressed.chosen])
+    """
 
     records: tuple[CandidateRecord, ...]
     """All configured candidates; one that could not be built is refused, with NaN for figures."""
     chosen: str
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes] = field(repr=False)
     """The ONNX file of every candidate that was built, by name."""
     torch_p50_us: float
     """Median time of one inference of the uncompressed model in torch, on one thread."""
     parity: Parity
     """Of the chosen candidate."""
-    golden_inputs: NDArray[Any]
+    golden_inputs: NDArray[Any] = field(repr=False)
     """Synthetic inputs ``(N, ...)``; see `server.compression.golden`."""
-    golden_outputs: FloatArray
+    golden_outputs: FloatArray = field(repr=False)
     """What the chosen file answers to each of them, asked one at a time, ``(N, ...)``."""
     golden_tolerance: float
     """A device's outputs may differ from these by so much, absolutely."""
@@ -64,6 +73,8 @@ class Compressed:
     """What data the chosen candidate's quantisation and pruning saw, or ``none``."""
     notes: tuple[str, ...]
     """What a reader of the report should know, a sentence each."""
+    source_sha256: str
+    """Digest of the model that was compressed, as a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +139,7 @@ def compress(
     golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
-    weighed: dict[str, _Weighed] = {}
-    refused: dict[str, str] = {}
-    for candidate in wanted:
-        progress(f"building and weighing {candidate.name}")
-        try:
-            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
-        except ParityError:
-            raise  # the export itself is wrong, so none of its figures would mean anything
-        except (CompressionError, TaskError) as error:
-            if candidate is FP32:
-                raise _without_fp32(error) from error
-            refused[candidate.name] = str(error)
-            progress(f"{candidate.name} was not built: {error}")
-
+    weighed, refused = _weigh_all(wanted, material, golden, cloud, on_clients, progress)
     files = {name: each.built.onnx for name, each in weighed.items()}
     progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
@@ -172,7 +170,33 @@ def compress(
         ),
         calibration=released.built.calibration,
         notes=_notes(cloud, files, reduce_range),
+        source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
+
+
+def _weigh_all(
+    wanted: Sequence[Candidate],
+    material: Material,
+    golden: NDArray[Any],
+    cloud: CloudData | None,
+    on_clients: Weigh | None,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, _Weighed], dict[str, str]]:
+    """The candidates that could be built, by name, and why the others could not."""
+    weighed: dict[str, _Weighed] = {}
+    refused: dict[str, str] = {}
+    for candidate in wanted:
+        progress(f"building and weighing {candidate.name}")
+        try:
+            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
+        except ParityError:
+            raise  # the export itself is wrong, so none of its figures would mean anything
+        except (CompressionError, TaskError) as error:
+            if candidate is FP32:
+                raise _without_fp32(error) from error
+            refused[candidate.name] = str(error)
+            progress(f"{candidate.name} was not built: {error}")
+    return weighed, refused
 
 
 def _weigh(

@@ -1,4 +1,4 @@
-"""Fine-tuning, launched through torchrun's Python API and judged by a gate."""
+"""Fine-tuning, judged by a gate: one process is this one, several are torchrun's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import tempfile
 import threading
 import uuid
 from _thread import interrupt_main
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
@@ -21,13 +21,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import fedcore.errors as errors
 from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import FedcoreError, RoundFailed, TrainingError
-from fedcore.files import write_atomic
+from fedcore.files import sha256_hex, write_atomic
+from fedcore.seeds import kept_streams
 from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, trained
+from server.finetune.loop import device_of, train_start, unknown_failure
 from server.finetune.worker import work
 from server.process.spawn import script_left_out
 from server.rounds.judging import Judge, Judgement
@@ -40,13 +42,21 @@ _HANDLED = (signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came of fine-tuning."""
+    """What came of fine-tuning, on the CPU and in evaluation mode.
 
-    model: FullModel
+    Example::
+
+        tuned = fedcore.finetune(task, "run.toml", result.federated)
+        if not tuned.kept:
+            print(f"worse on held-out data: {tuned.before} before, {tuned.after} after")
+        compressed = fedcore.compress(task, "run.toml", tuned.model)
+    """
+
+    model: FullModel = field(repr=False)
     """The model that goes on: the fine-tuned one, or the federated one where the gate closed."""
-    candidate: FullModel
+    candidate: FullModel = field(repr=False)
     """The fine-tuned model, kept or not."""
-    cloud_alone: FullModel
+    cloud_alone: FullModel = field(repr=False)
     """The same network trained in the same way on the cloud's data alone, for comparison."""
     kept: bool
     before: float
@@ -56,6 +66,8 @@ class Finetuned:
     """What clients measured; None where they were not asked, or none of them answered."""
     unjudged: str = ""
     """Why clients who were to judge it did not."""
+    parent_sha256: str = field(kw_only=True)
+    """Digest of the federated model that it began with, which the manifest of a release names."""
 
 
 def fine_tune(
@@ -67,30 +79,26 @@ def fine_tune(
     else the cloud's, or both as ``finetune.judge`` says, is not worse than before by more than
     ``finetune.max_metric_drop``.
 
+    One process is this one, whose random streams stay what they were. Several are started by
+    torchrun, and load the task from its file.
+
+    Guarantee:
+        The run's seed fixes every bit of both models, whatever process they are trained in.
+
     Raises:
         TrainingDiverged: a loss was not finite.
-        TrainingError: a process failed.
+        TrainingError: a process failed, or the task's code did.
+        DataError: ``model`` is not of this task.
     """
+    parent = checkpoint_bytes(model)
     untrained = build_model(task, run)
     untrained.preprocess.load_state_dict(model.preprocess.state_dict())
+    starts = (parent, checkpoint_bytes(untrained))
     candidate, cloud_alone = build_model(task, run), build_model(task, run)
-    with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
-        starts = {"federated": model, "untrained": untrained}
-        paths = {name: Path(folder) / f"{name}.safetensors" for name in starts}
-        for name, start in starts.items():
-            write_atomic(paths[name], checkpoint_bytes(start))
-        _launch(
-            Job(
-                run=run.model_dump_json(),
-                base=str(run.base),
-                starts=tuple(map(str, paths.values())),
-                folder=folder,
-            ),
-            run.finetune.processes,
-        )
-        for result, name in ((candidate, "federated"), (cloud_alone, "untrained")):
-            path = trained(paths[name])
-            load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
+    if run.finetune.processes == 1:
+        _train_here(task, run, cloud, starts, (candidate, cloud_alone))
+    else:
+        _train_apart(run, starts, (candidate, cloud_alone))
     primary = task.primary
     before = evaluate(model, cloud.heldout, [primary])[primary.name]
     after = evaluate(candidate, cloud.heldout, [primary])[primary.name]
@@ -102,7 +110,15 @@ def fine_tune(
             unjudged = str(error)
     kept = not unjudged and passes(run.finetune, primary, before, after, asked)
     return Finetuned(
-        candidate if kept else model, candidate, cloud_alone, kept, before, after, asked, unjudged
+        candidate if kept else model,
+        candidate,
+        cloud_alone,
+        kept,
+        before,
+        after,
+        asked,
+        unjudged,
+        parent_sha256=sha256_hex(parent),
     )
 
 
@@ -122,6 +138,46 @@ def passes(
     if asked is None or limits.judge == "both":
         drops.append(primary.worsening(before, after))
     return all(drop <= limits.max_metric_drop for drop in drops)  # not one that is NaN
+
+
+def _train_here(
+    task: Task,
+    run: RunConfig,
+    cloud: CloudData,
+    starts: Sequence[bytes],
+    results: Sequence[FullModel],
+) -> None:
+    """Trains each result from its start, in this process."""
+    device = device_of(0)
+    try:
+        with kept_streams():
+            for start, result in zip(starts, results, strict=True):
+                load_checkpoint(start, result, where="the model to fine-tune")
+                train_start(result.to(device), task, cloud.train, run, device)
+                result.to("cpu").eval()
+    except FedcoreError:
+        raise
+    except (Exception, SystemExit) as error:  # the task's code: its failure is passed on
+        raise TrainingError(unknown_failure(0, error)) from error
+
+
+def _train_apart(run: RunConfig, starts: Sequence[bytes], results: Sequence[FullModel]) -> None:
+    """Trains each result from its start, in processes that know the run and the task's file."""
+    with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
+        paths = [Path(folder) / f"start-{number}.safetensors" for number in range(len(starts))]
+        for path, start in zip(paths, starts, strict=True):
+            write_atomic(path, start)
+        _launch(
+            Job(
+                run=run.model_dump_json(),
+                base=str(run.base),
+                starts=tuple(map(str, paths)),
+                folder=folder,
+            ),
+            run.finetune.processes,
+        )
+        for path, result in zip(map(trained, paths), results, strict=True):
+            load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
 
 
 def _launch(job: Job, processes: int) -> None:

@@ -179,6 +179,7 @@ def _fine_tuned(
                 noted.after,
                 noted.clients,
                 noted.unjudged,
+                parent_sha256=sha256_hex(checkpoint_bytes(model)),
             )
     tuned = fine_tune(task, run, model, cloud, judge)
     files = {}
@@ -212,7 +213,8 @@ def _compressed(
     """Compression, or what it came to before: times that decide are measured once."""
     origin = _origin(model, run.finetune, run.compression, run.serving)
     noted = _noted(folder / _COMPRESS, _Candidates, origin)
-    done = _read_compressed(folder, noted) if noted is not None else None
+    source = sha256_hex(checkpoint_bytes(model))
+    done = _read_compressed(folder, noted, source) if noted is not None else None
     if done is not None:
         return done
     done = compress(run, task, model, cloud, progress=progress, on_clients=on_clients)
@@ -235,7 +237,7 @@ def _compressed(
     return done
 
 
-def _read_compressed(folder: Path, noted: _Candidates) -> Compressed | None:
+def _read_compressed(folder: Path, noted: _Candidates, source: str) -> Compressed | None:
     """What compression came to; None where a file of it is not what was written."""
     golden = _whole(folder / _GOLDEN, noted.golden, MAX_GOLDEN_BYTES)
     built = [one for one in noted.records if one.sha256]
@@ -256,6 +258,7 @@ def _read_compressed(folder: Path, noted: _Candidates) -> Compressed | None:
         golden_tolerance=noted.golden_tolerance,
         calibration=noted.calibration,
         notes=noted.notes,
+        source_sha256=source,
     )
 
 

@@ -66,6 +66,21 @@ class Draft:
     test: TestStatement | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The rounds that a model comes from: what the manifest of a release says of them."""
+
+    run: str
+    round: int
+    """The round whose model was the best."""
+    parent_sha256: str
+    """Digest of that model, as a checkpoint."""
+    config_sha256: str
+    """Digest of the run's configuration."""
+    seed: int
+    privacy: PrivacyStatement
+
+
 def initialise(
     repository: Path,
     keys: Path,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import RunConfig
+from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
 
@@ -22,9 +22,10 @@ side by side: a machine with less memory may go on with fewer workers."""
 def identity_of(run: RunConfig, owner: OwnerPolicy) -> dict[str, Any]:
     """The configuration, the owner's policy, and digests of the files that belong to them.
 
-    Modules that a task file imports are not looked at, nor is the data.
+    Modules that a task file imports are not looked at, nor is the data, nor is a task that was made
+    in memory.
     """
-    files = {TASK: run.path(run.task)}
+    files = {} if run.task == IN_MEMORY else {TASK: run.path(run.task)}
     if run.simulation.trace is not None:
         files["trace"] = run.path(run.simulation.trace)
     return {

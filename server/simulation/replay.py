@@ -137,7 +137,7 @@ def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoi
         if not path.is_file():
             continue
         found = read_checkpoint(path)
-        mended = {**identity, TASK: found.identity[TASK]}  # to see whether that helps
+        mended = {**identity, TASK: found.identity.get(TASK)}  # to see whether that helps
         check_same(path, found.identity, mended)
         if found.progress.round < number and (
             best is None or found.progress.round > best.progress.round

@@ -17,10 +17,10 @@ from fedcore.observability.pace import Pace
 from fedcore.seeds import Simulated
 from fedcore.task.definition import Task
 from fedcore.training.device import available
-from server.after_rounds import Story, Trained, after_rounds
+from server.after_rounds import Completed, Story, Trained, after_rounds
 from server.preflight import Prepared
 from server.process.signals import asked_to_stop
-from server.records import Finished, RoundRecord, TrainingRecord
+from server.records import RoundRecord, TrainingRecord
 from server.rounds.app import Listener, Outcome, outcome_of, server_app
 from server.rounds.checkpointing import RoundCheckpointer
 from server.rounds.judging import clients_judge
@@ -46,7 +46,7 @@ def run_pipeline(
     *,
     command: str,
     resumed: Checkpoint | None,
-) -> Finished:
+) -> Completed:
     """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
 
     Args:

@@ -55,7 +55,7 @@ def fedcore() -> Fedcore:
 _FORKING = """
 import json, os, sys, traceback
 import fedcore.cli
-import server.check, server.report.folder, server.after_rounds, server.report.tensorboard
+import server.api.checking, server.api.simulation
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -261,6 +263,12 @@ def test_all_names_what_the_package_offers() -> None:
         )
     )
     assert sorted(offered) == sorted(fedcore.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(fedcore.__all__) - {"__version__"}))
+def test_each_public_name_explains_itself_by_an_example(name: str) -> None:
+    text = inspect.getdoc(getattr(fedcore, name)) or ""
+    assert re.search(r"^Example::\n\n    \S", text, re.M)
 
 
 def test_a_name_that_the_package_has_not_is_an_attribute_error() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fedcore import doctor
 from fedcore.doctor import Finding, disk, expiry, guarded, providers, task_layers, versions
 from fedcore.errors import DataError
-from server.check import check_task
+from server.api.checking import check
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 TASK = """
@@ -93,9 +93,7 @@ def test_layers_that_privacy_cannot_take_are_named(tmp_path: Path) -> None:
     found = task_layers(path)
     assert found.verdict == "warn"
     assert "BatchNorm" in found.detail
-    assert {finding.step for finding in check_task(path, client=None) if not finding.ok} == {
-        "privacy"
-    }
+    assert {finding.step for finding in check(path).findings if not finding.ok} == {"privacy"}
 
 
 def test_a_side_must_be_named() -> None:

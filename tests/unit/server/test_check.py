@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 from fedcore.errors import ConfigError, TaskError
 from fedcore.task.templates import KINDS, write_scaffold
-from server.check import Finding, check_task, print_finding, print_findings
+from server.api.checking import check as check_call
+from server.check import Finding, TaskCheck
+from server.commands import check as command
 
 STEPS = [
     *("clients", "client data", "model", "schema", "loss", "training"),
@@ -42,13 +45,15 @@ def write(folder: Path, changes: str = "") -> Path:
 
 
 def check(folder: Path, changes: str = "", *, client: str | None = None) -> dict[str, Finding]:
-    return {f.step: f for f in check_task(write(folder, changes), client=client)}
+    return {f.step: f for f in check_call(write(folder, changes), client=client).findings}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_task_passes_every_step(tmp_path: Path, kind: str) -> None:
     task, run = write_scaffold(tmp_path / "x", kind=kind)
-    findings = check_task(run if kind == "regression" else task, client=None)
+    checked = check_call(None, run) if kind == "regression" else check_call(task)
+    findings = checked.findings
+    assert checked.ok
     assert [finding.step for finding in findings] == STEPS
     assert all(finding.ok for finding in findings), findings
     assert all(finding.seconds >= 0 for finding in findings)
@@ -129,7 +134,9 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
 def test_what_would_fail_later_is_found_at_its_step(
     tmp_path: Path, changes: str, step: str, said: str
 ) -> None:
-    findings = check_task(write(tmp_path, changes), client=None)
+    checked = check_call(write(tmp_path, changes))
+    findings = checked.findings
+    assert not checked.ok
     last = findings[-1]
     assert (last.step, last.ok, last.required) == (step, False, True)
     assert said in last.detail
@@ -145,13 +152,13 @@ def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Pa
     assert found["export"].ok
     run = tmp_path / "run.toml"
     run.write_text('name = "x"\ntask = "task.py"\n[privacy]\nunit = "example"\n')
-    last = check_task(run, client=None)[-1]
+    last = check_call(None, run).findings[-1]
     assert (last.step, last.ok, last.required) == ("privacy", False, True)
 
 
 def test_a_client_that_is_not_there_is_named(tmp_path: Path) -> None:
     found = check(tmp_path, client="carl")
-    assert found["clients"].detail == "--client carl: not among the 2 clients."
+    assert found["clients"].detail == "client 'carl': not among the 2 clients."
 
 
 def test_a_task_without_cloud_data_is_told_what_is_left_out(tmp_path: Path) -> None:
@@ -164,52 +171,58 @@ def test_a_task_without_cloud_data_is_told_what_is_left_out(tmp_path: Path) -> N
 
 def test_a_task_that_cannot_be_loaded_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"importing this task failed: ZeroDivisionError"):
-        check_task(write(tmp_path, "1 / 0"), client=None)
+        check_call(write(tmp_path, "1 / 0"))
     with pytest.raises(ConfigError, match=r"run\.toml: this file does not exist"):
-        check_task(tmp_path / "run.toml", client=None)
+        check_call(None, tmp_path / "run.toml")
 
 
-def test_findings_are_printed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_findings_are_a_line_each() -> None:
     findings = [
         Finding("clients", True, True, "2 clients", 0.1),
         Finding("privacy", False, False, "no", 0.2),
     ]
-    assert print_findings(findings, as_json=False) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    checked = TaskCheck(tuple(findings))
+    assert checked.ok
+    assert str(checked).splitlines() == [
         "ok   clients      2 clients [0.10 s]",
         "note privacy      no [0.20 s]",
         "This task is ready.",
     ]
-    findings.append(Finding("export", False, True, "bad", 0.3))
-    assert print_findings(findings, as_json=False) == TaskError.exit_code
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+    failed = TaskCheck((*findings, Finding("export", False, True, "bad", 0.3)))
+    assert not failed.ok
+    assert str(failed).splitlines()[-2:] == [
         "FAIL export       bad [0.30 s]",
         "This task would fail.",
     ]
 
 
-def test_findings_are_told_as_soon_as_there_are_any(
+def test_findings_are_told_as_soon_as_there_are_any_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[Finding] = []
+    checked = check_call(write(tmp_path), on_finding=told.append, progress=False)
+    assert tuple(told) == checked.findings
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "")
+
+
+def run_command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def test_the_command_prints_a_line_a_step_or_one_object(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[tuple[Finding, str]] = []
-
-    def tell(finding: Finding) -> None:
-        print_finding(finding)
-        told.append((finding, capsys.readouterr().out))
-
-    findings = check_task(write(tmp_path), client=None, tell=tell)
-    assert [finding for finding, _ in told] == findings
-    assert all(f" {finding.step} " in line for finding, line in told)
-    assert print_findings(findings, as_json=False, told=True) == 0
-    assert capsys.readouterr().out == "This task is ready.\n"
-
-
-def test_findings_are_one_json_object_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert print_findings([Finding("loss", False, True, "NaN", 0.1)], as_json=True) == 3
+    path = str(write(tmp_path))
+    assert run_command(path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:4] for line in lines[:-1]] == ["ok  "] * len(STEPS)
+    assert lines[-1] == "This task is ready."
+    write(tmp_path, "values['loss'] = lambda o, t: o.sum() / 0")
+    assert run_command(path, "--json") == TaskError.exit_code
     told = json.loads(capsys.readouterr().out)
-    assert told == {
-        "ok": False,
-        "findings": [
-            {"step": "loss", "ok": False, "required": True, "detail": "NaN", "seconds": 0.1}
-        ],
-    }
+    assert told["ok"] is False
+    assert [one["step"] for one in told["findings"]] == STEPS[:5]
+    assert set(told["findings"][0]) == {"step", "ok", "required", "detail", "seconds"}

@@ -72,7 +72,7 @@ class Case:
         values = {"name": "run", "task": "task.py", "finetune": finetune}
         self.run = RunConfig.model_validate(values).model_copy(update={"base": folder})
         self.task: Task = load_task(folder / "task.py")
-        cloud = read_cloud_data(self.task, None, holdout=0.2, seed=0)
+        cloud = read_cloud_data(self.task, None, holdout=self.run.finetune.holdout, seed=0)
         assert cloud is not None
         self.cloud: CloudData = cloud
         start = self.run.model_copy(update={"seed": 9})

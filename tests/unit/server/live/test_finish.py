@@ -114,7 +114,8 @@ class Site:
         with torch.no_grad():
             next(candidate.parameters()).mul_(1.01)
         asked = judge(model, candidate) if judge else None
-        return Finetuned(candidate, candidate, copy.deepcopy(model), True, 0.5, 0.6, asked)
+        alone = copy.deepcopy(model)
+        return Finetuned(candidate, candidate, alone, True, 0.5, 0.6, asked, parent_sha256="a" * 64)
 
     def _compress(self, *arguments: Any, **more: Any) -> Compressed:
         self.done["compression"] += 1

@@ -1,0 +1,276 @@
+"""Fine-tuning, compression and release as calls of their own, as `simulate` does them in one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fedcore.artifacts.manifest import Manifest, TestStatement
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
+from fedcore.config.run import RunConfig
+from fedcore.errors import ConfigError, ReleaseError
+from fedcore.files import sha256_hex
+from fedcore.flower.quiet import quiet
+from fedcore.observability.events import Sink
+from fedcore.task.definition import Task, check_inputs, data_folder, read_examples, size_of
+from fedcore.task.model import checkpoint_bytes
+from fedcore.training.evaluate import evaluate
+from server.after_rounds import Story, counted_steps, gate_note, released_scores
+from server.api.asked import (
+    AnyModel,
+    AnyRun,
+    AnyTask,
+    configured,
+    loaded,
+    model_of,
+    refuse_elsewhere,
+    shown,
+)
+from server.api.result import Result
+from server.cloud import CloudData, read_cloud_data
+from server.compression.compress import Compressed
+from server.compression.compress import compress as make_candidates
+from server.compression.draft import draft_of
+from server.finetune.launch import Finetuned, fine_tune
+from server.preflight import clients_of
+from server.release.final_test import reason_to_withhold, statement_of
+from server.release.publish import check_publishable
+from server.release.publish import publish as sign_and_publish
+from server.rounds.judging import clients_judge
+from server.simulation.judging import judge_in_simulation, weigh_in_simulation
+
+
+def finetune(
+    task: AnyTask,
+    run: AnyRun | None,
+    model: AnyModel,
+    *,
+    owner: OwnerPolicy = OPEN_POLICY,
+    progress: bool | Sink = True,
+    **settings: Any,
+) -> Finetuned:
+    """Fine-tunes a model on the cloud's data, behind a gate, as `fedcore.simulate` does.
+
+    Needs a task with ``cloud_data``. One process, which is the default, is this one, and takes a
+    task that was made in memory; several load it from its file. Clients of a simulation judge what
+    comes out where the run has them hold data back (``federation.evaluate_cohort``).
+
+    Example::
+
+        result = fedcore.simulate(task, "run.toml", finetune={"epochs": 0})
+        tuned = fedcore.finetune(task, "run.toml", result.federated, finetune={"epochs": 20})
+        tuned.kept, tuned.before, tuned.after, tuned.model
+
+    Args:
+        task: A task, or the file that defines one.
+        run: The run, or its file, of which ``[finetune]``, ``[federation]`` and the seed are read;
+            one with every default when None.
+        model: The model to begin with, or a checkpoint of it. It is not changed.
+        owner: What virtual clients that judge keep to.
+        progress: Whether progress is shown, or a function that gets the events.
+        settings: Sections or settings of the run that are to be others.
+
+    Returns:
+        The fine-tuned model, whether the gate kept it, and what it saw.
+
+    Raises:
+        ConfigError: there is nothing to fine-tune on or for: no cloud data, or no epochs.
+        TrainingError: training failed. ``model`` stands.
+        FedcoreError: whatever else is wrong, before anything is trained.
+    """
+    asked = configured(task, run, settings)
+    found = loaded(task, asked)
+    refuse_elsewhere(asked, found, rounds=clients_judge(asked))
+    cloud = _cloud(asked, found)
+    if cloud is None or not asked.finetune.epochs:
+        wrong = "it has no cloud_data" if cloud is None else "finetune.epochs = 0"
+        raise ConfigError(
+            f"task {found.name!r}: {wrong}, so there is nothing to fine-tune. Nothing was trained; "
+            "give the task cloud_data and finetune.epochs at least 1, or take the model as it is."
+        )
+    quiet()
+    start = model_of(model, found, asked)
+    with shown(progress) as emit:
+        story = Story(emit)
+        judge = None
+        if clients_judge(asked):
+            clients = clients_of(found, asked, data_folder())
+            judge = judge_in_simulation(asked, found, owner, clients, story.note)
+        with story.stage("finetune") as said:
+            tuned = fine_tune(found, asked, start, cloud, judge)
+            said.append(gate_note(tuned, found.primary))
+    return tuned
+
+
+def compress(
+    task: AnyTask,
+    run: AnyRun | None,
+    model: AnyModel,
+    *,
+    owner: OwnerPolicy = OPEN_POLICY,
+    progress: bool | Sink = True,
+    **settings: Any,
+) -> Compressed:
+    """Exports a model, makes smaller candidates of it, times them all, and chooses one.
+
+    The cloud's data calibrate and weigh candidates; a task without any gives the exported model
+    alone. Clients of a simulation weigh them, too, where the run has them hold data back.
+
+    Example::
+
+        compressed = fedcore.compress(task, "run.toml", tuned.model)
+        compressed.chosen  # its name; its ONNX file is compressed.files[compressed.chosen]
+        [(each.name, each.bytes, each.p50_us) for each in compressed.records]
+
+    Args:
+        task: A task, or the file that defines one.
+        run: The run, or its file, of which ``[compression]``, ``[finetune]``, ``[serving]`` and the
+            seed are read; one with every default when None.
+        model: The trained model, or a checkpoint of it. It is not changed.
+        owner: What virtual clients that weigh keep to.
+        progress: Whether progress is shown, or a function that gets the events.
+        settings: Sections or settings of the run that are to be others.
+
+    Returns:
+        Every candidate with its figures: sizes in bytes, times in microseconds.
+
+    Raises:
+        TaskError: the model cannot be exported.
+        ParityError: the export answers differently from the model.
+        CompressionError: weights are not finite, or no candidate keeps to the run's limits.
+        FedcoreError: whatever else is wrong, before anything is made.
+    """
+    asked = configured(task, run, settings)
+    found = loaded(task, asked)
+    cloud = _cloud(asked, found)
+    quiet()
+    start = model_of(model, found, asked)
+    with shown(progress) as emit:
+        story = Story(emit)
+        weigh = None
+        if clients_judge(asked):
+            clients = clients_of(found, asked, data_folder())
+            weigh = weigh_in_simulation(asked, found, owner, clients, story.note)
+        with story.stage("compress") as said:
+            steps = counted_steps(emit, "compress")
+            done = make_candidates(asked, found, start, cloud, progress=steps, on_clients=weigh)
+            said.append(f"chose {done.chosen}")
+        for text in done.notes:
+            story.note(text)
+    return done
+
+
+def publish(
+    compressed: Compressed,
+    result: Result,
+    *,
+    tuned: Finetuned | None = None,
+    repository: str | PathLike[str] | None = None,
+    keys: str | PathLike[str] | None = None,
+    model: str | None = None,
+) -> Manifest:
+    """Tests the chosen candidate on the final test split, signs it, and publishes it.
+
+    Guarantee:
+        The manifest says where the model comes from: the round and its privacy are those of
+        ``result``, and the candidate was made of its model, or of what ``tuned`` made of that.
+
+    Example::
+
+        result = fedcore.simulate(task, "run.toml")
+        fedcore.publish(result.compressed, result, repository="releases", keys="keys")
+
+        tuned = fedcore.finetune(task, result.run, result.federated)
+        compressed = fedcore.compress(task, result.run, tuned.model)
+        fedcore.publish(compressed, result, tuned=tuned, repository="releases", keys="keys")
+
+    Args:
+        compressed: The candidates, of which the chosen one is published.
+        result: The simulation that the model comes from.
+        tuned: The fine-tuning in between, where it was a call of its own.
+        repository: The signed repository; the run's ``release.repository`` when None.
+        keys: The folder of its keys, as ``fedcore release init`` made it, without the offline ones;
+            the run's ``release.keys`` when None.
+        model: The name that devices ask for; the run's when None.
+
+    Returns:
+        The manifest as signed. Devices that ask from now on get this version.
+
+    Raises:
+        ConfigError: no repository or no keys are named, or the candidates are of another model.
+        ReleaseError: keys are missing, or on the final test split the candidate is worse than the
+            model of the rounds by more than ``release.max_test_drop``. What was published before
+            stands.
+        DiskFull: there was no room; what was published before stands.
+    """
+    run, task = result.run, result.task
+    place = _place(run, repository, run.release.repository, "repository")
+    signing = _place(run, keys, run.release.keys, "keys")
+    _refuse_others(compressed, result, tuned)
+    name = model or run.model_name
+    check_publishable(name, repository=place, keys=signing, now=datetime.now(UTC))
+    tested = _tested(compressed, result)
+    release = run.release.model_copy(update={"repository": str(place)})
+    asked = run.model_copy(update={"release": release})
+    if withheld := reason_to_withhold(asked, task.primary, tested):
+        raise ReleaseError(withheld)
+    return sign_and_publish(
+        draft_of(name, task, result.origin, compressed, tested),
+        repository=place,
+        keys=signing,
+        created=datetime.now(UTC),
+    )
+
+
+def _cloud(run: RunConfig, task: Task) -> CloudData | None:
+    cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
+    if cloud is not None:
+        check_inputs(task, cloud.heldout, what=f"task {task.name!r}: cloud data")
+    return cloud
+
+
+def _place(
+    run: RunConfig, given: str | PathLike[str] | None, of_run: str | None, what: str
+) -> Path:
+    if given is not None:
+        return Path(given)
+    if of_run is None:
+        raise ConfigError(
+            f"publish: {what} is not given, and release.{what} of run {run.name!r} is not set. "
+            f"Nothing was published; pass {what}=..., a folder that `fedcore release init` made."
+        )
+    return run.path(of_run)
+
+
+def _refuse_others(compressed: Compressed, result: Result, tuned: Finetuned | None) -> None:
+    """Refuses candidates whose model has no line of evidence back to the rounds of ``result``.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    parent = result.origin.parent_sha256
+    ours = {parent, result.compressed.source_sha256}
+    if tuned is not None and tuned.parent_sha256 == parent:
+        ours.add(sha256_hex(checkpoint_bytes(tuned.model)))
+    changed = sha256_hex(checkpoint_bytes(result.federated)) != parent
+    if changed or compressed.source_sha256 not in ours:
+        of = "result.federated was changed since" if changed else "the candidates are of a model"
+        raise ConfigError(
+            f"publish: {of} that does not come from the rounds of {result.run.name!r}, so the "
+            "manifest could not say how it was trained. Nothing was published; compress "
+            "result.model, result.federated, or what fedcore.finetune made of result.federated, "
+            "and pass that one's result as tuned=..."
+        )
+
+
+def _tested(compressed: Compressed, result: Result) -> TestStatement:
+    run, task = result.run, result.task
+    what = f"task {task.name!r}: test data"
+    test = read_examples(lambda: task.test_data(data_folder()), what=what)
+    check_inputs(task, test, what=what)
+    before = evaluate(result.federated, test, task.metrics)
+    after = released_scores(task, test, compressed, run.serving.threads)
+    scores = {name: {"federated": before[name], "released": after[name]} for name in after}
+    return statement_of(task, scores, size_of(test))
