@@ -17,9 +17,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
+    from fedcore.config.client_settings import ClientSettings
     from fedcore.config.run import RunConfig
     from fedcore.config.settings import load_run
     from fedcore.errors import FedcoreError
+    from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
     from fedcore.task.definition import Task, load_task
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
@@ -29,6 +31,9 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
+    "Algorithm": "fedcore.task.algorithm",
+    "ClientSettings": "fedcore.config.client_settings",
+    "ClientUpdate": "fedcore.task.algorithm",
     "FedcoreError": "fedcore.errors",
     "History": "server.api",
     "MAE": "fedcore.task.metrics",
@@ -36,6 +41,7 @@ _LAZY = {
     "PERPLEXITY": "fedcore.task.metrics",
     "RMSE": "fedcore.task.metrics",
     "Result": "server.api",
+    "Round": "fedcore.task.algorithm",
     "RunConfig": "fedcore.config.run",
     "Task": "fedcore.task.definition",
     "by_column": "fedcore.task.partition",
@@ -52,10 +58,14 @@ __all__ = [
     "MAE",
     "PERPLEXITY",
     "RMSE",
+    "Algorithm",
+    "ClientSettings",
+    "ClientUpdate",
     "FedcoreError",
     "History",
     "Metric",
     "Result",
+    "Round",
     "RunConfig",
     "Task",
     "__version__",

@@ -37,6 +37,7 @@ from server.preflight import Prepared, prepare
 from server.records import ClientRecord, Finished, RoundRecord, RunRecord
 from server.report.folder import open_folder, write_results
 from server.report.tensorboard import tensorboard_events
+from server.rounds.own_strategy import Own, check_own, label_of
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.run import run_pipeline
 from server.unfinished import drop_all, refuse_to_drop
@@ -147,6 +148,7 @@ def simulate(
     runs: str | PathLike[str] | None = None,
     fresh: bool = False,
     progress: bool = True,
+    strategy: Own | type[Own] | str | None = None,
     **settings: Any,
 ) -> Result:
     """Trains over simulated clients, then fine-tunes, compresses, tests and publishes.
@@ -164,19 +166,22 @@ def simulate(
             run that was there. A folder that lives as long as the result when None.
         fresh: A run that was interrupted there is replaced, too; it is an error otherwise.
         progress: Whether progress is written to standard error.
+        strategy: In place of the run's: a `fedcore.Algorithm` or a strategy of Flower's, as an
+            instance or a class, or a name as ``federation.strategy`` takes it. The run's
+            ``strategy_options`` are a class's arguments, and are not looked at for an instance.
         settings: Sections or settings of the run that are to be others.
 
     Raises:
         FedcoreError: whatever is wrong or fails, as the command line says it. Nothing is printed
             but progress, and the process goes on.
     """
-    asked = _configured(task, run, settings)
+    asked, own = _with_strategy(_configured(task, run, settings), strategy)
     kept = tempfile.TemporaryDirectory(prefix="fedcore-run-") if runs is None else None
     try:
         base = Path(kept.name) if kept is not None else Path(runs or ".")
         with _loaded(task, asked) as (loaded, configured):
             quiet()
-            prepared = prepare(configured, loaded, owner, base / configured.name)
+            prepared = prepare(configured, loaded, owner, base / configured.name, strategy=own)
             with (
                 open_folder(
                     configured, base, before=drop_all if fresh else refuse_to_drop
@@ -260,6 +265,25 @@ def _configured(
     if file is not None:
         found = found.model_copy(update={"task": str(file)})
     return with_settings(found, settings)
+
+
+def _with_strategy(
+    run: RunConfig, strategy: Own | type[Own] | str | None
+) -> tuple[RunConfig, Own | type[Own] | None]:
+    """The run with that strategy, and the strategy itself where it was made in Python.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if strategy is None:
+        return run, None
+    if isinstance(strategy, str):
+        return with_settings(run, {"federation": {"strategy": strategy}}), None
+    check_own(strategy)
+    options = run.federation.strategy_options if isinstance(strategy, type) else {}
+    named = {"strategy": label_of(strategy), "strategy_options": options}
+    federation = run.federation.model_copy(update=named)
+    return run.model_copy(update={"federation": federation}), strategy
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from fedcore.training.per_example.trial import find_way
 from fedcore.training.private import train_private
 from server.compression.export import export_onnx
 from server.compression.runtime import answer, open_session
+from server.preflight import check_strategy
 
 _MOST_EXAMPLES = 64
 _FIRST_STEPS = ("training", "privacy")
@@ -115,6 +116,7 @@ class _State:
 
     def __init__(self, run: RunConfig, task: Task, client: str | None) -> None:
         self.run, self.task, self.client = run, task, client
+        self.names: Sequence[str] = ()
         self.examples: Examples | None = None
         self.model: FullModel | None = None
 
@@ -141,6 +143,7 @@ def _steps(state: _State) -> list[Step]:
         ("loss", True, lambda: _loss(state)),
         ("training", True, lambda: _training(state)),
         ("metrics", True, lambda: _metrics(state)),
+        ("strategy", True, lambda: _strategy(state)),
         ("privacy", state.run.private, lambda: _privacy(state)),
         ("export", True, lambda: _export(state)),
         ("test data", True, lambda: _other(state, "test data", task.test_data)),
@@ -154,7 +157,7 @@ def _clients(state: _State) -> str:
         raise TaskError("clients() names none; at least one is needed.")
     if state.client is not None and state.client not in names:
         raise TaskError(f"--client {state.client}: not among the {counted(len(names), 'client')}.")
-    state.client = state.client or names[0]
+    state.client, state.names = state.client or names[0], names
     return f"{counted(len(names), 'client')}; checking with {state.client!r}"
 
 
@@ -236,6 +239,11 @@ def _training(state: _State) -> str:
 def _metrics(state: _State) -> str:
     values = evaluate(cast(FullModel, state.model), state.few(), state.task.metrics)
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _strategy(state: _State) -> str:
+    clients = state.names[: state.run.federation.cohort]
+    return check_strategy(state.run, cast(FullModel, state.model), clients=clients)
 
 
 def _privacy(state: _State) -> str:

@@ -239,7 +239,7 @@ def _check_begins(run: RunConfig, task: Task, folder: Path) -> CloudData | None:
     from server.live.finish import check_finish
     from server.preflight import check_rounds
 
-    check_rounds(run, task, folder, clients=1)
+    check_rounds(run, task, folder)
     if run.release.repository is not None:
         return check_finish(run, task)
     return _read_cloud(run, task)

@@ -11,7 +11,7 @@ from server.check import Finding, check_task, print_finding, print_findings
 
 STEPS = [
     *("clients", "client data", "model", "schema", "loss", "training"),
-    *("metrics", "privacy", "export", "test data", "cloud data"),
+    *("metrics", "strategy", "privacy", "export", "test data", "cloud data"),
 ]
 TASK = """
 import torch
