@@ -102,7 +102,7 @@ def server_app(
             strategy,
             cohort=cohort,
             size=layout_of(model.model).size,
-            name_of=client_name or (peers or Nameless()).name,
+            name_of=client_name or (peers or Nameless()).client,
         )
         if start is None:
             for note in chosen.notes:

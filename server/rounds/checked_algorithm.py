@@ -12,6 +12,7 @@ import numpy as np
 
 from fedcore.config.client_settings import RUN_SETTINGS, ClientSettings, settings_with
 from fedcore.config.run import RunConfig
+from fedcore.observability.words import a_or_an
 from fedcore.seeds import derive
 from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
 from fedcore.updates.pack import Vector
@@ -195,7 +196,7 @@ def _read_only(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} {value.shape}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else a_or_an(type(value).__name__)
 
 
 def _line(error: BaseException, cls: type) -> str:

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import sha256_hex
+from fedcore.observability.words import a_or_an
 from fedcore.task.algorithm import Algorithm
 
 Own = Algorithm | Strategy
@@ -117,7 +118,7 @@ def check_own(given: object, where: str = "strategy") -> None:
     """
     cls = given if isinstance(given, type) else type(given)
     if not issubclass(cls, Algorithm | Strategy) or inspect.isabstract(cls):
-        kind = f"class {cls.__name__}" if given is cls else f"a {cls.__name__}"
+        kind = f"class {cls.__name__}" if given is cls else a_or_an(cls.__name__)
         lacks = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
         without = f" without {lacks}" if lacks else ""
         raise ConfigError(f"{where}: it is {kind}{without}, expected {_EXPECTED}. Nothing was run.")
