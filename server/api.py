@@ -166,9 +166,8 @@ def simulate(
             run that was there. A folder that lives as long as the result when None.
         fresh: A run that was interrupted there is replaced, too; it is an error otherwise.
         progress: Whether progress is written to standard error.
-        strategy: In place of the run's: a `fedcore.Algorithm` or a strategy of Flower's, as an
-            instance or a class, or a name as ``federation.strategy`` takes it. The run's
-            ``strategy_options`` are a class's arguments, and are not looked at for an instance.
+        strategy: In place of the run's: a `fedcore.Algorithm` or a strategy of Flower's kind, as
+            an instance, a class, which gets ``strategy_options``, or a name.
         settings: Sections or settings of the run that are to be others.
 
     Raises:

@@ -13,6 +13,7 @@ import pytest
 
 import fedcore
 from fedcore import Algorithm, ClientSettings, ClientUpdate, Round
+from fedcore.config.run import DeviceClass
 from fedcore.updates.pack import Vector
 from server.rounds.checked_algorithm import CheckedAlgorithm
 from tests.contract.own_strategies import (
@@ -20,6 +21,7 @@ from tests.contract.own_strategies import (
     NAMES,
     TASK,
     averaged,
+    client_data,
     locally,
     run_of,
     start_of,
@@ -191,3 +193,23 @@ def test_an_instance_a_class_and_a_name_are_taken_from_python() -> None:
             run = run_of(strategy_options={"proximal_mu": 0.7}, rounds=2)
         result = fedcore.simulate(TASK, run, strategy=given, **quick)  # type: ignore[arg-type]
         assert pack(result.model.model).tobytes() == expected
+
+
+def test_settings_reach_workers_in_processes_of_their_own() -> None:
+    run = run_of("test:own", weighting="uniform", rounds=2)
+    simulation = run.simulation.model_copy(update={"workers": 2})
+    apart = run.model_copy(update={"simulation": simulation})
+    for algorithm in (OfEachClient(), Folding()):
+        one, other = train(run, algorithm), train(apart, algorithm)
+        assert one.weights.tobytes() == other.weights.tobytes()
+
+
+def test_on_the_virtual_clock_a_client_takes_as_long_as_its_own_epochs() -> None:
+    run = run_of("test:own", rounds=1)
+    device = {"name": "phone", "examples_per_s": 10.0}
+    simulation = run.simulation.model_copy(update={"devices": (DeviceClass(**device),)})
+    found = train(run.model_copy(update={"simulation": simulation}), Folding())
+    sizes = {name: len(client_data(name)) for name in NAMES}  # type: ignore[arg-type]
+    seconds = max(sizes[name] * (5 if name == "client-0" else 3) / 10.0 for name in NAMES)
+    assert found.records[0].virtual is not None
+    assert found.records[0].virtual.simulated_s == pytest.approx(seconds, abs=0.01)
