@@ -27,6 +27,9 @@ from server.rounds.own_strategy import Own
 from server.rounds.strategies import choose_strategy
 from server.rounds.strategy_state import remembered
 
+_REHEARSED = 1000
+"""Names that a strategy is tried with, at most; there may be millions."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -66,7 +69,8 @@ def prepare(
     data = data_folder()
     clients = _clients(task, run, data)
     cohort = run.federation.cohort or len(clients)
-    check_rounds(run, task, folder, clients=clients[:cohort], strategy=strategy)
+    some = [clients[place] for place in range(min(cohort, _REHEARSED))]  # it may take no slice
+    check_rounds(run, task, folder, clients=some, strategy=strategy)
     if run.client_private:
         protect(run, clients=len(clients), cohort=cohort)
     cloud, test = read_for_release(run, task, data)

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fedcore.config.run import Client
+from fedcore.observability.foreign import foreign
 
 PROXIMAL_MU = "proximal-mu"
 """The name under which Flower's FedProx sends its weight, and `ClientSettings` too."""
@@ -97,7 +98,8 @@ def settings_with(run: Client, asked: ClientSettings, *, private: bool) -> Clien
         MOST_PROXIMAL_MU
     ):  # false for NaN, too
         raise ValueError(
-            f"proximal_mu = {asked.proximal_mu!r}, expected a number from 0 to {MOST_PROXIMAL_MU:g}"
+            f"proximal_mu = {_shown(asked.proximal_mu)}, expected a number from 0 to "
+            f"{MOST_PROXIMAL_MU:g}"
         )
     changes = asked.changes
     if not changes:
@@ -105,9 +107,9 @@ def settings_with(run: Client, asked: ClientSettings, *, private: bool) -> Clien
     for name in CHARGED if private else ():
         if name in changes and changes[name] != getattr(run, name):
             raise ValueError(
-                f"{name} = {changes[name]!r}, expected client.{name} = {getattr(run, name)!r}: "
-                "under example-level privacy the noise and the charge of every round follow from "
-                "it, and were planned for the run's own"
+                f"{name} = {_shown(changes[name])}, expected client.{name} = "
+                f"{getattr(run, name)!r}: under example-level privacy the noise and the charge of "
+                "every round follow from it, and were planned for the run's own"
             )
     try:
         return Client.model_validate({**run.model_dump(), **changes})
@@ -115,4 +117,12 @@ def settings_with(run: Client, asked: ClientSettings, *, private: bool) -> Clien
         found = error.errors()[0]
         name = str(found["loc"][0])
         allowed = found["msg"].partition(" should be ")[2] or found["msg"]
-        raise ValueError(f"{name} = {found['input']!r}, expected {allowed}") from None
+        raise ValueError(f"{name} = {_shown(found['input'])}, expected {allowed}") from None
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, and no longer than a line: a server may send anything."""
+    try:
+        return foreign(repr(value), 60)
+    except ValueError:  # a whole number may be as long as one likes
+        return "a number of thousands of digits"

@@ -7,6 +7,7 @@ with a run answers its devices before. What rounds need is imported in their own
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -27,7 +28,7 @@ from fedcore.observability.patience import FIRST_STEP, loading_told, told_if_slo
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.live.journal.journal import Journal, Reached, nothing
-from server.live.network.members import Members
+from server.live.network.members import Members, devices_of
 from server.live.network.serve import Address, listen, run_beside
 from server.live.operators.control import Control
 from server.live.operators.endpoint import check_socket, operated, operated_meanwhile, over_network
@@ -139,7 +140,8 @@ def _serve(
         with insistent():
             task = load()
             with told_if_slow(FIRST_STEP) if run.private else nullcontext():
-                read.append(_check_begins(run, task, deployment.runs / run.name))
+                there = [one.name for one in devices_of(identity.roster()).values()]
+                read.append(_check_begins(run, task, deployment.runs / run.name, there))
     elif run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), deployment.runs / run.name)
     address = deployment.address(identity)
@@ -228,7 +230,9 @@ def _serve(
         return True
 
 
-def _check_begins(run: RunConfig, task: Task, folder: Path) -> CloudData | None:
+def _check_begins(
+    run: RunConfig, task: Task, folder: Path, devices: Sequence[str]
+) -> CloudData | None:
     """Refuses a run that could only fail after the results in ``folder`` were replaced.
 
     Returns the cloud's data, which it has read for that.
@@ -239,7 +243,7 @@ def _check_begins(run: RunConfig, task: Task, folder: Path) -> CloudData | None:
     from server.live.finish import check_finish
     from server.preflight import check_rounds
 
-    check_rounds(run, task, folder)
+    check_rounds(run, task, folder, clients=devices)
     if run.release.repository is not None:
         return check_finish(run, task)
     return _read_cloud(run, task)

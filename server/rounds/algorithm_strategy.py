@@ -163,22 +163,26 @@ def rehearse(
         checked: The algorithm.
         label: The setting that names it.
         weights: Of a fresh model.
-        clients: Names of those that a round may ask; empty where they are not known yet.
+        clients: Names of those that a round may ask; empty where they are not known yet, and then
+            nothing is configured.
 
     Raises:
         ConfigError: it fails, or does what it may not. Nothing was run.
     """
     rounds = checked.run.federation.rounds
+    known = clients or checked.run.client_private  # where an algorithm is shown none
     try:
         state = checked.initial(weights)
         for number in range(1, min(rounds, _REHEARSED) + 1):
-            checked.configure(number, clients, state)
+            if known:
+                checked.configure(number, clients, state)
             made_up = [_made_up(checked, weights, number, place) for place in range(_MADE_UP)]
             if checked.algorithm.folds:
                 _, state = checked.step(number, weights, made_up[0].weights, state)
             else:
                 _, state = checked.aggregate(number, weights, made_up, state)
-        _check_last(checked, rounds, clients, state)
+        if known:
+            _check_last(checked, rounds, clients, state)
     except Refused as error:
         raise ConfigError(
             f"federation.strategy = {label!r}: {error}. This was found on made-up updates, before "

@@ -39,8 +39,10 @@ def instructions(
         raise
     except Exception as error:  # Flower's strategy, or the user's of its kind
         raise _failed(federation, number, f"{type(error).__name__}: {error}") from error
-    if any(not isinstance(one, Message) for one in messages):
-        raise _failed(federation, number, "configure_train gave something that is no message")
+    if not messages or any(not isinstance(one, Message) for one in messages):
+        raise _failed(federation, number, "configure_train gave no messages, or something else")
+    if not {one.metadata.dst_node_id for one in messages} <= {*nodes}:
+        raise _failed(federation, number, "configure_train asks nodes that are not of this round")
     return messages
 
 

@@ -96,7 +96,7 @@ def choose_strategy(
             federation.strategy, federation.strategy_options, cohort=cohort, size=size
         )
     own, label = own_strategy(run, given), federation.strategy
-    folds = own.folds is True if hasattr(own, "folds") else False
+    folds = getattr(own, "folds", False) is True
     if run.client_private and not (isinstance(own, Algorithm) and folds):
         raise ConfigError(
             f"federation.strategy = {label!r} contradicts privacy.unit = {run.privacy.unit!r}: "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAdam
 
 from fedcore import Algorithm, ClientSettings
 from fedcore.config.client_settings import SETTABLE, settings_with
@@ -356,3 +357,32 @@ def test_torch_is_no_state(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="'velocity' is a Tensor, which cannot be kept: expected"):
         check(run_of("t:Mine"), strategy=Mine())
+
+
+def test_an_instance_of_flowers_is_taken_and_left_as_it_was() -> None:
+    given = FedAdam(eta=0.05, fraction_train=0.5, min_train_nodes=50)
+    before = dict(vars(given))
+    named = run_of("FedAdam", strategy_options={"eta": 0.05}, weighting="uniform")
+    found, expected = train(run_of("flwr:FedAdam"), given).weights, train(named).weights
+    uniform = train(run_of("flwr:FedAdam", weighting="uniform"), given).weights
+    assert vars(given) == before
+    assert np.abs(uniform - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert not np.array_equal(found, uniform)
+
+
+def test_names_that_are_not_known_yet_are_not_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, method("configure", "return {clients[0]: ClientSettings(epochs=0)}"))
+    run = run_of("mine.py:Mine", base=tmp_path)
+    assert check_strategy(run, build_model(TASK, run)) == "mine.py:Mine: folds updates"
+    with pytest.raises(ConfigError, match="asks client 'client-0' for epochs = 0"):
+        check(run)
+
+
+SENDS_NOTHING = "\n    def configure_train(self, *arguments):\n        return []\n"
+
+
+def test_a_strategy_of_flowers_kind_that_asks_nobody_is_named(tmp_path: Path) -> None:
+    text = "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg):\n    folds = True"
+    _plain(tmp_path, text + SENDS_NOTHING)
+    with pytest.raises(RoundFailed, match=r"round 1: mine.py:Mine failed .*gave no messages"):
+        train(run_of("mine.py:Mine", base=tmp_path))
