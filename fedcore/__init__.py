@@ -19,9 +19,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 if TYPE_CHECKING:
     from edge_client.model import EdgeModel, open_model
     from fedcore.artifacts.manifest import Manifest
+    from fedcore.config.client_settings import ClientSettings
     from fedcore.config.run import RunConfig
     from fedcore.config.settings import load_run
     from fedcore.errors import FedcoreError
+    from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
     from fedcore.task.definition import Task, load_task
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
@@ -39,6 +41,9 @@ _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
     "Compressed": "server.compression.compress",
     "EdgeModel": "edge_client.model",
+    "Algorithm": "fedcore.task.algorithm",
+    "ClientSettings": "fedcore.config.client_settings",
+    "ClientUpdate": "fedcore.task.algorithm",
     "FedcoreError": "fedcore.errors",
     "Finetuned": "server.finetune.launch",
     "History": "server.api.result",
@@ -48,6 +53,7 @@ _LAZY = {
     "PERPLEXITY": "fedcore.task.metrics",
     "RMSE": "fedcore.task.metrics",
     "Result": "server.api.result",
+    "Round": "fedcore.task.algorithm",
     "RunConfig": "fedcore.config.run",
     "Task": "fedcore.task.definition",
     "TaskCheck": "server.check",
@@ -70,6 +76,9 @@ __all__ = [
     "MAE",
     "PERPLEXITY",
     "RMSE",
+    "Algorithm",
+    "ClientSettings",
+    "ClientUpdate",
     "Compressed",
     "EdgeModel",
     "FedcoreError",
@@ -78,6 +87,7 @@ __all__ = [
     "Manifest",
     "Metric",
     "Result",
+    "Round",
     "RunConfig",
     "Task",
     "TaskCheck",

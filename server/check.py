@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from fedcore.training.per_example.trial import find_way
 from fedcore.training.private import train_private
 from server.compression.export import export_onnx
 from server.compression.runtime import answer, open_session
+from server.preflight import check_strategy
 
 _MOST_EXAMPLES = 64
 _FIRST_STEPS = ("training", "privacy")
@@ -122,6 +123,7 @@ class _State:
 
     def __init__(self, run: RunConfig, task: Task, client: str | None) -> None:
         self.run, self.task, self.client = run, task, client
+        self.names: Sequence[str] = ()
         self.examples: Examples | None = None
         self.model: FullModel | None = None
 
@@ -148,6 +150,7 @@ def _steps(state: _State) -> list[Step]:
         ("loss", True, lambda: _loss(state)),
         ("training", True, lambda: _training(state)),
         ("metrics", True, lambda: _metrics(state)),
+        ("strategy", True, lambda: _strategy(state)),
         ("privacy", state.run.private, lambda: _privacy(state)),
         ("export", True, lambda: _export(state)),
         ("test data", True, lambda: _other(state, "test data", task.test_data)),
@@ -161,7 +164,7 @@ def _clients(state: _State) -> str:
         raise TaskError("clients() names none; at least one is needed.")
     if state.client is not None and state.client not in names:
         raise TaskError(f"client {state.client!r}: not among the {counted(len(names), 'client')}.")
-    state.client = state.client or names[0]
+    state.client, state.names = state.client or names[0], names
     return f"{counted(len(names), 'client')}; checking with {state.client!r}"
 
 
@@ -243,6 +246,11 @@ def _training(state: _State) -> str:
 def _metrics(state: _State) -> str:
     values = evaluate(cast(FullModel, state.model), state.few(), state.task.metrics)
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _strategy(state: _State) -> str:
+    clients = state.names[: state.run.federation.cohort]
+    return check_strategy(state.run, cast(FullModel, state.model), clients=clients)
 
 
 def _privacy(state: _State) -> str:

@@ -14,15 +14,21 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.observability.words import counted
 from fedcore.task.definition import Examples, Folder, Task, check_inputs, data_folder, read_examples
-from fedcore.task.model import build_model, warm_start
+from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import find_way
-from fedcore.updates.pack import layout_of
+from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, read_cloud_data
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
+from server.rounds.algorithm_strategy import rehearse
 from server.rounds.client_privacy import protect
-from server.rounds.strategies import make_strategy
+from server.rounds.own_strategy import Own
+from server.rounds.strategies import choose_strategy
+from server.rounds.strategy_state import remembered
+
+_REHEARSED = 1000
+"""Names that a strategy is tried with, at most; there may be millions."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,18 @@ class Prepared:
     """As the task gives them: a sequence that makes names up as they are asked for stays one."""
     cloud: CloudData | None
     test: Examples
+    strategy: Own | type[Own] | None = None
+    """The user's own, where it was made in Python; None where the run names what it takes."""
 
 
-def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Prepared:
+def prepare(
+    run: RunConfig,
+    task: Task,
+    owner: OwnerPolicy,
+    folder: Path,
+    *,
+    strategy: Own | type[Own] | None = None,
+) -> Prepared:
     """Reads what the server reads, and refuses what could only fail later.
 
     Args:
@@ -44,6 +59,7 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
         task: Its task.
         owner: The policy that simulated clients keep to.
         folder: Where results will go; what lies there is still untouched.
+        strategy: The user's own, where it was made in Python.
 
     Raises:
         FedcoreError: whatever would have stopped the run. Nothing was run or replaced.
@@ -52,21 +68,31 @@ def prepare(run: RunConfig, task: Task, owner: OwnerPolicy, folder: Path) -> Pre
     available(asked.client.device)
     data = data_folder()
     clients = clients_of(task, run, data)
-    check_rounds(run, task, folder, clients=len(clients))
+    cohort = run.federation.cohort or len(clients)
+    some = [clients[place] for place in range(min(cohort, _REHEARSED))]  # it may take no slice
+    check_rounds(run, task, folder, clients=some, strategy=strategy)
     if run.client_private:
-        protect(run, clients=len(clients), cohort=run.federation.cohort or len(clients))
+        protect(run, clients=len(clients), cohort=cohort)
     cloud, test = read_for_release(run, task, data)
-    return Prepared(data, clients, cloud, test)
+    return Prepared(data, clients, cloud, test, strategy)
 
 
-def check_rounds(run: RunConfig, task: Task, folder: Path, *, clients: int) -> None:
+def check_rounds(
+    run: RunConfig,
+    task: Task,
+    folder: Path,
+    *,
+    clients: Sequence[str] = (),
+    strategy: Own | type[Own] | None = None,
+) -> None:
     """Refuses rounds that could not begin: their model, where it starts, and their strategy.
 
     Args:
         run: The run.
         task: Its task.
         folder: Where results will go; what lies there is still untouched.
-        clients: Takes part in a round whose cohort the run leaves open.
+        clients: Names of some that a round may ask; empty where they are not known yet.
+        strategy: The user's own, where it was made in Python.
 
     Raises:
         FedcoreError: whatever would have stopped them. Nothing was run or replaced.
@@ -77,12 +103,31 @@ def check_rounds(run: RunConfig, task: Task, folder: Path, *, clients: int) -> N
         warm_start(run, model)
     if run.private:
         find_way(task, model)
-    make_strategy(
-        run.federation.strategy,
-        run.federation.strategy_options,
-        cohort=run.federation.cohort or clients,
-        size=layout_of(model.model).size,
-    )
+    check_strategy(run, model, clients=clients, strategy=strategy)
+
+
+def check_strategy(
+    run: RunConfig,
+    model: FullModel,
+    *,
+    clients: Sequence[str] = (),
+    strategy: Own | type[Own] | None = None,
+) -> str:
+    """Refuses a strategy that is none for this run; the user's own is tried on made-up updates.
+
+    Returns:
+        What was found, in a few words.
+
+    Raises:
+        ConfigError: there is no such strategy, or what it does is refused. Nothing was run.
+    """
+    size, label = layout_of(model.model).size, run.federation.strategy
+    cohort = run.federation.cohort or max(len(clients), 1)
+    chosen = choose_strategy(run, strategy, cohort=cohort, size=size)
+    remembered(chosen.strategy)  # or the first checkpoint would find what cannot be kept
+    if chosen.own is not None:
+        rehearse(chosen.own.checked, label, pack(model.model), clients)
+    return f"{label}: {'folds updates' if chosen.folds else 'needs every update of a round'}"
 
 
 def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudData | None, Examples]:

@@ -61,9 +61,11 @@ class Federation(Section):
     On a live run these are the project's devices that are there before the first round: all are
     waited for, until the deadline."""
     strategy: str = "FedAvg"
-    """The name of a strategy in ``flwr.serverapp.strategy``."""
+    """The name of a strategy in ``flwr.serverapp.strategy``; or ``FILE.py:CLASS`` for your own, a
+    `fedcore.Algorithm` or one of Flower's kind, with the file relative to this one. Only the server
+    loads it, and a run that goes on needs the same file."""
     strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Keyword arguments of that strategy."""
+    """Keyword arguments of that strategy's class."""
     weighting: Literal["examples", "uniform"] = "examples"
     """``examples``: an update weighs as many examples as its client has. ``uniform``: all weigh the
     same. On a live run the number of examples is the one that the device enrolled with, whatever it

@@ -91,3 +91,8 @@ def counted(count: int, noun: str, form: str = "") -> str:
     ('1 round', '20 clients', '3,000 steps')
     """
     return f"{count:{form}} {noun}" if count == 1 else f"{count:{form}} {noun}s"
+
+
+def a_or_an(word: str) -> str:
+    """A noun with its article, by its first letter."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from fedcore.config.client_settings import settings_with
 from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import Client as Settings
 from fedcore.config.run import RunConfig
 from fedcore.errors import DataError, FedcoreError, InvalidUpdate, TaskError, TrainingDiverged
 from fedcore.observability.words import counted
@@ -150,8 +152,9 @@ def _learn(
     on_spend: Callable[[Ledger], None],
 ) -> Update:
     run, number, bounds = client.run, instruction.round, client.bounds()
+    settings = settings_of(client, instruction)
     examples, _ = local_data(client, name)
-    steps = run.client.epochs * -(-size_of(examples) // run.client.batch_size)
+    steps = settings.epochs * -(-size_of(examples) // settings.batch_size)
     bounds.admit(steps)
     device = available(run.client.device)
     if client.owner.max_threads:
@@ -164,7 +167,7 @@ def _learn(
         limit = client.owner.max_memory_bytes
         check_memory(
             model.model,
-            run.client,
+            settings,
             run.privacy,
             device,
             owner_limit_bytes=limit,
@@ -172,7 +175,7 @@ def _learn(
         metrics: dict[str, float] = {}
         if run.private:
             metrics[EPSILON] = _train_private(
-                client, name, model, examples, ledger, on_spend, instruction, bounds
+                client, name, model, examples, ledger, on_spend, instruction, settings, bounds
             )
         else:
             order = client.randomness.generator(torch.device("cpu"), "order", number, name)
@@ -180,9 +183,9 @@ def _learn(
                 model,
                 examples,
                 client.task.loss_of,
-                run.client,
-                epochs=run.client.epochs,
-                batch_size=run.client.batch_size,
+                settings,
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
                 rng=order,
                 penalty=proximal(model.model, instruction.proximal_mu)
                 if instruction.proximal_mu
@@ -193,7 +196,7 @@ def _learn(
     if not np.isfinite(weights).all():
         raise TrainingDiverged(
             f"round {number}: the trained weights are not finite at learning_rate "
-            f"{run.client.learning_rate}. No update was sent; lower the learning rate."
+            f"{settings.learning_rate}. No update was sent; lower the learning rate."
         )
     if run.client_private:
         return bounded(run.privacy, instruction, weights, metrics)
@@ -208,6 +211,7 @@ def _train_private(
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
     instruction: Instruction,
+    settings: Settings,
     bounds: Bounds,
 ) -> float:
     """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
@@ -215,7 +219,7 @@ def _train_private(
     check_instruction(instruction, model)
     way = client.way
     device = next(model.model.parameters()).device
-    planned, ledger = spend(client, name, examples, ledger, round=number)
+    planned, ledger = spend(client, name, examples, ledger, settings, round=number)
     memory_bytes = min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2)
     bounds.admit(
         planned.charge.steps,
@@ -238,7 +242,7 @@ def _train_private(
         model.model,
         examples,
         client.task.loss_of,
-        run.client,
+        settings,
         planned,
         way=way,
         draws=client.randomness.draws(device, number, name),
@@ -284,10 +288,33 @@ def _largest(values: Tensor) -> float:
     return float(values.to(wide).abs().max())
 
 
+def settings_of(client: Client, instruction: Instruction) -> Settings:
+    """What a client trains with in this round: the run's settings, and what its server changed.
+
+    Raises:
+        InvalidUpdate: what it changed is out of bounds, or may not change under privacy. Nothing
+            was trained or charged.
+    """
+    try:
+        asked = instruction.settings
+        return settings_with(client.run.client, asked, private=client.run.private)
+    except ValueError as error:
+        raise InvalidUpdate(
+            f"round {instruction.round}: the server asks for {error}. Nothing was trained or "
+            "charged; mend what federation.strategy on the server sends to clients."
+        ) from None
+
+
 def spend(
-    client: Client, name: str, examples: Examples, ledger: Ledger, *, round: int
+    client: Client,
+    name: str,
+    examples: Examples,
+    ledger: Ledger,
+    settings: Settings,
+    *,
+    round: int,
 ) -> tuple[PrivatePlan, Ledger]:
-    """How a client trains in this round, and its ledger with that charged.
+    """How a client trains in this round with ``settings``, and its ledger with that charged.
 
     Raises:
         BudgetExhausted: its budget does not allow it; nothing may be trained then.
@@ -296,7 +323,7 @@ def spend(
     participations = run.privacy.participations or run.federation.rounds
     planned = plan(
         examples,
-        run.client,
+        settings,
         run.privacy,
         round=round,
         participations=participations,

@@ -17,6 +17,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedcore.config.client_settings import (
+    PROXIMAL_MU,
+    RUN_SETTINGS,
+    ClientSettings,
+    read_settings,
+)
 from fedcore.errors import (
     BudgetExhausted,
     FedcoreError,
@@ -72,6 +78,8 @@ class Instruction:
     """Weight of FedProx's penalty; 0 without."""
     clip_norm: float = 0.0
     """What client-level privacy bounds the update by; 0 without."""
+    settings: ClientSettings = RUN_SETTINGS
+    """What else is other than the run says; unchecked, see `settings_with`."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,9 @@ def read_instruction(content: RecordDict) -> Instruction:
             weights=weights,
             layout=_setting(config, "layout", str),
             preprocess=_setting(config, "preprocess", bytes),
-            proximal_mu=float(str(config.get("proximal-mu", 0.0))),
+            proximal_mu=float(str(config.get(PROXIMAL_MU, 0.0))),
             clip_norm=float(str(config.get(CLIP_NORM, 0.0))),
+            settings=read_settings(config),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidUpdate(

@@ -22,6 +22,7 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Task, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.training.device import available
+from server.rounds.own_strategy import Own, check_own, label_of
 
 _UNNAMED = re.compile(r"[^a-z0-9_-]+")  # what the name of a run may not have
 _MOST_NAMED = 64
@@ -59,6 +60,25 @@ def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, 
     if task is not None:
         found = found.model_copy(update={"task": IN_MEMORY if file is None else str(file)})
     return with_settings(found, settings)
+
+
+def with_strategy(
+    run: RunConfig, strategy: Own | type[Own] | str | None
+) -> tuple[RunConfig, Own | type[Own] | None]:
+    """The run with that strategy, and the strategy itself where it was made in Python.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if strategy is None:
+        return run, None
+    if isinstance(strategy, str):
+        return with_settings(run, {"federation": {"strategy": strategy}}), None
+    check_own(strategy)
+    options = run.federation.strategy_options if isinstance(strategy, type) else {}
+    named = {"strategy": label_of(strategy), "strategy_options": options}
+    federation = run.federation.model_copy(update=named)
+    return run.model_copy(update={"federation": federation}), strategy
 
 
 def loaded(task: AnyTask | None, run: RunConfig) -> Task:

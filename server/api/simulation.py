@@ -18,11 +18,20 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from fedcore.task.definition import Task
 from server.after_rounds import Completed
-from server.api.asked import AnyRun, AnyTask, configured, loaded, refuse_elsewhere, shown
+from server.api.asked import (
+    AnyRun,
+    AnyTask,
+    configured,
+    loaded,
+    refuse_elsewhere,
+    shown,
+    with_strategy,
+)
 from server.api.result import Result
 from server.preflight import Prepared, prepare
 from server.report.folder import open_folder, reopen_folder, write_results
 from server.report.tensorboard import tensorboard_events
+from server.rounds.own_strategy import Own
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.resume import pick_up
 from server.simulation.run import run_pipeline
@@ -38,6 +47,7 @@ def simulate(
     fresh: bool = False,
     resume: bool = False,
     progress: bool | Sink = True,
+    strategy: Own | type[Own] | str | None = None,
     **settings: Any,
 ) -> Result:
     """Trains over simulated clients, then fine-tunes, compresses, tests and publishes.
@@ -61,6 +71,8 @@ def simulate(
             made in memory is still the same is not checked.
         progress: Whether progress is shown: on standard error, or in the notebook's cell. A
             function gets the events instead.
+        strategy: In place of the run's: a `fedcore.Algorithm` or a strategy of Flower's kind, as
+            an instance, a class, which gets ``strategy_options``, or a name.
         settings: Sections or settings of the run that are to be others.
 
     Returns:
@@ -70,10 +82,12 @@ def simulate(
         FedcoreError: whatever is wrong or fails, as the command line says it. Nothing is printed
             but progress, and the process goes on.
     """
+    asked, own = with_strategy(configured(task, run, settings), strategy)
     return simulated(
         task,
-        configured(task, run, settings),
+        asked,
         owner=owner,
+        strategy=own,
         runs=runs,
         fresh=fresh,
         resume=resume,
@@ -94,6 +108,7 @@ def simulated(
     progress: bool | Sink,
     say_slow: bool,
     command: str,
+    strategy: Own | type[Own] | None = None,
 ) -> Result:
     """Simulates a run whose settings are made up; the other arguments are those of `simulate`.
 
@@ -107,6 +122,7 @@ def simulated(
         progress: As there.
         say_slow: Whether standard error says so where the first step takes long.
         command: The command line that asks for this, for advice on what to do.
+        strategy: The user's own, where it was made in Python.
     """
     started = time.monotonic()
     if resume and (fresh or runs is None):
@@ -121,7 +137,7 @@ def simulated(
         refuse_elsewhere(run, found, rounds=True)
         quiet()
         with told_if_slow(FIRST_STEP) if run.private and say_slow else nullcontext():
-            prepared = prepare(run, found, owner, base / run.name)
+            prepared = prepare(run, found, owner, base / run.name, strategy=strategy)
         if resume:
             opening = reopen_folder(run, base)
         else:

@@ -6,6 +6,7 @@ answers its devices before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,8 +40,12 @@ class Inputs:
         """
         return load_named_task(self._run.path(self._run.task))
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: Path, devices: Sequence[str]) -> None:
         """Refuses a run that could only fail after the results in ``folder`` were replaced.
+
+        Args:
+            folder: Where results will go.
+            devices: The names of those that are enrolled.
 
         Raises:
             FedcoreError: whatever would have stopped it.
@@ -48,7 +53,7 @@ class Inputs:
         from server.live.finish import check_finish
         from server.preflight import check_rounds
 
-        check_rounds(self._run, self.task, folder, clients=1)
+        check_rounds(self._run, self.task, folder, clients=devices)
         released = self._run.release.repository is not None
         self._checked = [check_finish(self._run, self.task) if released else self._read_cloud()]
 

@@ -25,7 +25,7 @@ from fedcore.seeds import Randomness, SystemEntropy
 from server.live.deployment import Deployment, LiveRun
 from server.live.inputs import Inputs
 from server.live.journal.journal import Journal, Reached, nothing
-from server.live.network.members import Members
+from server.live.network.members import Members, devices_of
 from server.live.network.serve import listen, run_beside
 from server.live.operators.control import Control
 from server.live.operators.endpoint import check_socket, operated, operated_meanwhile, over_network
@@ -97,7 +97,8 @@ def _opened(
     name = (declared_name(path) if resumes else None) or inputs.task.name
     if not resumes:
         with insistent(), told_if_slow(FIRST_STEP) if run.private else nullcontext():
-            inputs.check(runs / run.name)
+            devices = devices_of(identity.roster()).values()
+            inputs.check(runs / run.name, [one.name for one in devices])
     elif run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), runs / run.name)
     address = deployment.address(identity)

@@ -30,7 +30,8 @@ from server.rounds.checkpointing import (
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
-from server.rounds.strategies import make_strategy
+from server.rounds.own_strategy import Own
+from server.rounds.strategies import choose_strategy
 from server.rounds.strategy_state import remind
 
 _POLL_S = 0.2
@@ -67,6 +68,8 @@ def server_app(
     start: Start | None = None,
     peers: Peers | None = None,
     awaited: Callable[[], int] = lambda: 1,
+    strategy: Own | type[Own] | None = None,
+    client_name: Callable[[int], str] | None = None,
 ) -> ServerApp:
     """An ordinary Flower ServerApp that trains ``task`` as ``run`` says.
 
@@ -82,6 +85,8 @@ def server_app(
             network's that is not ours: numbers then.
         awaited: How many clients there are to wait for where the run names no cohort. All who are
             there then are the cohort; those who come after the deadline are not waited for.
+        strategy: The user's own, where it was made in Python; None where the run names it.
+        client_name: The name of a node's client, for an algorithm; as ``peers`` say when None.
     """
     app = ServerApp()
 
@@ -98,11 +103,12 @@ def server_app(
             cohort = _gather(grid, awaited, run.federation.deadline_s, listener)
         elif start is None:
             _wait_for_nodes(grid, cohort, run.federation.deadline_s, listener)
-        chosen = make_strategy(
-            run.federation.strategy,
-            run.federation.strategy_options,
+        chosen = choose_strategy(
+            run,
+            strategy,
             cohort=cohort,
             size=layout_of(model.model).size,
+            name_of=client_name or (peers or NumberedPeers()).client,
         )
         if start is None:
             for note in chosen.notes:

@@ -133,6 +133,9 @@ class Peers(Protocol):
     def name(self, node_id: int) -> str:
         """What people call a node, fit to be printed."""
 
+    def client(self, node_id: int) -> str:
+        """The name of a node's client, as an algorithm is told it."""
+
     def said(self, node_id: int, reason: str) -> str:
         """What a node says of its failure, as a line that names the node."""
 
@@ -144,6 +147,10 @@ class NumberedPeers:
     """Clients that nothing is known of but their numbers."""
 
     def name(self, node_id: int) -> str:
+        """Its number."""
+        return f"node {node_id}"
+
+    def client(self, node_id: int) -> str:
         """Its number."""
         return f"node {node_id}"
 

@@ -65,7 +65,8 @@ class Federation:
     def folding(self) -> FoldingGrid | None:
         """The grid, where it adds updates up itself and the strategy lets it."""
         bounded = is_bounded(self.run, live=self.live)  # which looks at each update
-        folds = self.chosen.folds and self.asked == self.cohort and not bounded
+        chosen = self.chosen
+        folds = chosen.folds and chosen.in_place and self.asked == self.cohort and not bounded
         return self.grid if folds and isinstance(self.grid, FoldingGrid) else None
 
     @cached_property

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedcore.errors import FedcoreError, InvalidUpdate, RoundFailed
 from fedcore.observability.foreign import foreign
@@ -60,9 +60,18 @@ class FoldingGrid(Protocol):
         """The last round on the virtual clock; None where there is none."""
 
     def fold(
-        self, content: RecordDict, nodes: Sequence[int], *, uniform: bool, deadline_s: float
+        self,
+        content: RecordDict,
+        nodes: Sequence[int],
+        *,
+        configs: Mapping[int, ConfigRecord],
+        uniform: bool,
+        deadline_s: float,
     ) -> Folded:
-        """Trains these nodes on one content and adds their updates up."""
+        """Trains these nodes on one content and adds their updates up.
+
+        ``configs`` has the configuration of nodes whose settings are others than the content's.
+        """
 
 
 @dataclass
@@ -223,11 +232,17 @@ def fold_in_place(
     nodes: Sequence[int],
     tally: Tally,
     *,
+    configs: Mapping[int, ConfigRecord],
     uniform: bool,
     deadline_s: float,
 ) -> ExactMean:
-    """The same, where the grid does the adding; every node gets the content of ``instruction``."""
-    folded = grid.fold(instruction.content, nodes, uniform=uniform, deadline_s=deadline_s)
+    """The same, where the grid does the adding.
+
+    Every node gets the content of ``instruction``; those in ``configs`` with settings of their own.
+    """
+    folded = grid.fold(
+        instruction.content, nodes, configs=configs, uniform=uniform, deadline_s=deadline_s
+    )
     for code, reason in folded.failures:
         tally.failure(code, reason)
     sent = payload_bytes(instruction)  # as many bytes as an update: one array of one layout

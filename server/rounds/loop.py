@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedcore.errors import FedcoreError, RoundFailed
-from fedcore.flower.grid import CohortGrid
 from fedcore.observability.words import counted
 from fedcore.task.model import FullModel, preprocess_bytes
-from fedcore.updates.messages import check_weights, instruction_config, sendable, weights_record
+from fedcore.updates.messages import check_weights, sendable
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.records import RoundRecord
 from server.rounds.aggregation.exact_mean import ExactMean
@@ -43,6 +42,7 @@ from server.rounds.inbound import (
     fold_in_place,
     payload_bytes,
 )
+from server.rounds.instructions import instruction_in_place, instructions, streams
 from server.rounds.norm_bound import norm_bound
 from server.rounds.protection import Protection
 from server.rounds.quorum import check_quorum
@@ -181,27 +181,6 @@ def _held_once(progress: Progress) -> Progress:
     return replace(progress, weights=weights, best=best)
 
 
-def instructions(
-    federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
-) -> list[Message]:
-    """What the strategy sends to ``nodes`` in the round after ``progress``."""
-    number = progress.round + 1
-    # What folds draws nothing but the cohort, and of that it is shown all there is.
-    with nullcontext() if federation.folding else _streams(federation, number, "configure"):
-        return list(
-            federation.chosen.strategy.configure_train(
-                number,
-                weights_record(progress.weights),
-                instruction_config(
-                    layout,
-                    progress.preprocess,
-                    clip_norm=progress.protection.clip_norm if progress.protection else 0.0,
-                ),
-                CohortGrid(federation.grid, nodes),
-            )
-        )
-
-
 def _train_round(
     federation: Federation,
     progress: Progress,
@@ -213,11 +192,15 @@ def _train_round(
     """One round of training: what it gives, and the bytes sent; the rest is told to ``tally``."""
     run, number = federation.run, progress.round + 1
     grid, folds, protection = federation.grid, federation.chosen.folds, progress.protection
-    in_place = federation.folding
-    # A strategy that folds tells every node the same: one message stands for all. Even where nobody
-    # was drawn it is asked for one, as it may remember what it sends.
-    shown = nodes[:1] if in_place else nodes
-    messages = instructions(federation, progress, layout, shown or _there(federation)[:1])
+    in_place, configs = federation.folding, dict[int, ConfigRecord]()
+    # Even where nobody was drawn a strategy is asked for a message, as it may remember what it
+    # sends.
+    shown = nodes or _there(federation)[:1]
+    if in_place:
+        first, configs = instruction_in_place(federation, progress, layout, shown)
+        messages = [first]
+    else:
+        messages = instructions(federation, progress, layout, shown)
     uniform, deadline_s = run.uniform, run.federation.deadline_s
     bound = bound_of(run, protection, progress.weights) if protection else None
     norm = norm_bound(run, progress.weights, live=federation.live, records=records)
@@ -228,7 +211,13 @@ def _train_round(
     elif in_place:
         sent = payload_bytes(messages[0]) * len(nodes)
         mean = fold_in_place(
-            in_place, messages[0], nodes, tally, uniform=uniform, deadline_s=deadline_s
+            in_place,
+            messages[0],
+            nodes,
+            tally,
+            configs=configs,
+            uniform=uniform,
+            deadline_s=deadline_s,
         )
     else:
         messages.sort(key=lambda message: message.metadata.dst_node_id)
@@ -287,13 +276,13 @@ def _aggregated(
     """
     strategy = federation.chosen.strategy
     try:
-        with nullcontext() if federation.folding else _streams(federation, number, "aggregate"):
+        with nullcontext() if federation.folding else streams(federation, number, "aggregate"):
             arrays, _ = strategy.aggregate_train(number, ready)
     except FedcoreError:
         raise
     except Exception as error:  # Flower's strategy refused: a plain error with its reason
         raise RoundFailed(
-            f"round {number}: {type(strategy).__name__} failed to aggregate "
+            f"round {number}: {federation.chosen.name} failed to aggregate "
             f"{counted(tally.updates, 'update')}: {type(error).__name__}: {error}. The global "
             f"model is that of round {number - 1}."
         ) from error
@@ -331,10 +320,3 @@ def _record(
         virtual=federation.virtual.virtual if federation.virtual else None,
         median_norm=tally.median_norm,
     )
-
-
-def _streams(federation: Federation, number: int, step: str) -> AbstractContextManager[None]:
-    """Pins the streams that Flower's strategies draw from, in a simulation."""
-    if federation.randomness.origin == "simulated":
-        return federation.randomness.library_streams("strategy", step, number)
-    return nullcontext()

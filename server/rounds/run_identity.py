@@ -11,9 +11,10 @@ from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
+from server.rounds.own_strategy import file_of
 
 _MAX_FILE_BYTES = 64 << 20  # of a task or a trace
-TASK = "task file"
+TASK, STRATEGY, TRACE = "task file", "strategy file", "trace"
 _FREE = {"run.simulation.workers", "run.simulation.engine"}
 """These may change, and no bit does but for the order of float32 sums where clients are trained
 side by side: a machine with less memory may go on with fewer workers."""
@@ -22,12 +23,15 @@ side by side: a machine with less memory may go on with fewer workers."""
 def identity_of(run: RunConfig, owner: OwnerPolicy) -> dict[str, Any]:
     """The configuration, the owner's policy, and digests of the files that belong to them.
 
-    Modules that a task file imports are not looked at, nor is the data, nor is a task that was made
-    in memory.
+    Modules that a task's or a strategy's file imports are not looked at, nor is the data, nor is a
+    task that was made in memory.
     """
     files = {} if run.task == IN_MEMORY else {TASK: run.path(run.task)}
+    strategy = file_of(run)
+    if strategy is not None:
+        files[STRATEGY] = strategy
     if run.simulation.trace is not None:
-        files["trace"] = run.path(run.simulation.trace)
+        files[TRACE] = run.path(run.simulation.trace)
     return {
         "run": run.model_dump(mode="json"),
         "owner": owner.model_dump(mode="json"),
@@ -51,7 +55,7 @@ def changes(
             continue
         if key not in old and key in _defaults() and new[key] == _defaults()[key]:
             continue  # an earlier version began it, which had no such setting
-        if isinstance(old.get(key), str) and key in (TASK, "trace"):
+        if isinstance(old.get(key), str) and key in (TASK, STRATEGY, TRACE):
             found.append(f"the {key}")
         else:
             found.append(

@@ -1,18 +1,24 @@
-"""Flower's strategies by name, and which of them can fold updates in one by one."""
+"""The strategy of a run, of Flower's or a user's own, and whether it folds updates one by one."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flwr.serverapp.strategy as flower
 from flwr.serverapp.strategy import Strategy
 
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
+from fedcore.privacy.unsound import SUMMED
+from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
+from server.rounds.algorithm_strategy import AlgorithmStrategy
+from server.rounds.checked_algorithm import CheckedAlgorithm
+from server.rounds.own_strategy import Own, is_own, own_strategy
 
 FOLDING = (
     flower.FedAvg,
@@ -50,6 +56,81 @@ class Chosen:
     """Whether the new weights are the mean of the updates: then it need not be asked for them."""
     notes: Sequence[str]
     """What the user should know before it runs."""
+    own: AlgorithmStrategy | None = None
+    """The same strategy, where it is a user's algorithm."""
+    in_place: bool = True
+    """Whether a grid may add updates up where they are made: one message, but for settings, stands
+    for all of a round's."""
+    label: str = ""
+    """How the run names it, where that is not the name of its class."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in errors."""
+        return self.label or type(self.strategy).__name__
+
+
+def choose_strategy(
+    run: RunConfig,
+    given: Own | type[Own] | None = None,
+    *,
+    cohort: int,
+    size: int,
+    name_of: Callable[[int], str] = str,
+) -> Chosen:
+    """The strategy of a run: one of Flower's, or the user's own.
+
+    Args:
+        run: The run.
+        given: A user's own that was made in Python; None where the run names what it takes.
+        cohort: Clients a round.
+        size: Length of an update, for stating the memory that buffering takes.
+        name_of: The name of a node's client.
+
+    Raises:
+        ConfigError: there is no such strategy, or it is none for this run. Nothing has run then.
+    """
+    federation = run.federation
+    if given is None and not is_own(federation.strategy):
+        return make_strategy(
+            federation.strategy, federation.strategy_options, cohort=cohort, size=size
+        )
+    own, label = own_strategy(run, given), federation.strategy
+    folds = getattr(own, "folds", False) is True
+    if run.client_private and not (isinstance(own, Algorithm) and folds):
+        raise ConfigError(
+            f"federation.strategy = {label!r} contradicts privacy.unit = {run.privacy.unit!r}: "
+            "noise is counted for a sum of updates, and for nothing else that a round shows a "
+            f"strategy. Nothing was run; make it a fedcore.Algorithm that folds, or choose one of "
+            f"{', '.join(SUMMED)}."
+        )
+    notes = [] if folds or not size else [_takes_all(label, cohort, size)]
+    if isinstance(own, Algorithm):
+        adapted = AlgorithmStrategy(CheckedAlgorithm(own, run), label, name_of=name_of)
+        return Chosen(adapted, folds, False, notes, adapted, label=label)
+    if isinstance(own, (*_TREES, *_CLIENT_DP)):
+        raise ConfigError(
+            f"federation.strategy = {label!r}: it derives from a strategy of Flower's for trees, "
+            "or from one whose clients run code of their own, which a file on the server cannot "
+            "bring to devices. Nothing was run; derive it from another."
+        )
+    for name, value in _ALL_OF_THEM.items():
+        if hasattr(own, name):
+            setattr(own, name, value)
+    return Chosen(own, folds, False, notes, in_place=False, label=label)
+
+
+_ALL_OF_THEM: Mapping[str, Any] = {
+    "fraction_train": 1.0,
+    "fraction_evaluate": 1.0,
+    "min_train_nodes": 1,  # what they are shown is the cohort, and they take all of it
+    "min_evaluate_nodes": 1,
+    "min_available_nodes": 1,
+    "weighted_by_key": NUM_EXAMPLES,
+    "arrayrecord_key": ARRAYS,
+    "configrecord_key": CONFIG,
+}
+"""How Flower's strategies are told of a round."""
 
 
 def strategy_names() -> list[str]:
@@ -92,23 +173,18 @@ def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: i
             "fedcore reports."
         )
     else:
-        arguments |= {
-            "fraction_train": 1.0,
-            "fraction_evaluate": 1.0,
-            "min_train_nodes": 1,  # what they are shown is the cohort, and they take all of it
-            "min_evaluate_nodes": 1,
-            "min_available_nodes": 1,
-            "weighted_by_key": NUM_EXAMPLES,
-            "arrayrecord_key": ARRAYS,
-            "configrecord_key": CONFIG,
-        }
+        arguments |= _ALL_OF_THEM
     folds = cls in FOLDING
     if not folds and size:
-        notes.append(
-            f"{name} needs every update of a round at once: {cohort} x {size:,} parameters take "
-            f"{cohort * size * 4 / 1e6:,.1f} MB, and up to three times that while it aggregates."
-        )
+        notes.append(_takes_all(name, cohort, size))
     return Chosen(_construct(cls, arguments, options), folds, cls in _MEANS, notes)
+
+
+def _takes_all(name: str, cohort: int, size: int) -> str:
+    return (
+        f"{name} needs every update of a round at once: {cohort} x {size:,} parameters take "
+        f"{cohort * size * 4 / 1e6:,.1f} MB, and up to three times that while it aggregates."
+    )
 
 
 def _find(name: str) -> type[Strategy]:
@@ -118,7 +194,8 @@ def _find(name: str) -> type[Strategy]:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"federation.strategy = {name!r}: Flower has no such strategy.{hint} It has: "
-            f"{', '.join(names)}. Nothing was run."
+            f"{', '.join(names)}. Nothing was run; one of your own is named by its file and class, "
+            "as 'mine.py:MyStrategy'."
         )
     found: type[Strategy] = getattr(flower, name)
     return found

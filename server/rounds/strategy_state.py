@@ -72,14 +72,22 @@ def _taken(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
         items = [[name, _taken(array, where, arrays)] for name, array in value.items()]
         return {"ArrayRecord": items}
     elif isinstance(value, Strategy):
-        held = [[name, _taken(v, f"{where}.{name}", arrays)] for name, v in vars(value).items()]
+        held = [[name, _taken(v, f"{where}.{name}", arrays)] for name, v in _memory(value).items()]
         return {"strategy": kind.__name__, "holds": held}
     elif inspect.isroutine(value):
         return {"function": _name(value)}
     raise ConfigError(
         f"federation.strategy: {where} is a {kind.__name__}, which a checkpoint cannot hold. "
-        "Nothing was lost; choose another strategy, or a version of Flower that fedcore knows."
+        "Nothing was lost; have a class of your own hold arrays, numbers and text, or choose "
+        "another strategy, or a version of Flower that fedcore knows."
     )
+
+
+def _memory(strategy: Strategy) -> dict[str, Any]:
+    """The attributes that count: all, unless its class says which."""
+    names: Sequence[str] | None = getattr(type(strategy), "REMEMBERS", None)
+    held = vars(strategy)
+    return held if names is None else {name: held[name] for name in names}
 
 
 def _kept(array: NDArray[Any], arrays: list[NDArray[Any]]) -> int:
@@ -96,7 +104,7 @@ def _put_back(
 ) -> Strategy:
     if tree["strategy"] != type(strategy).__name__:
         raise _other(where, tree["strategy"], type(strategy).__name__)
-    held, has = dict(tree["holds"]), vars(strategy)
+    held, has = dict(tree["holds"]), _memory(strategy)
     if set(held) != set(has):
         raise _other(where, f"attributes {sorted(held)}", f"attributes {sorted(has)}")
     for name, item in held.items():

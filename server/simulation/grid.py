@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from fedcore.flower.grid import OwnGrid
 from fedcore.training.client import skipped_text
+from fedcore.updates.messages import CONFIG
 from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.inbound import Folded
@@ -52,10 +53,16 @@ class SimulatedGrid(OwnGrid):
         return range(FIRST_NODE_ID, FIRST_NODE_ID + len(self._clients))
 
     def fold(
-        self, content: RecordDict, nodes: Sequence[int], *, uniform: bool, deadline_s: float
+        self,
+        content: RecordDict,
+        nodes: Sequence[int],
+        *,
+        configs: Mapping[int, ConfigRecord],
+        uniform: bool,
+        deadline_s: float,
     ) -> Folded:
         """Trains these nodes and adds their updates up where they are made."""
-        order = Order(MessageType.TRAIN, content, fold=True, uniform=uniform)
+        order = Order(MessageType.TRAIN, content, configs, fold=True, uniform=uniform)
         answers, total = self._carry_out(order, nodes, deadline_s)
         taken = [(one.num_examples, one.metrics) for one in answers if one.num_examples]
         return Folded(total, taken, [one.error for one in answers if one.error is not None])
@@ -76,13 +83,20 @@ class SimulatedGrid(OwnGrid):
     ) -> Iterator[Message]:
         """Replies in the order of the messages; ``timeout`` is on the virtual clock."""
         deadline_s = float("inf") if timeout is None else timeout
-        groups: dict[tuple[str, int], list[Message]] = {}
-        for message in messages:  # strategies send all of a cohort one and the same content
-            key = (message.metadata.message_type, id(message.content))
+        groups: dict[tuple[object, ...], list[Message]] = {}
+        for message in messages:  # a cohort is sent the same records, but for settings
+            key = (message.metadata.message_type, *_same_but_for_config(message.content))
             groups.setdefault(key, []).append(message)
-        for (kind, _), group in groups.items():
+        for group in groups.values():
             asked = {message.metadata.dst_node_id: message for message in group}
-            answers, _ = self._carry_out(Order(kind, group[0].content), list(asked), deadline_s)
+            content, kind = group[0].content, group[0].metadata.message_type
+            configs = {
+                node: config
+                for node, message in asked.items()
+                if (config := message.content.config_records.get(CONFIG)) is not None
+                and config is not content.config_records.get(CONFIG)
+            }
+            answers, _ = self._carry_out(Order(kind, content, configs), list(asked), deadline_s)
             for answer in answers:
                 message = asked[answer.asked.node]
                 if answer.content is not None:
@@ -140,3 +154,8 @@ class SimulatedGrid(OwnGrid):
             one if one.error or one.asked.name in names else replace(one, content=None)
             for one in answers
         ]
+
+
+def _same_but_for_config(content: RecordDict) -> tuple[object, ...]:
+    """What two contents have in common that can be asked for together."""
+    return tuple((name, id(record)) for name, record in content.items() if name != CONFIG)

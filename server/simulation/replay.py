@@ -38,9 +38,9 @@ from server.rounds.cohort import asked_for, select
 from server.rounds.expected import asked_to_train
 from server.rounds.federation import Federation
 from server.rounds.inbound import payload_bytes
-from server.rounds.loop import instructions
+from server.rounds.instructions import instructions
 from server.rounds.run_identity import TASK, changes, check_same, identity_of
-from server.rounds.strategies import make_strategy
+from server.rounds.strategies import choose_strategy
 from server.rounds.strategy_state import remind
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
@@ -97,7 +97,7 @@ def replay(
     nearest = _nearest(runs / run.name, wanted.round, identity_of(run, owner))
     state = nearest.state if nearest else State()
     progress = _progress_before(wanted, run, task, owner, prepared, nearest, state)
-    return _train_alone(wanted, run, task, owner, progress, state, out, json=json)
+    return _train_alone(wanted, run, task, owner, prepared, progress, state, out, json=json)
 
 
 def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
@@ -201,6 +201,7 @@ def _train_alone(
     run: RunConfig,
     task: Task,
     owner: OwnerPolicy,
+    prepared: Prepared,
     progress: Progress,
     state: State,
     out: TextIO,
@@ -209,7 +210,7 @@ def _train_alone(
 ) -> int:
     assume_identity(RUN_ID)
     client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
-    message = _instruction(wanted, run, task, progress)
+    message = _instruction(wanted, run, task, prepared, progress)
     context = context_of(wanted.node, wanted.client)
     write_ledger(context, state.ledgers.get(wanted.client, Ledger()))
     handle = _handler(client, wanted.client, client_mods(run.federation.strategy))
@@ -264,7 +265,9 @@ def _handler(client: Client, name: str, mods: Sequence[Mod]) -> ClientAppCallabl
     return handler
 
 
-def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress) -> Message:
+def _instruction(
+    wanted: Wanted, run: RunConfig, task: Task, prepared: Prepared, progress: Progress
+) -> Message:
     """What the client was sent."""
     model = build_model(task, run)
     layout = layout_of(model.model)
@@ -274,9 +277,12 @@ def _instruction(wanted: Wanted, run: RunConfig, task: Task, progress: Progress)
             f"{counted(layout.size, 'weight')}, and that of the run {len(progress.weights)}. "
             "Nothing was replayed; set back the model."
         )
-    federation = run.federation
-    chosen = make_strategy(
-        federation.strategy, federation.strategy_options, cohort=len(wanted.cohort), size=0
+    chosen = choose_strategy(
+        run,
+        prepared.strategy,
+        cohort=len(wanted.cohort),
+        size=0,
+        name_of=lambda node: prepared.clients[node - FIRST_NODE_ID],
     )
     remind(chosen.strategy, progress.strategy)
     messages = instructions(

@@ -31,6 +31,7 @@ from server.simulation.clients import client_records
 from server.simulation.federate import federate
 from server.simulation.judging import judge_in_simulation, weigh_in_simulation
 from server.simulation.virtual.devices import read_fleet
+from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import Choice, State
 
 _WAYS = {"loop": "one after the other", "vectorised": "side by side"}
@@ -197,6 +198,8 @@ def rounds(
         listener=Listener(lambda text: tell(Noted(text)), on_round, outcomes.append),
         checkpointer=checkpointer,
         start=resumed.start if resumed else None,
+        strategy=prepared.strategy,
+        client_name=lambda node: prepared.clients[node - FIRST_NODE_ID],
     )
     fleet = read_fleet(run, prepared.clients)
     federate(

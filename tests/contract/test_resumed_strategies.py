@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,20 @@ from fedcore.seeds import Simulated, numpy_rng
 from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
+from server.live.journal.journal import create, reopen
+from server.records import RoundRecord
 from server.rounds.checkpointing import NoCheckpoints, Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
-from server.rounds.strategies import make_strategy, strategy_names
+from server.rounds.strategies import choose_strategy, strategy_names
 from server.rounds.strategy_state import remind
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.virtual.state import State
+from tests.contract.own_strategies import EXAMPLES
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]
-NETWORKS = [name for name in strategy_names() if name not in TREES]
+OURS = ["slow_momentum.py:SlowMomentum", "fedprox.py:Proximal"]
+NETWORKS = OURS + [name for name in strategy_names() if name not in TREES]
 OPTIONS: dict[str, dict[str, Any]] = {
     "QFedAvg": {"client_learning_rate": 0.1},
     "DifferentialPrivacyServerSideFixedClipping": {"noise_multiplier": 0.1, "clipping_norm": 1.0},
@@ -74,9 +79,11 @@ class Watching(NoCheckpoints):
 def rounds(name: str, task: Task, checkpointer: Watching, start: Start | None = None) -> Progress:
     """Runs until ``checkpointer`` stops it; the last progress."""
     assume_identity(1)
-    federated = {"rounds": 6, "strategy": name}
-    run = RunConfig.model_validate({"name": "run", "task": "x", "federation": federated})
-    chosen = make_strategy(name, OPTIONS.get(name, {}), cohort=6, size=1)
+    federated = {"rounds": 6, "strategy": name, "strategy_options": OPTIONS.get(name, {})}
+    run = RunConfig.model_validate(
+        {"name": "run", "task": "x", "federation": federated, "base": EXAMPLES}
+    )
+    chosen = choose_strategy(run, cohort=6, size=1)
     if start is not None:
         remind(chosen.strategy, start.progress.strategy)
     federation = Federation(
@@ -116,6 +123,25 @@ def test_three_rounds_and_three_more_are_six(name: str, tiny: Task, tmp_path: Pa
     again = rounds(name, tiny, Watching(6), start)
     assert list(bits(again)) == list(bits(whole))
     assert not np.array_equal(whole.weights, progress.weights)
+
+
+@pytest.mark.parametrize("name", [*OURS, "FedAdam"])
+def test_a_journal_brings_back_what_a_strategy_remembers(
+    name: str, tiny: Task, tmp_path: Path
+) -> None:
+    whole, half = rounds(name, tiny, Watching(6)), Watching(3)
+    rounds(name, tiny, half)
+    records = [told.values for told in half.told if isinstance(told, RoundFinished)]
+    with closing(create(tmp_path, {})) as journal:
+        journal.commit(half.seen[0], None)
+        for progress, record in zip(half.seen[1:], records, strict=True):
+            journal.ask("train", range(10, 16), [1] * 6)
+            journal.commit(progress, RoundRecord(**record))
+    journal = reopen(tmp_path)
+    assert journal is not None
+    with closing(journal):
+        again = rounds(name, tiny, Watching(6), journal.start)
+    assert list(bits(again)) == list(bits(whole))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

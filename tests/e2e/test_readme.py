@@ -61,6 +61,24 @@ def test_the_release_page_works_in_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_algorithms_page_works_in_its_order(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "algorithms.md"
+    source, call = blocks(page, "python")
+    new, *rest = commands(page)
+    assert len(source.splitlines()) <= 40
+    run(new, tmp_path)
+    (tmp_path / "churn" / "mine.py").write_text(source)
+    for command in rest:
+        shorter = command.startswith("fedcore simulate")
+        options = "".join(f" --set {value}" for value in QUICK) if shorter else ""
+        run(command + options, tmp_path)
+    quick = ", progress=False, finetune={'epochs': 0}, compression={'candidates': ('fp32',)})"
+    body = f"import fedcore, sys\nsys.path.insert(0, 'churn')\nfrom mine import *\n{call}"
+    (tmp_path / "call.py").write_text(body.replace("(beta=0.5))", "(beta=0.5)" + quick))
+    run(f"{sys.executable} call.py", tmp_path)
+
+
+@pytest.mark.slow
 def test_the_task_in_the_readme_is_ready(tmp_path: Path) -> None:
     _, source = blocks(ROOT / "README.md", "python")
     (tmp_path / "task.py").write_text(source)

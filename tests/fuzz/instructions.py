@@ -13,11 +13,12 @@ from flwr.app import Array, Message, RecordDict
 from safetensors.torch import save
 
 from edge_client.agent.loop import read_settings
+from fedcore.config.client_settings import SETTABLE, key_of
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.flower.fleet_pull import Announced, read_content
 from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated
-from fedcore.training.client import Client, check_instruction, model_of
+from fedcore.training.client import Client, check_instruction, model_of, settings_of
 from fedcore.updates.messages import read_instruction, weights_record
 from fedcore.updates.pack import pack
 from tests.fuzz.mutate import damaged, damaged_json, packed, unpacked
@@ -64,6 +65,9 @@ def make(rng: Random) -> bytes:
     for name in ("proximal-mu", "clip-norm"):
         if rng.randrange(4) == 0:
             config[name] = rng.choice(_NUMBERS)
+    for name in SETTABLE:
+        if rng.randrange(16) == 0:
+            config[key_of(name)] = rng.choice((*_NUMBERS, 0.5, 1, 2, True))
     model = array(rng, len(weights)) if rng.randrange(3) == 0 else weights_record(weights)["model"]
     assert isinstance(model, Array)
     content = odd_content(rng, {"arrays": {"model": model}, "config": config}, len(weights))
@@ -112,3 +116,4 @@ def read(raw: bytes) -> None:
     instruction = read_instruction(content)
     model = model_of(_client(), instruction)
     check_instruction(instruction, model)
+    settings_of(_client(), instruction)

@@ -13,6 +13,7 @@ from fedcore.crypto.roster import Member, Roster
 from fedcore.errors import CertificateRefused, InvalidUpdate, TrustError, UpdateForeign
 from fedcore.flower.fleet_grid import Check
 from fedcore.observability.foreign import foreign
+from fedcore.updates.messages import ARRAYS
 from fedcore.updates.replies import check_legible
 from fedcore.updates.seal import base_digest, round_of, unseal
 from server.live.network.limits import Refusals
@@ -66,17 +67,18 @@ class Seals:
         used; a round that is kept in a journal weighs as was noted there when it selected.
         """
         weights = weights_of(self._roster, [message.metadata.dst_node_id for message in messages])
-        bases: dict[int, str] = {}  # messages of a round share their content
+        bases: dict[int, str] = {}  # messages of a round share their weights
         checks = []
         for message, weight in zip(messages, weights, strict=True):
             content = message.content
-            if id(content) not in bases:
-                bases[id(content)] = base_digest(content)
+            shared = id(content.get(ARRAYS, content))
+            if shared not in bases:
+                bases[shared] = base_digest(content)
             expected = _Expected(
                 purpose=message.metadata.message_type,
                 round=round_of(content),
                 node_id=message.metadata.dst_node_id,
-                base_sha256=bases[id(content)],
+                base_sha256=bases[shared],
                 weight=weight,
             )
             checks.append(self._check(expected, self._replays_of(expected)))
@@ -146,9 +148,17 @@ class DevicePeers:
 
     def name(self, node_id: int) -> str:
         """``client 'edge-0'``, or the node's number where it is no member any more."""
-        public = self.key_of(node_id)
-        member = self.roster.member(public) if public is not None else None
+        member = self._member(node_id)
         return f"client {foreign(member.name, 100)!r}" if member else f"node {node_id}"
+
+    def client(self, node_id: int) -> str:
+        """``edge-0``, or the node's number where it is no member any more."""
+        member = self._member(node_id)
+        return member.name if member else f"node {node_id}"
+
+    def _member(self, node_id: int) -> Member | None:
+        public = self.key_of(node_id)
+        return self.roster.member(public) if public is not None else None
 
     def said(self, node_id: int, reason: str) -> str:
         """The reason behind the device's name: it may have said anything, of any other device."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcore.config.run import RunConfig
-from fedcore.errors import DataError
+from fedcore.config.run import Client as Settings
+from fedcore.errors import ConfigError, DataError, InsufficientMemory, InvalidUpdate, TaskError
 from fedcore.task.definition import Loss
 from fedcore.task.model import FullModel
 from fedcore.training.batches import gather
@@ -31,8 +31,8 @@ _STEP_BYTES = 4 << 20  # 4 MiB: what a core's own cache about holds of a step's 
 _IN_TURN = 8  # clients, where layers take them in turn: more save few calls, and crowd the cache
 
 
-Train = Callable[[FullModel, Sequence[LocalWork], float], Trained]
-"""Trains clients from one model, with FedProx's weight, in their order."""
+Train = Callable[[FullModel, Sequence[LocalWork], Settings, float], Trained]
+"""Trains clients from one model, with a round's settings and FedProx's weight, in their order."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,73 @@ class Trainer:
     """What adds up its results the quickest, if that is compiled as well."""
 
 
-def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Trainer | str:
+class Trainers:
+    """What trains a run's clients side by side, found once for each kind of settings."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._found: dict[tuple[str, bool], Trainer] = {}
+
+    def find(
+        self,
+        load: Callable[[], FullModel],
+        work: Sequence[LocalWork],
+        settings: Settings,
+        *,
+        chosen: bool,
+    ) -> Trainer | None:
+        """Found with the first client whose data the task takes.
+
+        None where it takes none of theirs, or none can be trained so though others could.
+
+        Args:
+            load: Puts the round's weights into the resident model.
+            work: What clients bring.
+            settings: What all of them train with.
+            chosen: Whether others were trained side by side before.
+
+        Raises:
+            ConfigError: none can be trained so, and no other was before.
+        """
+        kind = (settings.optimizer, bool(settings.momentum))  # what one trainer is for
+        if kind in self._found:
+            return self._found[kind]
+        for sample in work:
+            found = self._tried(load, sample, settings)
+            if isinstance(found, Trainer):
+                self._found[kind] = found
+                return found
+            if found is not None and not chosen:
+                raise ConfigError(
+                    f"simulation.training = 'vectorised': {found}. Nothing was trained; use 'loop' "
+                    "or 'auto'."
+                )
+        return None
+
+    def _tried(
+        self, load: Callable[[], FullModel], sample: LocalWork, settings: Settings
+    ) -> Trainer | str | None:
+        """What trains clients like this one, or why nothing can; None where its data fail."""
+        try:
+            load()
+            return find_trainer(self._client, self._client.resident, sample, settings)
+        except (ConfigError, InsufficientMemory, InvalidUpdate, TaskError):
+            raise
+        except (Exception, SystemExit):  # trained alone, this client says what is wrong
+            return None
+
+
+def find_trainer(
+    client: Client, resident: Resident, sample: LocalWork, settings: Settings
+) -> Trainer | str:
     """What trains this task's clients side by side, or why nothing can.
 
     Args:
         client: The task and the run.
         resident: The task's model, on the device to train on.
         sample: What some client brings; the task's loss and model are tried on it.
+        settings: What it trains with. Others may differ in all but the optimiser, and in whether it
+            has momentum.
 
     Raises:
         Exception: whatever the task's code raises on this client's data; another's may do.
@@ -86,14 +146,17 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
         return "the task's loss is no mean over the examples of a batch"
     chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
     if chain is not None:
-        linear = None if run.private or not is_cross_entropy(loss) else _linear(chain, model, run)
+        plain = not run.private and is_cross_entropy(loss)
+        linear = _linear(chain, model, settings) if plain else None
         if linear is not None:
             return linear
         kernels = compiled_run(chain, model.model, apart=run.private)
         way = by_torch(chain) if kernels is None else kernels
 
-        def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
-            return train_chained(model, chain, work, loss, run.client, proximal_mu=mu, run=way)
+        def train(
+            model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
+        ) -> Trained:
+            return train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=way)
 
         if kernels is None:
             return Trainer(train, chain.numbers)
@@ -107,27 +170,31 @@ def find_trainer(client: Client, resident: Resident, sample: LocalWork) -> Train
     if mixed:
         return mixed
 
-    def train_any(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
-        return train_cohort(model, work, loss, run.client, proximal_mu=mu)
+    def train_any(
+        model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
+    ) -> Trained:
+        return train_cohort(model, work, loss, settings, proximal_mu=mu)
 
     try:
-        train_any(model, [sample, sample], 0.0)
+        train_any(model, [sample, sample], settings, 0.0)
     except Exception as error:  # the task's code, in a way in which no batch runs it
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return f"torch cannot run it for many clients at once ({said})"
     return Trainer(train_any, 0)
 
 
-def _linear(chain: Chain, model: FullModel, run: RunConfig) -> Trainer | None:
+def _linear(chain: Chain, model: FullModel, settings: Settings) -> Trainer | None:
     """What trains a linear classifier the quickest, if that is what the model is."""
     from server.simulation.batched.linear import fits, train_linear  # compiles on first use
 
-    if not fits(chain, model, run.client):
+    if not fits(chain, model, settings):
         return None
     (layer,) = chain.layers
 
-    def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
-        return train_linear(model, layer, work, run.client, proximal_mu=mu)
+    def train(
+        model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
+    ) -> Trained:
+        return train_linear(model, layer, work, settings, proximal_mu=mu)
 
     return Trainer(train, 0, add_scaled=_add_scaled())
 
@@ -169,27 +236,35 @@ def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -
 
 
 def train_in_groups(
-    trainer: Trainer, model: FullModel, work: Sequence[LocalWork], client: Client, mu: float
+    trainer: Trainer,
+    model: FullModel,
+    work: Sequence[LocalWork],
+    client: Client,
+    settings: Settings,
+    mu: float,
 ) -> list[tuple[list[int], Trained]]:
     """Trains as many clients at once as memory is set aside for: each group's places, and results.
 
     Clients of like size go together, so that little is padded.
     """
     return [
-        (places, trainer.train(model, [work[place] for place in places], mu))
-        for places in _groups(trainer, model, work, client)
+        (places, trainer.train(model, [work[place] for place in places], settings, mu))
+        for places in _groups(trainer, model, work, client, settings)
     ]
 
 
 def _groups(
-    trainer: Trainer, model: FullModel, work: Sequence[LocalWork], client: Client
+    trainer: Trainer,
+    model: FullModel,
+    work: Sequence[LocalWork],
+    client: Client,
+    settings: Settings,
 ) -> Iterator[list[int]]:
-    run = client.run
     parameters = sum(p.numel() for p in model.model.parameters()) * 4
     weights = 4 * parameters  # gradients, state, noise
-    if run.private:
-        weights += run.client.batch_size * parameters  # examples' own gradients
-    step = run.client.batch_size * trainer.numbers * 4
+    if client.run.private:
+        weights += settings.batch_size * parameters  # examples' own gradients
+    step = settings.batch_size * trainer.numbers * 4
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
         most = _IN_TURN if trainer.in_turn else max(1, _STEP_BYTES // step)
@@ -200,7 +275,7 @@ def _groups(
     each = 0
     for place in places:
         if not group:  # the largest of its group
-            rows = work[place].size * run.client.epochs
+            rows = work[place].size * settings.epochs
             # Twice: a step's widest batch pads all. Eight: all that a step's layers make.
             each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from fedcore.config.run import Client
+from fedcore.errors import TrainingDiverged
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.task.definition import Examples, size_of
+from fedcore.training.local import diverged
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,21 @@ def in_order(parts: Iterable[tuple[Sequence[int], Trained]]) -> Trained:
         for place, loss in zip(group, trained.losses, strict=True):
             losses[place] = loss
     return Trained(weights, losses)
+
+
+def divergence(loss: float | None, finite: bool, settings: Client) -> TrainingDiverged | None:
+    """What is wrong with a client that was trained beside others; None where nothing is.
+
+    Args:
+        loss: The mean over its last epoch; None under privacy.
+        finite: Whether its weights are.
+        settings: What it was trained with.
+    """
+    if loss is not None and not isfinite(loss):
+        return diverged(loss, epoch=settings.epochs - 1, learning_rate=settings.learning_rate)
+    if not finite:
+        return TrainingDiverged(
+            f"training: the trained weights are not finite at learning_rate "
+            f"{settings.learning_rate}. No update was sent; lower the learning rate."
+        )
+    return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedcore.privacy.ledger import Ledger
+from fedcore.updates.messages import CONFIG, Instruction, read_instruction
 from server.simulation.virtual.devices import Fate
 from server.simulation.virtual.state import Method
 
@@ -29,6 +30,8 @@ class Order:
     kind: str
     """Type of the message."""
     content: RecordDict
+    configs: Mapping[int, ConfigRecord] = field(default_factory=dict)
+    """Configuration in place of the content's own, by node: settings of single clients."""
     method: Method = "loop"
     chosen: bool = False
     """Whether ``method`` was tried on the run's first clients: whoever it cannot take goes
@@ -62,3 +65,20 @@ class Answer:
     """What its device did on the virtual clock; None without device classes."""
     skipped: int = 0
     """Places in its batches that counted as zero; told to whoever runs the simulation alone."""
+
+
+def instruction_for(order: Order, one: Asked, instruction: Instruction) -> Instruction:
+    """What an order asks of one client: ``instruction``, with settings of its own if it has any.
+
+    Raises:
+        InvalidUpdate: these are no settings.
+    """
+    if one.node not in order.configs:
+        return instruction
+    return replace(read_instruction(content_for(order, one)), weights=instruction.weights)
+
+
+def content_for(order: Order, one: Asked) -> RecordDict:
+    """The same as the content of a message."""
+    config = order.configs.get(one.node)
+    return order.content if config is None else RecordDict({**order.content, CONFIG: config})

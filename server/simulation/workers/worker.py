@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import isfinite
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -15,23 +14,16 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from fedcore.client_app import error_of
-from fedcore.errors import (
-    ConfigError,
-    DataError,
-    FedcoreError,
-    InsufficientMemory,
-    InvalidUpdate,
-    TaskError,
-    TrainingDiverged,
-)
+from fedcore.config.run import Client as Settings
+from fedcore.errors import DataError, FedcoreError, InsufficientMemory, InvalidUpdate
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
+from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Examples, size_of
 from fedcore.task.model import FullModel
-from fedcore.training.client import Client, learn, local_data, model_of, spend
+from fedcore.training.client import Client, learn, local_data, model_of, settings_of, spend
 from fedcore.training.device import available
-from fedcore.training.local import diverged
 from fedcore.training.memory import memory_errors
 from fedcore.updates.messages import (
     ARRAYS,
@@ -44,11 +36,11 @@ from fedcore.updates.messages import (
     update_content,
 )
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
-from server.simulation.batched.work import LocalWork, PrivateWork, Trained
+from server.simulation.batched.trainer import Trainer, Trainers, train_in_groups
+from server.simulation.batched.work import LocalWork, PrivateWork, Trained, divergence
 from server.simulation.virtual.devices import Fate, Fleet, begun, counts, fate
 from server.simulation.virtual.nodes import RUN_ID
-from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.messages import Answer, Asked, Order, content_for, instruction_for
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,7 @@ class Worker:
         self._order: Order | None = None
         self._instruction: Instruction | None = None
         self._sum = ExactMean(0)
+        self._trainers = Trainers(client)
 
     def begin(self, order: Order) -> None:
         """Takes an order; what the one before left is gone."""
@@ -93,7 +86,8 @@ class Worker:
             for one in asked:
                 with suppress(Exception, SystemExit):  # it says so itself, when it is to train
                     examples, _ = local_data(self._client, one.name)
-                    self._spend(one, examples, self._read(order))
+                    asked_of = self._asked_of(order, one)
+                    self._spend(one, examples, asked_of, settings_of(self._client, asked_of))
 
     def work(self, asked: Sequence[Asked]) -> list[Answer]:
         """Does for these clients what the order says; answers stand in their order."""
@@ -136,12 +130,17 @@ class Worker:
             self._instruction = read_instruction(order.content)
         return self._instruction
 
+    def _asked_of(self, order: Order, one: Asked) -> Instruction:
+        """What an order asks of one client."""
+        return instruction_for(order, one, self._read(order))
+
     def _fate(self, order: Order, one: Asked) -> Fate | None:
         """What the client's device does on the virtual clock; None without device classes."""
         if self._fleet is None:
             return None
         try:
             examples = size_of(local_data(self._client, one.name)[0])
+            epochs = settings_of(self._client, self._asked_of(order, one)).epochs
         except (Exception, SystemExit):  # the client says so itself, when it is asked to train
             return None
         sent = sum(len(array.data) for array in order.content.array_records[ARRAYS].values())
@@ -151,7 +150,7 @@ class Worker:
             self._read(order).round,
             clock_s=order.clock_s,
             examples=examples,
-            epochs=self._client.run.client.epochs,
+            epochs=epochs,
             bytes_down=sent,
             bytes_up=sent,
         )
@@ -160,24 +159,23 @@ class Worker:
         """A client whose update does not arrive in time; if it began, it has charged its ledger."""
         ledger = one.ledger
         if self._client.run.private and begun(found):
-            number = self._read(order).round
             with suppress(FedcoreError):  # it declined or failed, and nobody heard of it
+                instruction = self._asked_of(order, one)
                 examples, _ = local_data(self._client, one.name)
-                _, ledger = spend(
-                    self._client, one.name, examples, ledger or Ledger(), round=number
-                )
+                settings = settings_of(self._client, instruction)
+                _, ledger = self._spent(one, examples, instruction, settings)
         return Answer(one, ledger=ledger, fate=found)
 
     def _alone(self, order: Order, one: Asked, found: Fate | None) -> Answer:
         """One client's training; without messages, where only the sum of updates is asked for."""
         if not order.fold:
             return self._by_app(order, one, found)
-        instruction, ledgers = self._read(order), [one.ledger]
+        ledgers = [one.ledger]
         try:
             update = learn(
                 self._client,
                 one.name,
-                instruction,
+                self._asked_of(order, one),
                 one.ledger or Ledger(),
                 on_spend=ledgers.append,
             )
@@ -192,7 +190,7 @@ class Worker:
         context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
         if one.ledger is not None:
             write_ledger(context, one.ledger)
-        message = Message(order.content, one.node, order.kind)
+        message = Message(content_for(order, one), one.node, order.kind)
         try:
             reply = self._app(message, context)
         except Exception as error:  # as a node does: a mod that fails is a client that fails
@@ -208,49 +206,68 @@ class Worker:
     def _together(
         self, order: Order, asked: Sequence[tuple[Asked, Fate | None]]
     ) -> Iterator[Answer]:
-        """Side by side, each with the result that it would have had alone."""
-        client = self._client
-        instruction = self._read(order)
-        ready: list[Ready] = []
+        """Side by side, each with the result that it would have had alone.
+
+        Those with other settings are trained after one another, in groups of the same.
+        """
+        groups: dict[tuple[Settings, float], list[Ready]] = {}
         for one, found in asked:
             try:
-                examples, _ = local_data(client, one.name)
-                private, ledger = self._spend(one, examples, instruction)
+                instruction = self._asked_of(order, one)
+                settings = settings_of(self._client, instruction)
+                examples, _ = local_data(self._client, one.name)
+                private, ledger = self._spend(one, examples, instruction, settings)
             except (Exception, SystemExit) as error:  # the task's code: that client's failure
-                if client.run.client_private:  # which does not show there
+                if self._client.run.client_private:  # which does not show there
                     yield self._alone(order, one, found)
                     continue
                 code = error_of(one.name, error, hide=False)
                 yield Answer(one, error=code, ledger=one.ledger, fate=found)
                 continue
             work = LocalWork(examples, self._stream("order", instruction, one), private)
-            ready.append(Ready(one, found, work, ledger))
-        if not ready:
-            return
+            key = (settings, instruction.proximal_mu)
+            groups.setdefault(key, []).append(Ready(one, found, work, ledger))
+        for (settings, mu), ready in groups.items():
+            yield from self._group(order, ready, settings, mu)
+
+    def _group(
+        self, order: Order, ready: Sequence[Ready], settings: Settings, mu: float
+    ) -> Iterator[Answer]:
+        """Clients that train with the same settings."""
+        client, instruction = self._client, self._read(order)
         work_of = [one.work for one in ready]
-        trainer = self._trainer(instruction, work_of, chosen=order.chosen)
+        load = partial(self._model, instruction)
+        trainer = self._trainers.find(load, work_of, settings, chosen=order.chosen)
         try:
             if trainer is None:
                 raise DataError("data: none of these clients can be trained side by side")
             with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
-                groups = train_in_groups(
-                    trainer, self._model(instruction), work_of, client, instruction.proximal_mu
-                )
+                model = self._model(instruction)
+                groups = train_in_groups(trainer, model, work_of, client, settings, mu)
         except InsufficientMemory:
             raise
         except (Exception, SystemExit):  # some client's data or loss failed: alone, it says how
             yield from (self._alone(order, one.asked, one.fate) for one in ready)
             return
         for places, trained in groups:
-            yield from self._answers(order, [ready[place] for place in places], trained, trainer)
+            some = [ready[place] for place in places]
+            yield from self._answers(order, some, trained, trainer, settings)
 
     def _answers(
-        self, order: Order, ready: Sequence[Ready], trained: Trained, trainer: Trainer
+        self,
+        order: Order,
+        ready: Sequence[Ready],
+        trained: Trained,
+        trainer: Trainer,
+        settings: Settings,
     ) -> Iterator[Answer]:
         """What clients answer that were trained together; folded, where that is asked for."""
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
-        errors = [self._diverged(*both) for both in zip(trained.losses, finite, strict=True)]
+        errors = [
+            divergence(loss, whole, settings)
+            for loss, whole in zip(trained.losses, finite, strict=True)
+        ]
         if self._client.run.client_private:
             yield from self._bounded(order, ready, rows, errors)
             return
@@ -319,42 +336,6 @@ class Worker:
             fate=found,
         )
 
-    def _trainer(
-        self, instruction: Instruction, work: Sequence[LocalWork], *, chosen: bool
-    ) -> Trainer | None:
-        """What trains clients side by side, found with the first whose data the task takes.
-
-        None where it takes none of theirs, or none can be trained so though others could.
-
-        Raises:
-            ConfigError: none can be trained so, and no other was before.
-        """
-        if self._found is not None:
-            return self._found
-        for sample in work:
-            found = self._tried(instruction, sample)
-            if isinstance(found, Trainer):
-                self._found = found
-                return found
-            if found is not None and not chosen:
-                raise ConfigError(
-                    f"simulation.training = 'vectorised': {found}. Nothing was trained; use 'loop' "
-                    "or 'auto'."
-                )
-        return None
-
-    _found: Trainer | None = None
-
-    def _tried(self, instruction: Instruction, sample: LocalWork) -> Trainer | str | None:
-        """What trains clients like this one, or why nothing can; None where its data fail."""
-        try:
-            self._model(instruction)
-            return find_trainer(self._client, self._client.resident, sample)
-        except (ConfigError, InsufficientMemory, InvalidUpdate, TaskError):
-            raise
-        except (Exception, SystemExit):  # trained alone, this client says what is wrong
-            return None
-
     @cached_property
     def _device(self) -> torch.device:
         return available(self._client.run.client.device)
@@ -365,13 +346,11 @@ class Worker:
         return model if there else model.to(self._device)
 
     def _spend(
-        self, one: Asked, examples: Examples, instruction: Instruction
+        self, one: Asked, examples: Examples, instruction: Instruction, settings: Settings
     ) -> tuple[PrivateWork | None, Ledger | None]:
         if not self._client.run.private:
             return None, None
-        planned, ledger = spend(
-            self._client, one.name, examples, one.ledger or Ledger(), round=instruction.round
-        )
+        planned, ledger = self._spent(one, examples, instruction, settings)
         randomness: Randomness = self._client.randomness
 
         def noise(device: torch.device) -> torch.Generator:
@@ -379,19 +358,15 @@ class Worker:
 
         return PrivateWork(planned, noise), ledger
 
+    def _spent(
+        self, one: Asked, examples: Examples, instruction: Instruction, settings: Settings
+    ) -> tuple[PrivatePlan, Ledger]:
+        before = one.ledger or Ledger()
+        number = instruction.round
+        return spend(self._client, one.name, examples, before, settings, round=number)
+
     def _stream(
         self, word: str, instruction: Instruction, one: Asked
     ) -> Callable[[], torch.Generator]:
         cpu, randomness = torch.device("cpu"), self._client.randomness
         return lambda: randomness.generator(cpu, word, instruction.round, one.name)
-
-    def _diverged(self, loss: float | None, finite: bool) -> Exception | None:
-        settings = self._client.run.client
-        if loss is not None and not isfinite(loss):
-            return diverged(loss, epoch=settings.epochs - 1, learning_rate=settings.learning_rate)
-        if not finite:
-            return TrainingDiverged(
-                f"training: the trained weights are not finite at learning_rate "
-                f"{settings.learning_rate}. No update was sent; lower the learning rate."
-            )
-        return None

@@ -14,7 +14,7 @@ from server.commands import check as command
 
 STEPS = [
     *("clients", "client data", "model", "schema", "loss", "training"),
-    *("metrics", "privacy", "export", "test data", "cloud data"),
+    *("metrics", "strategy", "privacy", "export", "test data", "cloud data"),
 ]
 TASK = """
 import torch

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,3 +208,23 @@ def test_of_failed_rounds_the_latest_few_are_kept(tmp_path: Path) -> None:
         keeping.advice(replace(PROGRESS, round=number), ["client 'anna': no"])
     kept = {path.name for path in (tmp_path / FAILED).iterdir()}
     assert kept == {f"round-{number}.safetensors" for number in range(5, 13)}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        np.arange(3, dtype=np.float16),
+        np.array([[0.1, np.nan], [np.inf, -0.0]]),
+        np.array([True, False]),
+        np.array(7, np.uint8),
+        np.array([-(2**62)]),
+        np.zeros((0, 3), np.float32),
+    ],
+    ids=lambda kept: f"{kept.dtype}{kept.shape}",
+)
+def test_a_strategys_arrays_come_back_as_they_were(tmp_path: Path, kept: Any) -> None:
+    strategy = Remembered({"strategy": "AlgorithmStrategy", "holds": []}, (kept,))
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, replace(CHECKPOINT, progress=replace(PROGRESS, strategy=strategy)))
+    (found,) = read_checkpoint(path).progress.strategy.arrays
+    assert (found.dtype, found.shape, found.tobytes()) == (kept.dtype, kept.shape, kept.tobytes())

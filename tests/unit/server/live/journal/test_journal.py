@@ -28,6 +28,7 @@ from server.live.journal.journal import (
     reopen,
 )
 from server.rounds.protection import ClientPlan, Protection, noise_of
+from server.rounds.strategy_state import Remembered
 from tests.unit.server.live.journal.journals import (
     IDENTITY,
     LARGE,
@@ -251,3 +252,27 @@ def test_a_full_database_leaves_what_was_there(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         assert journal.mended == ""
         assert weights_of(journal.reply(asked(5))) == [0.25]
+
+
+STATES = {
+    "float16": np.arange(3, dtype=np.float16),
+    "float64": np.array([[0.1, np.nan], [np.inf, -0.0]]),
+    "bool": np.array([True, False]),
+    "uint8": np.array(7, np.uint8),
+    "int64": np.array([-(2**62)]),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_strategys_arrays_come_back_as_they_were(tmp_path: Path, name: str) -> None:
+    kept = Remembered({"strategy": "AlgorithmStrategy", "holds": []}, (STATES[name],))
+    with closing(create(tmp_path, IDENTITY)) as journal:
+        journal.commit(progress(0, strategy=kept), None)
+        journal.ask("train", [4], [1])
+        journal.commit(progress(1, strategy=kept), record(1))
+    with opened(tmp_path) as journal:
+        assert journal.start is not None
+        (found,) = journal.start.progress.strategy.arrays
+    assert (found.dtype, found.shape) == (STATES[name].dtype, STATES[name].shape)
+    assert found.tobytes() == STATES[name].tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -68,16 +69,16 @@ def client_of(model: object, *, private: bool = False) -> Client:
 
 def sizes_of_groups(client: Client, count: int) -> list[int]:
     sample = LocalWork(data("0", None), lambda: torch_rng(0))  # type: ignore[arg-type]
-    found = find_trainer(client, client.resident, sample)
+    found = find_trainer(client, client.resident, sample, client.run.client)
     assert isinstance(found, Trainer)
     sizes: list[int] = []
 
-    def train(model: FullModel, work: Sequence[LocalWork], mu: float) -> Trained:
+    def train(model: FullModel, work: Sequence[LocalWork], settings: Any, mu: float) -> Trained:
         sizes.append(len(work))
         return Trained(torch.zeros(len(work), 1), [0.0] * len(work))
 
     noting = Trainer(train, found.numbers, found.in_turn)
-    train_in_groups(noting, client.resident.model, [sample] * count, client, 0.0)
+    train_in_groups(noting, client.resident.model, [sample] * count, client, client.run.client, 0.0)
     return sizes
 
 
@@ -106,14 +107,15 @@ def test_a_linear_model_is_trained_the_same_without_its_compiled_loop(
 ) -> None:
     client = client_of(small)
     work = [LocalWork(data("0", None), lambda: torch_rng(0))] * 2  # type: ignore[arg-type]
-    compiled = find_trainer(client, client.resident, work[0])
+    compiled = find_trainer(client, client.resident, work[0], client.run.client)
     monkeypatch.setattr(together, "_linear", nothing)
-    plain = find_trainer(client, client.resident, work[0])
+    plain = find_trainer(client, client.resident, work[0], client.run.client)
     assert isinstance(compiled, Trainer)
     assert isinstance(plain, Trainer)
     assert (compiled.numbers, plain.numbers) == (0, 784)  # another way, indeed
     start = pack(client.resident.model.model)
-    one, other = (each.train(client.resident.model, work, 0.0) for each in (compiled, plain))
+    given = (client.resident.model, work, client.run.client, 0.0)
+    one, other = (each.train(*given) for each in (compiled, plain))
     gap = (one.weights - other.weights).norm(dim=1)
     assert (gap <= 1e-5 * (one.weights - torch.from_numpy(start)).norm(dim=1)).all()
     assert one.losses == pytest.approx(other.losses, rel=1e-5)
@@ -131,15 +133,16 @@ def test_convolutions_are_trained_the_same_without_their_kernels(
         return by_kernels(chain, apart=apart)
 
     monkeypatch.setattr(cpu, "by_kernels", noting)
-    compiled = find_trainer(client, client.resident, work[0])
+    compiled = find_trainer(client, client.resident, work[0], client.run.client)
     assert len(asked) == 1
     monkeypatch.setattr(together, "compiled_run", nothing)
-    plain = find_trainer(client, client.resident, work[0])
+    plain = find_trainer(client, client.resident, work[0], client.run.client)
     assert len(asked) == 1
     assert isinstance(compiled, Trainer)
     assert isinstance(plain, Trainer)
     start = torch.from_numpy(pack(client.resident.model.model))
-    one, other = (each.train(client.resident.model, work, 0.0) for each in (compiled, plain))
+    given = (client.resident.model, work, client.run.client, 0.0)
+    one, other = (each.train(*given) for each in (compiled, plain))
     gap = (one.weights - other.weights).norm(dim=1)
     assert (gap <= 1e-5 * (one.weights - start).norm(dim=1)).all()
     assert one.losses == pytest.approx(other.losses, rel=1e-5)

@@ -1,0 +1,208 @@
+"""A user's algorithm where a strategy of Flower's is expected, and its rehearsal before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedcore.config.client_settings import ClientSettings
+from fedcore.errors import ConfigError, RoundFailed
+from fedcore.seeds import numpy_rng
+from fedcore.task.algorithm import ClientUpdate
+from fedcore.updates.messages import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    NUM_EXAMPLES,
+    array_of,
+    weights_record,
+)
+from fedcore.updates.pack import Vector
+from server.rounds.checked_algorithm import CheckedAlgorithm, Refused, State
+
+_REHEARSED = 3  # rounds: what goes wrong with a state that was just made shows in the second
+_MADE_UP = 2  # clients, where an algorithm needs every update
+
+
+class AlgorithmStrategy(Strategy):
+    """Does in rounds what an `Algorithm` says, and holds its state between them."""
+
+    REMEMBERS = ("state",)
+    """The attributes that a checkpoint keeps."""
+
+    def __init__(
+        self, checked: CheckedAlgorithm, label: str, *, name_of: Callable[[int], str]
+    ) -> None:
+        """Begins before the first round.
+
+        Args:
+            checked: The algorithm.
+            label: What it is called in errors: the setting that names it.
+            name_of: The name of a node's client.
+        """
+        self.checked = checked
+        self._label = label
+        self._name_of = name_of
+        self._sent: Vector | None = None
+        self.state: State | None = None
+
+    def tell(
+        self, number: int, arrays: ArrayRecord, config: ConfigRecord, nodes: Sequence[int]
+    ) -> tuple[RecordDict, Mapping[int, ConfigRecord]]:
+        """The content of a round's messages, and its configuration for nodes with their own.
+
+        Raises:
+            RoundFailed: the algorithm failed, or asks for what it may not.
+        """
+        self._sent = array_of(arrays[MODEL], where="global model")
+        names = {self._name_of(node): node for node in nodes}
+        try:
+            if self.state is None:
+                self.state = self.checked.initial(self._sent)
+            told = self.checked.configure(number, tuple(names), self.state)
+        except Refused as error:
+            raise self._failed(number, error) from error.__cause__
+        base = {**config, "server-round": number}
+        made: dict[ClientSettings, ConfigRecord] = {}
+        for settings in told.own.values():
+            if settings not in made:
+                made[settings] = ConfigRecord({**base, **settings.sent()})
+        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**base, **told.common.sent()})})
+        return content, {names[name]: made[one] for name, one in told.own.items()}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A message for each node; those with the same settings share one content."""
+        nodes = list(grid.get_node_ids())
+        content, configs = self.tell(server_round, arrays, config, nodes)
+        contents = {id(one): RecordDict({**content, CONFIG: one}) for one in configs.values()}
+        return [
+            Message(
+                contents[id(configs[node])] if node in configs else content,
+                node,
+                MessageType.TRAIN,
+            )
+            for node in nodes
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next weights; of the mean, as the one reply, where the algorithm folds.
+
+        Raises:
+            RoundFailed: the algorithm failed, or gave no weights or no state that can be kept.
+        """
+        assert self._sent is not None  # a round is told before it is aggregated
+        assert self.state is not None
+        updates = [self._update(reply) for reply in replies]
+        if not updates:
+            return None, None
+        checked, sent = self.checked, self._sent
+        try:
+            if checked.algorithm.folds:
+                mean = updates[0].weights
+                made, self.state = checked.step(server_round, sent, mean, self.state)
+            else:
+                made, self.state = checked.aggregate(server_round, sent, updates, self.state)
+        except Refused as error:
+            raise self._failed(server_round, error) from error.__cause__
+        return weights_record(made), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: rounds are judged by the loop."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing: rounds are judged by the loop."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing: a run tells its story once."""
+
+    def _update(self, reply: Message) -> ClientUpdate:
+        weights = array_of(reply.content.array_records[ARRAYS][MODEL], where="update")
+        weights = weights.view()
+        weights.flags.writeable = False
+        metrics = reply.content.metric_records[METRICS]
+        return ClientUpdate(
+            self._name_of(reply.metadata.src_node_id),
+            weights,
+            int(str(metrics[NUM_EXAMPLES])),
+            {
+                name: float(value)
+                for name, value in metrics.items()
+                if name != NUM_EXAMPLES and isinstance(value, int | float)
+            },
+        )
+
+    def _failed(self, number: int, error: Refused) -> RoundFailed:
+        return RoundFailed(
+            f"round {number}: federation.strategy = {self._label!r}: {error}. The global model is "
+            f"that of round {number - 1}; mend the strategy and begin again with --fresh, as a run "
+            "only goes on with the one that it was begun with."
+        )
+
+
+def rehearse(
+    checked: CheckedAlgorithm, label: str, weights: Vector, clients: Sequence[str]
+) -> None:
+    """Runs an algorithm on made-up updates, so that its mistakes show before a run begins.
+
+    Args:
+        checked: The algorithm.
+        label: The setting that names it.
+        weights: Of a fresh model.
+        clients: Names of those that a round may ask; empty where they are not known yet, and then
+            nothing is configured.
+
+    Raises:
+        ConfigError: it fails, or does what it may not. Nothing was run.
+    """
+    rounds = checked.run.federation.rounds
+    known = clients or checked.run.client_private  # where an algorithm is shown none
+    try:
+        state = checked.initial(weights)
+        for number in range(1, min(rounds, _REHEARSED) + 1):
+            if known:
+                checked.configure(number, clients, state)
+            made_up = [_made_up(checked, weights, number, place) for place in range(_MADE_UP)]
+            if checked.algorithm.folds:
+                _, state = checked.step(number, weights, made_up[0].weights, state)
+            else:
+                _, state = checked.aggregate(number, weights, made_up, state)
+        if known:
+            _check_last(checked, rounds, clients, state)
+    except Refused as error:
+        raise ConfigError(
+            f"federation.strategy = {label!r}: {error}. This was found on made-up updates, before "
+            "the first round. Nothing was run; mend the strategy."
+        ) from error.__cause__
+
+
+def _check_last(
+    checked: CheckedAlgorithm, rounds: int, clients: Sequence[str], state: State
+) -> None:
+    """Looks at the last round's settings: schedules leave their bounds there, if anywhere."""
+    try:
+        checked.configure(rounds, clients, state)
+    except Refused as error:
+        if error.__cause__ is None:  # it may raise, with a state that is not the last round's
+            raise Refused(f"in the last round, {rounds}, {error}") from None
+
+
+def _made_up(checked: CheckedAlgorithm, weights: Vector, number: int, place: int) -> ClientUpdate:
+    moved = numpy_rng(0, "rehearsal", number, place).normal(0.0, 1e-3, len(weights))
+    metrics = {} if checked.run.privacy.unit != "none" else {"train_loss": 0.5}
+    made = (weights + moved).astype(np.float32)
+    return ClientUpdate(f"made-up-{place}", made, 1 + place, metrics)

@@ -1,0 +1,211 @@
+"""A user's algorithm, each of its answers checked before anything follows from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fedcore.config.client_settings import RUN_SETTINGS, ClientSettings, settings_with
+from fedcore.config.run import RunConfig
+from fedcore.observability.words import a_or_an
+from fedcore.seeds import derive
+from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
+from fedcore.updates.pack import Vector
+
+State = dict[str, Any]
+_PLAIN = (bool, int, float, str)
+_DTYPES = "bool, int8 to int64, uint8 to uint64, float16 to float64"
+_STORED = frozenset(
+    np.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64"),
+    )
+)
+
+
+class Refused(Exception):
+    """What an algorithm did that it may not; the text begins with its method."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """How the clients of a round train."""
+
+    common: ClientSettings
+    """Of every client that is not in ``own``."""
+    own: Mapping[str, ClientSettings]
+    """Of clients with settings of their own, by name."""
+
+
+@dataclass(frozen=True)
+class CheckedAlgorithm:
+    """An algorithm and the run that it is for. Every method raises `Refused`, and nothing else."""
+
+    algorithm: Algorithm
+    run: RunConfig
+    _before: dict[str, Any] = field(init=False)
+    """The algorithm's attributes as they were."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_before", _attributes(self.algorithm))
+
+    def round(self, number: int) -> Round:
+        """What an algorithm is told of a round."""
+        run = self.run
+        seed = derive(run.seed, "strategy", number)
+        return Round(number, run.federation.rounds, run.client, seed)
+
+    def initial(self, weights: Vector) -> State:
+        """The state before the first round."""
+        return _state(self._call("initial", _read_only(weights)), "initial")
+
+    def configure(self, number: int, clients: Sequence[str], state: State) -> Told:
+        """How clients train in a round; within the bounds of ``[client]``."""
+        shown = () if self.run.client_private else tuple(clients)
+        asked = self._call("configure", self.round(number), shown, _handed(state))
+        if isinstance(asked, ClientSettings):
+            self._check(asked, "configure asks for")
+            return Told(asked, {})
+        if not isinstance(asked, Mapping):
+            raise Refused(
+                f"configure returned {_kind(asked)}, expected ClientSettings, or a mapping of "
+                "clients' names to ClientSettings"
+            )
+        if asked and self.run.client_private:
+            raise Refused(
+                "configure returned settings of single clients, expected one ClientSettings for "
+                "all: under client-level privacy noise hides one client's update, and not what it "
+                "would change in the settings of others"
+            )
+        for name, one in asked.items():
+            if not isinstance(one, ClientSettings):
+                raise Refused(
+                    f"configure returned {_kind(one)} for client {name!r}, expected ClientSettings"
+                )
+            self._check(one, f"configure asks client {name!r} for")
+        return Told(RUN_SETTINGS, {name: asked[name] for name in clients if name in asked})
+
+    def step(
+        self, number: int, weights: Vector, mean: Vector, state: State
+    ) -> tuple[Vector, State]:
+        """The next weights and state, of the mean of a round's updates."""
+        both = (_read_only(weights), _read_only(mean))
+        result = self._call("step", self.round(number), *both, _handed(state))
+        return _next(result, weights, "step")
+
+    def aggregate(
+        self, number: int, weights: Vector, updates: Sequence[ClientUpdate], state: State
+    ) -> tuple[Vector, State]:
+        """The next weights and state, of all of a round's updates."""
+        given = (_read_only(weights), updates, _handed(state))
+        result = self._call("aggregate", self.round(number), *given)
+        return _next(result, weights, "aggregate")
+
+    def _check(self, asked: ClientSettings, what: str) -> None:
+        try:
+            settings_with(self.run.client, asked, private=self.run.private)
+        except ValueError as error:
+            raise Refused(f"{what} {error}") from None
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        work: Callable[..., Any] = getattr(self.algorithm, method)
+        try:
+            result = work(*arguments)
+        except (Exception, SystemExit) as error:  # the user's code: its failure is named
+            where = _line(error, type(self.algorithm))
+            raise Refused(f"{method} raised {type(error).__name__}: {error}{where}") from error
+        now = _attributes(self.algorithm)
+        changed = [
+            name
+            for name in now.keys() | self._before.keys()
+            if now.get(name) is not self._before.get(name)
+        ]
+        if changed:
+            raise Refused(
+                f"{method} changed self.{min(changed)}, expected it to be left: a run that is "
+                "resumed would have lost it. Keep it in the state"
+            )
+        return result
+
+
+def _attributes(algorithm: Algorithm) -> dict[str, Any]:
+    """The options of an algorithm, without what its class caches."""
+    cls = type(algorithm)
+    return {
+        name: value
+        for name, value in vars(algorithm).items()
+        if not isinstance(getattr(cls, name, None), cached_property)
+    }
+
+
+def _next(result: Any, weights: Vector, method: str) -> tuple[Vector, State]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise Refused(f"{method} returned {_kind(result)}, expected (weights, state)")
+    made, state = result
+    if not isinstance(made, np.ndarray) or made.dtype.kind != "f":
+        raise Refused(f"{method} returned weights that are {_kind(made)}, expected a float32 array")
+    if made.shape != weights.shape:
+        raise Refused(
+            f"{method} returned weights of shape {made.shape}, expected {weights.shape}, that of "
+            "the weights that it was given"
+        )
+    with np.errstate(over="ignore"):  # a float64 may be too large, and is infinite then
+        found = made.astype(np.float32, copy=False)
+    if not np.isfinite(found).all():
+        raise Refused(f"{method} returned weights that are not all finite, expected finite ones")
+    return found, _state(state, method)
+
+
+def _state(value: Any, method: str) -> State:
+    """A state that can be kept, in arrays that nobody writes to."""
+    if not isinstance(value, Mapping):
+        raise Refused(f"{method} returned a state that is {_kind(value)}, expected a dict")
+    kept: State = {}
+    for name, one in value.items():
+        if type(name) is not str:
+            raise Refused(f"{method} returned a state with the name {name!r}, expected text")
+        fits = one.dtype in _STORED if isinstance(one, np.ndarray | np.generic) else False
+        if not fits and type(one) not in _PLAIN:
+            raise Refused(
+                f"{method} returned a state in which {name!r} is {_kind(one)}, which cannot be "
+                f"kept: expected a NumPy array or number ({_DTYPES}), or a bool, int, float or str"
+            )
+        kept[name] = one
+    return _handed(kept)
+
+
+def _handed(state: State) -> State:
+    """A state for an algorithm to look at: a dict of its own, with arrays that are read-only."""
+    return {
+        name: _read_only(one) if isinstance(one, np.ndarray) else one for name, one in state.items()
+    }
+
+
+def _read_only(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} {value.shape}"
+    return "None" if value is None else a_or_an(type(value).__name__)
+
+
+def _line(error: BaseException, cls: type) -> str:
+    """Where in the file of ``cls`` an error came from, if it came from there."""
+    module = sys.modules.get(cls.__module__)
+    file, number = getattr(module, "__file__", None), 0
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == file:
+            number = trace.tb_lineno
+        trace = trace.tb_next
+    return f" (line {number} of its file)" if number else ""

@@ -1,0 +1,83 @@
+"""What a round's strategy has clients told: weights, and how to train from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from flwr.app import ConfigRecord, Message, MessageType
+
+from fedcore.errors import FedcoreError, RoundFailed
+from fedcore.flower.grid import CohortGrid
+from fedcore.updates.messages import instruction_config, weights_record
+from fedcore.updates.pack import Layout
+from server.rounds.checkpointing import Progress
+from server.rounds.federation import Federation
+
+
+def instructions(
+    federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
+) -> list[Message]:
+    """What the strategy sends to ``nodes`` in the round after ``progress``.
+
+    Raises:
+        RoundFailed: the strategy is the user's own, and failed.
+    """
+    number, strategy = progress.round + 1, federation.chosen.strategy
+    try:
+        # What folds draws nothing but the cohort, and of that it is shown all there is.
+        with nullcontext() if federation.folding else streams(federation, number, "configure"):
+            messages = list(
+                strategy.configure_train(
+                    number,
+                    weights_record(progress.weights),
+                    _config(progress, layout),
+                    CohortGrid(federation.grid, nodes),
+                )
+            )
+    except FedcoreError:
+        raise
+    except Exception as error:  # Flower's strategy, or the user's of its kind
+        raise _failed(federation, number, f"{type(error).__name__}: {error}") from error
+    if not messages or any(not isinstance(one, Message) for one in messages):
+        raise _failed(federation, number, "configure_train gave no messages, or something else")
+    if not {one.metadata.dst_node_id for one in messages} <= {*nodes}:
+        raise _failed(federation, number, "configure_train asks nodes that are not of this round")
+    return messages
+
+
+def instruction_in_place(
+    federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
+) -> tuple[Message, dict[int, ConfigRecord]]:
+    """The message that stands for all of a round's, and the configuration of nodes with their own.
+
+    Raises:
+        RoundFailed: the strategy is the user's own, and failed.
+    """
+    own, number = federation.chosen.own, progress.round + 1
+    if own is None:  # it tells every node the same
+        return instructions(federation, progress, layout, nodes[:1])[0], {}
+    content, configs = own.tell(
+        number, weights_record(progress.weights), _config(progress, layout), nodes
+    )
+    return Message(content, nodes[0], MessageType.TRAIN), dict(configs)
+
+
+def _config(progress: Progress, layout: Layout) -> ConfigRecord:
+    protection = progress.protection
+    clip_norm = protection.clip_norm if protection else 0.0
+    return instruction_config(layout, progress.preprocess, clip_norm=clip_norm)
+
+
+def _failed(federation: Federation, number: int, reason: str) -> RoundFailed:
+    return RoundFailed(
+        f"round {number}: {federation.chosen.name} failed to configure it: {reason}. Nobody was "
+        f"asked to train; the global model is that of round {number - 1}."
+    )
+
+
+def streams(federation: Federation, number: int, step: str) -> AbstractContextManager[None]:
+    """Pins the streams that Flower's strategies draw from, in a simulation."""
+    if federation.randomness.origin == "simulated":
+        return federation.randomness.library_streams("strategy", step, number)
+    return nullcontext()

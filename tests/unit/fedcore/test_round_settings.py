@@ -1,0 +1,96 @@
+"""Settings that a server sends with a round: used, bounded, and charged for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from fedcore.config.owner import OwnerPolicy
+from fedcore.config.run import RunConfig
+from fedcore.errors import InvalidUpdate
+from fedcore.flower.identity import assume_identity
+from fedcore.privacy.ledger import Ledger, read_ledger
+from fedcore.task.definition import Task
+from fedcore.updates.messages import REFUSED
+from tests.unit.fedcore.clients import (
+    COUNT,
+    PRIVATE,
+    app_of,
+    context,
+    instruct,
+    make_run,
+    make_task,
+    update_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    assume_identity(1)
+
+
+def asking(task: Task, run: RunConfig, **settings: Any) -> Message:
+    """An instruction with settings of the round."""
+    message = instruct(task, run)
+    for name, value in settings.items():
+        message.content.config_records["config"][name.replace("_", "-")] = value
+    return message
+
+
+def test_settings_of_a_round_are_those_that_a_client_trains_with() -> None:
+    task = make_task()
+    asked = {"epochs": 3, "batch_size": 7, "learning_rate": 0.03, "momentum": 0.5}
+    as_asked = make_run(client={**asked, "weight_decay": 0.01})
+    expected = update_of(
+        app_of(task, as_asked)(instruct(task, as_asked), context()), task, as_asked
+    )
+    run = make_run()
+    message = asking(task, run, **asked, weight_decay=0.01)
+    found = update_of(app_of(task, run)(message, context()), task, run)
+    assert found.weights.tobytes() == expected.weights.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"epochs": 0}, "the server asks for epochs = 0, expected greater than or equal to 1"),
+        ({"epochs": 10**9}, "epochs = 1000000000, expected less than or equal to 10000"),
+        ({"batch_size": "8"}, "batch_size = '8', expected a valid integer"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan, expected a finite number"),
+        ({"momentum": 1.0}, "momentum = 1.0, expected less than 1"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(asked: dict[str, Any], said: str) -> None:
+    task, run = make_task(), make_run()
+    reply = app_of(task, run)(asking(task, run, **asked), context())
+    assert reply.error.code == REFUSED + InvalidUpdate.exit_code
+    assert f"round 1: {'the server asks for ' * (not said.startswith('the'))}{said}" in str(
+        reply.error.reason
+    )
+    assert "Nothing was trained or charged" in str(reply.error.reason)
+
+
+def test_an_owners_limit_counts_the_steps_that_are_really_asked_for() -> None:
+    task, run = make_task(), make_run(client={"batch_size": COUNT})
+    app = app_of(task, run, OwnerPolicy(max_round_steps=2))
+    assert not app(asking(task, run, epochs=2), context()).has_error()
+    reply = app(asking(task, run, epochs=3), context())
+    assert "the server asks for 3 steps in this round" in str(reply.error.reason)
+
+
+@pytest.mark.parametrize("asked", [{"epochs": 2}, {"batch_size": 5}])
+def test_under_privacy_nothing_that_is_charged_for_changes(asked: dict[str, Any]) -> None:
+    task, run, where = make_task(), make_run(privacy=PRIVATE), context()
+    reply = app_of(task, run)(asking(task, run, **asked), where)
+    assert reply.error.code == REFUSED + InvalidUpdate.exit_code
+    assert "the noise and the charge of every round follow from it" in str(reply.error.reason)
+    assert read_ledger(where) == Ledger()
+    plain, other = context(), context()
+    message = asking(task, run, learning_rate=0.01, epochs=run.client.epochs)
+    one, two = app_of(task, run)(instruct(task, run), plain), app_of(task, run)(message, other)
+    assert read_ledger(plain) == read_ledger(other) != Ledger()
+    assert (
+        update_of(one, task, run).weights.tobytes() != update_of(two, task, run).weights.tobytes()
+    )
