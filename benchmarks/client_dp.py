@@ -44,7 +44,7 @@ from fedcore.task.definition import Task, data_folder, load_task
 from fedcore.training.evaluate import evaluate
 from server.rounds.app import Listener, Outcome, server_app
 from server.simulation.federate import federate
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 EPSILONS = (2.0, 4.0, 8.0)
 DELTA, ROUNDS, COHORT, CLIP_NORM, LEARNING_RATE = 1e-4, 30, 128, 0.5, 0.05
@@ -217,7 +217,7 @@ def train(task: Task, run: RunConfig) -> Outcome:
         run,
         OPEN_POLICY,
         task.clients(data_folder()),
-        state=State(),
+        state=SimulationState(),
         fleet=None,
         on_choice=lambda choice, workers: None,
     )

@@ -59,7 +59,7 @@ from fedcore.rpc.hello import WAKE_PORT, hello_of  # noqa: E402
 from fedcore.rpc.wake_pb2 import Call, WatchRequest  # noqa: E402
 from fedcore.rpc.wake_pb2_grpc import WakeStub  # noqa: E402
 from fedcore.updates.messages import METRICS, NUM_EXAMPLES, TRAIN_LOSS, weights_record  # noqa: E402
-from fedcore.updates.seal import run_digest, seal  # noqa: E402
+from fedcore.updates.seal import run_digest, sign_reply  # noqa: E402
 
 _Answer = TypeVar("_Answer", bound=Proto)
 _START_EVERY_S = 0.01
@@ -197,7 +197,7 @@ class Device:
         reply = Message(
             RecordDict({"arrays": weights_record(weights), METRICS: metrics}), reply_to=asked
         )
-        seal(
+        sign_reply(
             reply.content,
             asked.content,
             purpose=asked.metadata.message_type,

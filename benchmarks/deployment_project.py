@@ -22,7 +22,7 @@ from fedcore.crypto.certificates import pem
 from fedcore.crypto.issue import issue_authority, issue_member, issue_server
 from fedcore.crypto.keys import new_key, save_key
 from fedcore.crypto.kit import KitFile, write_kit
-from fedcore.crypto.roster import Entry, RosterFile
+from fedcore.crypto.roster import RosterEntry, RosterFile
 from fedcore.files import write_atomic
 
 _TASK = '''"""A small classification task{about}."""
@@ -117,7 +117,7 @@ def make_project(root: Path, devices: int, *, parameters: int = SMALL_PARAMETERS
             validity=timedelta(days=1),
         )
         install(project.kit(name), key, certificate)
-        members.append(Entry(certificate=pem(certificate).decode()))
+        members.append(RosterEntry(certificate=pem(certificate).decode()))
     key = new_key()
     certificate = issue_server(
         key.public_key(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.dp_sgd_models import Setting, Window
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan
@@ -23,13 +23,13 @@ from fedcore.task.model import FullModel
 from fedcore.training.local import train
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import MEMORY_BYTES, train_private
 
 Steps = Callable[[int], None]
 """Takes so many steps."""
 CLIP_NORM, NOISE = 1.0, 1.0
-_CLIENT = Client(learning_rate=0.01)
+_CLIENT = ClientConfig(learning_rate=0.01)
 _OPACUS_MODES = {"opacus-hooks": "hooks", "opacus-ghost": "ghost"}
 SYSTEMS = ("plain", "fedcore", *_OPACUS_MODES)
 
@@ -44,7 +44,7 @@ def steps_of(system: str, setting: Setting, model: nn.Module) -> Steps:
     return _opacus(setting, model, _OPACUS_MODES[system])
 
 
-def way_of(setting: Setting, model: nn.Module) -> Way:
+def way_of(setting: Setting, model: nn.Module) -> GradientMethod:
     """How fedcore takes the gradients of a model."""
     return find_way(setting.task, FullModel(nn.Identity(), model))
 

@@ -38,7 +38,7 @@ from server.rounds.judging import Judge, Weigh
 
 
 @dataclass
-class Story:
+class StageLog:
     """Runs stages one after the other, and keeps their times and what is to be noted."""
 
     emit: Sink
@@ -66,7 +66,7 @@ class Story:
 
 
 @dataclass(frozen=True)
-class Trained:
+class FederatedModel:
     """What rounds hand to the steps after them, wherever their clients are."""
 
     outcome: Outcome
@@ -96,7 +96,7 @@ class Completed(Finished):
 
 
 @dataclass(frozen=True)
-class Steps:
+class StageFunctions:
     """How the long steps after the rounds are done, and the one that must be done once."""
 
     fine_tune: Callable[[Task, RunConfig, FullModel, CloudData, Judge | None], Finetuned] = (
@@ -106,7 +106,7 @@ class Steps:
     publish: Callable[..., Manifest] = publish
 
 
-AT_ONCE = Steps()
+AT_ONCE = StageFunctions()
 
 
 def after_rounds(
@@ -114,11 +114,11 @@ def after_rounds(
     task: Task,
     cloud: CloudData | None,
     test: Examples,
-    trained: Trained,
+    trained: FederatedModel,
     folder: Path,
-    story: Story,
+    story: StageLog,
     *,
-    steps: Steps = AT_ONCE,
+    steps: StageFunctions = AT_ONCE,
 ) -> Completed:
     """Fine-tunes, compresses, tests and publishes what rounds have left.
 
@@ -268,7 +268,7 @@ def released_scores(
     return {each.name: each.compute(torch.from_numpy(outputs), targets) for each in task.metrics}
 
 
-def _origin(run: RunConfig, trained: Trained, parent: bytes) -> Origin:
+def _origin(run: RunConfig, trained: FederatedModel, parent: bytes) -> Origin:
     return Origin(
         run=run.name,
         round=trained.outcome.federated.best_round,
@@ -285,7 +285,7 @@ def _origin(run: RunConfig, trained: Trained, parent: bytes) -> Origin:
     )
 
 
-def _epsilon_of(run: RunConfig, trained: Trained) -> float | None:
+def _epsilon_of(run: RunConfig, trained: FederatedModel) -> float | None:
     """What examples of any client may have cost, over the whole run."""
     budget, federated = run.privacy.max_epsilon if run.private else None, trained.outcome.federated
     over, patience = len(federated.rounds), run.federation.patience
@@ -298,7 +298,7 @@ def _epsilon_of(run: RunConfig, trained: Trained) -> float | None:
     )
 
 
-def _client_statement(run: RunConfig, trained: Trained) -> ClientStatement | None:
+def _client_statement(run: RunConfig, trained: FederatedModel) -> ClientStatement | None:
     """What client-level privacy promises for all models of the run; None without it."""
     federated = trained.outcome.federated
     if federated.protection is None:

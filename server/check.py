@@ -39,7 +39,7 @@ _WAYS = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """What one step found."""
 
     step: str
@@ -66,7 +66,7 @@ class TaskCheck:
         assert checked.ok, checked
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckFinding, ...]
 
     @property
     def ok(self) -> bool:
@@ -88,7 +88,7 @@ def check_task(
     task: Task,
     *,
     client: str | None,
-    tell: Callable[[Finding], None] = lambda finding: None,
+    tell: Callable[[CheckFinding], None] = lambda finding: None,
     around_first: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> TaskCheck:
     """Runs every step, each on what the ones before it left; a required failure ends it.
@@ -101,7 +101,7 @@ def check_task(
         around_first: Stands around steps that may be the first of the process, which take long.
     """
     state = _State(run, task, client)
-    findings: list[Finding] = []
+    findings: list[CheckFinding] = []
     for step, required, work in _steps(state):
         started = time.monotonic()
         try:
@@ -111,7 +111,7 @@ def check_task(
             ok, detail = False, str(error)
         except Exception as error:  # the task's code: its failure is what was looked for
             ok, detail = False, f"{type(error).__name__}: {error}"
-        findings.append(Finding(step, ok, required, detail, time.monotonic() - started))
+        findings.append(CheckFinding(step, ok, required, detail, time.monotonic() - started))
         tell(findings[-1])
         if required and not ok:
             break

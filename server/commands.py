@@ -146,9 +146,9 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> int:
     with told_if_slow(LOADING):
         from server.api.checking import check as checked
-        from server.check import Finding
+        from server.check import CheckFinding
 
-    def tell(finding: Finding) -> None:
+    def tell(finding: CheckFinding) -> None:
         if not options.json:
             say(finding.line, flush=True)
 

@@ -25,7 +25,7 @@ from server.rounds.algorithm_strategy import rehearse
 from server.rounds.client_privacy import protect
 from server.rounds.own_strategy import Own
 from server.rounds.strategies import choose_strategy
-from server.rounds.strategy_state import remembered
+from server.rounds.strategy_state import strategy_state_of
 
 _REHEARSED = 1000
 """Names that a strategy is tried with, at most; there may be millions."""
@@ -124,7 +124,7 @@ def check_strategy(
     size, label = layout_of(model.model).size, run.federation.strategy
     cohort = run.federation.cohort or max(len(clients), 1)
     chosen = choose_strategy(run, strategy, cohort=cohort, size=size)
-    remembered(chosen.strategy)  # or the first checkpoint would find what cannot be kept
+    strategy_state_of(chosen.strategy)  # or the first checkpoint would find what cannot be kept
     if chosen.own is not None:
         rehearse(chosen.own.checked, label, pack(model.model), clients)
     return f"{label}: {'folds updates' if chosen.folds else 'needs every update of a round'}"

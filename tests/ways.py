@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedcore.task.definition import Kind, Loss, Task
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Part, Way, zero_totals
+from fedcore.training.per_example.ways import GradientMethod, Part, zero_totals
 
 
 def task_of(model: nn.Module, loss: Loss, example: Tensor, kind: Kind = "classification") -> Task:
@@ -37,7 +37,7 @@ def way_of(
     kind: Kind = "classification",
     *,
     preprocess: nn.Module | None = None,
-) -> Way:
+) -> GradientMethod:
     """What `find_way` finds for a model, on whatever device it is; the model is not changed.
 
     Args:

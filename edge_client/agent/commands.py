@@ -92,7 +92,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
 
     with loading_told():  # on standard error: Flower would take a logger's place that is made first
         from edge_client.agent.announce import announce
-        from edge_client.agent.policy import Pace, check_task, reason_to_rest, take_part
+        from edge_client.agent.policy import RateLimit, check_task, reason_to_rest, take_part
         from edge_client.device_folder import own
         from fedcore.flower.quiet import quiet
 
@@ -100,7 +100,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     log_lines(options.log or sys.stderr, throttled=True)
     check_task(owner, options.task)
     rate = owner.max_bandwidth_bytes_per_s
-    passed = Pace(rate).passed if rate else None
+    passed = RateLimit(rate).passed if rate else None
     with own(options.state or options.kit / "device") as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # also while its owner lets it rest
         instance = secrets.token_hex(16)
@@ -126,12 +126,12 @@ def _sessions(
     passed: Callable[[int], None] | None,
 ) -> Callable[[Signals], None]:
     """What a device does while its owner lets it; ``instance`` names the first session."""
-    from edge_client.agent.loop import Device, run_device
+    from edge_client.agent.loop import DeviceSetup, run_device
     from edge_client.agent.policy import free_gpu, limit_gpu
     from fedcore.task.definition import load_task
 
     limit_gpu(owner)
-    device = Device(
+    device = DeviceSetup(
         kit,
         load_task(path),
         path,

@@ -42,7 +42,7 @@ from fedcore.task.definition import Task, data_folder
 from fedcore.training.bounds import bounds_of
 from fedcore.training.mods import client_mods
 from fedcore.updates.messages import REFUSED
-from fedcore.updates.seal import run_digest, seal
+from fedcore.updates.seal import run_digest, sign_reply
 
 log = logging.getLogger("fedcore.device")
 
@@ -64,7 +64,7 @@ have a device decline as fast as the two can talk, and no limit on work bounds t
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSetup:
     """What a device is made of."""
 
     kit: Kit
@@ -100,7 +100,7 @@ class _Run:
     """Of one message."""
 
 
-def run_device(device: Device, signals: Signals) -> None:
+def run_device(device: DeviceSetup, signals: Signals) -> None:
     """Takes part until ``signals.stop`` is set.
 
     A server that cannot be reached is tried again forever, with pauses that grow to 30 s. So is
@@ -181,7 +181,7 @@ def _activate(link: FleetLink, signals: Signals) -> None:
 
 
 def _turn(
-    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], messages: Ceiling
+    device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], messages: Ceiling
 ) -> None:
     """Waits for a call, and answers every message that there is, no faster than ``messages``."""
     signals.work.wait(_LOOK_S)
@@ -208,7 +208,7 @@ def _turn(
 
 
 def _answer_or_say_why(
-    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+    device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
 ) -> bool:
     """Answers; where the server does not take it, tells it not to wait for this device.
 
@@ -227,7 +227,7 @@ def _answer_or_say_why(
 
 
 def _answer(
-    device: Device, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+    device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
 ) -> bool:
     """Does what a message asks, or finds that it was done before, signs the reply and sends it.
 
@@ -268,7 +268,7 @@ def _answer(
     if reply.has_error():  # told before it is sent: the server may be gone
         log.info("%s %s: declined or failed: %s", run.name, kind, reply.error.reason)
     else:
-        seal(
+        sign_reply(
             reply.content,
             message.content,
             purpose=kind,
@@ -284,7 +284,7 @@ def _answer(
     return not again and not reply.has_error()
 
 
-def _by_app(device: Device, run: _Run, message: Message) -> Message:
+def _by_app(device: DeviceSetup, run: _Run, message: Message) -> Message:
     """What the app answers; what it does not catch itself refuses one message, and ends nothing.
 
     The app answers for the task's failures. What is left are mods that a strategy has run around
@@ -319,7 +319,7 @@ def _tell_room(run: _Run, kind: str) -> None:
         log.info("%s: the budget has room for %s like the latest", run.name, room)
 
 
-def _keep(device: Device, run: _Run, key: str, reply: Message) -> None:
+def _keep(device: DeviceSetup, run: _Run, key: str, reply: Message) -> None:
     """Has a reply on disk, before it may leave. What it cost is there since before it was made."""
     state = run.context.state
     if not reply.has_error():
@@ -343,7 +343,7 @@ def read_settings(told: str) -> RunConfig:
         ) from None
 
 
-def _open(device: Device, link: FleetLink, signals: Signals, run_id: int) -> _Run:
+def _open(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int) -> _Run:
     """The app for a run, built once: model, data and accelerator stay warm between rounds."""
     told = link.settings(run_id)
     config = read_settings(told.get(SETTINGS, ""))

@@ -184,7 +184,7 @@ _SOON_S = 1e-3
 
 
 @dataclass
-class Pace:
+class RateLimit:
     """Keeps what passes to and from the server below a rate, over a transfer as a whole.
 
     What is small shares half of the rate, and waits for nothing else: behind a piece of a model,

@@ -19,7 +19,7 @@ from fedcore.files import disk_errors, remove, sha256_hex
 
 
 @dataclass(frozen=True)
-class Update:
+class UpdateResult:
     """What an update did."""
 
     model: str
@@ -45,7 +45,7 @@ def update(
     threads: int,
     limits: ModelLimits | None = None,
     now: datetime | None = None,
-) -> Update:
+) -> UpdateResult:
     """Fetches the current release of a model, verifies it, tests it, and makes it serve.
 
     Whatever fails, the version that served before serves on.
@@ -84,7 +84,7 @@ def update(
         )
         before, damage = _before(store, model)
         if before == record and before == _active(store, model):
-            return Update(
+            return UpdateResult(
                 model,
                 record.version,
                 None,
@@ -111,7 +111,7 @@ def update(
         for unfinished in incoming.iterdir():
             remove(unfinished)
         previous = before.version if before else None
-        return Update(
+        return UpdateResult(
             model,
             record.version,
             previous,

@@ -11,7 +11,7 @@ from fedcore.artifacts.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Timing:
+class InferenceTiming:
     """Wall-clock time of one inference at batch 1 on one thread, measured beside the model."""
 
     p50_us: float
@@ -20,7 +20,7 @@ class Timing:
 
 def bench(
     manifest: Manifest, onnx: Path, inputs: AnyArray, *, runs: int, limits: ModelLimits
-) -> Timing:
+) -> InferenceTiming:
     """Times single inferences over ``inputs`` in turn.
 
     Args:
@@ -35,4 +35,4 @@ def bench(
         DataError, DeviceError, ResourceError: as `edge_client.inference.confined.predict`.
     """
     p50_us, p99_us = time_runs(manifest, onnx, inputs, runs=runs, limits=limits)
-    return Timing(float(p50_us), float(p99_us))
+    return InferenceTiming(float(p50_us), float(p99_us))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.observability.foreign import foreign
 
 PROXIMAL_MU = "proximal-mu"
@@ -58,7 +58,7 @@ class ClientSettings:
 
 
 SETTABLE = tuple(
-    field.name for field in fields(ClientSettings) if field.name in Client.model_fields
+    field.name for field in fields(ClientSettings) if field.name in ClientConfig.model_fields
 )
 RUN_SETTINGS = ClientSettings()
 """Nothing is set anew."""
@@ -78,7 +78,7 @@ def read_settings(config: Mapping[str, Any]) -> ClientSettings:
     return ClientSettings(**found)
 
 
-def settings_with(run: Client, asked: ClientSettings, *, private: bool) -> Client:
+def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) -> ClientConfig:
     """The settings that a client trains with.
 
     Guarantee:
@@ -112,7 +112,7 @@ def settings_with(run: Client, asked: ClientSettings, *, private: bool) -> Clien
                 "every round follow from it, and were planned for the run's own"
             )
     try:
-        return Client.model_validate({**run.model_dump(), **changes})
+        return ClientConfig.model_validate({**run.model_dump(), **changes})
     except ValidationError as error:
         found = error.errors()[0]
         name = str(found["loc"][0])

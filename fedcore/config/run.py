@@ -51,7 +51,7 @@ class Section(BaseModel):
     )
 
 
-class Federation(Section):
+class FederationConfig(Section):
     """``[federation]``: who takes part in a round and how updates become a model."""
 
     rounds: Rounds = 10
@@ -99,7 +99,7 @@ class Federation(Section):
     """A safetensors checkpoint to start from, relative to this file."""
 
 
-class Client(Section):
+class ClientConfig(Section):
     """``[client]``: local training."""
 
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
@@ -235,7 +235,7 @@ class Compression(Section):
     """Timed inferences of each candidate, in turn."""
 
 
-class Release(Section):
+class ReleaseConfig(Section):
     """``[release]``: where signed models are published."""
 
     model: Name | None = None
@@ -323,12 +323,12 @@ class RunConfig(Section):
     """The task file, relative to this file."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Fixes everything in a simulation. Real devices never draw noise from it."""
-    federation: Federation = Field(default_factory=Federation)
-    client: Client = Field(default_factory=Client)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    client: ClientConfig = Field(default_factory=ClientConfig)
     privacy: Privacy = Field(default_factory=Privacy)
     finetune: Finetune = Field(default_factory=Finetune)
     compression: Compression = Field(default_factory=Compression)
-    release: Release = Field(default_factory=Release)
+    release: ReleaseConfig = Field(default_factory=ReleaseConfig)
     serving: Serving = Field(default_factory=Serving)
     simulation: Simulation = Field(default_factory=Simulation)
     base: Path = Field(default=Path(), exclude=True, repr=False)

@@ -43,7 +43,7 @@ _MAX_HOSTS = 30
 
 
 @dataclass(frozen=True)
-class Request:
+class CertificateRequest:
     """A signing request whose sender holds the private key."""
 
     name: str
@@ -151,7 +151,7 @@ def make_request(key: EllipticCurvePrivateKey, name: str) -> bytes:
     return request.public_bytes(Encoding.PEM)
 
 
-def read_request(raw: bytes, *, where: str) -> Request:
+def read_request(raw: bytes, *, where: str) -> CertificateRequest:
     """Reads a signing request; only its key and common name are taken from it.
 
     Raises:
@@ -163,7 +163,7 @@ def read_request(raw: bytes, *, where: str) -> Request:
         if request is not None and request.is_signature_valid:
             public = request.public_key()
             if isinstance(public, EllipticCurvePublicKey) and isinstance(public.curve, SECP384R1):
-                return Request(one_of(request.subject, NameOID.COMMON_NAME), public)
+                return CertificateRequest(one_of(request.subject, NameOID.COMMON_NAME), public)
     except UNREADABLE:
         pass
     raise CertificateRefused(

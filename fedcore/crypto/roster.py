@@ -31,7 +31,7 @@ MAX_NUM_EXAMPLES = 1_000_000
 """The most that one client's updates may weigh, in examples: the cap on what it committed to."""
 
 
-class Entry(Section):
+class RosterEntry(Section):
     """One member in ``roster.json``; name, role and key stand in the certificate alone."""
 
     certificate: Pem
@@ -45,7 +45,7 @@ class RosterFile(Section):
     format: Literal["fedcore.roster/1"] = "fedcore.roster/1"
     version: Annotated[int, Field(ge=1)]
     """Grows with each change."""
-    members: tuple[Entry, ...]
+    members: tuple[RosterEntry, ...]
     signer: Signer | None = None
     """Whose key signed it; the authority's own when None."""
     signature: Signature | None = None
@@ -346,7 +346,7 @@ _NO_ROSTER = (
 )
 
 
-def _member(entry: Entry, authority: x509.Certificate, *, where: str) -> Member:
+def _member(entry: RosterEntry, authority: x509.Certificate, *, where: str) -> Member:
     certificate = parse_certificate(entry.certificate.encode(), where=where)
     subject = subject_of(certificate, authority, where=where)
     if subject.role == "server":

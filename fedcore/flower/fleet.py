@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.superlink.federation import NoOpFederationManager
 
 from fedcore.errors import ResourceError, TrainingError
-from fedcore.flower.fleet_asked import Asked, Outstanding
+from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.observability.foreign import foreign
@@ -79,7 +79,7 @@ class Fleet:
         """Begins without nodes or messages; large payloads go to the empty folder ``spool``."""
         self.store = FleetStore(spool)
         self.state = FleetState(self.store)
-        self.asked = Outstanding()
+        self.asked = PendingMessages()
         self.run_id = 0
         self.lacks: ResourceError | None = None
         """What this machine lacked when it last failed to take something in; None where it did."""
@@ -201,7 +201,7 @@ class Fleet:
                     payload_bytes = sum(
                         len(one.data) for one in objects.values() if isinstance(one, Array)
                     )
-                    asked = Asked(node_id, frozenset(objects), payload_bytes)
+                    asked = PendingMessage(node_id, frozenset(objects), payload_bytes)
                     self.asked.add(message_id, asked)
                     state.inbox[node_id].append(message_id)
                     self._sent[node_id] += len(objects)
@@ -282,7 +282,7 @@ class Fleet:
                     self.state.object_store.delete(message_id)
             self.state.delete_messages(set(message_ids))
 
-    def _drop_reply(self, message_id: str, asked: Asked) -> None:
+    def _drop_reply(self, message_id: str, asked: PendingMessage) -> None:
         if asked.reply is None:
             return
         state, root = self.state, asked.reply.object_id

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
-from fedcore.flower.fleet_asked import Asked
+from fedcore.flower.fleet_asked import PendingMessage
 from fedcore.flower.fleet_store import LARGE_BYTES, Cut
 from fedcore.updates.cuts import CUT_BYTES, cut_head
 from fedcore.updates.pieces import Joined
@@ -163,7 +163,7 @@ class Arrival:
         """Of the object."""
         return len(self._begun.head) + self._begun.body_bytes
 
-    def _lacking(self, node_id: int) -> tuple[str, Asked]:
+    def _lacking(self, node_id: int) -> tuple[str, PendingMessage]:
         for message_id, asked in self._fleet.asked.of(node_id):
             if asked.session and self.object_id in asked.missing:
                 return message_id, asked

@@ -22,7 +22,7 @@ class Arriving(Protocol):
 
 
 @dataclass
-class Asked:
+class PendingMessage:
     """A message that a node was sent and has not answered in full."""
 
     node_id: int
@@ -68,18 +68,18 @@ class Asked:
         return 2 * self.payload_bytes + 2**20
 
 
-class Outstanding(Mapping[str, Asked]):
+class PendingMessages(Mapping[str, PendingMessage]):
     """All that was asked and is not answered. Belongs to the fleet, whose lock is held around it.
 
     Whatever a call of one node's looks up takes the same time however many nodes there are.
     """
 
     def __init__(self) -> None:
-        self._all: dict[str, Asked] = {}
-        self._of: defaultdict[int, dict[str, Asked]] = defaultdict(dict)
+        self._all: dict[str, PendingMessage] = {}
+        self._of: defaultdict[int, dict[str, PendingMessage]] = defaultdict(dict)
         self._objects = Counter[str]()
 
-    def __getitem__(self, message_id: str) -> Asked:
+    def __getitem__(self, message_id: str) -> PendingMessage:
         return self._all[message_id]
 
     def __iter__(self) -> Iterator[str]:
@@ -88,7 +88,7 @@ class Outstanding(Mapping[str, Asked]):
     def __len__(self) -> int:
         return len(self._all)
 
-    def of(self, node_id: int) -> list[tuple[str, Asked]]:
+    def of(self, node_id: int) -> list[tuple[str, PendingMessage]]:
         """What a node was sent and has not answered in full."""
         return list(self._of[node_id].items()) if node_id in self._of else []
 
@@ -96,12 +96,12 @@ class Outstanding(Mapping[str, Asked]):
         """Whether an object is part of what nodes were sent."""
         return object_id in self._objects
 
-    def add(self, message_id: str, asked: Asked) -> None:
+    def add(self, message_id: str, asked: PendingMessage) -> None:
         """A message is sent."""
         self._all[message_id] = self._of[asked.node_id][message_id] = asked
         self._objects.update(asked.objects)
 
-    def pop(self, message_id: str) -> Asked | None:
+    def pop(self, message_id: str) -> PendingMessage | None:
         """A message is answered, or forgotten."""
         asked = self._all.pop(message_id, None)
         if asked is None:

@@ -25,7 +25,7 @@ class Stopped(Exception):
     """The server stops; what asked the grid is to end, too."""
 
 
-class Presence(Protocol):
+class NodePresence(Protocol):
     """Who is there, as the network tells."""
 
     def nodes(self) -> Iterable[int]:
@@ -62,7 +62,7 @@ class FleetGrid(OwnGrid):
     def __init__(
         self,
         fleet: Fleet,
-        presence: Presence,
+        presence: NodePresence,
         *,
         inspector: Inspector,
         consumed: Callable[[str], None],

@@ -34,7 +34,7 @@ from fedcore.kernels.llvm import (
     store,
     written,
 )
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 
 _MOST_NUMBERS = 80  # of a kernel: more are written down at length, and compiled for seconds
 _MOST_PRODUCTS = 320  # of a block
@@ -60,7 +60,7 @@ class Direct:
 
 
 @functools.cache
-def direct(window: Window, channels: int, outs: int) -> Direct | None:
+def direct(window: ConvolutionWindow, channels: int, outs: int) -> Direct | None:
     """Compiles the loops for images of so many channels; None where others are the better way.
 
     The first time takes about a second.

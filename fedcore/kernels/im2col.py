@@ -11,7 +11,7 @@ from numba import uint64
 from numpy.typing import NDArray
 
 from fedcore.kernels.compiled import compiled
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -27,14 +27,14 @@ OFF = 255
 """In place of one: the largest of the block is no more than 0, and ReLU follows."""
 
 
-def look_of(window: Window, height: int, width: int, channels: int) -> Look:
+def look_of(window: ConvolutionWindow, height: int, width: int, channels: int) -> Look:
     """What kernels need to know of a convolution of images of that size."""
     down, across = window.cells(height, width)
     results = down * window.pool[0], across * window.pool[1]
     return (height, width, channels, *window.kernel, *window.stride, *window.padding, *results)
 
 
-def blocks_of(window: Window, height: int, width: int) -> Blocks:
+def blocks_of(window: ConvolutionWindow, height: int, width: int) -> Blocks:
     """What kernels need to know of the pooling behind it."""
     return *window.cells(height, width), *window.pool
 

@@ -37,7 +37,7 @@ from fedcore.kernels.llvm import (
     store,
     written,
 )
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 
 Back = Callable[[Floats, Floats, Floats, Floats, Floats, Floats, Bytes, Size], None]
 """Takes images ``(K, N * H * W * C)``, padded, and room for their slopes; weights ``(k, out, F)``,
@@ -106,7 +106,7 @@ def _list(
 
 
 @functools.cache
-def taken_back(window: Window, channels: int) -> Back | None:
+def taken_back(window: ConvolutionWindow, channels: int) -> Back | None:
     """Compiles the loop for images of so many channels; None where no vectors would be filled.
 
     The first time takes about a second.

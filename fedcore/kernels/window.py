@@ -9,7 +9,7 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Window:
+class ConvolutionWindow:
     """What a convolution looks at, each as (height, width), and the pooling that follows it."""
 
     kernel: Pair

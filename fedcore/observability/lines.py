@@ -35,7 +35,7 @@ def log_lines(
     Raises:
         ResourceError: the file may not be written.
     """
-    handler: logging.Handler = _file(to, max_bytes) if isinstance(to, Path) else _Stream(to)
+    handler: logging.Handler = _file(to, max_bytes) if isinstance(to, Path) else _LineStream(to)
     handler.setFormatter(OneLine())
     handler.addFilter(Throttled() if throttled else Sparse())
     logger = logging.getLogger("fedcore")
@@ -144,7 +144,7 @@ class _Quiet(logging.Handler):
         """Says nothing: there is nowhere to say it."""
 
 
-class _Stream(_Quiet, logging.StreamHandler):  # type: ignore[type-arg]
+class _LineStream(_Quiet, logging.StreamHandler):  # type: ignore[type-arg]
     """Lines to a stream."""
 
 

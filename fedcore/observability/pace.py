@@ -12,7 +12,7 @@ _AGAIN_S = 1.0  # between two looks at the memory
 _WEIGHT = 0.1  # of the latest round in the mean
 
 
-class Pace:
+class RoundPace:
     """Watches the rounds of one process go by."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

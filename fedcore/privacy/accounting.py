@@ -50,7 +50,7 @@ from scipy.optimize import brentq
 
 from fedcore.errors import PrivacyError
 from fedcore.observability.words import counted
-from fedcore.privacy.losses import Steps, composed_epsilon, gaussian_epsilon
+from fedcore.privacy.losses import MechanismSteps, composed_epsilon, gaussian_epsilon
 from fedcore.privacy.renyi import ORDERS, FloatArray, renyi_divergences, renyi_epsilons
 
 Accountant = Literal["rdp", "prv"]
@@ -69,7 +69,7 @@ lower end (delta 1e-5), and nothing measurable at the upper."""
 
 _ENOUGH_NOISE = 1e9  # more counts as this much: squares of all numbers stay floats
 
-History = tuple[Steps, ...]
+History = tuple[MechanismSteps, ...]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def _history(charges: Sequence[Charge]) -> History:
     for charge in charges:
         mechanism = (min(charge.noise_multiplier, _ENOUGH_NOISE), charge.sample_rate)
         counts[mechanism] = counts.get(mechanism, 0) + charge.steps
-    return tuple(Steps(*mechanism, count) for mechanism, count in sorted(counts.items()) if count)
+    return tuple(
+        MechanismSteps(*mechanism, count) for mechanism, count in sorted(counts.items()) if count
+    )
 
 
 # Whatever is kept has a size that nobody chooses: answers for one mechanism, never for a history. A
@@ -154,7 +156,7 @@ def _history(charges: Sequence[Charge]) -> History:
 
 
 @lru_cache(maxsize=4096)
-def _alone(steps: Steps, target_delta: float, accountant: Accountant) -> float:
+def _alone(steps: MechanismSteps, target_delta: float, accountant: Accountant) -> float:
     return _fixed((steps,), target_delta, accountant)
 
 

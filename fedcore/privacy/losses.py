@@ -35,7 +35,7 @@ _LEAST = 1e-307  # in place of a sum that is too small for a float
 _ROUNDING = 1e-14  # relative error of a normal distribution function
 
 
-class Steps(NamedTuple):
+class MechanismSteps(NamedTuple):
     """Steps of one Poisson-subsampled Gaussian mechanism, of sensitivity 1."""
 
     noise_multiplier: float
@@ -77,7 +77,7 @@ class _TooManyPoints(Exception):
         self.points = points
 
 
-def composed_epsilon(history: Sequence[Steps], target_delta: float) -> float:
+def composed_epsilon(history: Sequence[MechanismSteps], target_delta: float) -> float:
     """An upper bound on the epsilon of steps whose settings were fixed beforehand.
 
     Both directions count, from the data with the example to the data without it and back; the
@@ -153,19 +153,19 @@ def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:
     return float(found) * (1 + 1e-9)  # above the root, not beside it
 
 
-def _tail(history: Sequence[Steps], target_delta: float) -> float:
+def _tail(history: Sequence[MechanismSteps], target_delta: float) -> float:
     """How improbable the losses of one step must be to lie beyond the grid."""
     return _CUT * target_delta / sum(steps.number for steps in history)
 
 
-def _loss(outputs: FloatArray, steps: Steps) -> FloatArray:
+def _loss(outputs: FloatArray, steps: MechanismSteps) -> FloatArray:
     """Log-likelihood ratio of a step's noised sum, data with the example over data without it."""
     sigma, rate, _ = steps
     with np.errstate(divide="ignore"):
         return np.asarray(np.logaddexp(np.log1p(-rate), np.log(rate) + (outputs - 0.5) / sigma**2))
 
 
-def _outputs(losses: FloatArray, steps: Steps) -> FloatArray:
+def _outputs(losses: FloatArray, steps: MechanismSteps) -> FloatArray:
     """The noised sums at which the loss is so much: the inverse of `_loss`."""
     sigma, rate, _ = steps
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -176,7 +176,7 @@ def _outputs(losses: FloatArray, steps: Steps) -> FloatArray:
     return np.asarray(sigma**2 * (inner - math.log(rate)) + 0.5)
 
 
-def _width(history: Sequence[Steps]) -> float:
+def _width(history: Sequence[MechanismSteps]) -> float:
     """The width of the grid: what it adds to the variance is a small share of the whole.
 
     An interval that passes its mass to both ends adds at most a quarter of its square, and, where
@@ -196,12 +196,12 @@ def _width(history: Sequence[Steps]) -> float:
     return max(math.sqrt(4 * _INFLATION * variance / total), _INFLATION * variance / size)
 
 
-def _mixture(base: FloatArray, outputs: FloatArray, steps: Steps) -> FloatArray:
+def _mixture(base: FloatArray, outputs: FloatArray, steps: MechanismSteps) -> FloatArray:
     sigma, rate, _ = steps
     return np.asarray((1 - rate) * base + rate * np.exp(-0.5 * ((outputs - 1) / sigma) ** 2))
 
 
-def _masses(steps: Steps, width: float, tail: float) -> _Masses:
+def _masses(steps: MechanismSteps, width: float, tail: float) -> _Masses:
     sigma, rate, _ = steps
     reach = -float(ndtri(tail)) * sigma
     low, high = np.clip(_loss(np.array([-reach, 1 + reach]), steps), -_MAX_LOSS, _MAX_LOSS) / width

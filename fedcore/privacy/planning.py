@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import PrivacyError
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge, noise_for
@@ -27,7 +27,7 @@ class PrivatePlan:
 
 def plan(
     examples: Examples,
-    client: Client,
+    client: ClientConfig,
     privacy: Privacy,
     *,
     round: int,
@@ -47,7 +47,7 @@ def plan(
 
 def plan_for(
     count: int,
-    client: Client,
+    client: ClientConfig,
     privacy: Privacy,
     *,
     round: int,

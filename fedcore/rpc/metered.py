@@ -178,7 +178,7 @@ class _Backend(httpcore.NetworkBackend):
         return _Plain(connected, self._meter)
 
 
-class _Stream(httpcore.NetworkStream):
+class _CountedStream(httpcore.NetworkStream):
     """A connection whose bytes are counted."""
 
     _meter: Meter
@@ -193,7 +193,7 @@ class _Stream(httpcore.NetworkStream):
         return _Secured(self, self._meter, ssl_context, server_hostname, timeout)
 
 
-class _Plain(_Stream):
+class _Plain(_CountedStream):
     """A connection, below TLS."""
 
     def __init__(self, connected: socket.socket, meter: Meter) -> None:
@@ -252,7 +252,7 @@ _WRITING: _Errors = (httpcore.WriteTimeout, httpcore.WriteError)
 _CONNECTING: _Errors = (httpcore.ConnectTimeout, httpcore.ConnectError)
 
 
-class _Secured(_Stream):
+class _Secured(_CountedStream):
     """TLS over a connection; its records count, those of the handshake among them."""
 
     def __init__(

@@ -35,7 +35,7 @@ _MOST_ANSWER = 1 << 13
 
 
 @dataclass(frozen=True)
-class Way:
+class RelayedRoute:
     """What leads to a server, once."""
 
     target: str
@@ -47,7 +47,7 @@ class Way:
 @contextmanager
 def relayed(
     host: str, port: int, *, proxy: str | None, timeout_s: float, took: Callable[[int], None]
-) -> Iterator[Way]:
+) -> Iterator[RelayedRoute]:
     """A way to ``host`` and ``port`` through a socket of this process.
 
     Nobody else on the machine can reach it, or stand in its place once it is gone: it lies in a
@@ -75,7 +75,7 @@ def relayed(
         threading.Thread(
             target=_pump, args=(listener, path, server, took, over), name="relay", daemon=True
         ).start()
-        yield Way(f"unix:{path}", over)
+        yield RelayedRoute(f"unix:{path}", over)
     finally:
         over.set()
         with suppress(OSError):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.config.client_settings import RUN_SETTINGS, ClientSettings
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 
 Weights = NDArray[np.float32]
 """A whole model, ``(D,)``: every parameter, flattened, in the model's own order."""
@@ -29,7 +29,7 @@ class Round:
     """From 1."""
     rounds: int
     """``federation.rounds``: the last one's number, unless the run ends earlier."""
-    client: Client
+    client: ClientConfig
     """The run's ``[client]``: what clients train with unless an algorithm says otherwise."""
     seed: int
     """Of this round alone, from the run's seed; the same when the round is done again. Draw from

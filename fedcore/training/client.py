@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from fedcore.config.client_settings import settings_with
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import Client as Settings
+from fedcore.config.run import ClientConfig as Settings
 from fedcore.config.run import RunConfig
 from fedcore.errors import DataError, FedcoreError, InvalidUpdate, TaskError, TrainingDiverged
 from fedcore.observability.words import counted
@@ -31,7 +31,7 @@ from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
 from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update
@@ -78,7 +78,7 @@ class Client:
         return self.owner.data_folder or data_folder()
 
     @cached_property
-    def way(self) -> Way:
+    def way(self) -> GradientMethod:
         """How per-example gradients are taken, found on made-up examples and fresh weights."""
         model = build_model(self.task, self.run).to(available(self.run.client.device))
         with self.randomness.library_streams("way"):  # or the first message would draw otherwise

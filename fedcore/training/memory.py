@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import InsufficientMemory
 
 _FLOAT_BYTES = 4
@@ -22,7 +22,7 @@ scaled copy in float64, the sum of one physical batch, one example's gradient an
 of. More examples at once take what `fedcore.training.private.train_private` is given for them."""
 
 
-def needed_bytes(model: nn.Module, client: Client, privacy: Privacy) -> int:
+def needed_bytes(model: nn.Module, client: ClientConfig, privacy: Privacy) -> int:
     """The least that local training takes beyond the model, activations not counted.
 
     Gradients and the optimiser's state, and under privacy what a sum of clipped gradients needs.
@@ -50,7 +50,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def check_memory(
     model: nn.Module,
-    client: Client,
+    client: ClientConfig,
     privacy: Privacy,
     device: torch.device,
     *,

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.task.definition import Examples, Loss, size_of
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
-from fedcore.training.per_example.ways import Way, trained
+from fedcore.training.per_example.ways import GradientMethod, trained
 
 MEMORY_BYTES = 512 << 20
 """What the gradients of one physical batch may take."""
@@ -25,10 +25,10 @@ def train_private(
     model: nn.Module,
     examples: Examples,
     loss: Loss,
-    settings: Client,
+    settings: ClientConfig,
     plan: PrivatePlan,
     *,
-    way: Way,
+    way: GradientMethod,
     draws: Draws,
     proximal_mu: float = 0.0,
     memory_bytes: int = MEMORY_BYTES,

@@ -69,7 +69,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReplySpec:
     """All that the reply to a message may hold, beside its signature and its number of examples."""
 
     purpose: str
@@ -134,7 +134,9 @@ def check_legible(content: RecordDict, *, where: str) -> None:
                 _check_entry(value, f"{name}.{key}", where)
 
 
-def read_reply(reply: Message, asked: Asked, *, where: str, base: Vector | None = None) -> Reply:
+def read_reply(
+    reply: Message, asked: ReplySpec, *, where: str, base: Vector | None = None
+) -> Reply:
     """The reply, where it is one to what was asked.
 
     Args:
@@ -236,7 +238,7 @@ def _check_names(found: Mapping[str, Any], expected: set[str], what: str, where:
             )
 
 
-def _metrics(record: object, asked: Asked, where: str) -> tuple[int, dict[str, float]]:
+def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[str, float]]:
     if not isinstance(record, MetricRecord):
         raise InvalidUpdate(f"{where}: {METRICS!r} is no record of metrics. {_NOT_USED}.")
     told = dict(record)

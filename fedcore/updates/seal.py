@@ -84,7 +84,7 @@ def _text(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def seal(
+def sign_reply(
     content: RecordDict,
     asked: RecordDict,
     *,
@@ -119,7 +119,7 @@ def seal(
     content[ENVELOPE] = ConfigRecord({ENVELOPE: raw})
 
 
-def unseal(
+def verify_reply(
     content: RecordDict,
     *,
     purpose: str,

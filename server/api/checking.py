@@ -9,7 +9,7 @@ from typing import Any
 from fedcore.flower.quiet import quiet
 from fedcore.observability.patience import FIRST_STEP, told_if_slow
 from server.api.asked import AnyRun, AnyTask, configured, loaded
-from server.check import Finding, TaskCheck, check_task
+from server.check import CheckFinding, TaskCheck, check_task
 
 
 def check(
@@ -17,7 +17,7 @@ def check(
     run: AnyRun | None = None,
     *,
     client: str | None = None,
-    on_finding: Callable[[Finding], None] = lambda finding: None,
+    on_finding: Callable[[CheckFinding], None] = lambda finding: None,
     progress: bool = True,
     **settings: Any,
 ) -> TaskCheck:

@@ -17,7 +17,7 @@ from fedcore.observability.events import Sink
 from fedcore.task.definition import Task, check_inputs, data_folder, read_examples, size_of
 from fedcore.task.model import checkpoint_bytes
 from fedcore.training.evaluate import evaluate
-from server.after_rounds import Story, counted_steps, gate_note, released_scores
+from server.after_rounds import StageLog, counted_steps, gate_note, released_scores
 from server.api.asked import (
     AnyModel,
     AnyRun,
@@ -93,7 +93,7 @@ def finetune(
     quiet()
     start = model_of(model, found, asked)
     with shown(progress) as emit:
-        story = Story(emit)
+        story = StageLog(emit)
         judge = None
         if clients_judge(asked):
             clients = clients_of(found, asked, data_folder())
@@ -148,7 +148,7 @@ def compress(
     quiet()
     start = model_of(model, found, asked)
     with shown(progress) as emit:
-        story = Story(emit)
+        story = StageLog(emit)
         weigh = None
         if clients_judge(asked):
             clients = clients_of(found, asked, data_folder())

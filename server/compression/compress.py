@@ -29,7 +29,7 @@ from server.compression.choose import choose
 from server.compression.golden import golden_inputs, tolerance
 from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
-from server.compression.timing import TORCH, Timing, time_candidates
+from server.compression.timing import TORCH, CandidateTiming, time_candidates
 from server.records import CandidateRecord
 from server.rounds.judging import Weigh, drop_of
 
@@ -273,7 +273,10 @@ def _demand_finite_weights(model: nn.Module) -> None:
 
 
 def _records(
-    weighed: Mapping[str, _Weighed], timings: Mapping[str, Timing], metric: Metric, kind: str
+    weighed: Mapping[str, _Weighed],
+    timings: Mapping[str, CandidateTiming],
+    metric: Metric,
+    kind: str,
 ) -> list[CandidateRecord]:
     """The figures of each candidate against fp32's; the verdict is still open."""
     base = weighed[FP32.name]

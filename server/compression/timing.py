@@ -20,7 +20,7 @@ TORCH = "torch"
 
 
 @dataclass(frozen=True)
-class Timing:
+class CandidateTiming:
     """How long one inference takes, at batch 1."""
 
     p50_us: float
@@ -37,7 +37,7 @@ def time_candidates(
     *,
     threads: int,
     runs: int,
-) -> dict[str, Timing]:
+) -> dict[str, CandidateTiming]:
     """Times ONNX files with onnxruntime and a torch module in eager mode, in turn.
 
     Args:
@@ -71,7 +71,7 @@ def time_candidates(
 
 def time_in_turn(
     calls: Mapping[str, Callable[[], object]], *, runs: int, blocks: int = BLOCKS
-) -> dict[str, Timing]:
+) -> dict[str, CandidateTiming]:
     """Times calls in interleaved blocks, so that a slow minute of the machine meets all alike.
 
     Each block times every call ``runs / blocks`` times, beginning with another one each time, so
@@ -98,7 +98,7 @@ def _time_block(call: Callable[[], object], runs: int) -> list[int]:
     return samples
 
 
-def _summary(blocks: list[list[int]]) -> Timing:
+def _summary(blocks: list[list[int]]) -> CandidateTiming:
     medians = [statistics.median(block) / 1e3 for block in blocks]
     p50_us = statistics.median(sample for block in blocks for sample in block) / 1e3
-    return Timing(p50_us, min(medians), max(medians))
+    return CandidateTiming(p50_us, min(medians), max(medians))

@@ -31,7 +31,7 @@ from fedcore.task.model import (
     checkpoint_bytes,
     load_checkpoint,
 )
-from server.after_rounds import Steps, Story, Trained, after_rounds
+from server.after_rounds import FederatedModel, StageFunctions, StageLog, after_rounds
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.finetune.launch import Finetuned, fine_tune
@@ -124,9 +124,9 @@ def finish(
     started = time.monotonic()
     cloud, test = read_for_release(run, task, data_folder())
     steps = folder / STEPS
-    story = Story(emit)
+    story = StageLog(emit)
     story.seconds["federate"] = sum(each.seconds for each in outcome.federated.rounds)
-    trained = Trained(
+    trained = FederatedModel(
         outcome,
         clients=(),
         training=None,
@@ -142,7 +142,7 @@ def finish(
         trained,
         folder,
         story,
-        steps=Steps(
+        steps=StageFunctions(
             partial(_fine_tuned, steps), partial(_compressed, steps), partial(_published, steps)
         ),
     )

@@ -28,7 +28,7 @@ from server.privacy.audit_bounds import (
     mean_lower_bound,
     one_run_epsilon,
 )
-from server.privacy.canaries import Release, Train, release
+from server.privacy.canaries import CanaryRelease, Train, release
 
 _BOUNDS = 2  # a statement faces so many for each seed
 _SAMPLED_EPSILON = 0.1  # where the distance is taken under sampling: accountants err by 0.01 at 0
@@ -167,7 +167,7 @@ def _one_seed(
 ) -> SeedBounds:
     rng = numpy_rng(seed, "canaries")
 
-    def releases(count: int, before: int) -> list[Release]:
+    def releases(count: int, before: int) -> list[CanaryRelease]:
         taken = []
         for number in range(count):
             taken.append(release(train, statement.plan, canaries=effort.canaries, rng=rng))
@@ -187,7 +187,10 @@ def _one_seed(
 
 
 def _repeated(
-    pilot: list[Release], releases: list[Release], statement: Statement, confidence: float
+    pilot: list[CanaryRelease],
+    releases: list[CanaryRelease],
+    statement: Statement,
+    confidence: float,
 ) -> float:
     """Epsilon from how far apart canaries within and without are, over independent releases.
 
@@ -218,7 +221,7 @@ def _earned(
 
 
 def _one_run(
-    pilot: list[Release], alone: Release, statement: Statement, confidence: float
+    pilot: list[CanaryRelease], alone: CanaryRelease, statement: Statement, confidence: float
 ) -> float:
     """Epsilon from guesses about the canaries of one run that stand out the most on either side."""
     scores = np.concatenate([one.scores for one in pilot])
@@ -254,6 +257,6 @@ def _right(included: NDArray[np.bool_], scores: NDArray[np.float64], guesses: in
     return int((~included[order[:half]]).sum() + included[order[len(order) - half :]].sum())
 
 
-def _noise(releases: list[Release], steps: int) -> float:
+def _noise(releases: list[CanaryRelease], steps: int) -> float:
     left_out = np.concatenate([one.scores[~one.included] for one in releases])
     return float(np.sqrt(np.square(left_out).mean() / steps))

@@ -19,25 +19,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import PrivacyError
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Examples, Kind, Loss, Task
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import train_private
 
-Train = Callable[[Task, FullModel, Examples, Client], None]
+Train = Callable[[Task, FullModel, Examples, ClientConfig], None]
 """Trains a task's model in place on examples: what is audited, its plan already bound."""
 
 _SIZE = 16.0  # of a canary's gradient, in clip norms: what is clipped too late still shows
-_SETTINGS = Client(learning_rate=1.0, device="cpu")
+_SETTINGS = ClientConfig(learning_rate=1.0, device="cpu")
 
 
 @dataclass(frozen=True)
-class Release:
+class CanaryRelease:
     """One release, and what was in it."""
 
     included: NDArray[np.bool_]
@@ -52,9 +52,9 @@ def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
 
     How a task's per-example gradients are taken is found out once for each task.
     """
-    calls, ways = count(), dict[str, Way]()
+    calls, ways = count(), dict[str, GradientMethod]()
 
-    def train(task: Task, model: FullModel, examples: Examples, settings: Client) -> None:
+    def train(task: Task, model: FullModel, examples: Examples, settings: ClientConfig) -> None:
         device = next(model.parameters()).device
         if task.name not in ways:
             ways[task.name] = find_way(task, model)
@@ -74,7 +74,7 @@ def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
 
 def release(
     train: Train, stated: PrivatePlan, *, canaries: int, rng: np.random.Generator
-) -> Release:
+) -> CanaryRelease:
     """Trains once on canaries, each included with probability 1/2, and scores all of them.
 
     A canary that is left out is an example of zeros: it has no gradient, and the number of
@@ -104,7 +104,7 @@ def release(
             f"finite, of norm {size:g}."
         )
     batch = expected_batch_size(canaries, stated)
-    return Release(included, moved * batch / (_SETTINGS.learning_rate * stated.clip_norm))
+    return CanaryRelease(included, moved * batch / (_SETTINGS.learning_rate * stated.clip_norm))
 
 
 def canary_task(canaries: int) -> Task:

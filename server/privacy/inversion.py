@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Randomness, global_streams, torch_rng
@@ -32,7 +32,7 @@ _CLASSES = 10
 _MATCHING_STEPS = 120
 _FOUND = 1e-8  # of the update's square: a distance at which the search is over
 _LOUDER = 30.0  # the last layer's weights: most of a gradient's norm is then in the first layer
-_SETTINGS = Client(learning_rate=1.0, batch_size=1, epochs=1, device="cpu")
+_SETTINGS = ClientConfig(learning_rate=1.0, batch_size=1, epochs=1, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.planning import MAX_DELTA_SHARE, plan_for
@@ -26,7 +26,7 @@ class Question:
     """Of one client; public."""
     participations: int
     """Rounds that it takes part in."""
-    client: Client
+    client: ClientConfig
     privacy: Privacy
     max_delta_share: float = MAX_DELTA_SHARE
     """See `fedcore.privacy.planning.plan_for`."""
@@ -69,7 +69,7 @@ class WhatIf:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PlanResult:
     """The plan as asked for, its epsilon by round, and what would help."""
 
     forecast: Forecast
@@ -81,7 +81,7 @@ class Answer:
     what_if: tuple[WhatIf, ...]
 
 
-def answer(question: Question) -> Answer:
+def answer(question: Question) -> PlanResult:
     """Plans as a device would, and looks around.
 
     Raises:
@@ -93,7 +93,7 @@ def answer(question: Question) -> Answer:
     rounds = sorted({1, *range(gap, last + 1, gap), last})
     epsilons = tuple((number, _epsilon(question, charge, number)) for number in rounds)
     around = tuple(_try(change, other) for change, other in _around(question))
-    return Answer(_forecast(question, charge), epsilons, _lasts(question, charge), around)
+    return PlanResult(_forecast(question, charge), epsilons, _lasts(question, charge), around)
 
 
 def _lasts(question: Question, charge: Charge) -> int:

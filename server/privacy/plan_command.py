@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config.run import MOST_CLIENTS, Client, Privacy, RunConfig, Section
+from fedcore.config.run import MOST_CLIENTS, ClientConfig, Privacy, RunConfig, Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
@@ -20,7 +20,7 @@ from fedcore.observability.patience import LOADING, told_if_slow
 from fedcore.observability.words import counted, epsilon_text
 
 if TYPE_CHECKING:
-    from server.privacy.plan import Answer, Question
+    from server.privacy.plan import PlanResult, Question
 
 _Model = TypeVar("_Model", bound=Section)
 _CLIENT = {"batch": "batch_size", "epochs": "epochs"}
@@ -173,9 +173,9 @@ def _changed(section: _Model, options: argparse.Namespace, names: dict[str, str]
         ) from None
 
 
-def _record(found: Answer, question: Question) -> dict[str, object]:
+def _record(found: PlanResult, question: Question) -> dict[str, object]:
     privacy: Privacy = question.privacy
-    client: Client = question.client
+    client: ClientConfig = question.client
     return {
         "unit": "example",
         "max_epsilon": privacy.max_epsilon,
@@ -191,7 +191,7 @@ def _record(found: Answer, question: Question) -> dict[str, object]:
     }
 
 
-def table(found: Answer, question: Question) -> str:
+def table(found: PlanResult, question: Question) -> str:
     """The plan for people to read."""
     plan, privacy = found.forecast, question.privacy
     how = "given" if privacy.noise_multiplier != "auto" else f"least for {privacy.max_epsilon:g}"

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from fedcore.files import write_atomic
 from fedcore.observability.words import counted, epsilon_text
-from server.privacy.plan import Answer, Question
+from server.privacy.plan import PlanResult, Question
 from server.report.svg import BLUE, MUTED, ORANGE
 
 _SIZE_IN, _DOTS_PER_INCH = (11.0, 4.2), 150
 
 
-def plot(answer: Answer, question: Question, file: Path) -> None:
+def plot(answer: PlanResult, question: Question, file: Path) -> None:
     """Writes the picture; its format follows from the file's ending.
 
     Raises:
@@ -39,7 +39,7 @@ def plot(answer: Answer, question: Question, file: Path) -> None:
     write_atomic(file, drawn.getvalue())
 
 
-def _epsilons(axes: Axes, answer: Answer, question: Question) -> None:
+def _epsilons(axes: Axes, answer: PlanResult, question: Question) -> None:
     rounds, epsilons = zip(*answer.epsilons, strict=True)
     axes.plot(rounds, epsilons, color=BLUE, marker="o", markersize=3, label="spent")
     budget = question.privacy.max_epsilon
@@ -54,7 +54,7 @@ def _epsilons(axes: Axes, answer: Answer, question: Question) -> None:
     axes.legend(loc="lower right")
 
 
-def _noises(axes: Axes, answer: Answer) -> None:
+def _noises(axes: Axes, answer: PlanResult) -> None:
     shown = [("as planned", answer.forecast)]
     shown += [(each.change, each.forecast) for each in answer.what_if if each.forecast]
     names = [name.replace(" (", "\n(") for name, _ in shown][::-1]

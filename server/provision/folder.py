@@ -25,7 +25,14 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, check_authority, parse_certificate
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, parse_key, public_bytes
-from fedcore.crypto.roster import MAX_ROSTER_BYTES, ROSTER, Entry, Member, RosterFile, parse_roster
+from fedcore.crypto.roster import (
+    MAX_ROSTER_BYTES,
+    ROSTER,
+    Member,
+    RosterEntry,
+    RosterFile,
+    parse_roster,
+)
 from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import is_sealed, unseal
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
@@ -57,7 +64,7 @@ class Authority:
         """The folder of the server's identity, whether or not it is there."""
         return self.folder / SERVER
 
-    def find(self, name: str) -> tuple[Entry, Member] | None:
+    def find(self, name: str) -> tuple[RosterEntry, Member] | None:
         """The entry and member of a name, unless it is revoked or unknown."""
         for entry in self.roster.members:
             member = self.members[entry.certificate]
@@ -185,7 +192,7 @@ def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Sign
     return key, signer
 
 
-def write_roster(authority: Authority, members: tuple[Entry, ...]) -> None:
+def write_roster(authority: Authority, members: tuple[RosterEntry, ...]) -> None:
     """Puts a changed list of members into force, atomically."""
     key, signer = read_roster_key(authority)
     roster = RosterFile(version=authority.roster.version + 1, members=members).signed(key, signer)

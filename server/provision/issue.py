@@ -30,7 +30,7 @@ from fedcore.crypto.issue import (
 )
 from fedcore.crypto.keys import fingerprint, new_key, private_bytes, public_bytes, save_key
 from fedcore.crypto.kit import KEY, KIT, MAX_KIT_BYTES, KitFile, parse_kit_file, write_kit
-from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Entry, Member, RosterFile
+from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Member, RosterEntry, RosterFile
 from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import seal
 from fedcore.errors import ConfigError
@@ -188,7 +188,7 @@ def provision_member(
             validity=validity,
         )
         _record(act, "issue", certificate, authority)
-        entry = Entry(certificate=pem(certificate).decode(), num_examples=num_examples)
+        entry = RosterEntry(certificate=pem(certificate).decode(), num_examples=num_examples)
         write_roster(authority, (*authority.roster.members, entry))
         return _kit(authority, addresses, certificate)
 
@@ -357,7 +357,7 @@ def _server_kit(authority: Authority) -> KitFile:
     return parse_kit_file(raw, where=str(path))
 
 
-def _known(authority: Authority, name: str) -> tuple[Entry, Member]:
+def _known(authority: Authority, name: str) -> tuple[RosterEntry, Member]:
     if name == SERVER_NAME:
         raise ConfigError(
             f"{authority.folder}: the server is no member, and devices have no list of revoked "
@@ -391,9 +391,9 @@ def _refuse(why: str, remedy: str) -> NoReturn:
     raise ConfigError(f"{why}. No certificate was issued; {remedy}.")
 
 
-def _change(authority: Authority, entry: Entry, update: dict[str, object]) -> None:
+def _change(authority: Authority, entry: RosterEntry, update: dict[str, object]) -> None:
     """Puts a member's entry into force with some of its fields changed."""
-    changed = Entry.model_validate({**entry.model_dump(), **update})
+    changed = RosterEntry.model_validate({**entry.model_dump(), **update})
     write_roster(
         authority, tuple(changed if old is entry else old for old in authority.roster.members)
     )

@@ -215,7 +215,9 @@ def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
         )
 
 
-def refresh(repository: Path, keys: Path, *, now: datetime, offline: bool) -> registry.State:
+def refresh(
+    repository: Path, keys: Path, *, now: datetime, offline: bool
+) -> registry.RepositoryState:
     """Signs again what would expire, so that devices go on trusting the current releases.
 
     Args:
@@ -241,7 +243,7 @@ def refresh(repository: Path, keys: Path, *, now: datetime, offline: bool) -> re
         return registry.read_state(repository, read_trusted_root(keys))
 
 
-def versions(state: registry.State, model: str) -> list[int]:
+def versions(state: registry.RepositoryState, model: str) -> list[int]:
     """The published versions of a model, ascending."""
     return sorted(
         version
@@ -253,7 +255,7 @@ def versions(state: registry.State, model: str) -> list[int]:
 @contextmanager
 def _publishing(
     repository: Path, keys: Path, model: str, created: datetime
-) -> Iterator[tuple[registry.State, Callable[[Draft, int], Manifest]]]:
+) -> Iterator[tuple[registry.RepositoryState, Callable[[Draft, int], Manifest]]]:
     """What is in force, and a function that puts a draft into force, under one lock."""
     _check_name(model)
     now = _utc(created)
@@ -273,7 +275,9 @@ def _publishing(
         yield state, put
 
 
-def _open(repository: Path, keys: Path, roles: Sequence[str]) -> tuple[registry.State, Keys]:
+def _open(
+    repository: Path, keys: Path, roles: Sequence[str]
+) -> tuple[registry.RepositoryState, Keys]:
     signing = read_keys(keys, roles)
     state = registry.read_state(repository, read_trusted_root(keys))
     return state, registry.trusted_keys(state, signing, repository)
@@ -322,7 +326,9 @@ def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[st
     }
 
 
-def _manifest(repository: Path, state: registry.State, model: str, version: int) -> Manifest:
+def _manifest(
+    repository: Path, state: registry.RepositoryState, model: str, version: int
+) -> Manifest:
     path = f"models/{model}/{version}/manifest.json"
     try:
         return parse_manifest(registry.read_target(repository, state, path))

@@ -23,7 +23,7 @@ from fedcore.updates.messages import (
     weights_record,
 )
 from fedcore.updates.pack import Vector
-from server.rounds.checked_algorithm import CheckedAlgorithm, Refused, State
+from server.rounds.checked_algorithm import AlgorithmRefused, CheckedAlgorithm, State
 
 _REHEARSED = 3  # rounds: what goes wrong with a state that was just made shows in the second
 _MADE_UP = 2  # clients, where an algorithm needs every update
@@ -65,7 +65,7 @@ class AlgorithmStrategy(Strategy):
             if self.state is None:
                 self.state = self.checked.initial(self._sent)
             told = self.checked.configure(number, tuple(names), self.state)
-        except Refused as error:
+        except AlgorithmRefused as error:
             raise self._failed(number, error) from error.__cause__
         base = {**config, "server-round": number}
         made: dict[ClientSettings, ConfigRecord] = {}
@@ -111,7 +111,7 @@ class AlgorithmStrategy(Strategy):
                 made, self.state = checked.step(server_round, sent, mean, self.state)
             else:
                 made, self.state = checked.aggregate(server_round, sent, updates, self.state)
-        except Refused as error:
+        except AlgorithmRefused as error:
             raise self._failed(server_round, error) from error.__cause__
         return weights_record(made), None
 
@@ -146,7 +146,7 @@ class AlgorithmStrategy(Strategy):
             },
         )
 
-    def _failed(self, number: int, error: Refused) -> RoundFailed:
+    def _failed(self, number: int, error: AlgorithmRefused) -> RoundFailed:
         return RoundFailed(
             f"round {number}: federation.strategy = {self._label!r}: {error}. The global model is "
             f"that of round {number - 1}; mend the strategy and begin again with --fresh, as a run "
@@ -183,7 +183,7 @@ def rehearse(
                 _, state = checked.aggregate(number, weights, made_up, state)
         if known:
             _check_last(checked, rounds, clients, state)
-    except Refused as error:
+    except AlgorithmRefused as error:
         raise ConfigError(
             f"federation.strategy = {label!r}: {error}. This was found on made-up updates, before "
             "the first round. Nothing was run; mend the strategy."
@@ -196,9 +196,9 @@ def _check_last(
     """Looks at the last round's settings: schedules leave their bounds there, if anywhere."""
     try:
         checked.configure(rounds, clients, state)
-    except Refused as error:
+    except AlgorithmRefused as error:
         if error.__cause__ is None:  # it may raise, with a state that is not the last round's
-            raise Refused(f"in the last round, {rounds}, {error}") from None
+            raise AlgorithmRefused(f"in the last round, {rounds}, {error}") from None
 
 
 def _made_up(checked: CheckedAlgorithm, weights: Vector, number: int, place: int) -> ClientUpdate:

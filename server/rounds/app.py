@@ -32,7 +32,7 @@ from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
 from server.rounds.own_strategy import Own
 from server.rounds.strategies import choose_strategy
-from server.rounds.strategy_state import remind
+from server.rounds.strategy_state import restore_strategy
 
 _POLL_S = 0.2
 
@@ -117,7 +117,7 @@ def server_app(
             normalise(run, model, grid, cloud, peers or NumberedPeers(), listener.on_note)
         else:
             load_preprocess(start.progress.preprocess, model)
-            remind(chosen.strategy, start.progress.strategy)
+            restore_strategy(chosen.strategy, start.progress.strategy)
 
         def judge(candidate: FullModel) -> dict[str, float]:
             assert cloud is not None

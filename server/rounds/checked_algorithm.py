@@ -29,7 +29,7 @@ _STORED = frozenset(
 )
 
 
-class Refused(Exception):
+class AlgorithmRefused(Exception):
     """What an algorithm did that it may not; the text begins with its method."""
 
 
@@ -45,7 +45,7 @@ class Told:
 
 @dataclass(frozen=True)
 class CheckedAlgorithm:
-    """An algorithm and the run that it is for. Every method raises `Refused`, and nothing else."""
+    """An algorithm and the run that it is for. Every method raises `AlgorithmRefused`, and nothing else."""
 
     algorithm: Algorithm
     run: RunConfig
@@ -73,19 +73,19 @@ class CheckedAlgorithm:
             self._check(asked, "configure asks for")
             return Told(asked, {})
         if not isinstance(asked, Mapping):
-            raise Refused(
+            raise AlgorithmRefused(
                 f"configure returned {_kind(asked)}, expected ClientSettings, or a mapping of "
                 "clients' names to ClientSettings"
             )
         if asked and self.run.client_private:
-            raise Refused(
+            raise AlgorithmRefused(
                 "configure returned settings of single clients, expected one ClientSettings for "
                 "all: under client-level privacy noise hides one client's update, and not what it "
                 "would change in the settings of others"
             )
         for name, one in asked.items():
             if not isinstance(one, ClientSettings):
-                raise Refused(
+                raise AlgorithmRefused(
                     f"configure returned {_kind(one)} for client {name!r}, expected ClientSettings"
                 )
             self._check(one, f"configure asks client {name!r} for")
@@ -111,7 +111,7 @@ class CheckedAlgorithm:
         try:
             settings_with(self.run.client, asked, private=self.run.private)
         except ValueError as error:
-            raise Refused(f"{what} {error}") from None
+            raise AlgorithmRefused(f"{what} {error}") from None
 
     def _call(self, method: str, *arguments: object) -> Any:
         work: Callable[..., Any] = getattr(self.algorithm, method)
@@ -119,7 +119,9 @@ class CheckedAlgorithm:
             result = work(*arguments)
         except (Exception, SystemExit) as error:  # the user's code: its failure is named
             where = _line(error, type(self.algorithm))
-            raise Refused(f"{method} raised {type(error).__name__}: {error}{where}") from error
+            raise AlgorithmRefused(
+                f"{method} raised {type(error).__name__}: {error}{where}"
+            ) from error
         now = _attributes(self.algorithm)
         changed = [
             name
@@ -127,7 +129,7 @@ class CheckedAlgorithm:
             if now.get(name) is not self._before.get(name)
         ]
         if changed:
-            raise Refused(
+            raise AlgorithmRefused(
                 f"{method} changed self.{min(changed)}, expected it to be left: a run that is "
                 "resumed would have lost it. Keep it in the state"
             )
@@ -146,33 +148,39 @@ def _attributes(algorithm: Algorithm) -> dict[str, Any]:
 
 def _next(result: Any, weights: Vector, method: str) -> tuple[Vector, State]:
     if not isinstance(result, tuple) or len(result) != 2:
-        raise Refused(f"{method} returned {_kind(result)}, expected (weights, state)")
+        raise AlgorithmRefused(f"{method} returned {_kind(result)}, expected (weights, state)")
     made, state = result
     if not isinstance(made, np.ndarray) or made.dtype.kind != "f":
-        raise Refused(f"{method} returned weights that are {_kind(made)}, expected a float32 array")
+        raise AlgorithmRefused(
+            f"{method} returned weights that are {_kind(made)}, expected a float32 array"
+        )
     if made.shape != weights.shape:
-        raise Refused(
+        raise AlgorithmRefused(
             f"{method} returned weights of shape {made.shape}, expected {weights.shape}, that of "
             "the weights that it was given"
         )
     with np.errstate(over="ignore"):  # a float64 may be too large, and is infinite then
         found = made.astype(np.float32, copy=False)
     if not np.isfinite(found).all():
-        raise Refused(f"{method} returned weights that are not all finite, expected finite ones")
+        raise AlgorithmRefused(
+            f"{method} returned weights that are not all finite, expected finite ones"
+        )
     return found, _state(state, method)
 
 
 def _state(value: Any, method: str) -> State:
     """A state that can be kept, in arrays that nobody writes to."""
     if not isinstance(value, Mapping):
-        raise Refused(f"{method} returned a state that is {_kind(value)}, expected a dict")
+        raise AlgorithmRefused(f"{method} returned a state that is {_kind(value)}, expected a dict")
     kept: State = {}
     for name, one in value.items():
         if type(name) is not str:
-            raise Refused(f"{method} returned a state with the name {name!r}, expected text")
+            raise AlgorithmRefused(
+                f"{method} returned a state with the name {name!r}, expected text"
+            )
         fits = one.dtype in _STORED if isinstance(one, np.ndarray | np.generic) else False
         if not fits and type(one) not in _PLAIN:
-            raise Refused(
+            raise AlgorithmRefused(
                 f"{method} returned a state in which {name!r} is {_kind(one)}, which cannot be "
                 f"kept: expected a NumPy array or number ({_DTYPES}), or a bool, int, float or str"
             )

@@ -11,7 +11,7 @@ from flwr.app import Message
 from fedcore.updates.pack import Vector
 from server.records import RoundRecord
 from server.rounds.protection import Protection
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Progress:
     best_round: int
     most_failed: int
     """Clients that failed in the worst round so far."""
-    strategy: Remembered
+    strategy: StrategyState
     preprocess: bytes
     """State of the preprocessing, as safetensors."""
     protection: Protection | None = None

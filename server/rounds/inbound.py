@@ -32,7 +32,7 @@ from fedcore.updates.messages import (
 )
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
-from fedcore.updates.replies import Asked, Reply, read_reply
+from fedcore.updates.replies import Reply, ReplySpec, read_reply
 from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers, RoundCheckpointer
@@ -150,7 +150,7 @@ class Tally:
 class Intake:
     """What the replies to one question are held to, and who keeps those that are taken."""
 
-    asked: Asked
+    asked: ReplySpec
     checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
     peers: Peers = field(default_factory=NumberedPeers)
     base: Vector | None = None

@@ -46,7 +46,7 @@ from server.rounds.instructions import instruction_in_place, instructions, strea
 from server.rounds.norm_bound import norm_bound
 from server.rounds.protection import Protection
 from server.rounds.quorum import check_quorum
-from server.rounds.strategy_state import remembered
+from server.rounds.strategy_state import strategy_state_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             best=arrays if better else progress.best,
             best_round=number if better else progress.best_round,
             most_failed=max(progress.most_failed, tally.failed),
-            strategy=remembered(federation.chosen.strategy),
+            strategy=strategy_state_of(federation.chosen.strategy),
             protection=protection,
             spent=progress.spent | tally.spent_nodes if federation.live else progress.spent,
         )
@@ -168,7 +168,7 @@ def _beginning(federation: Federation, model: FullModel) -> Progress:
         best=weights,
         best_round=0,
         most_failed=0,
-        strategy=remembered(federation.chosen.strategy),
+        strategy=strategy_state_of(federation.chosen.strategy),
         preprocess=preprocess_bytes(model),
         protection=protection,
     )

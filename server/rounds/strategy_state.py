@@ -23,7 +23,7 @@ _STORED_KINDS = "biuf"  # of NumPy arrays: booleans, whole numbers, floats
 
 
 @dataclass(frozen=True)
-class Remembered:
+class StrategyState:
     """The attributes of a strategy, and of those that it wraps."""
 
     tree: Any
@@ -31,7 +31,7 @@ class Remembered:
     arrays: tuple[NDArray[Any], ...]
 
 
-def remembered(strategy: Strategy) -> Remembered:
+def strategy_state_of(strategy: Strategy) -> StrategyState:
     """What ``strategy`` holds now. Arrays are not copied: strategies replace them.
 
     Raises:
@@ -39,10 +39,10 @@ def remembered(strategy: Strategy) -> Remembered:
     """
     arrays: list[NDArray[Any]] = []
     tree = _taken(strategy, type(strategy).__name__, arrays)
-    return Remembered(tree, tuple(arrays))
+    return StrategyState(tree, tuple(arrays))
 
 
-def remind(strategy: Strategy, what: Remembered) -> None:
+def restore_strategy(strategy: Strategy, what: StrategyState) -> None:
     """Puts ``what`` into a fresh strategy that was made as the remembered one was.
 
     Raises:

@@ -23,8 +23,8 @@ from fedcore.privacy.ledger import Ledger
 from server.records import RoundRecord, VirtualRecord
 from server.rounds.checkpointing import Progress, Start
 from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategy_state import Remembered
-from server.simulation.virtual.state import Choice, State
+from server.rounds.strategy_state import StrategyState
+from server.simulation.virtual.state import Choice, SimulationState
 
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB, and six vectors of a strategy's
 _FORMAT = 2
@@ -43,7 +43,7 @@ class Checkpoint:
     progress: Progress
     told: Sequence[Told]
     """What was told of rounds, in order."""
-    state: State
+    state: SimulationState
     elapsed_s: float
     """How long it took to get there."""
 
@@ -150,12 +150,12 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
             best=arrays["best"].copy(),
             best_round=held["best_round"],
             most_failed=held["most_failed"],
-            strategy=Remembered(held[_STRATEGY], _numbered(arrays, _STRATEGY)),
+            strategy=StrategyState(held[_STRATEGY], _numbered(arrays, _STRATEGY)),
             preprocess=arrays["preprocess"].tobytes(),
             protection=protection_of(held[_PROTECTION], _numbered(arrays, _NOISE)),
         ),
         told=[Noted(one) if isinstance(one, str) else RoundFinished(one) for one in told],
-        state=State(
+        state=SimulationState(
             ledgers={name: _ledger(charges) for name, charges in held["ledgers"].items()},
             rounds=Counter(held["rounds"]),
             clock_s=held["clock_s"],

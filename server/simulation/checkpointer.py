@@ -19,7 +19,7 @@ from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing import Progress
 from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
 from server.simulation.virtual.nodes import FIRST_NODE_ID
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 FAILED = "failed"
 """Folder of checkpoints from before rounds in which clients failed."""
@@ -48,7 +48,7 @@ class FileCheckpointer:
         identity: Mapping[str, Any],
         clients: Sequence[str],
         *,
-        state: State,
+        state: SimulationState,
         told: Sequence[Told],
         stopping: Asked,
         command: str,
@@ -147,7 +147,7 @@ class FileCheckpointer:
                 if ledger is not None:
                     ledgers[name] = ledger
             rounds.update({name: cohort.rounds[name] - rounds[name] for name in cohort.rounds})
-            state = State(ledgers, +rounds, cohort.clock_s, state.choice)
+            state = SimulationState(ledgers, +rounds, cohort.clock_s, state.choice)
         elapsed_s = self._clock() - self._began_s
         told = self._told[: self._told_before]
         return Checkpoint(self._identity, progress, told, state, elapsed_s)

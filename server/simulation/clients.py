@@ -9,7 +9,7 @@ from fedcore.task.definition import Examples, Folder, Task, read_examples, size_
 from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
 from server.records import ClientRecord
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 MOST = 1000
 """Clients that are looked at; reading every one's data again would rival the run itself."""
@@ -19,7 +19,7 @@ def client_records(
     run: RunConfig,
     task: Task,
     model: FullModel,
-    state: State,
+    state: SimulationState,
     data: Folder,
 ) -> tuple[ClientRecord, ...]:
     """A record of each client that took part (the first `MOST`), in the order of their names."""

@@ -21,10 +21,10 @@ from fedcore.training.device import available
 from fedcore.training.mods import client_mods
 from server.process.memory import objects_frozen, reuse_large_blocks
 from server.simulation.grid import SimulatedGrid
-from server.simulation.virtual.devices import Fleet
+from server.simulation.virtual.devices import VirtualFleet
 from server.simulation.virtual.nodes import RUN_ID, context_of, one_thread
-from server.simulation.virtual.state import Choice, State
-from server.simulation.workers.scheduler import Staff
+from server.simulation.virtual.state import Choice, SimulationState
+from server.simulation.workers.scheduler import WorkerScheduler
 from server.simulation.workers.worker import Worker
 
 
@@ -35,8 +35,8 @@ def federate(
     owner: OwnerPolicy,
     clients: Sequence[str],
     *,
-    state: State,
-    fleet: Fleet | None,
+    state: SimulationState,
+    fleet: VirtualFleet | None,
     on_choice: Callable[[Choice, int], None],
 ) -> None:
     """Runs ``server`` over one virtual node a client; nodes stand in the order of ``clients``.
@@ -53,7 +53,7 @@ def federate(
         fleet: The devices of clients on a virtual clock, if there are any.
         on_choice: Told how clients are trained, and by how many workers.
     """
-    staff = Staff(
+    staff = WorkerScheduler(
         partial(_worker, task, run, owner, fleet),
         partial(worker_elsewhere, run.path(run.task), run, owner, fleet),
         run.simulation,
@@ -76,7 +76,7 @@ def _device(run: RunConfig, owner: OwnerPolicy) -> torch.device:
     return available(tighten(run, owner).client.device)
 
 
-def _worker(task: Task, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None) -> Worker:
+def _worker(task: Task, run: RunConfig, owner: OwnerPolicy, fleet: VirtualFleet | None) -> Worker:
     randomness = Simulated(run.seed)
     mods = client_mods(run.federation.strategy)
     skipped = dict[str, int]()
@@ -89,7 +89,9 @@ def _worker(task: Task, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None)
     return Worker(client, app, fleet, skipped)
 
 
-def worker_elsewhere(path: Path, run: RunConfig, owner: OwnerPolicy, fleet: Fleet | None) -> Worker:
+def worker_elsewhere(
+    path: Path, run: RunConfig, owner: OwnerPolicy, fleet: VirtualFleet | None
+) -> Worker:
     """The same in a process that shares nothing with this one, from the task's file."""
     quiet()
     return _worker(load_task(path), run, owner, fleet)

@@ -17,9 +17,9 @@ from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.inbound import Folded
 from server.simulation.virtual.devices import Fate, first_of, settle
 from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID
-from server.simulation.virtual.state import State
-from server.simulation.workers.messages import Answer, Asked, Order
-from server.simulation.workers.scheduler import Staff
+from server.simulation.virtual.state import SimulationState
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
+from server.simulation.workers.scheduler import WorkerScheduler
 
 log = logging.getLogger("fedcore.server")
 
@@ -28,7 +28,12 @@ class SimulatedGrid(OwnGrid):
     """One virtual node a client; nodes stand in the order of ``clients``."""
 
     def __init__(
-        self, clients: Sequence[str], staff: Staff, state: State, *, first: int | None = None
+        self,
+        clients: Sequence[str],
+        staff: WorkerScheduler,
+        state: SimulationState,
+        *,
+        first: int | None = None,
     ) -> None:
         """A grid for one run.
 
@@ -62,7 +67,7 @@ class SimulatedGrid(OwnGrid):
         deadline_s: float,
     ) -> Folded:
         """Trains these nodes and adds their updates up where they are made."""
-        order = Order(MessageType.TRAIN, content, configs, fold=True, uniform=uniform)
+        order = RoundTask(MessageType.TRAIN, content, configs, fold=True, uniform=uniform)
         answers, total = self._carry_out(order, nodes, deadline_s)
         taken = [(one.num_examples, one.metrics) for one in answers if one.num_examples]
         return Folded(total, taken, [one.error for one in answers if one.error is not None])
@@ -96,7 +101,7 @@ class SimulatedGrid(OwnGrid):
                 if (config := message.content.config_records.get(CONFIG)) is not None
                 and config is not content.config_records.get(CONFIG)
             }
-            answers, _ = self._carry_out(Order(kind, content, configs), list(asked), deadline_s)
+            answers, _ = self._carry_out(RoundTask(kind, content, configs), list(asked), deadline_s)
             for answer in answers:
                 message = asked[answer.asked.node]
                 if answer.content is not None:
@@ -105,8 +110,8 @@ class SimulatedGrid(OwnGrid):
                     yield Message(Error(*answer.error), reply_to=message)
 
     def _carry_out(
-        self, order: Order, nodes: Sequence[int], deadline_s: float
-    ) -> tuple[list[Answer], ExactMean]:
+        self, order: RoundTask, nodes: Sequence[int], deadline_s: float
+    ) -> tuple[list[ClientOutcome], ExactMean]:
         asked = [self._asked(node) for node in nodes]
         training = order.kind == MessageType.TRAIN
         if training:
@@ -122,7 +127,7 @@ class SimulatedGrid(OwnGrid):
             answers = self._advance(answers, deadline_s)
         return answers, total
 
-    def _tell(self, answer: Answer) -> None:
+    def _tell(self, answer: ClientOutcome) -> None:
         """Says once a client that examples of it counted as zero: they will in each round."""
         name = answer.asked.name
         if not answer.skipped or name in self._told:
@@ -130,11 +135,11 @@ class SimulatedGrid(OwnGrid):
         self._told.add(name)
         log.warning("%s; this is said once a client", skipped_text(name, answer.skipped))
 
-    def _asked(self, node: int) -> Asked:
+    def _asked(self, node: int) -> ClientRef:
         name = self._clients[node - FIRST_NODE_ID]
-        return Asked(node, name, self._state.ledgers.get(name))
+        return ClientRef(node, name, self._state.ledgers.get(name))
 
-    def _advance(self, answers: Sequence[Answer], deadline_s: float) -> list[Answer]:
+    def _advance(self, answers: Sequence[ClientOutcome], deadline_s: float) -> list[ClientOutcome]:
         """Moves the virtual clock; what arrives after the round has ended is left out."""
         fates = [answer.fate for answer in answers if answer.fate is not None]
         if not fates:

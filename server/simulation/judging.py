@@ -17,7 +17,7 @@ from fedcore.training.client import Client, local_data
 from server.compression.runtime import answers, open_session
 from server.rounds.judging import Judge, Judgement, Weigh, judges, judging_app
 from server.simulation.federate import federate
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 
 def judge_in_simulation(
@@ -38,7 +38,7 @@ def judge_in_simulation(
             run,
             owner,
             clients,
-            state=State(),
+            state=SimulationState(),
             fleet=None,
             on_choice=lambda choice, workers: None,
         )

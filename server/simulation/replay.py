@@ -41,12 +41,12 @@ from server.rounds.inbound import payload_bytes
 from server.rounds.instructions import instructions
 from server.rounds.run_identity import TASK, changes, check_same, identity_of
 from server.rounds.strategies import choose_strategy
-from server.rounds.strategy_state import remind
+from server.rounds.strategy_state import restore_strategy
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
-from server.simulation.run import rounds
+from server.simulation.run import run_simulated_rounds
 from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID, context_of, one_thread
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def replay(
     """
     wanted = _wanted(text, run, prepared.clients)
     nearest = _nearest(runs / run.name, wanted.round, identity_of(run, owner))
-    state = nearest.state if nearest else State()
+    state = nearest.state if nearest else SimulationState()
     progress = _progress_before(wanted, run, task, owner, prepared, nearest, state)
     return _train_alone(wanted, run, task, owner, prepared, progress, state, out, json=json)
 
@@ -168,7 +168,7 @@ def _progress_before(
     owner: OwnerPolicy,
     prepared: Prepared,
     nearest: Checkpoint | None,
-    state: State,
+    state: SimulationState,
 ) -> Progress:
     """Where the federated part was before the round; ``state`` is brought there, too."""
     if nearest is not None and nearest.progress.round == wanted.round - 1:
@@ -176,7 +176,7 @@ def _progress_before(
     begun = nearest.progress.round if nearest else 0
     say(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", to=sys.stderr)
     checkpointer = _Until(wanted.round)
-    rounds(
+    run_simulated_rounds(
         run,
         task,
         owner,
@@ -203,7 +203,7 @@ def _train_alone(
     owner: OwnerPolicy,
     prepared: Prepared,
     progress: Progress,
-    state: State,
+    state: SimulationState,
     out: TextIO,
     *,
     json: bool,
@@ -284,7 +284,7 @@ def _instruction(
         size=0,
         name_of=lambda node: prepared.clients[node - FIRST_NODE_ID],
     )
-    remind(chosen.strategy, progress.strategy)
+    restore_strategy(chosen.strategy, progress.strategy)
     messages = instructions(
         Federation(
             run=run,

@@ -13,11 +13,11 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError
 from fedcore.observability.events import Noted, RoundFinished, Sink
 from fedcore.observability.foreign import say
-from fedcore.observability.pace import Pace
+from fedcore.observability.pace import RoundPace
 from fedcore.seeds import Simulated
 from fedcore.task.definition import Task
 from fedcore.training.device import available
-from server.after_rounds import Completed, Story, Trained, after_rounds
+from server.after_rounds import Completed, FederatedModel, StageLog, after_rounds
 from server.preflight import Prepared
 from server.process.signals import asked_to_stop
 from server.records import RoundRecord, TrainingRecord
@@ -32,7 +32,7 @@ from server.simulation.federate import federate
 from server.simulation.judging import judge_in_simulation, weigh_in_simulation
 from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.nodes import FIRST_NODE_ID
-from server.simulation.virtual.state import Choice, State
+from server.simulation.virtual.state import Choice, SimulationState
 
 _WAYS = {"loop": "one after the other", "vectorised": "side by side"}
 
@@ -64,15 +64,15 @@ def run_pipeline(
         FedcoreError: whatever stops it; what was published before stands.
         KeyboardInterrupt: the user stopped it; a checkpoint is in ``folder``.
     """
-    story = Story(emit)
+    story = StageLog(emit)
     elapsed_s = resumed.elapsed_s if resumed else 0.0
     with story.stage("federate", run.federation.rounds, before_s=elapsed_s):
-        done = federated_part(
+        done = run_federated_part(
             run, task, owner, prepared, folder, emit, command=command, resumed=resumed
         )
     story.notes.extend(done.notes)
     model, data = done.outcome.model, prepared.data
-    trained = Trained(
+    trained = FederatedModel(
         done.outcome,
         client_records(tighten(run, owner), task, model, done.state, data),
         done.training,
@@ -88,17 +88,17 @@ def run_pipeline(
 
 
 @dataclass(frozen=True)
-class Done:
+class SimulatedRounds:
     """What the federated part of a run leaves."""
 
     outcome: Outcome
-    state: State
+    state: SimulationState
     training: TrainingRecord | None
     notes: tuple[str, ...]
     """Those of processes that were interrupted, too."""
 
 
-def federated_part(
+def run_federated_part(
     run: RunConfig,
     task: Task,
     owner: OwnerPolicy,
@@ -108,7 +108,7 @@ def federated_part(
     *,
     command: str,
     resumed: Checkpoint | None,
-) -> Done:
+) -> SimulatedRounds:
     """Runs the rounds that are left; the arguments are those of `run_pipeline`.
 
     Raises:
@@ -116,7 +116,7 @@ def federated_part(
         KeyboardInterrupt: the user stopped it; a checkpoint is kept.
     """
     told: list[Told] = list(resumed.told) if resumed else []
-    state = resumed.state if resumed else State()
+    state = resumed.state if resumed else SimulationState()
     to_choose, hired = state.choice is None, list[int]()
 
     def tell(event: Told) -> None:
@@ -145,7 +145,7 @@ def federated_part(
                 elapsed_s=resumed.elapsed_s if resumed else 0.0,
             )
             try:
-                outcome = rounds(
+                outcome = run_simulated_rounds(
                     run,
                     task,
                     owner,
@@ -167,16 +167,16 @@ def federated_part(
         workers = hired[-1] if hired else None
         training = TrainingRecord(**asdict(state.choice), workers=workers)
     notes = tuple(event.text for event in told if isinstance(event, Noted))
-    return Done(outcome, state, training, notes)
+    return SimulatedRounds(outcome, state, training, notes)
 
 
-def rounds(
+def run_simulated_rounds(
     run: RunConfig,
     task: Task,
     owner: OwnerPolicy,
     prepared: Prepared,
     *,
-    state: State,
+    state: SimulationState,
     resumed: Checkpoint | None,
     checkpointer: RoundCheckpointer,
     tell: Callable[[Told], None],
@@ -184,7 +184,7 @@ def rounds(
 ) -> Outcome:
     """Rounds from where ``resumed`` and ``state`` are until the last, or until asked to stop."""
     outcomes: list[Outcome] = []
-    pace = Pace()
+    pace = RoundPace()
 
     def on_round(record: RoundRecord) -> None:
         left = record.rounds - record.round

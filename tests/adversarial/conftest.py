@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_client.delivery import store as installed
 from edge_client.delivery.source import Source, folder_source
-from edge_client.delivery.update import Update, update
+from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.confined import ModelLimits, predict
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest
@@ -107,7 +107,7 @@ class World:
             **more,
         )
 
-    def update(self, source: Source | None = None, *, now: datetime | None = None) -> Update:
+    def update(self, source: Source | None = None, *, now: datetime | None = None) -> UpdateResult:
         return update(
             source or folder_source(self.repository),
             store=self.store,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws, SimulatedDraws, SystemDraws
 from fedcore.privacy.planning import PrivatePlan
@@ -163,7 +163,7 @@ def attacked(draws: Draws) -> tuple[Tensor, Tensor]:
         model,
         data,
         loss,
-        Client(learning_rate=1.0),
+        ClientConfig(learning_rate=1.0),
         PrivatePlan(Charge(1, MULTIPLIER, RATE, 1), CLIP),
         way=way_of(model, loss, inputs[0]),
         draws=watched,

@@ -71,7 +71,7 @@ def main() -> int:
     with state.own(options.folder) as folder:
         instance = secrets.token_hex(16)
         announce(kit, options.task, folder, instance)  # as the product does, before torch
-        from edge_client.agent.loop import Device, run_device
+        from edge_client.agent.loop import DeviceSetup, run_device
         from edge_client.agent.wake import Signals
         from fedcore.config.owner import OPEN_POLICY
         from fedcore.seeds import Simulated
@@ -81,7 +81,7 @@ def main() -> int:
             state.write_atomic = writing
             FleetLink.answer = answering  # type: ignore[method-assign]
         task, randomness = load_task(options.task), Simulated(options.seed)
-        device = Device(kit, task, options.task, OPEN_POLICY, folder, randomness, instance)
+        device = DeviceSetup(kit, task, options.task, OPEN_POLICY, folder, randomness, instance)
         try:
             run_device(device, Signals())
         except FedcoreError as error:

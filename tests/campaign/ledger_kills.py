@@ -141,7 +141,7 @@ def live(site: Site, told: int) -> None:
     client_module.train_private = training
     link, runs = Link(site), dict[int, Any]()
     with own(site.root / "device") as folder:
-        device = loop.Device(
+        device = loop.DeviceSetup(
             site.kit, site.task, site.project.task, OwnerPolicy(max_epsilon=1e6), folder
         )
         while True:

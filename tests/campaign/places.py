@@ -40,7 +40,7 @@ from server.live.operators.drained import write_drained
 from server.report.folder import mark_again
 from server.rounds.run_identity import identity_of
 from server.rounds.strategies import make_strategy
-from server.rounds.strategy_state import remembered
+from server.rounds.strategy_state import strategy_state_of
 from tests.adversarial.conftest import World, initialised
 from tests.campaign.harms import Command
 from tests.e2e.live.conftest import TASK, Project
@@ -183,7 +183,7 @@ def _build_server(root: Path) -> None:
     task = load_task(project.task)
     size = layout_of(build_model(task, run).model).size
     chosen = make_strategy("FedAvg", {}, cohort=3, size=size)
-    same = {"preprocess": b"", "strategy": remembered(chosen.strategy)}
+    same = {"preprocess": b"", "strategy": strategy_state_of(chosen.strategy)}
     with closing(create(journal, identity_of(run, OPEN_POLICY))) as begun:
         begun.commit(progress(0, size, **same), None)
         for number in (1, 2):

@@ -23,7 +23,7 @@ from server.rounds.app import Listener, Outcome, server_app
 from server.simulation.federate import federate
 from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.nodes import FIRST_NODE_ID
-from server.simulation.virtual.state import Choice, State
+from server.simulation.virtual.state import Choice, SimulationState
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "algorithms"
 NAMES = [f"client-{place}" for place in range(4)]
@@ -104,7 +104,7 @@ def train(run: RunConfig, given: Any = None, task: Task = TASK) -> Told:
         run,
         OPEN_POLICY,
         NAMES,
-        state=State(),
+        state=SimulationState(),
         fleet=read_fleet(run, NAMES),
         on_choice=lambda choice, workers: told.choices.append(choice),
     )

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAdam
 
 from fedcore import Algorithm, ClientSettings
 from fedcore.config.client_settings import SETTABLE, settings_with
-from fedcore.config.run import Client, RunConfig
+from fedcore.config.run import ClientConfig, RunConfig
 from fedcore.errors import ConfigError, RoundFailed
 from fedcore.task.model import build_model
 from server.live.rounds.settings import device_settings
@@ -205,7 +205,7 @@ def test_a_strategy_that_fails_in_a_round_is_named_with_it(
 
 def test_numbers_of_numpy_are_settings_too() -> None:
     asked = ClientSettings(learning_rate=np.float32(0.25), epochs=np.int64(2))  # type: ignore[arg-type]
-    found = settings_with(Client(), asked, private=False)
+    found = settings_with(ClientConfig(), asked, private=False)
     assert (found.learning_rate, found.epochs) == (0.25, 2)
 
 

@@ -27,9 +27,9 @@ from server.rounds.checkpointing import NoCheckpoints, Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
 from server.rounds.strategies import choose_strategy, strategy_names
-from server.rounds.strategy_state import remind
+from server.rounds.strategy_state import restore_strategy
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 from tests.contract.own_strategies import EXAMPLES
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]
@@ -85,7 +85,7 @@ def rounds(name: str, task: Task, checkpointer: Watching, start: Start | None = 
     )
     chosen = choose_strategy(run, cohort=6, size=1)
     if start is not None:
-        remind(chosen.strategy, start.progress.strategy)
+        restore_strategy(chosen.strategy, start.progress.strategy)
     federation = Federation(
         run=run,
         grid=InProcessGrid(1, range(10, 16), partial(answer, bit="ClientSideAdaptive" in name)),
@@ -117,7 +117,7 @@ def test_three_rounds_and_three_more_are_six(name: str, tiny: Task, tmp_path: Pa
     half = Watching(3)
     progress = rounds(name, tiny, half)
     path = tmp_path / "checkpoint"
-    write_checkpoint(path, Checkpoint({}, progress, half.told, State(), 0.0))
+    write_checkpoint(path, Checkpoint({}, progress, half.told, SimulationState(), 0.0))
     start = read_checkpoint(path).start
     assert list(bits(start.progress)) == list(bits(progress))
     again = rounds(name, tiny, Watching(6), start)

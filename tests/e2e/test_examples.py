@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fedcore import load_run, load_task
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.task.definition import Examples
 from fedcore.task.model import build_model, standardise_of
 from fedcore.training.evaluate import evaluate
@@ -118,7 +118,7 @@ def pooled_rmse(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     model = build_model(task, run)
     standardise_of(model).mean.copy_(inputs.mean(0))
     standardise_of(model).deviation.copy_(inputs.std(0))
-    settings = Client(learning_rate=0.02, momentum=0.9)
+    settings = ClientConfig(learning_rate=0.02, momentum=0.9)
     order = torch.Generator().manual_seed(run.seed)
     train(model, pool, task.loss_of, settings, epochs=20, batch_size=64, rng=order)
     test = task.test_data(data)

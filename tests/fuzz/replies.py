@@ -18,8 +18,8 @@ from fedcore.flower.identity import assume_identity
 from fedcore.task.metrics import ACCURACY, RMSE
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.pack import Layout
-from fedcore.updates.replies import Asked, check_legible, read_reply
-from fedcore.updates.seal import base_digest, content_digest, seal, unseal
+from fedcore.updates.replies import ReplySpec, check_legible, read_reply
+from fedcore.updates.seal import base_digest, content_digest, sign_reply, verify_reply
 from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
 from server.rounds.inbound import failure_of
 from tests.fuzz.mutate import NUMBERS, TEXTS, packed, unpacked
@@ -33,7 +33,7 @@ _LAYOUT = Layout(("weight",), ((SIZE,),))
 
 
 @cache
-def questions() -> tuple[Asked, ...]:
+def questions() -> tuple[ReplySpec, ...]:
     plain = {"name": "run", "task": "task.py"}
     both = plain | {"privacy": {"unit": "both", "client": {"clip_norm": 1.0}}}
     return (
@@ -88,12 +88,12 @@ def make(rng: Random) -> bytes:
     return packed([bytes((number, signed)), objects(rng, made)])
 
 
-def _asked(asked: Asked) -> Message:
+def _asked(asked: ReplySpec) -> Message:
     return Message(RecordDict(), 7, asked.purpose)
 
 
-def _sign(rng: Random, content: RecordDict, asked: Asked) -> None:
-    seal(
+def _sign(rng: Random, content: RecordDict, asked: ReplySpec) -> None:
+    sign_reply(
         content,
         RecordDict(),
         purpose=asked.purpose,
@@ -129,7 +129,7 @@ def read(raw: bytes) -> None:
     content_digest(content)
     if signed:
         base = base_digest(RecordDict())
-        unseal(
+        verify_reply(
             content,
             purpose=asked.purpose,
             run_id="c" * 64,

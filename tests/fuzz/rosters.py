@@ -8,7 +8,7 @@ from random import Random
 
 from pydantic import ValidationError
 
-from fedcore.crypto.roster import Entry, Member, RosterFile, parse_roster
+from fedcore.crypto.roster import Member, RosterEntry, RosterFile, parse_roster
 from tests.fuzz.mutate import damaged, damaged_json
 from tests.fuzz.project import certificates, odd_certificates, project, repem
 
@@ -23,7 +23,7 @@ _WORDS = (
 
 @cache
 def _signed() -> bytes:
-    entries = [Entry(certificate=one, num_examples=600) for one in certificates()[:4]]
+    entries = [RosterEntry(certificate=one, num_examples=600) for one in certificates()[:4]]
     return RosterFile(version=7, members=tuple(entries)).signed(project().key).to_bytes()
 
 

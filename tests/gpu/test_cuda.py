@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan
@@ -52,7 +52,7 @@ def test_plain_training_equals_that_of_the_cpu() -> None:
             model,
             examples(),
             nn.functional.cross_entropy,
-            Client(learning_rate=0.1),
+            ClientConfig(learning_rate=0.1),
             epochs=3,
             batch_size=16,
             rng=torch_rng(0, "order"),
@@ -71,7 +71,7 @@ def test_private_training_with_next_to_no_noise_equals_that_of_the_cpu() -> None
             model,
             examples(),
             nn.functional.cross_entropy,
-            Client(learning_rate=0.1),
+            ClientConfig(learning_rate=0.1),
             still,
             way=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
             draws=Simulated(0).draws(device),
@@ -83,7 +83,7 @@ def test_private_training_with_next_to_no_noise_equals_that_of_the_cpu() -> None
 def test_noise_on_the_gpu_has_the_size_of_the_plan_and_is_fixed_by_the_seed() -> None:
     planned = plan(
         examples(),
-        Client(batch_size=64),
+        ClientConfig(batch_size=64),
         Privacy(unit="example", noise_multiplier=2.0, clip_norm=1e-6),
         round=1,
         participations=1,
@@ -97,7 +97,7 @@ def test_noise_on_the_gpu_has_the_size_of_the_plan_and_is_fixed_by_the_seed() ->
             model,
             examples(),
             nn.functional.cross_entropy,
-            Client(batch_size=64, learning_rate=64.0),
+            ClientConfig(batch_size=64, learning_rate=64.0),
             planned,
             way=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
             draws=Simulated(0).draws(CUDA),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
@@ -24,12 +24,12 @@ from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
 from server.simulation.batched.chained import train_chained
 from server.simulation.batched.vmap import train_cohort
-from server.simulation.batched.work import LocalWork, PrivateWork, Trained
+from server.simulation.batched.work import LocalWork, PrivateWork, TrainedClients
 from tests.ways import way_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-SETTINGS = Client(batch_size=5, learning_rate=0.1)
+SETTINGS = ClientConfig(batch_size=5, learning_rate=0.1)
 SIZES = (20, 13, 7)
 
 
@@ -64,7 +64,7 @@ def model(net: str) -> FullModel:
     return FullModel(nn.Identity(), NETS[net]()).to(CUDA)
 
 
-def distances(before: FullModel, together: Trained, alone: list[FullModel]) -> list[float]:
+def distances(before: FullModel, together: TrainedClients, alone: list[FullModel]) -> list[float]:
     start = torch.from_numpy(pack(before.model))
     found = []
     for row, one in zip(together.weights.cpu(), alone, strict=True):

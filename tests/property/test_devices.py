@@ -14,7 +14,7 @@ from fedcore.errors import DataError
 from server.simulation.virtual.devices import (
     SILENCE_S,
     Fate,
-    Fleet,
+    VirtualFleet,
     class_of,
     device_of,
     fate,
@@ -41,13 +41,13 @@ CLASSES = st.lists(
     min_size=1,
     max_size=4,
 ).map(tuple)
-FLEETS = st.builds(Fleet, SEEDS, CLASSES)
+FLEETS = st.builds(VirtualFleet, SEEDS, CLASSES)
 COHORTS = st.lists(st.text(max_size=8), unique=True, min_size=1, max_size=12)
 DEADLINES = st.floats(1e-3, 1e9) | st.just(math.inf)
 
 
 def meet(
-    fleet: Fleet, client: str, number: int = 1, *, examples: int = 60, megabytes: float = 1.0
+    fleet: VirtualFleet, client: str, number: int = 1, *, examples: int = 60, megabytes: float = 1.0
 ) -> Fate:
     size = int(megabytes * 1e6)
     return fate(
@@ -64,7 +64,7 @@ def meet(
 
 @given(FLEETS, COHORTS, st.integers(1, 100))
 def test_fates_are_finite_in_order_and_the_same_again(
-    fleet: Fleet, cohort: list[str], number: int
+    fleet: VirtualFleet, cohort: list[str], number: int
 ) -> None:
     for client in cohort:
         one = meet(fleet, client, number)
@@ -77,7 +77,7 @@ def test_fates_are_finite_in_order_and_the_same_again(
 
 @given(FLEETS, COHORTS, DEADLINES, st.randoms())
 def test_a_round_does_not_depend_on_the_order_of_its_cohort(
-    fleet: Fleet, cohort: list[str], deadline_s: float, order: random.Random
+    fleet: VirtualFleet, cohort: list[str], deadline_s: float, order: random.Random
 ) -> None:
     shuffled = list(cohort)
     order.shuffle(shuffled)
@@ -89,7 +89,9 @@ def test_a_round_does_not_depend_on_the_order_of_its_cohort(
 
 
 @given(FLEETS, COHORTS, DEADLINES)
-def test_everyone_is_accounted_for(fleet: Fleet, cohort: list[str], deadline_s: float) -> None:
+def test_everyone_is_accounted_for(
+    fleet: VirtualFleet, cohort: list[str], deadline_s: float
+) -> None:
     fates = [meet(fleet, client) for client in cohort]
     ended = settle(fates, deadline_s=deadline_s)
     record = ended.record
@@ -105,7 +107,7 @@ def test_everyone_is_accounted_for(fleet: Fleet, cohort: list[str], deadline_s: 
 
 @given(FLEETS, COHORTS)
 def test_without_a_deadline_there_are_no_stragglers_and_every_round_ends(
-    fleet: Fleet, cohort: list[str]
+    fleet: VirtualFleet, cohort: list[str]
 ) -> None:
     fates = [meet(fleet, client) for client in cohort]
     ended = settle(fates, deadline_s=math.inf)
@@ -115,7 +117,7 @@ def test_without_a_deadline_there_are_no_stragglers_and_every_round_ends(
 
 @given(FLEETS, COHORTS, st.floats(1e-3, 1e6), st.floats(1, 100))
 def test_a_longer_deadline_loses_nobody(
-    fleet: Fleet, cohort: list[str], deadline_s: float, factor: float
+    fleet: VirtualFleet, cohort: list[str], deadline_s: float, factor: float
 ) -> None:
     fates = [meet(fleet, client) for client in cohort]
     short = settle(fates, deadline_s=deadline_s)
@@ -131,19 +133,19 @@ def test_a_longer_deadline_loses_nobody(
     st.floats(1e-3, 1),
 )
 def test_a_slower_device_never_finishes_earlier(
-    fleet: Fleet, client: str, what: str, factor: float
+    fleet: VirtualFleet, client: str, what: str, factor: float
 ) -> None:
     slower = [
         kind.model_copy(update={what: getattr(kind, what) * factor}) for kind in fleet.classes
     ]
-    fast, slow = meet(fleet, client), meet(Fleet(fleet.seed, tuple(slower)), client)
+    fast, slow = meet(fleet, client), meet(VirtualFleet(fleet.seed, tuple(slower)), client)
     assert slow.outcome == fast.outcome
     assert slow.finish_s >= fast.finish_s
 
 
 @given(FLEETS, st.text(max_size=8), st.integers(1, 10**6), st.floats(0, 1e3))
 def test_more_work_and_more_bytes_never_take_less(
-    fleet: Fleet, client: str, more: int, megabytes: float
+    fleet: VirtualFleet, client: str, more: int, megabytes: float
 ) -> None:
     little = meet(fleet, client)
     assert meet(fleet, client, examples=60 + more).finish_s >= little.finish_s
@@ -153,7 +155,7 @@ def test_more_work_and_more_bytes_never_take_less(
 # Statistics: one fixed seed and 4,000 clients. A right implementation fails a bound of five
 # standard deviations for about one seed in 1.7 million.
 CLIENTS = [f"client-{number}" for number in range(4000)]
-MIXED = Fleet(
+MIXED = VirtualFleet(
     20_26,
     (
         DeviceClass(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedcore.config.owner import OPEN_POLICY
-from fedcore.config.run import Client as Settings
+from fedcore.config.run import ClientConfig as Settings
 from fedcore.config.run import RunConfig
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.privacy.accounting import Charge
@@ -41,7 +41,7 @@ from fedcore.training.per_example.clipping import example_gradients, norms, shar
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import EXACT_ROWS, Way, by_chain
+from fedcore.training.per_example.ways import EXACT_ROWS, GradientMethod, by_chain
 from fedcore.training.private import train_private
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of, pack
@@ -165,7 +165,13 @@ def hostile(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def sums(
-    way: Way, task: Task, full: FullModel, examples: Any, *, clip: float = 1.0, steps: int = 2
+    way: GradientMethod,
+    task: Task,
+    full: FullModel,
+    examples: Any,
+    *,
+    clip: float = 1.0,
+    steps: int = 2,
 ) -> Tensor:
     """What noise would have been added to, ``(steps, parameters)``; weights all but stand still."""
     model, draws = copy.deepcopy(full), Silent()
@@ -384,7 +390,7 @@ def test_random_chains(
     assert moved(*pair, clip=10**clip) <= 1 + ROUNDING
 
 
-def by_chain_of(full: FullModel) -> Way:
+def by_chain_of(full: FullModel) -> GradientMethod:
     chain = find_chain(full.model, torch.zeros(2, WIDTH))
     assert chain is not None
     return by_chain(chain, by_torch(chain), nn.functional.cross_entropy)

@@ -7,7 +7,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.config.run import Client, Federation, RunConfig, Serving
+from fedcore.config.run import ClientConfig, FederationConfig, RunConfig, Serving
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 
@@ -17,7 +17,7 @@ RUNS = st.builds(
     task=st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=20),
     seed=st.integers(0, 2**63 - 1),
     federation=st.builds(
-        Federation,
+        FederationConfig,
         rounds=st.integers(1, 1_000_000),
         cohort=st.none() | st.integers(1, 1_000_000),
         quorum=st.floats(0, 1, exclude_min=True),
@@ -28,7 +28,7 @@ RUNS = st.builds(
         ),
     ),
     client=st.builds(
-        Client,
+        ClientConfig,
         learning_rate=st.floats(1e-9, 1e6),
         momentum=st.floats(0, 1, exclude_max=True),
         device=st.sampled_from(["auto", "cpu", "cuda", "mps"]),

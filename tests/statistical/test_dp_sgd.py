@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws, SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import train_private
 from tests.ways import way_of
 
@@ -33,7 +33,7 @@ def no_signal(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def moves(
-    charge: Charge, *, clip: float, settings: Client, count: int = 40, size: int = 20_000
+    charge: Charge, *, clip: float, settings: ClientConfig, count: int = 40, size: int = 20_000
 ) -> Tensor:
     """How far each weight moved when there was nothing to learn."""
     model = nn.Linear(size, 1, bias=False)
@@ -68,14 +68,16 @@ def check_normal(values: Tensor, deviation: float) -> None:
 def test_the_noise_has_the_deviation_that_the_plan_says(
     noise: float, clip: float, rate: float
 ) -> None:
-    moved = moves(Charge(1, noise, rate, 1), clip=clip, settings=Client(learning_rate=1.0))
+    moved = moves(Charge(1, noise, rate, 1), clip=clip, settings=ClientConfig(learning_rate=1.0))
     check_normal(moved, noise * clip / (40 * rate) * (1 + FLOAT_MARGIN))
 
 
 def test_every_step_draws_noise_of_its_own_with_or_without_examples() -> None:
     steps = 9
     for rate, batch in ((0.5, 20), (1e-9, 1)):  # the second leaves every batch empty
-        moved = moves(Charge(1, 1.0, rate, steps), clip=1.0, settings=Client(learning_rate=1.0))
+        moved = moves(
+            Charge(1, 1.0, rate, steps), clip=1.0, settings=ClientConfig(learning_rate=1.0)
+        )
         check_normal(moved, math.sqrt(steps) / batch)
 
 
@@ -115,7 +117,7 @@ def batches(count: int, rate: float, steps: int) -> list[Tensor]:
         model,
         data,
         of_outputs,
-        Client(),
+        ClientConfig(),
         PrivatePlan(Charge(1, 1.0, rate, steps), 2.0),
         way=way_of(model, of_outputs, torch.zeros(count), "regression"),
         draws=noted,
@@ -146,7 +148,7 @@ def test_a_rate_of_one_draws_every_example_in_every_step() -> None:
     assert all(len(batch) == 50 for batch in batches(50, 1.0, 20))
 
 
-def released(examples: Tensor, noise: float, trial: int, way: Way) -> float:
+def released(examples: Tensor, noise: float, trial: int, way: GradientMethod) -> float:
     """One weight after one step on examples whose gradients are their own values."""
     model = nn.Linear(1, 1, bias=False)
     data: Any = TensorDataset(examples, torch.zeros(len(examples)))
@@ -157,7 +159,7 @@ def released(examples: Tensor, noise: float, trial: int, way: Way) -> float:
         model,
         data,
         of_outputs,
-        Client(learning_rate=1.0),
+        ClientConfig(learning_rate=1.0),
         PrivatePlan(Charge(1, noise, 1.0, 1), 1.0),
         way=way,
         draws=SimulatedDraws(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 from fedcore.training.per_example.images import back_to_image, convolved, largest, patches
 
 Elementwise = Callable[..., Tensor]
@@ -29,7 +29,7 @@ class Dense:
 class Conv(Dense):
     """One convolution, its weight ``(out, C, kh, kw)``, with the pooling behind it."""
 
-    window: Window
+    window: ConvolutionWindow
     channels: int
     """Of images that it takes: C."""
     outs: int

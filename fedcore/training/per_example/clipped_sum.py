@@ -13,7 +13,7 @@ from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import shares_of
-from fedcore.training.per_example.ways import Kind, Part, Way, one_by_one, zero_totals
+from fedcore.training.per_example.ways import GradientMethod, Kind, Part, one_by_one, zero_totals
 
 _MOST_ROWS = 256
 """Examples that are read, and taken, at once: what one of them is like decides little memory."""
@@ -54,7 +54,7 @@ class ClippedSum:
 
 
 def clipped_sum(
-    way: Way,
+    way: GradientMethod,
     preprocess: nn.Module,
     model: nn.Module,
     loss: Loss,
@@ -96,7 +96,7 @@ def clipped_sum(
 
 
 def _add_part(
-    way: Way,
+    way: GradientMethod,
     preprocess: nn.Module,
     model: nn.Module,
     loss: Loss,
@@ -109,7 +109,7 @@ def _add_part(
     What is done with an example is decided by that example alone.
     """
 
-    def taken(way: Way, batch: Batch) -> Part | None:
+    def taken(way: GradientMethod, batch: Batch) -> Part | None:
         return _taken(way, preprocess, model, batch)
 
     part = taken(way, batch)
@@ -138,7 +138,9 @@ def _add_clipped(part: Part, batch: Batch, clip_norm: float, totals: Sequence[Te
     return int((batch.counted & ~used).sum())
 
 
-def _taken(way: Way, preprocess: nn.Module, model: nn.Module, batch: Batch) -> Part | None:
+def _taken(
+    way: GradientMethod, preprocess: nn.Module, model: nn.Module, batch: Batch
+) -> Part | None:
     """The gradients of one physical batch; None where they fail, for want of memory, too.
 
     What an example makes of its values, memory to take among it, must not end the work. A number

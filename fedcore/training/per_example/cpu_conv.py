@@ -26,7 +26,7 @@ from fedcore.kernels.im2col import (
     unpool,
 )
 from fedcore.kernels.sparse_backward import Back, taken_back
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_kernels, to_tiles
 from fedcore.training.per_example.chain import Conv, Each, Made, Share, Weights, matrix
 
@@ -72,7 +72,7 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
     return link
 
 
-def _padded(window: Window, x: Tensor) -> Tensor:
+def _padded(window: ConvolutionWindow, x: Tensor) -> Tensor:
     """``(K, B, H, W, C)`` in one run of memory."""
     down, across = window.padding
     if down or across:
@@ -82,7 +82,7 @@ def _padded(window: Window, x: Tensor) -> Tensor:
 
 def _directly(
     loops: Direct,
-    window: Window,
+    window: ConvolutionWindow,
     weight: Tensor,
     bias: Tensor,
     x: Tensor,
@@ -121,7 +121,7 @@ def _directly(
 
 def _by_taken(
     back: Back,
-    window: Window,
+    window: ConvolutionWindow,
     weight: Tensor,
     bias: Tensor,
     x: Tensor,
@@ -162,7 +162,7 @@ def _by_taken(
 
 
 def _by_rows(
-    window: Window,
+    window: ConvolutionWindow,
     weight: Tensor,
     bias: Tensor,
     x: Tensor,
@@ -205,7 +205,7 @@ def _by_rows(
 
 
 def _rows_ahead(
-    window: Window,
+    window: ConvolutionWindow,
     weight: Tensor,
     bias: Tensor,
     x: Tensor,
@@ -268,7 +268,7 @@ def _multiply_back(rows: Tensor, slopes: Tensor, gradient: Tensor) -> None:
         torch.sum(torch.bmm(rows.transpose(1, 2), slopes), dim=0, out=gradient.t())
 
 
-def _tiled(window: Window, x: Tensor, outs: int) -> bool:
+def _tiled(window: ConvolutionWindow, x: Tensor, outs: int) -> bool:
     """Whether tiles are the quicker way, and have room."""
     _, _, height, width, channels = x.shape
     fits = (window.kernel, window.stride, window.pool) == ((3, 3), (1, 1), (2, 2))
@@ -278,7 +278,7 @@ def _tiled(window: Window, x: Tensor, outs: int) -> bool:
 
 
 def _tiles_ahead(
-    window: Window, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
+    window: ConvolutionWindow, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
 ) -> tuple[Tensor, Any]:
     """By Winograd's tiles, each of which is what pooling looks at: what is found, its places."""
     clients, batch, height, width, channels = x.shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fedcore.kernels.window import Pair, Window
+from fedcore.kernels.window import ConvolutionWindow, Pair
 from fedcore.training.per_example.chain import (
     Chain,
     Conv,
@@ -232,12 +232,12 @@ def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:
     return None
 
 
-def _window(layer: nn.Conv2d) -> Window | None:
+def _window(layer: nn.Conv2d) -> ConvolutionWindow | None:
     """What a convolution looks at; None where that is no plain rectangle."""
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     if not plain or isinstance(layer.padding, str):
         return None
-    return Window(_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding))
+    return ConvolutionWindow(_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding))
 
 
 def _with_pooling(chain: Chain) -> Chain:

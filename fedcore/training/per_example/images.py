@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 
 _FEW_CHANNELS = 8  # rows of fewer are too short to be copied one by one
 
 
-def patches(x: Tensor, window: Window) -> Tensor:
+def patches(x: Tensor, window: ConvolutionWindow) -> Tensor:
     """What a convolution looks at, a row for each result that is wanted.
 
     Args:
@@ -43,7 +43,7 @@ def patches(x: Tensor, window: Window) -> Tensor:
     return rows.reshape(clients, batch, -1, numbers)
 
 
-def convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor | None:
+def convolved(x: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor | None:
     """What `patches` times the weights gives, by torch's own convolution where that is quicker.
 
     It is for one client on a CPU, whose products torch's library takes at half the speed, unless
@@ -68,7 +68,7 @@ def convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor | None:
     return blocks.reshape(1, batch, -1, found.shape[1])
 
 
-def back_to_image(x: Tensor, z: Tensor, weight: Tensor, window: Window) -> Tensor:
+def back_to_image(x: Tensor, z: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor:
     """``z``, with the way back from its slopes to those of ``x``.
 
     Args:
@@ -94,12 +94,12 @@ def largest(z: Tensor, axis: int) -> Tensor:
     return found
 
 
-def _padded(x: Tensor, window: Window) -> Tensor:
+def _padded(x: Tensor, window: ConvolutionWindow) -> Tensor:
     down, across = window.padding
     return functional.pad(x, (across, across, down, down)) if down or across else x
 
 
-def _looked_at(x: Tensor, window: Window) -> Tensor:
+def _looked_at(x: Tensor, window: ConvolutionWindow) -> Tensor:
     """A view of ``x``, padded: ``(K, B, q down, q across, P down, P across, kh, kw, C)``.
 
     The block's height and width stand before the blocks, so that what is compared by pooling lies
@@ -121,7 +121,9 @@ def _looked_at(x: Tensor, window: Window) -> Tensor:
 
 class _BackToImage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, window: Window) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor, weight: Tensor, window: ConvolutionWindow
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.window, ctx.shape = window, x.shape
         return z.view_as(z)
@@ -137,7 +139,7 @@ class _BackToImage(torch.autograd.Function):
 
 
 def slopes_of_image(
-    slopes: Tensor, weight: Tensor, window: Window, shape: Sequence[int], at_once: int
+    slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int], at_once: int
 ) -> Tensor:
     """Each place of the kernel by itself: its products lie as the image does, and are added.
 
@@ -170,7 +172,9 @@ def slopes_of_image(
     return whole[:, :, down : down + height, across : across + width].permute(0, 1, 4, 2, 3)
 
 
-def slopes_of_one(slopes: Tensor, weight: Tensor, window: Window, shape: Sequence[int]) -> Tensor:
+def slopes_of_one(
+    slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int]
+) -> Tensor:
     """The same for one client, by torch's own convolution, which is quicker for so few.
 
     Args:

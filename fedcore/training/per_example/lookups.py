@@ -18,8 +18,8 @@ from fedcore.task.definition import Loss
 from fedcore.training.per_example.clipping import norms
 from fedcore.training.per_example.mapping import vmap
 from fedcore.training.per_example.ways import (
+    GradientMethod,
     Part,
-    Way,
     fresh,
     of_gradients,
     own_states,
@@ -55,7 +55,7 @@ def find_tables(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> Way | None:
+def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> GradientMethod | None:
     """For models with large embeddings that torch can vectorise; None for those without.
 
     Guarantee:
@@ -109,7 +109,7 @@ def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> Way
         parts |= {name: of_gradients([one]) for name, one in found.items()}
         return _together(model, parts)
 
-    return Way("vmap", take, 12 * others + 20 * numbers, why)
+    return GradientMethod("vmap", take, 12 * others + 20 * numbers, why)
 
 
 def _is_large(model: nn.Module, name: str, taps: Sequence[Tensor]) -> bool:

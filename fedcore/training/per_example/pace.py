@@ -13,7 +13,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
 from fedcore.training.per_example.trial import made_up
-from fedcore.training.per_example.ways import Way
+from fedcore.training.per_example.ways import GradientMethod
 
 _MOST_ROWS = 64
 """Examples that are timed; a larger batch takes as much longer as it is larger."""
@@ -22,7 +22,7 @@ _MOST_ROWS = 64
 def step_seconds(
     task: Task,
     model: FullModel,
-    way: Way,
+    way: GradientMethod,
     plan: PrivatePlan,
     *,
     batch_size: int,

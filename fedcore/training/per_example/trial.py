@@ -27,7 +27,7 @@ from fedcore.training.per_example.lookups import by_lookups
 from fedcore.training.per_example.losses import is_mean
 from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.ways import (
-    Way,
+    GradientMethod,
     by_chain,
     by_vmap,
     each_alone,
@@ -61,7 +61,7 @@ class MadeUp:
     """What the loss takes for targets; None where none of the usual kinds fits."""
 
 
-def find_way(task: Task, model: FullModel) -> Way:
+def find_way(task: Task, model: FullModel) -> GradientMethod:
     """The quickest way that gives the gradients of batches of one, for one task's model.
 
     Args:
@@ -80,7 +80,7 @@ def find_way(task: Task, model: FullModel) -> Way:
         return _tried(task, task.loss_of, model)
 
 
-def _tried(task: Task, loss: Loss, model: FullModel) -> Way:
+def _tried(task: Task, loss: Loss, model: FullModel) -> GradientMethod:
     given, model = model, _copied(model, loss)
     tried = made_up(task, model)
     with _without_chance(model):
@@ -105,7 +105,9 @@ def _tried(task: Task, loss: Loss, model: FullModel) -> Way:
     return replace(way, usual=(example.shape, example.dtype))
 
 
-def _quickest(loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, mapped: bool) -> Way:
+def _quickest(
+    loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, mapped: bool
+) -> GradientMethod:
     parameters = trained(model.model)
     alone = one_by_one(loss, why="")
     if tried.targets is None:
@@ -160,7 +162,9 @@ def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
     return draws.names | outside
 
 
-def _agree(way: Way, reference: Way, model: FullModel, tried: MadeUp) -> str | None:
+def _agree(
+    way: GradientMethod, reference: GradientMethod, model: FullModel, tried: MadeUp
+) -> str | None:
     """Why a way does not give the gradients of batches of one; None when it does."""
     assert tried.targets is not None
     share = torch.linspace(0.5, 1, len(tried.inputs), device=tried.inputs.device)

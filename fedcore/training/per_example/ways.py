@@ -48,7 +48,7 @@ Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], Part]
 
 
 @dataclass(frozen=True)
-class Way:
+class GradientMethod:
     """How per-example gradients of one model and loss are taken."""
 
     name: Name
@@ -108,7 +108,7 @@ def fresh(*parts: Any) -> tuple[Any, ...]:
     return tuple(next(copies) if isinstance(part, nn.Module) else part for part in parts)
 
 
-def by_chain(chain: Chain, run: Run, loss: Loss) -> Way:
+def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
     """For chains of dense layers and convolutions: products of what went in and came back.
 
     No gradient of a dense layer is ever made, and one pass back serves the whole batch.
@@ -152,10 +152,10 @@ def by_chain(chain: Chain, run: Run, loss: Loss) -> Way:
         for layer in chain.layers
         if isinstance(layer, Conv)
     )
-    return Way("chain", take, 4 * (convolved + 8 * chain.numbers))
+    return GradientMethod("chain", take, 4 * (convolved + 8 * chain.numbers))
 
 
-def by_vmap(parameters: int, loss: Loss, *, why: str) -> Way:
+def by_vmap(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
     """For whatever torch can vectorise: the gradient of a batch of one, mapped over examples.
 
     Args:
@@ -178,7 +178,7 @@ def by_vmap(parameters: int, loss: Loss, *, why: str) -> Way:
         with own_states(network):
             return of_gradients(list(mapped(values, inputs, targets).values()))
 
-    return Way("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
+    return GradientMethod("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def own_states(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def one_by_one(loss: Loss, *, why: str) -> Way:
+def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
     """For every model that takes a batch of one: an ordinary backward pass for each example."""
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
@@ -219,7 +219,7 @@ def one_by_one(loss: Loss, *, why: str) -> Way:
                 gradients[place] = gradient
         return of_gradients(each)
 
-    return Way("alone", take, 0, why)
+    return GradientMethod("alone", take, 0, why)
 
 
 def own_gradient(

@@ -28,7 +28,7 @@ _UNLIKE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErr
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """One thing that came to pass. Its kind, round and node name it: nothing comes to pass twice.
 
     ``sha256`` covers all of the rest, so that damage shows in whatever part.
@@ -64,7 +64,7 @@ class Entry:
 
 
 @contextmanager
-def as_written(entry: Entry) -> Iterator[None]:
+def as_written(entry: JournalEntry) -> Iterator[None]:
     """Turns whatever a document that is not as it should be leads to into one refusal.
 
     A digest tells damage, not who wrote: another version, or somebody who may write to the folder.
@@ -80,7 +80,7 @@ def as_written(entry: Entry) -> Iterator[None]:
         raise _unlike(entry, error) from None
 
 
-def _unlike(entry: Entry, error: Exception) -> DataError:
+def _unlike(entry: JournalEntry, error: Exception) -> DataError:
     return DataError(
         f"journal: entry {foreign(entry.kind, 40)!r} of round {entry.round} is not as this version "
         f"writes it ({type(error).__name__}: {foreign(error, 100)}). It was not used; where the "
@@ -90,10 +90,10 @@ def _unlike(entry: Entry, error: Exception) -> DataError:
 
 def new_entry(
     kind: str, number: int, node: int, values: Mapping[str, Any], data: bytes = b""
-) -> Entry:
+) -> JournalEntry:
     """An entry over ``values``, as JSON; every float is kept to its last bit, NaN too."""
     doc = json.dumps(values)
-    return Entry(kind, number, node, doc, data, _digest(kind, number, node, doc, data))
+    return JournalEntry(kind, number, node, doc, data, _digest(kind, number, node, doc, data))
 
 
 def _digest(kind: str, number: int, node: int, doc: str, data: bytes) -> str:
@@ -174,7 +174,7 @@ class Entries:
         self._connection.close()
 
     def write(
-        self, new: Sequence[Entry] = (), *, drop: Sequence[tuple[str, int, int]] = ()
+        self, new: Sequence[JournalEntry] = (), *, drop: Sequence[tuple[str, int, int]] = ()
     ) -> None:
         """Drops entries and adds others, all or none; one of the same name is replaced.
 
@@ -208,7 +208,7 @@ class Entries:
                 "delete from entry where kind = ? and round = ? and node = ?", (kind, number, node)
             )
 
-    def of(self, kind: str) -> list[Entry]:
+    def of(self, kind: str) -> list[JournalEntry]:
         """Every entry of a kind, by round and node."""
         with sqlite_errors(self.path):
             rows = self._connection.execute(
@@ -217,7 +217,7 @@ class Entries:
             ).fetchall()
         return [self._entry(row) for row in rows]
 
-    def one(self, kind: str, number: int, node: int) -> Entry | None:
+    def one(self, kind: str, number: int, node: int) -> JournalEntry | None:
         """The entry of that name."""
         with sqlite_errors(self.path):
             row = self._connection.execute(
@@ -226,14 +226,14 @@ class Entries:
             ).fetchone()
         return self._entry(row) if row else None
 
-    def damaged(self) -> list[Entry]:
+    def damaged(self) -> list[JournalEntry]:
         """Entries that are not what was written."""
         with sqlite_errors(self.path):
             rows = self._connection.execute(f"select {_FIELDS} from entry").fetchall()  # noqa: S608
         return [entry for entry in map(self._entry, rows) if not entry.is_intact]
 
-    def _entry(self, row: tuple[Any, ...]) -> Entry:
+    def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
         """An entry of the file, where any value may be of any type: one bit of damage decides."""
         if tuple(map(type, row)) != _TYPES:
             raise DataError(f"{self.path}: the journal is damaged (an entry is of other types).")
-        return Entry(*row)
+        return JournalEntry(*row)

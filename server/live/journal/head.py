@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedcore.errors import DataError, DiskFull
 from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder, write_atomic
-from server.live.journal.entries import Entries, Entry
+from server.live.journal.entries import Entries, JournalEntry
 
 HEAD, RECORDS = "head.json", "records.jsonl"
 JOURNAL = "journal.sqlite"
@@ -44,7 +44,7 @@ def is_begun(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Copy:
-    entries: list[Entry]
+    entries: list[JournalEntry]
     can_grow: bool
     """Whether the next record may follow those that are there. It may not where records came from
     elsewhere: from a version that kept them with the commits, or with a backup."""
@@ -61,7 +61,7 @@ def write_head(folder: Path, entries: Entries) -> None:
     _write_commits(folder, entries)
 
 
-def add_to_head(folder: Path, entries: Entries, record: Entry | None) -> None:
+def add_to_head(folder: Path, entries: Entries, record: JournalEntry | None) -> None:
     """As `write_head`, where ``record`` is all that has come to the records since.
 
     Raises:
@@ -91,19 +91,21 @@ def _write_commits(folder: Path, entries: Entries, last: int = _NEVER) -> None:
     write_atomic(folder / HEAD, json.dumps([*map(_row, kept)]).encode(), mode=0o600)
 
 
-def _row(entry: Entry) -> list[str | int]:
+def _row(entry: JournalEntry) -> list[str | int]:
     data = base64.b64encode(entry.data).decode()
     return [entry.kind, entry.round, entry.node, entry.doc, data, entry.sha256]
 
 
-def _line(record: Entry) -> bytes:
+def _line(record: JournalEntry) -> bytes:
     """Begins with the end of the line before, which a full disk may have cut off."""
     return b"\n" + json.dumps(_row(record)).encode()
 
 
-def _entries(rows: Iterable[Sequence[str]]) -> list[Entry]:
+def _entries(rows: Iterable[Sequence[str]]) -> list[JournalEntry]:
     return [
-        Entry(str(kind), int(number), int(node), str(doc), base64.b64decode(data), str(sha256))
+        JournalEntry(
+            str(kind), int(number), int(node), str(doc), base64.b64decode(data), str(sha256)
+        )
         for kind, number, node, doc, data, sha256 in rows
     ]
 
@@ -128,9 +130,9 @@ def _read_head(folder: Path) -> _Copy | None:
     return _Copy(found, can_grow=records == added)
 
 
-def _read_records(folder: Path) -> list[Entry]:
+def _read_records(folder: Path) -> list[JournalEntry]:
     """The lines of the copy's records, but for what cannot be read, as one that was cut off."""
-    path, found = folder / RECORDS, list[Entry]()
+    path, found = folder / RECORDS, list[JournalEntry]()
     try:
         lines = read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines()
     except DataError:
@@ -161,7 +163,7 @@ def settle_restored(folder: Path) -> None:
         sync_folder(folder)
 
 
-def open_mended(folder: Path) -> tuple[Entries, str]:
+def open_repaired(folder: Path) -> tuple[Entries, str]:
     """The entries in ``folder``, and what had to be mended, in a sentence; empty when nothing had.
 
     A damaged journal is put aside, and its commits are taken from their copy, as they are where it
@@ -213,7 +215,7 @@ def _unlike_a_file(path: Path) -> str:
     return "" if path.exists() else f"{path}: the journal is missing, and a run was begun."
 
 
-def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entries, str]:
+def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tuple[Entries, str]:
     path = folder / JOURNAL
     if head is None:
         raise DataError(
@@ -251,5 +253,5 @@ def _rebuilt(folder: Path, head: Sequence[Entry] | None, why: str) -> tuple[Entr
     )
 
 
-def _last_commit(entries: Sequence[Entry]) -> int:
+def _last_commit(entries: Sequence[JournalEntry]) -> int:
     return max((entry.round for entry in entries if entry.kind == COMMIT), default=0)

@@ -19,7 +19,7 @@ from fedcore.errors import DataError
 from fedcore.observability.foreign import foreign
 from fedcore.updates.pieces import KeptArray
 from server.live.journal.blobs import Blobs
-from server.live.journal.entries import Entries, Entry, as_written, new_entry
+from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
 from server.live.journal.head import (
     ASKED,
     COMMIT,
@@ -30,7 +30,7 @@ from server.live.journal.head import (
     RUN,
     add_to_head,
     is_begun,
-    open_mended,
+    open_repaired,
     settle_restored,
     shorten_head,
     write_head,
@@ -324,7 +324,7 @@ def _read_run(entries: Entries) -> dict[str, Any]:
     return values
 
 
-def _record_of(entry: Entry) -> RoundRecord:
+def _record_of(entry: JournalEntry) -> RoundRecord:
     with as_written(entry):
         record = RoundRecord(**entry.values)
         if type(record.round) is not int or record.round != entry.round:
@@ -362,7 +362,7 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
     if not is_begun(folder):
         return None
     settle_restored(folder)
-    entries, mended = open_mended(folder)
+    entries, mended = open_repaired(folder)
     run = entries.one(RUN, 0, 0)
     if run is None:  # it died before anything was begun
         entries.close()

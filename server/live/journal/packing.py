@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from fedcore.flower.records import read_record, record_bytes
 from fedcore.updates.pieces import JoinedArray, KeptArray, pieces, size_of
 from server.live.journal.blobs import Blobs, Pieces
-from server.live.journal.entries import Entry, as_written
+from server.live.journal.entries import JournalEntry, as_written
 from server.rounds.checkpointing import Progress
 from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 
 _INLINE_BYTES = 2**16
 
@@ -60,7 +60,7 @@ def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
     return blobs.get(first, last) if isinstance(first, str) else data[first:last]
 
 
-def digests_of(entry: Entry) -> list[str]:
+def digests_of(entry: JournalEntry) -> list[str]:
     """The files that an entry refers to."""
     values = entry.values
     with as_written(entry):
@@ -104,7 +104,7 @@ def progress_doc(progress: Progress, packed: Packing) -> dict[str, Any]:
     }
 
 
-def progress_from(entry: Entry, blobs: Blobs) -> Progress:
+def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
     """What `progress_doc` described.
 
     Raises:
@@ -114,7 +114,7 @@ def progress_from(entry: Entry, blobs: Blobs) -> Progress:
         return _progress_from(entry, blobs)
 
 
-def _progress_from(entry: Entry, blobs: Blobs) -> Progress:
+def _progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
     values, raw = entry.values, dict[str, bytes]()
     for *_, place in values["arrays"]:  # weights that are the best ones too are held once
         key = json.dumps(place)
@@ -137,7 +137,7 @@ def _progress_from(entry: Entry, blobs: Blobs) -> Progress:
         best=best,
         best_round=values["best_round"],
         most_failed=values["most_failed"],
-        strategy=Remembered(values["strategy"], tuple(rest[noise:])),
+        strategy=StrategyState(values["strategy"], tuple(rest[noise:])),
         preprocess=preprocess.tobytes(),
         protection=protection_of(protection, rest[:noise]),
     )
@@ -147,7 +147,7 @@ def _is_vector(values: NDArray[Any]) -> bool:
     return values.dtype == np.float32 and values.ndim == 1
 
 
-def content_from(entry: Entry, blobs: Blobs, *, where: str) -> RecordDict:
+def content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDict:
     """The content that `content_doc` described; large arrays stay in their files.
 
     Raises:
@@ -157,7 +157,7 @@ def content_from(entry: Entry, blobs: Blobs, *, where: str) -> RecordDict:
         return _content_from(entry, blobs, where=where)
 
 
-def _content_from(entry: Entry, blobs: Blobs, *, where: str) -> RecordDict:
+def _content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDict:
     values = entry.values
     start, end = values["rest"]
     content = read_record(entry.data[start:end], where=where)

@@ -42,7 +42,7 @@ class _Session:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceStatus:
     """A device that has called since the server started."""
 
     node_id: int
@@ -184,11 +184,11 @@ class Presence:
                 if one.name not in self._drained and self._left(one) is None
             ]
 
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[DeviceStatus]:
         """Everyone who has called, by name."""
         with self._lock:
             found = [
-                Device(node_id, one.name, self._left(one) is None, one.stream is not None)
+                DeviceStatus(node_id, one.name, self._left(one) is None, one.stream is not None)
                 for node_id, one in self._sessions.items()
             ]
         return sorted(found, key=lambda device: device.name)

@@ -31,7 +31,7 @@ from server.live.network.gate import Gate, Operate
 from server.live.network.http import bind, http_server
 from server.live.network.limits import Limits, Rates, Refusals, Uploads
 from server.live.network.presence import Presence
-from server.live.network.signatures import DevicePeers, Seals
+from server.live.network.signatures import DevicePeers, SignatureChecks
 from server.live.network.steady_clock import SteadyClock
 from server.live.network.wake import Wakeups, put_out_strangers, serve_wakeups
 from server.process.memory import return_freed_blocks
@@ -72,7 +72,7 @@ class Listening:
     fleet: Fleet
     presence: Presence
     uploads: Uploads
-    seals: Seals
+    seals: SignatureChecks
     peers: DevicePeers
     address: Address
     """As it came out, with the ports that the system chose."""
@@ -133,7 +133,7 @@ async def listen(
     uploads = Uploads(limits, fleet.abandon)
     refusals = Refusals()
     digest, now = run_digest(settings), clock.seconds
-    seals = Seals(roster, fleet.key_of, run_id=digest, refusals=refusals, clock=now)
+    seals = SignatureChecks(roster, fleet.key_of, run_id=digest, refusals=refusals, clock=now)
     peers = DevicePeers(roster, fleet.key_of, refusals)
     most = min(limits.connections, grant_descriptors())
     connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))

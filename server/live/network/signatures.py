@@ -15,7 +15,7 @@ from fedcore.flower.fleet_grid import Check
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import ARRAYS
 from fedcore.updates.replies import check_legible
-from fedcore.updates.seal import base_digest, round_of, unseal
+from fedcore.updates.seal import base_digest, round_of, verify_reply
 from server.live.network.limits import Refusals
 from server.live.network.members import weigh, weights_of
 
@@ -31,7 +31,7 @@ class _Expected:
     weight: int
 
 
-class Seals:
+class SignatureChecks:
     """Makes the check of each reply from the message that it answers."""
 
     def __init__(
@@ -118,7 +118,7 @@ class Seals:
                 f"round {expected.round}: node {expected.node_id} is no longer a member of this "
                 "project. Its update was not aggregated; enrol it again, if it should take part."
             )
-        envelope = unseal(
+        envelope = verify_reply(
             reply.content,
             purpose=expected.purpose,
             run_id=self._run_id,

@@ -24,7 +24,7 @@ from server.audit import AUDIT, Audit
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
-from server.live.operators.protocol import LOOKING, Asker, Request, named, parse_request
+from server.live.operators.protocol import LOOKING, Asker, OperatorRequest, named, parse_request
 from server.live.operators.status import shown_devices, shown_status
 from server.live.rounds.steered import SteeredCheckpointer
 from server.rounds.checkpointing import Progress, RoundCheckpointer
@@ -180,7 +180,7 @@ class Control:
                 self._answering -= 1
                 self._changed.notify_all()
 
-    def _answer(self, request: Request, asker: Asker, gone: Gone) -> dict[str, Any]:
+    def _answer(self, request: OperatorRequest, asker: Asker, gone: Gone) -> dict[str, Any]:
         site = self._site
         if site is None:
             raise ResourceError("the server is not up yet. Nothing was done; ask again.")
@@ -209,7 +209,7 @@ class Control:
             told("done")
         return answer
 
-    def _look(self, request: Request, site: _Site) -> dict[str, Any]:
+    def _look(self, request: OperatorRequest, site: _Site) -> dict[str, Any]:
         if request.verb == "devices":
             return {"devices": shown_devices(site.roster, self._drained, site.listening)}
         with self._changed:
@@ -241,7 +241,7 @@ class Control:
             return self._state
 
     def _act(
-        self, request: Request, asker: Asker, site: _Site, gone: Gone
+        self, request: OperatorRequest, asker: Asker, site: _Site, gone: Gone
     ) -> Callable[[], dict[str, Any]]:
         """What is to be done, once nothing speaks against it; nothing is done yet."""
         listening = site.listening
@@ -265,7 +265,7 @@ class Control:
 
         return stop
 
-    def _finishing(self, request: Request) -> Callable[[], dict[str, Any]]:
+    def _finishing(self, request: OperatorRequest) -> Callable[[], dict[str, Any]]:
         """As `_act`, once the rounds are over."""
         if request.verb != "stop":
             raise ConfigError(
@@ -291,7 +291,7 @@ class Control:
         return {"run": self._run.name, "state": self._described()}
 
     def _drain(
-        self, request: Request, roster: Roster, listening: Listening
+        self, request: OperatorRequest, roster: Roster, listening: Listening
     ) -> Callable[[], dict[str, Any]]:
         known = {m.name: m for m in roster.members() if m.role == "device"}
         name = request.device or ""
@@ -318,7 +318,7 @@ class Control:
         return act
 
     def _backup(
-        self, request: Request, asker: Asker, site: _Site, gone: Gone
+        self, request: OperatorRequest, asker: Asker, site: _Site, gone: Gone
     ) -> Callable[[], dict[str, Any]]:
         file = Path(request.file or "")
         if not asker.local:

@@ -21,7 +21,7 @@ LOOKING: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
 """What changes nothing, so that viewers may ask it."""
 
 
-class Request(Section):
+class OperatorRequest(Section):
     """What somebody asks of a server."""
 
     verb: Verb
@@ -44,14 +44,14 @@ class Asker:
     """Whether it asks on the server's own machine."""
 
 
-def parse_request(raw: bytes) -> Request:
+def parse_request(raw: bytes) -> OperatorRequest:
     """Reads a request.
 
     Raises:
         ConfigError: it is none.
     """
     try:
-        return Request.model_validate_json(raw)
+        return OperatorRequest.model_validate_json(raw)
     except ValidationError as error:
         raise ConfigError(
             f"request: {first_fault(error)}. Nothing was done; ask with the server's own version "
@@ -60,7 +60,7 @@ def parse_request(raw: bytes) -> Request:
 
 
 @contextmanager
-def named(request: Request) -> Iterator[None]:
+def named(request: OperatorRequest) -> Iterator[None]:
     """Turns what the system says of a request into an error that can be answered.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from fedcore.config.run import Federation, RunConfig
+from fedcore.config.run import FederationConfig, RunConfig
 from fedcore.rpc.hello import INSTANCE, SETTINGS
 from server.rounds.own_strategy import is_own
 
@@ -18,7 +18,7 @@ def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:
     """
     federation = run.federation.model_copy(update={"initial": None})
     if is_own(federation.strategy):  # its file is the server's alone; clients do without
-        plain = Federation()
+        plain = FederationConfig()
         options = plain.strategy_options
         federation = federation.model_copy(
             update={"strategy": plain.strategy, "strategy_options": options}

@@ -61,7 +61,7 @@ _RELEASE = re.compile(rf"models/({_NAME})/([1-9][0-9]{{0,15}})/([a-z]+[.][a-z]+)
 
 
 @dataclass(frozen=True)
-class State:
+class RepositoryState:
     """The metadata in force, each part verified by the one that vouches for it."""
 
     root: Root
@@ -90,7 +90,7 @@ def locked(repository: Path) -> Iterator[None]:
         yield
 
 
-def read_state(repository: Path, trusted_root: bytes) -> State:
+def read_state(repository: Path, trusted_root: bytes) -> RepositoryState:
     """Reads the metadata in force and verifies it from ``trusted_root`` down.
 
     Expiry is not looked at: what has expired can still be renewed.
@@ -116,10 +116,10 @@ def read_state(repository: Path, trusted_root: bytes) -> State:
             f"{type(error).__name__}: {error}. Nothing was published; name the folder of keys that "
             "belongs to it, or restore it from a copy."
         ) from error
-    return State(root, targets, releases, snapshot, timestamp)
+    return RepositoryState(root, targets, releases, snapshot, timestamp)
 
 
-def trusted_keys(state: State, keys: Keys, repository: Path) -> Keys:
+def trusted_keys(state: RepositoryState, keys: Keys, repository: Path) -> Keys:
     """Those of the keys that their roles trust.
 
     Raises:
@@ -147,7 +147,7 @@ def trusted_keys(state: State, keys: Keys, repository: Path) -> Keys:
     return Keys(trusted)
 
 
-def may_publish(state: State, path: str) -> bool:
+def may_publish(state: RepositoryState, path: str) -> bool:
     """Whether the online key is trusted for a target path."""
     role = state.targets.get_delegated_role("releases")
     return isinstance(role, DelegatedRole) and role.is_delegated_path(path)
@@ -167,12 +167,12 @@ def is_pointer(path: str) -> bool:
     return re.fullmatch(rf"models/{_NAME}/{re.escape(POINTER)}", path) is not None
 
 
-def releases(state: State) -> Iterator[tuple[str, int, str]]:
+def releases(state: RepositoryState) -> Iterator[tuple[str, int, str]]:
     """Model, version and file of each published file of a release."""
     return (found for path in state.releases.targets if (found := release_of(path)) is not None)
 
 
-def read_target(repository: Path, state: State, path: str) -> bytes:
+def read_target(repository: Path, state: RepositoryState, path: str) -> bytes:
     """The bytes of a published file, verified.
 
     Raises:
@@ -203,7 +203,12 @@ def read_info(repository: Path, info: TargetFile) -> bytes:
 
 
 def add(
-    repository: Path, state: State, keys: Keys, files: Mapping[str, bytes], *, now: datetime
+    repository: Path,
+    state: RepositoryState,
+    keys: Keys,
+    files: Mapping[str, bytes],
+    *,
+    now: datetime,
 ) -> None:
     """Puts files into force under their target paths; with none, renews what has an expiry.
 
@@ -221,7 +226,7 @@ def add(
     _replace_online(repository, state, keys, files, {}, now=now)
 
 
-def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) -> None:
+def renew_offline(repository: Path, state: RepositoryState, keys: Keys, *, now: datetime) -> None:
     """Signs root and targets again for a year, and everything below them.
 
     Raises:
@@ -234,7 +239,7 @@ def renew_offline(repository: Path, state: State, keys: Keys, *, now: datetime) 
     targets.version, targets.expires = targets.version + 1, now + OFFLINE_EXPIRY
     # The new root names the same keys, so that it may be in force before the rest is.
     write_atomic(repository / "metadata" / f"{root.version}.root.json", sign(root, keys, "root"))
-    renewed = State(root, targets, state.releases, state.snapshot, state.timestamp)
+    renewed = RepositoryState(root, targets, state.releases, state.snapshot, state.timestamp)
     _replace_online(repository, renewed, keys, {}, {"targets": targets}, now=now)
 
 
@@ -255,7 +260,7 @@ def sign(payload: Payload, keys: Keys, role: str, *others: Keys) -> bytes:
 
 def _replace_online(
     repository: Path,
-    state: State,
+    state: RepositoryState,
     keys: Keys,
     files: Mapping[str, bytes],
     roles: Mapping[str, Targets],

@@ -143,14 +143,16 @@ def rotate(
         )
 
 
-def _quorum(state: registry.State, role: str) -> Quorum:
+def _quorum(state: registry.RepositoryState, role: str) -> Quorum:
     """How many keys a role has and needs now."""
     delegator = state.targets if role == "releases" else state.root
     required = delegator.get_delegated_role(role)
     return Quorum(required.threshold, len(required.keyids))
 
 
-def _kept(state: registry.State, keys: Path, roles: Iterable[str], repository: Path) -> Keys:
+def _kept(
+    state: registry.RepositoryState, keys: Path, roles: Iterable[str], repository: Path
+) -> Keys:
     """The old keys that sign in this rotation, in the order of all roles."""
     wanted = set(roles)
     needed = [role for role in ROLES if role in wanted]
@@ -158,7 +160,7 @@ def _kept(state: registry.State, keys: Path, roles: Iterable[str], repository: P
 
 
 def _root(
-    state: registry.State, signing: Keys, numbers: Mapping[str, Quorum], now: datetime
+    state: registry.RepositoryState, signing: Keys, numbers: Mapping[str, Quorum], now: datetime
 ) -> Root:
     """The next root. Keys of a role that are not at hand, but are kept, go on counting."""
     root = Root.from_dict(state.root.to_dict())
@@ -175,7 +177,9 @@ def _root(
     return root
 
 
-def _targets(state: registry.State, signing: Keys, quorum: Quorum, now: datetime) -> Targets:
+def _targets(
+    state: registry.RepositoryState, signing: Keys, quorum: Quorum, now: datetime
+) -> Targets:
     """The next targets metadata, which says who signs releases."""
     targets = Targets.from_dict(state.targets.to_dict())
     targets.version, targets.expires = targets.version + 1, now + registry.OFFLINE_EXPIRY
@@ -190,7 +194,7 @@ def _targets(state: registry.State, signing: Keys, quorum: Quorum, now: datetime
 
 def _gone_back(
     repository: Path,
-    state: registry.State,
+    state: registry.RepositoryState,
     targets: Targets,
     last_good: Mapping[str, int],
     now: datetime,
@@ -233,7 +237,7 @@ def _gone_back(
     return files, releases, epochs
 
 
-def read_epochs(repository: Path, state: registry.State) -> Epochs:
+def read_epochs(repository: Path, state: registry.RepositoryState) -> Epochs:
     """The epochs in force; none where no model has ever gone back.
 
     Raises:

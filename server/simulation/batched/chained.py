@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import DataError
 from fedcore.privacy.planning import expected_batch_size
 from fedcore.task.definition import Loss
@@ -39,7 +39,7 @@ from fedcore.training.per_example.losses import example_losses
 from fedcore.training.private import noise_deviation
 from server.simulation.batched.optimizer import Descend, descent
 from server.simulation.batched.rows import Rows, lay_out, poisson_order, shuffled_order
-from server.simulation.batched.work import LocalWork, Trained, in_order
+from server.simulation.batched.work import LocalWork, TrainedClients, in_order
 
 
 def train_chained(
@@ -47,11 +47,11 @@ def train_chained(
     chain: Chain,
     work: Sequence[LocalWork],
     loss: Loss,
-    settings: Client,
+    settings: ClientConfig,
     *,
     proximal_mu: float,
     run: Run,
-) -> Trained:
+) -> TrainedClients:
     """Trains one copy of ``model`` for each client; ``work`` is all private, or none of it.
 
     Guarantee:
@@ -87,10 +87,10 @@ def _train(
     chain: Chain,
     work: Sequence[LocalWork],
     loss: Loss,
-    settings: Client,
+    settings: ClientConfig,
     proximal_mu: float,
     run: Run,
-) -> Trained:
+) -> TrainedClients:
     private = work[0].private is not None
     orders = [
         poisson_order(one)
@@ -111,7 +111,7 @@ def _train(
     else:
         losses = list(_walk(rows, run, weights, loss, descend, epochs=settings.epochs))
     flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
-    return in_order([(places, Trained(flat, losses))])
+    return in_order([(places, TrainedClients(flat, losses))])
 
 
 def _walk(

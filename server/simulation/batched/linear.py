@@ -14,18 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import DataError
 from fedcore.kernels.compiled import compiled
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.chain import Chain, Dense, flattened
 from server.simulation.batched.rows import client_rows, shuffled_order
-from server.simulation.batched.work import LocalWork, Trained
+from server.simulation.batched.work import LocalWork, TrainedClients
 
 _CACHED_BYTES = 256 << 10  # 256 KiB: more would not stay in a core's cache beside an example
 
 
-def fits(chain: Chain, model: FullModel, settings: Client) -> bool:
+def fits(chain: Chain, model: FullModel, settings: ClientConfig) -> bool:
     """Whether `train_linear` trains such a model, given that its loss is cross-entropy."""
     if len(chain.layers) != 1 or chain.output != len(chain.steps):
         return False
@@ -48,10 +48,10 @@ def train_linear(
     model: FullModel,
     layer: Dense,
     work: Sequence[LocalWork],
-    settings: Client,
+    settings: ClientConfig,
     *,
     proximal_mu: float,
-) -> Trained:
+) -> TrainedClients:
     """Trains one copy of ``model`` for each client, with cross-entropy and SGD, without privacy.
 
     Guarantee:
@@ -94,7 +94,7 @@ def train_linear(
                 f"has {shape[0]} outputs. Its client was not trained."
             )
         losses.append(loss)
-    return Trained(torch.from_numpy(rows), losses)
+    return TrainedClients(torch.from_numpy(rows), losses)
 
 
 def _examples(model: FullModel, one: LocalWork, width: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.training.per_example.chain import Dense, Made, Weights, like_weight, matrix
 from fedcore.training.per_example.clipping import Gradient
 
@@ -22,7 +22,7 @@ def descent(
     weights: Weights,
     start: Weights,
     layers: Sequence[Dense],
-    settings: Client,
+    settings: ClientConfig,
     proximal_mu: float,
 ) -> Descend:
     """What `fedcore.training.local.make_optimizer` does to one client, for all of them.
@@ -40,7 +40,7 @@ def descent(
 
 
 def _plain(
-    weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
+    weights: Weights, start: Weights, layers: Sequence[Dense], settings: ClientConfig, mu: float
 ) -> Descend:
     """SGD without momentum: gradient and step are one product.
 
@@ -76,7 +76,7 @@ def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
 
 
 def _with_state(
-    weights: Weights, start: Weights, layers: Sequence[Dense], settings: Client, mu: float
+    weights: Weights, start: Weights, layers: Sequence[Dense], settings: ClientConfig, mu: float
 ) -> Descend:
     """SGD with momentum, and Adam, by torch's own functions."""
     first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}

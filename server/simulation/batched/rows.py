@@ -47,7 +47,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchOrder:
     """Which examples one client takes, step by step."""
 
     rows: Tensor
@@ -56,25 +56,25 @@ class Order:
     """Examples in each batch."""
 
 
-def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> Order:
+def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> BatchOrder:
     """The batches that `fedcore.training.local.train` takes."""
     rng, count = work.order(), work.size
     whole, rest = divmod(count, batch_size)
     lengths = ([batch_size] * whole + [rest] * (rest > 0)) * epochs
     drawn = [torch.randperm(count, generator=rng) for _ in range(epochs)]
-    return Order(drawn[0] if epochs == 1 else torch.cat(drawn), lengths)
+    return BatchOrder(drawn[0] if epochs == 1 else torch.cat(drawn), lengths)
 
 
-def poisson_order(work: LocalWork) -> Order:
+def poisson_order(work: LocalWork) -> BatchOrder:
     """The batches that `fedcore.training.private.train_private` takes."""
     assert work.private is not None
     count, charge = work.size, work.private.plan.charge
     drawn = torch.rand(charge.steps, count, generator=work.order()) < charge.sample_rate
-    return Order(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist())
+    return BatchOrder(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist())
 
 
 def lay_out(
-    model: FullModel, work: Sequence[LocalWork], orders: Sequence[Order], device: torch.device
+    model: FullModel, work: Sequence[LocalWork], orders: Sequence[BatchOrder], device: torch.device
 ) -> Rows:
     """Gathers the rows of all clients; ``work`` stands with the most steps first."""
     steps = [len(order.lengths) for order in orders]
@@ -136,7 +136,7 @@ def _kind(batch: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
     return batch.dtype, tuple(batch.shape[1:])
 
 
-def _padded(order: Order, width: int, columns: int) -> Tensor:
+def _padded(order: BatchOrder, width: int, columns: int) -> Tensor:
     """The rows of all batches one after the other, each filled up with the first example."""
     rows = order.rows
     if all(length == width for length in order.lengths):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedcore.config.run import Client as Settings
+from fedcore.config.run import ClientConfig as Settings
 from fedcore.errors import ConfigError, DataError, InsufficientMemory, InvalidUpdate, TaskError
 from fedcore.task.definition import Loss
 from fedcore.task.model import FullModel
@@ -23,7 +23,7 @@ from fedcore.training.resident import Resident
 from server.rounds.aggregation.exact_mean import AddScaled
 from server.simulation.batched.chained import train_chained
 from server.simulation.batched.vmap import train_cohort, what_forbids
-from server.simulation.batched.work import LocalWork, Trained
+from server.simulation.batched.work import LocalWork, TrainedClients
 
 _LOOKED_AT = 32  # examples that the loss and the model are tried on
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
@@ -31,7 +31,7 @@ _STEP_BYTES = 4 << 20  # 4 MiB: what a core's own cache about holds of a step's 
 _IN_TURN = 8  # clients, where layers take them in turn: more save few calls, and crowd the cache
 
 
-Train = Callable[[FullModel, Sequence[LocalWork], Settings, float], Trained]
+Train = Callable[[FullModel, Sequence[LocalWork], Settings, float], TrainedClients]
 """Trains clients from one model, with a round's settings and FedProx's weight, in their order."""
 
 
@@ -155,7 +155,7 @@ def find_trainer(
 
         def train(
             model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
-        ) -> Trained:
+        ) -> TrainedClients:
             return train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=way)
 
         if kernels is None:
@@ -172,7 +172,7 @@ def find_trainer(
 
     def train_any(
         model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
-    ) -> Trained:
+    ) -> TrainedClients:
         return train_cohort(model, work, loss, settings, proximal_mu=mu)
 
     try:
@@ -193,7 +193,7 @@ def _linear(chain: Chain, model: FullModel, settings: Settings) -> Trainer | Non
 
     def train(
         model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
-    ) -> Trained:
+    ) -> TrainedClients:
         return train_linear(model, layer, work, settings, proximal_mu=mu)
 
     return Trainer(train, 0, add_scaled=_add_scaled())
@@ -242,7 +242,7 @@ def train_in_groups(
     client: Client,
     settings: Settings,
     mu: float,
-) -> list[tuple[list[int], Trained]]:
+) -> list[tuple[list[int], TrainedClients]]:
     """Trains as many clients at once as memory is set aside for: each group's places, and results.
 
     Clients of like size go together, so that little is padded.

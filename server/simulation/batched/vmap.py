@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.task.definition import Loss
 from fedcore.task.model import FullModel
 from fedcore.training.batches import gather_all
 from fedcore.training.local import optimizer_of
 from fedcore.training.per_example.mapping import vmap
 from server.simulation.batched.rows import check_alike
-from server.simulation.batched.work import LocalWork, Trained, in_order
+from server.simulation.batched.work import LocalWork, TrainedClients, in_order
 
 Weights = dict[str, Tensor]
 
@@ -57,10 +57,10 @@ def train_cohort(
     model: FullModel,
     work: Sequence[LocalWork],
     loss: Loss,
-    settings: Client,
+    settings: ClientConfig,
     *,
     proximal_mu: float,
-) -> Trained:
+) -> TrainedClients:
     """Trains one copy of ``model`` for each client and returns them in the order of ``work``.
 
     Guarantee:
@@ -80,7 +80,7 @@ def train_cohort(
     )
 
 
-def _groups(work: Sequence[LocalWork], settings: Client) -> Iterable[list[int]]:
+def _groups(work: Sequence[LocalWork], settings: ClientConfig) -> Iterable[list[int]]:
     """Clients that take equally many steps."""
     steps: dict[int, list[int]] = {}
     for place, one in enumerate(work):
@@ -92,9 +92,9 @@ def _train(
     model: FullModel,
     work: Sequence[LocalWork],
     loss: Loss,
-    settings: Client,
+    settings: ClientConfig,
     proximal_mu: float,
-) -> Trained:
+) -> TrainedClients:
     """Clients of one group: all take the same number of steps."""
     clients, batch = len(work), settings.batch_size
     device = next(model.model.parameters()).device
@@ -128,7 +128,7 @@ def _train(
             finite &= torch.isfinite(value.detach())
     flat = torch.cat([weights[name].detach().flatten(1) for name in weights], dim=1)
     means = torch.where(finite, losses / counts, torch.nan)
-    return Trained(flat, means.tolist())
+    return TrainedClients(flat, means.tolist())
 
 
 def _side_by_side(

@@ -10,7 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import TrainingDiverged
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.task.definition import Examples, size_of
@@ -42,7 +42,7 @@ class LocalWork:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedClients:
     """What ``K`` clients have learnt."""
 
     weights: Tensor
@@ -51,7 +51,7 @@ class Trained:
     """Means over each one's last epoch, not finite when it diverged; None under privacy."""
 
 
-def in_order(parts: Iterable[tuple[Sequence[int], Trained]]) -> Trained:
+def in_order(parts: Iterable[tuple[Sequence[int], TrainedClients]]) -> TrainedClients:
     """What groups of clients have learnt, each with its places, in the order of all places."""
     found = list(parts)
     places = [place for group, _ in found for place in group]
@@ -64,10 +64,10 @@ def in_order(parts: Iterable[tuple[Sequence[int], Trained]]) -> Trained:
         weights[list(group)] = trained.weights
         for place, loss in zip(group, trained.losses, strict=True):
             losses[place] = loss
-    return Trained(weights, losses)
+    return TrainedClients(weights, losses)
 
 
-def divergence(loss: float | None, finite: bool, settings: Client) -> TrainingDiverged | None:
+def divergence(loss: float | None, finite: bool, settings: ClientConfig) -> TrainingDiverged | None:
     """What is wrong with a client that was trained beside others; None where nothing is.
 
     Args:

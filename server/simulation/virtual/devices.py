@@ -30,7 +30,7 @@ _NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
-class Fleet:
+class VirtualFleet:
     """Where the devices of virtual clients come from; holds nothing a client, but for a trace."""
 
     seed: int
@@ -40,7 +40,7 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Device:
+class VirtualDevice:
     """The device of one client."""
 
     examples_per_s: float
@@ -82,7 +82,7 @@ class VirtualRound:
     record: VirtualRecord
 
 
-def read_fleet(run: RunConfig, clients: Iterable[str]) -> Fleet | None:
+def read_fleet(run: RunConfig, clients: Iterable[str]) -> VirtualFleet | None:
     """The fleet that ``run.simulation`` describes; None where it describes none.
 
     Args:
@@ -94,7 +94,7 @@ def read_fleet(run: RunConfig, clients: Iterable[str]) -> Fleet | None:
     """
     simulation = run.simulation
     if simulation.trace is None:
-        return Fleet(run.seed, simulation.devices) if simulation.devices else None
+        return VirtualFleet(run.seed, simulation.devices) if simulation.devices else None
     path = run.path(simulation.trace)
     trace = read_trace(path)
     missing = next((client for client in clients if client not in trace.numbers), None)
@@ -104,10 +104,10 @@ def read_fleet(run: RunConfig, clients: Iterable[str]) -> Fleet | None:
             f"{counted(len(trace.numbers), 'client')}. Nothing was simulated; give every client "
             "at least one row."
         )
-    return Fleet(run.seed, (), trace)
+    return VirtualFleet(run.seed, (), trace)
 
 
-def class_of(fleet: Fleet, client: str) -> DeviceClass:
+def class_of(fleet: VirtualFleet, client: str) -> DeviceClass:
     """The class of a client of a fleet without a trace: it follows from seed and name alone.
 
     Guarantee:
@@ -118,7 +118,7 @@ def class_of(fleet: Fleet, client: str) -> DeviceClass:
     return fleet.classes[min(bisect_right(ends, drawn), len(ends) - 1)]
 
 
-def device_of(fleet: Fleet, client: str) -> Device:
+def device_of(fleet: VirtualFleet, client: str) -> VirtualDevice:
     """The device of a client of a fleet without a trace, the same in every round.
 
     Guarantee:
@@ -127,7 +127,7 @@ def device_of(fleet: Fleet, client: str) -> Device:
     kind = class_of(fleet, client)
     speed = _log_normal(kind.speed_spread, fleet.seed, "device speed", client)
     bandwidth = _log_normal(kind.bandwidth_spread, fleet.seed, "device bandwidth", client)
-    return Device(
+    return VirtualDevice(
         kind.examples_per_s * speed,
         kind.download_mbit_s * bandwidth,
         kind.upload_mbit_s * bandwidth,
@@ -135,7 +135,7 @@ def device_of(fleet: Fleet, client: str) -> Device:
     )
 
 
-def is_reached(fleet: Fleet, client: str, number: int, *, clock_s: float) -> bool:
+def is_reached(fleet: VirtualFleet, client: str, number: int, *, clock_s: float) -> bool:
     """Whether a client selected for round ``number`` answers at all; asks for none of its data."""
     if fleet.trace:
         return window_at(fleet.trace, client, clock_s) is not None
@@ -144,7 +144,7 @@ def is_reached(fleet: Fleet, client: str, number: int, *, clock_s: float) -> boo
 
 
 def fate(
-    fleet: Fleet,
+    fleet: VirtualFleet,
     client: str,
     number: int,
     *,
@@ -182,7 +182,7 @@ def fate(
     if fleet.trace:
         window = window_at(fleet.trace, client, clock_s)
         assert window is not None
-        device = Device(window.examples_per_s, window.download_mbit_s, window.upload_mbit_s)
+        device = VirtualDevice(window.examples_per_s, window.download_mbit_s, window.upload_mbit_s)
     else:
         window, device = None, device_of(fleet, client)
     begins_s = device.latency_s + _transfer_s(bytes_down, device.download_mbit_s)

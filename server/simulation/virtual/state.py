@@ -25,7 +25,7 @@ class Choice:
 
 
 @dataclass
-class State:
+class SimulationState:
     """Of clients that were never asked nothing is held, and of the others what they have spent.
 
     Together with the server's own state and the seed it fixes everything that follows.

@@ -31,7 +31,7 @@ _SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
-class Window:
+class AvailabilityWindow:
     """A stretch of the virtual clock in which a client can be reached."""
 
     examples_per_s: float
@@ -52,10 +52,10 @@ class Trace:
     starts: NDArray[np.int64]
     """Rows of client ``i`` are ``starts[i]`` up to ``starts[i + 1]``; shape ``(clients + 1,)``."""
     windows: NDArray[np.float64]
-    """A row for each window, in the order of `Window`; each client's stand in order of time."""
+    """A row for each window, in the order of `AvailabilityWindow`; those of a client in order of time."""
 
 
-def window_at(trace: Trace, client: str, clock_s: float) -> Window | None:
+def window_at(trace: Trace, client: str, clock_s: float) -> AvailabilityWindow | None:
     """The window that ``client`` is in at ``clock_s``, its first moment included, its last not.
 
     Raises:
@@ -66,7 +66,7 @@ def window_at(trace: Trace, client: str, clock_s: float) -> Window | None:
     place = int(np.searchsorted(rows[:, 3], clock_s, side="right")) - 1
     if place < 0 or clock_s >= rows[place, 4]:
         return None
-    return Window(*rows[place].tolist())
+    return AvailabilityWindow(*rows[place].tolist())
 
 
 def read_trace(path: Path) -> Trace:

@@ -12,7 +12,7 @@ from fedcore.errors import ConfigError
 from fedcore.updates.messages import ARRAYS, MODEL, array_of
 from fedcore.updates.pack import Vector
 from server.simulation.virtual.state import Choice, Method
-from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 from server.simulation.workers.worker import Worker
 
 _LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
@@ -31,7 +31,9 @@ def forced(method: Method) -> Choice:
     return Choice(method, None, None, "as the configuration says")
 
 
-def attempts(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock) -> list[Answer]:
+def attempts(
+    worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, clock: Clock
+) -> list[ClientOutcome]:
     """What clients answer one after the other, until enough have trained to judge by.
 
     Results are dropped, and ledgers stay as they are.
@@ -43,7 +45,7 @@ def attempts(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clo
         clock: Gives seconds.
     """
     worker.begin(replace(order, method="loop", fold=False))
-    found: list[Answer] = []
+    found: list[ClientOutcome] = []
     trained = 0
     for one in asked:
         started = clock()
@@ -54,7 +56,7 @@ def attempts(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clo
     return found
 
 
-def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock) -> Choice:
+def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, clock: Clock) -> Choice:
     """Trains the first clients both ways and drops the results; ledgers stay as they are.
 
     Where both take about the same, clients go one after the other, as devices do.
@@ -66,7 +68,7 @@ def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock
         clock: Gives seconds.
     """
 
-    def seconds(method: Method, clients: Sequence[Asked]) -> float:
+    def seconds(method: Method, clients: Sequence[ClientRef]) -> float:
         worker.begin(replace(order, method=method))
         started = clock()
         worker.work(clients)
@@ -91,7 +93,7 @@ def choose(worker: Worker, order: Order, asked: Sequence[Asked], *, clock: Clock
     return Choice(method, loop_s, vectorised_s, measured)
 
 
-def difference(worker: Worker, order: Order, alone: Sequence[Answer]) -> str | None:
+def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome]) -> str | None:
     """Why clients may not go side by side, where these learn something else then; None if not.
 
     What a model or a loss does with a batch can hide from every look at it but this one. Results

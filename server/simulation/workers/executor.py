@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 from server.simulation.workers.worker import Worker
 
 MakeWorker = Callable[[], Worker]
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Carries orders out."""
 
     @property
     def size(self) -> int:
         """Workers that compute at the same time."""
 
-    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+    def carry_out(
+        self, order: RoundTask, asked: Sequence[ClientRef]
+    ) -> tuple[list[ClientOutcome], ExactMean]:
         """Answers in the order of ``asked``, and the sum of what was folded.
 
         Neither depends on how many workers there are, nor on which of them did what.
@@ -29,7 +31,7 @@ class Crew(Protocol):
         """Ends the workers."""
 
 
-class Alone:
+class LocalExecutor:
     """One worker, in this process."""
 
     size = 1
@@ -37,7 +39,9 @@ class Alone:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
-    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+    def carry_out(
+        self, order: RoundTask, asked: Sequence[ClientRef]
+    ) -> tuple[list[ClientOutcome], ExactMean]:
         """All of it, here and now."""
         self.worker.begin(order)
         return self.worker.work(asked), self.worker.hand_in()
@@ -46,7 +50,9 @@ class Alone:
         """Nothing is to be ended."""
 
 
-def pieces(order: Order, asked: Sequence[Asked], workers: int) -> Iterator[Sequence[Asked]]:
+def pieces(
+    order: RoundTask, asked: Sequence[ClientRef], workers: int
+) -> Iterator[Sequence[ClientRef]]:
     """The clients of an order in pieces: where they go one by one, ever smaller ones.
 
     So workers end within about one client of each other, and few messages go to and fro.
@@ -64,8 +70,8 @@ def pieces(order: Order, asked: Sequence[Asked], workers: int) -> Iterator[Seque
 
 
 def gathered(
-    answers: Sequence[Answer], sums: Sequence[ExactMean], asked: Sequence[Asked]
-) -> tuple[list[Answer], ExactMean]:
+    answers: Sequence[ClientOutcome], sums: Sequence[ExactMean], asked: Sequence[ClientRef]
+) -> tuple[list[ClientOutcome], ExactMean]:
     """What workers did apart, as if one had done it."""
     total = sums[0]
     for one in sums[1:]:

@@ -14,7 +14,7 @@ from server.simulation.virtual.state import Method
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClientRef:
     """One virtual client that is asked for something."""
 
     node: int
@@ -24,7 +24,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Order:
+class RoundTask:
     """What a round asks of all of its clients."""
 
     kind: str
@@ -47,10 +47,10 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClientOutcome:
     """What became of one client."""
 
-    asked: Asked
+    asked: ClientRef
     content: RecordDict | None = None
     """Its reply; None where it was folded into a sum, or failed."""
     num_examples: int = 0
@@ -67,7 +67,7 @@ class Answer:
     """Places in its batches that counted as zero; told to whoever runs the simulation alone."""
 
 
-def instruction_for(order: Order, one: Asked, instruction: Instruction) -> Instruction:
+def instruction_for(order: RoundTask, one: ClientRef, instruction: Instruction) -> Instruction:
     """What an order asks of one client: ``instruction``, with settings of its own if it has any.
 
     Raises:
@@ -78,7 +78,7 @@ def instruction_for(order: Order, one: Asked, instruction: Instruction) -> Instr
     return replace(read_instruction(content_for(order, one)), weights=instruction.weights)
 
 
-def content_for(order: Order, one: Asked) -> RecordDict:
+def content_for(order: RoundTask, one: ClientRef) -> RecordDict:
     """The same as the content of a message."""
     config = order.configs.get(one.node)
     return order.content if config is None else RecordDict({**order.content, CONFIG: config})

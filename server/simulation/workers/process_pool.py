@@ -22,13 +22,13 @@ from server.process.spawn import script_left_out
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import MakeWorker, gathered, pieces
-from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
 _KILLED = " That usually means that memory ran out: take fewer simulation.workers."
 _END_S = 0.5  # more than an idle process needs to end
 
 
-class Pool:
+class ProcessPool:
     """Processes that are forked from this one, so that they share what it has loaded.
 
     A piece of work goes to whoever is free; sums stay where they are made until the end of an
@@ -65,7 +65,9 @@ class Pool:
         """Processes."""
         return len(self._processes)
 
-    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+    def carry_out(
+        self, order: RoundTask, asked: Sequence[ClientRef]
+    ) -> tuple[list[ClientOutcome], ExactMean]:
         """Hands the clients out piece by piece.
 
         Raises:
@@ -73,9 +75,9 @@ class Pool:
             FedcoreError: a worker raised it.
         """
         waiting = list(pieces(order, asked, self.size))[::-1]
-        answers: list[Answer] = []
+        answers: list[ClientOutcome] = []
         sums: list[ExactMean] = []
-        held: dict[Connection, Sequence[Asked]] = {}
+        held: dict[Connection, Sequence[ClientRef]] = {}
         for connection in self._connections:
             if waiting:
                 self._send(connection, held, order, waiting.pop())
@@ -107,9 +109,9 @@ class Pool:
     def _send(
         self,
         connection: Connection,
-        held: dict[Connection, Sequence[Asked]],
-        order: Order | None,
-        piece: Sequence[Asked],
+        held: dict[Connection, Sequence[ClientRef]],
+        order: RoundTask | None,
+        piece: Sequence[ClientRef],
     ) -> None:
         held[connection] = piece
         try:
@@ -118,8 +120,8 @@ class Pool:
             raise self._died(connection, piece) from None
 
     def _receive(
-        self, connection: Connection, held: dict[Connection, Sequence[Asked]]
-    ) -> list[Answer] | ExactMean:
+        self, connection: Connection, held: dict[Connection, Sequence[ClientRef]]
+    ) -> list[ClientOutcome] | ExactMean:
         piece = held.pop(connection)
         try:
             got = connection.recv()
@@ -134,7 +136,7 @@ class Pool:
             )
         return got  # type: ignore[no-any-return]
 
-    def _died(self, connection: Connection, piece: Sequence[Asked]) -> RoundFailed:
+    def _died(self, connection: Connection, piece: Sequence[ClientRef]) -> RoundFailed:
         process = self._processes[self._connections.index(connection)]
         process.join(_END_S)
         code = process.exitcode
@@ -146,7 +148,7 @@ class Pool:
         )
 
 
-def _named(piece: Sequence[Asked]) -> str:
+def _named(piece: Sequence[ClientRef]) -> str:
     names = [repr(one.name) for one in piece]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"clients {', '.join(names[:5])}{more}" if names else "nobody"

@@ -15,13 +15,13 @@ from server.process.memory import reuse_large_blocks
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import MakeWorker, gathered, pieces
-from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
 ADDRESS = "RAY_ADDRESS"
 """Names a cluster that runs; without it one is started on this machine, and ended afterwards."""
 
 
-class RayCrew:
+class RayExecutor:
     """One actor a worker; the order's content goes to each machine once.
 
     Actors load the task from its file, so a cluster's machines need it, and the data, where this
@@ -55,7 +55,9 @@ class RayCrew:
         """Actors."""
         return len(self._actors)
 
-    def carry_out(self, order: Order, asked: Sequence[Asked]) -> tuple[list[Answer], ExactMean]:
+    def carry_out(
+        self, order: RoundTask, asked: Sequence[ClientRef]
+    ) -> tuple[list[ClientOutcome], ExactMean]:
         """Hands the clients out piece by piece.
 
         Raises:
@@ -71,7 +73,7 @@ class RayCrew:
             for actor in self._actors:
                 if waiting:
                     busy[actor.work.remote(waiting.pop())] = actor
-            answers: list[Answer] = []
+            answers: list[ClientOutcome] = []
             while busy:
                 (done, *_), _ = ray.wait(list(busy))
                 actor = busy.pop(done)
@@ -109,10 +111,10 @@ class _Actor:
         assume_identity(RUN_ID)
         self._worker = make()
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: RoundTask) -> None:
         self._worker.begin(order)
 
-    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+    def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
         return self._worker.work(asked)
 
     def hand_in(self) -> ExactMean:

@@ -11,16 +11,16 @@ from flwr.app import MessageType
 
 from fedcore.config.run import Simulation
 from fedcore.errors import ConfigError
-from server.simulation.virtual.state import Choice, State
+from server.simulation.virtual.state import Choice, SimulationState
 from server.simulation.workers.autotune import Clock, attempts, choose, difference, forced
-from server.simulation.workers.executor import Alone, Crew, MakeWorker
-from server.simulation.workers.messages import Asked, Order
-from server.simulation.workers.process_pool import Pool
+from server.simulation.workers.executor import Executor, LocalExecutor, MakeWorker
+from server.simulation.workers.messages import ClientRef, RoundTask
+from server.simulation.workers.process_pool import ProcessPool
 
 _WORTH_S = 0.02  # rounds shorter than that gain nothing from other processes
 
 
-class Staff:
+class WorkerScheduler:
     """Chooses how clients are trained and by how many workers, and keeps to it.
 
     ``make_elsewhere`` is for processes that share nothing with this one: it can be pickled.
@@ -33,7 +33,7 @@ class Staff:
         make_elsewhere: MakeWorker,
         settings: Simulation,
         *,
-        state: State,
+        state: SimulationState,
         on_choice: Callable[[Choice, int], None],
         gpus: int = 0,
         clock: Clock = time.perf_counter,
@@ -44,11 +44,11 @@ class Staff:
         self._on_choice = on_choice
         self._gpus = gpus
         self._clock = clock
-        self._here = Alone(make())
-        self._crew: Crew | None = None
+        self._here = LocalExecutor(make())
+        self._crew: Executor | None = None
         self._state = state
 
-    def crew_for(self, order: Order, asked: Sequence[Asked]) -> tuple[Crew, Order]:
+    def crew_for(self, order: RoundTask, asked: Sequence[ClientRef]) -> tuple[Executor, RoundTask]:
         """Who carries out an order, and the order with the way of training filled in."""
         if order.kind != MessageType.TRAIN:
             return self._crew or self._here, order
@@ -67,7 +67,7 @@ class Staff:
         if self._crew is not None:
             self._crew.close()
 
-    def _choose(self, order: Order, asked: Sequence[Asked]) -> Choice | None:
+    def _choose(self, order: RoundTask, asked: Sequence[ClientRef]) -> Choice | None:
         """None where no client trains, so that there is nothing to choose by."""
         wanted, worker = self._settings.training, self._here.worker
         if wanted == "loop":
@@ -91,11 +91,11 @@ class Staff:
             )
         return choice if why is None else replace(choice, method="loop", reason=why)
 
-    def _hire(self, choice: Choice, cohort: int) -> Crew:
+    def _hire(self, choice: Choice, cohort: int) -> Executor:
         if self._settings.engine == "ray":
-            from server.simulation.workers.ray_executor import RayCrew
+            from server.simulation.workers.ray_executor import RayExecutor
 
-            return RayCrew(self._make_elsewhere, self._settings.workers or _cores())
+            return RayExecutor(self._make_elsewhere, self._settings.workers or _cores())
         workers = self._settings.workers
         if self._gpus:  # one GPU is best fed by one process, this one
             workers = workers or self._gpus
@@ -107,8 +107,8 @@ class Staff:
         workers = min(workers, cohort)
         return self._here if workers == 1 else self._pool(self._make, workers)
 
-    def _pool(self, make: MakeWorker, workers: int) -> Crew:
-        return Pool(make, workers, gpus=self._gpus)
+    def _pool(self, make: MakeWorker, workers: int) -> Executor:
+        return ProcessPool(make, workers, gpus=self._gpus)
 
 
 def _cores() -> int:

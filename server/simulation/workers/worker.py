@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from fedcore.client_app import error_of
-from fedcore.config.run import Client as Settings
+from fedcore.config.run import ClientConfig as Settings
 from fedcore.errors import DataError, FedcoreError, InsufficientMemory, InvalidUpdate
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import Ledger, read_ledger, write_ledger
@@ -37,17 +37,23 @@ from fedcore.updates.messages import (
 )
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.simulation.batched.trainer import Trainer, Trainers, train_in_groups
-from server.simulation.batched.work import LocalWork, PrivateWork, Trained, divergence
-from server.simulation.virtual.devices import Fate, Fleet, begun, counts, fate
+from server.simulation.batched.work import LocalWork, PrivateWork, TrainedClients, divergence
+from server.simulation.virtual.devices import Fate, VirtualFleet, begun, counts, fate
 from server.simulation.virtual.nodes import RUN_ID
-from server.simulation.workers.messages import Answer, Asked, Order, content_for, instruction_for
+from server.simulation.workers.messages import (
+    ClientOutcome,
+    ClientRef,
+    RoundTask,
+    content_for,
+    instruction_for,
+)
 
 
 @dataclass(frozen=True)
 class Ready:
     """A client that is about to be trained beside others."""
 
-    asked: Asked
+    asked: ClientRef
     fate: Fate | None
     work: LocalWork
     ledger: Ledger | None
@@ -60,26 +66,30 @@ class Worker:
     """
 
     def __init__(
-        self, client: Client, app: ClientApp, fleet: Fleet | None, skipped: dict[str, int]
+        self,
+        client: Client,
+        app: ClientApp,
+        fleet: VirtualFleet | None,
+        skipped: dict[str, int],
     ) -> None:
         """``skipped`` is where ``client`` and ``app`` note what counted as zero, by client."""
         self._client = client
         self._skipped = skipped
         self._app = app
         self._fleet = fleet
-        self._order: Order | None = None
+        self._order: RoundTask | None = None
         self._instruction: Instruction | None = None
         self._sum = ExactMean(0)
         self._trainers = Trainers(client)
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: RoundTask) -> None:
         """Takes an order; what the one before left is gone."""
         self._order = order
         self._instruction = None
         if order.fold:
             self._sum = ExactMean(self._client.resident.layout.size)
 
-    def prepare(self, order: Order, asked: Sequence[Asked]) -> None:
+    def prepare(self, order: RoundTask, asked: Sequence[ClientRef]) -> None:
         """Finds what clients' noise takes, which is kept, before anybody measures training them."""
         if self._client.run.private:
             self.begin(order)
@@ -89,7 +99,7 @@ class Worker:
                     asked_of = self._asked_of(order, one)
                     self._spend(one, examples, asked_of, settings_of(self._client, asked_of))
 
-    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+    def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
         """Does for these clients what the order says; answers stand in their order."""
         order = self._order
         assert order is not None
@@ -111,7 +121,7 @@ class Worker:
         answers = [replace(one, skipped=self._skipped.get(one.asked.name, 0)) for one in answers]
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
 
-    def reached(self, order: Order, asked: Sequence[Asked]) -> list[Asked]:
+    def reached(self, order: RoundTask, asked: Sequence[ClientRef]) -> list[ClientRef]:
         """Those of ``asked`` whose updates arrive in time on the virtual clock."""
         fates = ((one, self._fate(order, one)) for one in asked)
         return [
@@ -124,17 +134,17 @@ class Worker:
         """The sum of what was folded since the order began."""
         return self._sum
 
-    def _read(self, order: Order) -> Instruction:
+    def _read(self, order: RoundTask) -> Instruction:
         """What an order to train asks for, read once."""
         if self._instruction is None:
             self._instruction = read_instruction(order.content)
         return self._instruction
 
-    def _asked_of(self, order: Order, one: Asked) -> Instruction:
+    def _asked_of(self, order: RoundTask, one: ClientRef) -> Instruction:
         """What an order asks of one client."""
         return instruction_for(order, one, self._read(order))
 
-    def _fate(self, order: Order, one: Asked) -> Fate | None:
+    def _fate(self, order: RoundTask, one: ClientRef) -> Fate | None:
         """What the client's device does on the virtual clock; None without device classes."""
         if self._fleet is None:
             return None
@@ -155,7 +165,7 @@ class Worker:
             bytes_up=sent,
         )
 
-    def _lost(self, order: Order, one: Asked, found: Fate) -> Answer:
+    def _lost(self, order: RoundTask, one: ClientRef, found: Fate) -> ClientOutcome:
         """A client whose update does not arrive in time; if it began, it has charged its ledger."""
         ledger = one.ledger
         if self._client.run.private and begun(found):
@@ -164,9 +174,9 @@ class Worker:
                 examples, _ = local_data(self._client, one.name)
                 settings = settings_of(self._client, instruction)
                 _, ledger = self._spent(one, examples, instruction, settings)
-        return Answer(one, ledger=ledger, fate=found)
+        return ClientOutcome(one, ledger=ledger, fate=found)
 
-    def _alone(self, order: Order, one: Asked, found: Fate | None) -> Answer:
+    def _alone(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
         """One client's training; without messages, where only the sum of updates is asked for."""
         if not order.fold:
             return self._by_app(order, one, found)
@@ -180,12 +190,12 @@ class Worker:
                 on_spend=ledgers.append,
             )
         except (Exception, SystemExit) as error:  # the task's code: that client's failure
-            return Answer(
+            return ClientOutcome(
                 one, error=error_of(one.name, error, hide=False), ledger=ledgers[-1], fate=found
             )
         return self._folded(order, one, update, ledgers[-1], found)
 
-    def _by_app(self, order: Order, one: Asked, found: Fate | None) -> Answer:
+    def _by_app(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
         """By the ClientApp that devices run, mods included."""
         context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
         if one.ledger is not None:
@@ -200,12 +210,12 @@ class Worker:
         ledger = kept if kept.charges else None
         if reply.has_error():
             code = (reply.error.code, reply.error.reason or f"error {reply.error.code}")
-            return Answer(one, error=code, ledger=ledger, fate=found)
-        return Answer(one, content=reply.content, ledger=ledger, fate=found)
+            return ClientOutcome(one, error=code, ledger=ledger, fate=found)
+        return ClientOutcome(one, content=reply.content, ledger=ledger, fate=found)
 
     def _together(
-        self, order: Order, asked: Sequence[tuple[Asked, Fate | None]]
-    ) -> Iterator[Answer]:
+        self, order: RoundTask, asked: Sequence[tuple[ClientRef, Fate | None]]
+    ) -> Iterator[ClientOutcome]:
         """Side by side, each with the result that it would have had alone.
 
         Those with other settings are trained after one another, in groups of the same.
@@ -222,7 +232,7 @@ class Worker:
                     yield self._alone(order, one, found)
                     continue
                 code = error_of(one.name, error, hide=False)
-                yield Answer(one, error=code, ledger=one.ledger, fate=found)
+                yield ClientOutcome(one, error=code, ledger=one.ledger, fate=found)
                 continue
             work = LocalWork(examples, self._stream("order", instruction, one), private)
             key = (settings, instruction.proximal_mu)
@@ -231,8 +241,8 @@ class Worker:
             yield from self._group(order, ready, settings, mu)
 
     def _group(
-        self, order: Order, ready: Sequence[Ready], settings: Settings, mu: float
-    ) -> Iterator[Answer]:
+        self, order: RoundTask, ready: Sequence[Ready], settings: Settings, mu: float
+    ) -> Iterator[ClientOutcome]:
         """Clients that train with the same settings."""
         client, instruction = self._client, self._read(order)
         work_of = [one.work for one in ready]
@@ -255,12 +265,12 @@ class Worker:
 
     def _answers(
         self,
-        order: Order,
+        order: RoundTask,
         ready: Sequence[Ready],
-        trained: Trained,
+        trained: TrainedClients,
         trainer: Trainer,
         settings: Settings,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientOutcome]:
         """What clients answer that were trained together; folded, where that is asked for."""
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
@@ -281,14 +291,14 @@ class Worker:
             wrong, ledger = errors[place], one.ledger
             if wrong is not None:
                 code = error_of(one.asked.name, wrong, hide=False)
-                yield Answer(one.asked, error=code, ledger=ledger, fate=one.fate)
+                yield ClientOutcome(one.asked, error=code, ledger=ledger, fate=one.fate)
                 continue
             loss = trained.losses[place]
             metrics = {} if loss is None else {TRAIN_LOSS: loss}
             if ledger is not None:
                 metrics[EPSILON] = ledger.epsilon(self._client.run.privacy)
             if order.fold:
-                yield Answer(
+                yield ClientOutcome(
                     one.asked,
                     num_examples=sizes[place],
                     metrics=metrics,
@@ -297,15 +307,15 @@ class Worker:
                 )
             else:
                 content = update_content(Update(rows[place], sizes[place], metrics))
-                yield Answer(one.asked, content=content, ledger=ledger, fate=one.fate)
+                yield ClientOutcome(one.asked, content=content, ledger=ledger, fate=one.fate)
 
     def _bounded(
         self,
-        order: Order,
+        order: RoundTask,
         ready: Sequence[Ready],
         rows: NDArray[np.float32],
         errors: Sequence[Exception | None],
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientOutcome]:
         """The same under client-level privacy, where each update is bounded first."""
         privacy, instruction = self._client.run.privacy, self._read(order)
         for one, row, error in zip(ready, rows, errors, strict=True):
@@ -316,19 +326,24 @@ class Worker:
                 yield self._folded(order, one.asked, update, one.ledger, one.fate)
             else:
                 content = update_content(update)
-                yield Answer(one.asked, content=content, ledger=one.ledger, fate=one.fate)
+                yield ClientOutcome(one.asked, content=content, ledger=one.ledger, fate=one.fate)
 
     def _folded(
-        self, order: Order, one: Asked, update: Update, ledger: Ledger | None, found: Fate | None
-    ) -> Answer:
+        self,
+        order: RoundTask,
+        one: ClientRef,
+        update: Update,
+        ledger: Ledger | None,
+        found: Fate | None,
+    ) -> ClientOutcome:
         """An update that is added to the sum; an error where the sum could leave its range."""
         try:
             self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
         except InvalidUpdate as error:
-            return Answer(
+            return ClientOutcome(
                 one, error=error_of(one.name, error, hide=False), ledger=ledger, fate=found
             )
-        return Answer(
+        return ClientOutcome(
             one,
             num_examples=update.num_examples,
             metrics=update.metrics,
@@ -346,7 +361,7 @@ class Worker:
         return model if there else model.to(self._device)
 
     def _spend(
-        self, one: Asked, examples: Examples, instruction: Instruction, settings: Settings
+        self, one: ClientRef, examples: Examples, instruction: Instruction, settings: Settings
     ) -> tuple[PrivateWork | None, Ledger | None]:
         if not self._client.run.private:
             return None, None
@@ -359,14 +374,14 @@ class Worker:
         return PrivateWork(planned, noise), ledger
 
     def _spent(
-        self, one: Asked, examples: Examples, instruction: Instruction, settings: Settings
+        self, one: ClientRef, examples: Examples, instruction: Instruction, settings: Settings
     ) -> tuple[PrivatePlan, Ledger]:
         before = one.ledger or Ledger()
         number = instruction.round
         return spend(self._client, one.name, examples, before, settings, round=number)
 
     def _stream(
-        self, word: str, instruction: Instruction, one: Asked
+        self, word: str, instruction: Instruction, one: ClientRef
     ) -> Callable[[], torch.Generator]:
         cpu, randomness = torch.device("cpu"), self._client.randomness
         return lambda: randomness.generator(cpu, word, instruction.round, one.name)

@@ -21,7 +21,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from edge_client.agent.loop import Device, run_device
+from edge_client.agent.loop import DeviceSetup, run_device
 from edge_client.agent.wake import Signals
 from edge_client.device_folder import own
 from fedcore.config.owner import OPEN_POLICY
@@ -30,7 +30,7 @@ from fedcore.crypto.certificates import pem
 from fedcore.crypto.issue import issue_authority, issue_member, issue_server
 from fedcore.crypto.keys import new_key, save_key
 from fedcore.crypto.kit import Kit, KitFile, load_kit, write_kit
-from fedcore.crypto.roster import Entry, RosterFile, ServerIdentity, load_server_identity
+from fedcore.crypto.roster import RosterEntry, RosterFile, ServerIdentity, load_server_identity
 from fedcore.files import write_atomic
 from fedcore.rpc.hello import hello_of
 from fedcore.seeds import Simulated
@@ -92,7 +92,7 @@ class Project:
     root: Path
     port: int = field(default_factory=free_port)
     key: EllipticCurvePrivateKey = field(default_factory=new_key)
-    members: dict[str, Entry] = field(default_factory=dict)
+    members: dict[str, RosterEntry] = field(default_factory=dict)
     version: int = 0
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Project:
                 validity=timedelta(days=1),
             )
             self._install(folder, key, certificate, host)
-            self.members[name] = Entry(certificate=pem(certificate).decode())
+            self.members[name] = RosterEntry(certificate=pem(certificate).decode())
             self.write_roster()
         return load_kit(folder)
 
@@ -266,7 +266,9 @@ def start(project: Project) -> Iterator[Start]:
         def body() -> None:
             try:
                 with own(project.root / (folder or f"{name}-data")) as owned:
-                    device = Device(kit, load_task(path), path, OPEN_POLICY, owned, Simulated(1))
+                    device = DeviceSetup(
+                        kit, load_task(path), path, OPEN_POLICY, owned, Simulated(1)
+                    )
                     run_device(device, signals)
             except BaseException as error:
                 errors.append(error)

@@ -14,7 +14,7 @@ import pytest
 from fedcore.errors import INTERRUPTED, ConfigError, ResourceError
 from server.live.resume import open_run
 from server.rounds.checkpointing import Progress
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 
 
 def begun(project: Any, *, ended: bool) -> Path:
@@ -24,7 +24,7 @@ def begun(project: Any, *, ended: bool) -> Path:
         folder,
         journal,
     ):
-        progress = Progress(0, ended, weights, weights, 0, 0, Remembered(None, ()), b"")
+        progress = Progress(0, ended, weights, weights, 0, 0, StrategyState(None, ()), b"")
         journal.commit(progress, None)
         if ended:
             journal.end()

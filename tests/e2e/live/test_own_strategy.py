@@ -12,7 +12,7 @@ from fedcore.task.definition import load_task
 from server.rounds.app import Listener, Outcome, server_app
 from server.simulation.federate import federate as simulate
 from server.simulation.virtual.nodes import FIRST_NODE_ID
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 NAMES = ["edge-0", "edge-1", "edge-2"]
 MINE = """
@@ -70,7 +70,7 @@ def test_devices_give_what_a_simulation_gives(project: Any, serve: Any, start: A
         ),
         OPEN_POLICY,
         names,
-        state=State(),
+        state=SimulationState(),
         fleet=None,
         on_choice=lambda choice, workers: None,
     )

@@ -21,7 +21,7 @@ from server.live.operators.client import SOCKET, ask_here, reachable
 from server.live.operators.control import Control
 from server.live.operators.protocol import Asker
 from server.rounds.checkpointing import NoCheckpoints, Progress
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 from tests.e2e.live.asking import status, wait_for
 
 
@@ -89,7 +89,7 @@ def test_a_backup_that_waits_is_alone_and_ends_with_whoever_asked_or_the_run(
 
     with serve(run) as served:
         control.open(project.server(), served.listening)
-        progress = Progress(0, False, weights, weights, 0, 0, Remembered(None, ()), b"")
+        progress = Progress(0, False, weights, weights, 0, 0, StrategyState(None, ()), b"")
         # a round is on, and nobody is missing
         control.steered(NoCheckpoints()).may_continue(progress)
         gone = threading.Event()
@@ -116,7 +116,7 @@ def test_a_backup_that_waits_when_the_server_ends_is_answered_before_the_audit_i
     weights = np.zeros(3, np.float32)
     with serve(run) as served:
         control.open(project.server(), served.listening)
-        progress = Progress(0, False, weights, weights, 0, 0, Remembered(None, ()), b"")
+        progress = Progress(0, False, weights, weights, 0, 0, StrategyState(None, ()), b"")
         control.steered(NoCheckpoints()).may_continue(progress)
         line = json.dumps({"verb": "backup", "file": str(project.root / "a.tar")}).encode()
         waits = control.threads.submit(control.answer, line, Asker("me", "operator", True))

@@ -9,7 +9,7 @@ import pytest
 from fedcore.errors import ConfigError, TaskError
 from fedcore.task.templates import KINDS, write_scaffold
 from server.api.checking import check as check_call
-from server.check import Finding, TaskCheck
+from server.check import CheckFinding, TaskCheck
 from server.commands import check as command
 
 STEPS = [
@@ -44,7 +44,7 @@ def write(folder: Path, changes: str = "") -> Path:
     return path
 
 
-def check(folder: Path, changes: str = "", *, client: str | None = None) -> dict[str, Finding]:
+def check(folder: Path, changes: str = "", *, client: str | None = None) -> dict[str, CheckFinding]:
     return {f.step: f for f in check_call(write(folder, changes), client=client).findings}
 
 
@@ -178,8 +178,8 @@ def test_a_task_that_cannot_be_loaded_is_an_error_at_once(tmp_path: Path) -> Non
 
 def test_findings_are_a_line_each() -> None:
     findings = [
-        Finding("clients", True, True, "2 clients", 0.1),
-        Finding("privacy", False, False, "no", 0.2),
+        CheckFinding("clients", True, True, "2 clients", 0.1),
+        CheckFinding("privacy", False, False, "no", 0.2),
     ]
     checked = TaskCheck(tuple(findings))
     assert checked.ok
@@ -188,7 +188,7 @@ def test_findings_are_a_line_each() -> None:
         "note privacy      no [0.20 s]",
         "This task is ready.",
     ]
-    failed = TaskCheck((*findings, Finding("export", False, True, "bad", 0.3)))
+    failed = TaskCheck((*findings, CheckFinding("export", False, True, "bad", 0.3)))
     assert not failed.ok
     assert str(failed).splitlines()[-2:] == [
         "FAIL export       bad [0.30 s]",
@@ -199,7 +199,7 @@ def test_findings_are_a_line_each() -> None:
 def test_findings_are_told_as_soon_as_there_are_any_and_nothing_is_printed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[Finding] = []
+    told: list[CheckFinding] = []
     checked = check_call(write(tmp_path), on_finding=told.append, progress=False)
     assert tuple(told) == checked.findings
     shown = capfd.readouterr()

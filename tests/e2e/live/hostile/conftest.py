@@ -36,7 +36,7 @@ from fedcore.crypto.kit import Kit, client_context
 from fedcore.flower.fleet import node_id_of
 from fedcore.flower.fleet_grid import Stopped
 from fedcore.rpc.hello import hello_of
-from fedcore.updates.seal import run_digest, seal
+from fedcore.updates.seal import run_digest, sign_reply
 from server.live.rounds.settings import device_settings
 
 FLEET = "/v1/fleet"
@@ -97,7 +97,7 @@ class Rogue:
             "key": self.key,
             "now_s": time.time(),
         }
-        seal(reply.content, asked, **(signed | changes))
+        sign_reply(reply.content, asked, **(signed | changes))
 
     def push(self, reply: Message, **changes: Any) -> httpx.Response:
         """Announces a reply."""

@@ -22,7 +22,7 @@ from fedcore.crypto.certificates import pem
 from fedcore.crypto.issue import issue_member
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit, client_context, load_kit, parse_kit_file, write_kit
-from fedcore.crypto.roster import Entry
+from fedcore.crypto.roster import RosterEntry
 from fedcore.rpc import wake_pb2 as wake
 from fedcore.rpc.wake_pb2_grpc import WakeStub
 from server.live.network.limits import Limits
@@ -171,7 +171,7 @@ def test_who_expires_loses_what_it_has_open(
     file = parse_kit_file((folder / "kit.json").read_bytes(), where="kit")
     write_kit(folder, file.model_copy(update={"certificate": pem(certificate).decode()}))
     ends = load_kit(folder).not_after.timestamp()
-    project.members["edge-0"] = Entry(certificate=pem(certificate).decode())
+    project.members["edge-0"] = RosterEntry(certificate=pem(certificate).decode())
     project.write_roster()
     with serve():
         idle, other = dial(), dial("edge-1")

@@ -39,7 +39,7 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
     link, runs = Link(run), dict[int, Any]()
     assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
-        device = loop.Device(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
+        device = loop.DeviceSetup(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
         for number, norm in ((1, wrong), (2, 0.5)):
             message = instruction(task, run, number, clipping_norm=norm)
             found = Announced(message, ObjectTree())
@@ -69,7 +69,7 @@ def test_files_that_come_to_a_named_data_set_in_mid_run_count_at_once(tmp_path: 
     assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
         owner = OwnerPolicy(data=str(ward), datasets=sets)
-        device = loop.Device(kit, task, tmp_path / "task.py", owner, folder)
+        device = loop.DeviceSetup(kit, task, tmp_path / "task.py", owner, folder)
         opened = []
         for number in (1, 2, 3, 4):
             if number == 3:

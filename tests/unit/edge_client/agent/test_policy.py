@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from edge_client.agent.policy import (
-    Pace,
     Power,
+    RateLimit,
     Surroundings,
     check_task,
     hours_left_s,
@@ -162,7 +162,7 @@ def test_bytes_pass_no_faster_than_the_owner_allows() -> None:
         slept.append(seconds)
         now[0] += seconds
 
-    pace = Pace(1_000_000, clock=lambda: now[0], sleep=sleep)
+    pace = RateLimit(1_000_000, clock=lambda: now[0], sleep=sleep)
     for _ in range(10):
         pace.passed(500_000)
     assert now[0] == pytest.approx(5.0)
@@ -172,7 +172,7 @@ def test_bytes_pass_no_faster_than_the_owner_allows() -> None:
 
 
 def test_two_threads_share_one_rate() -> None:
-    pace = Pace(10_000_000)
+    pace = RateLimit(10_000_000)
     started = time.monotonic()
     threads = [threading.Thread(target=pace.passed, args=(1_000_000,)) for _ in range(2)]
     for thread in threads:
@@ -189,7 +189,7 @@ def test_what_is_small_does_not_wait_for_what_is_large_and_both_keep_the_rate() 
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    pace = Pace(300_000, clock=lambda: now[0], sleep=lambda seconds: None)
+    pace = RateLimit(300_000, clock=lambda: now[0], sleep=lambda seconds: None)
     large = threading.Thread(target=pace.passed, args=(3_000_000,), daemon=True)
     large.start()
     while not pace._free_s:

@@ -19,7 +19,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
 from edge_client.agent import announce, loop
-from edge_client.agent.loop import Device, run_device
+from edge_client.agent.loop import DeviceSetup, run_device
 from edge_client.agent.wake import Signals
 from edge_client.device_folder import DeviceFolder, own
 from fedcore.config.owner import OPEN_POLICY
@@ -87,7 +87,7 @@ def kitted(
 def running(folder: Path, answers: Answers) -> Iterator[Running]:
     signals, raised = Signals(), list[BaseException]()
     with kitted(folder, answers) as (kit, state):
-        device = Device(kit, load_task(TASK), TASK, OPEN_POLICY, state)
+        device = DeviceSetup(kit, load_task(TASK), TASK, OPEN_POLICY, state)
 
         def body() -> None:
             try:

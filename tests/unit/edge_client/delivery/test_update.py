@@ -10,7 +10,7 @@ import pytest
 
 from edge_client.delivery import store as installed
 from edge_client.delivery.source import folder_source
-from edge_client.delivery.update import Update, update
+from edge_client.delivery.update import UpdateResult, update
 from fedcore.errors import ConfigError, DataError, DeviceError, ResourceError, TrustError
 
 
@@ -19,7 +19,9 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def run(publisher: Any, store: Path, *, root: bytes | None = None, model: str = "digits") -> Update:
+def run(
+    publisher: Any, store: Path, *, root: bytes | None = None, model: str = "digits"
+) -> UpdateResult:
     return update(
         folder_source(publisher.repository), store=store, model=model, root=root, threads=1
     )
@@ -28,7 +30,7 @@ def run(publisher: Any, store: Path, *, root: bytes | None = None, model: str = 
 def test_the_first_update_installs_and_pins_the_root(publisher: Any, store: Path) -> None:
     publisher.publish()
     done = run(publisher, store, root=publisher.root)
-    assert done == Update("digits", 1, None, changed=True, golden_error=0.0)
+    assert done == UpdateResult("digits", 1, None, changed=True, golden_error=0.0)
     assert (store / "trust" / "pinned.root.json").read_bytes() == publisher.root
     assert list((store / "incoming").iterdir()) == []
 
@@ -50,7 +52,7 @@ def test_what_is_current_is_not_fetched_again(publisher: Any, store: Path) -> No
     (models,) = (publisher.repository / "targets").rglob("*.model.onnx")
     models.unlink()  # would be missed if it were asked for
     done = run(publisher, store, root=publisher.root)
-    assert done == Update("digits", 1, None, changed=False, golden_error=None)
+    assert done == UpdateResult("digits", 1, None, changed=False, golden_error=None)
 
 
 def test_a_damaged_version_is_fetched_again(publisher: Any, store: Path) -> None:

@@ -55,7 +55,7 @@ class Site:
     """A device, and a server that asks it for whatever it likes."""
 
     folder: DeviceFolder
-    device: loop.Device
+    device: loop.DeviceSetup
     task: Task = field(default_factory=make_task)
 
     def ask(self, name: str, *, private: bool, number: int = 1) -> Message:
@@ -80,7 +80,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
         task = make_task()
-        device = loop.Device(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
+        device = loop.DeviceSetup(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
         yield Site(folder, device, task)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, load_owner, tighten
-from fedcore.config.run import Client, Privacy, RunConfig
+from fedcore.config.run import ClientConfig, Privacy, RunConfig
 from fedcore.errors import ConfigError, OwnerLimit, PrivacyError
 from fedcore.training.bounds import bounds_of
 
@@ -13,7 +13,7 @@ RUN = RunConfig(
     name="x",
     task="t.py",
     privacy=Privacy(unit="example", max_epsilon=4.0, target_delta=1e-4),
-    client=Client(epochs=3, device="auto"),
+    client=ClientConfig(epochs=3, device="auto"),
 )
 
 

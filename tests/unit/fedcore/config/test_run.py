@@ -10,11 +10,11 @@ from fedcore.config.owner import DataSet, OwnerPolicy
 from fedcore.config.run import (
     CANDIDATES,
     CandidateName,
-    Client,
+    ClientConfig,
     ClientPrivacy,
     DeviceClass,
     Privacy,
-    Release,
+    ReleaseConfig,
     RunConfig,
     Section,
 )
@@ -42,7 +42,7 @@ def test_the_candidates_are_all_that_may_be_named() -> None:
 
 def test_the_released_model_has_the_runs_name_unless_told_otherwise() -> None:
     assert RunConfig(name="digits", task="t.py").model_name == "digits"
-    named = RunConfig(name="digits", task="t.py", release=Release(model="mnist"))
+    named = RunConfig(name="digits", task="t.py", release=ReleaseConfig(model="mnist"))
     assert named.model_name == "mnist"
 
 
@@ -78,19 +78,19 @@ def test_private_is_what_the_unit_says() -> None:
 
 def test_a_model_made_in_code_is_checked_as_a_file_is() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
-        Client(learning_rate=0.0)
+        ClientConfig(learning_rate=0.0)
     with pytest.raises(ValidationError, match="belong together"):
-        RunConfig(name="x", task="t.py", release=Release(keys="k"))
+        RunConfig(name="x", task="t.py", release=ReleaseConfig(keys="k"))
 
 
 @pytest.mark.parametrize(
     ("section", "key", "outside", "inside"),
     [
-        (Client, "epochs", (0, 10_001), (1, 10_000)),
-        (Client, "batch_size", (0, 1_000_001), (1, 1_000_000)),
-        (Client, "learning_rate", (0.0, 1e-13, 1.1e6), (1e-12, 1e6)),
-        (Client, "momentum", (-0.1, 1.0), (0.0, 0.999)),
-        (Client, "weight_decay", (-1e-9, 1001.0), (0.0, 1000.0)),
+        (ClientConfig, "epochs", (0, 10_001), (1, 10_000)),
+        (ClientConfig, "batch_size", (0, 1_000_001), (1, 1_000_000)),
+        (ClientConfig, "learning_rate", (0.0, 1e-13, 1.1e6), (1e-12, 1e6)),
+        (ClientConfig, "momentum", (-0.1, 1.0), (0.0, 0.999)),
+        (ClientConfig, "weight_decay", (-1e-9, 1001.0), (0.0, 1000.0)),
         (Privacy, "max_epsilon", (0.0, 0.009, 1.1e6), (0.01, 1e6)),
         (Privacy, "target_delta", (0.0, 1e-13, 1.0), (1e-12, 0.5)),
         (Privacy, "clip_norm", (0.0, 1e-7, 1.1e6), (1e-6, 1e6)),

@@ -13,9 +13,9 @@ from fedcore.crypto.certificates import pem
 from fedcore.crypto.keys import fingerprint, new_key, public_bytes
 from fedcore.crypto.roster import (
     ROSTER,
-    Entry,
     Member,
     Roster,
+    RosterEntry,
     RosterFile,
     load_server_identity,
     parse_roster,
@@ -30,9 +30,11 @@ def keys() -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def entries(project: Any, keys: list[Any]) -> list[Entry]:
+def entries(project: Any, keys: list[Any]) -> list[RosterEntry]:
     return [
-        Entry(certificate=pem(project.certify(key, f"edge-{number}")).decode(), num_examples=600)
+        RosterEntry(
+            certificate=pem(project.certify(key, f"edge-{number}")).decode(), num_examples=600
+        )
         for number, key in enumerate(keys)
     ]
 
@@ -45,7 +47,7 @@ class Clock:
         return self.now
 
 
-def write(folder: Path, project: Any, version: int, *entries: Entry) -> Path:
+def write(folder: Path, project: Any, version: int, *entries: RosterEntry) -> Path:
     new = folder / "new"
     file = RosterFile(version=version, members=entries).signed(project.key)
     new.write_bytes(file.to_bytes())
@@ -56,12 +58,12 @@ def open_roster(path: Path, project: Any, clock: Any = None) -> Roster:
     return Roster(path, pem(project.authority), **({"clock": clock} if clock else {}))
 
 
-def revoked(entry: Entry, now: datetime) -> Entry:
+def revoked(entry: RosterEntry, now: datetime) -> RosterEntry:
     return entry.model_copy(update={"revoked_at": now})
 
 
 def test_a_member_is_found_by_key_or_fingerprint(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     roster = open_roster(write(tmp_path, project, 1, *entries[:2]), project)
     public = public_bytes(keys[0])
@@ -77,7 +79,7 @@ def test_a_member_is_found_by_key_or_fingerprint(
 
 
 def test_revocation_takes_effect_without_a_restart(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     roster = open_roster(write(tmp_path, project, 1, *entries), project)
     write(tmp_path, project, 2, revoked(entries[0], now), *entries[1:])
@@ -88,7 +90,7 @@ def test_revocation_takes_effect_without_a_restart(
 
 
 def test_who_is_added_is_let_in_without_a_restart(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry]
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry]
 ) -> None:
     roster = open_roster(write(tmp_path, project, 1), project)
     assert roster.members() == ()
@@ -97,7 +99,7 @@ def test_who_is_added_is_let_in_without_a_restart(
 
 
 def test_an_expired_member_is_out(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     clock = Clock(now)
     roster = open_roster(write(tmp_path, project, 1, *entries), project, clock)
@@ -109,7 +111,7 @@ def test_an_expired_member_is_out(
 
 
 def test_a_damaged_file_changes_nothing_until_it_is_whole(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     path = write(tmp_path, project, 1, *entries)
     roster = open_roster(path, project)
@@ -129,7 +131,7 @@ def test_a_damaged_file_changes_nothing_until_it_is_whole(
 
 
 def test_an_older_list_lets_nobody_back_in(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     roster = open_roster(write(tmp_path, project, 2, revoked(entries[0], now)), project)
     write(tmp_path, project, 1, entries[0])
@@ -138,7 +140,7 @@ def test_an_older_list_lets_nobody_back_in(
 
 
 def test_a_list_that_is_damaged_from_the_start_starts_nothing(
-    tmp_path: Path, project: Any, entries: list[Entry]
+    tmp_path: Path, project: Any, entries: list[RosterEntry]
 ) -> None:
     with pytest.raises(DataError, match=r"the roster does not exist\..*provision restore"):
         open_roster(tmp_path / ROSTER, project)
@@ -149,13 +151,13 @@ def test_a_list_that_is_damaged_from_the_start_starts_nothing(
 
 
 def test_nobody_gets_in_whom_the_authority_did_not_certify(
-    tmp_path: Path, project: Any, impostor: Any, entries: list[Entry]
+    tmp_path: Path, project: Any, impostor: Any, entries: list[RosterEntry]
 ) -> None:
     key = new_key()
     path = write(tmp_path, project, 1, *entries)
     roster = open_roster(path, project)
     forged = pem(impostor.certify(key, "edge-9")).decode()
-    write(tmp_path, project, 2, *entries, Entry(certificate=forged))
+    write(tmp_path, project, 2, *entries, RosterEntry(certificate=forged))
     assert roster.member(public_bytes(key)) is None
     assert "not issued by the authority" in str(roster.damage)
     with pytest.raises(CertificateRefused, match="not issued by"):
@@ -163,16 +165,16 @@ def test_nobody_gets_in_whom_the_authority_did_not_certify(
 
 
 def test_a_server_is_no_member(tmp_path: Path, project: Any) -> None:
-    entry = Entry(certificate=pem(project.certify_server(new_key(), "localhost")).decode())
+    entry = RosterEntry(certificate=pem(project.certify_server(new_key(), "localhost")).decode())
     with pytest.raises(TrustError, match="certificate of a server"):
         open_roster(write(tmp_path, project, 1, entry), project)
 
 
 def test_one_key_is_one_identity_and_so_is_one_name(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
-    def again(key: Any, name: str) -> Entry:
-        return Entry(certificate=pem(project.certify(key, name)).decode())
+    def again(key: Any, name: str) -> RosterEntry:
+        return RosterEntry(certificate=pem(project.certify(key, name)).decode())
 
     for other in (again(keys[0], "edge-9"), again(new_key(), "edge-0"), entries[0]):
         with pytest.raises(TrustError, match="one key or one name"):
@@ -189,7 +191,7 @@ def test_one_key_is_one_identity_and_so_is_one_name(
 
 @pytest.mark.parametrize("num_examples", [0, -9, 1_000_001, 10**12, 1.5, True, "600"])
 def test_a_weight_is_within_its_cap(
-    project: Any, entries: list[Entry], num_examples: object
+    project: Any, entries: list[RosterEntry], num_examples: object
 ) -> None:
     raw = RosterFile(version=1, members=tuple(entries[:1])).signed(project.key).to_bytes()
     text = str(num_examples).lower() if num_examples is True else repr(num_examples)
@@ -200,7 +202,7 @@ def test_a_weight_is_within_its_cap(
 
 
 def test_only_what_is_new_is_verified(
-    tmp_path: Path, project: Any, entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, project: Any, entries: list[RosterEntry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roster = open_roster(write(tmp_path, project, 1, *entries[:2]), project)
     seen: list[str] = []
@@ -221,7 +223,7 @@ def test_only_what_is_new_is_verified(
 
 
 def test_many_threads_see_whole_lists_while_they_change(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     roster = open_roster(write(tmp_path, project, 1, *entries), project)
     names: set[tuple[str, ...]] = set()
@@ -277,7 +279,7 @@ def test_whether_a_member_is_in_force(now: datetime) -> None:
 
 
 def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     seen, public = tmp_path / SEEN, public_bytes(keys[0])
 
@@ -310,7 +312,7 @@ def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"7", b'{"version": 0}', b"\xff"])
 def test_a_memory_that_cannot_be_read_stops_the_server(
-    tmp_path: Path, project: Any, entries: list[Entry], raw: bytes
+    tmp_path: Path, project: Any, entries: list[RosterEntry], raw: bytes
 ) -> None:
     write(tmp_path, project, 4, *entries)
     (tmp_path / SEEN).write_bytes(raw)
@@ -319,7 +321,7 @@ def test_a_memory_that_cannot_be_read_stops_the_server(
 
 
 def test_a_revocation_is_in_force_even_where_it_cannot_be_remembered(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry], now: datetime
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry], now: datetime
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     write(tmp_path, project, 4, *entries)

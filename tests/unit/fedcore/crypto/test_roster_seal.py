@@ -11,7 +11,7 @@ import pytest
 
 from fedcore.crypto.certificates import pem
 from fedcore.crypto.keys import new_key, public_bytes
-from fedcore.crypto.roster import ROSTER, Entry, Roster, RosterFile, parse_roster
+from fedcore.crypto.roster import ROSTER, Roster, RosterEntry, RosterFile, parse_roster
 from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.roster_seen import SEEN
 from fedcore.errors import RollbackRefused, SignatureInvalid
@@ -23,14 +23,16 @@ def keys() -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def entries(project: Any, keys: list[Any]) -> list[Entry]:
+def entries(project: Any, keys: list[Any]) -> list[RosterEntry]:
     return [
-        Entry(certificate=pem(project.certify(key, f"edge-{number}")).decode(), num_examples=600)
+        RosterEntry(
+            certificate=pem(project.certify(key, f"edge-{number}")).decode(), num_examples=600
+        )
         for number, key in enumerate(keys)
     ]
 
 
-def write(folder: Path, project: Any, version: int, *entries: Entry) -> Path:
+def write(folder: Path, project: Any, version: int, *entries: RosterEntry) -> Path:
     path = folder / ROSTER
     path.write_bytes(RosterFile(version=version, members=entries).signed(project.key).to_bytes())
     return path
@@ -40,7 +42,7 @@ def open_roster(path: Path, project: Any) -> Roster:
     return Roster(path, pem(project.authority))
 
 
-def revoked(entry: Entry, now: datetime) -> Entry:
+def revoked(entry: RosterEntry, now: datetime) -> RosterEntry:
     return entry.model_copy(update={"revoked_at": now})
 
 
@@ -56,7 +58,7 @@ def test_a_roster_that_was_edited_is_refused_and_the_one_before_stays(
     tmp_path: Path,
     project: Any,
     keys: list[Any],
-    entries: list[Entry],
+    entries: list[RosterEntry],
     now: datetime,
     update: dict[str, Any],
 ) -> None:
@@ -70,7 +72,7 @@ def test_a_roster_that_was_edited_is_refused_and_the_one_before_stays(
 
 
 def test_a_roster_without_a_signature_or_with_a_strangers_is_refused(
-    tmp_path: Path, project: Any, entries: list[Entry]
+    tmp_path: Path, project: Any, entries: list[RosterEntry]
 ) -> None:
     path, stranger = tmp_path / ROSTER, new_key()
     file = RosterFile(version=1, members=tuple(entries))
@@ -84,7 +86,7 @@ def test_a_roster_without_a_signature_or_with_a_strangers_is_refused(
 
 
 def test_a_key_of_rosters_is_vouched_for_and_gives_way_for_good(
-    tmp_path: Path, project: Any, keys: list[Any], entries: list[Entry]
+    tmp_path: Path, project: Any, keys: list[Any], entries: list[RosterEntry]
 ) -> None:
     path, signing = tmp_path / ROSTER, [new_key(), new_key()]
     signers = [delegate(key, number, project.key) for number, key in enumerate(signing, start=1)]

@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import random
 
-from fedcore.flower.fleet_asked import Asked, Outstanding
+from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
 
 
 def test_what_is_found_by_each_key_is_what_was_added_and_not_popped() -> None:
-    rng, there, expected = random.Random(1), Outstanding(), dict[str, Asked]()
+    rng, there, expected = random.Random(1), PendingMessages(), dict[str, PendingMessage]()
     for step in range(3000):
         if expected and rng.random() < 0.45:
             message_id = rng.choice(sorted(expected))
             assert there.pop(message_id) is expected.pop(message_id)
         else:
             objects = frozenset(f"object {rng.randrange(20)}" for _ in range(3))
-            asked = Asked(rng.randrange(5), objects, 1)
+            asked = PendingMessage(rng.randrange(5), objects, 1)
             expected[f"message {step}"] = asked
             there.add(f"message {step}", asked)
         node, thing = rng.randrange(5), f"object {rng.randrange(20)}"

@@ -26,11 +26,11 @@ from fedcore.kernels.im2col import (
     pool,
     unpool,
 )
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 WINDOWS = st.builds(
-    Window,
+    ConvolutionWindow,
     kernel=PAIRS,
     stride=PAIRS,
     padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),  # more than a kernel is wide, too
@@ -46,7 +46,7 @@ def numbers(seed: int, *shape: int) -> Tensor:
     return torch.randint(-3, 4, shape, generator=rng).float()
 
 
-def laid(images: Tensor, window: Window) -> Tensor:
+def laid(images: Tensor, window: ConvolutionWindow) -> Tensor:
     """Rows by torch's own unfolding, ``(N, results, F)``, of ``(N, H, W, C)``."""
     count, height, width, channels = images.shape
     rows = functional.unfold(
@@ -67,7 +67,7 @@ def laid(images: Tensor, window: Window) -> Tensor:
 @settings(max_examples=150, deadline=None)
 @given(window=WINDOWS, size=SIZES, channels=st.sampled_from([1, 3, 8, 17]), seed=st.integers(0, 9))
 def test_rows_forth_and_back(
-    window: Window, size: tuple[int, int], channels: int, seed: int
+    window: ConvolutionWindow, size: tuple[int, int], channels: int, seed: int
 ) -> None:
     if min(window.cells(*size)) < 1:
         return
@@ -89,14 +89,14 @@ def test_rows_forth_and_back(
 
 
 def pooled(
-    products: Tensor, bias: Tensor, window: Window, *, relu: bool
+    products: Tensor, bias: Tensor, window: ConvolutionWindow, *, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Results, with slopes of 1, 2, 3, ... those of the products and of each image's bias.
 
     Of products ``(N, down, across, out)``, one client an image.
     """
     count, down, across, outs = products.shape
-    blocks = blocks_of(Window((1, 1), (1, 1), (0, 0), window.pool), down, across)
+    blocks = blocks_of(ConvolutionWindow((1, 1), (1, 1), (0, 0), window.pool), down, across)
     flat = products.detach().clone().view(-1, outs)
     found = torch.full((count, *blocks[:2], outs), NAN)
     places = torch.empty(found.shape, dtype=torch.uint8)
@@ -129,7 +129,7 @@ def test_pooling_forth_and_back(
     expected = expected + bias[:, None, None]
     if relu:
         expected = torch.relu(expected)
-    window = Window((1, 1), (1, 1), (0, 0), block)
+    window = ConvolutionWindow((1, 1), (1, 1), (0, 0), block)
     found, slopes, of_products, of_bias = pooled(products, bias, window, relu=relu)
     assert torch.equal(found, expected)
     back = torch.autograd.grad([expected], [products, bias], [slopes])
@@ -149,7 +149,7 @@ def test_what_is_no_finite_number_comes_through_as_in_torch(
     products.view(-1, 9)[where % (down * across), ::2] = value
     bias = torch.zeros(1, 9)
     expected = products.amax(dim=(1, 2), keepdim=True)
-    window = Window((1, 1), (1, 1), (0, 0), pool_size)
+    window = ConvolutionWindow((1, 1), (1, 1), (0, 0), pool_size)
     found, *_ = pooled(products, bias, window, relu=relu)
     expected = torch.relu(expected) if relu else expected
     assert torch.equal(found.nan_to_num(7.5), expected.nan_to_num(7.5))
@@ -157,7 +157,7 @@ def test_what_is_no_finite_number_comes_through_as_in_torch(
 
 
 def test_other_numbers_than_float32_are_refused() -> None:
-    look = look_of(Window((1, 1), (1, 1), (0, 0)), 2, 2, 1)
+    look = look_of(ConvolutionWindow((1, 1), (1, 1), (0, 0)), 2, 2, 1)
     with pytest.raises(TypeError, match="No matching definition"):
         lay_rows(np.zeros(4), np.zeros(4), look)  # type: ignore[arg-type]
 

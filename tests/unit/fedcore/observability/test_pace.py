@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedcore.observability import pace
-from fedcore.observability.pace import Pace, memory_bytes
+from fedcore.observability.pace import RoundPace, memory_bytes
 
 
 def test_pace_follows_the_latest_rounds() -> None:
-    watching = Pace(clock=lambda: 0.0)
+    watching = RoundPace(clock=lambda: 0.0)
     first = watching.after(2.0, 10, left=5)
     assert first["clients_per_s"] == 5.0
     assert first["remaining_s"] == 10.0
@@ -22,7 +22,7 @@ def test_pace_follows_the_latest_rounds() -> None:
 
 
 def test_what_the_first_round_sets_up_is_forgotten() -> None:
-    watching = Pace(clock=lambda: 0.0)
+    watching = RoundPace(clock=lambda: 0.0)
     watching.after(60.0, 10, left=9)
     assert watching.after(0.5, 10, left=8)["clients_per_s"] == 20.0
     assert watching.after(1.0, 10, left=4)["remaining_s"] == 3.0
@@ -31,7 +31,7 @@ def test_what_the_first_round_sets_up_is_forgotten() -> None:
 def test_memory_is_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     looks, now_s = [10, 20], [0.0]
     monkeypatch.setattr(pace, "memory_bytes", lambda: looks.pop(0))
-    watching = Pace(clock=lambda: now_s[0])
+    watching = RoundPace(clock=lambda: now_s[0])
     found = []
     for now_s[0] in (0.0, 0.9, 1.1, 2.0):
         found.append(watching.after(0.1, 1, left=1)["memory_bytes"])
@@ -59,4 +59,4 @@ def test_where_the_system_does_not_tell_there_is_none(
 ) -> None:
     monkeypatch.setattr(pace, "_PROC", tmp_path / "none")
     assert memory_bytes() is None
-    assert Pace().after(1.0, 1, left=0)["memory_bytes"] is None
+    assert RoundPace().after(1.0, 1, left=0)["memory_bytes"] is None

@@ -23,7 +23,7 @@ from fedcore.privacy.accounting import (
     noise_for,
 )
 from fedcore.privacy.ledger import Ledger, charge
-from fedcore.privacy.losses import Steps, composed_epsilon, gaussian_epsilon
+from fedcore.privacy.losses import MechanismSteps, composed_epsilon, gaussian_epsilon
 from fedcore.privacy.renyi import renyi_divergences
 
 DELTA = 1e-5
@@ -96,7 +96,7 @@ def test_every_example_in_every_step_costs_what_the_gaussian_mechanism_does() ->
             -sensitivity / 2 - found / sensitivity
         )
         assert delta * (1 - 1e-6) <= back <= delta or (found == 0.0 and back <= delta)
-        numerical = composed_epsilon([Steps(noise, 1.0, steps)], delta)
+        numerical = composed_epsilon([MechanismSteps(noise, 1.0, steps)], delta)
         assert found <= numerical <= 1.002 * found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.rpc import relay
-from fedcore.rpc.relay import Way, relayed
+from fedcore.rpc.relay import RelayedRoute, relayed
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def serving(behave: Callable[[socket.socket], None]) -> Iterator[int]:
         assert not thread.is_alive()
 
 
-def opened(way: Way) -> socket.socket:
+def opened(way: RelayedRoute) -> socket.socket:
     local = socket.socket(socket.AF_UNIX)
     local.connect(way.target.removeprefix("unix:"))
     local.settimeout(5.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import InsufficientMemory
 from fedcore.training.memory import check_memory, free_bytes, memory_errors, needed_bytes
 
@@ -21,15 +21,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("client", "privacy", "copies"),
     [
-        (Client(), PLAIN, 1),
-        (Client(momentum=0.9), PLAIN, 2),
-        (Client(optimizer="adam"), PLAIN, 3),
-        (Client(), PRIVATE, 10),
-        (Client(batch_size=500, optimizer="adam"), PRIVATE, 12),
+        (ClientConfig(), PLAIN, 1),
+        (ClientConfig(momentum=0.9), PLAIN, 2),
+        (ClientConfig(optimizer="adam"), PLAIN, 3),
+        (ClientConfig(), PRIVATE, 10),
+        (ClientConfig(batch_size=500, optimizer="adam"), PRIVATE, 12),
     ],
 )
 def test_gradients_the_optimisers_state_and_what_privacy_needs_are_counted(
-    client: Client, privacy: Privacy, copies: int
+    client: ClientConfig, privacy: Privacy, copies: int
 ) -> None:
     assert needed_bytes(MODEL, client, privacy) == copies * 4000
 
@@ -37,12 +37,12 @@ def test_gradients_the_optimisers_state_and_what_privacy_needs_are_counted(
 def test_frozen_parameters_take_no_gradients() -> None:
     model = nn.Linear(999, 1)
     model.weight.requires_grad_(False)
-    assert needed_bytes(model, Client(), PLAIN) == 4
+    assert needed_bytes(model, ClientConfig(), PLAIN) == 4
 
 
 def test_training_that_fits_passes() -> None:
-    check_memory(MODEL, Client(), PLAIN, CPU, owner_limit_bytes=4000)
-    check_memory(MODEL, Client(), PLAIN, CPU, owner_limit_bytes=None)
+    check_memory(MODEL, ClientConfig(), PLAIN, CPU, owner_limit_bytes=4000)
+    check_memory(MODEL, ClientConfig(), PLAIN, CPU, owner_limit_bytes=None)
 
 
 PEAK = """
@@ -87,7 +87,7 @@ def test_private_training_takes_what_is_said(optimizer: Literal["sgd", "adam"]) 
         text=True,
         check=True,
     )
-    copies = needed_bytes(MODEL, Client(optimizer=optimizer), PRIVATE) / 4000
+    copies = needed_bytes(MODEL, ClientConfig(optimizer=optimizer), PRIVATE) / 4000
     beyond = float(done.stdout) - 1  # the model itself, which is made there, too
     assert copies - 0.1 <= beyond < copies + 3  # what was loaded before leaves some room
 
@@ -101,7 +101,9 @@ def test_more_than_the_owner_allows_is_refused_with_both_figures(
     privacy: Privacy, figures: str
 ) -> None:
     with pytest.raises(InsufficientMemory) as caught:
-        check_memory(nn.Linear(999_999, 1), Client(), privacy, CPU, owner_limit_bytes=3_999_999)
+        check_memory(
+            nn.Linear(999_999, 1), ClientConfig(), privacy, CPU, owner_limit_bytes=3_999_999
+        )
     assert f"needs at least {figures} bytes and the owner's limit is 3,999,999 bytes" in str(
         caught.value
     )
@@ -112,7 +114,7 @@ def test_more_than_is_free_is_refused_before_it_is_asked_for() -> None:
     with torch.device("meta"):  # a hundred terabytes that exist on paper alone
         huge = nn.Linear(1_000_000, 25_000_000)
     with pytest.raises(InsufficientMemory, match=r"free on cpu is .* Nothing was trained"):
-        check_memory(huge, Client(), PLAIN, CPU, owner_limit_bytes=None)
+        check_memory(huge, ClientConfig(), PLAIN, CPU, owner_limit_bytes=None)
 
 
 def test_the_system_tells_what_is_free() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.seeds import torch_rng
 from fedcore.training import order as module
 from fedcore.training.batches import shuffled
@@ -178,7 +178,7 @@ def kept(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, seen[0]
 
 
-def plainly(model: nn.Module, data: TensorDataset, settings: Client) -> None:
+def plainly(model: nn.Module, data: TensorDataset, settings: ClientConfig) -> None:
     optimizer = make_optimizer(model, settings)
     for inputs, targets in shuffled(data, settings.batch_size, torch_rng(0)):  # type: ignore[arg-type]
         optimizer.zero_grad()
@@ -199,7 +199,7 @@ def test_what_looks_between_the_layers_trains_as_torch_does(
 def assert_trains_as_torch_does(one: nn.Module) -> None:
     other = copy.deepcopy(one)
     data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
-    settings = Client(batch_size=5, learning_rate=0.3)
+    settings = ClientConfig(batch_size=5, learning_rate=0.3)
     train(
         one,
         data,  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import UnsupportedLayer
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.draws import SimulatedDraws
@@ -47,7 +47,7 @@ def private(
     clip: float = 1e6,
     rate: float = 0.25,
     steps: int = 12,
-    settings: Client | None = None,
+    settings: ClientConfig | None = None,
     **more: Any,
 ) -> nn.Module:
     planned = PrivatePlan(Charge(1, multiplier, rate, steps), clip_norm=clip)
@@ -61,7 +61,7 @@ def private(
         model,
         examples,
         LOSS,
-        settings or Client(),
+        settings or ClientConfig(),
         planned,
         way=way,
         draws=SimulatedDraws(**streams),
@@ -84,10 +84,16 @@ def weights(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize(
     "settings",
-    [Client(), Client(momentum=0.9), Client(optimizer="adam", learning_rate=0.01)],
+    [
+        ClientConfig(),
+        ClientConfig(momentum=0.9),
+        ClientConfig(optimizer="adam", learning_rate=0.01),
+    ],
     ids=["sgd", "momentum", "adam"],
 )
-def test_without_noise_and_clipping_it_is_training_on_the_same_batches(settings: Client) -> None:
+def test_without_noise_and_clipping_it_is_training_on_the_same_batches(
+    settings: ClientConfig,
+) -> None:
     examples, expected = blobs(), network()
     got = private(network(), examples, multiplier=1e-12, settings=settings)
     optimizer = make_optimizer(expected, settings)
@@ -104,7 +110,7 @@ def test_each_example_moves_the_weights_by_at_most_the_clipping_norm() -> None:
     examples, rate, clip = blobs(8), 1.0, 0.01
     model = private(network(), examples, multiplier=1e-12, clip=clip, rate=rate, steps=1)
     moved = (weights(model) - weights(network())).norm().item()
-    bound = Client().learning_rate * clip  # the mean of 8 clipped gradients
+    bound = ClientConfig().learning_rate * clip  # the mean of 8 clipped gradients
     assert 0 < moved <= bound * (1 + 1e-5)
     alone = private(
         network(), Subset(examples, [0]), multiplier=1e-12, clip=clip, rate=rate, steps=1
@@ -172,7 +178,7 @@ def test_an_example_on_which_the_model_fails_counts_as_zero_and_ends_nothing() -
     failed: Any = TensorDataset(inputs, targets)
     start = nn.Sequential(Failing(), nn.Linear(6, 3))
     model, expected = copy.deepcopy(start), copy.deepcopy(start)
-    settings = Client(learning_rate=0.5)
+    settings = ClientConfig(learning_rate=0.5)
     found: list[int] = []
     private(model, failed, multiplier=1e-12, rate=1.0, steps=1, settings=settings, found=found)
     kept = torch.arange(8) != 2
@@ -208,7 +214,9 @@ def test_weights_that_run_away_are_the_starts_again(value: float) -> None:
     draws = Wild(torch_rng(1, "s"), torch_rng(1, "n"))
     planned = PrivatePlan(Charge(1, 1.0, 0.25, 3), clip_norm=1.0)
     way = way_of(model, LOSS, torch.zeros(6))
-    train_private(nn.Identity(), model, blobs(), LOSS, Client(), planned, way=way, draws=draws)
+    train_private(
+        nn.Identity(), model, blobs(), LOSS, ClientConfig(), planned, way=way, draws=draws
+    )
     got, start = model[0].weight.flatten(), network()[0].weight.flatten()
     assert torch.equal(got[:2], start[:2])
     assert torch.isfinite(weights(model)).all()
@@ -294,7 +302,7 @@ def test_what_is_remembered_all_the_same_never_leaves(where: str) -> None:
 
 
 def test_the_proximal_term_is_that_of_training_without_privacy() -> None:
-    examples, mu, settings = blobs(), 2.0, Client()
+    examples, mu, settings = blobs(), 2.0, ClientConfig()
     got = private(network(), examples, multiplier=1e-12, proximal_mu=mu)
     expected, anchor = network(), weights(network())
     optimizer = make_optimizer(expected, settings)
@@ -312,7 +320,7 @@ def test_the_proximal_term_is_that_of_training_without_privacy() -> None:
 def test_the_proximal_term_pulls_with_clipping_too() -> None:
     steps, clip = 40, 1e-3
     far = network(seed=1)
-    settings = Client(learning_rate=0.1)
+    settings = ClientConfig(learning_rate=0.1)
     start = weights(far).clone()
     private(far, blobs(), multiplier=100.0, clip=clip, steps=steps, settings=settings)
     held = private(
@@ -334,14 +342,14 @@ def test_the_proximal_term_pulls_with_clipping_too() -> None:
 def test_the_plan_has_as_many_steps_as_batches(
     count: int, batch_size: int, epochs: int, rate: float, steps: int
 ) -> None:
-    settings = Client(batch_size=batch_size, epochs=epochs)
+    settings = ClientConfig(batch_size=batch_size, epochs=epochs)
     fixed = EXAMPLE_DP.model_copy(update={"noise_multiplier": 1.5, "clip_norm": 0.7})
     planned = plan(blobs(count), settings, fixed, round=4, participations=10)
     assert planned == PrivatePlan(Charge(4, 1.5, rate, steps), 0.7)
 
 
 def test_automatic_noise_keeps_all_rounds_within_the_budget_and_small_clients_need_more() -> None:
-    settings = Client(batch_size=10)
+    settings = ClientConfig(batch_size=10)
     large, small = (
         plan(blobs(count), settings, EXAMPLE_DP, round=1, participations=20).charge
         for count in (80, 10)

@@ -20,17 +20,17 @@ from fedcore.updates.pieces import PIECE_BYTES, FileArray, KeptArray
 from fedcore.updates.replies import (
     LARGEST,
     MAX_ENTRIES,
-    Asked,
     Form,
     Range,
     Reply,
+    ReplySpec,
     check_legible,
     read_reply,
 )
 
 WEIGHTS = np.array([1.0, -2.0, 3.0], np.float32)
 RANGES = {"train_loss": Range(), "epsilon": Range(0.0, 8.0)}
-ASKED = Asked("train", RANGES, {MODEL: Form("float32", (3,))})
+ASKED = ReplySpec("train", RANGES, {MODEL: Form("float32", (3,))})
 SURROGATE = "a\ud800"
 
 
@@ -53,7 +53,7 @@ def records(**changed: Any) -> RecordDict:
     return RecordDict({ARRAYS: ArrayRecord({MODEL: Array(arrays)}), METRICS: MetricRecord(metrics)})
 
 
-def read(message: Message, asked: Asked = ASKED, **more: Any) -> Reply:
+def read(message: Message, asked: ReplySpec = ASKED, **more: Any) -> Reply:
     return read_reply(message, asked, where="update from node 2", **more)
 
 
@@ -166,7 +166,7 @@ def in_file(array: Array) -> Array:
 
 
 LENGTH = PIECE_BYTES // 4 + 3
-LONG = Asked("train", RANGES, {MODEL: Form("float32", (LENGTH,))})
+LONG = ReplySpec("train", RANGES, {MODEL: Form("float32", (LENGTH,))})
 
 
 def long_reply(values: Vector, *, version: tuple[int, int] = (1, 0)) -> Message:
@@ -238,7 +238,7 @@ def test_a_reply_of_another_type_than_asked_is_refused() -> None:
 
 
 def test_where_every_metric_is_asked_for_each_must_be_there() -> None:
-    asked = Asked("train", {"accuracy": Range(0, 1), "f1": Range(0, 1)}, every_metric=True)
+    asked = ReplySpec("train", {"accuracy": Range(0, 1), "f1": Range(0, 1)}, every_metric=True)
     told = {NUM_EXAMPLES: 3, "accuracy": 1, "f1": 0.5}
     found = read(reply(RecordDict({METRICS: MetricRecord(told)})), asked)
     assert found == Reply(3, {"accuracy": 1.0, "f1": 0.5})

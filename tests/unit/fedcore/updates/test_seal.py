@@ -19,8 +19,8 @@ from fedcore.updates.seal import (
     content_digest,
     round_of,
     run_digest,
-    seal,
-    unseal,
+    sign_reply,
+    verify_reply,
 )
 
 KEY = new_key()
@@ -42,7 +42,7 @@ def reply(**metrics: int | float) -> RecordDict:
 
 
 def sealed(content: RecordDict) -> RecordDict:
-    seal(content, ASKED, purpose="train", run_id="run", node_id=7, key=KEY, now_s=1e9)
+    sign_reply(content, ASKED, purpose="train", run_id="run", node_id=7, key=KEY, now_s=1e9)
     return content
 
 
@@ -56,7 +56,7 @@ def opened(content: RecordDict, **changed: object) -> None:
         "public_key": public_bytes(KEY),
         "now_s": 1e9,
     }
-    unseal(content, **(expected | changed))  # type: ignore[arg-type]
+    verify_reply(content, **(expected | changed))  # type: ignore[arg-type]
 
 
 def test_a_true_one_opens_and_is_taken_out() -> None:

@@ -14,7 +14,7 @@ from server.live.journal.head import HEAD, JOURNAL, RECORDS
 from server.live.resume import STEPS, Complete, has_journal, open_run
 from server.report.folder import JOURNAL_FOLDER
 from server.rounds.checkpointing import Progress
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 from tests.unit.server.live.journal.journals import progress, record
 
 RELEASE = {"release": {"repository": "releases", "keys": "keys"}}
@@ -30,7 +30,9 @@ def over(folder: Path, run: RunConfig) -> None:
     """Has the rounds of a run be over."""
     weights = np.zeros(3, np.float32)
     with open_run(run, folder / "runs", resume=False, fresh=True) as (_, journal):
-        journal.commit(Progress(0, True, weights, weights, 0, 0, Remembered(None, ()), b""), None)
+        journal.commit(
+            Progress(0, True, weights, weights, 0, 0, StrategyState(None, ()), b""), None
+        )
         journal.end()
 
 

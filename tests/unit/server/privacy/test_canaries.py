@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.planning import PrivatePlan
@@ -51,7 +51,7 @@ def test_each_call_draws_noise_of_its_own() -> None:
 
 
 def test_a_release_that_is_not_finite_is_an_error() -> None:
-    def broken(task: Task, model: FullModel, examples: Examples, settings: Client) -> None:
+    def broken(task: Task, model: FullModel, examples: Examples, settings: ClientConfig) -> None:
         with torch.no_grad():
             next(model.parameters())[0, 3] = torch.nan
 

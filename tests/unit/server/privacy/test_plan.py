@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcore.config.run import Client, Privacy
+from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import ConfigError, PrivacyError, ResourceError
 from fedcore.privacy.accounting import Accountant, Charge, epsilon_of
 from server.privacy.plan import MAX_ROUNDS, Question, answer
@@ -23,7 +23,7 @@ from server.privacy.plan_command import plan, table
 MNIST = Question(
     examples=6000,
     participations=30,
-    client=Client(batch_size=64),
+    client=ClientConfig(batch_size=64),
     privacy=Privacy(max_epsilon=3.0, target_delta=1e-5),
 )
 ASKED = [
@@ -83,14 +83,14 @@ def test_a_change_that_is_refused_says_why() -> None:
     """The most rounds that a noise of a million allows: twice as many are refused."""
     small = Privacy(max_epsilon=0.01, target_delta=1e-9)
     rounds = 4_000_000
-    found = answer(Question(1, rounds, Client(batch_size=1), small))
+    found = answer(Question(1, rounds, ClientConfig(batch_size=1), small))
     assert found.forecast.noise_multiplier < 1e6
     (refused,) = [each for each in found.what_if if each.change == "twice the rounds"]
     assert refused.forecast is None
     assert "by any noise multiplier up to 1e+06" in refused.refused
     (line,) = [
         row
-        for row in table(found, Question(1, rounds, Client(batch_size=1), small)).splitlines()
+        for row in table(found, Question(1, rounds, ClientConfig(batch_size=1), small)).splitlines()
         if row.startswith("twice the rounds")
     ]
     assert "refused: privacy.max_epsilon = 0.01" in line
@@ -99,12 +99,12 @@ def test_a_change_that_is_refused_says_why() -> None:
 def test_the_share_of_delta_that_an_owner_allows_is_kept() -> None:
     privacy = Privacy(max_epsilon=3.0)
     with pytest.raises(PrivacyError, match=r"above 0\.1/20000"):
-        answer(Question(20_000, 1, Client(batch_size=999), privacy))
-    assert answer(Question(20_000, 1, Client(batch_size=999), privacy, max_delta_share=0.5))
+        answer(Question(20_000, 1, ClientConfig(batch_size=999), privacy))
+    assert answer(Question(20_000, 1, ClientConfig(batch_size=999), privacy, max_delta_share=0.5))
 
 
 def test_many_rounds_are_shown_at_some_points_and_the_last() -> None:
-    found = answer(Question(60, 1001, Client(), Privacy(target_delta=1e-3)))
+    found = answer(Question(60, 1001, ClientConfig(), Privacy(target_delta=1e-3)))
     rounds = [number for number, _ in found.epsilons]
     assert len(rounds) <= 42
     assert (rounds[0], rounds[-1]) == (1, 1001)
@@ -115,7 +115,7 @@ def test_a_given_noise_says_how_long_the_budget_lasts(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "(given, by prv)" in printed
     lasts = answer(
-        Question(60, 100, Client(), Privacy(noise_multiplier=2.0, target_delta=1e-3))
+        Question(60, 100, ClientConfig(), Privacy(noise_multiplier=2.0, target_delta=1e-3))
     ).lasts
     assert f"budget lasts          {lasts} rounds; then the client declines" in printed
 
@@ -138,7 +138,7 @@ def test_the_budget_lasts_for_the_rounds_that_the_accountant_counts_within_it(
     budget: float,
 ) -> None:
     """An integer stands for the epsilon after so many rounds, which is then exactly the budget."""
-    client, delta = Client(batch_size=batch_size), 1e-5
+    client, delta = ClientConfig(batch_size=batch_size), 1e-5
     whole = Privacy(noise_multiplier=noise, target_delta=delta, accountant=accountant)
     step = answer(Question(examples, planned, client, whole)).forecast
     one = Charge(1, step.noise_multiplier, step.sample_rate, step.steps_per_round)
@@ -159,7 +159,7 @@ def test_the_budget_lasts_for_the_rounds_that_the_accountant_counts_within_it(
 
 def test_a_budget_that_lasts_for_all_that_is_looked_at_says_so_much() -> None:
     privacy = Privacy(noise_multiplier=1e6, target_delta=1e-6)
-    assert answer(Question(10, 3, Client(), privacy)).lasts == MAX_ROUNDS
+    assert answer(Question(10, 3, ClientConfig(), privacy)).lasts == MAX_ROUNDS
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
@@ -189,7 +189,9 @@ def test_extremes_are_planned_or_refused_by_name(
         noise_multiplier=noise,
         accountant=accountant,
     )
-    question = Question(examples, rounds, Client(batch_size=batch_size, epochs=epochs), privacy)
+    question = Question(
+        examples, rounds, ClientConfig(batch_size=batch_size, epochs=epochs), privacy
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's, where a number runs out
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedcore.artifacts.manifest import TestStatement
-from fedcore.config.run import Release, RunConfig
+from fedcore.config.run import ReleaseConfig, RunConfig
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from server.release.final_test import drop_note, reason_to_withhold
 
@@ -21,7 +21,7 @@ def statement(
 def run_of(repository: str | None = "there", **release: float) -> RunConfig:
     keys = "keys" if repository else None
     return RunConfig(
-        name="r", task="t", release=Release(repository=repository, keys=keys, **release)
+        name="r", task="t", release=ReleaseConfig(repository=repository, keys=keys, **release)
     )
 
 

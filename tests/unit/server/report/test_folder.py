@@ -14,7 +14,7 @@ from server.records import Finished, RoundRecord, RunRecord
 from server.report.folder import CHECKPOINT, clear, config_json, reopen_folder, write_results
 from server.report.folder import open_folder as opening
 from server.simulation.checkpoint import Checkpoint, write_checkpoint
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 from server.unfinished import refuse_to_drop
 from tests.unit.server.simulation.test_checkpoint import PROGRESS
 
@@ -148,7 +148,7 @@ def test_a_run_of_the_same_name_that_is_going_on_is_left_alone(tmp_path: Path) -
 
 
 def interrupted(folder: Path, number: int) -> None:
-    made = Checkpoint({}, replace(PROGRESS, round=number), (), State({}, Counter()), 1.0)
+    made = Checkpoint({}, replace(PROGRESS, round=number), (), SimulationState({}, Counter()), 1.0)
     write_checkpoint(folder / CHECKPOINT, made)
 
 

@@ -33,7 +33,7 @@ from server.rounds.checkpointing import Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies import make_strategy
-from server.rounds.strategy_state import remembered
+from server.rounds.strategy_state import strategy_state_of
 
 NODES = list(range(10, 15))
 Answer = Callable[[int, int, Vector], RecordDict | Error]
@@ -120,7 +120,7 @@ class Story:
     def progress(self, *, round: int) -> Progress:
         """As after a round that left the weights of the beginning."""
         weights = pack(self.model.model)
-        strategy = remembered(self._federation.chosen.strategy)
+        strategy = strategy_state_of(self._federation.chosen.strategy)
         return Progress(round, False, weights, weights, round, 0, strategy, b"")
 
 

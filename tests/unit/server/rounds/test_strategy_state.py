@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 from numpy.typing import NDArray
 
 from fedcore.errors import ConfigError, DataError
-from server.rounds.strategy_state import Remembered, remembered, remind
+from server.rounds.strategy_state import StrategyState, restore_strategy, strategy_state_of
 
 VALUES: list[Any] = [
     None,
@@ -33,8 +33,8 @@ def passed_on(value: Any) -> Any:
     """What a fresh strategy holds that was reminded of one that held ``value``."""
     before, after = FedAvg(), FedAvg()
     before.fraction_train = value
-    taken = remembered(before)
-    remind(after, Remembered(json.loads(json.dumps(taken.tree)), taken.arrays))
+    taken = strategy_state_of(before)
+    restore_strategy(after, StrategyState(json.loads(json.dumps(taken.tree)), taken.arrays))
     return after.fraction_train
 
 
@@ -63,7 +63,7 @@ def test_wrapped_strategies_are_reminded_too() -> None:
     inner, outer = made()
     inner.m_t = {"model": np.ones(3)}
     other_inner, other = made()
-    remind(other, remembered(outer))
+    restore_strategy(other, strategy_state_of(outer))
     moments: dict[str, NDArray[Any]] | None = other_inner.m_t
     assert moments is not None
     assert moments["model"].tolist() == [1.0, 1.0, 1.0]
@@ -80,7 +80,7 @@ def test_what_cannot_be_stored_is_refused_rather_than_lost(value: object) -> Non
     strategy = FedAvg()
     strategy.weighted_by_key = value  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"FedAvg\.weighted_by_key.* cannot hold"):
-        remembered(strategy)
+        strategy_state_of(strategy)
 
 
 def _another() -> FedAvg:
@@ -100,4 +100,4 @@ def _other_function() -> FedAvg:
 @pytest.mark.parametrize("make", [_another, _more, _other_function])
 def test_another_strategy_is_not_reminded(make: Callable[[], FedAvg]) -> None:
     with pytest.raises(DataError, match="another strategy"):
-        remind(make(), remembered(FedAvg()))
+        restore_strategy(make(), strategy_state_of(FedAvg()))

@@ -17,11 +17,11 @@ from fedcore.privacy.ledger import Ledger
 from server.records import RoundRecord, VirtualRecord
 from server.rounds.checkpointing import Progress
 from server.rounds.protection import ClientPlan, Protection, noise_of
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.checkpointer import FAILED, FileCheckpointer
 from server.simulation.virtual.nodes import FIRST_NODE_ID
-from server.simulation.virtual.state import Choice, State
+from server.simulation.virtual.state import Choice, SimulationState
 
 RECORD = RoundRecord(
     round=1,
@@ -46,7 +46,7 @@ PROGRESS = Progress(
     best=np.array([0.5, 0.25, 0.125], np.float32),
     best_round=1,
     most_failed=2,
-    strategy=Remembered({"strategy": "FedAvg", "holds": [["a", {"array": 0}]]}, (np.eye(2),)),
+    strategy=StrategyState({"strategy": "FedAvg", "holds": [["a", {"array": 0}]]}, (np.eye(2),)),
     preprocess=b"any bytes",
     protection=Protection(
         ClientPlan(9, 3, 1.1, 2), 0.1, ((4, 5, 6),), (np.array([1 / 3, -0.0, 1e300]),)
@@ -57,7 +57,9 @@ CHECKPOINT = Checkpoint(
     identity={"run": {"seed": 1}},
     progress=PROGRESS,
     told=[Noted("a note"), RoundFinished(asdict(RECORD) | {"memory_bytes": 5})],
-    state=State({"anna": LEDGER}, Counter(anna=2, ben=1), 12.5, Choice("loop", 0.1, None, "so")),
+    state=SimulationState(
+        {"anna": LEDGER}, Counter(anna=2, ben=1), 12.5, Choice("loop", 0.1, None, "so")
+    ),
     elapsed_s=3.25,
 )
 
@@ -116,7 +118,7 @@ NODES = [FIRST_NODE_ID, FIRST_NODE_ID + 2]
 
 def keeper(
     folder: Path,
-    state: State,
+    state: SimulationState,
     told: Sequence[Told],
     *,
     clock: Clock | None = None,
@@ -141,7 +143,7 @@ def rounds_kept(folder: Path) -> int:
 
 def test_checkpoints_are_written_at_the_start_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     clock = Clock()
-    keeping = keeper(tmp_path, State(), [], clock=clock)
+    keeping = keeper(tmp_path, SimulationState(), [], clock=clock)
     keeping.commit(replace(PROGRESS, round=0), None)
     assert rounds_kept(tmp_path) == 0
     clock.now_s += 29
@@ -157,14 +159,14 @@ def test_checkpoints_are_written_at_the_start_now_and_then_and_at_the_end(tmp_pa
 
 
 def test_who_is_asked_to_stop_writes_first(tmp_path: Path) -> None:
-    keeping = keeper(tmp_path, State(), [], stopping=True)
+    keeping = keeper(tmp_path, SimulationState(), [], stopping=True)
     keeping.commit(PROGRESS, None)
     assert not keeping.may_continue(PROGRESS)
     assert rounds_kept(tmp_path) == 1
 
 
 def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
-    state = State({"anna": Ledger()}, Counter(anna=1), 5.0)
+    state = SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0)
     told: list[Told] = [Noted("before")]
     keeping = keeper(tmp_path, state, told)
     keeping.commit(PROGRESS, None)
@@ -175,7 +177,7 @@ def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
     told.append(Noted("meanwhile"))
     keeping.fail(PROGRESS)
     read = read_checkpoint(tmp_path / "checkpoint.safetensors")
-    assert read.state == State({"anna": Ledger()}, Counter(anna=1), 5.0)
+    assert read.state == SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0)
     assert read.told == [Noted("before")]
     assert set(state.ledgers) == {"anna", "cleo d'A"}  # only what is written is set back
 
@@ -190,7 +192,7 @@ def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
     ],
 )
 def test_failures_name_the_command_that_shows_them(reason: str, named: str, tmp_path: Path) -> None:
-    keeping = keeper(tmp_path, State(), [])
+    keeping = keeper(tmp_path, SimulationState(), [])
     keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     assert keeping.advice(PROGRESS, [reason]) == [
@@ -201,7 +203,7 @@ def test_failures_name_the_command_that_shows_them(reason: str, named: str, tmp_
 
 
 def test_of_failed_rounds_the_latest_few_are_kept(tmp_path: Path) -> None:
-    keeping = keeper(tmp_path, State(), [])
+    keeping = keeper(tmp_path, SimulationState(), [])
     keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     for number in range(12):
@@ -223,7 +225,7 @@ def test_of_failed_rounds_the_latest_few_are_kept(tmp_path: Path) -> None:
     ids=lambda kept: f"{kept.dtype}{kept.shape}",
 )
 def test_a_strategys_arrays_come_back_as_they_were(tmp_path: Path, kept: Any) -> None:
-    strategy = Remembered({"strategy": "AlgorithmStrategy", "holds": []}, (kept,))
+    strategy = StrategyState({"strategy": "AlgorithmStrategy", "holds": []}, (kept,))
     path = tmp_path / "checkpoint"
     write_checkpoint(path, replace(CHECKPOINT, progress=replace(PROGRESS, strategy=strategy)))
     (found,) = read_checkpoint(path).progress.strategy.arrays

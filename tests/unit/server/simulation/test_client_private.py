@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 from tests.unit.server.simulation.test_federate import (
     LOOP,
     PRIVATE,
@@ -60,4 +60,4 @@ def test_noise_is_on_the_sum_whoever_is_drawn() -> None:
     gap = (loud.weights - quiet.weights) * 3 / 0.2
     # 76 weights: the same normal numbers, 9.9 times; off by half less than once in 10^6.
     assert np.std(gap) == pytest.approx(9.9, rel=0.4)
-    assert isinstance(loud.state, State)
+    assert isinstance(loud.state, SimulationState)

@@ -15,7 +15,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from server.simulation import clients
 from server.simulation.clients import client_records
-from server.simulation.virtual.state import State
+from server.simulation.virtual.state import SimulationState
 
 
 class First(nn.Module):
@@ -53,7 +53,7 @@ def make_run(**privacy: Any) -> RunConfig:
 
 
 def test_each_client_is_judged_on_its_own_data_in_the_order_of_names() -> None:
-    state = State(rounds=Counter({"ben": 3, "anna": 1}))
+    state = SimulationState(rounds=Counter({"ben": 3, "anna": 1}))
     records = client_records(make_run(), task_of(PARTS), MODEL, state, None)
     assert [(r.client, r.examples, r.metric, r.rounds) for r in records] == [
         ("anna", 2, 1.0, 1),
@@ -65,7 +65,7 @@ def test_each_client_is_judged_on_its_own_data_in_the_order_of_names() -> None:
 def test_under_privacy_each_ones_own_epsilon_is_told() -> None:
     spent = Charge(1, 1.0, 0.5, 4)
     ledgers = {"ben": Ledger((spent, spent)), "anna": Ledger((spent,))}
-    state = State(ledgers, Counter({"ben": 2, "anna": 1}))
+    state = SimulationState(ledgers, Counter({"ben": 2, "anna": 1}))
     run = make_run(unit="example", target_delta=1e-3)
     anna, ben = client_records(run, task_of(PARTS), MODEL, state, None)
     assert anna.epsilon == Ledger((spent,)).epsilon(run.privacy)
@@ -73,7 +73,7 @@ def test_under_privacy_each_ones_own_epsilon_is_told() -> None:
 
 
 def test_a_client_without_data_has_no_record() -> None:
-    state = State(rounds=Counter({"empty": 1, "anna": 1}))
+    state = SimulationState(rounds=Counter({"empty": 1, "anna": 1}))
     records = client_records(make_run(), task_of(PARTS), MODEL, state, None)
     assert [record.client for record in records] == ["anna"]
 
@@ -81,7 +81,7 @@ def test_a_client_without_data_has_no_record() -> None:
 def test_a_client_whose_examples_the_model_does_not_take_has_no_record() -> None:
     model = FullModel(nn.Identity(), nn.Linear(2, 2))
     odd = TensorDataset(torch.zeros(2, 7), torch.zeros(2, dtype=torch.long))
-    state = State(rounds=Counter({"odd": 1, "anna": 1}))
+    state = SimulationState(rounds=Counter({"odd": 1, "anna": 1}))
     records = client_records(make_run(), task_of({**PARTS, "odd": odd}), model, state, None)
     assert [record.client for record in records] == ["anna"]
 
@@ -90,7 +90,7 @@ def test_no_more_than_a_thousand_are_looked_at(monkeypatch: pytest.MonkeyPatch) 
     assert clients.MOST == 1000
     monkeypatch.setattr(clients, "MOST", 3)
     names = [f"client-{number}" for number in range(5)]
-    state = State(rounds=Counter(names))
+    state = SimulationState(rounds=Counter(names))
     parts = dict.fromkeys([*names, "anna"], PARTS["anna"])
     records = client_records(make_run(), task_of(parts), MODEL, state, None)
     assert [record.client for record in records] == names[:3]

@@ -27,7 +27,7 @@ from server.rounds.app import Listener, Outcome, server_app
 from server.rounds.cohort import select
 from server.simulation.federate import federate
 from server.simulation.virtual.devices import read_fleet
-from server.simulation.virtual.state import Choice, State
+from server.simulation.virtual.state import Choice, SimulationState
 
 NAMES = [f"client-{place}" for place in range(6)]
 
@@ -81,7 +81,7 @@ class Told:
     records: list[RoundRecord]
     notes: list[str]
     choices: list[tuple[Choice, int]]
-    state: State
+    state: SimulationState
 
     @property
     def weights(self) -> Vector:
@@ -95,7 +95,7 @@ def train(run: RunConfig, task: Task = TASK) -> Told:
     choices: list[tuple[Choice, int]] = []
     listener = Listener(on_note=notes.append, on_round=records.append, on_end=outcomes.append)
     server = server_app(task, run, cloud=None, randomness=Simulated(run.seed), listener=listener)
-    state = State()
+    state = SimulationState()
     federate(
         server,
         task,

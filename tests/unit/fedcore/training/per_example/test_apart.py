@@ -17,7 +17,7 @@ from fedcore.task.definition import Examples, Loss
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum, read_batch
 from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import Way, by_vmap, one_by_one
+from fedcore.training.per_example.ways import GradientMethod, by_vmap, one_by_one
 from tests.unit.fedcore.clients import make_task
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ HUGE = 1e30  # a clip norm that clips nothing
 
 
 def summed(
-    way: Way,
+    way: GradientMethod,
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from fedcore.seeds import global_streams, torch_rng
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.per_example.clipped_sum import Batch, ClippedSum, clipped_sum, read_batch
-from fedcore.training.per_example.ways import Way, by_vmap, one_by_one, trained
+from fedcore.training.per_example.ways import GradientMethod, by_vmap, one_by_one, trained
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network
 from tests.ways import way_of
 
@@ -26,7 +26,7 @@ HUGE = 1e30  # a clip norm that clips nothing, so that a sum shows every bit of 
 
 
 def summed(
-    way: Way,
+    way: GradientMethod,
     model: nn.Module,
     batches: Iterable[Batch],
     *,
@@ -81,7 +81,7 @@ def flat(found: ClippedSum) -> Tensor:
     return torch.cat([one.flatten() for one in found.sums])
 
 
-def prepared(name: str, scale: float = 1.0) -> tuple[Network, nn.Module, Way]:
+def prepared(name: str, scale: float = 1.0) -> tuple[Network, nn.Module, GradientMethod]:
     """A network, its model at the weights of a hostile server, and its way."""
     network = NETWORKS[name]
     model = network.build()

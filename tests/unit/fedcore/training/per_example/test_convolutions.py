@@ -10,7 +10,7 @@ from torch.nn import functional
 from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
-from fedcore.training.per_example.ways import Part, Way, by_chain, one_by_one
+from fedcore.training.per_example.ways import GradientMethod, Part, by_chain, one_by_one
 from tests.ways import weighted
 
 LOSS = functional.cross_entropy
@@ -39,7 +39,7 @@ each_model = pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 
 
 @pytest.fixture(params=["torch", "compiled"])
-def way(request: pytest.FixtureRequest, model: nn.Module) -> Way:
+def way(request: pytest.FixtureRequest, model: nn.Module) -> GradientMethod:
     chain = find_chain(model, torch.zeros(1, 1, 13, 13))
     assert chain is not None
     run = by_torch(chain) if request.param == "torch" else compiled_run(chain, model, apart=True)
@@ -47,7 +47,9 @@ def way(request: pytest.FixtureRequest, model: nn.Module) -> Way:
     return by_chain(chain, run, LOSS)
 
 
-def taken(way: Way, model: nn.Module, value: float | None = None, places: int = 6) -> Part:
+def taken(
+    way: GradientMethod, model: nn.Module, value: float | None = None, places: int = 6
+) -> Part:
     """The gradients of made-up examples, or of some with one value all over the first."""
     rng = torch.Generator().manual_seed(0)
     inputs = torch.randn(places, 1, 13, 13, generator=rng)
@@ -58,7 +60,9 @@ def taken(way: Way, model: nn.Module, value: float | None = None, places: int = 
 
 @each_model
 @pytest.mark.parametrize("places", [1, 6, 40])
-def test_gradients_are_those_of_a_backward_pass(model: nn.Module, way: Way, places: int) -> None:
+def test_gradients_are_those_of_a_backward_pass(
+    model: nn.Module, way: GradientMethod, places: int
+) -> None:
     alone = one_by_one(LOSS, why="")
     found, right = (taken(one, model, places=places) for one in (way, alone))
     torch.testing.assert_close(found.squares, right.squares.double(), rtol=1e-5, atol=0)
@@ -70,7 +74,7 @@ def test_gradients_are_those_of_a_backward_pass(model: nn.Module, way: Way, plac
 @each_model
 @pytest.mark.parametrize("value", [0.5, 1e38, torch.inf, torch.nan])
 def test_other_examples_are_the_same_bits_when_one_is_replaced(
-    model: nn.Module, way: Way, value: float
+    model: nn.Module, way: GradientMethod, value: float
 ) -> None:
     first, second = taken(way, model), taken(way, model, value)
     assert torch.equal(first.squares[1:], second.squares[1:])
@@ -83,7 +87,9 @@ def test_other_examples_are_the_same_bits_when_one_is_replaced(
 
 
 @each_model
-def test_what_is_added_for_an_example_is_as_long_as_is_said(model: nn.Module, way: Way) -> None:
+def test_what_is_added_for_an_example_is_as_long_as_is_said(
+    model: nn.Module, way: GradientMethod
+) -> None:
     part = taken(way, model)
     for place in range(6):
         found = weighted(part, model, functional.one_hot(torch.tensor(place), 6).float())

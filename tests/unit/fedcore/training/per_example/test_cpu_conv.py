@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedcore.kernels.direct import direct
 from fedcore.kernels.sparse_backward import taken_back
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 from fedcore.kernels.winograd import LANE
 from fedcore.training.per_example.chain import Conv, Each, Made, stacked
 from fedcore.training.per_example.cpu import by_kernels
@@ -22,14 +22,14 @@ from fedcore.training.per_example.graph import find_chain
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 TILED = st.builds(
-    Window,
+    ConvolutionWindow,
     kernel=st.just((3, 3)),
     stride=st.just((1, 1)),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     pool=st.just((2, 2)),
 )
 ANY = st.builds(
-    Window,
+    ConvolutionWindow,
     kernel=PAIRS,
     stride=PAIRS,
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -38,7 +38,7 @@ ANY = st.builds(
 
 
 def by_torch(
-    window: Window, weight: Tensor, bias: Tensor | None, x: Tensor, *, relu: bool
+    window: ConvolutionWindow, weight: Tensor, bias: Tensor | None, x: Tensor, *, relu: bool
 ) -> Tensor:
     """One client's, ``(B, C, H, W)``."""
     result = functional.conv2d(x, weight, bias, window.stride, window.padding)
@@ -65,7 +65,7 @@ def whole(rng: torch.Generator, *shape: int) -> Tensor:
     seed=st.integers(0, 10**6),
 )
 def test_forth_and_back(
-    window: Window,
+    window: ConvolutionWindow,
     size: tuple[int, int],
     channels: int,
     outs: int,
@@ -134,29 +134,44 @@ def weights_of(layer: Conv, rng: torch.Generator, clients: int) -> dict[str, Ten
 
 
 LARGE = {  # window, height and width, channels, outs
-    "more tiles than there is room for": (Window((3, 3), (1, 1), (1, 1), (2, 2)), (60, 44), 16, 64),
+    "more tiles than there is room for": (
+        ConvolutionWindow((3, 3), (1, 1), (1, 1), (2, 2)),
+        (60, 44),
+        16,
+        64,
+    ),
     "a kernel of more places than registers": (
-        Window((5, 5), (1, 1), (2, 2), (2, 2)),
+        ConvolutionWindow((5, 5), (1, 1), (2, 2), (2, 2)),
         (30, 44),
         16,
         8,
     ),
-    "lines longer than the nearest cache": (Window((3, 3), (1, 1), (1, 1)), (6, 700), 8, 8),
+    "lines longer than the nearest cache": (
+        ConvolutionWindow((3, 3), (1, 1), (1, 1)),
+        (6, 700),
+        8,
+        8,
+    ),
     "steps, and blocks that are not square": (
-        Window((7, 3), (2, 3), (3, 0), (3, 1)),
+        ConvolutionWindow((7, 3), (2, 3), (3, 0), (3, 1)),
         (61, 83),
         24,
         16,
     ),
-    "many images in a band": (Window((2, 2), (1, 1), (0, 0), (2, 2)), (3, 3), 16, 32),
-    "as many channels as a cache has lines": (Window((3, 3), (1, 1), (1, 1)), (8, 8), 256, 16),
+    "many images in a band": (ConvolutionWindow((2, 2), (1, 1), (0, 0), (2, 2)), (3, 3), 16, 32),
+    "as many channels as a cache has lines": (
+        ConvolutionWindow((3, 3), (1, 1), (1, 1)),
+        (8, 8),
+        256,
+        16,
+    ),
 }
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 def test_images_that_go_in_parts(
-    case: tuple[Window, tuple[int, int], int, int], relu: bool
+    case: tuple[ConvolutionWindow, tuple[int, int], int, int], relu: bool
 ) -> None:
     window, size, channels, outs = case
     rng = torch.Generator().manual_seed(0)
@@ -188,7 +203,7 @@ def test_tiles_in_blocks_are_what_is_tested() -> None:
 @pytest.mark.parametrize("channels", [1, 8, 16])
 def test_what_is_no_number_goes_where_torch_has_it(channels: int, first: bool, relu: bool) -> None:
     rng = torch.Generator().manual_seed(0)
-    layer = Conv("w", "b", Window((3, 3), (1, 1), (1, 1), (2, 2)), channels, 8)
+    layer = Conv("w", "b", ConvolutionWindow((3, 3), (1, 1), (1, 1), (2, 2)), channels, 8)
     weights = weights_of(layer, rng, 1)
     x = whole(rng, 1, 3, channels, 8, 8)
     x[0, 1, 0, 3, 5] = float("nan")
@@ -209,15 +224,15 @@ def test_what_is_no_number_goes_where_torch_has_it(channels: int, first: bool, r
 def test_a_first_convolution_that_would_be_long_code_goes_by_rows(
     kernel: tuple[int, int], pool: int, channels: int, outs: int
 ) -> None:
-    assert direct(Window(kernel, (1, 1), (0, 0), (pool, pool)), channels, outs) is None
+    assert direct(ConvolutionWindow(kernel, (1, 1), (0, 0), (pool, pool)), channels, outs) is None
 
 
 def test_loops_are_compiled_once() -> None:
-    window = Window((3, 3), (1, 1), (0, 0), (2, 2))
+    window = ConvolutionWindow((3, 3), (1, 1), (0, 0), (2, 2))
     assert direct(window, 1, 32) is direct(window, 1, 32)
     assert taken_back(window, 32) is taken_back(window, 32)
     assert taken_back(window, 12) is None  # channels that fill no vector
-    assert taken_back(Window((9, 9), (1, 1), (0, 0)), 16) is None
+    assert taken_back(ConvolutionWindow((9, 9), (1, 1), (0, 0)), 16) is None
 
 
 @pytest.mark.parametrize("private", [False, True])

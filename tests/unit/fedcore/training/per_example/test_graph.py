@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
@@ -153,7 +153,7 @@ def test_what_is_found_learns_what_the_model_does(
     assert chain is not None
     run = way(chain)
     assert run is not None
-    settings = Client(batch_size=4, learning_rate=0.1)
+    settings = ClientConfig(batch_size=4, learning_rate=0.1)
     plan = PrivatePlan(Charge(1, 1e-9, 0.5, 3), clip_norm=0.5)
     work = [
         LocalWork(

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 from fedcore.training.per_example.images import back_to_image, largest, patches, slopes_of_image
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-def convolved(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor:
     """As the chain does it, for one client: ``(1, B, P, out)``."""
     matrix = weight.permute(0, 2, 3, 1).flatten(1).unsqueeze(0)
     rows = patches(x.detach(), window)
@@ -45,7 +45,7 @@ def test_any_rectangle(
     channels: int,
     seed: int,
 ) -> None:
-    window = Window(kernel, stride, padding, pool)
+    window = ConvolutionWindow(kernel, stride, padding, pool)
     if min(window.cells(*size)) < 1:
         return
     rng = torch.Generator().manual_seed(seed)
@@ -77,11 +77,11 @@ def test_of_several_largest_the_first_gets_the_slope(values: tuple[float, ...]) 
 
 def test_what_no_whole_block_covers_is_not_looked_at() -> None:
     x = torch.randn(1, 2, 8, 13, 13)
-    assert patches(x, Window((3, 3), (1, 1), (0, 0), (2, 2))).shape == (1, 2, 4 * 25, 72)
+    assert patches(x, ConvolutionWindow((3, 3), (1, 1), (0, 0), (2, 2))).shape == (1, 2, 4 * 25, 72)
 
 
 def test_clients_at_once_or_one_by_one_are_the_same() -> None:
-    window, shape = Window((3, 2), (2, 1), (1, 0), (1, 2)), (3, 2, 4, 7, 6)
+    window, shape = ConvolutionWindow((3, 2), (2, 1), (1, 0), (1, 2)), (3, 2, 4, 7, 6)
     rng = torch.Generator().manual_seed(0)
     down, across = window.cells(7, 6)
     slopes = torch.randn(3, 2, 2 * down * across, 5, generator=rng)
@@ -92,10 +92,10 @@ def test_clients_at_once_or_one_by_one_are_the_same() -> None:
 
 
 def test_images_too_small_for_a_kernel_and_its_pooling_are_refused() -> None:
-    window = Window((3, 3), (1, 1), (0, 0), (2, 2))
+    window = ConvolutionWindow((3, 3), (1, 1), (0, 0), (2, 2))
     window.check(4, 4)
     for height, width in ((0, 48), (48, 0)):  # of which wide padding would leave something
         with pytest.raises(ValueError, match=f"images of {height} x {width} are too small"):
-            Window((2, 2), (1, 1), (1, 1)).check(height, width)
+            ConvolutionWindow((2, 2), (1, 1), (1, 1)).check(height, width)
     with pytest.raises(ValueError, match="images of 4 x 3 are too small"):
         window.check(4, 3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
@@ -64,7 +64,7 @@ def test_torch_says_nothing_of_its_own_batching_and_of_made_up_examples() -> Non
     inputs = torch.randint(5, (12, 6), generator=rng)
     targets = torch.randint(3, (12,), generator=rng)
     model = Told()
-    settings = Client(device="cpu")
+    settings = ClientConfig(device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         way = way_of(model, CROSS_ENTROPY, inputs[0])

@@ -13,7 +13,7 @@ from fedcore.training.per_example.chain import by_torch
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.ways import (
-    Way,
+    GradientMethod,
     by_chain,
     by_vmap,
     each_alone,
@@ -45,7 +45,9 @@ def by_hand(network: Network, model: nn.Module, count: int = COUNT) -> list[Tens
     return [torch.stack(one) for one in zip(*each, strict=True)]
 
 
-def check_same(way: Way, network: Network, model: nn.Module, expected: list[Tensor]) -> None:
+def check_same(
+    way: GradientMethod, network: Network, model: nn.Module, expected: list[Tensor]
+) -> None:
     """Norms, each gradient and sums of them, relative to the longest gradient."""
     inputs, targets = network.examples(COUNT)
     part = way.take(nn.Identity(), model, inputs, targets)

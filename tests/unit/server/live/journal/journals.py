@@ -15,7 +15,7 @@ from fedcore.updates.pack import Vector
 from server.live.journal.journal import Journal, create, reopen
 from server.records import RoundRecord
 from server.rounds.checkpointing import Progress
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 
 IDENTITY = {"run": {"name": "trial"}}
 SMALL, LARGE = 10, 50_000  # elements: beside an entry, and in a file of its own
@@ -33,7 +33,7 @@ def progress(number: int, size: int = SMALL, **changes: object) -> Progress:
         best=vector(number, size),
         best_round=number,
         most_failed=1,
-        strategy=Remembered(
+        strategy=StrategyState(
             {"strategy": "FedAvgM", "holds": [["m", {"array": 0}]]},
             (np.arange(size, dtype=np.float64) + number,),
         ),

@@ -28,7 +28,7 @@ from server.live.journal.journal import (
     reopen,
 )
 from server.rounds.protection import ClientPlan, Protection, noise_of
-from server.rounds.strategy_state import Remembered
+from server.rounds.strategy_state import StrategyState
 from tests.unit.server.live.journal.journals import (
     IDENTITY,
     LARGE,
@@ -266,7 +266,7 @@ STATES = {
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_strategys_arrays_come_back_as_they_were(tmp_path: Path, name: str) -> None:
-    kept = Remembered({"strategy": "AlgorithmStrategy", "holds": []}, (STATES[name],))
+    kept = StrategyState({"strategy": "AlgorithmStrategy", "holds": []}, (STATES[name],))
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.commit(progress(0, strategy=kept), None)
         journal.ask("train", [4], [1])

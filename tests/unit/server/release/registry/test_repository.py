@@ -16,7 +16,7 @@ from server.release.registry.creation import delegated_paths
 from server.release.registry.keys import ONLINE, read_keys, read_trusted_root
 
 
-def state_of(publisher: Any) -> registry.State:
+def state_of(publisher: Any) -> registry.RepositoryState:
     return registry.read_state(publisher.repository, read_trusted_root(publisher.keys))
 
 

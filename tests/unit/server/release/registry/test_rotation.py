@@ -25,7 +25,7 @@ from server.release.registry.keys import (
 from server.release.registry.rotation import read_epochs, rotate
 
 
-def state_of(publisher: Any) -> registry.State:
+def state_of(publisher: Any) -> registry.RepositoryState:
     return registry.read_state(publisher.repository, read_trusted_root(publisher.keys))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import FLOAT_MARGIN, SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
@@ -153,23 +153,23 @@ STRAIGHT = ("cnn", "strided", "letters", "one convolution")
 SPOILT = (float("nan"), float("inf"))
 
 
-def torchs(chain: Chain, settings: Client, private: bool) -> Run | None:
+def torchs(chain: Chain, settings: ClientConfig, private: bool) -> Run | None:
     return by_torch(chain)
 
 
-def kernels(chain: Chain, settings: Client, private: bool) -> Run | None:
+def kernels(chain: Chain, settings: ClientConfig, private: bool) -> Run | None:
     return by_kernels(chain, apart=private)
 
 
 WAYS = [(name, torchs) for name in CASES] + [(name, kernels) for name in STRAIGHT]
 NAMED = [f"{name}-{way.__name__}" for name, way in WAYS]
-Way = Callable[[Chain, Client, bool], Run | None]
+Way = Callable[[Chain, ClientConfig, bool], Run | None]
 SIZES = (20, 20, 13, 1, 20, 7, 10)
 SETTINGS = [
-    Client(batch_size=5, learning_rate=0.1),
-    Client(batch_size=5, learning_rate=0.1, weight_decay=0.05, epochs=2),
-    Client(batch_size=8, learning_rate=0.01, momentum=0.9, weight_decay=0.01, epochs=3),
-    Client(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
+    ClientConfig(batch_size=5, learning_rate=0.1),
+    ClientConfig(batch_size=5, learning_rate=0.1, weight_decay=0.05, epochs=2),
+    ClientConfig(batch_size=8, learning_rate=0.01, momentum=0.9, weight_decay=0.01, epochs=3),
+    ClientConfig(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
 ]
 IDS = ["sgd", "decay", "momentum", "adam"]
 
@@ -188,7 +188,7 @@ def work_of(
 
 
 def chain_of(
-    model: FullModel, example: Tensor, way: Way, settings: Client, *, private: bool = False
+    model: FullModel, example: Tensor, way: Way, settings: ClientConfig, *, private: bool = False
 ) -> tuple[Chain, Run]:
     chain = find_chain(model.model, example.unsqueeze(0))
     assert chain is not None
@@ -208,7 +208,9 @@ def distance(alone: nn.Module, weights: Tensor, before: Tensor) -> float:
 @pytest.mark.parametrize(("name", "way"), WAYS, ids=NAMED)
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("mu", [0.0, 0.5])
-def test_each_learns_what_it_would_alone(name: str, way: Way, settings: Client, mu: float) -> None:
+def test_each_learns_what_it_would_alone(
+    name: str, way: Way, settings: ClientConfig, mu: float
+) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
@@ -240,7 +242,7 @@ def test_each_learns_what_it_would_alone(name: str, way: Way, settings: Client, 
 @pytest.mark.parametrize("noise", [0.7, 1e-9], ids=["noise", "no noise"])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_each_learns_with_privacy_what_it_would_alone(
-    name: str, way: Way, settings: Client, noise: float, mu: float
+    name: str, way: Way, settings: ClientConfig, noise: float, mu: float
 ) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
@@ -330,7 +332,7 @@ def test_a_client_that_diverges_does_not_take_others_with_it(
     data: list[Examples] = [good, TensorDataset(inputs, targets)]  # type: ignore[list-item]
     work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
     chain, run = chain_of(model, inputs[0], way, SETTINGS[0])
-    settings = Client(batch_size=4)
+    settings = ClientConfig(batch_size=4)
     trained = train_chained(model, chain, work, loss, settings, proximal_mu=0.0, run=run)
     told, lost = trained.losses
     assert torch.isfinite(trained.weights[0]).all()

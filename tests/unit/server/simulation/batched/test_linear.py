@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.errors import DataError
 from fedcore.seeds import torch_rng
 from fedcore.task.model import FullModel
@@ -19,7 +19,7 @@ from fedcore.training.local import proximal, train
 from fedcore.training.per_example.graph import find_chain
 from fedcore.updates.pack import pack
 from server.simulation.batched.linear import fits, train_linear
-from server.simulation.batched.work import LocalWork, Trained
+from server.simulation.batched.work import LocalWork, TrainedClients
 
 SIZES = (20, 13, 1, 7)
 
@@ -50,7 +50,9 @@ class Scaled(nn.Module):
         return x * 3 - 1
 
 
-def linear(model: FullModel, work: Sequence[LocalWork], settings: Client, mu: float) -> Trained:
+def linear(
+    model: FullModel, work: Sequence[LocalWork], settings: ClientConfig, mu: float
+) -> TrainedClients:
     chain = find_chain(model.model, model.preprocess(work[0].examples[0][0].unsqueeze(0)))
     assert chain is not None
     assert fits(chain, model, settings)
@@ -63,13 +65,13 @@ def linear(model: FullModel, work: Sequence[LocalWork], settings: Client, mu: fl
 @pytest.mark.parametrize(
     "settings",
     [
-        Client(batch_size=5, learning_rate=0.1),
-        Client(batch_size=3, learning_rate=0.1, weight_decay=0.05, epochs=3),
+        ClientConfig(batch_size=5, learning_rate=0.1),
+        ClientConfig(batch_size=3, learning_rate=0.1, weight_decay=0.05, epochs=3),
     ],
     ids=["plain", "decay"],
 )
 def test_each_learns_what_it_would_alone(
-    classes: int, bias: bool, mu: float, settings: Client
+    classes: int, bias: bool, mu: float, settings: ClientConfig
 ) -> None:
     model = full(classes, bias=bias, scaled=mu > 0)
     before = torch.from_numpy(pack(model.model))
@@ -96,7 +98,7 @@ def test_each_learns_what_it_would_alone(
 
 def test_nobody_s_result_depends_on_who_else_is_there() -> None:
     model, work = full(10, 784), work_of([30, 20, 10], 10, 784)
-    settings = Client(batch_size=8, learning_rate=0.1)
+    settings = ClientConfig(batch_size=8, learning_rate=0.1)
     together = linear(model, work, settings, 0.0)
     for place, one in enumerate(work):
         assert torch.equal(linear(model, [one], settings, 0.0).weights[0], together.weights[place])
@@ -106,7 +108,7 @@ def test_nobody_s_result_depends_on_who_else_is_there() -> None:
 def test_who_diverges_is_seen_to(value: float) -> None:
     work = work_of([8, 8])
     work[1].examples[5][0].fill_(value)
-    found = linear(full(), work, Client(batch_size=4, learning_rate=0.1, epochs=2), 0.0)
+    found = linear(full(), work, ClientConfig(batch_size=4, learning_rate=0.1, epochs=2), 0.0)
     assert torch.isfinite(found.weights[0]).all()
     assert found.losses[0] is not None
     assert found.losses[0] < 10
@@ -118,7 +120,7 @@ def test_a_target_that_the_model_has_no_output_for_is_refused(target: int) -> No
     work = work_of([8])
     work[0].examples[5][1].fill_(target)
     with pytest.raises(DataError, match=f"example 5 has the target {target}, the model has 3"):
-        linear(full(), work, Client(batch_size=4, learning_rate=0.1), 0.0)
+        linear(full(), work, ClientConfig(batch_size=4, learning_rate=0.1), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_target_that_the_model_has_no_output_for_is_refused(target: int) -> No
 def test_examples_of_another_kind_are_refused(inputs: Tensor, targets: Tensor, said: str) -> None:
     examples = TensorDataset(inputs, targets)
     work = [LocalWork(examples, lambda: torch_rng(0, "order"))]  # type: ignore[arg-type]
-    settings = Client(batch_size=4, learning_rate=0.1)
+    settings = ClientConfig(batch_size=4, learning_rate=0.1)
     chain = find_chain(full().model, torch.zeros(2, 2, 3))
     assert chain is not None
     with pytest.raises(DataError, match=said):
@@ -143,16 +145,16 @@ def test_examples_of_another_kind_are_refused(inputs: Tensor, targets: Tensor, s
 @pytest.mark.parametrize(
     ("net", "settings"),
     [
-        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), Client()),
-        (nn.Sequential(nn.Linear(6, 3), nn.Tanh()), Client()),
-        (nn.Linear(6, 3).double(), Client()),
-        (nn.Linear(700, 100), Client()),  # more than a cache holds
-        (nn.Linear(6, 3), Client(momentum=0.9)),
-        (nn.Linear(6, 3), Client(optimizer="adam")),
+        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), ClientConfig()),
+        (nn.Sequential(nn.Linear(6, 3), nn.Tanh()), ClientConfig()),
+        (nn.Linear(6, 3).double(), ClientConfig()),
+        (nn.Linear(700, 100), ClientConfig()),  # more than a cache holds
+        (nn.Linear(6, 3), ClientConfig(momentum=0.9)),
+        (nn.Linear(6, 3), ClientConfig(optimizer="adam")),
     ],
     ids=["two", "a function behind", "double", "large", "momentum", "adam"],
 )
-def test_what_it_is_not_for(net: nn.Module, settings: Client) -> None:
+def test_what_it_is_not_for(net: nn.Module, settings: ClientConfig) -> None:
     first = next(net.parameters())
     chain = find_chain(net, torch.zeros(2, first.shape[1], dtype=first.dtype))
     assert chain is not None

@@ -28,10 +28,10 @@ from fedcore.updates.messages import ARRAYS, MODEL, array_of, instruction_config
 from fedcore.updates.pack import Vector, pack
 from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.nodes import RUN_ID
-from server.simulation.virtual.state import Method, State
+from server.simulation.virtual.state import Method, SimulationState
 from server.simulation.virtual.trace import COLUMNS
-from server.simulation.workers.messages import Answer, Asked, Order
-from server.simulation.workers.scheduler import Staff
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
+from server.simulation.workers.scheduler import WorkerScheduler
 from server.simulation.workers.worker import Worker
 
 NAMES = [f"c{place}" for place in range(8)]
@@ -91,10 +91,10 @@ class Bench:
         config = dict(instruction_config(self.client.resident.layout, b""))
         config |= {"server-round": 1, "proximal-mu": mu}
         content = RecordDict({ARRAYS: weights_record(self.start), "config": ConfigRecord(config)})
-        self.order = Order("train", content)
-        self.asked = [Asked(place + 1, name, None) for place, name in enumerate(NAMES)]
+        self.order = RoundTask("train", content)
+        self.asked = [ClientRef(place + 1, name, None) for place, name in enumerate(NAMES)]
 
-    def answers(self, method: Method) -> list[Answer]:
+    def answers(self, method: Method) -> list[ClientOutcome]:
         self.worker.begin(replace(self.order, method=method, chosen=True))
         return self.worker.work(self.asked)
 
@@ -112,9 +112,9 @@ class Bench:
                 gaps.append(np.linalg.norm(one - other) / np.linalg.norm(one - self.start))
         return float(max(gaps))
 
-    def staff(self) -> Staff:
-        state = State()
-        return Staff(
+    def staff(self) -> WorkerScheduler:
+        state = SimulationState()
+        return WorkerScheduler(
             lambda: self.worker,
             lambda: self.worker,
             self.run.simulation,
@@ -123,7 +123,7 @@ class Bench:
         )
 
 
-def weights_of(answer: Answer) -> Vector | None:
+def weights_of(answer: ClientOutcome) -> Vector | None:
     if answer.content is None:
         return None
     return array_of(answer.content[ARRAYS][MODEL], where="test")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from fedcore.training.per_example.cpu import by_kernels
 from fedcore.updates.pack import pack
 from server.simulation.batched import trainer as together
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
-from server.simulation.batched.work import LocalWork, Trained
+from server.simulation.batched.work import LocalWork, TrainedClients
 
 
 def small() -> nn.Module:
@@ -73,9 +73,11 @@ def sizes_of_groups(client: Client, count: int) -> list[int]:
     assert isinstance(found, Trainer)
     sizes: list[int] = []
 
-    def train(model: FullModel, work: Sequence[LocalWork], settings: Any, mu: float) -> Trained:
+    def train(
+        model: FullModel, work: Sequence[LocalWork], settings: Any, mu: float
+    ) -> TrainedClients:
         sizes.append(len(work))
-        return Trained(torch.zeros(len(work), 1), [0.0] * len(work))
+        return TrainedClients(torch.zeros(len(work), 1), [0.0] * len(work))
 
     noting = Trainer(train, found.numbers, found.in_turn)
     train_in_groups(noting, client.resident.model, [sample] * count, client, client.run.client, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Loss
 from fedcore.task.model import FullModel
@@ -65,7 +65,7 @@ SIZES = (20, 20, 13, 1, 20, 7, 10)
 
 
 def both(
-    net: nn.Module, make: Make, loss: Loss, settings: Client, sizes: Sequence[int], mu: float
+    net: nn.Module, make: Make, loss: Loss, settings: ClientConfig, sizes: Sequence[int], mu: float
 ) -> list[tuple[float, float, float]]:
     """For each client: the relative distance of the updates, and its loss in both ways."""
     model = FullModel(nn.Identity(), copy.deepcopy(net))
@@ -102,14 +102,14 @@ def both(
 @pytest.mark.parametrize(
     "settings",
     [
-        Client(batch_size=5, learning_rate=0.1),
-        Client(batch_size=8, learning_rate=0.01, momentum=0.9, weight_decay=0.01, epochs=3),
-        Client(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
+        ClientConfig(batch_size=5, learning_rate=0.1),
+        ClientConfig(batch_size=8, learning_rate=0.01, momentum=0.9, weight_decay=0.01, epochs=3),
+        ClientConfig(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
     ],
     ids=["sgd", "momentum", "adam"],
 )
 @pytest.mark.parametrize("mu", [0.0, 0.5])
-def test_each_learns_what_it_would_alone(name: str, settings: Client, mu: float) -> None:
+def test_each_learns_what_it_would_alone(name: str, settings: ClientConfig, mu: float) -> None:
     net, make, loss = CASES[name]
     for distance, alone, together in both(net, make, loss, settings, SIZES, mu):
         assert distance <= 1e-5
@@ -123,7 +123,7 @@ def test_preprocessing_runs_before_training() -> None:
 
     examples = classify(10, torch_rng(0))
     model = FullModel(Half(), copy.deepcopy(DENSE))
-    settings = Client(batch_size=5)
+    settings = ClientConfig(batch_size=5)
     work = [LocalWork(examples, lambda: torch_rng(0, "order"))]
     got = train_cohort(model, work, nn.functional.cross_entropy, settings, proximal_mu=0.0)
     train(
@@ -143,7 +143,7 @@ def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
     bad = TensorDataset(torch.full((4, 6), float("nan")), torch.zeros(4))
     data: list[Examples] = [regress(4, torch_rng(0)), bad]  # type: ignore[list-item]
     work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
-    trained = train_cohort(model, work, squared, Client(batch_size=4), proximal_mu=0.0)
+    trained = train_cohort(model, work, squared, ClientConfig(batch_size=4), proximal_mu=0.0)
     good, lost = trained.losses
     assert torch.isfinite(trained.weights[0]).all()
     assert good == good

@@ -10,14 +10,14 @@ import pytest
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from pydantic import ValidationError
 
-from fedcore.config.run import DeviceClass, Federation, RunConfig, Simulation
+from fedcore.config.run import DeviceClass, FederationConfig, RunConfig, Simulation
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError, DataError
 from server.simulation.virtual.devices import (
     SILENCE_S,
-    Device,
     Fate,
-    Fleet,
+    VirtualDevice,
+    VirtualFleet,
     class_of,
     device_of,
     fate,
@@ -39,24 +39,24 @@ PHONE = DeviceClass(
 
 
 def run_with(simulation: Simulation, *, base: Path = Path(), quorum: float = 0.1) -> RunConfig:
-    federation = Federation(quorum=quorum)
+    federation = FederationConfig(quorum=quorum)
     return RunConfig(
         name="x", task="t.py", seed=7, simulation=simulation, federation=federation, base=base
     )
 
 
-def fleet_of(*classes: DeviceClass) -> Fleet:
-    return Fleet(7, classes)
+def fleet_of(*classes: DeviceClass) -> VirtualFleet:
+    return VirtualFleet(7, classes)
 
 
-def traced(folder: Path, rows: str, clients: tuple[str, ...] = ("a",)) -> Fleet:
+def traced(folder: Path, rows: str, clients: tuple[str, ...] = ("a",)) -> VirtualFleet:
     (folder / "devices.csv").write_text(HEADER + rows)
     fleet = read_fleet(run_with(Simulation(trace="devices.csv"), base=folder), clients)
     assert fleet is not None
     return fleet
 
 
-def meets(fleet: Fleet, client: str = "a", *, number: int = 1, clock_s: float = 0.0) -> Fate:
+def meets(fleet: VirtualFleet, client: str = "a", *, number: int = 1, clock_s: float = 0.0) -> Fate:
     """A client with 200 examples, 2 epochs, 1 MB down and 0.5 MB up."""
     return fate(
         fleet,
@@ -93,7 +93,7 @@ def test_a_device_waits_downloads_trains_and_uploads_one_after_the_other() -> No
 
 def test_without_spread_all_devices_of_a_class_are_alike() -> None:
     fleet = fleet_of(PHONE)
-    assert {device_of(fleet, f"c{i}") for i in range(50)} == {Device(100.0, 8.0, 2.0, 0.5)}
+    assert {device_of(fleet, f"c{i}") for i in range(50)} == {VirtualDevice(100.0, 8.0, 2.0, 0.5)}
 
 
 def test_with_spread_a_device_is_poor_in_both_directions_or_in_none() -> None:
@@ -132,7 +132,7 @@ def test_who_is_not_reached_is_asked_for_none_of_its_data() -> None:
 
 def test_no_registered_client_is_looked_at_where_there_is_no_trace() -> None:
     clients = iter(["a"])
-    assert read_fleet(run_with(Simulation(devices=(PHONE,))), clients) == Fleet(7, (PHONE,))
+    assert read_fleet(run_with(Simulation(devices=(PHONE,))), clients) == VirtualFleet(7, (PHONE,))
     assert next(clients) == "a"
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import DataError
-from server.simulation.virtual.trace import COLUMNS, MAX_BYTES, Window, read_trace, window_at
+from server.simulation.virtual.trace import (
+    COLUMNS,
+    MAX_BYTES,
+    AvailabilityWindow,
+    read_trace,
+    window_at,
+)
 
 HEADER = ",".join(COLUMNS)
 
@@ -21,12 +27,12 @@ def test_windows_are_found_whatever_the_order_of_rows(tmp_path: Path) -> None:
     rows = ["a,1,2,3,50,60", "b,4,5,6,0,inf", "a,7,8,9,10,50", "a,1,1,1,0,5"]
     for order in (rows, rows[::-1]):
         trace = read_trace(write(tmp_path, *order))
-        assert window_at(trace, "a", 0.0) == Window(1.0, 1.0, 1.0, 0.0, 5.0)
+        assert window_at(trace, "a", 0.0) == AvailabilityWindow(1.0, 1.0, 1.0, 0.0, 5.0)
         assert window_at(trace, "a", 5.0) is None
-        assert window_at(trace, "a", 10.0) == Window(7.0, 8.0, 9.0, 10.0, 50.0)
-        assert window_at(trace, "a", 50.0) == Window(1.0, 2.0, 3.0, 50.0, 60.0)
+        assert window_at(trace, "a", 10.0) == AvailabilityWindow(7.0, 8.0, 9.0, 10.0, 50.0)
+        assert window_at(trace, "a", 50.0) == AvailabilityWindow(1.0, 2.0, 3.0, 50.0, 60.0)
         assert window_at(trace, "a", 60.0) is None
-        assert window_at(trace, "b", 1e12) == Window(4.0, 5.0, 6.0, 0.0, math.inf)
+        assert window_at(trace, "b", 1e12) == AvailabilityWindow(4.0, 5.0, 6.0, 0.0, math.inf)
 
 
 def test_names_may_be_quoted_and_hold_commas_and_letters_of_any_script(tmp_path: Path) -> None:
@@ -37,7 +43,7 @@ def test_names_may_be_quoted_and_hold_commas_and_letters_of_any_script(tmp_path:
 def test_what_a_spreadsheet_saves_is_read(tmp_path: Path) -> None:
     path = tmp_path / "devices.csv"
     path.write_bytes(b"\xef\xbb\xbf" + HEADER.encode() + b"\r\na,1,1,1,0,5\r\n")
-    assert window_at(read_trace(path), "a", 1.0) == Window(1.0, 1.0, 1.0, 0.0, 5.0)
+    assert window_at(read_trace(path), "a", 1.0) == AvailabilityWindow(1.0, 1.0, 1.0, 0.0, 5.0)
 
 
 @pytest.mark.parametrize(

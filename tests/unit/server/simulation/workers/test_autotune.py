@@ -12,10 +12,10 @@ from fedcore.errors import ConfigError
 from fedcore.updates.messages import ARRAYS, Update, update_content, weights_record
 from server.simulation.virtual.state import Method
 from server.simulation.workers.autotune import choose, difference
-from server.simulation.workers.messages import Answer, Asked, Order
+from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
-ASKED = [Asked(node, f"client-{node}", None) for node in range(20)]
-ORDER = Order("train", RecordDict())
+ASKED = [ClientRef(node, f"client-{node}", None) for node in range(20)]
+ORDER = RoundTask("train", RecordDict())
 
 
 class Rigged:
@@ -28,13 +28,13 @@ class Rigged:
         self.seen: list[tuple[Method, int]] = []
         self.order = ORDER
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: RoundTask) -> None:
         self.order = order
 
-    def prepare(self, order: Order, asked: Sequence[Asked]) -> None:
+    def prepare(self, order: RoundTask, asked: Sequence[ClientRef]) -> None:
         self.now += 1000.0  # of which nothing may be seen in what is measured
 
-    def work(self, asked: Sequence[Asked]) -> list[object]:
+    def work(self, asked: Sequence[ClientRef]) -> list[object]:
         method = self.order.method
         if method not in self.seconds:
             raise ConfigError(
@@ -93,16 +93,16 @@ class Comparing:
     def __init__(self, gaps: Sequence[float]) -> None:
         self.gaps = gaps
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: RoundTask) -> None:
         assert (order.method, order.fold) == ("vectorised", False)
 
-    def work(self, asked: Sequence[Asked]) -> list[Answer]:
+    def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
         return [answer(one, 1.0 + gap) for one, gap in zip(asked, self.gaps, strict=True)]
 
 
-def answer(asked: Asked, moved: float) -> Answer:
+def answer(asked: ClientRef, moved: float) -> ClientOutcome:
     weights = np.full(4, 10.0 + moved, np.float32)
-    return Answer(asked, content=update_content(Update(weights, 3, {})))
+    return ClientOutcome(asked, content=update_content(Update(weights, 3, {})))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def answer(asked: Asked, moved: float) -> Answer:
 )
 def test_one_of_several_may_meet_a_tie(gaps: Sequence[float], who: str | None) -> None:
     content = RecordDict({ARRAYS: weights_record(np.full(4, 10.0, np.float32))})
-    asked = [Asked(place, f"c{place}", None) for place in range(len(gaps))]
+    asked = [ClientRef(place, f"c{place}", None) for place in range(len(gaps))]
     alone = [answer(one, 1.0) for one in asked]
-    order = Order("train", content)
+    order = RoundTask("train", content)
     found = difference(Comparing(gaps), order, alone)  # type: ignore[arg-type]
     assert (found is None) if who is None else (found or "").startswith(who)

@@ -5,12 +5,12 @@ from flwr.app import RecordDict
 
 from server.simulation.virtual.state import Method
 from server.simulation.workers.executor import pieces
-from server.simulation.workers.messages import Asked, Order
+from server.simulation.workers.messages import ClientRef, RoundTask
 
 
 def sizes(method: Method, clients: int, workers: int) -> list[int]:
-    asked = [Asked(node, str(node), None) for node in range(clients)]
-    found = list(pieces(Order("train", RecordDict(), method=method), asked, workers))
+    asked = [ClientRef(node, str(node), None) for node in range(clients)]
+    found = list(pieces(RoundTask("train", RecordDict(), method=method), asked, workers))
     assert [one for piece in found for one in piece] == asked
     return [len(piece) for piece in found]
 

@@ -18,9 +18,9 @@ from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights
 from fedcore.updates.pack import layout_of, pack
 from server.simulation.federate import worker_elsewhere
 from server.simulation.virtual.nodes import RUN_ID
-from server.simulation.workers.executor import Alone
-from server.simulation.workers.messages import Asked, Order
-from server.simulation.workers.process_pool import Pool
+from server.simulation.workers.executor import LocalExecutor
+from server.simulation.workers.messages import ClientRef, RoundTask
+from server.simulation.workers.process_pool import ProcessPool
 
 TASK = """
 import torch
@@ -49,12 +49,12 @@ def test_processes_that_are_started_afresh_give_the_bits_of_this_one(tmp_path: P
     config = instruction_config(layout_of(model.model), b"")
     config["server-round"] = 1
     content = RecordDict({ARRAYS: weights_record(pack(model.model)), CONFIG: config})
-    order = Order(MessageType.TRAIN, content, fold=True)
-    asked = [Asked(node, str(node), None) for node in range(8)]
+    order = RoundTask(MessageType.TRAIN, content, fold=True)
+    asked = [ClientRef(node, str(node), None) for node in range(8)]
     make = partial(worker_elsewhere, path, run, OPEN_POLICY, None)
     assume_identity(RUN_ID)
-    here, total = Alone(make()).carry_out(order, asked)
-    pool = Pool(make, 2, gpus=1)
+    here, total = LocalExecutor(make()).carry_out(order, asked)
+    pool = ProcessPool(make, 2, gpus=1)
     try:
         there, other = pool.carry_out(order, asked)
     finally:
