@@ -18,7 +18,13 @@ from fedcore.metrics import Metric
 from fedcore.model import FullModel, preprocess_bytes
 from fedcore.observability.words import counted
 from fedcore.seeds import Randomness
-from fedcore.updates.messages import check_weights, instruction_config, sendable, weights_record
+from fedcore.updates.messages import (
+    check_weights,
+    instruction_config,
+    joined,
+    sendable,
+    weights_record,
+)
 from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.aggregation.exact import ExactMean
 from server.client_privacy import Released, bound_of, draw, draws_of, epsilon, protect, release
@@ -311,7 +317,7 @@ def _train_round(
         )
         weights, protection = released.weights, released.protection
     elif mean is not None:
-        weights = mean.mean()
+        weights = joined(mean.mean_parts(), layout.size)
     if mean is not None and federation.chosen.means:
         return Released(check_weights(weights, layout, where="aggregate"), protection), sent
     if mean is not None:

@@ -39,10 +39,10 @@ class BodyReader(asyncio.BufferedProtocol):
     end of the connection, an error, a peer that is not to be read from for now.
     """
 
-    def __init__(self, tls: SSLProtocol, buffers: Buffers, take: Take) -> None:
-        """Takes the place of ``tls``."""
-        self._tls: Any = tls  # asyncio gives no other way to what it holds
-        self._raw: Any = self._tls._transport
+    def __init__(self, tls: Any, buffers: Buffers, take: Take) -> None:
+        """Takes the place of ``tls``, an `SSLProtocol`: its fields are no part of its interface."""
+        self._tls = tls
+        self._raw = tls._transport
         self._buffers = buffers
         self._take = take
         self._raw.set_protocol(self)

@@ -144,7 +144,7 @@ class PeerProtocol(HttpToolsProtocol):
         return ended
 
     def _take_body(self, piece: memoryview) -> bool:
-        self.data_received(piece)  # type: ignore[arg-type] - which copies what it parses
+        self.data_received(piece)  # type: ignore[arg-type]  # what is to be kept is copied there
         return self._unparsed > 0
 
     def _take_unparsed(self, piece: memoryview) -> int:
