@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedcore.crypto.certificates import peer_public
 from fedcore.errors import TrustError
+from server.live.answer import Together
 from server.live.body import Buffers, read_body
 from server.live.connections import Connections
 
@@ -218,7 +219,10 @@ class PeerProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begins the request."""
         self._in_headers, self._header_bytes, self.due = False, 0, None
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            Together(self.cycle)
 
     def on_message_complete(self) -> None:
         """Headers follow next."""
