@@ -56,6 +56,14 @@ class ExactMean:
         self.count = 0
         """Updates so far."""
 
+    def touch(self) -> None:
+        """Has the system give the sum its memory now; nothing may have been added yet.
+
+        Else it does so page by page with the first update, while others wait for the processor.
+        """
+        assert not self.count
+        self._limbs[0].fill(0)
+
     def add(self, vector: Vector, weight: int) -> None:
         """Folds in one update.
 

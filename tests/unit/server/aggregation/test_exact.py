@@ -189,3 +189,12 @@ def test_a_mean_by_parts_is_the_same() -> None:
     means = joined(mean.mean_parts(), LARGE)
     assert means.tobytes() == mean.mean().tobytes()
     assert sendable(means).base is means.base  # not copied once more
+
+
+def test_a_sum_whose_memory_was_touched_is_the_same() -> None:
+    mean, (vector,) = ExactMean(LARGE), vectors(1)
+    mean.touch()
+    mean.add(vector, 3)
+    assert mean.mean().tobytes() == exact([vector], [3]).mean().tobytes()
+    with pytest.raises(AssertionError):
+        mean.touch()
