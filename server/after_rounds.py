@@ -141,35 +141,17 @@ def after_rounds(
     """
     outcome = trained.outcome
     write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
-
     tuned = None
     if cloud and run.finetune.epochs:
-        with story.stage("finetune") as said:
-            tuned = steps.fine_tune(task, run, outcome.model, cloud, trained.judge)
-            said.append(gate_note(tuned, task.primary))
-        if tuned.kept:
-            write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
-        if tuned.clients or not tuned.kept:
-            story.note(f"The gate behind fine-tuning: {gate_note(tuned, task.primary)}.")
+        tuned = _fine_tuned(run, task, cloud, trained, folder, story, steps)
     model = tuned.model if tuned else outcome.model
-
-    with story.stage("compress") as said:
-        progress = counted_steps(story.emit, "compress")
-        compressed = steps.compress(
-            run, task, model, cloud, progress=progress, on_clients=trained.weigh
-        )
-        said.append(f"chose {compressed.chosen}")
-        for name, onnx in compressed.files.items():
-            write_atomic(folder / "candidates" / f"{name}.onnx", onnx)
-    for text in compressed.notes:
-        story.note(text)
+    compressed = _compressed(run, task, cloud, model, trained, folder, story, steps)
 
     with story.stage("test") as said:
         scores = _final_scores(task, test, outcome, tuned, compressed, run.serving.threads)
         of_models = scores[task.primary.name].items()
         figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
         said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")
-
     tested = statement_of(task, scores, size_of(test))
     withheld = reason_to_withhold(run, task.primary, tested)
     for text in (drop_note(task.primary, tested), withheld):
@@ -186,36 +168,72 @@ def after_rounds(
                 created=datetime.now(UTC),
             )
             said.append(f"published {manifest.model} version {manifest.version}")
-
-    return Completed(
-        RunRecord(
-            name=run.name,
-            task=task.name,
-            kind=task.kind,
-            primary=task.primary.name,
-            higher_is_better=task.primary.higher_is_better,
-            device=trained.device,
-            noise=trained.noise,
-            rounds=outcome.federated.rounds,
-            best_round=outcome.federated.best_round,
-            training=trained.training,
-            clients=trained.clients,
-            epsilon=origin.privacy.epsilon,
-            client_privacy=origin.privacy.client,
-            candidates=compressed.records,
-            chosen=compressed.chosen,
-            manifest=manifest,
-            withheld=withheld,
-            scores=scores,
-            stages=story.seconds,
-            notes=tuple(story.notes),
-        ),
-        compressed.torch_p50_us,
-        outcome.model,
-        model,
-        compressed,
-        origin,
+    record = RunRecord(
+        name=run.name,
+        task=task.name,
+        kind=task.kind,
+        primary=task.primary.name,
+        higher_is_better=task.primary.higher_is_better,
+        device=trained.device,
+        noise=trained.noise,
+        rounds=outcome.federated.rounds,
+        best_round=outcome.federated.best_round,
+        training=trained.training,
+        clients=trained.clients,
+        epsilon=origin.privacy.epsilon,
+        client_privacy=origin.privacy.client,
+        candidates=compressed.records,
+        chosen=compressed.chosen,
+        manifest=manifest,
+        withheld=withheld,
+        scores=scores,
+        stages=story.seconds,
+        notes=tuple(story.notes),
     )
+    torch_p50_us = compressed.torch_p50_us
+    return Completed(record, torch_p50_us, outcome.model, model, compressed, origin)
+
+
+def _fine_tuned(
+    run: RunConfig,
+    task: Task,
+    cloud: CloudData,
+    trained: FederatedModel,
+    folder: Path,
+    story: StageLog,
+    steps: StageFunctions,
+) -> Finetuned:
+    with story.stage("finetune") as said:
+        tuned = steps.fine_tune(task, run, trained.outcome.model, cloud, trained.judge)
+        said.append(gate_note(tuned, task.primary))
+    if tuned.kept:
+        write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
+    if tuned.clients or not tuned.kept:
+        story.note(f"The gate behind fine-tuning: {gate_note(tuned, task.primary)}.")
+    return tuned
+
+
+def _compressed(
+    run: RunConfig,
+    task: Task,
+    cloud: CloudData | None,
+    model: FullModel,
+    trained: FederatedModel,
+    folder: Path,
+    story: StageLog,
+    steps: StageFunctions,
+) -> Compressed:
+    with story.stage("compress") as said:
+        progress = counted_steps(story.emit, "compress")
+        compressed = steps.compress(
+            run, task, model, cloud, progress=progress, on_clients=trained.weigh
+        )
+        said.append(f"chose {compressed.chosen}")
+        for name, onnx in compressed.files.items():
+            write_atomic(folder / "candidates" / f"{name}.onnx", onnx)
+    for text in compressed.notes:
+        story.note(text)
+    return compressed
 
 
 def counted_steps(emit: Sink, stage: str) -> Callable[[str], None]:

@@ -31,6 +31,7 @@ from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
+from fedcore.flower.writeback import Writeback
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
 
@@ -80,6 +81,7 @@ class Fleet:
         self.store = FleetStore(spool)
         self.state = FleetState(self.store)
         self.asked = PendingMessages()
+        self.writeback = Writeback()
         self.run_id = 0
         self.lacks: ResourceError | None = None
         """What this machine lacked when it last failed to take something in; None where it did."""
@@ -128,6 +130,7 @@ class Fleet:
             self.forget(list(self.asked))
             self.state.stop_run(self.run_id)
             self.run_id = 0
+        self.writeback.close()
 
     def enlist(self, public_key: bytes) -> int:
         """Makes the owner of a key a node, if it is none yet, and returns its id."""

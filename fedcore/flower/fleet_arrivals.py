@@ -26,6 +26,8 @@ BEGINNING_BYTES = 1024
 """So much of a request's beginning tells whether a large chunk comes: what stands before one takes
 fewer bytes."""
 _MOST_AFTER_BYTES = 1024  # what stands behind a chunk: the session
+_BLOCK_BYTES = 2**14
+"""What is written ends at a multiple of this, but at the end; less than one of them waits."""
 _CONTENT = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number
 _LENGTH_DELIMITED, _VARINT = 2, 0
 
@@ -156,7 +158,13 @@ class Arrival:
         self._cut = Cut(joined, place, begun.body_bytes)
         self._at, self._left = place * CUT_BYTES, begun.body_bytes
         self._hash = hashlib.sha256(begun.head)
-        self._after = bytearray()
+        self._unwritten, self._after = bytearray(), bytearray()
+
+    @property
+    def came_bytes(self) -> int:
+        """How many bytes of the request have come."""
+        body_bytes = self._begun.body_bytes - self._left
+        return self._begun.body_at + body_bytes + len(self._after)
 
     @property
     def content_bytes(self) -> int:
@@ -185,15 +193,33 @@ class Arrival:
             self._check_own()
             self._hash.update(body)
             self._left -= len(body)
-            with disk_errors(self._fleet.store.folder):
-                while body:  # a disk that fills up takes a part first
-                    written = os.pwrite(self._descriptor, body, self._at)
-                    self._at += written
-                    body = body[written:]
+            self._write_whole(body)
         if rest:
             self._after += rest
             if len(self._after) > _MOST_AFTER_BYTES:
                 raise _unreadable(self._begun.body_at + self._begun.body_bytes)
+
+    def _write_whole(self, body: memoryview) -> None:
+        """Writes what has come as far as it fills blocks; the rest waits for the next piece.
+
+        The system keeps a file by pages, which it finds and locks once more for each write that
+        ends within one.
+        """
+        end = self._at + len(self._unwritten) + len(body)
+        over = end % _BLOCK_BYTES if self._left else 0
+        if over >= len(body):
+            self._unwritten += body
+            return
+        parts = [memoryview(self._unwritten), body[: len(body) - over]]
+        with disk_errors(self._fleet.store.folder):
+            while parts:  # a disk that fills up takes a part first
+                written = os.pwritev(self._descriptor, parts, self._at)
+                self._at += written
+                while parts and written >= len(parts[0]):
+                    written -= len(parts.pop(0))
+                if parts:
+                    parts[0] = parts[0][written:]
+        self._unwritten = bytearray(body[len(body) - over :])
 
     def finish(self) -> PushObjectResponse:
         """Says, once the request's last byte has come, that the chunk is there.
@@ -221,6 +247,9 @@ class Arrival:
         if not fleet.state.store_object(request.run_id, request.session_id, self.object_id, b""):
             fleet.store.lift(self.object_id, self._cut)
             return PushObjectResponse(stored=False)
+        # A round waits for its updates to be durable: the disk is not to begin with that then.
+        descriptor, self._descriptor = self._descriptor, -1
+        fleet.writeback.begin(descriptor, self._at - self._begun.body_bytes, self._begun.body_bytes)
         fleet.state.store_traffic(request.run_id, bytes_sent=0, bytes_recv=self.content_bytes)
         with fleet.lock:
             # Only the push of the last object settles, whichever order threads come here in.

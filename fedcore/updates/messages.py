@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -102,6 +102,15 @@ def sendable(weights: Vector) -> Vector:
     Who keeps these, and sends them, holds one copy instead of two.
     """
     return np.frombuffer(_sent(weights), np.float32, offset=HEADER_BYTES)
+
+
+def joined(parts: Iterable[Vector], size: int) -> Vector:
+    """A vector of ``size`` elements that comes by parts, as `sendable` gives it; held once."""
+    stream = io.BytesIO()
+    stream.write(vector_header(size))
+    for part in parts:
+        stream.write(np.ascontiguousarray(part, np.float32).view(np.uint8).data)
+    return np.frombuffer(stream.getvalue(), np.float32, offset=HEADER_BYTES)
 
 
 def _sent(weights: Vector) -> bytes:

@@ -45,7 +45,7 @@ class Told:
 
 @dataclass(frozen=True)
 class CheckedAlgorithm:
-    """An algorithm and the run that it is for. Every method raises `AlgorithmRefused`, and nothing else."""
+    """An algorithm and its run. Every method raises `AlgorithmRefused`, and nothing else."""
 
     algorithm: Algorithm
     run: RunConfig

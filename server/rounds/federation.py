@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,6 +55,11 @@ class Federation:
     clients: int = 0
     """Those that rounds draw from, as client-level privacy counts on; as many as are there, or
     as a round asks, where those are more."""
+
+    def nodes(self) -> Sequence[int]:
+        """The nodes that are there now."""
+        found = self.grid.get_node_ids()
+        return found if isinstance(found, Sequence) else list(found)
 
     @property
     def primary(self) -> Metric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,9 @@ from fedcore.updates.replies import Reply
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.inbound import Tally
 from server.rounds.norm_bound import NormBound
+
+_TOUCHED = 2**19
+"""Elements from which on the memory of a sum, here 4 MiB, takes the system a while to give."""
 
 
 def hold(
@@ -72,6 +76,8 @@ def fold(
     and folded in clipped: sums are exact, so nothing is left of what was taken out.
     """
     mean = ExactMean(layout.size)
+    if layout.size >= _TOUCHED:
+        taken = _touched(taken, mean)
     if bound is not None and bound.fixed is None:
         _fold_all(taken, mean, tally, uniform=uniform, bound=bound)
         return mean
@@ -82,6 +88,21 @@ def fold(
         tally.count(found.num_examples, found.metrics)
         del reply, found  # the next one is read while this frame waits
     return mean
+
+
+def _touched(
+    taken: Iterable[tuple[Message, Reply]], mean: ExactMean
+) -> Iterator[tuple[Message, Reply]]:
+    """The same updates, with the memory of their sum made ready while the first is waited for."""
+    touching = threading.Thread(target=mean.touch, name="touching", daemon=True)
+    touching.start()
+    try:
+        for pair in taken:
+            touching.join()
+            yield pair
+            del pair  # the next one is read while this frame waits
+    finally:
+        touching.join()
 
 
 def _fold_all(

@@ -4,49 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from flwr.app import MessageType
 
-from fedcore.errors import FedcoreError, RoundFailed
-from fedcore.observability.words import counted
 from fedcore.task.model import FullModel, preprocess_bytes
-from fedcore.updates.messages import check_weights, sendable
-from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
+from fedcore.updates.messages import sendable
+from fedcore.updates.pack import Vector, layout_of, pack, unpack
 from server.records import RoundRecord
-from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.checkpointing import Progress
 from server.rounds.client_privacy import (
-    Released,
-    bound_of,
     draw,
     draws_of,
     epsilon,
     protect,
-    release,
 )
 from server.rounds.cohort import select
-from server.rounds.endings import announce, end_early, is_over
+from server.rounds.endings import end_early, is_over
 from server.rounds.evaluation import is_better, judge_round
-from server.rounds.expected import asked_to_train
 from server.rounds.federation import Federation
-from server.rounds.fold import fold, hold
 from server.rounds.inbound import (
-    Intake,
     Tally,
-    accepted,
-    aggregated,
-    carry,
-    fold_in_place,
-    payload_bytes,
 )
-from server.rounds.instructions import instruction_in_place, instructions, streams
-from server.rounds.norm_bound import norm_bound
 from server.rounds.protection import Protection
-from server.rounds.quorum import check_quorum
 from server.rounds.strategy_state import strategy_state_of
+from server.rounds.training import train_round
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         tally = Tally(len(nodes))
         checkpointer.begin(nodes)
         try:
-            released, sent = _train_round(federation, progress, records, layout, nodes, tally)
+            released, sent = train_round(federation, progress, records, layout, nodes, tally)
             arrays = sendable(released.weights)
             if tally.over:
                 end_early(federation, number, tally)  # what was learnt before stands
@@ -121,7 +104,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
 
 
 def _drawn(federation: Federation, progress: Progress) -> list[int]:
-    there, number = _there(federation), progress.round + 1
+    there, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
         return draw(federation.run, progress.protection, there, draws, number=number)
@@ -138,28 +121,10 @@ def _willing(there: Sequence[int], spent: Collection[int], cohort: int) -> Seque
     return [*rest, *(node for node in there if node in spent)][: max(cohort, len(rest))]
 
 
-def _others(federation: Federation, progress: Progress, nodes: Sequence[int], tally: Tally) -> int:
-    """How many clients were not asked, and may have a budget left.
-
-    A simulation does not note who has none: there a cohort that declined is the end.
-    """
-    if not tally.declined or (tally.all_declined and not federation.live):
-        return 0
-    there = _there(federation)
-    if not federation.live:
-        return len(there) - len(nodes)
-    return len(set(there).difference(nodes, progress.spent))
-
-
-def _there(federation: Federation) -> Sequence[int]:
-    found = federation.grid.get_node_ids()
-    return found if isinstance(found, Sequence) else list(found)
-
-
 def _beginning(federation: Federation, model: FullModel) -> Progress:
     run, weights, protection = federation.run, pack(model.model), None
     if run.client_private:
-        clients = max(federation.clients, len(_there(federation)), federation.cohort)
+        clients = max(federation.clients, len(federation.nodes()), federation.cohort)
         protection = protect(run, clients=clients, cohort=federation.cohort)
     return Progress(
         round=0,
@@ -179,114 +144,6 @@ def _held_once(progress: Progress) -> Progress:
     weights = sendable(progress.weights)
     best = weights if progress.best is progress.weights else progress.best
     return replace(progress, weights=weights, best=best)
-
-
-def _train_round(
-    federation: Federation,
-    progress: Progress,
-    records: Sequence[RoundRecord],
-    layout: Layout,
-    nodes: Sequence[int],
-    tally: Tally,
-) -> tuple[Released, int]:
-    """One round of training: what it gives, and the bytes sent; the rest is told to ``tally``."""
-    run, number = federation.run, progress.round + 1
-    grid, folds, protection = federation.grid, federation.chosen.folds, progress.protection
-    in_place, configs = federation.folding, dict[int, ConfigRecord]()
-    # Even where nobody was drawn a strategy is asked for a message, as it may remember what it
-    # sends.
-    shown = nodes or _there(federation)[:1]
-    if in_place:
-        first, configs = instruction_in_place(federation, progress, layout, shown)
-        messages = [first]
-    else:
-        messages = instructions(federation, progress, layout, shown)
-    uniform, deadline_s = run.uniform, run.federation.deadline_s
-    bound = bound_of(run, protection, progress.weights) if protection else None
-    norm = norm_bound(run, progress.weights, live=federation.live, records=records)
-    mean: ExactMean | None = None
-    ready: list[Message] = []
-    if not nodes:
-        mean, sent = ExactMean(layout.size), 0
-    elif in_place:
-        sent = payload_bytes(messages[0]) * len(nodes)
-        mean = fold_in_place(
-            in_place,
-            messages[0],
-            nodes,
-            tally,
-            configs=configs,
-            uniform=uniform,
-            deadline_s=deadline_s,
-        )
-    else:
-        messages.sort(key=lambda message: message.metadata.dst_node_id)
-        sent = sum(payload_bytes(message) for message in messages)
-        replies = grid.send_and_receive(messages, timeout=deadline_s)
-        enough = len(nodes) if protection else federation.cohort
-        intake = Intake(
-            asked_to_train(run, layout),
-            checkpointer=federation.checkpointer,
-            peers=federation.peers,
-            base=progress.weights if norm else None,
-            bound=bound,
-            on_note=federation.on_note,
-            budgets=run.private,
-        )
-        taken = accepted(replies, intake, tally, first=enough)
-        del replies  # whoever is late is forgotten once enough are taken
-        if folds:
-            mean = fold(taken, layout, tally, uniform=uniform, bound=norm)
-        else:
-            ready = hold(taken, tally, uniform=uniform, bound=norm)
-    announce(federation, progress, records, tally, norm)
-    others = _others(federation, progress, nodes, tally)
-    check_quorum(tally, run.federation.quorum, federation.cohort, number, others=others)
-    if tally.over or (not tally.updates and protection is None):
-        return Released(progress.weights, protection), sent
-    if mean is not None and protection is not None:
-        released = release(
-            run,
-            protection,
-            progress.weights,
-            mean,
-            nodes=nodes,
-            unclipped=tally.unclipped,
-            draws=draws_of(federation.randomness, "client noise", number),
-        )
-        weights, protection = released.weights, released.protection
-    elif mean is not None:
-        weights = mean.mean()
-    if mean is not None and federation.chosen.means:
-        return Released(check_weights(weights, layout, where="aggregate"), protection), sent
-    if mean is not None:
-        ready = [carry(weights, max(mean.weight, 1), messages[0])]
-    arrays = _aggregated(federation, number, ready, tally)
-    weights = progress.weights if arrays is None else aggregated(arrays, layout, number)
-    return Released(weights, protection), sent
-
-
-def _aggregated(
-    federation: Federation, number: int, ready: Sequence[Message], tally: Tally
-) -> ArrayRecord | None:
-    """What the strategy makes of the updates, or of their mean.
-
-    Raises:
-        RoundFailed: it refused them.
-    """
-    strategy = federation.chosen.strategy
-    try:
-        with nullcontext() if federation.folding else streams(federation, number, "aggregate"):
-            arrays, _ = strategy.aggregate_train(number, ready)
-    except FedcoreError:
-        raise
-    except Exception as error:  # Flower's strategy refused: a plain error with its reason
-        raise RoundFailed(
-            f"round {number}: {federation.chosen.name} failed to aggregate "
-            f"{counted(tally.updates, 'update')}: {type(error).__name__}: {error}. The global "
-            f"model is that of round {number - 1}."
-        ) from error
-    return arrays
 
 
 def _most_of(*told: float | None) -> float | None:

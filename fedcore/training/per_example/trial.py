@@ -127,14 +127,14 @@ def _quickest(
         if chain is not None:
             run = compiled_run(chain, network, apart=True) or by_torch(chain)
             way = by_chain(chain, run, loss)
-            if _agree(way, alone, model, tried) is None:
+            if not _agree(way, alone, model, tried):
                 return way
     lookups = by_lookups(model.model, behind, loss, why=why)
-    if lookups is not None and _agree(lookups, alone, model, tried) is None:
+    if lookups is not None and not _agree(lookups, alone, model, tried):
         return lookups
     way = by_vmap(sum(p.numel() for p in parameters.values()), loss, why=why)
     problem = _agree(way, alone, model, tried)
-    return way if problem is None else one_by_one(loss, why=problem)
+    return one_by_one(loss, why=problem) if problem else way
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -162,18 +162,16 @@ def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
     return draws.names | outside
 
 
-def _agree(
-    way: GradientMethod, reference: GradientMethod, model: FullModel, tried: MadeUp
-) -> str | None:
-    """Why a way does not give the gradients of batches of one; None when it does."""
-    assert tried.targets is not None
-    share = torch.linspace(0.5, 1, len(tried.inputs), device=tried.inputs.device)
+def _agree(way: GradientMethod, alone: GradientMethod, model: FullModel, made: MadeUp) -> str:
+    """Why a way does not give the gradients of batches of one; empty when it does."""
+    assert made.targets is not None
+    share = torch.linspace(0.5, 1, len(made.inputs), device=made.inputs.device)
+    examples = (model.preprocess, model.model, made.inputs, made.targets)
     try:
         model.train()
-        way.take(model.preprocess, model.model, tried.inputs, tried.targets)  # chance included
+        way.take(*examples)  # chance included
         with _without_chance(model):
-            found = way.take(model.preprocess, model.model, tried.inputs, tried.targets)
-            right = reference.take(model.preprocess, model.model, tried.inputs, tried.targets)
+            found, right = way.take(*examples), alone.take(*examples)
             sums = [zero_totals(model.model) for _ in range(2)]
             found.add(share, sums[0])
             right.add(share, sums[1])
@@ -181,7 +179,7 @@ def _agree(
         said = str(error).partition("\n")[0][:120]
         return f"torch cannot take all gradients at once ({type(error).__name__}: {said})"
     if all(_close(one, other) for one, other in zip(*sums, strict=True)):
-        return None
+        return ""
     return "gradients taken at once differ from those of batches of one"
 
 

@@ -83,19 +83,8 @@ class Blobs:
         name = _CUTS + digest_of_cuts(cuts, size_bytes)
         own = self._folder / name
         with disk_errors(own):
-            temporary = own.with_suffix(_NEW)
-            try:
-                temporary.unlink(missing_ok=True)
-                try:
-                    os.link(path, temporary)
-                except OSError as error:
-                    if error.errno not in _NO_LINKS:
-                        raise
-                    shutil.copyfile(path, temporary)
-                _sync(temporary)
-                temporary.replace(own)  # an older one may be damaged; this is not
-            finally:
-                temporary.unlink(missing_ok=True)  # it stays where both were one file already
+            if not _linked(path, own):
+                _replace(path, own)
         sync_folder(self._folder)
         return name
 
@@ -138,6 +127,43 @@ class Blobs:
             for path in self._folder.iterdir():
                 if path.name not in digests:
                     path.unlink()
+
+
+def _linked(path: Path, own: Path) -> bool:
+    """Gives the file at ``path`` a second name, with all its bytes on disk; False where it cannot.
+
+    Nothing has that name, so nothing refers to it: it may be seen before its bytes are on disk, and
+    the disk is waited for once instead of twice.
+    """
+    try:
+        os.link(path, own)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, *_NO_LINKS}:
+            raise
+        return False
+    try:
+        _sync(own)
+    except BaseException:
+        own.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _replace(path: Path, own: Path) -> None:
+    """Puts the file at ``path`` in the place of ``own``, once all its bytes are on disk."""
+    temporary = own.with_suffix(_NEW)
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(path, temporary)
+        _sync(temporary)
+        temporary.replace(own)  # an older one may be damaged; this is not
+    finally:
+        temporary.unlink(missing_ok=True)  # it stays where both were one file already
 
 
 def _damaged(path: Path) -> DataError:

@@ -239,23 +239,26 @@ class Gate:
             peer announces or sends, and no more than ``route.max_bytes`` on disk. A peer that is
             slow holds up no other.
         """
-        announced = headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > route.max_bytes:
+        announced = _length(headers)
+        if announced is not None and announced > route.max_bytes:
             raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
         try:
             async with asyncio.timeout(self.limits.body_s):
                 read = await _read(receive, route.max_bytes, self.spool, begin)
                 if isinstance(read, Arrival) and not read.is_whole:
-                    await self._rest(read, scope, receive)
+                    await self._rest(read, scope, receive, _length(headers))
                 return read
         except TimeoutError:
             raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
 
-    async def _rest(self, arrival: Arrival, scope: Scope, receive: Receive) -> None:
-        """Has what is missing of a chunk come in."""
+    async def _rest(
+        self, arrival: Arrival, scope: Scope, receive: Receive, length: int | None
+    ) -> None:
+        """Has what is missing of a chunk come in, of a request of so many bytes."""
         divert = divert_of(scope["state"])
+        left_bytes = None if length is None else length - arrival.came_bytes
         try:
-            ended = divert(scope, arrival.write) if divert is not None else None
+            ended = divert(scope, arrival.write, left_bytes) if divert is not None else None
             if ended is not None:
                 await ended
                 return
@@ -288,6 +291,12 @@ def _place(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f" at {Path(one.filename).name}:{one.lineno}" for one in frame)
     return f"{type(error).__name__}: {foreign(error)}{where}"
+
+
+def _length(headers: dict[str, str]) -> int | None:
+    """How long a request's body is, where that is said beforehand."""
+    announced = headers.get("content-length", "")
+    return int(announced) if announced.isdecimal() and "transfer-encoding" not in headers else None
 
 
 async def _read(

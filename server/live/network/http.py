@@ -14,6 +14,7 @@ import uvicorn
 
 from fedcore.crypto.roster import ServerIdentity, server_context
 from fedcore.errors import ResourceError
+from server.live.network.body import Buffers
 from server.live.network.connections import Connections
 from server.live.network.gate import Gate
 from server.live.network.peer import PeerProtocol
@@ -35,10 +36,11 @@ def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) 
     """
     # asyncio's 256 KiB are held up to three times, by every connection and to its end.
     SSLProtocol.max_size = _TLS_BYTES
+    protocol = partial(PeerProtocol, connections=connections, buffers=Buffers())
     return _Http(
         uvicorn.Config(
             gate,
-            http=cast("type[asyncio.Protocol]", partial(PeerProtocol, connections=connections)),
+            http=cast("type[asyncio.Protocol]", protocol),
             ssl_context_factory=lambda config, default: server_context(identity),
             lifespan="off",
             ws="none",

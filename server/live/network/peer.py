@@ -8,10 +8,13 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedcore.crypto.certificates import peer_public
 from fedcore.errors import TrustError
+from server.live.network.answer import Together
+from server.live.network.body import Buffers, read_body
 from server.live.network.connections import Connections
 
 PUBLIC_KEY = "fedcore.public_key"
@@ -26,8 +29,8 @@ _WAITING_BYTES = 2**16
 """What may wait in a connection for its other end, each way, before more is asked for."""
 
 
-Sink = Callable[[bytes], None]
-Divert = Callable[[MutableMapping[str, Any], Sink], "asyncio.Future[None] | None"]
+Sink = Callable[[bytes | memoryview], None]
+Divert = Callable[[MutableMapping[str, Any], Sink, int | None], "asyncio.Future[None] | None"]
 
 
 @dataclass
@@ -50,11 +53,16 @@ class PeerProtocol(HttpToolsProtocol):
     _header_bytes = 0
     _in_headers = True
     _diverted: _Diverted | None = None
+    _unparsed = 0
+    """Bytes of the body that goes on, which the parser will not see."""
 
-    def __init__(self, *arguments: Any, connections: Connections, **named: Any) -> None:
-        """As uvicorn's own; ``connections`` hears of this one."""
+    def __init__(
+        self, *arguments: Any, connections: Connections, buffers: Buffers, **named: Any
+    ) -> None:
+        """As uvicorn's own; ``connections`` hears of this one, bodies come through ``buffers``."""
         super().__init__(*arguments, **named)
         self._known = connections
+        self._buffers = buffers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Reads the key out of the peer's certificate, once a connection."""
@@ -77,6 +85,11 @@ class PeerProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feeds the parser, unless headers have grown past any that a client sends."""
         self.seen = self._known.now()
+        if self._unparsed:
+            view = memoryview(data)
+            data = bytes(view[self._take_unparsed(view) :])
+            if not data:
+                return
         if self._in_headers:
             self._header_bytes += len(data)
             if self.due is None:
@@ -102,12 +115,20 @@ class PeerProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
-    def divert(self, scope: MutableMapping[str, Any], sink: Sink) -> asyncio.Future[None] | None:
+    def divert(
+        self, scope: MutableMapping[str, Any], sink: Sink, left_bytes: int | None
+    ) -> asyncio.Future[None] | None:
         """Has the rest of a request's body go to ``sink`` as it comes in, piece by piece.
 
         By uvicorn's own way each piece is copied twice, and wakes a task. What is given back is
         done once the last piece has come, and holds what ``sink`` raised, or a ConnectionError
         where the peer went away. None where no more of the body of ``scope`` is to come here.
+
+        Args:
+            scope: Of the request.
+            sink: Keeps nothing of a piece: its memory is used for the next one.
+            left_bytes: How much follows what the application was given, as the request's length
+                says; None where it has none. What has a length needs no parser to find its end.
         """
         cycle = self.cycle
         if cycle is None or cycle.scope is not scope or not cycle.more_body or cycle.disconnected:
@@ -118,7 +139,26 @@ class PeerProtocol(HttpToolsProtocol):
         if waiting:
             self._feed(self._diverted, waiting)
         self.flow.resume_reading()
+        if left_bytes is not None and left_bytes > len(waiting):
+            self._unparsed = left_bytes - len(waiting)
+            read_body(self.transport, self._buffers, self._take_body)
         return ended
+
+    def _take_body(self, piece: memoryview) -> bool:
+        self.data_received(piece)  # type: ignore[arg-type]  # what is to be kept is copied there
+        return self._unparsed > 0
+
+    def _take_unparsed(self, piece: memoryview) -> int:
+        """Takes what a piece has of the body that the parser does not see; how much that is."""
+        body = piece[: self._unparsed]
+        self._unparsed -= len(body)
+        # Where it is waited for no longer, it is passed over.
+        if self._diverted is not None and not self._diverted.ended.done():
+            self._feed(self._diverted, body)
+        if not self._unparsed:
+            self.on_message_complete()
+            self.parser = httptools.HttpRequestParser(self)  # the old one expects the body still
+        return len(body)
 
     def on_body(self, body: bytes) -> None:
         """Takes a piece of a request's body."""
@@ -131,7 +171,7 @@ class PeerProtocol(HttpToolsProtocol):
         else:
             self._feed(diverted, body)
 
-    def _feed(self, diverted: _Diverted, body: bytes) -> None:
+    def _feed(self, diverted: _Diverted, body: bytes | memoryview) -> None:
         try:
             diverted.sink(body)
         except Exception as error:  # whatever it is, the waiting caller is told
@@ -179,7 +219,10 @@ class PeerProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begins the request."""
         self._in_headers, self._header_bytes, self.due = False, 0, None
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            Together(self.cycle)
 
     def on_message_complete(self) -> None:
         """Headers follow next."""

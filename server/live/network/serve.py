@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flwr.serverapp import Grid
+from uvicorn import Server
 
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.files import disk_errors
@@ -33,7 +34,7 @@ from server.live.network.limits import Limits, Rates, Refusals, Uploads
 from server.live.network.presence import Presence
 from server.live.network.signatures import DevicePeers, SignatureChecks
 from server.live.network.steady_clock import SteadyClock
-from server.live.network.wake import Wakeups, put_out_strangers, serve_wakeups
+from server.live.network.wake import Wakeups, disconnect_revoked, serve_wakeups
 from server.process.memory import return_freed_blocks
 from server.process.signals import end_at_once
 
@@ -129,12 +130,9 @@ async def listen(
         spool.mkdir(parents=True, mode=0o700)
     fleet = Fleet(spool)
     assume_identity(fleet.open_run(settings))
-    presence = Presence(fleet.wake)
-    uploads = Uploads(limits, fleet.abandon)
-    refusals = Refusals()
-    digest, now = run_digest(settings), clock.seconds
-    seals = SignatureChecks(roster, fleet.key_of, run_id=digest, refusals=refusals, clock=now)
-    peers = DevicePeers(roster, fleet.key_of, refusals)
+    presence, uploads, refusals = Presence(fleet.wake), Uploads(limits, fleet.abandon), Refusals()
+    digest, key_of, now = run_digest(settings), fleet.key_of, clock.seconds
+    checks = SignatureChecks(roster, key_of, run_id=digest, refusals=refusals, clock=now)
     most = min(limits.connections, grant_descriptors())
     connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
     listener = connections.listener(bind(address.host, address.port))
@@ -162,14 +160,13 @@ async def listen(
         operate=operate,
     )
     http = http_server(gate, identity, connections)
+    peers = DevicePeers(roster, key_of, refusals)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
-    listening = Listening(fleet, presence, uploads, seals, peers, bound, threading.Event())
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    listening = Listening(fleet, presence, uploads, checks, peers, bound, threading.Event())
     watching = asyncio.create_task(
-        put_out_strangers(presence, roster, uploads, connections, every_s=_ROSTER_S)
+        disconnect_revoked(presence, roster, uploads, connections, every_s=_ROSTER_S)
     )
-    while not http.started and not serving.done():
-        await asyncio.sleep(0.01)
+    serving = await _started(http, listener)
     log.info("listening on %s:%d, wakes on %d", bound.host, bound.port, bound.wake_port)
     try:
         yield listening
@@ -183,6 +180,14 @@ async def listen(
         fleet.end_run()
         shutil.rmtree(spool, ignore_errors=True)
         log.info("stopped")
+
+
+async def _started(http: Server, listener: socket.socket) -> asyncio.Task[None]:
+    """Serves on a socket; returns once it answers, or has failed to."""
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    while not http.started and not serving.done():
+        await asyncio.sleep(0.01)
+    return serving
 
 
 @contextmanager

@@ -166,7 +166,7 @@ async def serve_wakeups(
     return server, bound
 
 
-async def put_out_strangers(
+async def disconnect_revoked(
     presence: Presence,
     roster: Roster,
     uploads: Uploads,

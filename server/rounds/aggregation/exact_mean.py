@@ -17,6 +17,12 @@ STEP = 2.0**-36
 _SCALE = 1 / STEP
 _EXACT = 2.0**53  # below it float64 holds every whole number
 _EXACT_WEIGHT = 2**29  # times float32's 24 bits: up to here float64 holds every product
+_ROUNDER = 1.5 * 2.0**52
+"""Between it and twice 2**52 float64 holds whole numbers alone: what is added to it is rounded, as
+`np.rint` rounds, and its bits then count up from those of this one. NumPy turns float64 into whole
+numbers one at a time, and does this for eight at once."""
+_ROUNDER_BITS = np.float64(_ROUNDER).view(np.int64)
+_ROUNDS_BELOW = 2.0**51
 _LOW_BITS = 20  # of a greater weight, which is added in two parts
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
 Parts = Callable[[], Iterable[Vector]]
@@ -49,6 +55,14 @@ class ExactMean:
         """Sum of weights so far."""
         self.count = 0
         """Updates so far."""
+
+    def touch(self) -> None:
+        """Has the system give the sum its memory now; nothing may have been added yet.
+
+        Else it does so page by page with the first update, while others wait for the processor.
+        """
+        assert not self.count
+        self._limbs[0].fill(0)
 
     def add(self, vector: Vector, weight: int) -> None:
         """Folds in one update.
@@ -102,8 +116,9 @@ class ExactMean:
             was no room.
         """
         (factor,) = _factors(weight)
-        self._add_ordinary(parts, -factor)
-        self._bounds[0] -= int(max(peaks, default=0.0) * factor) + 1
+        most = max(peaks, default=0.0) * factor
+        self._add_ordinary(parts, -factor, most)
+        self._bounds[0] -= int(most) + 1
         self.weight, self.count = self.weight - weight, self.count - 1
 
     def add_rows(
@@ -145,9 +160,10 @@ class ExactMean:
         wide = max(peaks, default=0.0) * factor if len(ordinary) < len(peaks) else 0.0
         for limb in range(whole_parts(wide) if wide else 0):
             self._make_room(limb, UNIT)
-        self._make_room(0, int(max(ordinary, default=0.0)) + 1)
+        most = max(ordinary, default=0.0)
+        self._make_room(0, int(most) + 1)
         if not wide:
-            self._add_ordinary(parts, factor)
+            self._add_ordinary(parts, factor, most)
             return
         start = 0
         for part, peak in zip(parts(), peaks, strict=True):
@@ -160,20 +176,24 @@ class ExactMean:
                 add_whole([limb[place] for limb in self._limbs], scaled)
             start += len(part)
 
-    def _add_ordinary(self, parts: Parts, factor: float) -> None:
-        """Adds a vector whose products the first limb has room for."""
+    def _add_ordinary(self, parts: Parts, factor: float, most: float) -> None:
+        """Adds a vector whose products, of magnitude ``most``, the first limb has room for."""
         start = 0
         # Were they allocated for each part, the kernel would map and zero them each time.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
-        whole = np.empty(len(products), np.int64)
+        whole = products.view(np.int64)
         for part in parts():
             for first in range(0, len(part), _CHUNK):
                 piece = part[first : first + _CHUNK]
                 scaled, added = products[: len(piece)], whole[: len(piece)]
                 np.copyto(scaled, piece)
                 np.multiply(scaled, factor, out=scaled)
-                np.rint(scaled, out=scaled)
-                np.copyto(added, scaled, casting="unsafe")
+                if most < _ROUNDS_BELOW:
+                    np.add(scaled, _ROUNDER, out=scaled)
+                    np.subtract(added, _ROUNDER_BITS, out=added)
+                else:
+                    np.rint(scaled, out=scaled)
+                    np.copyto(added, scaled, casting="unsafe")
                 self._limbs[0][start : start + len(piece)] += added
                 start += len(piece)
         assert start == len(self._limbs[0]), "parts of another vector"
@@ -203,12 +223,24 @@ class ExactMean:
 
         What float32 cannot express comes out as an infinity.
         """
-        assert self.weight > 0
         mean = np.empty(len(self._limbs[0]), np.float32)
-        with np.errstate(over="ignore"):
-            for part in self._chunks():
-                mean[part] = to_floats(self._parts(part)) / (self.weight * _SCALE)
+        for part, values in zip(self._chunks(), self.mean_parts(), strict=True):
+            mean[part] = values
         return mean
+
+    def mean_parts(self) -> Iterator[Vector]:
+        """As `mean`, part by part; each lies in the memory of the one before."""
+        assert self.weight > 0
+        size = min(_CHUNK, len(self._limbs[0]))
+        # Were they allocated for each part, the kernel would map and zero them each time.
+        wide, values = np.empty(size, np.float64), np.empty(size, np.float32)
+        for part in self._chunks():
+            count = part.stop - part.start
+            found = to_floats(self._parts(part), wide[:count])
+            with np.errstate(over="ignore"):
+                np.divide(found, self.weight * _SCALE, out=found)
+                np.copyto(values[:count], found, casting="same_kind")
+            yield values[:count]
 
     def differences(self, base: Vector) -> NDArray[np.float64]:
         """The sum of ``vector - base`` over all updates, shape ``(D,)``; each must weigh 1.

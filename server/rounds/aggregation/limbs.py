@@ -53,14 +53,18 @@ def carry(limbs: Sequence[Limb], place: int) -> None:
         limbs[place + 1][:] += over
 
 
-def to_floats(limbs: Sequence[Limb]) -> NDArray[np.float64]:
+def to_floats(limbs: Sequence[Limb], out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
     """The values, each rounded once to the nearest float64 (to even), whatever limbs they lie in.
 
     Args:
         limbs: Each ``(D,)``; they stay as they are.
+        out: Memory for the usual case of one limb; where None, it is allocated.
     """
     if len(limbs) == 1:
-        return limbs[0].astype(np.float64)
+        if out is None:
+            return limbs[0].astype(np.float64)
+        np.copyto(out, limbs[0])
+        return out
     own = [limb.copy() for limb in limbs]
     own.append(np.zeros_like(own[0]))
     _normalise(own)

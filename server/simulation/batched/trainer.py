@@ -146,21 +146,7 @@ def find_trainer(
         return "the task's loss is no mean over the examples of a batch"
     chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
     if chain is not None:
-        plain = not run.private and is_cross_entropy(loss)
-        linear = _linear(chain, model, settings) if plain else None
-        if linear is not None:
-            return linear
-        kernels = compiled_run(chain, model.model, apart=run.private)
-        way = by_torch(chain) if kernels is None else kernels
-
-        def train(
-            model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
-        ) -> TrainedClients:
-            return train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=way)
-
-        if kernels is None:
-            return Trainer(train, chain.numbers)
-        return Trainer(train, chain.numbers, not run.private, _add_scaled())
+        return _of_chain(chain, model, loss, settings, private=run.private)
     if run.private:
         return (
             "per-example gradients of more than dense layers and convolutions are taken one client "
@@ -181,6 +167,27 @@ def find_trainer(
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return f"torch cannot run it for many clients at once ({said})"
     return Trainer(train_any, 0)
+
+
+def _of_chain(
+    chain: Chain, model: FullModel, loss: Loss, settings: Settings, *, private: bool
+) -> Trainer:
+    """What trains a chain of products, by compiled loops where they are there."""
+    plain = not private and is_cross_entropy(loss)
+    linear = _linear(chain, model, settings) if plain else None
+    if linear is not None:
+        return linear
+    kernels = compiled_run(chain, model.model, apart=private)
+    way = by_torch(chain) if kernels is None else kernels
+
+    def train(
+        model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
+    ) -> TrainedClients:
+        return train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=way)
+
+    if kernels is None:
+        return Trainer(train, chain.numbers)
+    return Trainer(train, chain.numbers, not private, _add_scaled())
 
 
 def _linear(chain: Chain, model: FullModel, settings: Settings) -> Trainer | None:

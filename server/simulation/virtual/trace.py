@@ -52,7 +52,7 @@ class Trace:
     starts: NDArray[np.int64]
     """Rows of client ``i`` are ``starts[i]`` up to ``starts[i + 1]``; shape ``(clients + 1,)``."""
     windows: NDArray[np.float64]
-    """A row for each window, in the order of `AvailabilityWindow`; those of a client in order of time."""
+    """A row for each window, as in `AvailabilityWindow`; those of a client in order of time."""
 
 
 def window_at(trace: Trace, client: str, clock_s: float) -> AvailabilityWindow | None:

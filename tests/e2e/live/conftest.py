@@ -266,10 +266,8 @@ def start(project: Project) -> Iterator[Start]:
         def body() -> None:
             try:
                 with own(project.root / (folder or f"{name}-data")) as owned:
-                    device = DeviceSetup(
-                        kit, load_task(path), path, OPEN_POLICY, owned, Simulated(1)
-                    )
-                    run_device(device, signals)
+                    made = (kit, load_task(path), path, OPEN_POLICY, owned, Simulated(1))
+                    run_device(DeviceSetup(*made), signals)
             except BaseException as error:
                 errors.append(error)
 

@@ -21,7 +21,7 @@ from tests.e2e.live.hostile.test_demanding import content_of
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(pieces.tempfile, "mkstemp"), (fleet_arrivals.os, "pwrite")],
+    [(pieces.tempfile, "mkstemp"), (fleet_arrivals.os, "pwritev")],
     ids=["no inodes", "no room"],
 )
 @pytest.mark.parametrize("lasts", [True, False], ids=["to the deadline", "for a while"])
@@ -40,7 +40,7 @@ def test_a_round_waits_for_room_and_names_what_was_lacking(
     usual = getattr(module, name)
 
     def spooled(*arguments: Any, **named: Any) -> Any:
-        if full.is_set() and (name == "pwrite" or named.get("prefix") == "joined-"):
+        if full.is_set() and (name == "pwritev" or named.get("prefix") == "joined-"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return usual(*arguments, **named)
 

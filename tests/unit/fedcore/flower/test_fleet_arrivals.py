@@ -154,6 +154,27 @@ def test_an_update_lies_in_one_file_and_is_hashed_as_it_comes(fleet: Fleet) -> N
     assert spooled(fleet) == []
 
 
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=20))
+def test_whatever_pieces_a_chunk_comes_in_it_is_whole(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    fleet = Fleet(folder)
+    assume_identity(fleet.open_run({"run": "{}"}))
+    one = Sender(fleet, b"a")
+    one.announce()
+    arrival, rest = one.arrival(one.request(one.chunks[0]))
+    place = 0
+    for size in [*sizes, len(rest)]:
+        arrival.write(rest[place : place + size])
+        place += size
+    assert arrival.came_bytes == len(one.request(one.chunks[0]))
+    assert arrival.finish().stored
+    arrival.close()
+    assert fleet.store.get(one.chunks[0]) == one.objects[one.chunks[0]]
+    fleet.end_run()
+
+
 def test_the_end_of_one_update_is_never_written_into_the_file_of_another(fleet: Fleet) -> None:
     """Which the journal may have linked: the two are the same but for their last few bytes."""
     values = drawn()

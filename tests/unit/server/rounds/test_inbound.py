@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +26,9 @@ from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 from server.live.journal.journal import create, reopen
 from server.live.rounds.journaled import JournalCheckpointer
+from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.expected import asked_to_train
-from server.rounds.fold import fold, hold
+from server.rounds.fold import _touched, fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
 
 SIZE = 1_000_000
@@ -202,3 +205,26 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
         for each in (kept, found):
             array = each.content[ARRAYS][MODEL]  # type: ignore[index]
             assert array.numpy().tobytes() == weights(4).tobytes()
+
+
+def test_a_large_sum_has_its_memory_before_anything_is_added() -> None:
+    mean, order = ExactMean(5), list[str]()
+    touch = mean.touch
+
+    def touching() -> None:
+        time.sleep(0.1)  # the first update is there sooner
+        touch()
+        order.append("touched")
+
+    mean.touch = touching  # type: ignore[method-assign]
+    given: Any = [("reply", "first"), ("reply", "second")]
+    for _, found in _touched(iter(given), mean):
+        order.append(str(found))
+    assert order == ["touched", "first", "second"]
+
+
+def test_memory_is_left_in_peace_once_a_round_is_over() -> None:
+    mean = ExactMean(2**20)
+    assert list(_touched(iter(()), mean)) == []
+    mean.add(np.ones(2**20, np.float32), 1)
+    assert mean.mean().tobytes() == np.ones(2**20, np.float32).tobytes()

@@ -90,3 +90,22 @@ def test_a_disk_that_is_full_leaves_nothing_behind(
     with pytest.raises(DiskFull):
         Packing(blobs).add_array(joined(tmp_path, np.arange(100_000, dtype=np.float32)))
     assert list((tmp_path / "values").iterdir()) == []
+
+
+def test_a_new_name_stands_for_nothing_until_its_bytes_are_on_disk(
+    blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First its bytes, then its folder; a name that something may refer to is taken last."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append("folder" if path.is_dir() else path.suffix or "value")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    values = np.arange(100_000, dtype=np.float32)
+    (name, _), (again, _) = (Packing(blobs).add_array(joined(tmp_path, values)) for _ in range(2))
+    assert name == again
+    assert synced == ["value", "folder", ".new", "folder"]

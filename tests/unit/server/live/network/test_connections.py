@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from server.live.network.body import Buffers
 from server.live.network.connections import Connections
 from server.live.network.limits import Limits, Refusals
 from server.live.network.peer import PeerProtocol
@@ -168,6 +169,7 @@ def test_a_peer_that_takes_no_answer_has_so_long_and_its_room_is_free_again(door
             server_state=uvicorn.Server(config).server_state,
             app_state={},
             connections=door.connections,
+            buffers=Buffers(),
         )
         plain = socket.create_server(("127.0.0.1", 0))
         address, listener = plain.getsockname(), door.connections.listener(plain)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fedcore.errors import InvalidUpdate
 from fedcore.seeds import numpy_rng
+from fedcore.updates.messages import joined, sendable
 from fedcore.updates.pack import Vector
-from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.aggregation.exact_mean import STEP, ExactMean
 
 LARGE = (1 << 16) + 7  # more than one chunk
 
@@ -167,3 +168,33 @@ def test_there_is_room_until_a_sum_would_take_more_memory() -> None:
         taken += 1
     assert taken == 2**3 - 1
     assert len(mean._limbs) == 1
+
+
+@pytest.mark.parametrize("most", [2.0**50, 2.0**51, 2.0**52, 2.0**53])
+def test_products_are_rounded_to_even_however_large_they_are(most: float) -> None:
+    """By one way or the other, about the place where the ways part."""
+    halves = np.arange(-9, 10) / 2
+    near = np.concatenate([halves, most / 4 + halves, most - halves, -most + halves])
+    vector = near.astype(np.float32)
+    mean = ExactMean(len(vector))
+    mean.add((vector * np.float32(STEP)).astype(np.float32), 1)
+    assert mean._limbs[0].tolist() == np.rint(vector.astype(np.float64)).astype(np.int64).tolist()
+
+
+def test_a_mean_by_parts_is_the_same() -> None:
+    mean = exact(vectors(3), [1, 2, 3])
+    parts = [part.copy() for part in mean.mean_parts()]
+    assert [len(part) for part in parts] == [1 << 16, 7]
+    assert np.concatenate(parts).tobytes() == mean.mean().tobytes()
+    means = joined(mean.mean_parts(), LARGE)
+    assert means.tobytes() == mean.mean().tobytes()
+    assert sendable(means).base is means.base  # not copied once more
+
+
+def test_a_sum_whose_memory_was_touched_is_the_same() -> None:
+    mean, (vector,) = ExactMean(LARGE), vectors(1)
+    mean.touch()
+    mean.add(vector, 3)
+    assert mean.mean().tobytes() == exact([vector], [3]).mean().tobytes()
+    with pytest.raises(AssertionError):
+        mean.touch()
