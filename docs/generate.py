@@ -202,13 +202,18 @@ def architecture() -> str:
 
 
 def folders() -> Iterator[str]:
-    """A table for each package, with a row for each folder of it."""
+    """A table for each package, with a row for each folder and each file at its top."""
     for top in ("fedcore", "edge_client", "server"):
-        yield "\n| folder | what it does |\n|---|---|\n"
+        yield "\n| folder or file | what it does |\n|---|---|\n"
         for path in sorted((DOCS.parent / top).rglob("__init__.py")):
             said = ast.get_docstring(ast.parse(path.read_text())) or ""
             line = re.sub(r"\s+", " ", said.partition("\n\n")[0]).replace("``", "`")
             yield f"| `{path.parent.relative_to(DOCS.parent)}/` | {cell(line)} |\n"
+        for path in sorted((DOCS.parent / top).glob("*.py")):
+            said = ast.get_docstring(ast.parse(path.read_text())) or ""
+            line = re.sub(r"\s+", " ", said.partition("\n\n")[0]).replace("``", "`")
+            if path.stem != "__init__":
+                yield f"| `{path.relative_to(DOCS.parent)}` | {cell(line)} |\n"
     yield "\n"
 
 
