@@ -273,7 +273,9 @@ def _adapted(protection: Protection, updates: int, unclipped: int, draws: Draws)
 
 
 def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | None:
-    """Returns the rounds in which no client is asked twice; None under the Gaussian mechanism.
+    """Returns the number of consecutive rounds in which no client is asked twice.
+
+    None under the Gaussian mechanism, where each round draws independently.
 
     Raises:
         PrivacyError: there are too few clients for the separation that is set.

@@ -24,7 +24,8 @@ class ClientPlan:
     noise_multiplier: float
     """Deviation of the noise on a sum of updates, divided by the bound on one update."""
     separation: int | None
-    """Rounds in which no client is asked twice; None where each round draws independently."""
+    """Number of consecutive rounds in which no client is asked twice; None where each round
+    draws independently."""
 
     @property
     def sample_rate(self) -> float:
