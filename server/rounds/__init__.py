@@ -1,4 +1,5 @@
-"""Federated rounds: a model and a grid of clients in, a better model and its record out.
+"""Federated rounds: take a model and a grid of clients, return a better model and its records.
 
-Read `loop` first: select, send, check, aggregate, judge, commit. `app` makes a ServerApp of it.
+Start with `loop`: select, send, check, aggregate, evaluate, commit. `app` wraps the loop in a
+Flower ServerApp.
 """

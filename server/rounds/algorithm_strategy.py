@@ -1,4 +1,4 @@
-"""A user's algorithm where a strategy of Flower's is expected, and its rehearsal before a run."""
+"""Adapter from a user's `Algorithm` to Flower's ``Strategy``, and its dry run before the start."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import Vector
 from server.rounds.checked_algorithm import AlgorithmRefused, CheckedAlgorithm, State
 
-_REHEARSED = 3  # rounds: what goes wrong with a state that was just made shows in the second
-_MADE_UP = 2  # clients, where an algorithm needs every update
+_REHEARSED = 3  # rounds: errors in handling returned state show in the second
+_MADE_UP = 2  # clients with made-up updates
 
 
 class AlgorithmStrategy(Strategy):
-    """Does in rounds what an `Algorithm` says, and holds its state between them."""
+    """Runs an `Algorithm` as a strategy, and keeps the algorithm's state between rounds."""
 
     REMEMBERS = ("state",)
-    """The attributes that a checkpoint keeps."""
+    """Names of the attributes that a checkpoint stores."""
 
     def __init__(
         self, checked: CheckedAlgorithm, label: str, *, name_of: Callable[[int], str]
     ) -> None:
-        """Begins before the first round.
+        """Creates the strategy in its state before the first round.
 
         Args:
             checked: The algorithm.
-            label: What it is called in errors: the setting that names it.
-            name_of: The name of a node's client.
+            label: The algorithm's name in errors: the value of ``federation.strategy``.
+            name_of: Maps a node to its client's name.
         """
         self.checked = checked
         self._label = label
@@ -54,10 +54,10 @@ class AlgorithmStrategy(Strategy):
     def tell(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, nodes: Sequence[int]
     ) -> tuple[RecordDict, Mapping[int, ConfigRecord]]:
-        """The content of a round's messages, and its configuration for nodes with their own.
+        """Returns the content of a round's messages, and configurations of nodes with their own.
 
         Raises:
-            RoundFailed: the algorithm failed, or asks for what it may not.
+            RoundFailed: the algorithm failed, or returned settings that are not allowed.
         """
         self._sent = array_of(arrays[MODEL], where="global model")
         names = {self._name_of(node): node for node in nodes}
@@ -78,7 +78,7 @@ class AlgorithmStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """A message for each node; those with the same settings share one content."""
+        """Returns one message per node; nodes with the same settings share one content."""
         nodes = list(grid.get_node_ids())
         content, configs = self.tell(server_round, arrays, config, nodes)
         contents = {id(one): RecordDict({**content, CONFIG: one}) for one in configs.values()}
@@ -94,12 +94,12 @@ class AlgorithmStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next weights; of the mean, as the one reply, where the algorithm folds.
+        """Returns the next weights; where the algorithm folds, the only reply contains the mean.
 
         Raises:
-            RoundFailed: the algorithm failed, or gave no weights or no state that can be kept.
+            RoundFailed: the algorithm failed, or returned invalid weights or state.
         """
-        assert self._sent is not None  # a round is told before it is aggregated
+        assert self._sent is not None  # `tell` comes first
         assert self.state is not None
         updates = [self._update(reply) for reply in replies]
         if not updates:
@@ -118,17 +118,17 @@ class AlgorithmStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: rounds are judged by the loop."""
+        """Returns no messages: the round loop evaluates models."""
         return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Nothing: rounds are judged by the loop."""
+        """Returns None: the round loop evaluates models."""
         return None
 
     def summary(self) -> None:
-        """Nothing: a run tells its story once."""
+        """Prints nothing: the run has its own report."""
 
     def _update(self, reply: Message) -> ClientUpdate:
         weights = array_of(reply.content.array_records[ARRAYS][MODEL], where="update")
@@ -157,20 +157,20 @@ class AlgorithmStrategy(Strategy):
 def rehearse(
     checked: CheckedAlgorithm, label: str, weights: Vector, clients: Sequence[str]
 ) -> None:
-    """Runs an algorithm on made-up updates, so that its mistakes show before a run begins.
+    """Runs an algorithm on made-up updates, to find its mistakes before a run starts.
 
     Args:
         checked: The algorithm.
-        label: The setting that names it.
-        weights: Of a fresh model.
-        clients: Names of those that a round may ask; empty where they are not known yet, and then
-            nothing is configured.
+        label: The algorithm's name in errors: the value of ``federation.strategy``.
+        weights: Of a new model.
+        clients: Names of clients that a round may ask. Empty where they are not known yet;
+            ``configure`` is then not called.
 
     Raises:
-        ConfigError: it fails, or does what it may not. Nothing was run.
+        ConfigError: the algorithm fails, or returns something that is not allowed. Nothing was run.
     """
     rounds = checked.run.federation.rounds
-    known = clients or checked.run.client_private  # where an algorithm is shown none
+    known = clients or checked.run.client_private  # then it never sees clients' names
     try:
         state = checked.initial(weights)
         for number in range(1, min(rounds, _REHEARSED) + 1):
@@ -193,11 +193,11 @@ def rehearse(
 def _check_last(
     checked: CheckedAlgorithm, rounds: int, clients: Sequence[str], state: State
 ) -> None:
-    """Looks at the last round's settings: schedules leave their bounds there, if anywhere."""
+    """Checks the settings of the last round, where a schedule most likely exceeds its bounds."""
     try:
         checked.configure(rounds, clients, state)
     except AlgorithmRefused as error:
-        if error.__cause__ is None:  # it may raise, with a state that is not the last round's
+        if error.__cause__ is None:  # the algorithm may raise: this is not the last round's state
             raise AlgorithmRefused(f"in the last round, {rounds}, {error}") from None
 
 

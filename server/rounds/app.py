@@ -1,4 +1,8 @@
-"""The ServerApp: the federated part of a run, over whatever grid it is given."""
+"""The ServerApp: the federated part of a run, over any Flower Grid.
+
+`server_app` is the entry point. It waits for clients, prepares the strategy and the preprocessing,
+runs the rounds of `server.rounds.loop` and passes the `Outcome` to a `Listener`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the federated part hands to the rest of the loop."""
+    """Result of the federated part of a run: input of fine-tuning, compression and publishing."""
 
     model: FullModel
     """The best global model, on the CPU, in evaluation mode."""
@@ -48,13 +52,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what happens; each function is called in the server's own thread."""
+    """Callbacks for the events of a run; each is called in the server's own thread."""
 
     on_note: Callable[[str], None]
     on_round: Callable[[RoundRecord], None]
     on_end: Callable[[Outcome], None]
     on_wait: Callable[[str], None] = lambda text: None
-    """Hears now and then that clients are waited for before the first round."""
+    """Callback at intervals while the server waits for clients before the first round."""
 
 
 def server_app(
@@ -71,22 +75,22 @@ def server_app(
     strategy: Own | type[Own] | None = None,
     client_name: Callable[[int], str] | None = None,
 ) -> ServerApp:
-    """An ordinary Flower ServerApp that trains ``task`` as ``run`` says.
+    """Returns a Flower ServerApp that trains ``task`` with the settings of ``run``.
 
     Args:
-        task: What clients train.
-        run: How.
-        cloud: The cloud's data, which judges rounds; None when there is none.
-        randomness: Of the server.
-        listener: Who is told what happens.
+        task: Defines the model, the data and the metrics.
+        run: Configuration of the run.
+        cloud: The cloud's data, on which rounds are evaluated; None when there is none.
+        randomness: Source of the server's random numbers.
+        listener: Callbacks for the events of the run.
         checkpointer: Makes rounds durable, so that they can be resumed; none are when None.
-        start: Where such rounds go on; from the beginning when None.
-        peers: Who clients are, for what is said of them. None where they are virtual, or a
-            network's that is not ours: numbers then.
-        awaited: How many clients there are to wait for where the run names no cohort. All who are
-            there then are the cohort; those who come after the deadline are not waited for.
-        strategy: The user's own, where it was made in Python; None where the run names it.
-        client_name: The name of a node's client, for an algorithm; as ``peers`` say when None.
+        start: State to resume from; None to start from the beginning.
+        peers: Names of the clients, for messages to the user. None, for node ids, in a simulation
+            and in a Flower network that fedcore does not run.
+        awaited: Returns how many clients to wait for where the run sets no cohort. Those connected
+            by then are the cohort; clients that connect after the deadline are not waited for.
+        strategy: The user's own, where it was passed in from Python; None where the run names it.
+        client_name: Maps a node to its client's name, for an algorithm; ``peers`` does when None.
     """
     app = ServerApp()
 
@@ -94,10 +98,10 @@ def server_app(
     def main(grid: Grid, context: Context) -> None:
         model = build_model(task, run)
         if run.private and start is None:
-            # Imported here: Opacus takes seconds, which a server that goes on has no time for.
+            # Imported here: Opacus takes seconds to import, which a resuming server does not need.
             from fedcore.privacy.layers import check_layers
 
-            check_layers(model.model)  # here, and not by every client in turn
+            check_layers(model.model)  # once, before every client fails on it
         cohort = run.federation.cohort or (start.cohort if start is not None else None)
         if cohort is None:
             cohort = _gather(grid, awaited, run.federation.deadline_s, listener)
@@ -147,10 +151,12 @@ def server_app(
 
 
 def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener: Listener) -> int:
-    """How many nodes there are, once all are, or at the deadline; says so where some are not.
+    """Waits for all awaited nodes or the deadline; returns how many are connected.
+
+    Notes where some are missing at the deadline.
 
     Raises:
-        RoundFailed: there was none at the deadline.
+        RoundFailed: no node was connected at the deadline.
     """
     end, told, reminder = time.monotonic() + deadline_s, False, Reminder()
     while (found := _count(grid)) < (needed := max(awaited(), 1)):
@@ -192,10 +198,10 @@ def _tell_waiting(
 
 
 def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listener) -> None:
-    """Waits until there are enough nodes: they connect while the server starts.
+    """Waits until enough nodes are connected: they connect while the server starts.
 
     Raises:
-        RoundFailed: there were too few at the deadline.
+        RoundFailed: too few nodes were connected at the deadline.
     """
     end, reminder = time.monotonic() + deadline_s, Reminder()
     while (found := _count(grid)) < needed:
@@ -216,7 +222,7 @@ def _count(grid: Grid) -> int:
 
 
 def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
-    """What the rounds that are over have left."""
+    """Returns the outcome of a run whose rounds have all ended."""
     progress = start.progress
     model = build_model(task, run)
     load_preprocess(progress.preprocess, model)

@@ -1,4 +1,4 @@
-"""A user's algorithm, each of its answers checked before anything follows from it."""
+"""Wrapper of a user's `Algorithm` that validates everything its methods return."""
 
 from __future__ import annotations
 
@@ -30,43 +30,43 @@ _STORED = frozenset(
 
 
 class AlgorithmRefused(Exception):
-    """What an algorithm did that it may not; the text begins with its method."""
+    """Violation of the `Algorithm` contract; the text begins with the method's name."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """How the clients of a round train."""
+    """Training settings of a round's clients."""
 
     common: ClientSettings
-    """Of every client that is not in ``own``."""
+    """Settings of every client that is not in ``own``."""
     own: Mapping[str, ClientSettings]
-    """Of clients with settings of their own, by name."""
+    """Settings of clients that have their own, by name."""
 
 
 @dataclass(frozen=True)
 class CheckedAlgorithm:
-    """An algorithm and its run. Every method raises `AlgorithmRefused`, and nothing else."""
+    """An algorithm in its run. Methods raise only `AlgorithmRefused`."""
 
     algorithm: Algorithm
     run: RunConfig
     _before: dict[str, Any] = field(init=False)
-    """The algorithm's attributes as they were."""
+    """The algorithm's attributes at the start, which no method may change."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_before", _attributes(self.algorithm))
 
     def round(self, number: int) -> Round:
-        """What an algorithm is told of a round."""
+        """Returns the description of a round that the algorithm's methods get."""
         run = self.run
         seed = derive(run.seed, "strategy", number)
         return Round(number, run.federation.rounds, run.client, seed)
 
     def initial(self, weights: Vector) -> State:
-        """The state before the first round."""
+        """Returns the state before the first round."""
         return _state(self._call("initial", _read_only(weights)), "initial")
 
     def configure(self, number: int, clients: Sequence[str], state: State) -> Told:
-        """How clients train in a round; within the bounds of ``[client]``."""
+        """Returns the settings of a round's clients, checked against the bounds of ``[client]``."""
         shown = () if self.run.client_private else tuple(clients)
         asked = self._call("configure", self.round(number), shown, _handed(state))
         if isinstance(asked, ClientSettings):
@@ -94,7 +94,7 @@ class CheckedAlgorithm:
     def step(
         self, number: int, weights: Vector, mean: Vector, state: State
     ) -> tuple[Vector, State]:
-        """The next weights and state, of the mean of a round's updates."""
+        """Returns the next weights and state, from the mean of a round's updates."""
         both = (_read_only(weights), _read_only(mean))
         result = self._call("step", self.round(number), *both, _handed(state))
         return _next(result, weights, "step")
@@ -102,7 +102,7 @@ class CheckedAlgorithm:
     def aggregate(
         self, number: int, weights: Vector, updates: Sequence[ClientUpdate], state: State
     ) -> tuple[Vector, State]:
-        """The next weights and state, of all of a round's updates."""
+        """Returns the next weights and state, from all of a round's updates."""
         given = (_read_only(weights), updates, _handed(state))
         result = self._call("aggregate", self.round(number), *given)
         return _next(result, weights, "aggregate")
@@ -117,7 +117,7 @@ class CheckedAlgorithm:
         work: Callable[..., Any] = getattr(self.algorithm, method)
         try:
             result = work(*arguments)
-        except (Exception, SystemExit) as error:  # the user's code: its failure is named
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             where = _line(error, type(self.algorithm))
             raise AlgorithmRefused(
                 f"{method} raised {type(error).__name__}: {error}{where}"
@@ -137,7 +137,7 @@ class CheckedAlgorithm:
 
 
 def _attributes(algorithm: Algorithm) -> dict[str, Any]:
-    """The options of an algorithm, without what its class caches."""
+    """Returns an algorithm's attributes, without cached properties of its class."""
     cls = type(algorithm)
     return {
         name: value
@@ -159,7 +159,7 @@ def _next(result: Any, weights: Vector, method: str) -> tuple[Vector, State]:
             f"{method} returned weights of shape {made.shape}, expected {weights.shape}, that of "
             "the weights that it was given"
         )
-    with np.errstate(over="ignore"):  # a float64 may be too large, and is infinite then
+    with np.errstate(over="ignore"):  # a float64 out of range becomes an infinity
         found = made.astype(np.float32, copy=False)
     if not np.isfinite(found).all():
         raise AlgorithmRefused(
@@ -169,7 +169,7 @@ def _next(result: Any, weights: Vector, method: str) -> tuple[Vector, State]:
 
 
 def _state(value: Any, method: str) -> State:
-    """A state that can be kept, in arrays that nobody writes to."""
+    """Validates a returned state and copies it, with arrays as read-only views."""
     if not isinstance(value, Mapping):
         raise AlgorithmRefused(f"{method} returned a state that is {_kind(value)}, expected a dict")
     kept: State = {}
@@ -189,7 +189,7 @@ def _state(value: Any, method: str) -> State:
 
 
 def _handed(state: State) -> State:
-    """A state for an algorithm to look at: a dict of its own, with arrays that are read-only."""
+    """Returns a copy of the state to hand to an algorithm, with arrays as read-only views."""
     return {
         name: _read_only(one) if isinstance(one, np.ndarray) else one for name, one in state.items()
     }
@@ -208,7 +208,7 @@ def _kind(value: Any) -> str:
 
 
 def _line(error: BaseException, cls: type) -> str:
-    """Where in the file of ``cls`` an error came from, if it came from there."""
+    """Returns a text with the line in the file of ``cls`` that raised an error; else empty."""
     module = sys.modules.get(cls.__module__)
     file, number = getattr(module, "__file__", None), 0
     trace = error.__traceback__

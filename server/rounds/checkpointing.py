@@ -1,4 +1,8 @@
-"""How far the rounds of a run are, and what makes that durable."""
+"""State of a run between rounds, and the interfaces that persist it and name its clients.
+
+`Progress` is everything that a resumed run needs, except the clients' state. `RoundCheckpointer`
+makes it durable: the simulation and the deployment server each have an implementation.
+"""
 
 from __future__ import annotations
 
@@ -16,147 +20,152 @@ from server.rounds.strategy_state import StrategyState
 
 @dataclass(frozen=True)
 class Progress:
-    """What rounds need, beside their clients' state, to go on and give the same bits."""
+    """State from which rounds continue with the same bits, except the clients' own state."""
 
     round: int
-    """The last one that is over; 0 before the first."""
+    """Number of the last completed round; 0 before the first."""
     over: bool
-    """Whether no round follows."""
+    """Whether the run has ended: no round follows."""
     weights: Vector
-    """Of the global model."""
+    """Weights of the global model, shape ``(D,)``."""
     best: Vector
     best_round: int
     most_failed: int
-    """Clients that failed in the worst round so far."""
+    """Largest number of clients that failed in one round so far."""
     strategy: StrategyState
     preprocess: bytes
-    """State of the preprocessing, as safetensors."""
+    """State of the preprocessing, as safetensors bytes."""
     protection: Protection | None = None
-    """Of clients, under client-level privacy."""
+    """State of client-level privacy; None where the run does not use it."""
     spent: frozenset[int] = field(default=frozenset(), compare=False)
-    """Devices that have declined for their budget while this process ran. It is not kept: after a
-    restart each is asked again, and tells again."""
+    """Nodes that declined since this process started because their budget is spent. Not
+    persisted: after a restart, each is asked again and declines again."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where rounds that were interrupted go on."""
+    """State from which an interrupted run resumes."""
 
     progress: Progress
     records: tuple[RoundRecord, ...]
-    """Of the rounds that are over."""
+    """One record per completed round."""
     cohort: int | None = None
-    """How many each round asks; as the run says, and as there are clients, when None."""
+    """Number of clients per round. When None, the run's setting applies, or the number of
+    connected clients where the run sets none."""
 
 
 class RoundCheckpointer(Protocol):
-    """Makes rounds durable, so that a run that is interrupted can be resumed.
+    """Interface that makes rounds durable, so that an interrupted run can resume.
 
-    Nothing that it is given changes afterwards.
+    Callers never modify an object after they pass it in.
     """
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Makes everything up to ``progress`` durable.
 
-        Called before the first round and after each.
+        Called before the first round and after each round.
 
         Args:
-            progress: Where the rounds are.
-            record: Of the round that has ended; None before the first round of a process.
+            progress: State of the run.
+            record: Of the round that has ended; None where no round has: before the first round of
+                a process, or where spent budgets end the run.
         """
 
     def may_continue(self, progress: Progress) -> bool:
-        """Waits while rounds are paused; False where they are to end at ``progress``."""
+        """Blocks while rounds are paused; returns False where they end at ``progress``."""
 
     def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """The nodes that a round sends messages of ``kind``.
+        """Returns the nodes that the round sends messages of type ``kind``.
 
-        They are those that the round selected before it was interrupted, or else what ``draw``
-        returns, made durable.
+        Returns the nodes selected before an interruption of this round, if there are any. Else
+        calls ``draw``, makes its result durable and returns it.
         """
 
     def begin(self, nodes: Sequence[int]) -> None:
-        """Called before the nodes of a round are asked to train."""
+        """Callback before the round's nodes are asked to train."""
 
     def accept(self, reply: Message) -> Message:
-        """Makes a reply durable that passed every check, before anything follows from it.
+        """Makes a checked reply durable before it has any effect.
 
-        Returns the same reply; its large arrays may lie elsewhere now.
+        Returns an equivalent reply, whose large arrays may be stored elsewhere, such as on disk.
         """
 
     def discard(self, reply: Message) -> bool:
-        """Forgets a reply that is refused; True where it had been accepted, by a process before."""
+        """Drops a rejected reply; returns True where an earlier process had accepted it."""
 
     def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        """What a user can do about clients that failed in the round after ``progress``."""
+        """Returns advice for the user on clients that failed in the round after ``progress``.
+
+        ``reasons`` contains the failures of that round.
+        """
 
     def fail(self, progress: Progress) -> None:
-        """Called when the round after ``progress`` has failed, and with it the run."""
+        """Callback when the round after ``progress`` has failed, which ends the run."""
 
 
 class NoCheckpoints:
-    """Makes nothing durable: a run that is interrupted starts again."""
+    """Checkpointer that makes nothing durable: an interrupted run starts from the beginning."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def may_continue(self, progress: Progress) -> bool:
-        """Always."""
+        """Returns True: rounds are never paused or stopped."""
         return True
 
     def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """What ``draw`` returns."""
+        """Draws a new cohort."""
         return draw()
 
     def begin(self, nodes: Sequence[int]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def accept(self, reply: Message) -> Message:
-        """The reply as it is."""
+        """Returns the reply unchanged."""
         return reply
 
     def discard(self, reply: Message) -> bool:
-        """Nothing was accepted before."""
+        """Returns False: no earlier process has accepted a reply."""
         return False
 
     def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        """No advice."""
+        """Returns no advice."""
         return ()
 
     def fail(self, progress: Progress) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class Peers(Protocol):
-    """Who clients are, and where it is told that a reply of one was refused."""
+    """Interface that maps node ids to clients' names and is notified of rejected replies."""
 
     def name(self, node_id: int) -> str:
-        """What people call a node, fit to be printed."""
+        """Returns a node's display name, safe to print."""
 
     def client(self, node_id: int) -> str:
-        """The name of a node's client, as an algorithm is told it."""
+        """Returns the name under which an algorithm sees the node's client."""
 
     def said(self, node_id: int, reason: str) -> str:
-        """What a node says of its failure, as a line that names the node."""
+        """Returns a node's failure reason as one line that names the node."""
 
     def refused(self, node_id: int, reason: str) -> None:
-        """A reply of a node was refused for ``reason``."""
+        """Callback when a reply of a node is rejected for ``reason``."""
 
 
 class NumberedPeers:
-    """Clients that nothing is known of but their numbers."""
+    """Peers that are known only by their node ids."""
 
     def name(self, node_id: int) -> str:
-        """Its number."""
+        """Returns ``node <id>``."""
         return f"node {node_id}"
 
     def client(self, node_id: int) -> str:
-        """Its number."""
+        """Returns ``node <id>``."""
         return f"node {node_id}"
 
     def said(self, node_id: int, reason: str) -> str:
-        """The reason alone: clients name themselves."""
+        """Returns the reason unchanged: virtual clients name themselves in it."""
         return reason
 
     def refused(self, node_id: int, reason: str) -> None:
-        """The round tells."""
+        """Does nothing: the round's own error or note reports the rejection."""

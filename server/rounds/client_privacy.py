@@ -1,9 +1,9 @@
-"""Client-level privacy at the server: whom a round asks, the noise on what they send, its cost.
+"""Client-level differential privacy on the server: sampling, noise and the accounting of its cost.
 
-A round's updates are bounded by `fedcore.privacy.client_level`. Their differences to the weights
-that were sent are summed up, all weighing the same; noise goes on the sum, and the divisor is the
-expected number of clients: neither depends on who took part. An update that does not come, or is
-refused, counts as no difference.
+`fedcore.privacy.client_level` bounds each update. Here, a round's differences to the weights that
+were sent are summed with equal weights. Noise is added to the sum, which is divided by the expected
+number of clients: neither depends on which clients took part. A missing or rejected update counts
+as a zero difference. Start with `protect` and `release`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from server.rounds.protection import ClientPlan, Protection
 
 _LEAST_DELTA_SHARE = 0.1
 _FIRST_CLIP_NORM, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2  # Andrew et al. 2021, section 3
-_BIT_DEVIATION = 1 / 20  # of the number of unclipped updates, over the expected number of clients
-_FAR = 100.0  # deviations of noise: no noise of a round before is so large
+_BIT_DEVIATION = 1 / 20  # noise on the count of unclipped updates, per expected client
+_FAR = 100.0  # in deviations: a bound that no earlier round's noise reaches
 _Kept = TypeVar("_Kept")
 
 
 @dataclass(frozen=True)
 class Released:
-    """What one round of training gives."""
+    """Result of one round of training: the new weights and the state of client-level privacy."""
 
     weights: Vector
     protection: Protection | None
-    """After it; None without client-level privacy."""
+    """State after the round; None without client-level privacy."""
 
 
 def draws_of(randomness: Randomness, *words: str | int) -> Draws:
-    """Where the server's random numbers of one purpose come from."""
+    """Returns the source of the server's random numbers for the purpose that ``words`` name."""
     if randomness.origin == "system":
         return SystemDraws()
     cpu = torch.device("cpu")
@@ -58,15 +58,16 @@ def draws_of(randomness: Randomness, *words: str | int) -> Draws:
 
 
 def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
-    """How the clients of a run are protected, before its first round.
+    """Returns the initial privacy state of a run, with its noise multiplier and sampling scheme.
 
     Args:
-        run: The run.
-        clients: Those that rounds draw from.
-        cohort: Clients a round.
+        run: Configuration of the run.
+        clients: Number of clients that rounds draw from.
+        cohort: Number of clients per round.
 
     Raises:
-        PrivacyError: the delta protects nobody among so few clients, or no noise is enough.
+        PrivacyError: the delta is too large for so few clients, no noise meets the budget, or the
+            separation needs more clients.
         BudgetExhausted: the budget does not allow even one round.
     """
     settings = run.privacy.client
@@ -97,10 +98,10 @@ def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
 
 
 def charge(run: RunConfig, protection: Protection, *, rounds: int) -> Charge:
-    """What the models of the first ``rounds`` rounds have cost together.
+    """Returns the privacy cost of the models of the first ``rounds`` rounds together.
 
-    Under correlated noise all of them are one Gaussian mechanism: the sensitivity is that of the
-    rounds in which one client can have taken part by then.
+    Under correlated noise they are one Gaussian mechanism. Its sensitivity is that of the most
+    rounds in which a single client can have taken part so far.
     """
     plan = protection.plan
     if plan.separation is None:
@@ -110,7 +111,7 @@ def charge(run: RunConfig, protection: Protection, *, rounds: int) -> Charge:
 
 
 def epsilon(run: RunConfig, protection: Protection, *, rounds: int) -> float:
-    """The client-level epsilon of the models of the first ``rounds`` rounds together."""
+    """Returns the client-level epsilon of the models of the first ``rounds`` rounds together."""
     settings = run.privacy.client
     return epsilon_of(
         [charge(run, protection, rounds=rounds)] if rounds else [],
@@ -120,20 +121,20 @@ def epsilon(run: RunConfig, protection: Protection, *, rounds: int) -> float:
 
 
 def allows(run: RunConfig, protection: Protection, *, rounds: int) -> bool:
-    """Whether so many rounds stay within the budget."""
+    """Whether ``rounds`` rounds stay within the run's budget."""
     return epsilon(run, protection, rounds=rounds) <= run.privacy.client.max_epsilon
 
 
 def draw(
     run: RunConfig, protection: Protection, there: Sequence[int], draws: Draws, *, number: int
 ) -> list[int]:
-    """Whom a round asks.
+    """Draws the nodes that a round asks.
 
-    Where the mechanism counts on the draw, each node is drawn on its own; elsewhere as many as
-    are expected, of those that were not asked lately.
+    Where accounting relies on subsampling, each node is drawn independently. Otherwise the expected
+    number of clients is drawn from nodes not asked in the last ``separation - 1`` rounds.
 
     Raises:
-        RoundFailed: too few clients are there.
+        RoundFailed: too few clients are connected.
     """
     plan = protection.plan
     lately = {node for nodes in protection.asked for node in nodes}
@@ -156,7 +157,7 @@ def draw(
 
 
 def bound_of(run: RunConfig, protection: Protection, start: Vector) -> Bound:
-    """What each update of the next round is held to."""
+    """Returns the bound on each update of the next round."""
     return Bound(start, protection.clip_norm, adaptive=run.privacy.client.clip_norm == "adaptive")
 
 
@@ -170,21 +171,23 @@ def release(
     unclipped: int,
     draws: Draws,
 ) -> Released:
-    """The start weights and the noised mean of a round's differences to them.
+    """Returns the start weights plus the noised mean of a round's differences to them.
 
     Guarantee:
-        The deviation of the noise on the sum is ``noise_multiplier`` times as much as one client
-        can move it: its bound, what `Bound.check` allows beyond, and what fixed point rounds.
+        The deviation of the noise on the sum is ``noise_multiplier`` times the most that one client
+        can move the sum: its bound, the slack that `Bound.check` allows, and fixed-point rounding.
+        Where the bound is adaptive, it is larger, so that the released bits cost nothing in
+        addition.
 
     Args:
-        run: The run.
-        protection: Before the round.
+        run: Configuration of the run.
+        protection: State before the round.
         start: Weights that clients were sent.
-        updates: What they sent, each weighing 1.
-        nodes: Whom the round asked, whether they answered or not.
-        unclipped: How many updates were within the bound by themselves; looked at where the bound
-            is adaptive.
-        draws: Of this round and purpose alone.
+        updates: Sum of the updates, each with weight 1.
+        nodes: Nodes that the round asked, whether or not they replied.
+        unclipped: Number of updates that were within the bound before clipping; used only where the
+            bound is adaptive.
+        draws: Random numbers used only for this round and purpose.
     """
     plan, settings = protection.plan, run.privacy.client
     adaptive = settings.clip_norm == "adaptive"
@@ -215,7 +218,7 @@ def release(
 
 
 def statement(run: RunConfig, protection: Protection, *, rounds: int) -> ClientStatement:
-    """What the models of ``rounds`` rounds guarantee to clients, for the manifest."""
+    """Returns the privacy guarantee of the models of ``rounds`` rounds, for the manifest."""
     settings, plan = run.privacy.client, protection.plan
     return ClientStatement(
         epsilon=epsilon(run, protection, rounds=rounds),
@@ -232,12 +235,15 @@ def statement(run: RunConfig, protection: Protection, *, rounds: int) -> ClientS
 
 
 def factor(run: RunConfig, separation: int) -> Factor:
-    """How a run's noise is correlated over rounds."""
+    """Returns the factor that defines how the noise is correlated over rounds."""
     return factor_for(run.federation.rounds, separation)
 
 
 def noise_beside_bits(noise_multiplier: float, bit_deviation: float) -> float:
-    """The noise on updates where bits are released beside them, for the same cost of both.
+    """Returns the noise multiplier on updates when bits are released in addition to them.
+
+    With it, updates and bits together cost as much privacy as updates by themselves with
+    ``noise_multiplier``.
 
     Source:
         Andrew et al. 2021, arXiv:1905.03871, theorem 1.
@@ -250,15 +256,15 @@ def _last(values: tuple[_Kept, ...], count: int) -> tuple[_Kept, ...]:
 
 
 def _bit_deviation(plan: ClientPlan) -> float:
-    """Of the noise on the number of unclipped updates, less one half each.
+    """Returns the deviation of the noise on the sum of bits, each 1/2 if unclipped, else -1/2.
 
-    At least so much that bits never take more than a quarter of what a round spends.
+    It is large enough for the bits to take at most a quarter of a round's privacy cost.
     """
     return max(_BIT_DEVIATION * plan.expected, plan.noise_multiplier)
 
 
 def _adapted(protection: Protection, updates: int, unclipped: int, draws: Draws) -> float:
-    """The next bound: greater where more than the wanted share of updates was clipped."""
+    """Returns the next bound: larger where more than the target share of updates was clipped."""
     plan = protection.plan
     bits = torch.tensor([unclipped - updates / 2])
     draws.add_noise([bits], deviation=_bit_deviation(plan), bound=plan.clients / 2)
@@ -267,10 +273,12 @@ def _adapted(protection: Protection, updates: int, unclipped: int, draws: Draws)
 
 
 def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | None:
-    """Rounds in which no client is asked twice.
+    """Returns the number of consecutive rounds in which no client is asked twice.
+
+    None under the Gaussian mechanism, where each round draws independently.
 
     Raises:
-        PrivacyError: there are not enough clients to rest for so long.
+        PrivacyError: there are too few clients for the separation that is set.
     """
     if settings.mechanism == "gaussian":
         return None
@@ -296,5 +304,5 @@ def _least_noise(run: RunConfig, plan: ClientPlan) -> float:
         steps=whole.steps,
         accountant=settings.accountant,
     )
-    # `plan` has a noise multiplier of 1, so this is what one of 1 comes to over all rounds.
+    # `plan` has a noise multiplier of 1, so this is its equivalent over all rounds.
     return found / whole.noise_multiplier

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Size of a round's cohort, and the reproducible draw of its nodes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedcore.errors import RoundFailed
 from fedcore.observability.words import counted, is_or_are
 from fedcore.seeds import numpy_rng
 
-_ROUNDING = 1e-9  # 100 times 1.1 is a little more than 110 in floating point
+_ROUNDING = 1e-9  # 100 * 1.1 is slightly more than 110 in floating point
 
 
 def asked_for(run: RunConfig, cohort: int, *, simulated: bool) -> int:
-    """How many clients a round asks, where so many are there, to get ``cohort`` updates in time.
+    """Returns how many clients a round asks, to get ``cohort`` updates before the deadline.
 
-    In a simulation without devices nobody is late, so nobody is asked in addition.
+    A simulation without device classes or a trace has no stragglers, so it asks only ``cohort``.
     """
     if simulated and not (run.simulation.devices or run.simulation.trace):
         return cohort
@@ -26,10 +26,10 @@ def asked_for(run: RunConfig, cohort: int, *, simulated: bool) -> int:
 def select(
     node_ids: Iterable[int], size: int, *, seed: int, words: tuple[str | int, ...]
 ) -> list[int]:
-    """Draws ``size`` nodes without replacement, the same ones for the same seed and words.
+    """Draws ``size`` nodes without replacement; the same seed, words and nodes give the same draw.
 
     Raises:
-        RoundFailed: there are fewer nodes than that.
+        RoundFailed: there are fewer than ``size`` nodes.
     """
     nodes = node_ids if isinstance(node_ids, range) else sorted(node_ids)
     if len(nodes) < size:

@@ -1,4 +1,4 @@
-"""What a round's end means for the run, and what is said of it."""
+"""End of a round: notes on clipped and failed updates, and whether the run ends."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def announce(
     tally: Tally,
     bound: NormBound | None,
 ) -> None:
-    """Says whose updates were clipped, and that clients failed, if more did than ever before.
+    """Reports clipped updates, too few updates for a bound, and a record number of failures.
 
-    Not every round: a client that fails tends to fail again. That updates are too few to be bounded
-    is said of the first such round.
+    Failures are reported only where they exceed those of every earlier round: the same clients tend
+    to fail again. That a round has too few updates to bound one is reported for the first such
+    round.
     """
     said_before = bool(records) and 0 < records[-1].updates < LEAST
     if bound is not None and bound.lacks(tally.updates) and not said_before:
@@ -51,7 +52,11 @@ def announce(
 
 
 def is_over(federation: Federation, progress: Progress) -> bool:
-    """Whether the round that ended was the last; says so where more were planned."""
+    """Whether the run ends with the round that has just completed; notes an early end.
+
+    Ends it after the last planned round, when the client-level budget allows no further round, and
+    when no round improved on the best for ``federation.patience`` rounds.
+    """
     settings = federation.run.federation
     if progress.round >= settings.rounds:
         return True
@@ -72,7 +77,11 @@ def is_over(federation: Federation, progress: Progress) -> bool:
 
 
 def end_early(federation: Federation, number: int, tally: Tally) -> None:
-    """Says that budgets are spent; that is an error where no client ever took part."""
+    """Reports that the run ends because privacy budgets are spent.
+
+    Raises:
+        BudgetExhausted: it is round 1, so nothing was trained.
+    """
     if number == 1:
         who = "the client" if tally.declined == 1 else f"all {tally.declined} clients"
         raise BudgetExhausted(

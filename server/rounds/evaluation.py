@@ -1,4 +1,4 @@
-"""How good a round's model is: on the cloud's data, or on what clients hold back."""
+"""Evaluation of a round's model: on clients' held-out data, or on the cloud's data."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ from server.rounds.outliers import outlying
 if TYPE_CHECKING:
     from server.rounds.federation import Federation
 
-_NAMED = 5  # clients that a note names
+_NAMED = 5  # names shown in a note
 
 
 def judge_round(
     federation: Federation, model: FullModel, layout: Layout, progress: Progress, weights: Vector
 ) -> tuple[dict[str, float], str]:
-    """Metrics of ``weights``, which the round after ``progress`` gave, and what on."""
+    """Evaluates ``weights``, the result of the round after ``progress``.
+
+    Returns:
+        The metrics, and where they were measured: ``clients``, ``cloud`` or ``nothing``.
+    """
     size = federation.run.federation.evaluate_cohort
     if size:
         return _evaluate_on_clients(federation, weights, layout, progress, size), "clients"
@@ -46,7 +50,7 @@ def judge_round(
 def _evaluate_on_clients(
     federation: Federation, weights: Vector, layout: Layout, progress: Progress, size: int
 ) -> dict[str, float]:
-    """Means over some clients' held-out data, each weighed by its number of examples."""
+    """Returns means over some clients' held-out data, weighted by number of examples."""
     run, number = federation.run, progress.round + 1
 
     def draw() -> list[int]:
@@ -91,10 +95,13 @@ def ask_to_evaluate(
     peers: Peers,
     on_note: Callable[[str], None],
 ) -> list[tuple[int, Reply]]:
-    """What nodes measure of a model on what they hold back, as it arrives.
+    """Has nodes evaluate ``weights`` on their held-out data.
+
+    Returns:
+        Each accepted reply with its node, in order of arrival.
 
     Raises:
-        RoundFailed: none of them could.
+        RoundFailed: no client could be evaluated.
     """
     config = instruction_config(layout, preprocess)
     config["server-round"] = number
@@ -126,9 +133,10 @@ def ask_to_evaluate(
 def _mean(
     federation: Federation, metric: Metric, found: Sequence[tuple[str, Reply]], number: int
 ) -> float:
-    """The mean of what clients measured, by examples; without those that are far from the others.
+    """Returns the example-weighted mean of the clients' values, without outliers.
 
-    A metric with a range of its own needs no such care: no client moves it by more than its share.
+    A metric with a bounded range needs no outlier check: a client can move its mean by no more than
+    its share of the examples.
     """
     values = np.array([[one.metrics[metric.name]] for _, one in found], np.float64)
     bounded = metric.high - metric.low < LARGEST_METRIC
@@ -145,13 +153,13 @@ def _mean(
             f"{', ...' if len(named) > _NAMED else ''}: far from what the other "
             f"{counted(len(kept), 'client')} measured."
         )
-    # Summed as if with infinite precision: the order in which clients answer must not show.
+    # Exact sums: the result must not depend on the order of the replies.
     total = sum(one.num_examples for one in kept)
     return math.fsum(one.metrics[metric.name] * one.num_examples for one in kept) / total
 
 
 def is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
-    """Whether the latest round is better than the best before; true where that is unknown."""
+    """Whether the latest round beats the best one before; True where either has no metric."""
     latest = records[-1].metrics.get(primary.name)
     best = records[best_round - 1].metrics.get(primary.name) if best_round else None
     if latest is None or best is None or math.isnan(best):

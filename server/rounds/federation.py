@@ -1,4 +1,4 @@
-"""What the rounds of a run work with, fixed before the first."""
+"""`Federation`: the fixed parts of a run that every round uses."""
 
 from __future__ import annotations
 
@@ -32,54 +32,54 @@ Judge = Callable[[FullModel], dict[str, float]]
 
 @dataclass(frozen=True)
 class Federation:
-    """What rounds run with; fixed before the first."""
+    """Fixed parts of a run: settings, grid, strategy, callbacks."""
 
     run: RunConfig
     grid: Grid
     chosen: Chosen
     cohort: int
     metrics: tuple[Metric, ...]
-    """Of the task; the first is its primary one."""
+    """Metrics of the task; the first is the primary one."""
     randomness: Randomness
     judge: Judge | None
-    """Scores a model on the cloud's data; None when there is none."""
+    """Evaluates a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
     on_note: Callable[[str], None]
     checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
     start: Start | None = None
-    """Where to go on; from the beginning when None."""
+    """State to resume from; None to start from the beginning."""
     peers: Peers = field(default_factory=NumberedPeers)
-    """Who clients are."""
+    """Names of the clients."""
     live: bool = False
-    """Whether they are devices, whose updates are bounded unless the run says otherwise."""
+    """Whether clients are devices, whose updates are bounded unless the run specifies otherwise."""
     clients: int = 0
-    """Those that rounds draw from, as client-level privacy counts on; as many as are there, or
-    as a round asks, where those are more."""
+    """Number of clients that rounds draw from, which client-level privacy relies on. Its plan
+    uses the number of connected nodes, or the cohort's size, where that is larger."""
 
     def nodes(self) -> Sequence[int]:
-        """The nodes that are there now."""
+        """Returns the nodes that are connected now."""
         found = self.grid.get_node_ids()
         return found if isinstance(found, Sequence) else list(found)
 
     @property
     def primary(self) -> Metric:
-        """What rounds are compared by."""
+        """Primary metric of the task, by which rounds are compared."""
         return self.metrics[0]
 
     @cached_property
     def folding(self) -> FoldingGrid | None:
-        """The grid, where it adds updates up itself and the strategy lets it."""
-        bounded = is_bounded(self.run, live=self.live)  # which looks at each update
+        """The grid, where it can add updates up itself and the run and the strategy allow it."""
+        bounded = is_bounded(self.run, live=self.live)  # a bound needs each update
         chosen = self.chosen
         folds = chosen.folds and chosen.in_place and self.asked == self.cohort and not bounded
         return self.grid if folds and isinstance(self.grid, FoldingGrid) else None
 
     @cached_property
     def asked(self) -> int:
-        """How many clients a round asks, where so many are there; ``cohort`` updates are enough."""
+        """Number of clients that a round asks if enough are connected, see `asked_for`."""
         return asked_for(self.run, self.cohort, simulated=self.virtual is not None)
 
     @cached_property
     def virtual(self) -> FoldingGrid | None:
-        """The grid, where it may have a virtual clock."""
+        """The grid, where it may have a virtual clock; else None."""
         return self.grid if isinstance(self.grid, FoldingGrid) else None

@@ -1,4 +1,8 @@
-"""Updates that were taken: folded into their exact mean, or held for a strategy that sees each."""
+"""Aggregation of accepted updates: fold each into an exact mean, or hold all for the strategy.
+
+`fold` serves strategies that need only the weighted mean; `hold` serves the others. Both clip
+updates to the round's `NormBound`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ from server.rounds.inbound import Tally
 from server.rounds.norm_bound import NormBound
 
 _TOUCHED = 2**19
-"""Elements from which on the memory of a sum, here 4 MiB, takes the system a while to give."""
+"""Model size in elements (4 MiB of sums) from which on allocating the sum's pages takes
+noticeable time."""
 
 
 def hold(
@@ -30,17 +35,17 @@ def hold(
     uniform: bool,
     bound: NormBound | None = None,
 ) -> list[Message]:
-    """Every update of the round, in the order of the cohort; none is longer than ``bound`` allows.
+    """Returns every update of the round, clipped to ``bound``, in order of node id.
 
-    Flower refuses a whole round over one metric that not every client sends, so what some do not
-    send is left out.
+    Metrics that only some clients report are dropped: Flower rejects a whole round whose replies
+    differ in their metrics.
     """
     held, lengths = [], list[float]()
     for reply, found in taken:
         with _kept(reply):
             held.append((reply, found.update()))
         lengths.append(found.distance or 0.0)
-        del reply.content[ARRAYS], found  # weights are in memory now, once
+        del reply.content[ARRAYS], found  # keeps one copy of the weights
     limit = bound.limit(lengths) if bound is not None else None
     tally.median_norm = bound.measure(lengths) if bound is not None else None
     for place, (reply, update) in enumerate(held):
@@ -70,10 +75,10 @@ def fold(
     uniform: bool,
     bound: NormBound | None = None,
 ) -> ExactMean:
-    """The exact weighted mean of all updates, each folded in as it comes, by pieces.
+    """Returns the exact weighted mean of all updates, folding in each on arrival, part by part.
 
-    Where ``bound`` follows from all of them, those that turn out to be longer are taken out again
-    and folded in clipped: sums are exact, so nothing is left of what was taken out.
+    Where ``bound`` depends on all updates, those that exceed it are subtracted again and folded in
+    clipped. Sums are exact, so the subtraction leaves no residue.
     """
     mean = ExactMean(layout.size)
     if layout.size >= _TOUCHED:
@@ -86,21 +91,21 @@ def fold(
         scale = _scale(bound, reply, found.distance or 0.0, limit, tally)
         _fold_one(reply, found, mean, uniform=uniform, bound=bound, scale=scale)
         tally.count(found.num_examples, found.metrics)
-        del reply, found  # the next one is read while this frame waits
+        del reply, found  # or this frame would keep it while the next one is read
     return mean
 
 
 def _touched(
     taken: Iterable[tuple[Message, Reply]], mean: ExactMean
 ) -> Iterator[tuple[Message, Reply]]:
-    """The same updates, with the memory of their sum made ready while the first is waited for."""
+    """Yields the updates unchanged, and has a thread allocate the sum before the first arrives."""
     touching = threading.Thread(target=mean.touch, name="touching", daemon=True)
     touching.start()
     try:
         for pair in taken:
             touching.join()
             yield pair
-            del pair  # the next one is read while this frame waits
+            del pair  # or this frame would keep it while the next one is read
     finally:
         touching.join()
 
@@ -113,10 +118,10 @@ def _fold_all(
     uniform: bool,
     bound: NormBound,
 ) -> None:
-    """Folds updates in before their bound is known.
+    """Folds updates in before their bound is known; clips those that exceed it afterwards.
 
-    One that would make the sum take more memory waits where it lies until it is known: by its
-    bound it is usually small.
+    An update that would make the sum use more memory is not folded until the bound is known:
+    clipped to the bound, it is usually small.
     """
     held: list[tuple[Message, Reply, bool]] = []
     for reply, found in taken:
@@ -139,7 +144,7 @@ def _fold_all(
                 mean.take_back(found.parts, weight, peaks=found.peaks)
         if scale < 1.0 or not early:
             late.append((reply, found, scale))
-    for reply, found, scale in late:  # all are out before any is in that needs more room
+    for reply, found, scale in late:  # after every `take_back`: the sum may take more limbs now
         _fold_one(reply, found, mean, uniform=uniform, bound=bound, scale=scale)
 
 
@@ -161,7 +166,7 @@ def _fold_one(
 
 @contextmanager
 def _kept(reply: Message) -> Iterator[None]:
-    """Tells of an update that was taken, and cannot be read again from where it is kept."""
+    """Raises `ResourceError` where the block cannot read an accepted update from its storage."""
     try:
         yield
     except OSError as error:
@@ -175,7 +180,7 @@ def _kept(reply: Message) -> Iterator[None]:
 def _scale(
     bound: NormBound | None, reply: Message, length: float, limit: float | None, tally: Tally
 ) -> float:
-    """What a difference is multiplied by, see `NormBound`; one that is clipped is counted."""
+    """Returns the factor that clips an update to ``limit``; counts an update that is clipped."""
     if bound is None or limit is None or length <= limit:
         return 1.0
     tally.clipped.append((reply.metadata.src_node_id, length))

@@ -1,6 +1,7 @@
-"""What comes back from clients: checked, counted and kept.
+"""Incoming replies of clients: check, count and persist each.
 
-`server.rounds.fold` makes a mean of it.
+`accepted` turns a stream of replies into the accepted ones and counts all of them in a `Tally`.
+`server.rounds.fold` aggregates the updates among them.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers, RoundCheckpointer
 
-_MAX_REASON = 1900  # characters that are shown of what a client says
+_MAX_REASON = 1900  # characters of a client's error that are shown
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Updates that a grid added up where they were made."""
+    """Updates that a grid has added up where they were computed."""
 
     mean: ExactMean
     taken: Sequence[tuple[int, Mapping[str, float]]]
-    """Number of examples and metrics of each, in the order of the cohort."""
+    """Number of examples and metrics of each accepted update, in the order of the cohort."""
     failures: Sequence[tuple[int, str]]
-    """Codes and reasons of clients that failed or declined."""
+    """Error codes and reasons of clients that failed or declined."""
 
 
 @runtime_checkable
 class FoldingGrid(Protocol):
-    """A grid that can add updates up where they are made, as a simulation's does."""
+    """Grid that can add updates up where they are computed, as the grid of a simulation does."""
 
     @property
     def virtual(self) -> VirtualRecord | None:
-        """The last round on the virtual clock; None where there is none."""
+        """The last round on the virtual clock; None where there is no such clock."""
 
     def fold(
         self,
@@ -68,15 +69,15 @@ class FoldingGrid(Protocol):
         uniform: bool,
         deadline_s: float,
     ) -> Folded:
-        """Trains these nodes on one content and adds their updates up.
+        """Trains ``nodes`` on one content and returns the sum of their updates.
 
-        ``configs`` has the configuration of nodes whose settings are others than the content's.
+        ``configs`` contains the configuration of nodes whose settings differ from the content's.
         """
 
 
 @dataclass
 class Tally:
-    """What came back in one round, beside the updates themselves."""
+    """Counts and statistics of one round's replies."""
 
     asked: int
     updates: int = 0
@@ -84,42 +85,42 @@ class Tally:
     failed: int = 0
     examples: int = 0
     losses: list[tuple[float, int]] = field(default_factory=list)
-    """The training loss of each update that tells it, and its number of examples."""
+    """Training loss and number of examples of each update that reports a loss."""
     epsilon_max: float | None = None
     bytes_up: int = 0
     unclipped: int = 0
-    """Updates that were within an adaptive bound by themselves."""
+    """Number of updates that were within an adaptive bound before clipping."""
     clipped: list[tuple[int, float]] = field(default_factory=list)
-    """Nodes whose updates were longer than the round's bound, and how long those were."""
+    """Nodes whose updates exceeded the round's norm bound, with their lengths."""
     median_norm: float | None = None
-    """What the round counts as the median of its updates' lengths, see `NormBound.measure`."""
+    """The round's median update length, as `NormBound.measure` defines it."""
     reasons: list[str] = field(default_factory=list)
-    """Why clients failed."""
+    """Failure reasons of clients."""
     spent: str = ""
-    """Why the last client that declined did."""
+    """Reason of the last client that declined."""
     spent_nodes: set[int] = field(default_factory=set)
-    """Those who declined, where a grid tells who."""
+    """Nodes that declined, where the grid identifies them."""
     owners: int = 0
-    """How many of those who declined name their owner's budget."""
+    """Number of clients that declined because the budget set by their owner is spent."""
 
     kinds: set[type[FedcoreError]] = field(default_factory=set)
-    """Of what kinds the errors of clients that failed are."""
+    """Types of the errors of clients that failed."""
     over: bool = False
     """Whether too many budgets are spent for another round."""
 
     @property
     def all_declined(self) -> bool:
-        """Whether there is nobody left to train."""
+        """Whether every client that was asked declined."""
         return 0 < self.declined == self.asked
 
     def refuse(self, reason: str, *, kind: type[FedcoreError] = RoundFailed) -> None:
-        """Counts a client that failed, or whose update cannot be used."""
+        """Counts a client that failed, or whose update was rejected."""
         self.failed += 1
         self.reasons.append(reason)
         self.kinds.add(kind)
 
     def count(self, num_examples: int, metrics: Mapping[str, float]) -> None:
-        """Counts an update that was taken."""
+        """Counts an accepted update."""
         self.updates += 1
         self.examples += num_examples
         if TRAIN_LOSS in metrics:
@@ -130,14 +131,17 @@ class Tally:
 
     @property
     def train_loss(self) -> float | None:
-        """The mean over the examples of those who told it, in whatever order; None without any."""
+        """Mean training loss over the examples of clients that report it; None without any.
+
+        Does not depend on the order of arrival.
+        """
         if not self.losses:
             return None
         total = math.fsum(loss * count for loss, count in self.losses)
         return total / sum(count for _, count in self.losses)
 
     def failure(self, code: int, reason: str) -> None:
-        """Counts a client that answered with an error."""
+        """Counts a client that replied with an error: declined or failed, by its code."""
         if code in DECLINES:
             self.declined += 1
             self.spent = reason
@@ -148,28 +152,29 @@ class Tally:
 
 @dataclass(frozen=True)
 class Intake:
-    """What the replies to one question are held to, and who keeps those that are taken."""
+    """Checks for the replies to one request, and the objects that persist or report them."""
 
     asked: ReplySpec
     checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
     peers: Peers = field(default_factory=NumberedPeers)
     base: Vector | None = None
-    """The weights that were sent, where the distance to them is to be measured."""
+    """The weights that were sent, where the distance to them must be measured; else None."""
     bound: Bound | None = None
-    """Of client-level privacy."""
+    """Bound of client-level privacy on each update; None where the run does not use it."""
     on_note: Callable[[str], None] = lambda text: None
     budgets: bool = True
-    """Whether clients have budgets that may be spent; where they have none, who declines fails."""
+    """Whether clients have privacy budgets; where they have none, a client that declines has
+    failed."""
 
     def where(self, reply: Message) -> str:
-        """Whose a reply is, for what is said of it."""
+        """Returns the prefix of error messages about a reply: its kind and its client."""
         return f"{_WHAT[self.asked.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
 
     def read(self, reply: Message) -> Reply:
-        """The reply, checked.
+        """Returns the checked content of a reply.
 
         Raises:
-            InvalidUpdate: it is not what was asked for.
+            InvalidUpdate: it is not a valid answer to the request.
         """
         where = self.where(reply)
         found = read_reply(reply, self.asked, where=where, base=self.base)
@@ -184,10 +189,10 @@ _WHAT = {MessageType.TRAIN: "update from", MessageType.EVALUATE: "metrics from"}
 def accepted(
     replies: Iterable[Message], intake: Intake, tally: Tally, *, first: int
 ) -> Iterator[tuple[Message, Reply]]:
-    """Replies that passed every check and are kept, as they arrive; none is held here.
+    """Yields replies that pass every check, each persisted first, in order of arrival.
 
-    Each is checked, then kept, then handed on; one that is refused is counted, told of by its
-    name, and changes nothing else. After ``first`` that were taken no other is waited for.
+    A rejected reply is counted and reported with its client's name, and has no other effect. After
+    ``first`` accepted replies, no other is waited for. No reference to a reply is kept here.
     """
     taken = 0
     for reply in replies:
@@ -236,16 +241,17 @@ def fold_in_place(
     uniform: bool,
     deadline_s: float,
 ) -> ExactMean:
-    """The same, where the grid does the adding.
+    """Trains ``nodes`` with updates added up by the grid; returns their sum and counts the replies.
 
-    Every node gets the content of ``instruction``; those in ``configs`` with settings of their own.
+    Every node gets the content of ``instruction``; nodes in ``configs`` get their own
+    configuration.
     """
     folded = grid.fold(
         instruction.content, nodes, configs=configs, uniform=uniform, deadline_s=deadline_s
     )
     for code, reason in folded.failures:
         tally.failure(code, reason)
-    sent = payload_bytes(instruction)  # as many bytes as an update: one array of one layout
+    sent = payload_bytes(instruction)  # an update has the same layout, so the same size
     for num_examples, metrics in folded.taken:
         tally.count(num_examples, metrics)
         tally.bytes_up += sent
@@ -253,18 +259,18 @@ def fold_in_place(
 
 
 def carry(mean: Vector, weight: int, instruction: Message) -> Message:
-    """A mean of updates that weigh so much together, as the one reply to what was asked.
+    """Returns a mean of updates with their total weight, as a single reply to ``instruction``.
 
-    A strategy that looks at the mean alone cannot tell it from the updates that it is the mean of.
+    A strategy that uses only the mean computes the same result from it as from the updates.
     """
     return Message(update_content(Update(mean, weight, {})), reply_to=instruction)
 
 
 def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
-    """What a strategy made of a round's updates, as weights that can be sent.
+    """Returns the weights in a strategy's aggregate, as float32.
 
     Raises:
-        RoundFailed: they are no weights.
+        RoundFailed: they have another shape, or a value that is not finite.
     """
     try:
         # FedMedian and others compute in float64.
@@ -278,14 +284,14 @@ def aggregated(arrays: ArrayRecord, layout: Layout, number: int) -> Vector:
 
 
 def failure_of(reply: Message) -> tuple[int, str]:
-    """The code of a reply with an error, and why, in its client's own words: a line of them."""
+    """Returns the code of an error reply, and the client's reason as one printable line."""
     code, reason = reply.error.code, reply.error.reason
     said = foreign(reason, _MAX_REASON) if isinstance(reason, str) else ""
     return code, said or f"error {code}"
 
 
 def payload_bytes(message: Message) -> int:
-    """Bytes of the arrays in a message."""
+    """Returns the bytes of the arrays in a message."""
     return sum(
         size_of(array)
         for record in message.content.values()

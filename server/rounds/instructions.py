@@ -1,4 +1,4 @@
-"""What a round's strategy has clients told: weights, and how to train from them."""
+"""Messages of a training round: the weights, and each client's configuration from the strategy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from server.rounds.federation import Federation
 def instructions(
     federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
 ) -> list[Message]:
-    """What the strategy sends to ``nodes`` in the round after ``progress``.
+    """Returns the strategy's messages to ``nodes`` for the round after ``progress``.
 
     Raises:
-        RoundFailed: the strategy is the user's own, and failed.
+        RoundFailed: the strategy raised an error or returned invalid messages.
     """
     number, strategy = progress.round + 1, federation.chosen.strategy
     try:
-        # What folds draws nothing but the cohort, and of that it is shown all there is.
+        # A strategy that folds draws random numbers only to sample the cohort, which it gets whole.
         with nullcontext() if federation.folding else streams(federation, number, "configure"):
             messages = list(
                 strategy.configure_train(
@@ -37,7 +37,7 @@ def instructions(
             )
     except FedcoreError:
         raise
-    except Exception as error:  # Flower's strategy, or the user's of its kind
+    except Exception as error:  # a strategy may raise any error
         raise _failed(federation, number, f"{type(error).__name__}: {error}") from error
     if not messages or any(not isinstance(one, Message) for one in messages):
         raise _failed(federation, number, "configure_train gave no messages, or something else")
@@ -49,13 +49,13 @@ def instructions(
 def instruction_in_place(
     federation: Federation, progress: Progress, layout: Layout, nodes: Sequence[int]
 ) -> tuple[Message, dict[int, ConfigRecord]]:
-    """The message that stands for all of a round's, and the configuration of nodes with their own.
+    """Returns one message with the content for all nodes, and the configurations that differ.
 
     Raises:
-        RoundFailed: the strategy is the user's own, and failed.
+        RoundFailed: the strategy raised an error or returned invalid messages.
     """
     own, number = federation.chosen.own, progress.round + 1
-    if own is None:  # it tells every node the same
+    if own is None:  # one of Flower's: it sends every node the same content
         return instructions(federation, progress, layout, nodes[:1])[0], {}
     content, configs = own.tell(
         number, weights_record(progress.weights), _config(progress, layout), nodes
@@ -77,7 +77,7 @@ def _failed(federation: Federation, number: int, reason: str) -> RoundFailed:
 
 
 def streams(federation: Federation, number: int, step: str) -> AbstractContextManager[None]:
-    """Pins the streams that Flower's strategies draw from, in a simulation."""
+    """Seeds the random streams that Flower's strategies draw from, in a simulation."""
     if federation.randomness.origin == "simulated":
         return federation.randomness.library_streams("strategy", step, number)
     return nullcontext()

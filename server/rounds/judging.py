@@ -1,8 +1,9 @@
-"""Whether a model that came after the rounds is as good where the data live: clients measure it.
+"""Clients compare two models: whether post-processing made the federated model worse on their data.
 
-The cloud's held-out data tell how a model does on data like the cloud's. What fine-tuning takes
-away from clients whose data are others, only they can tell: the same clients measure both models on
-what they hold back, so that what differs between clients does not count.
+The cloud's held-out data measure a model only on data like the cloud's. Fine-tuning can make the
+model worse for clients with different data, which only those clients can measure. The same clients
+measure both models on their held-out data, so differences between clients cancel. `judging_app`
+collects the measurements; `judgement` computes the result.
 """
 
 from __future__ import annotations
@@ -27,62 +28,66 @@ from server.rounds.cohort import select
 from server.rounds.evaluation import ask_to_evaluate
 
 CONFIDENCE = 0.95
-"""Of the bound on how much worse a model may be on all clients, one-sided."""
+"""One-sided confidence of the bound on how much worse a model may be over all clients."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What clients measured of two models, one after the other, on what they hold back."""
+    """Primary metric of two models, measured by the same clients on their held-out data."""
 
     clients: int
-    """How many measured both."""
+    """Number of clients that measured both models."""
     examples: int
-    """Of all of them together."""
+    """Number of their examples in total."""
     before: float
-    """The mean of the primary metric over their examples, of the first model."""
+    """Mean of the primary metric over all examples, for the first model."""
     after: float
-    """Of the second one."""
+    """Mean of the primary metric over all examples, for the second model."""
     margin: float
-    """How far the difference of the two may be from that over all clients, at `CONFIDENCE`;
-    infinite where one client alone measured them."""
+    """Half-width of the one-sided confidence bound at `CONFIDENCE`: how far the measured
+    difference may be from the one over all clients. Infinite where a single client measured."""
 
     def worsening(self, primary: Metric) -> float:
-        """How much worse the second model may be, as `Metric.worsening` counts."""
+        """Returns an upper bound on how much worse the second model is, see `Metric.worsening`."""
         sign = -1.0 if primary.higher_is_better else 1.0
         return primary.worsening(self.before, self.after + sign * self.margin)
 
 
 Judge = Callable[[FullModel, FullModel], Judgement]
-"""Has clients measure two models.
+"""Has clients measure two models and returns the comparison.
 
 Raises:
-    RoundFailed: no client measured both.
-"""
+    RoundFailed: no client measured both."""
 
 
 Weigh = Callable[[bytes], Mapping[str, tuple[int, float]]]
-"""Has clients measure an ONNX file: of each its number of examples, and the primary metric."""
+"""Has clients measure an ONNX file; returns number of examples and primary metric by client."""
 
 
 def clients_judge(run: RunConfig) -> bool:
-    """Whether clients judge what fine-tuning gives: as asked for, or where they hold data back."""
+    """Whether clients judge fine-tuned models: they hold data out, and the run allows it."""
     return bool(run.federation.evaluate_cohort) and run.finetune.judge != "cloud"
 
 
 def judges(run: RunConfig, there: Sequence[int]) -> list[int]:
-    """Who is asked of those that are there: ``federation.evaluate_cohort`` of them at most."""
+    """Draws the nodes that judge: at most ``federation.evaluate_cohort`` of ``there``.
+
+    Args:
+        run: Configuration of the run; its seed fixes the draw.
+        there: Connected nodes.
+    """
     size = min(run.federation.evaluate_cohort, len(there))
     return select(there, size, seed=run.seed, words=("judging",))
 
 
 def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
-    """What clients' measurements come to.
+    """Computes a `Judgement` from the measurements of each client.
 
     Args:
-        measured: Of each client its number of examples, and its metric of both models; not empty.
+        measured: Number of examples and metric of both models, one tuple per client; not empty.
     """
     total = sum(examples for examples, _, _ in measured)
-    # Summed as if with infinite precision: the order in which clients answer must not show.
+    # Exact sums: the result must not depend on the order of the replies.
     before = math.fsum(examples * one for examples, one, _ in measured) / total
     after = math.fsum(examples * other for examples, _, other in measured) / total
     count, margin = len(measured), math.inf
@@ -97,7 +102,15 @@ def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
 def drop_of(
     primary: Metric, base: Mapping[str, tuple[int, float]], other: Mapping[str, tuple[int, float]]
 ) -> float:
-    """How much worse one file may be than another, by what the same clients measured of both."""
+    """Returns an upper bound on how much worse the second file is than the first.
+
+    Uses only clients that measured both; infinite where none did.
+
+    Args:
+        primary: The metric.
+        base: Number of examples and metric of the first file, by client.
+        other: Number of examples and metric of the second file, by client.
+    """
     both = sorted(base.keys() & other.keys())
     if not both:
         return math.inf
@@ -116,16 +129,16 @@ def judging_app(
     on_note: Callable[[str], None],
     on_end: Callable[[Judgement], None],
 ) -> ServerApp:
-    """A ServerApp that asks ``federation.evaluate_cohort`` clients for both models, and ends.
+    """Returns a ServerApp that has ``federation.evaluate_cohort`` clients measure two models.
 
     Args:
-        task: Whose primary metric is measured.
-        run: The run that the models are of; its seed draws the clients.
-        models: The one before and the one after.
-        peers: Who clients are; numbers when None.
-        wait: Waits until so many nodes are there, or it is in vain to.
-        on_note: Told of clients that did not measure both.
-        on_end: Gets what they come to.
+        task: Defines the primary metric.
+        run: The run that produced the models; its seed draws the clients.
+        models: The model before post-processing and the one after.
+        peers: Names of the clients; node ids when None.
+        wait: Waits until the given number of nodes is connected, or gives up.
+        on_note: Callback for clients that did not measure both.
+        on_end: Callback with the result.
     """
     app = ServerApp()
 
@@ -134,7 +147,7 @@ def judging_app(
         wait(grid, run.federation.evaluate_cohort)
         nodes = judges(run, sorted(grid.get_node_ids()))
         found: list[dict[int, tuple[int, float]]] = []
-        # A round each: a client answers one question of a kind a round, and no second one.
+        # A round number each: a client answers one evaluation request per round.
         for number, model in enumerate(models, run.federation.rounds + 1):
             answers = ask_to_evaluate(
                 grid,

@@ -1,4 +1,8 @@
-"""Federated rounds: select, send, check, aggregate, judge; the best model is kept."""
+"""The round loop: select a cohort, send, check, aggregate, evaluate, commit; keep the best model.
+
+`run_rounds` takes a `Federation` and the initial model, and returns the best model with one record
+per round.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +38,21 @@ from server.rounds.training import train_round
 
 @dataclass(frozen=True)
 class Federated:
-    """What rounds leave: the best global model and the story of how it came about."""
+    """Result of all rounds: the best global model and the record of each round."""
 
     weights: Vector
     best_round: int
     rounds: tuple[RoundRecord, ...]
     protection: Protection | None = None
-    """Of clients, as it is at the end."""
+    """State of client-level privacy after the last round; None where the run does not use it."""
 
 
 def run_rounds(federation: Federation, model: FullModel) -> Federated:
-    """Runs every round and returns the best model; ``model`` is left holding the last one.
+    """Runs every remaining round and returns the best model.
 
-    Rounds are judged on the cloud's data, or on what clients hold back, or, where there
-    is neither, not at all: then the last round counts as the best.
+    Leaves the last round's weights in ``model``. A round is evaluated on the data that clients hold
+    out, else on the cloud's data. Where there is neither, it is not evaluated, and the last round
+    counts as the best.
 
     Raises:
         RoundFailed: a round got fewer updates than its quorum.
@@ -69,7 +74,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
             released, sent = train_round(federation, progress, records, layout, nodes, tally)
             arrays = sendable(released.weights)
             if tally.over:
-                end_early(federation, number, tally)  # what was learnt before stands
+                end_early(federation, number, tally)  # keeps the model of the last round
                 progress = replace(progress, over=True)
                 checkpointer.commit(progress, None)
                 continue
@@ -114,7 +119,10 @@ def _drawn(federation: Federation, progress: Progress) -> list[int]:
 
 
 def _willing(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
-    """Those whose budget is not known to be spent, and others where they are no cohort."""
+    """Returns online nodes whose privacy budget is not known to be spent.
+
+    Where they are fewer than a cohort, nodes with a spent budget fill it up.
+    """
     if not spent:
         return there
     rest = [node for node in there if node not in spent]
@@ -140,14 +148,17 @@ def _beginning(federation: Federation, model: FullModel) -> Progress:
 
 
 def _held_once(progress: Progress) -> Progress:
-    """The same, with weights that are sent from where they lie."""
+    """Returns the progress with its weights in the buffer that messages are sent from.
+
+    The weights are then in memory once, not twice.
+    """
     weights = sendable(progress.weights)
     best = weights if progress.best is progress.weights else progress.best
     return replace(progress, weights=weights, best=best)
 
 
 def _most_of(*told: float | None) -> float | None:
-    """The most that any client has said to have spent; None where none has said it."""
+    """Returns the largest epsilon that any client reported; None where none reported one."""
     return max((epsilon for epsilon in told if epsilon is not None), default=None)
 
 

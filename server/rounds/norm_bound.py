@@ -1,9 +1,9 @@
-"""A bound on how far one update may move the model, so that no device decides a round alone.
+"""Bound on the norm of one update's difference, so that no single device determines a round.
 
-The bound of a round follows from the updates that the round takes, in whatever order they came, and
-from the records of the rounds before: it is the same after a resume. Where it is the updates'
-median, it is known once all are there; until then they are added up as they come, and those that
-are longer are taken out of the exact sum again.
+The bound depends only on the updates that a round accepts, in any order, and on the records of
+earlier rounds, so a resumed round computes the same one. Where it derives from the updates' median,
+it is known only after the last update. Until then updates are added to the exact sum, and those
+that exceed the bound are subtracted again.
 """
 
 from __future__ import annotations
@@ -21,51 +21,50 @@ from server.records import RoundRecord
 from server.rounds.aggregation.exact_mean import Parts
 
 FACTOR = 10.0
-"""An update may be so many times as long as the median. Devices with much more data than others
-take more steps, and their updates are longer: seldom by more. It bounds one round: what lengthens
-the others' next updates lengthens their median."""
+"""Bound on an update's length, in medians. Devices with much more data take more steps and send
+longer updates, seldom longer than this. It bounds a single round: updates that lengthen the
+others' next updates raise their median, too."""
 GROWTH = 2.0
-"""A round's median counts for so many times the median of all rounds before it at most. Half of all
-rounds must be longer before that one is: the bound can double once in twice as many rounds, and not
-from one round to the next, whatever devices do together. Honest updates are longest in the first
-rounds, and one that grows later has a factor of 20 to grow by before it is clipped."""
+"""Most that a round's median counts for, in medians of all earlier rounds. That median rises
+only after half of all rounds were longer, so the bound can double once in twice as many rounds,
+not between consecutive rounds, even if devices collude. Honest updates are longest in the first
+rounds; one that grows later can grow by a factor of 20 before it is clipped."""
 LEAST = 3
-"""Among fewer updates nobody can tell which one is wrong."""
+"""Smallest number of updates among which a false one can be identified."""
 _CHUNK = 1 << 16
-_NAMED = 5  # clients that a note names
+_NAMED = 5  # names shown in a note
 
 
 @dataclass(frozen=True)
 class NormBound:
-    """How a round bounds its updates."""
+    """Rule that bounds the updates of a round."""
 
     base: Vector
     """The weights that were sent, shape ``(D,)``."""
     fixed: float | None
-    """The bound; None where it follows from medians."""
+    """The bound as set in the configuration; None where it follows from medians."""
     usual: float | None = None
-    """The median of what earlier rounds counted as their medians (see `measure`); None where there
-    was none."""
+    """Median of the `measure` of earlier rounds; None where none has one."""
 
     def limit(self, lengths: Sequence[float]) -> float | None:
-        """The bound for updates of these lengths; None where there is none."""
+        """Returns the bound for updates of these lengths; None where none can be derived."""
         if self.fixed is not None:
             return self.fixed
         measure = self._most if len(lengths) < LEAST else self.measure(lengths)
         return None if measure is None else FACTOR * measure
 
     def measure(self, lengths: Sequence[float]) -> float | None:
-        """What the round counts as the median of its updates' lengths.
+        """Returns the round's median update length, capped at `GROWTH` times the usual one.
 
-        None where the bound is fixed, where there are too few updates to have a say, or where none
-        of them changed anything.
+        None where the bound is fixed, where there are fewer than `LEAST` updates, or where all are
+        zero; 0 where only one is not zero.
         """
         some = sorted(length for length in lengths if length > 0)
         if self.fixed is not None or len(lengths) < LEAST or not some:
             return None
-        # Where most updates change nothing, the shortest other one is the measure, if two are.
+        # Where most updates are zero, use the shortest other one, if there are two or more.
         least = some[0] if len(some) > 1 else 0.0
-        found = statistics.median_low(lengths) or least  # half of them may be made up
+        found = statistics.median_low(lengths) or least  # robust: up to half of them may be false
         return found if self._most is None else min(found, self._most)
 
     @property
@@ -73,14 +72,14 @@ class NormBound:
         return None if self.usual is None else GROWTH * self.usual
 
     def lacks(self, updates: int) -> bool:
-        """Whether so many updates are too few to bound one of them."""
+        """Whether no bound can be derived for this many updates."""
         return 0 < updates < LEAST and self.fixed is None and self.usual is None
 
     def moved(self, parts: Parts, scale: float) -> Iterator[Vector]:
-        """Weights that come by parts, moved towards the base.
+        """Yields weights part by part, moved towards the base.
 
         Guarantee:
-            Their distance to it is ``scale`` times as long, up to rounding to float32.
+            Their distance to the base is multiplied by ``scale``, up to rounding to float32.
         """
         place = 0
         for part in parts():
@@ -92,7 +91,7 @@ class NormBound:
                 place += len(piece)
 
     def note(self, number: int, clipped: Sequence[tuple[str, float]]) -> str:
-        """Says whose updates a round clipped, and how long they were."""
+        """Returns a note on the clients whose updates were clipped, with the updates' lengths."""
         shown = [f"{name} ({length:.3g})" for name, length in sorted(clipped)[:_NAMED]]
         more = ", ..." if len(clipped) > _NAMED else ""
         why = f"{FACTOR:g} times the median of the round, or of rounds so far"
@@ -105,7 +104,7 @@ class NormBound:
 
 
 def is_bounded(run: RunConfig, *, live: bool) -> bool:
-    """Whether a run bounds its updates; ``live`` says whether they come from devices."""
+    """Whether a run bounds its updates; ``live`` specifies that they come from devices."""
     setting = run.federation.max_update_norm
     return not (run.client_private or setting == "none" or (setting == "adaptive" and not live))
 
@@ -113,9 +112,9 @@ def is_bounded(run: RunConfig, *, live: bool) -> bool:
 def norm_bound(
     run: RunConfig, base: Vector, *, live: bool, records: Sequence[RoundRecord] = ()
 ) -> NormBound | None:
-    """The bound of a round that starts from ``base``; None where the run has none.
+    """Returns the bound of a round that starts from ``base``; None where the run has none.
 
-    ``records`` are of the rounds that are over.
+    ``records`` are those of the completed rounds.
     """
     setting = run.federation.max_update_norm
     if not is_bounded(run, live=live):
@@ -123,5 +122,5 @@ def norm_bound(
     if isinstance(setting, float):
         return NormBound(base, setting)
     found = [each.median_norm for each in records if each.median_norm]
-    # The lower one of two: a bound that is a little short is a round's, one too long stays.
+    # The lower median: a bound slightly too low affects one round, one too high persists.
     return NormBound(base, None, statistics.median_low(found) if found else None)

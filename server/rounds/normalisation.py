@@ -1,4 +1,7 @@
-"""Mean and deviation of the inputs, from the cloud's data or from sums over all clients."""
+"""Mean and deviation of the inputs, from the cloud's data or from sums over all clients.
+
+`normalise` computes both before the first round and stores them in the model's preprocessing.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from server.rounds.inbound import failure_of
 from server.rounds.outliers import DECIDES, FAR, LEAST
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
-"""Number of examples, sum and sum of squares by feature."""
+"""Number of examples, and sum and sum of squares of each feature."""
 _LARGEST_INPUT = 1e12
-"""What devices take from a server as a statistic; so no larger one is made."""
-_SLACK, _TINY = 1e-6, 1e-300  # sums are those of rounded numbers
-_NAMED = 5  # clients that a note names
+"""Largest magnitude of a statistic that devices accept, so none larger is computed."""
+_SLACK, _TINY = 1e-6, 1e-300  # tolerances for rounding in the clients' sums
+_NAMED = 5  # names shown in a note
 
 
 def normalise(
@@ -40,14 +43,14 @@ def normalise(
     peers: Peers,
     on_note: Callable[[str], None],
 ) -> None:
-    """Sets the statistics in the model's preprocessing, as ``federation.normalisation`` says.
+    """Sets mean and deviation in the model's preprocessing, from ``federation.normalisation``.
 
-    What clients report is held to bounds; one whose inputs are far from all others' is left out,
-    and named by ``on_note``. With fewer than three clients nobody can tell who is far.
+    Rejects sums that no valid inputs have, and leaves out clients whose inputs are outliers, named
+    with ``on_note``. Outliers cannot be identified among fewer than three clients.
 
     Raises:
-        ConfigError: it says ``cloud``, and the task has no cloud data.
-        RoundFailed: it says ``federated``, and too few clients answered.
+        ConfigError: the setting is ``cloud``, and the task has no cloud data.
+        RoundFailed: the setting is ``federated``, and too few clients sent valid sums.
     """
     if run.federation.normalisation == "task":
         return
@@ -64,7 +67,7 @@ def normalise(
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
     constant = deviation < 1e-6 * np.maximum(1.0, np.abs(mean))
-    deviation = np.where(constant, 1.0, deviation)  # a constant is only shifted
+    deviation = np.where(constant, 1.0, deviation)  # only centre a constant feature
     target.mean.copy_(torch.from_numpy(mean))
     target.deviation.copy_(torch.from_numpy(deviation))
 
@@ -83,7 +86,7 @@ def _from_clients(
     peers: Peers,
     on_note: Callable[[str], None],
 ) -> Sums:
-    """Sums over all clients but those whose inputs are far from all others'."""
+    """Returns sums over all clients except outliers."""
     nodes = sorted(grid.get_node_ids())
     messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, STATISTICS) for node in nodes]
     found: list[tuple[str, Sums]] = []
@@ -122,12 +125,13 @@ def _from_clients(
 
 
 def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
-    """Whose inputs are far from what is usual, or would decide alone what comes out.
+    """Returns which clients' inputs are outliers, or would determine the result by themselves.
 
-    The first by their means and root mean squares, of any feature, beside the root mean square of
-    most clients: so a feature that is centred at zero has a scale, too, and one that is zero for
-    most has that of the largest feature. The second by what leaving them out would change: a client
-    may have most of the examples, where they are like those of others.
+    An outlier has a mean or root mean square, in any feature, far from the others' on the scale of
+    the median root mean square. So a feature centred at zero has a scale, too; a feature that is
+    zero for most clients has that of the largest feature. A client determines the result if leaving
+    it out would change the result much: a client may have most of the examples if they resemble the
+    others'.
     """
     if len(found) < LEAST:
         return np.zeros(len(found), np.bool_)
@@ -142,7 +146,7 @@ def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
     kept = np.where(far, 0.0, counts)
     others = kept.sum() - kept
     total, squared = (np.where(far, 0.0, one) for one in (totals, squares))
-    with np.errstate(divide="ignore", invalid="ignore"):  # of one that is alone
+    with np.errstate(divide="ignore", invalid="ignore"):  # a single client is left
         mean, size = total.sum(axis=0) / kept.sum(), np.sqrt(squared.sum(axis=0) / kept.sum())
         without = (total.sum(axis=0) - total) / others
         size_without = np.sqrt(np.maximum(squared.sum(axis=0) - squared, 0.0) / others)
@@ -153,10 +157,10 @@ def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
 
 
 def _read_sums(reply: Message, shape: tuple[int, ...], name: str) -> Sums:
-    """A client's number of examples, sums and sums of squares.
+    """Returns a client's number of examples, sums and sums of squares, checked.
 
     Raises:
-        InvalidUpdate: they are not those of any inputs of a size that training copes with.
+        InvalidUpdate: no inputs of a magnitude that training supports have such sums.
     """
     where = f"sums from {name}"
     read = read_reply(reply, asked_for_sums(shape), where=where)

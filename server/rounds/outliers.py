@@ -1,4 +1,4 @@
-"""Which of several numbers that clients report lies far from all others."""
+"""Outlier detection for the numbers that clients report."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEAST = 3
-"""Among fewer nobody can tell who is wrong."""
+"""Smallest number of clients among which an outlier can be identified."""
 FAR = 30.0
-"""So many spreads from the median are far: no honest client of a federation was seen there."""
+"""Distance from the median, in spreads, beyond which a value is an outlier. No honest client of
+a federation has been observed beyond it."""
 
 DECIDES = 3.0
-"""Whoever moves a mean by so many times what is usual decides it alone."""
+"""A client that moves a mean by this many times the usual magnitude determines it by itself."""
 
 
 def outlying(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows hold a number far from those of the same column; all finite.
+    """Returns which rows have a value that is an outlier in its column.
 
-    The middle of a column is its median, its spread the median distance to that plus a tenth of
-    its magnitude: neither moves far while fewer than half of the rows are made up. Where the spread
-    is zero, most agree on zero, and nobody is called outlying for having something else.
+    A column's centre is its median. Its spread is the median distance to the centre plus a tenth of
+    the centre's magnitude. Both are robust while fewer than half of the rows are false. Where the
+    spread is zero, most values are zero, and no other value counts as an outlier.
 
     Args:
-        values: Shape ``(N, D)``.
+        values: Shape ``(N, D)``, finite.
 
     Returns:
         Shape ``(N,)``; all False where ``N`` is less than `LEAST`.

@@ -1,4 +1,4 @@
-"""A user's own strategy: found in its file, or given in Python, and made from its options."""
+"""The user's own strategy: loads its class from a file or takes it from Python, and creates it."""
 
 from __future__ import annotations
 
@@ -20,42 +20,43 @@ from fedcore.observability.words import a_or_an
 from fedcore.task.algorithm import Algorithm
 
 Own = Algorithm | Strategy
-"""An algorithm, or an instance of a user's subclass of Flower's Strategy."""
+"""An `Algorithm`, or an instance of a user's subclass of Flower's ``Strategy``."""
 _EXPECTED = "a subclass of fedcore.Algorithm or of flwr.serverapp.strategy.Strategy"
 
 
 def is_own(strategy: str) -> bool:
-    """Whether ``federation.strategy`` names a user's own: ``FILE.py:CLASS``."""
+    """Whether ``federation.strategy`` names a user's class, in the form ``FILE.py:CLASS``."""
     return ":" in strategy
 
 
 def file_of(run: RunConfig) -> Path | None:
-    """The file of the run's own strategy; None where it has none, or one that is in memory."""
+    """Returns the file of the run's own strategy; None where it has none or is in memory."""
     file, separator, _ = run.federation.strategy.rpartition(":")
     return run.path(file) if separator and file.endswith(".py") else None
 
 
 def label_of(own: Own | type[Own]) -> str:
-    """What a strategy that was made in Python is called: ``MODULE:CLASS``."""
+    """Returns the display name of a strategy that was passed in from Python: ``MODULE:CLASS``."""
     cls = own if isinstance(own, type) else type(own)
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def own_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
-    """A fresh instance of the run's own strategy.
+    """Returns a new instance of the run's own strategy.
 
     Args:
         run: The run; ``federation.strategy_options`` are the arguments of a class.
-        given: What was made in Python; None for the class that the run's file names.
+        given: The strategy or class that was passed in from Python; None to load the class that the
+            configuration names.
 
     Raises:
-        ConfigError: its file or its class is not there, is no strategy, or does not take its
-            options. Nothing was run.
+        ConfigError: the file or class does not exist, is not a strategy, or rejects its options.
+            Nothing was run.
     """
     federation = run.federation
     where = f"federation.strategy = {federation.strategy!r}"
     if isinstance(given, Strategy):
-        return copy.deepcopy(given)  # it remembers, and another run may be made with it
+        return copy.deepcopy(given)  # it has state, and other runs may use it
     if given is None:
         given = _class(run, where)
         check_own(given, where)
@@ -95,11 +96,11 @@ def _module(path: Path, where: str) -> Any:
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look for it
+    sys.modules[name] = module  # dataclasses look their module up
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises is theirs to read
+    except (Exception, SystemExit) as error:  # any error of the user's file: reported with its text
         del sys.modules[name]
         raise ConfigError(
             f"{where}: importing {path} failed: {type(error).__name__}: {error}. Nothing was run; "
@@ -111,7 +112,7 @@ def _module(path: Path, where: str) -> Any:
 
 
 def check_own(given: object, where: str = "strategy") -> None:
-    """Refuses what is neither a strategy nor the class of one.
+    """Rejects an object that is neither a strategy nor a strategy's class.
 
     Raises:
         ConfigError: it is something else.

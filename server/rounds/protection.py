@@ -1,7 +1,6 @@
-"""What client-level privacy remembers from round to round; brings no torch.
+"""State of client-level privacy between rounds; does not import torch.
 
-It is part of a run's progress, so that whoever commits a round commits with its model what the
-model has cost.
+It is part of a run's `Progress`, so each commit of a model includes its privacy cost.
 """
 
 from __future__ import annotations
@@ -16,38 +15,39 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """How a run protects its clients: fixed before its first round."""
+    """Parameters of client-level privacy, fixed before the first round."""
 
     clients: int
-    """Those that rounds draw from."""
+    """Number of clients that rounds draw from."""
     expected: int
-    """Clients a round in expectation; what every noised sum is divided by, whoever answers."""
+    """Expected number of clients per round; the divisor of every noised sum, however many reply."""
     noise_multiplier: float
-    """Deviation of the noise on a sum of updates, over the bound of one."""
+    """Deviation of the noise on a sum of updates, divided by the bound on one update."""
     separation: int | None
-    """Rounds in which no client is asked twice; None where each round draws each client again."""
+    """Number of consecutive rounds in which no client is asked twice; None where each round
+    draws independently."""
 
     @property
     def sample_rate(self) -> float:
-        """The probability with which a client is asked, where epsilon counts on it; 1 elsewhere."""
+        """Probability of asking a client, where accounting relies on it; else 1."""
         return self.expected / self.clients if self.separation is None else 1.0
 
 
 @dataclass(frozen=True)
 class Protection:
-    """How far the protection of a run's clients is."""
+    """State of client-level privacy after a round."""
 
     plan: ClientPlan
     clip_norm: float
-    """The bound of the next round's updates."""
+    """Bound on the next round's updates."""
     asked: tuple[tuple[int, ...], ...] = ()
     """Nodes of the last ``separation - 1`` rounds, the latest last."""
     noise: tuple[NDArray[np.float64], ...] = field(default=(), compare=False)
-    """Correlated noise that the last rounds added, the latest last."""
+    """Correlated noise that recent rounds added, the latest last."""
 
 
 def protection_doc(protection: Protection | None) -> dict[str, Any] | None:
-    """As JSON takes it, but for the noise, whose vectors are kept beside it."""
+    """Returns the state as JSON values, without the noise, whose vectors are stored separately."""
     if protection is None:
         return None
     plan = protection.plan
@@ -65,10 +65,10 @@ def protection_doc(protection: Protection | None) -> dict[str, Any] | None:
 def protection_of(
     doc: Mapping[str, Any] | None, noise: Sequence[NDArray[np.float64]]
 ) -> Protection | None:
-    """What `protection_doc` described.
+    """Restores the state from the output of `protection_doc` and the noise vectors.
 
     Raises:
-        KeyError: it describes none.
+        KeyError: ``doc`` is not the output of `protection_doc`.
     """
     if doc is None:
         return None
@@ -81,5 +81,5 @@ def protection_of(
 
 
 def noise_of(protection: Protection | None) -> tuple[NDArray[np.float64], ...]:
-    """The vectors that are kept beside `protection_doc`."""
+    """Returns the noise vectors, which are stored separately from `protection_doc`."""
     return () if protection is None else protection.noise

@@ -1,4 +1,4 @@
-"""Whether enough clients answered a round, and whether enough have a budget for another."""
+"""Quorum of a round: enough updates, and enough clients with budget left for another round."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from fedcore.errors import RoundFailed
 from fedcore.observability.words import counted
 from server.rounds.inbound import Tally
 
-_ROUNDING = 1e-9  # 0.55 times 20 is a little more than 11 in floating point
+_ROUNDING = 1e-9  # 0.55 * 20 is slightly more than 11 in floating point
 
 
 def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, others: int = 0) -> None:
-    """Fails a round that too few clients answered; those whose budget is spent do not count.
+    """Fails a round with too few updates; clients that declined for their budget do not count.
 
-    Where those whose budget is not spent cannot make up a quorum of the cohort, however many of
-    them answered, it is the end of the run and no failure: ``tally.over`` says so.
+    Sets ``tally.over``, which ends the run without an error, where the clients with budget left are
+    fewer than a quorum of the cohort. Round 1 ends the run only where every client declined.
 
     Args:
-        tally: Of the round.
-        quorum: The share of a cohort whose updates a round needs.
-        cohort: Updates that are enough.
-        number: Of the round, from 1; its first one ends no run, but where all declined.
-        others: Clients that were not asked, and whose budget may not be spent.
+        tally: Replies of the round; ``over`` is set.
+        quorum: Share of a cohort whose updates a round needs.
+        cohort: Number of updates that suffice.
+        number: Number of the round, from 1.
+        others: Clients that were not asked and may have budget left.
 
     Raises:
-        RoundFailed: clients failed for different reasons, or were silent.
-        FedcoreError: of the kind that every client failed with, where it is one kind.
+        RoundFailed: clients failed for different reasons, or did not reply.
+        FedcoreError: every client replied, and all failures are of this kind.
     """
     willing = tally.asked - tally.declined
     needed, whole = _of(quorum, min(willing, cohort)), _of(quorum, min(tally.asked, cohort))
@@ -46,5 +46,5 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, other
 
 
 def _of(quorum: float, clients: int) -> int:
-    """The least whole number of clients that is the quorum's share of them."""
+    """Returns the smallest number of clients that meets the quorum."""
     return math.ceil(quorum * clients - _ROUNDING)

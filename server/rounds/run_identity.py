@@ -1,4 +1,4 @@
-"""What fixes a run: two runs that share it give the same bits."""
+"""Identity of a run: two runs with the same identity give the same bits."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
 from server.rounds.own_strategy import file_of
 
-_MAX_FILE_BYTES = 64 << 20  # of a task or a trace
+_MAX_FILE_BYTES = 64 << 20  # of a task, strategy or trace file
 TASK, STRATEGY, TRACE = "task file", "strategy file", "trace"
 _FREE = {"run.simulation.workers", "run.simulation.engine"}
-"""These may change, and no bit does but for the order of float32 sums where clients are trained
-side by side: a machine with less memory may go on with fewer workers."""
+"""Settings that may change on resume, so that a machine with less memory can use fewer workers.
+They affect no bit, except the order of float32 sums where clients are trained in batches."""
 
 
 def identity_of(run: RunConfig, owner: OwnerPolicy) -> dict[str, Any]:
-    """The configuration, the owner's policy, and digests of the files that belong to them.
+    """Returns the configuration, the owner's policy, and digests of the run's files.
 
-    Modules that a task's or a strategy's file imports are not looked at, nor is the data, nor is a
-    task that was made in memory.
+    Does not cover modules that a task's or strategy's file imports, the data, or a task that was
+    defined in memory.
     """
     files = {} if run.task == IN_MEMORY else {TASK: run.path(run.task)}
     strategy = file_of(run)
@@ -42,7 +42,7 @@ def identity_of(run: RunConfig, owner: OwnerPolicy) -> dict[str, Any]:
 def changes(
     before: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> list[str]:
-    """What differs between two identities, in words; empty where the same run goes on.
+    """Returns the differences between two identities, in words; empty where they are the same run.
 
     Settings of the run whose names begin with one of ``free`` may differ.
     """
@@ -54,7 +54,7 @@ def changes(
         if any(key.startswith(f"run.{one}") for one in free):
             continue
         if key not in old and key in _defaults() and new[key] == _defaults()[key]:
-            continue  # an earlier version began it, which had no such setting
+            continue  # a version without this setting started the run
         if isinstance(old.get(key), str) and key in (TASK, STRATEGY, TRACE):
             found.append(f"the {key}")
         else:
@@ -71,10 +71,10 @@ def check_same(
     *,
     free: Collection[str] = (),
 ) -> None:
-    """Refuses to go on with a run that was begun otherwise, but for what is ``free``.
+    """Rejects a checkpoint of a run with another identity, apart from settings in ``free``.
 
     Raises:
-        ConfigError: they differ; says in what.
+        ConfigError: the identities differ; the message names the differences.
     """
     if found := changes(before, now, free=free):
         raise ConfigError(

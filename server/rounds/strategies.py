@@ -1,4 +1,4 @@
-"""The strategy of a run, of Flower's or a user's own, and whether it folds updates one by one."""
+"""Strategy of a run, one of Flower's or the user's own, and whether it folds updates on arrival."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ FOLDING = (
     flower.FedAdam,
     flower.FedYogi,
 )
-"""What these do depends on the weighted mean of the updates alone."""
+"""Strategies whose result depends only on the weighted mean of the updates."""
 _MEANS = (flower.FedAvg, flower.FedProx)
-"""What these give is the weighted mean of the updates itself."""
+"""Strategies whose result is the weighted mean of the updates."""
 _TREES = (flower.FedXgbBagging, flower.FedXgbCyclic)
 _CLIENT_DP = (
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
@@ -42,31 +42,33 @@ _OURS = {"fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate
     *("min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key"),
     *("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule", "accountant"),
 }
-"""Parameters that follow from the rest of the configuration, or that are no plain values."""
+"""Parameters that follow from the rest of the configuration, or whose values are not plain data."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A strategy, ready to run one training."""
+    """A strategy that is ready to run one training, and how the rounds call it."""
 
     strategy: Strategy
     folds: bool
-    """Whether updates are folded in as they arrive; else all of a round's are held at once."""
+    """Whether updates are folded in on arrival; otherwise a round's updates are all kept in
+    memory."""
     means: bool
-    """Whether the new weights are the mean of the updates: then it need not be asked for them."""
+    """Whether the new weights are the mean of the updates: then the strategy is not called for
+    them."""
     notes: Sequence[str]
-    """What the user should know before it runs."""
+    """Notes for the user, before the run starts."""
     own: AlgorithmStrategy | None = None
-    """The same strategy, where it is a user's algorithm."""
+    """The same object as ``strategy``, where it is a user's algorithm."""
     in_place: bool = True
-    """Whether a grid may add updates up where they are made: one message, but for settings, stands
-    for all of a round's."""
+    """Whether a grid may add updates up where they are computed: one message, apart from
+    settings, then represents all of a round's."""
     label: str = ""
-    """How the run names it, where that is not the name of its class."""
+    """Value of ``federation.strategy``, where it is not the name of the strategy's class."""
 
     @property
     def name(self) -> str:
-        """What it is called in errors."""
+        """Display name in errors."""
         return self.label or type(self.strategy).__name__
 
 
@@ -78,17 +80,17 @@ def choose_strategy(
     size: int,
     name_of: Callable[[int], str] = str,
 ) -> Chosen:
-    """The strategy of a run: one of Flower's, or the user's own.
+    """Returns the strategy of a run: one of Flower's, or the user's own.
 
     Args:
-        run: The run.
-        given: A user's own that was made in Python; None where the run names what it takes.
-        cohort: Clients a round.
-        size: Length of an update, for stating the memory that buffering takes.
-        name_of: The name of a node's client.
+        run: Configuration of the run.
+        given: The user's own, where it was passed in from Python; None where the run names it.
+        cohort: Number of clients per round.
+        size: Length of an update, to state the memory that buffering takes; 0 for no such note.
+        name_of: Maps a node to its client's name.
 
     Raises:
-        ConfigError: there is no such strategy, or it is none for this run. Nothing has run then.
+        ConfigError: the strategy does not exist or does not fit the run. Nothing was run.
     """
     federation = run.federation
     if given is None and not is_own(federation.strategy):
@@ -123,18 +125,18 @@ def choose_strategy(
 _ALL_OF_THEM: Mapping[str, Any] = {
     "fraction_train": 1.0,
     "fraction_evaluate": 1.0,
-    "min_train_nodes": 1,  # what they are shown is the cohort, and they take all of it
+    "min_train_nodes": 1,  # they get only the cohort, and use all of it
     "min_evaluate_nodes": 1,
     "min_available_nodes": 1,
     "weighted_by_key": NUM_EXAMPLES,
     "arrayrecord_key": ARRAYS,
     "configrecord_key": CONFIG,
 }
-"""How Flower's strategies are told of a round."""
+"""Parameters that have Flower's strategies use the whole cohort and fedcore's record names."""
 
 
 def strategy_names() -> list[str]:
-    """Every strategy that Flower has."""
+    """Returns the names of all of Flower's strategies."""
     return sorted(
         name
         for name in flower.__all__
@@ -145,18 +147,18 @@ def strategy_names() -> list[str]:
 
 
 def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: int) -> Chosen:
-    """The strategy that the configuration names.
+    """Returns the strategy of Flower's that the configuration names.
 
     Args:
         name: A class in ``flwr.serverapp.strategy``.
-        options: Its keyword arguments. Flower's DP wrappers also take ``strategy``, the name of
-            the one they wrap (``FedAvg`` when unset).
-        cohort: Clients a round.
-        size: Length of an update, for stating the memory that buffering takes.
+        options: Its keyword arguments. Flower's DP wrappers also take ``strategy``, the name of the
+            strategy that they wrap (``FedAvg`` when unset).
+        cohort: Number of clients per round.
+        size: Length of an update, to state the memory that buffering takes; 0 for no such note.
 
     Raises:
-        ConfigError: there is no such strategy, it cannot aggregate a neural network, or it does
-            not take such options. Nothing has run then.
+        ConfigError: the strategy does not exist, cannot aggregate a neural network, or does not
+            take these options. Nothing was run.
     """
     cls = _find(name)
     if issubclass(cls, _TREES):

@@ -1,7 +1,7 @@
-"""What a strategy of Flower's remembers from round to round: taken out of it, and put back.
+"""State of a Flower strategy between rounds: extract it, and restore it into a new instance.
 
-Flower's strategies cannot be saved. What they remember (moments, the clipping norm, the weights of
-the round before) stands in their attributes, and those are walked here.
+Flower's strategies cannot be saved. Their state (moments, the clipping norm, the previous round's
+weights) is in their attributes, which this module walks.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from numpy.typing import NDArray
 from fedcore.errors import ConfigError, DataError
 
 _PLAIN = (type(None), bool, int, float, str)
-_STORED_KINDS = "biuf"  # of NumPy arrays: booleans, whole numbers, floats
+_STORED_KINDS = "biuf"  # kinds of NumPy dtypes: booleans, integers, floats
 
 
 @dataclass(frozen=True)
 class StrategyState:
-    """The attributes of a strategy, and of those that it wraps."""
+    """Attributes of a strategy, and of the strategies that it wraps."""
 
     tree: Any
-    """As JSON takes it; an array is an object that holds its place in ``arrays``."""
+    """JSON values; an array is an object with its index in ``arrays``."""
     arrays: tuple[NDArray[Any], ...]
 
 
 def strategy_state_of(strategy: Strategy) -> StrategyState:
-    """What ``strategy`` holds now. Arrays are not copied: strategies replace them.
+    """Returns the current state of ``strategy``. Arrays are not copied: strategies replace them.
 
     Raises:
-        ConfigError: it holds something that cannot be stored. Nothing is left out silently.
+        ConfigError: an attribute cannot be stored. Nothing is left out silently.
     """
     arrays: list[NDArray[Any]] = []
     tree = _taken(strategy, type(strategy).__name__, arrays)
@@ -43,7 +43,7 @@ def strategy_state_of(strategy: Strategy) -> StrategyState:
 
 
 def restore_strategy(strategy: Strategy, what: StrategyState) -> None:
-    """Puts ``what`` into a fresh strategy that was made as the remembered one was.
+    """Restores the state ``what`` into a new strategy with the original's class and options.
 
     Raises:
         DataError: the two are not the same strategy.
@@ -84,7 +84,7 @@ def _taken(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
 
 
 def _memory(strategy: Strategy) -> dict[str, Any]:
-    """The attributes that count: all, unless its class says which."""
+    """Returns the attributes to store: all, unless the class names them in ``REMEMBERS``."""
     names: Sequence[str] | None = getattr(type(strategy), "REMEMBERS", None)
     held = vars(strategy)
     return held if names is None else {name: held[name] for name in names}
@@ -113,7 +113,7 @@ def _put_back(
 
 
 def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> Any:
-    """The value that ``tree`` stands for; ``has`` is what a fresh strategy has in its place."""
+    """Returns the value that ``tree`` encodes; ``has`` is the new strategy's value in its place."""
     match tree:
         case {"dict": pairs}:
             return {key: _made(item, None, arrays, where) for key, item in pairs}
@@ -133,7 +133,7 @@ def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> An
             if not isinstance(has, Strategy):
                 raise _other(where, name, type(has).__name__)
             return _put_back(has, tree, arrays, where)
-        case {"function": name}:  # never looked up by its name: the fresh strategy brings it
+        case {"function": name}:  # never looked up by name: the new strategy has it
             if not inspect.isroutine(has) or _name(has) != name:
                 raise _other(where, name, repr(has))
             return has

@@ -1,4 +1,7 @@
-"""One round of training: configure clients, collect their updates, aggregate."""
+"""One round of training: send instructions, collect updates, check the quorum, aggregate.
+
+`train_round` takes the run's progress and the round's nodes, and returns the new global weights.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +44,16 @@ from server.rounds.quorum import check_quorum
 
 @dataclass(frozen=True)
 class Collected:
-    """What the clients of a round have sent."""
+    """The clients' replies to one round of training."""
 
     mean: ExactMean | None
-    """Of their updates, where the strategy folds them."""
+    """Weighted mean of their updates, where the strategy folds them; else None."""
     updates: list[Message]
-    """Every update, for a strategy that does not."""
+    """Every update, where the strategy does not fold them; else empty."""
     instruction: Message
-    """One of those that were sent; replies answer it."""
+    """One of the messages sent; a strategy's input is built as a reply to it."""
     bytes_down: int
-    """Of the arrays that were sent."""
+    """Bytes of the arrays that were sent, over all clients."""
 
 
 def train_round(
@@ -61,21 +64,21 @@ def train_round(
     nodes: Sequence[int],
     tally: Tally,
 ) -> tuple[Released, int]:
-    """Trains on ``nodes`` what ``progress`` has come to.
+    """Trains the weights of ``progress`` for one round on ``nodes``.
 
     Args:
-        federation: What rounds work with.
-        progress: Where they are; the round that follows is trained.
+        federation: Fixed parts of the run.
+        progress: State before the round.
         records: Of the rounds before.
         layout: Of the weights.
-        nodes: Those that are asked.
-        tally: Counts what comes back.
+        nodes: Nodes to ask.
+        tally: Counts replies; modified in place.
 
     Returns:
         The new weights, and the bytes of arrays that were sent.
 
     Raises:
-        RoundFailed: there were fewer updates than the quorum, or the strategy refused them.
+        RoundFailed: there were fewer updates than the quorum, or the strategy rejected them.
     """
     run, number, protection = federation.run, progress.round + 1, progress.protection
     norm = norm_bound(run, progress.weights, live=federation.live, records=records)
@@ -96,10 +99,10 @@ def _collect(
     tally: Tally,
     norm: NormBound | None,
 ) -> Collected:
-    """Sends the round's instructions; updates are folded as they arrive where that can be."""
+    """Sends the round's instructions and collects the updates, folding them where possible."""
     run, protection, in_place = federation.run, progress.protection, federation.folding
     uniform, deadline_s = run.uniform, run.federation.deadline_s
-    # A strategy may remember what it sends: it is asked for a message even where no node was drawn.
+    # A strategy may record what it sends, so it configures a message even where no node was drawn.
     shown = nodes or federation.nodes()[:1]
     if in_place:
         first, configs = instruction_in_place(federation, progress, layout, shown)
@@ -126,7 +129,7 @@ def _collect(
     enough = len(nodes) if protection else federation.cohort
     replies = federation.grid.send_and_receive(messages, timeout=deadline_s)
     taken = accepted(replies, intake, tally, first=enough)
-    del replies  # late ones are forgotten once enough are taken
+    del replies  # releases late replies once enough are accepted
     if federation.chosen.folds:
         return Collected(fold(taken, layout, tally, uniform=uniform, bound=norm), [], first, sent)
     updates = hold(taken, tally, uniform=uniform, bound=norm)
@@ -141,7 +144,7 @@ def _aggregate(
     tally: Tally,
     collected: Collected,
 ) -> Released:
-    """The weights that follow from a round's updates."""
+    """Returns the weights that follow from a round's updates."""
     mean, updates, protection = collected.mean, collected.updates, progress.protection
     if mean is not None:
         if protection is not None:
@@ -170,10 +173,10 @@ def _aggregate(
 def _aggregated(
     federation: Federation, number: int, ready: Sequence[Message], tally: Tally
 ) -> ArrayRecord | None:
-    """What the strategy makes of the updates, or of their mean.
+    """Returns the strategy's aggregate of the updates, or of their mean.
 
     Raises:
-        RoundFailed: it refused them.
+        RoundFailed: the strategy raised an error.
     """
     strategy = federation.chosen.strategy
     try:
@@ -181,7 +184,7 @@ def _aggregated(
             arrays, _ = strategy.aggregate_train(number, ready)
     except FedcoreError:
         raise
-    except Exception as error:  # Flower's strategy refused: a plain error with its reason
+    except Exception as error:  # a strategy may raise any error
         raise RoundFailed(
             f"round {number}: {federation.chosen.name} failed to aggregate "
             f"{counted(tally.updates, 'update')}: {type(error).__name__}: {error}. The global "
@@ -191,9 +194,10 @@ def _aggregated(
 
 
 def _others(federation: Federation, progress: Progress, nodes: Sequence[int], tally: Tally) -> int:
-    """How many clients were not asked, and may have a budget left.
+    """Returns how many clients were not asked and may have budget left.
 
-    A simulation does not note who has none: there a cohort that declined is the end.
+    A simulation does not track spent budgets: if a whole cohort declines, it returns 0, which ends
+    the run.
     """
     if not tally.declined or (tally.all_declined and not federation.live):
         return 0

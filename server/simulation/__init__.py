@@ -1,5 +1,5 @@
-"""Many virtual clients on one machine, behind the apps of a deployment.
+"""Simulation: many virtual clients on one machine, with the server and client apps of a deployment.
 
-Read `run` first, then `grid`: a Grid whose messages are answered by `workers`, which train clients
-one after the other or many at once (`batched`).
+Start with `run`, then `grid`: a Flower Grid whose messages are answered by `workers`, which train
+clients one after the other or in batches (`batched`).
 """

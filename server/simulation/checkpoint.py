@@ -1,4 +1,7 @@
-"""A checkpoint of the federated part of a simulation: one file, whole or not there."""
+"""Checkpoint file of a simulation's federated part: written atomically, verified when read.
+
+`write_checkpoint` stores a `Checkpoint` as safetensors; `read_checkpoint` returns it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from server.rounds.protection import noise_of, protection_doc, protection_of
 from server.rounds.strategy_state import StrategyState
 from server.simulation.virtual.state import Choice, SimulationState
 
-MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB, and six vectors of a strategy's
+MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB and six vectors of a strategy
 _FORMAT = 2
 _DIGEST, _STATE, _EVENTS, _STRATEGY = "sha256", "state", "events", "strategy"
 _NOISE, _PROTECTION = "noise", "protection"
@@ -36,29 +39,29 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that the federated part needs to go on and give the same bits."""
+    """Everything that the federated part needs to resume and give the same bits."""
 
     identity: Mapping[str, Any]
-    """What fixes the run, see `server.rounds.run_identity`."""
+    """Identity of the run, see `server.rounds.run_identity`."""
     progress: Progress
     told: Sequence[Told]
-    """What was told of rounds, in order."""
+    """Events that rounds emitted, in order."""
     state: SimulationState
     elapsed_s: float
-    """How long it took to get there."""
+    """Duration of the rounds so far, over all processes."""
 
     @property
     def start(self) -> Start:
-        """Where rounds go on."""
+        """State from which the rounds resume."""
         rounds = (event for event in self.told if isinstance(event, RoundFinished))
         return Start(self.progress, tuple(_record(event.values) for event in rounds))
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes it in place of the one before, as safetensors that carry their own digest.
+    """Writes a checkpoint with a digest of its content; atomically replaces an earlier one.
 
     Raises:
-        DiskFull: there was no room; the one before is as it was.
+        DiskFull: there is not enough space; an earlier checkpoint is unchanged.
     """
     progress = checkpoint.progress
     arrays: Arrays = {
@@ -75,10 +78,10 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads what `write_checkpoint` wrote.
+    """Reads a checkpoint and verifies its digest.
 
     Raises:
-        DataError: there is none, or it is not what was written.
+        DataError: the file does not exist, is damaged or has another format.
     """
     raw = read_bytes(path, max_bytes=MAX_BYTES, what="the checkpoint")
     try:
@@ -106,7 +109,7 @@ def _digest(arrays: Arrays) -> NDArray[np.uint8]:
 
 
 def _json(value: Any) -> NDArray[np.uint8]:
-    """As bytes of JSON; Python writes and reads NaN in it, and every float to its last bit."""
+    """Returns a value as JSON bytes; Python's JSON preserves NaN and every bit of a float."""
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
@@ -146,7 +149,7 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
         progress=Progress(
             round=held["round"],
             over=held["over"],
-            weights=arrays["weights"].copy(),  # what was read cannot be written to
+            weights=arrays["weights"].copy(),  # arrays that were read are read-only
             best=arrays["best"].copy(),
             best_round=held["best_round"],
             most_failed=held["most_failed"],
@@ -166,7 +169,7 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
 
 
 def _numbered(arrays: Arrays, kind: str) -> tuple[NDArray[Any], ...]:
-    """The arrays of a kind, in order."""
+    """Returns the arrays whose names start with ``kind``, in order."""
     count = sum(name.startswith(f"{kind}/") for name in arrays)
     return tuple(arrays[f"{kind}/{n}"] for n in range(count))
 
@@ -176,7 +179,7 @@ def _ledger(charges: Iterable[Sequence[Any]]) -> Ledger:
 
 
 def _record(values: Mapping[str, Any]) -> RoundRecord:
-    # What came later has a default, and is not in checkpoints from before.
+    # Fields added later have a default, and older checkpoints do not have them.
     own = {field.name: values[field.name] for field in fields(RoundRecord) if field.name in values}
     virtual = own.get("virtual") and VirtualRecord(**own["virtual"])
     return RoundRecord(**{**own, "virtual": virtual})

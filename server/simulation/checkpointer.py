@@ -1,4 +1,4 @@
-"""Keeps checkpoints of a simulation while its rounds go on."""
+"""`FileCheckpointer`: writes checkpoints of a simulation while its rounds run."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import SimulationState
 
 FAILED = "failed"
-"""Folder of checkpoints from before rounds in which clients failed."""
+"""Folder for checkpoints from before rounds in which clients failed."""
 _EVERY_S = 30.0
-_MOST_OF_TIME = 0.05  # spent on writing
+_MOST_OF_TIME = 0.05  # largest share of time spent on writing
 _MOST_FAILED = 8  # checkpoints in `FAILED`
 
 
 @dataclass(frozen=True)
 class _Cohort:
-    """What was remembered of the clients of a round before it."""
+    """Client state from before a round, for the clients that the round asks."""
 
     names: Mapping[int, str]
-    """By node."""
+    """Clients' names, by node."""
     ledgers: Mapping[str, Ledger | None]
     rounds: Mapping[str, int]
     clock_s: float
 
 
 class FileCheckpointer:
-    """Writes a checkpoint now and then, when rounds end, and from before one that fails."""
+    """Writes a checkpoint at intervals when rounds end, at the end, and before a failed round."""
 
     def __init__(
         self,
@@ -55,18 +55,18 @@ class FileCheckpointer:
         elapsed_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Writes to ``folder``.
+        """Creates a checkpointer that writes to ``folder``.
 
         Args:
-            folder: The run's.
-            identity: What fixes the run.
+            folder: Folder of the run.
+            identity: Identity of the run, see `server.rounds.run_identity`.
             clients: Names, in the order of their nodes.
-            state: Of the clients; it changes from round to round.
-            told: What was told of rounds; it grows from round to round.
-            stopping: Whether rounds are to end with the one that is going on.
-            command: The command line that runs this, for advice.
-            elapsed_s: What rounds took before this process began.
-            clock: Gives seconds.
+            state: State of the clients; read at each commit, as rounds change it.
+            told: Events that rounds emitted; read at each commit, as rounds append to it.
+            stopping: Whether the run should stop after the current round.
+            command: Command line of this run, for advice.
+            elapsed_s: Duration of the rounds before this process started.
+            clock: Returns seconds.
         """
         self._folder = folder
         self._identity = identity
@@ -83,7 +83,7 @@ class FileCheckpointer:
         self._cohort: _Cohort | None = None
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
-        """Writes a checkpoint where one is due, where rounds are over or are to stop."""
+        """Writes a checkpoint if one is due, if the run has ended, or if it should stop."""
         self._told_before, self._cohort = len(self._told), None
         self._stop = self._stopping()
         if self._stop or progress.over or self._clock() >= self._due_s:
@@ -93,15 +93,18 @@ class FileCheckpointer:
             self._due_s = self._clock() + max(_EVERY_S, took_s / _MOST_OF_TIME)
 
     def may_continue(self, progress: Progress) -> bool:
-        """False where the last commit found that rounds are to stop."""
+        """Returns False if the run was asked to stop before the last commit."""
         return not self._stop
 
     def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """What ``draw`` returns: a simulation resumes at the beginning of a round."""
+        """Draws a new cohort: a simulation resumes at the start of a round."""
         return draw()
 
     def begin(self, nodes: Sequence[int]) -> None:
-        """Remembers what the round will change; the rest of the clients costs nothing."""
+        """Saves the state of the round's clients, which the round changes.
+
+        Other clients' state is not copied.
+        """
         state = self._state
         names = {node: self._clients[node - FIRST_NODE_ID] for node in nodes}
         self._cohort = _Cohort(
@@ -112,15 +115,15 @@ class FileCheckpointer:
         )
 
     def accept(self, reply: Message) -> Message:
-        """The reply as it is: what a round took is computed again."""
+        """Returns the reply unchanged: a resumed round computes its replies again."""
         return reply
 
     def discard(self, reply: Message) -> bool:
-        """Nothing was accepted before."""
+        """Returns False: no earlier process has accepted a reply."""
         return False
 
     def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        """Keeps what the clients of the round were sent; names the command to see one fail."""
+        """Saves a checkpoint from before the round; returns advice to replay a failed client."""
         folder, number = self._folder / FAILED, progress.round + 1
         write_checkpoint(folder / f"round-{number}.safetensors", self._before(progress))
         kept = sorted(folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime)
@@ -134,11 +137,11 @@ class FileCheckpointer:
         return [f"`{self._command} --replay {shlex.quote(asked)}` shows how."]
 
     def fail(self, progress: Progress) -> None:
-        """Writes what was before the round."""
+        """Writes a checkpoint from before the failed round."""
         write_checkpoint(self._folder / CHECKPOINT, self._before(progress))
 
     def _before(self, progress: Progress) -> Checkpoint:
-        """The state of things when ``progress`` was made."""
+        """Returns the checkpoint for ``progress``, without the changes of the round under way."""
         state, cohort = self._state, self._cohort
         if cohort is not None:
             ledgers, rounds = dict(state.ledgers), Counter(state.rounds)

@@ -1,4 +1,4 @@
-"""How the federated model does on each client: known only because the clients are simulated."""
+"""Results of the federated model by client, which only a simulation can compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from server.records import ClientRecord
 from server.simulation.virtual.state import SimulationState
 
 MOST = 1000
-"""Clients that are looked at; reading every one's data again would rival the run itself."""
+"""Maximum number of clients evaluated; reading all clients' data again could take as long as the
+run."""
 
 
 def client_records(
@@ -22,7 +23,10 @@ def client_records(
     state: SimulationState,
     data: Folder,
 ) -> tuple[ClientRecord, ...]:
-    """A record of each client that took part (the first `MOST`), in the order of their names."""
+    """Returns a record per client that took part, for the first `MOST` by name.
+
+    Leaves out clients whose data cannot be read or evaluated.
+    """
     records = []
     for name in sorted(state.rounds)[:MOST]:
         judged = _judged(task, model, name, data)
@@ -43,9 +47,9 @@ def client_records(
 
 
 def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Examples, float] | None:
-    """A client's examples and the model's metric on them; None where they are of no use to it.
+    """Returns a client's examples and the model's metric on them.
 
-    It took no part then, and the rounds said why.
+    None where they cannot be read or evaluated; such a client has also failed in the rounds.
     """
     try:
         examples = read_examples(
@@ -54,5 +58,5 @@ def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Exam
         return examples, evaluate(model, examples, [task.primary])[task.primary.name]
     except InsufficientMemory:
         raise
-    except (Exception, SystemExit):  # whatever the task's code raises on them
+    except (Exception, SystemExit):  # the task's code may raise anything
         return None

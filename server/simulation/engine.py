@@ -1,4 +1,4 @@
-"""Runs any two Flower apps in this process, one virtual client after the other."""
+"""Runs any pair of Flower apps in this process, one virtual client after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID, context_of, o
 
 @dataclass(frozen=True)
 class Visited:
-    """What is left of the virtual clients: each one's own state, by its name."""
+    """State of the virtual clients after a run, by name."""
 
     contexts: Mapping[str, Context]
     rounds: Mapping[str, int]
@@ -26,10 +26,10 @@ class Visited:
 
 
 def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Visited:
-    """Runs ``server`` over one virtual node a client; nodes stand in the order of ``clients``.
+    """Runs ``server`` with one virtual node per client; nodes are in the order of ``clients``.
 
-    A client's state comes into being with its first message, so clients that are never selected
-    cost nothing. `server.simulation.federate` does the same for this project's own apps, quicker.
+    A client's state is created with its first message, so clients that are never selected cost
+    nothing. For fedcore's own apps, `server.simulation.federate` is a faster equivalent.
     """
     assume_identity(RUN_ID)
     contexts: dict[str, Context] = {}
@@ -43,7 +43,7 @@ def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Vi
         rounds[name] += message.metadata.message_type == MessageType.TRAIN
         try:
             return client(message, contexts[name])
-        except Exception as error:  # as a node does: a mod that fails is a client that fails
+        except Exception as error:  # like a Flower node: an error in a mod is the client's failure
             reason = f"client {name!r}: its app raised {type(error).__name__}: {error}"
             return Message(Error(REFUSED, reason), reply_to=message)
 

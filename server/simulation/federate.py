@@ -1,4 +1,4 @@
-"""Trains one model over virtual clients, by the ServerApp and the ClientApp of a deployment."""
+"""Trains one model over virtual clients, with the ServerApp and ClientApp of a deployment."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def federate(
     fleet: VirtualFleet | None,
     on_choice: Callable[[Choice, int], None],
 ) -> None:
-    """Runs ``server`` over one virtual node a client; nodes stand in the order of ``clients``.
+    """Runs ``server`` with one virtual node per client; nodes are in the order of ``clients``.
 
-    What clients do is what `fedcore.client_app` has devices do.
+    Virtual clients run the same code as devices, see `fedcore.client_app`.
 
     Args:
         server: The ServerApp.
-        task: What clients train.
-        run: The run; its seed fixes everything.
-        owner: What every virtual client keeps to.
-        clients: Names; looked at only where one is asked for something.
-        state: What is remembered of clients; kept up to date from round to round.
-        fleet: The devices of clients on a virtual clock, if there are any.
-        on_choice: Told how clients are trained, and by how many workers.
+        task: Defines the model, the data and the metrics.
+        run: Configuration of the run; its seed determines the result.
+        owner: Policy that every virtual client complies with.
+        clients: Names; read only for nodes that a message is sent to.
+        state: State of the clients between rounds; updated in place.
+        fleet: Devices of the clients on a virtual clock; None for a run without one.
+        on_choice: Callback with the training method and the number of workers.
     """
     staff = WorkerScheduler(
         partial(_worker, task, run, owner, fleet),
@@ -92,6 +92,6 @@ def _worker(task: Task, run: RunConfig, owner: OwnerPolicy, fleet: VirtualFleet 
 def worker_elsewhere(
     path: Path, run: RunConfig, owner: OwnerPolicy, fleet: VirtualFleet | None
 ) -> Worker:
-    """The same in a process that shares nothing with this one, from the task's file."""
+    """Creates a worker in a process that shares no memory with this one, from the task's file."""
     quiet()
     return _worker(load_task(path), run, owner, fleet)

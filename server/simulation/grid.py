@@ -1,4 +1,4 @@
-"""The Grid of a simulation: virtual nodes whose messages a crew of workers answers."""
+"""Grid of a simulation: virtual nodes whose messages are answered by workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("fedcore.server")
 
 
 class SimulatedGrid(OwnGrid):
-    """One virtual node a client; nodes stand in the order of ``clients``."""
+    """Grid with one virtual node per client; nodes are in the order of ``clients``."""
 
     def __init__(
         self,
@@ -35,13 +35,14 @@ class SimulatedGrid(OwnGrid):
         *,
         first: int | None = None,
     ) -> None:
-        """A grid for one run.
+        """Creates the grid of one run.
 
         Args:
-            clients: Their names.
-            staff: Who does their work.
-            state: What is remembered of them.
-            first: With so many updates a round on the virtual clock ends, if more are asked.
+            clients: Clients' names.
+            staff: Provides the workers.
+            state: State of the clients between rounds; updated in place.
+            first: Number of updates that ends a round on the virtual clock, if more are asked; None
+                to wait for all.
         """
         super().__init__(RUN_ID)
         self._first = first
@@ -51,10 +52,10 @@ class SimulatedGrid(OwnGrid):
         self._told: set[str] = set()
         self._state = state
         self.virtual: VirtualRecord | None = None
-        """The last round on it; None without device classes."""
+        """Record of the last round on the virtual clock; None without device classes or a trace."""
 
     def get_node_ids(self) -> Sequence[int]:
-        """Every node, as a range: a million of them take no memory."""
+        """Returns all nodes as a range, which takes no memory for a million of them."""
         return range(FIRST_NODE_ID, FIRST_NODE_ID + len(self._clients))
 
     def fold(
@@ -66,30 +67,34 @@ class SimulatedGrid(OwnGrid):
         uniform: bool,
         deadline_s: float,
     ) -> Folded:
-        """Trains these nodes and adds their updates up where they are made."""
+        """Trains ``nodes``; the workers add their updates up."""
         order = RoundTask(MessageType.TRAIN, content, configs, fold=True, uniform=uniform)
         answers, total = self._carry_out(order, nodes, deadline_s)
         taken = [(one.num_examples, one.metrics) for one in answers if one.num_examples]
         return Folded(total, taken, [one.error for one in answers if one.error is not None])
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keeps messages until their replies are pulled; nothing is computed before."""
+        """Stores messages until their replies are pulled; nothing is computed before."""
         pushed = {uuid.uuid4().hex: message for message in messages}
         self._waiting |= pushed
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to messages that were pushed, each once."""
+        """Returns the replies to pushed messages, each reply once."""
         known = [one for one in message_ids if one in self._waiting]
         return list(self.send_and_receive([self._waiting.pop(one) for one in known]))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Replies in the order of the messages; ``timeout`` is on the virtual clock."""
+        """Yields replies, one group of messages after the other; ``timeout`` is in virtual time.
+
+        Messages that share all records except the configuration form a group. There is no reply
+        from a client that is lost or late.
+        """
         deadline_s = float("inf") if timeout is None else timeout
         groups: dict[tuple[object, ...], list[Message]] = {}
-        for message in messages:  # a cohort is sent the same records, but for settings
+        for message in messages:  # a cohort shares all records except the configuration
             key = (message.metadata.message_type, *_same_but_for_config(message.content))
             groups.setdefault(key, []).append(message)
         for group in groups.values():
@@ -128,7 +133,7 @@ class SimulatedGrid(OwnGrid):
         return answers, total
 
     def _tell(self, answer: ClientOutcome) -> None:
-        """Says once a client that examples of it counted as zero: they will in each round."""
+        """Logs, once per client, that examples counted as zero: they will in each round."""
         name = answer.asked.name
         if not answer.skipped or name in self._told:
             return
@@ -140,7 +145,7 @@ class SimulatedGrid(OwnGrid):
         return ClientRef(node, name, self._state.ledgers.get(name))
 
     def _advance(self, answers: Sequence[ClientOutcome], deadline_s: float) -> list[ClientOutcome]:
-        """Moves the virtual clock; what arrives after the round has ended is left out."""
+        """Advances the virtual clock; drops the content of updates that arrive after the end."""
         fates = [answer.fate for answer in answers if answer.fate is not None]
         if not fates:
             return list(answers)
@@ -149,7 +154,7 @@ class SimulatedGrid(OwnGrid):
             updates = [one.fate for one in answers if one.fate is not None and not one.error]
             enough = first_of(updates, self._first, deadline_s=deadline_s)
             if len(enough) < self._first:
-                enough = []  # whoever else may come is waited for
+                enough = []  # too few in time: the round waits for all
         self.virtual = settle(fates, deadline_s=deadline_s, enough=enough).record
         self._state.clock_s += self.virtual.simulated_s
         if not enough:
@@ -162,5 +167,5 @@ class SimulatedGrid(OwnGrid):
 
 
 def _same_but_for_config(content: RecordDict) -> tuple[object, ...]:
-    """What two contents have in common that can be asked for together."""
+    """Returns a key that is equal for contents which differ only in their configuration."""
     return tuple((name, id(record)) for name, record in content.items() if name != CONFIG)

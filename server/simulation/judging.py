@@ -1,4 +1,4 @@
-"""Models that came after the rounds, judged by virtual clients."""
+"""Virtual clients measure models after the rounds: fine-tuned models, and exported ONNX files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def judge_in_simulation(
     clients: Sequence[str],
     on_note: Callable[[str], None],
 ) -> Judge:
-    """Has virtual clients measure models, whether or not they would be there on a virtual clock."""
+    """Returns a function that has virtual clients measure two models.
+
+    Devices on a virtual clock are ignored: every client is reachable.
+    """
 
     def judge(before: FullModel, after: FullModel) -> Judgement:
         found: list[Judgement] = []
@@ -54,7 +57,10 @@ def weigh_in_simulation(
     clients: Sequence[str],
     on_note: Callable[[str], None],
 ) -> Weigh:
-    """Has virtual clients answer what they hold back with an exported file, as devices will."""
+    """Returns a function that has virtual clients measure an ONNX file on their held-out data.
+
+    It runs the file as devices do. A client that fails is noted once, and left out.
+    """
     names = [clients[place] for place in judges(run, range(len(clients)))]
     client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
     told = set[str]()
@@ -67,7 +73,7 @@ def weigh_in_simulation(
                 value = task.primary.compute(torch.from_numpy(outputs), targets)
                 if not math.isfinite(value):
                     raise DataError(f"its {task.primary.name} is {value}")
-            except (Exception, SystemExit) as error:  # the task's code: one client's failure
+            except (Exception, SystemExit) as error:  # the task's code may raise anything
                 if name not in told:
                     on_note(f"client {name!r} weighs no candidate: {type(error).__name__}: {error}")
                 told.add(name)

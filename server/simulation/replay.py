@@ -1,4 +1,4 @@
-"""One client of one round, trained again alone, with everything that it says."""
+"""Replay of one client in one round, trained by itself with full error output."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from server.simulation.virtual.state import SimulationState
 
 @dataclass(frozen=True)
 class Wanted:
-    """A client of a round."""
+    """The client and round to replay."""
 
     round: int
     client: str
     node: int
     cohort: Sequence[int]
-    """Nodes of the round."""
+    """All nodes of the round."""
 
 
 def replay(
@@ -71,27 +71,27 @@ def replay(
     *,
     json: bool,
 ) -> int:
-    """Trains the client that ``text`` names, as it was trained in that round.
+    """Trains the client that ``text`` names, as in the original round.
 
-    The round's weights come from the checkpoint that is nearest to it, by simulating the rounds
-    between; where there is none, by simulating from the beginning. No file is written.
+    The round's weights come from the nearest earlier checkpoint, and from simulating the rounds
+    since; without a checkpoint, from simulating from the start. Writes no file.
 
     Args:
         text: ``ROUND:CLIENT``.
-        run: The run.
-        task: Its task; it may have been mended since.
-        owner: What virtual clients keep to.
-        prepared: What the run works on.
-        runs: Folder that results of runs are below.
-        out: Where the result goes.
-        json: Whether as one JSON object.
+        run: Configuration of the run.
+        task: Its task, which may have been corrected since.
+        owner: Policy that virtual clients comply with.
+        prepared: Clients, data and strategy of the run.
+        runs: Parent folder of all runs' folders.
+        out: Stream for the result.
+        json: Whether to write the result as one JSON object.
 
     Returns:
-        An exit code: that of the client's error, if it fails again; its traceback is printed.
+        The exit code: 0, or that of the client's error, whose traceback is printed.
 
     Raises:
-        ConfigError: there is no such round or client, or the checkpoint is of another run.
-        FedcoreError: a round before it fails.
+        ConfigError: the round or client does not exist, or the checkpoint is of another run.
+        FedcoreError: an earlier round fails.
     """
     wanted = _wanted(text, run, prepared.clients)
     nearest = _nearest(runs / run.name, wanted.round, identity_of(run, owner))
@@ -131,13 +131,13 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
 
 
 def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoint | None:
-    """The last checkpoint from before a round, of those that there are."""
+    """Returns the latest checkpoint from before a round; None where there is none."""
     best: Checkpoint | None = None
     for path in [folder / CHECKPOINT, *folder.glob(f"{FAILED}/round-*.safetensors")]:
         if not path.is_file():
             continue
         found = read_checkpoint(path)
-        mended = {**identity, TASK: found.identity.get(TASK)}  # to see whether that helps
+        mended = {**identity, TASK: found.identity.get(TASK)}  # may be a corrected task
         check_same(path, found.identity, mended)
         if found.progress.round < number and (
             best is None or found.progress.round > best.progress.round
@@ -149,14 +149,14 @@ def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoi
 
 
 class _Until(NoCheckpoints):
-    """Ends rounds before the one that is wanted."""
+    """Checkpointer that ends the rounds before round ``number``."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self.progress: Progress | None = None
 
     def may_continue(self, progress: Progress) -> bool:
-        """False before that round."""
+        """Returns False once only round ``number`` would follow."""
         self.progress = progress
         return progress.round < self._number - 1
 
@@ -170,7 +170,7 @@ def _progress_before(
     nearest: Checkpoint | None,
     state: SimulationState,
 ) -> Progress:
-    """Where the federated part was before the round; ``state`` is brought there, too."""
+    """Returns the progress before the round to replay; updates ``state`` to match."""
     if nearest is not None and nearest.progress.round == wanted.round - 1:
         return nearest.progress
     begun = nearest.progress.round if nearest else 0
@@ -187,7 +187,7 @@ def _progress_before(
         tell=lambda event: None,
         on_choice=lambda choice, workers: None,
     )
-    assert checkpointer.progress is not None  # it was asked at least once
+    assert checkpointer.progress is not None  # `may_continue` was called at least once
     if checkpointer.progress.round < wanted.round - 1:
         raise ConfigError(
             f"--replay {wanted.round}:{wanted.client}: the run ended after round "
@@ -220,7 +220,7 @@ def _train_alone(
             reply = handle(message, context)
         asked = asked_to_train(client.run, client.resident.layout)
         update = read_reply(reply, asked, where=f"update from client {wanted.client!r}")
-    except (Exception, SystemExit) as error:  # here the traceback is what the user asked for
+    except (Exception, SystemExit) as error:  # any error: the user wants its traceback
         traceback.print_exception(error, file=sys.stderr)
         _, reason = error_of(wanted.client, error, hide=False)
         found = {"ok": False, "error": reason}
@@ -251,7 +251,7 @@ def _train_alone(
 
 
 def _handler(client: Client, name: str, mods: Sequence[Mod]) -> ClientAppCallable:
-    """What the ClientApp does for a message, mods included, but that errors come out whole."""
+    """Returns the ClientApp's training handler with its mods, except that errors propagate."""
 
     def train(message: Message, context: Context) -> Message:
         return Message(train_client(client, name, message, context), reply_to=message)
@@ -268,7 +268,7 @@ def _handler(client: Client, name: str, mods: Sequence[Mod]) -> ClientAppCallabl
 def _instruction(
     wanted: Wanted, run: RunConfig, task: Task, prepared: Prepared, progress: Progress
 ) -> Message:
-    """What the client was sent."""
+    """Returns the message that the client was sent."""
     model = build_model(task, run)
     layout = layout_of(model.model)
     if layout.size != len(progress.weights):

@@ -1,4 +1,4 @@
-"""Where a run that was interrupted goes on."""
+"""Resume of an interrupted simulation from its checkpoint."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from server.simulation.checkpointer import FAILED
 
 
 def pick_up(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
-    """The run's checkpoint; what else lies in ``folder`` and will be written again is removed.
+    """Returns the run's checkpoint, and clears ``folder`` of files that will be written again.
 
     Args:
-        folder: The run's, held by this process.
-        run: The run as it is asked for now.
-        owner: What virtual clients keep to now.
+        folder: Folder of the run, locked by this process.
+        run: Current configuration of the run.
+        owner: Current policy that virtual clients comply with.
 
     Raises:
-        ConfigError: there is none, or it is of another run. Nothing was removed.
-        DataError: it is damaged. Nothing was removed.
+        ConfigError: there is no checkpoint, or it is of another run. Nothing was removed.
+        DataError: the checkpoint is damaged. Nothing was removed.
     """
     path = folder / CHECKPOINT
     if not path.is_file():

@@ -1,4 +1,8 @@
-"""A run in simulation: rounds over virtual clients, which can be resumed, and what follows them."""
+"""A run in simulation: resumable rounds over virtual clients, and the stages that follow.
+
+`run_pipeline` is the entry point. It takes a run, its task and data, and writes models and reports
+to the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -48,21 +52,21 @@ def run_pipeline(
     command: str,
     resumed: Checkpoint | None,
 ) -> Completed:
-    """Trains in simulation, fine-tunes, compresses, tests, publishes; files go to ``folder``.
+    """Trains in simulation, fine-tunes, compresses, tests and publishes; writes to ``folder``.
 
     Args:
-        run: The run.
+        run: Configuration of the run.
         task: Its task.
-        owner: What virtual clients keep to.
-        prepared: What it works on.
-        folder: Where its files go.
-        emit: Told what happens.
-        command: The command line that asked for this, for advice on how to go on.
-        resumed: Where an earlier process stopped; None to begin at the beginning.
+        owner: Policy that virtual clients comply with.
+        prepared: Clients, data and strategy of the run.
+        folder: Folder for the run's files.
+        emit: Callback for each event.
+        command: Command line of this run, for advice on how to resume.
+        resumed: Checkpoint to resume from; None to start from the beginning.
 
     Raises:
-        FedcoreError: whatever stops it; what was published before stands.
-        KeyboardInterrupt: the user stopped it; a checkpoint is in ``folder``.
+        FedcoreError: a stage failed; what was published before stays.
+        KeyboardInterrupt: the user stopped the run; a checkpoint is in ``folder``.
     """
     story = StageLog(emit)
     elapsed_s = resumed.elapsed_s if resumed else 0.0
@@ -89,13 +93,13 @@ def run_pipeline(
 
 @dataclass(frozen=True)
 class SimulatedRounds:
-    """What the federated part of a run leaves."""
+    """Result of the federated part of a run."""
 
     outcome: Outcome
     state: SimulationState
     training: TrainingRecord | None
     notes: tuple[str, ...]
-    """Those of processes that were interrupted, too."""
+    """Includes those of earlier, interrupted processes."""
 
 
 def run_federated_part(
@@ -109,11 +113,11 @@ def run_federated_part(
     command: str,
     resumed: Checkpoint | None,
 ) -> SimulatedRounds:
-    """Runs the rounds that are left; the arguments are those of `run_pipeline`.
+    """Runs the remaining rounds; the arguments are those of `run_pipeline`.
 
     Raises:
-        FedcoreError: whatever stops it; a checkpoint from before the failed round is kept.
-        KeyboardInterrupt: the user stopped it; a checkpoint is kept.
+        FedcoreError: a round failed; a checkpoint from before it is kept.
+        KeyboardInterrupt: the user stopped the run; a checkpoint is kept.
     """
     told: list[Told] = list(resumed.told) if resumed else []
     state = resumed.state if resumed else SimulationState()
@@ -157,7 +161,7 @@ def run_federated_part(
                     on_choice=on_choice,
                 )
             except FedcoreError:
-                if stopping():  # whoever stops a service asks its workers, too, and they do
+                if stopping():  # a service manager's signal stops the workers, too
                     raise KeyboardInterrupt from None
                 raise
         if stopping():
@@ -182,7 +186,7 @@ def run_simulated_rounds(
     tell: Callable[[Told], None],
     on_choice: Callable[[Choice, int], None],
 ) -> Outcome:
-    """Rounds from where ``resumed`` and ``state`` are until the last, or until asked to stop."""
+    """Runs rounds from ``resumed`` and ``state`` on, until the last or until asked to stop."""
     outcomes: list[Outcome] = []
     pace = RoundPace()
 
@@ -209,7 +213,7 @@ def run_simulated_rounds(
 
 
 def choice_text(choice: Choice, workers: int) -> str:
-    """How clients are trained, in a sentence."""
+    """Returns a sentence on how clients are trained."""
     return (
         f"Clients are trained {_WAYS[choice.method]} by {workers} "
         f"worker{'s' if workers > 1 else ''}: {choice.reason}."
@@ -217,7 +221,7 @@ def choice_text(choice: Choice, workers: int) -> str:
 
 
 def _say_stopping() -> None:
-    with suppress(RuntimeError):  # the signal came in the middle of another line
+    with suppress(RuntimeError):  # the signal interrupted another write
         say(
             "Interrupted: the round is finished first, and a checkpoint written. Again to stop at "
             "once.",

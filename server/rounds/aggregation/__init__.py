@@ -1,4 +1,5 @@
-"""Updates in, their weighted mean out: the same bits in whatever order they come.
+"""Exact weighted mean of updates: the same bits in any order of arrival.
 
-Read `fold` first, which adds updates as they arrive; `exact_mean` is the sum.
+Start with `exact_mean`, the sum; `limbs` stores it where it exceeds 64 bits. `server.rounds.fold`
+adds updates to it as they arrive.
 """

@@ -1,4 +1,4 @@
-"""A weighted sum that is the same bits in whatever order, and however split, it is added up."""
+"""Exact weighted sum: the same bits in any order, and however the updates are split into sums."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from fedcore.updates.pack import Vector
 from server.rounds.aggregation.limbs import MOST, UNIT, add_whole, carry, to_floats, whole_parts
 
 STEP = 2.0**-36
-"""One unit of fixed point: 1.5e-11, far below float32's step for weights of usual size."""
+"""Unit of the fixed-point format: 1.5e-11, far below float32's spacing at usual weights."""
 _SCALE = 1 / STEP
-_EXACT = 2.0**53  # below it float64 holds every whole number
-_EXACT_WEIGHT = 2**29  # times float32's 24 bits: up to here float64 holds every product
+_EXACT = 2.0**53  # float64 represents every integer below this
+_EXACT_WEIGHT = 2**29  # up to this, products with float32 (24 bits) are exact in float64
 _ROUNDER = 1.5 * 2.0**52
-"""Between it and twice 2**52 float64 holds whole numbers alone: what is added to it is rounded, as
-`np.rint` rounds, and its bits then count up from those of this one. NumPy turns float64 into whole
-numbers one at a time, and does this for eight at once."""
+"""Between this and twice 2**52, float64 represents only integers. So adding it to a value rounds
+the value like `np.rint`, and the bits of the sum count up from those of this constant. NumPy
+converts float64 to integers one at a time, but does this for eight at once."""
 _ROUNDER_BITS = np.float64(_ROUNDER).view(np.int64)
 _ROUNDS_BELOW = 2.0**51
-_LOW_BITS = 20  # of a greater weight, which is added in two parts
+_LOW_BITS = 20  # a larger weight is split after these and added in two steps
 _CHUNK = 1 << 16  # elements; temporaries stay in the cache and memory stays O(model)
 Parts = Callable[[], Iterable[Vector]]
-"""Gives a vector from its first element to its last, part by part, each time that it is called."""
+"""Returns a vector part by part, from first element to last; can be called repeatedly."""
 AddScaled = Callable[[NDArray[np.float32], NDArray[np.float64], NDArray[np.int64]], None]
-"""Takes rows ``(K, D)``, a factor for each, and a total ``(D,)``, to which it adds the products,
-each rounded to a whole number first. Whoever calls it sees to it that no sum reaches 2**63."""
+"""Adds rows ``(K, D)``, each multiplied by its factor and rounded to integers, to a total
+``(D,)``. The caller ensures that no sum reaches 2**63."""
 
 
 class ExactMean:
-    """Accumulates ``sum(weight * vector)`` in fixed point, as a whole number of any size.
+    """Accumulates ``sum(weight * vector)`` in fixed point, as integers of any size.
 
-    Integer addition is associative, so the mean does not depend on the order of arrival. Ordinary
-    sums stay below 2**26 and take 8 bytes an element, whatever the number of updates; what grows
-    beyond is carried into further numbers of 8 bytes, which are there once they are needed.
+    Integer addition is associative, so the mean does not depend on the order of arrival. Usual sums
+    stay below 2**26 and take 8 bytes per element for any number of updates. Larger ones carry into
+    further 8-byte limbs, allocated only when needed.
 
     Guarantee:
-        Each weighted element is rounded once, to a multiple of 2**-36 (twice where its weight
-        passes 2**29); no sum is rounded, and none has a ceiling. The mean of vectors with weights
-        ``w`` differs from the real one by at most ``2**-37 * n / sum(w)``, twice as much with such
-        weights, and by rounding to float32.
+        Each weighted element is rounded once, to a multiple of 2**-36 (twice if its weight exceeds
+        2**29). No sum is rounded or limited in size. The mean of vectors with weights ``w`` differs
+        from the real one by at most ``2**-37 * n / sum(w)``, twice that with such weights, plus
+        rounding to float32.
     """
 
     def __init__(self, size: int) -> None:
         self._limbs: list[NDArray[np.int64]] = [np.zeros(size, np.int64)]
-        """The sum is that of each times ``2**(32 * place)``, in units of `STEP`."""
+        """Limbs of the sum: each counts ``2**(32 * index)``, in units of `STEP`."""
         self._bounds = [0]
-        """What the magnitudes of each stay within."""
+        """Upper bounds on the magnitudes in each limb."""
         self.weight = 0
-        """Sum of weights so far."""
+        """Sum of the weights added so far."""
         self.count = 0
-        """Updates so far."""
+        """Number of updates added so far."""
 
     def touch(self) -> None:
-        """Has the system give the sum its memory now; nothing may have been added yet.
+        """Allocates the sum's memory pages in advance; call it before the first update.
 
-        Else it does so page by page with the first update, while others wait for the processor.
+        Otherwise the system allocates page by page during the first update, which delays it.
         """
         assert not self.count
         self._limbs[0].fill(0)
 
     def add(self, vector: Vector, weight: int) -> None:
-        """Folds in one update.
+        """Adds one update.
 
         Args:
             vector: Shape ``(D,)``, finite.
-            weight: A positive whole number.
+            weight: A positive integer.
 
         Raises:
-            InvalidUpdate: a value is not finite; the sum is unchanged then.
+            InvalidUpdate: a value is not finite; the sum is unchanged.
         """
 
         def parts() -> Iterable[Vector]:
@@ -81,15 +81,15 @@ class ExactMean:
         self.add_parts(parts, weight)
 
     def add_parts(self, parts: Parts, weight: int, *, peaks: Sequence[float] | None = None) -> None:
-        """As `add`, where the vector need not be in memory as a whole.
+        """Adds one update that comes in parts, so that it need not be in memory at once.
 
         Args:
-            parts: The vector.
-            weight: A positive whole number.
-            peaks: The largest magnitude in each part, where that is known; looked for when None.
+            parts: Returns the vector's parts.
+            weight: A positive integer.
+            peaks: Largest magnitude in each part, where known; computed when None.
 
         Raises:
-            InvalidUpdate: a value is not finite; the sum is unchanged then.
+            InvalidUpdate: a value is not finite; the sum is unchanged.
         """
         if peaks is None:
             peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
@@ -103,17 +103,16 @@ class ExactMean:
         self.weight, self.count = self.weight + weight, self.count + 1
 
     def has_room(self, peaks: Sequence[float], weight: int) -> bool:
-        """Whether a vector with these peaks can be added without more memory than there is."""
+        """Whether a vector with these peaks can be added without allocating a further limb."""
         (factor, *more) = _factors(weight)
         bound = max(peaks, default=0.0) * factor
         return not more and bound < MOST // 4 and self._bounds[0] + int(bound) + 1 < MOST
 
     def take_back(self, parts: Parts, weight: int, *, peaks: Sequence[float]) -> None:
-        """Takes back a vector that `add_parts` added when there was room for it.
+        """Subtracts a vector that `add_parts` added while `has_room` was true.
 
         Guarantee:
-            The sum is what it would be without. Nothing may have been added since for which there
-            was no room.
+            The sum is the one without the vector. No vector without room may have been added since.
         """
         (factor,) = _factors(weight)
         most = max(peaks, default=0.0) * factor
@@ -127,15 +126,15 @@ class ExactMean:
         weights: Sequence[int],
         add_scaled: AddScaled | None = None,
     ) -> None:
-        """Folds in many updates at once, with the bits that one after the other would give.
+        """Adds many updates at once, with the same bits as one after the other.
 
         Args:
             rows: Shape ``(K, D)``, finite.
-            weights: A positive whole number for each row.
-            add_scaled: What adds the rows up, where there is anything quicker than NumPy.
+            weights: A positive integer for each row.
+            add_scaled: Faster implementation of the sum; NumPy is used when None.
 
         Raises:
-            InvalidUpdate: a value is not finite; the rows before its own may have been added.
+            InvalidUpdate: a value is not finite; rows before it may have been added.
         """
         peaks = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
         factors = np.array(weights, np.float64) * _SCALE
@@ -177,9 +176,9 @@ class ExactMean:
             start += len(part)
 
     def _add_ordinary(self, parts: Parts, factor: float, most: float) -> None:
-        """Adds a vector whose products, of magnitude ``most``, the first limb has room for."""
+        """Adds a vector to the first limb, which has room for products of magnitude ``most``."""
         start = 0
-        # Were they allocated for each part, the kernel would map and zero them each time.
+        # Allocated once: otherwise the kernel maps and zeroes new pages for each part.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
         whole = products.view(np.int64)
         for part in parts():
@@ -201,7 +200,7 @@ class ExactMean:
     def _add_scaled(
         self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float
     ) -> None:
-        small = bound + len(rows) < _EXACT  # then sums of whole numbers are exact in float64, too
+        small = bound + len(rows) < _EXACT  # then float64 sums of integers are exact
         step = max(1, _CHUNK // max(1, len(rows)))
         for start in range(0, rows.shape[1], step):
             part = slice(start, start + step)
@@ -211,17 +210,17 @@ class ExactMean:
             self._limbs[0][part] += total.astype(np.int64, copy=False)
 
     def merge(self, other: ExactMean) -> None:
-        """Folds in everything that another sum holds."""
+        """Adds everything that another sum contains."""
         for place, (limb, bound) in enumerate(zip(other._limbs, other._bounds, strict=True)):
             self._make_room(place, bound)
-            # What came from another process may be read-only.
+            # Limbs from another process may be read-only.
             self._limbs[place] = self._limbs[place] + limb
         self.weight, self.count = self.weight + other.weight, self.count + other.count
 
     def mean(self) -> Vector:
-        """The weighted mean, shape ``(D,)``, float32; at least one update must have come in.
+        """Returns the weighted mean, shape ``(D,)``, float32; requires at least one update.
 
-        What float32 cannot express comes out as an infinity.
+        Values beyond the range of float32 become infinities.
         """
         mean = np.empty(len(self._limbs[0]), np.float32)
         for part, values in zip(self._chunks(), self.mean_parts(), strict=True):
@@ -229,10 +228,13 @@ class ExactMean:
         return mean
 
     def mean_parts(self) -> Iterator[Vector]:
-        """As `mean`, part by part; each lies in the memory of the one before."""
+        """Yields the weighted mean in parts; each overwrites the memory of the one before.
+
+        Requires at least one update.
+        """
         assert self.weight > 0
         size = min(_CHUNK, len(self._limbs[0]))
-        # Were they allocated for each part, the kernel would map and zero them each time.
+        # Allocated once: otherwise the kernel maps and zeroes new pages for each part.
         wide, values = np.empty(size, np.float64), np.empty(size, np.float32)
         for part in self._chunks():
             count = part.stop - part.start
@@ -243,13 +245,13 @@ class ExactMean:
             yield values[:count]
 
     def differences(self, base: Vector) -> NDArray[np.float64]:
-        """The sum of ``vector - base`` over all updates, shape ``(D,)``; each must weigh 1.
+        """Returns the sum of ``vector - base`` over all updates, shape ``(D,)``; each has weight 1.
 
         Guarantee:
-            It is the sum of one term an update, ``vector`` and ``base`` each rounded to a multiple
-            of 2**-36 before, without any rounding of sums: leaving one update out changes it by
-            that update's own term, and by nothing else. (Where a sum passes 2**17, float64 cannot
-            express it, and rounds it.)
+            The result is the exact sum of one term per update: ``vector`` and ``base``, each first
+            rounded to a multiple of 2**-36, and subtracted. So leaving an update out changes it by
+            exactly that update's term. (Where a sum exceeds 2**17, float64 cannot represent it and
+            rounds it.)
         """
         assert self.weight == self.count
         found = np.empty(len(self._limbs[0]))
@@ -266,14 +268,14 @@ class ExactMean:
             limbs = [limb.copy() for limb in self._parts(part)]
             limbs += [np.zeros(len(scaled), np.int64) for _ in range(len(taken) - len(limbs) + 1)]
             for place in range(len(limbs) - 1):
-                carry(limbs, place)  # so that there is room for any count below 2**30
+                carry(limbs, place)  # makes room for any count below 2**30
             for limb, each in zip(limbs, taken, strict=False):
                 limb -= self.count * each
             np.multiply(to_floats(limbs), STEP, out=found[part])
         return found
 
     def _make_room(self, place: int, bound: int) -> None:
-        """Sees to it that numbers within ``bound`` can be added to the limb at ``place``."""
+        """Ensures that integers up to ``bound`` can be added to the limb at ``place``."""
         if place == len(self._limbs):
             self._limbs.append(np.zeros(len(self._limbs[0]), np.int64))  # no memory until written
             self._bounds.append(0)
@@ -296,7 +298,7 @@ class ExactMean:
 
 
 def _factors(weight: int) -> list[float]:
-    """Factors that a vector is multiplied by, one after the other, each product being exact."""
+    """Returns the factors to multiply a vector by and add in turn; each product is exact."""
     if weight <= _EXACT_WEIGHT:
         return [weight * _SCALE]
     low = weight & (1 << _LOW_BITS) - 1
@@ -304,7 +306,7 @@ def _factors(weight: int) -> list[float]:
 
 
 def _batches(products: NDArray[np.float64]) -> Iterator[slice]:
-    """Rows that are added up together: their sum has room."""
+    """Yields slices of rows whose sum stays within a limb."""
     if float(products.sum()) + len(products) < MOST // 2:
         yield slice(0, len(products))
         return

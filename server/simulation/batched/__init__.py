@@ -1,4 +1,4 @@
-"""Many clients trained at once: their models and batches in, their updates out.
+"""Training of many clients at once: takes their examples and the global model, returns updates.
 
-Read `trainer` first, which chooses among `chained`, `linear` and `vmap` by the model.
+Start with `trainer`, which chooses among `linear`, `chained` and `vmap` by the model.
 """

@@ -1,8 +1,8 @@
-"""Training many clients of a chain of products at once, with and without privacy.
+"""Batched training of many clients whose model is a chain of dense layers and convolutions.
 
-One product over ten clients' batches keeps a processor busy where ten small ones do not. Gradients
-of dense layers and convolutions are products of what went in and the slope of what came out, so no
-graph of the weights is built, and under privacy no hooks are needed.
+One matrix product over ten clients' batches uses a processor better than ten small ones. The
+gradient of such a layer is a product of its input and its output's gradient, so no autograd graph
+of the weights is built, and no hooks are needed for private training.
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ def train_chained(
     proximal_mu: float,
     run: Run,
 ) -> TrainedClients:
-    """Trains one copy of ``model`` for each client; ``work`` is all private, or none of it.
+    """Trains one copy of ``model`` per client; ``work`` is either all private or all not.
 
     Guarantee:
-        Each result is that of `fedcore.training.local.train`, or of
-        `fedcore.training.private.train_private` with the same noise, on the same client, up to the
-        order of float32 sums, for losses that are means over examples. Under privacy each step is
-        the same mechanism: every example's gradient over all layers is clipped to ``clip_norm``
-        before the sum, and noise of the plan's multiplier is added to the sum.
+        For losses that are means over examples, each result equals that of
+        `fedcore.training.local.train`, or of `fedcore.training.private.train_private` with the same
+        noise, on the same client, up to the order of float32 sums. Each private step is the same
+        mechanism: each example's gradient over all layers is clipped to ``clip_norm`` before the
+        sum, and noise with the plan's multiplier is added to the sum.
 
     Args:
         model: The global model, on the device to train on; not changed.
-        chain: Of ``model.model``, from `find_chain`.
+        chain: Chain of ``model.model``, from `find_chain`.
         work: Clients with at least one example each.
         loss: Mean loss over a batch.
-        settings: Of local training.
+        settings: Settings of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
-        run: Runs the chain; for private work, one that leaves examples apart.
+        run: Runs the chain; for private work, one that keeps per-example gradients apart.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799 (norms of dense layers' gradients); Bu et al. 2023,
-        arXiv:2210.00038 (one pass back).
+        arXiv:2210.00038 (one backward pass).
     """
-    with torch.inference_mode(_is_one_layer(chain)):  # it needs no way back
+    with torch.inference_mode(_is_one_layer(chain)):  # a single layer needs no autograd
         return _train(model, chain, work, loss, settings, proximal_mu, run)
 
 
@@ -117,7 +117,10 @@ def _train(
 def _walk(
     rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
 ) -> list[float]:
-    """Every step without privacy; each client's mean loss over its last epoch."""
+    """Runs all steps without privacy; returns each client's mean loss over its last epoch.
+
+    The loss is NaN where some batch's was not finite, in any epoch.
+    """
     told: list[Tensor] = []
     shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
     for step, clients in enumerate(rows.active):
@@ -143,13 +146,13 @@ def _walk(
 
 
 def _together(part: Share | Made | Each) -> Gradient | Made:
-    """A layer's gradient over whole batches."""
+    """Returns a layer's gradient summed over whole batches."""
     assert not isinstance(part, Each)
     return part if isinstance(part, Made) else batch_gradient(*part)
 
 
 def _last_epoch(rows: Rows, epochs: int) -> Tensor:
-    """Whether a step of a client is one of its last epoch, ``(K, T)``."""
+    """Returns whether each step of each client is in its last epoch, shape ``(K, T)``."""
     number = torch.arange(rows.counts.shape[1], device=rows.counts.device)
     taken = rows.taken.unsqueeze(1)
     return (number >= taken - taken // epochs) & (number < taken)
@@ -164,7 +167,7 @@ def _walk_private(
     loss: Loss,
     descend: Descend,
 ) -> None:
-    """Every step of DP-SGD."""
+    """Runs all steps of DP-SGD."""
     device = rows.inputs.device
     plans = [one.private.plan for one in group if one.private is not None]
     sizes = [expected_batch_size(one.size, plan) for one, plan in zip(group, plans, strict=True)]
@@ -187,14 +190,19 @@ def _walk_private(
 def _ahead(
     rows: Rows, step: int, run: Run, weights: Weights, loss: Loss
 ) -> tuple[Back, Tensor, Tensor]:
-    """One batch of each client of a step: the way back, the losses, and their slopes."""
+    """Runs the forward pass of a step, one batch per client.
+
+    Returns:
+        The backward pass, the examples' losses, and the losses' gradients with respect to the
+        outputs.
+    """
     clients = rows.active[step]
     columns = slice(step * rows.width, step * rows.width + rows.widest[step])
     all_of_them = clients == len(rows.inputs)
     now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
     output, back = run(now, rows.inputs[:clients, columns])
     losses, slopes = example_losses(loss, output, rows.targets[:clients, columns])
-    if not rows.full:  # a loss of nought may be no number, and stays none when it is multiplied
+    if not rows.full:  # a padding row's gradient may be NaN, which a factor of 0 would keep
         pads = rows.mask[:clients, step, : rows.widest[step]] == 0
         slopes[pads] = 0
     return back, losses, slopes
@@ -203,9 +211,9 @@ def _ahead(
 def _noise(
     group: Sequence[LocalWork], weights: Weights, sizes: Sequence[int]
 ) -> Callable[[int], Weights]:
-    """Draws a step's noise for the first clients, in the order in which Opacus does.
+    """Returns a function that draws a step's noise for the first clients, in Opacus's order.
 
-    What is drawn is divided by the expected batch size at once, as the gradient is.
+    The noise is already divided by the expected batch size, as the gradient is.
     """
     drawn = {name: tensor.new_empty(tensor.shape) for name, tensor in weights.items()}
     device = next(iter(drawn.values())).device

@@ -1,8 +1,8 @@
-"""Training many clients of a linear classifier, each by one compiled loop over its own examples.
+"""Training of many clients of a linear classifier, with one compiled loop per client.
 
-Products of ten examples are so small that calling them costs more than computing them, and laying
-examples out side by side costs as much again. The loop reads examples where they lie, and a
-client's weights stay in the cache while it trains.
+Matrix products over ten examples cost less than their call overhead, and copying examples into
+batches costs as much again. The loop reads examples in place and keeps a client's weights in the
+cache.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fedcore.training.per_example.chain import Chain, Dense, flattened
 from server.simulation.batched.rows import client_rows, shuffled_order
 from server.simulation.batched.work import LocalWork, TrainedClients
 
-_CACHED_BYTES = 256 << 10  # 256 KiB: more would not stay in a core's cache beside an example
+_CACHED_BYTES = 256 << 10  # 256 KiB: larger weights do not fit a core's cache with an example
 
 
 def fits(chain: Chain, model: FullModel, settings: ClientConfig) -> bool:
-    """Whether `train_linear` trains such a model, given that its loss is cross-entropy."""
+    """Whether `train_linear` supports the model, given that its loss is cross-entropy."""
     if len(chain.layers) != 1 or chain.output != len(chain.steps):
         return False
     if any(
@@ -52,22 +52,21 @@ def train_linear(
     *,
     proximal_mu: float,
 ) -> TrainedClients:
-    """Trains one copy of ``model`` for each client, with cross-entropy and SGD, without privacy.
+    """Trains one copy of ``model`` per client, with cross-entropy and SGD, without privacy.
 
     Guarantee:
-        Each result is that of `fedcore.training.local.train` on the same client, up to the order of
-        float32 sums, and depends on no other client.
+        Each result equals that of `fedcore.training.local.train` on the same client, up to the
+        order of float32 sums, and does not depend on other clients.
 
     Args:
-        model: The global model, one that `fits`; not changed.
-        layer: The one of its chain.
+        model: The global model, for which `fits` is true; not changed.
+        layer: The only layer of the model's chain.
         work: Clients with at least one example each.
-        settings: Of local training.
+        settings: Settings of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
 
     Raises:
-        DataError: some client's examples are of another kind than a classifier of the model's size
-            is trained on.
+        DataError: a client's inputs or targets do not match the model in shape, dtype or range.
     """
     weight = model.model.get_parameter(layer.weight).detach()
     bias = None if layer.bias is None else model.model.get_parameter(layer.bias).detach()
@@ -98,7 +97,7 @@ def train_linear(
 
 
 def _examples(model: FullModel, one: LocalWork, width: int) -> tuple[Tensor, Tensor]:
-    """Inputs ``(N, width)`` and targets ``(N,)``, each in one run of memory."""
+    """Returns contiguous inputs ``(N, width)`` and targets ``(N,)``."""
     inputs, targets = client_rows(model, one, torch.device("cpu"))
     inputs = inputs.detach().flatten(1)
     if inputs.dtype != torch.float32 or inputs.shape[1] != width:
@@ -115,7 +114,7 @@ def _examples(model: FullModel, one: LocalWork, width: int) -> tuple[Tensor, Ten
 
 
 _FREE = {"reassoc", "contract"}
-"""Sums may be taken in any order; infinities and NaN stay what they are."""
+"""LLVM fast-math flags: sums may be reordered; infinities and NaN keep their meaning."""
 
 
 @compiled(
@@ -130,10 +129,10 @@ def _ahead(
     slopes: NDArray[np.float32],
     step: np.float32,
 ) -> np.float32:
-    """One example's loss; ``slopes`` are filled with ``step`` times its slopes by the outputs."""
+    """Returns one example's loss; fills ``slopes`` with ``step`` times its output gradient."""
     outputs, width = weight.shape
     four = outputs - outputs % 4
-    for o in range(0, four, 4):  # an input is read once for four outputs
+    for o in range(0, four, 4):  # reads each input once for four outputs
         a, b, c, d = weight[o], weight[o + 1], weight[o + 2], weight[o + 3]
         sum_a, sum_b, sum_c, sum_d = bias[o], bias[o + 1], bias[o + 2], bias[o + 3]
         for i in range(width):
@@ -167,7 +166,10 @@ def _back(
     slopes: NDArray[np.float32],
     weight: NDArray[np.float32],
 ) -> None:
-    """Moves the weights of one output, ``(in,)``, by a batch's slopes, four examples at a time."""
+    """Updates the weights of one output, ``(in,)``, by a batch's gradients.
+
+    Processes four examples at a time.
+    """
     four = len(rows) - len(rows) % 4
     for n in range(0, four, 4):
         a, b, c, d = x[rows[n]], x[rows[n + 1]], x[rows[n + 2]], x[rows[n + 3]]
@@ -199,23 +201,25 @@ def _descend(
     decay: np.float32,
     mu: np.float32,
 ) -> tuple[float, float]:
-    """Every step of one client; its mean loss over its last epoch, and -1 or a wrong target's row.
-
-    The loss is NaN if some batch's was not finite, in an earlier epoch, too.
+    """Runs all steps of one client.
 
     Args:
         x: Examples, ``(N, in)``.
         y: Their classes.
-        order: Those of each epoch, one epoch after the other.
-        batch_size: Examples a step; an epoch's last step may have fewer.
+        order: Rows of the examples in the order of training, epoch after epoch.
+        batch_size: Examples per step; an epoch's last step may have fewer.
         weight: ``(out, in)``; changed in place.
-        bias: ``(out,)``; changed in place if the layer has one.
-        start: The global weights, which FedProx pulls towards.
-        start_bias: Likewise.
-        has_bias: Whether the layer has one.
-        rate: Of learning.
-        decay: Of weights.
-        mu: Of FedProx's penalty.
+        bias: ``(out,)``; changed in place if ``has_bias``.
+        start: Global weights, for FedProx's penalty.
+        start_bias: Global bias, for FedProx's penalty.
+        has_bias: Whether the layer has a bias.
+        rate: Learning rate.
+        decay: Weight decay.
+        mu: Weight of FedProx's penalty.
+
+    Returns:
+        The mean loss over the last epoch, NaN where any epoch's was not finite; and the row of an
+        example with an invalid target, else -1.
     """
     outputs, width = weight.shape
     slopes = np.empty((min(batch_size, len(x)), outputs), np.float32)

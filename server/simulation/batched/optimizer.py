@@ -1,4 +1,4 @@
-"""One step of the optimiser on the stacked weights of many clients."""
+"""One optimiser step on the stacked weights of many clients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedcore.training.per_example.chain import Dense, Made, Weights, like_weight
 from fedcore.training.per_example.clipping import Gradient
 
 Descend = Callable[[int, Sequence[Gradient | Made], Weights | None], None]
-"""Moves the first clients' weights by the gradients of the layers, in their order, and by what is
-added to the gradients, if anything."""
+"""Updates the weights of the first clients. Arguments: the number of clients, the gradient of
+each layer in order, and tensors to add to the gradients, or None."""
 
 
 def descent(
@@ -25,13 +25,15 @@ def descent(
     settings: ClientConfig,
     proximal_mu: float,
 ) -> Descend:
-    """What `fedcore.training.local.make_optimizer` does to one client, for all of them.
+    """Returns a step function for stacked clients, with the optimiser that each client uses.
+
+    For each client, the step equals that of `fedcore.training.local.make_optimizer`.
 
     Args:
-        weights: ``(K, ...)`` each; changed in place, step by step.
-        start: The global weights, ``(...)`` each; FedProx pulls towards them.
-        layers: Those of the model's chain.
-        settings: The optimiser's.
+        weights: ``(K, ...)`` each; changed in place by each step.
+        start: Global weights, ``(...)`` each, for FedProx's penalty.
+        layers: Layers of the model's chain.
+        settings: Optimiser and its settings.
         proximal_mu: Weight of FedProx's penalty; 0 without.
     """
     if settings.optimizer == "sgd" and not settings.momentum:
@@ -42,9 +44,10 @@ def descent(
 def _plain(
     weights: Weights, start: Weights, layers: Sequence[Dense], settings: ClientConfig, mu: float
 ) -> Descend:
-    """SGD without momentum: gradient and step are one product.
+    """Returns a step of SGD without momentum, which fuses gradient and update in one product.
 
-    What decays is a step of its own: weights times a little less than 1 would be rounded to it.
+    Weight decay is a separate update: folded into the product, as a factor slightly below 1, it
+    would lose precision to rounding.
     """
     rate, decay = settings.learning_rate, settings.weight_decay
     pulled = weights.items() if decay or mu else ()
@@ -70,7 +73,7 @@ def _plain(
 
 
 def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
-    """Slopes of weight decay and of FedProx's penalty."""
+    """Returns the gradients of weight decay and of FedProx's penalty."""
     slopes = (weight - start).mul_(mu) if mu else torch.zeros_like(weight)
     return slopes.add_(weight, alpha=decay) if decay else slopes
 
@@ -78,7 +81,7 @@ def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
 def _with_state(
     weights: Weights, start: Weights, layers: Sequence[Dense], settings: ClientConfig, mu: float
 ) -> Descend:
-    """SGD with momentum, and Adam, by torch's own functions."""
+    """Returns a step of SGD with momentum or of Adam, with torch's functional optimisers."""
     first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     steps = [torch.zeros(()) for _ in weights]
@@ -102,7 +105,7 @@ def _with_state(
         slopes_of = [gradients[name] for name in weights]
         averages = [first[name][:clients] for name in weights]
         rate, decay = settings.learning_rate, settings.weight_decay
-        if settings.optimizer == "adam":  # with torch's own defaults, as clients use them
+        if settings.optimizer == "adam":  # torch's defaults, which clients use
             squares = [second[name][:clients] for name in weights]
             adam(
                 now, slopes_of, averages, squares, [], steps, foreach=False, amsgrad=False,

@@ -1,4 +1,4 @@
-"""Which examples each client takes in which step, laid out side by side for a whole group."""
+"""Batches of a group of clients: which examples each uses in which step, stacked in one tensor."""
 
 from __future__ import annotations
 
@@ -17,47 +17,48 @@ from server.simulation.batched.work import LocalWork
 
 @dataclass(frozen=True)
 class Rows:
-    """Batches of ``K`` clients, those with the most steps first, each ``width`` rows wide.
+    """Batches of ``K`` clients over ``T`` steps, each padded to ``width`` rows.
 
-    Step ``t`` begins at column ``t * width`` and is of the first ``active[t]`` clients.
+    Clients are in descending order of their number of steps. Step ``t`` starts at column ``t *
+    width`` and has batches of the first ``active[t]`` clients.
     """
 
     inputs: Tensor
-    """``(K, T * width, ...)``, behind preprocessing; rows that pad hold zeros."""
+    """``(K, T * width, ...)``, after preprocessing; padding rows are zero."""
     targets: Tensor
     """``(K, T * width, ...)``."""
     counts: Tensor
-    """Examples in each batch, ``(K, T)``; 0 is an empty batch, which is a step all the same."""
+    """Examples in each batch, ``(K, T)``; an empty batch has 0, and is still a step."""
     active: tuple[int, ...]
-    """Clients that take part in each step."""
+    """Number of clients in each step."""
     taken: Tensor
-    """Steps of each client, ``(K,)``."""
+    """Number of steps of each client, ``(K,)``."""
     width: int
     widest: tuple[int, ...]
-    """Rows of the largest batch of each step, at least 1: what stands behind them pads for every
-    client."""
+    """Rows of the largest batch of each step, at least 1; the rows after it are padding for
+    every client."""
     full: bool
-    """Whether no row pads."""
+    """Whether there are no padding rows."""
 
     @cached_property
     def mask(self) -> Tensor:
-        """1 for rows that hold an example, 0 for those that pad: ``(K, T, width)``."""
+        """1 for rows with an example, 0 for padding: ``(K, T, width)``."""
         columns = torch.arange(self.width, device=self.counts.device)
         return (columns < self.counts.unsqueeze(2)).to(torch.float32)
 
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Which examples one client takes, step by step."""
+    """The examples of one client's batches."""
 
     rows: Tensor
-    """Those of all batches, one after the other."""
+    """Rows of the examples of all batches, concatenated."""
     lengths: Sequence[int]
-    """Examples in each batch."""
+    """Number of examples in each batch."""
 
 
 def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> BatchOrder:
-    """The batches that `fedcore.training.local.train` takes."""
+    """Returns the same batches as `fedcore.training.local.train`."""
     rng, count = work.order(), work.size
     whole, rest = divmod(count, batch_size)
     lengths = ([batch_size] * whole + [rest] * (rest > 0)) * epochs
@@ -66,7 +67,7 @@ def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> BatchOrd
 
 
 def poisson_order(work: LocalWork) -> BatchOrder:
-    """The batches that `fedcore.training.private.train_private` takes."""
+    """Returns the same batches as `fedcore.training.private.train_private`."""
     assert work.private is not None
     count, charge = work.size, work.private.plan.charge
     drawn = torch.rand(charge.steps, count, generator=work.order()) < charge.sample_rate
@@ -76,7 +77,7 @@ def poisson_order(work: LocalWork) -> BatchOrder:
 def lay_out(
     model: FullModel, work: Sequence[LocalWork], orders: Sequence[BatchOrder], device: torch.device
 ) -> Rows:
-    """Gathers the rows of all clients; ``work`` stands with the most steps first."""
+    """Stacks the batches of all clients; ``work`` is in descending order of steps."""
     steps = [len(order.lengths) for order in orders]
     width = max(max(order.lengths) for order in orders) or 1
     columns = steps[0] * width
@@ -102,13 +103,13 @@ def lay_out(
         widest=tuple(max(1, *step) for step in zip(*lengths, strict=True)),
         full=all(length == width for row in lengths for length in row),
     )
-    if not rows.full:  # of an example that is not finite even nothing would be too much
+    if not rows.full:  # padding may be NaN, which a factor of 0 would keep
         inputs[rows.mask.flatten(1) == 0] = 0
     return rows
 
 
 def client_rows(model: FullModel, one: LocalWork, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A client's examples on a device, inputs behind preprocessing; what is there is not copied."""
+    """Returns a client's examples on a device, preprocessed; does not copy without need."""
     x, y = gather_all(one.examples)
     x = x.to(device)
     if type(model.preprocess) is not nn.Identity:
@@ -118,7 +119,7 @@ def client_rows(model: FullModel, one: LocalWork, device: torch.device) -> tuple
 
 
 def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
-    """Refuses to train clients together whose examples, inputs and targets, are not of one kind.
+    """Rejects training two clients together whose inputs or targets differ in kind.
 
     Raises:
         DataError: shape or dtype differ.
@@ -132,18 +133,18 @@ def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Non
 
 
 def _kind(batch: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Of what one example in a batch is."""
+    """Returns the dtype and the shape of one example in a batch."""
     return batch.dtype, tuple(batch.shape[1:])
 
 
 def _padded(order: BatchOrder, width: int, columns: int) -> Tensor:
-    """The rows of all batches one after the other, each filled up with the first example."""
+    """Returns the rows of all batches in sequence, each batch padded with the first example."""
     rows = order.rows
     if all(length == width for length in order.lengths):
         return (
             torch.cat([rows, rows.new_zeros(columns - len(rows))]) if len(rows) < columns else rows
         )
-    numbers, index, begin = rows.tolist(), [], 0  # for so few, lists are quicker than tensors
+    numbers, index, begin = rows.tolist(), [], 0  # lists are faster at this size
     for length in order.lengths:
         index += numbers[begin : begin + length]
         index += [0] * (width - length)

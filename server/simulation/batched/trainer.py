@@ -1,4 +1,7 @@
-"""Chooses how the clients of a model can be trained together, and keeps the group within memory."""
+"""Choice of the batched trainer for a model, and its groups of clients that fit in memory.
+
+`Trainers` finds and caches a `Trainer`; `train_in_groups` runs it.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +28,31 @@ from server.simulation.batched.chained import train_chained
 from server.simulation.batched.vmap import train_cohort, what_forbids
 from server.simulation.batched.work import LocalWork, TrainedClients
 
-_LOOKED_AT = 32  # examples that the loss and the model are tried on
+_LOOKED_AT = 32  # examples for testing the loss and the model
 _GROUP_BYTES = 256 << 20  # 256 MiB: inputs and weights of the clients that train together
-_STEP_BYTES = 4 << 20  # 4 MiB: what a core's own cache about holds of a step's largest layer
-_IN_TURN = 8  # clients, where layers take them in turn: more save few calls, and crowd the cache
+_STEP_BYTES = 4 << 20  # 4 MiB: about a core's own cache, for a step's largest layer
+_IN_TURN = 8  # clients, where layers process them in turn: more save few calls but fill the cache
 
 
 Train = Callable[[FullModel, Sequence[LocalWork], Settings, float], TrainedClients]
-"""Trains clients from one model, with a round's settings and FedProx's weight, in their order."""
+"""Trains clients from a model, with settings and FedProx's weight; returns results in order."""
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What trains the clients of a task side by side."""
+    """Batched training of a task's clients, and the sizes for grouping them."""
 
     train: Train
     numbers: int
-    """The most that a layer makes of one example; 0 where it is not known."""
+    """Largest number of values that a layer computes for one example; 0 where unknown."""
     in_turn: bool = False
-    """Whether it is made of one client after the other, not of all at once."""
+    """Whether layers process clients one after the other, not all at once."""
     add_scaled: AddScaled | None = None
-    """What adds up its results the quickest, if that is compiled as well."""
+    """Compiled function to add up the results; None to use NumPy."""
 
 
 class Trainers:
-    """What trains a run's clients side by side, found once for each kind of settings."""
+    """Cache of a run's trainers, one per kind of settings."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -63,20 +66,21 @@ class Trainers:
         *,
         chosen: bool,
     ) -> Trainer | None:
-        """Found with the first client whose data the task takes.
+        """Returns the trainer for clients' settings, tested on the first client whose data works.
 
-        None where it takes none of theirs, or none can be trained so though others could.
+        None where no client's data works, or where these clients cannot be trained in batches,
+        although others could.
 
         Args:
-            load: Puts the round's weights into the resident model.
-            work: What clients bring.
-            settings: What all of them train with.
-            chosen: Whether others were trained side by side before.
+            load: Returns the resident model with the round's weights.
+            work: Data and random streams of the clients.
+            settings: Settings that all of them train with.
+            chosen: Whether other clients were trained in batches before.
 
         Raises:
-            ConfigError: none can be trained so, and no other was before.
+            ConfigError: batches do not work for this task, and ``chosen`` is false.
         """
-        kind = (settings.optimizer, bool(settings.momentum))  # what one trainer is for
+        kind = (settings.optimizer, bool(settings.momentum))  # what a trainer depends on
         if kind in self._found:
             return self._found[kind]
         for sample in work:
@@ -94,33 +98,33 @@ class Trainers:
     def _tried(
         self, load: Callable[[], FullModel], sample: LocalWork, settings: Settings
     ) -> Trainer | str | None:
-        """What trains clients like this one, or why nothing can; None where its data fail."""
+        """Returns a trainer, or why there is none; None where the client's data fails."""
         try:
             load()
             return find_trainer(self._client, self._client.resident, sample, settings)
         except (ConfigError, InsufficientMemory, InvalidUpdate, TaskError):
             raise
-        except (Exception, SystemExit):  # trained alone, this client says what is wrong
+        except (Exception, SystemExit):  # reported when the client trains by itself
             return None
 
 
 def find_trainer(
     client: Client, resident: Resident, sample: LocalWork, settings: Settings
 ) -> Trainer | str:
-    """What trains this task's clients side by side, or why nothing can.
+    """Returns the batched trainer for a task's clients, or the reason why there is none.
 
     Args:
         client: The task and the run.
         resident: The task's model, on the device to train on.
-        sample: What some client brings; the task's loss and model are tried on it.
-        settings: What it trains with. Others may differ in all but the optimiser, and in whether it
-            has momentum.
+        sample: A client's data, to test the task's loss and model.
+        settings: The client's settings. Clients with other settings can use the trainer, if they
+            use the same optimiser and both or neither have momentum.
 
     Raises:
-        Exception: whatever the task's code raises on this client's data; another's may do.
+        Exception: the task's code raised it for this client's data.
     """
     run, model = client.run, resident.model
-    assert client.task.loss is not None  # a Task sets it
+    assert client.task.loss is not None  # set by `Task`
     loss: Loss = client.task.loss
     if client_mods(run.federation.strategy):
         return f"clients of {run.federation.strategy} run a mod around their training, each its own"
@@ -131,7 +135,7 @@ def find_trainer(
             "layers that mix examples it cannot be trained side by side with the result that a "
             "device would get"
         )
-    # Twice, where there is only one: of a batch of one a sum is a mean, too.
+    # A single example is doubled: for a batch of one, a sum equals a mean.
     rows = range(min(_LOOKED_AT, sample.size)) if sample.size > 1 else (0, 0)
     inputs, targets = gather(sample.examples, rows)
     device = next(model.model.parameters()).device
@@ -163,7 +167,7 @@ def find_trainer(
 
     try:
         train_any(model, [sample, sample], settings, 0.0)
-    except Exception as error:  # the task's code, in a way in which no batch runs it
+    except Exception as error:  # the task's code may not support vmap
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return f"torch cannot run it for many clients at once ({said})"
     return Trainer(train_any, 0)
@@ -172,7 +176,7 @@ def find_trainer(
 def _of_chain(
     chain: Chain, model: FullModel, loss: Loss, settings: Settings, *, private: bool
 ) -> Trainer:
-    """What trains a chain of products, by compiled loops where they are there."""
+    """Returns the trainer of a chain, with compiled loops where available."""
     plain = not private and is_cross_entropy(loss)
     linear = _linear(chain, model, settings) if plain else None
     if linear is not None:
@@ -191,7 +195,7 @@ def _of_chain(
 
 
 def _linear(chain: Chain, model: FullModel, settings: Settings) -> Trainer | None:
-    """What trains a linear classifier the quickest, if that is what the model is."""
+    """Returns the compiled trainer of a linear classifier; None for other models."""
     from server.simulation.batched.linear import fits, train_linear  # compiles on first use
 
     if not fits(chain, model, settings):
@@ -207,19 +211,25 @@ def _linear(chain: Chain, model: FullModel, settings: Settings) -> Trainer | Non
 
 
 def _add_scaled() -> AddScaled:
-    """Only where compiled loops are loaded in any case: they take their time and memory."""
+    """Returns the compiled sum; use it only where compiled loops are loaded anyway.
+
+    Loading them takes time and memory.
+    """
     from fedcore.kernels.fixed_point import add_scaled
 
     return add_scaled
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    """Whether layers call anything when they run, which a chain of products would not."""
+    """Whether modules have forward hooks, which a chain would skip."""
     return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
 
 def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> str:
-    """Why examples side by side would not be what they are alone, tried on some; empty if not."""
+    """Tests a model on examples; returns why they affect each other in a batch, or empty.
+
+    Also covers models that draw random numbers or have unused parameters.
+    """
     was_training = model.training
     model.train()
     try:
@@ -227,7 +237,7 @@ def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -
             together = model(inputs)
             try:
                 alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
-            except Exception as error:  # the task's code, which takes the batch
+            except Exception as error:  # the task's code may not support such a batch
                 return f"the model takes no batch of one example ({type(error).__name__}: {error})"
         with torch.enable_grad():
             value = loss(model(inputs), targets)
@@ -250,9 +260,9 @@ def train_in_groups(
     settings: Settings,
     mu: float,
 ) -> list[tuple[list[int], TrainedClients]]:
-    """Trains as many clients at once as memory is set aside for: each group's places, and results.
+    """Trains clients in groups that fit in memory; returns each group's indices and results.
 
-    Clients of like size go together, so that little is padded.
+    Clients of similar size are grouped, to limit padding.
     """
     return [
         (places, trainer.train(model, [work[place] for place in places], settings, mu))
@@ -270,20 +280,20 @@ def _groups(
     parameters = sum(p.numel() for p in model.model.parameters()) * 4
     weights = 4 * parameters  # gradients, state, noise
     if client.run.private:
-        weights += settings.batch_size * parameters  # examples' own gradients
+        weights += settings.batch_size * parameters  # per-example gradients
     step = settings.batch_size * trainer.numbers * 4
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
         most = _IN_TURN if trainer.in_turn else max(1, _STEP_BYTES // step)
-        most = -(-len(work) // -(-len(work) // most))  # in groups of about one size
+        most = -(-len(work) // -(-len(work) // most))  # in groups of about equal size
     places = sorted(range(len(work)), key=lambda place: -work[place].size)
     numbers = client.task.example_input.numel()
     group: list[int] = []
     each = 0
     for place in places:
-        if not group:  # the largest of its group
+        if not group:  # the first is the largest of its group
             rows = work[place].size * settings.epochs
-            # Twice: a step's widest batch pads all. Eight: all that a step's layers make.
+            # Factor 2: padding to a step's widest batch. Factor 8: outputs of all layers of a step.
             each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)
         if len(group) == most or (len(group) + 1) * each > _GROUP_BYTES:

@@ -1,7 +1,7 @@
-"""Training many virtual clients at once: their weights stacked, their batches side by side.
+"""Batched training of many clients with ``torch.func.vmap``, for any model that it supports.
 
-For models that are no chain of products, which `server.simulation.batched.chained` trains: whatever
-operation they hold is made one for all clients.
+Weights and batches of clients are stacked, and each operation runs once for all clients.
+`server.simulation.batched.chained` is faster for chains of dense layers and convolutions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Weights = dict[str, Tensor]
 
 
 def what_forbids(model: FullModel) -> str:
-    """What in a model keeps clients from being trained side by side; empty when nothing does."""
+    """Returns the parts of a model that prevent batched training; empty when there are none."""
     named = [
         f"{name or 'model'} ({type(module).__name__})"
         for name, module in model.model.named_modules()
@@ -49,7 +49,7 @@ def what_forbids(model: FullModel) -> str:
     return ", ".join(named + before + frozen + hooked + [f"{name} (tied)" for name in tied])
 
 
-_MIXING = (_BatchNorm,)  # examples of a batch, with statistics of its own or without
+_MIXING = (_BatchNorm,)  # with or without running statistics
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
@@ -61,17 +61,17 @@ def train_cohort(
     *,
     proximal_mu: float,
 ) -> TrainedClients:
-    """Trains one copy of ``model`` for each client and returns them in the order of ``work``.
+    """Trains one copy of ``model`` per client; returns results in the order of ``work``.
 
     Guarantee:
-        Each result is that of `fedcore.training.local.train` on the same client, up to the order
-        of float32 sums, for losses that are means over examples.
+        For losses that are means over examples, each result equals that of
+        `fedcore.training.local.train` on the same client, up to the order of float32 sums.
 
     Args:
         model: The global model, on the device to train on; not changed.
         work: Clients with at least one example each.
         loss: Mean loss over a batch.
-        settings: Of local training.
+        settings: Settings of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
     """
     return in_order(
@@ -81,7 +81,7 @@ def train_cohort(
 
 
 def _groups(work: Sequence[LocalWork], settings: ClientConfig) -> Iterable[list[int]]:
-    """Clients that take equally many steps."""
+    """Returns groups of clients with the same number of steps, as indices."""
     steps: dict[int, list[int]] = {}
     for place, one in enumerate(work):
         steps.setdefault(-(-one.size // settings.batch_size), []).append(place)
@@ -95,7 +95,7 @@ def _train(
     settings: ClientConfig,
     proximal_mu: float,
 ) -> TrainedClients:
-    """Clients of one group: all take the same number of steps."""
+    """Trains clients that all have the same number of steps."""
     clients, batch = len(work), settings.batch_size
     device = next(model.model.parameters()).device
     counts = torch.tensor([one.size for one in work], device=device)
@@ -134,7 +134,7 @@ def _train(
 def _side_by_side(
     model: FullModel, work: Sequence[LocalWork], length: int
 ) -> tuple[Tensor, Tensor]:
-    """All examples of all clients behind preprocessing: ``(K, length, ...)``, padded."""
+    """Returns all clients' examples, preprocessed, padded and stacked: ``(K, length, ...)``."""
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
     device = next(model.model.parameters()).device
@@ -143,7 +143,7 @@ def _side_by_side(
             count = one.size
             x, y = (tensor.to(device) for tensor in gather_all(one.examples))
             x = model.preprocess(x)
-            padding = torch.zeros(length - count, dtype=torch.long)  # its first example, masked
+            padding = torch.zeros(length - count, dtype=torch.long)  # the first example, masked out
             rows = torch.cat([torch.arange(count), padding])
             if inputs:
                 check_alike((x, y), (inputs[0], targets[0]))
@@ -153,7 +153,7 @@ def _side_by_side(
 
 
 def _orders(work: Sequence[LocalWork], rngs: Sequence[torch.Generator], length: int) -> Tensor:
-    """One epoch's order for each client, ``(K, length)``; what pads stands at the end."""
+    """Returns one epoch's order for each client, ``(K, length)``, with padding at the end."""
     orders = torch.zeros(len(work), length, dtype=torch.long)
     for row, one, rng in zip(orders, work, rngs, strict=True):
         drawn = torch.randperm(one.size, generator=rng)
@@ -162,7 +162,7 @@ def _orders(work: Sequence[LocalWork], rngs: Sequence[torch.Generator], length: 
 
 
 def _stacked(model: nn.Module, clients: int) -> tuple[Weights, Weights]:
-    """A copy of the weights for each client, ``(K, ...)``, and those they start from."""
+    """Returns a copy of the weights for each client, ``(K, ...)``, and the global weights."""
     start = {name: p.detach() for name, p in model.named_parameters()}
     copies = {
         name: p.unsqueeze(0).expand(clients, *p.shape).clone().requires_grad_()
@@ -175,7 +175,7 @@ Step = Callable[[Weights, Tensor, Tensor, Tensor], tuple[Weights, Tensor]]
 
 
 def _gradients(model: nn.Module, loss: Loss, *, full: bool) -> Step:
-    """Gradients and losses of one batch for each client, taken side by side."""
+    """Returns a function for the gradients and losses of one batch per client."""
 
     def objective(weights: Weights, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         outputs = functional_call(model, weights, (inputs,))

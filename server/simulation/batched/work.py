@@ -1,4 +1,4 @@
-"""What clients bring to a round that are trained together, and what they take from it."""
+"""Input and result of batched training: each client's examples and random streams; weights."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from fedcore.training.local import diverged
 
 @dataclass(frozen=True)
 class PrivateWork:
-    """What a client needs to train with privacy; its ledger is charged already."""
+    """Plan and noise of a client's private training; its ledger is already charged."""
 
     plan: PrivatePlan
     noise: Callable[[torch.device], torch.Generator]
-    """A fresh generator on a device, which draws the noise that the client itself would."""
+    """Returns a new generator on a device, for the same noise as in training by itself."""
 
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What one client brings to a round."""
+    """Examples and random streams of one client in a round."""
 
     examples: Examples
     order: Callable[[], torch.Generator]
-    """A fresh generator, which draws the order of examples that the client itself would."""
+    """Returns a new generator, for the same order of examples as in training by itself."""
     private: PrivateWork | None = None
 
     @cached_property
     def size(self) -> int:
-        """How many examples it brings."""
+        """Number of examples."""
         return size_of(self.examples)
 
 
 @dataclass(frozen=True)
 class TrainedClients:
-    """What ``K`` clients have learnt."""
+    """Weights and losses of ``K`` trained clients."""
 
     weights: Tensor
     """Shape ``(K, D)``, float32, in the order of the model's parameters."""
     losses: Sequence[float | None]
-    """Means over each one's last epoch, not finite when it diverged; None under privacy."""
+    """Mean over each client's last epoch, not finite where it diverged; None under privacy."""
 
 
 def in_order(parts: Iterable[tuple[Sequence[int], TrainedClients]]) -> TrainedClients:
-    """What groups of clients have learnt, each with its places, in the order of all places."""
+    """Merges the results of groups, given with their indices, into the order of the indices."""
     found = list(parts)
     places = [place for group, _ in found for place in group]
     if len(found) == 1 and places == sorted(places):
@@ -68,12 +68,12 @@ def in_order(parts: Iterable[tuple[Sequence[int], TrainedClients]]) -> TrainedCl
 
 
 def divergence(loss: float | None, finite: bool, settings: ClientConfig) -> TrainingDiverged | None:
-    """What is wrong with a client that was trained beside others; None where nothing is.
+    """Returns the error of a client that diverged in batched training; None otherwise.
 
     Args:
-        loss: The mean over its last epoch; None under privacy.
-        finite: Whether its weights are.
-        settings: What it was trained with.
+        loss: Mean loss over its last epoch; None under privacy.
+        finite: Whether its weights are finite.
+        settings: Settings that it was trained with.
     """
     if loss is not None and not isfinite(loss):
         return diverged(loss, epoch=settings.epochs - 1, learning_rate=settings.learning_rate)

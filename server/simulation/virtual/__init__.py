@@ -1,4 +1,5 @@
-"""Virtual clients: which device each has and when it is there, its node, and what it has spent.
+"""Virtual clients: their devices and availability, their Flower nodes, and their persistent state.
 
-Read `devices` first; `trace` is where they come from, and `state` is kept between rounds.
+Start with `devices`, which simulates a round's timing; `trace` reads devices from a file, and
+`state` is kept between rounds.
 """

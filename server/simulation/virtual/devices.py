@@ -1,8 +1,8 @@
-"""What becomes of the clients of a round on a virtual clock: who answers, when, and who is lost.
+"""Virtual clock of a simulation: which clients of a round reply, when, and which are lost.
 
-Nothing here computes or waits. A round asks for the `fate` of each client that it selected, settles
-them, and trains the clients whose updates will count. The clock starts at 0 with the first round
-and advances by what each round took; the server's own work takes no time on it.
+Nothing here computes or waits. A round gets the `fate` of each selected client, `settle` determines
+how it ends, and only clients whose updates count are trained. The clock starts at 0 with the first
+round and advances by each round's duration; the server's own work takes no virtual time.
 """
 
 from __future__ import annotations
@@ -23,74 +23,74 @@ from server.records import VirtualRecord
 from server.simulation.virtual.trace import Trace, read_trace, window_at
 
 SILENCE_S = 60.0
-"""How long a server waits, at most, for a device that it has lost: Flower's SuperLink counts a node
-as gone when its last heartbeat is two intervals of 30 s old, and answers for it."""
+"""How long a server waits, at most, for a device that it has lost. Flower's SuperLink marks a
+node as offline when its last heartbeat is two intervals of 30 s old, and then replies for it."""
 
 _NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
 class VirtualFleet:
-    """Where the devices of virtual clients come from; holds nothing a client, but for a trace."""
+    """Source of the virtual clients' devices; stores nothing per client, except in a trace."""
 
     seed: int
     classes: tuple[DeviceClass, ...]
-    """Empty where there is a trace."""
+    """Device classes; empty where there is a trace."""
     trace: Trace | None = None
 
 
 @dataclass(frozen=True)
 class VirtualDevice:
-    """The device of one client."""
+    """Speed and bandwidth of one client's device."""
 
     examples_per_s: float
     download_mbit_s: float
-    """10^6 bits a second, as is ``upload_mbit_s``."""
+    """In 10^6 bits per second, like ``upload_mbit_s``."""
     upload_mbit_s: float
     latency_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of one selected client; times are seconds after the start of the round."""
+    """Simulated course of a round for one client; times are in seconds from the round's start."""
 
     client: str
     outcome: Literal["done", "unavailable", "dropped"]
     begins_s: float
-    """When it has the model and begins to train; 0 where it was never reached, as below."""
+    """When it has the model and starts to train; like all other times, 0 if it is unavailable."""
     trained_s: float
-    """When it has trained."""
+    """When training ends."""
     finish_s: float
-    """When its update has arrived, or would have."""
+    """When its update arrives, or would have arrived."""
     lost_s: float
-    """When contact with it was lost; infinite for one that is done."""
+    """When contact is lost; infinite for a client that is done."""
     bytes_down: int
-    """What the server sent to it, whether or not all of it arrived."""
+    """Bytes that the server sends, whether or not all arrive."""
     bytes_up: int
-    """What it sends: nothing unless it is done."""
+    """Bytes that the client sends: 0 unless it is done."""
 
 
 @dataclass(frozen=True)
 class VirtualRound:
-    """How a round ends."""
+    """Outcome of a round on the virtual clock."""
 
     finishers: tuple[str, ...]
-    """Clients whose updates came in time, in the order they were asked in: those to train."""
+    """Clients whose updates arrive in time, in the order of the request: the ones to train."""
     begun_in_vain: tuple[str, ...]
-    """Clients that began to train and whose updates do not count. Under privacy a device has
-    charged its ledger by then."""
+    """Clients that start to train and whose updates do not count. Under privacy, their devices
+    have already charged their ledgers."""
     record: VirtualRecord
 
 
 def read_fleet(run: RunConfig, clients: Iterable[str]) -> VirtualFleet | None:
-    """The fleet that ``run.simulation`` describes; None where it describes none.
+    """Returns the fleet that ``run.simulation`` describes; None where it describes none.
 
     Args:
-        run: The run.
-        clients: All registered clients; looked at only where there is a trace.
+        run: Configuration of the run.
+        clients: All clients; read only where there is a trace.
 
     Raises:
-        DataError: the trace cannot be read (`read_trace`), or lacks one of the clients.
+        DataError: the trace cannot be read (see `read_trace`), or has no row for a client.
     """
     simulation = run.simulation
     if simulation.trace is None:
@@ -108,10 +108,11 @@ def read_fleet(run: RunConfig, clients: Iterable[str]) -> VirtualFleet | None:
 
 
 def class_of(fleet: VirtualFleet, client: str) -> DeviceClass:
-    """The class of a client of a fleet without a trace: it follows from seed and name alone.
+    """Returns the device class of a client, without a trace; a function of seed and name.
 
     Guarantee:
-        Each client is of a class with the probability of the class's share, independent of others.
+        A client is of a class with probability equal to the class's share, independently of other
+        clients.
     """
     ends = list(itertools.accumulate(device.share for device in fleet.classes))
     drawn = _uniform(fleet.seed, "device class", client) * ends[-1]
@@ -119,10 +120,10 @@ def class_of(fleet: VirtualFleet, client: str) -> DeviceClass:
 
 
 def device_of(fleet: VirtualFleet, client: str) -> VirtualDevice:
-    """The device of a client of a fleet without a trace, the same in every round.
+    """Returns the device of a client, without a trace; the same in every round.
 
     Guarantee:
-        Speed is log-normal about the median of the client's class, and so is bandwidth.
+        Speed and bandwidth are log-normal with the medians of the client's class.
     """
     kind = class_of(fleet, client)
     speed = _log_normal(kind.speed_spread, fleet.seed, "device speed", client)
@@ -136,7 +137,7 @@ def device_of(fleet: VirtualFleet, client: str) -> VirtualDevice:
 
 
 def is_reached(fleet: VirtualFleet, client: str, number: int, *, clock_s: float) -> bool:
-    """Whether a client selected for round ``number`` answers at all; asks for none of its data."""
+    """Whether a client selected for round ``number`` is reachable; does not read its data."""
     if fleet.trace:
         return window_at(fleet.trace, client, clock_s) is not None
     words = ("device availability", number, client)
@@ -154,28 +155,27 @@ def fate(
     bytes_down: int,
     bytes_up: int,
 ) -> Fate:
-    """What becomes of ``client`` in round ``number``: it downloads, trains, uploads, or is lost.
+    """Simulates ``client`` in round ``number``: it downloads, trains and uploads, or is lost.
 
-    A device of a class vanishes with the class's probability, at a moment that is uniform over the
-    time it would take. A device of a trace is lost when its window closes before it has finished.
+    A device of a class drops out with the class's probability, at a time uniform over its duration.
+    A device of a trace is lost when its window ends before it finishes.
 
     Guarantee:
-        Depends on the arguments alone. For the same seed, client and round, a slower device, more
+        Depends only on the arguments. For the same seed, client and round, a slower device, more
         work or more bytes never finish earlier.
 
     Args:
-        fleet: Whose devices.
-        client: One of its clients.
-        number: Of the round, from 1.
-        clock_s: The virtual clock when the round starts.
-        examples: The client's examples for training, at least 1; ignored where `is_reached` is
-            false.
-        epochs: Passes over them.
-        bytes_down: What the server sends to it.
-        bytes_up: What it sends back.
+        fleet: Devices of the clients.
+        client: Name of a client.
+        number: Number of the round, from 1.
+        clock_s: Virtual time at the start of the round.
+        examples: Training examples of the client, at least 1; ignored where `is_reached` is false.
+        epochs: Passes over the examples.
+        bytes_down: Bytes that the server sends.
+        bytes_up: Bytes that the client sends back.
 
     Raises:
-        KeyError: the fleet's trace does not name the client.
+        KeyError: the fleet's trace has no such client.
     """
     if not is_reached(fleet, client, number, clock_s=clock_s):
         return Fate(client, "unavailable", 0.0, 0.0, 0.0, lost_s=0.0, bytes_down=0, bytes_up=0)
@@ -195,7 +195,7 @@ def fate(
         dropout = class_of(fleet, client).dropout
         drawn = _uniform(fleet.seed, "device dropout", number, client)
         dropped = drawn < dropout
-        lost_s = drawn / dropout * finish_s if dropped else math.inf  # given that, uniform again
+        lost_s = drawn / dropout * finish_s if dropped else math.inf  # uniform, given a dropout
     return Fate(
         client,
         "dropped" if dropped else "done",
@@ -209,7 +209,7 @@ def fate(
 
 
 def first_of(fates: Sequence[Fate], count: int, *, deadline_s: float) -> list[Fate]:
-    """Those whose updates are the first to arrive in time, ``count`` at most, by their arrival."""
+    """Returns the fates of the first updates to arrive in time, at most ``count``, by arrival."""
     in_time = [one for one in fates if counts(one, deadline_s=deadline_s)]
     return sorted(in_time, key=lambda one: one.finish_s)[:count]
 
@@ -217,16 +217,16 @@ def first_of(fates: Sequence[Fate], count: int, *, deadline_s: float) -> list[Fa
 def settle(
     fates: Sequence[Fate], *, deadline_s: float, enough: Sequence[Fate] = ()
 ) -> VirtualRound:
-    """How the round of these clients ends: who counts, how long it took, what it moved.
+    """Determines how the round ends: which updates count, its duration and its traffic.
 
-    The server waits as one in a deployment does: for every client that it reached, until it
-    answers, until it has been lost for `SILENCE_S`, or until the deadline, whichever comes first.
+    Like a deployed server, it waits for each reached client until the client replies, has been lost
+    for `SILENCE_S`, or the deadline passes.
 
     Args:
-        fates: One for each client that was asked; of a client at most one.
+        fates: One per client that was asked.
         deadline_s: ``federation.deadline_s``, on the virtual clock; may be infinite.
-        enough: Those with whose updates the round ended, see `first_of`; others are then late.
-            Empty where it waited for all.
+        enough: Fates whose updates end the round, see `first_of`; other updates are late. Empty
+            where the round waits for all.
     """
     if enough:
         deadline_s = enough[-1].finish_s
@@ -255,7 +255,7 @@ def settle(
 
 
 def begun(one: Fate) -> bool:
-    """Whether a client begins to train. Under privacy a device has charged its ledger then."""
+    """Whether a client starts to train; under privacy, its device has then charged its ledger."""
     return one.begins_s < one.lost_s
 
 
@@ -269,10 +269,10 @@ def _transfer_s(count_bytes: int, mbit_s: float) -> float:
 
 
 def _log_normal(sigma: float, seed: int, *words: str | int) -> float:
-    """A draw with median 1."""
+    """Returns a log-normal draw with median 1."""
     return math.exp(sigma * _NORMAL.inv_cdf(_uniform(seed, *words)))
 
 
 def _uniform(seed: int, *words: str | int) -> float:
-    """A draw strictly between 0 and 1, out of 2^52 equally likely: cheaper than a generator."""
+    """Returns a draw strictly between 0 and 1, from 2^52 values; cheaper than a generator."""
     return ((derive(seed, *words) >> 11) + 0.5) / 2**52

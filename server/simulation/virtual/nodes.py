@@ -1,4 +1,4 @@
-"""Virtual nodes: how they are numbered, what one keeps, and the thread that computes for them."""
+"""Virtual nodes: their ids and Flower contexts, and the thread setting of their computations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FIRST_NODE_ID = SERVER_NODE_ID + 1
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computes in one thread.
+    """Limits torch to one thread within the block.
 
-    Models and batches of clients are small, and a pool of threads costs them more than it gives
-    (five times the time on a busy machine).
+    Clients' models and batches are small: a thread pool costs more than it gains (five times the
+    duration on a busy machine).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 
 def context_of(node_id: int, name: str) -> Context:
-    """What a node of that name keeps, before its first message."""
+    """Returns a node's Flower context before its first message."""
     return Context(
         run_id=RUN_ID,
         node_id=node_id,

@@ -1,4 +1,4 @@
-"""What a simulation remembers of its virtual clients between rounds."""
+"""State of a simulation's virtual clients between rounds."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Literal
 from fedcore.privacy.ledger import Ledger
 
 Method = Literal["loop", "vectorised"]
-"""One client after the other by the ClientApp that devices run, or many side by side."""
+"""Training method: clients one after the other with the devices' ClientApp, or in batches."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How clients are trained, and why; part of a run's record, for it decides the last bits."""
+    """Training method and its reason; part of a run's record, since it affects the last bits."""
 
     method: Method
     loop_s: float | None
-    """Seconds a client, one after the other; None where it was not measured."""
+    """Seconds per client, one after the other; None where it was not measured."""
     vectorised_s: float | None
-    """Seconds a client, side by side; None where it was not measured."""
+    """Seconds per client, in batches; None where it was not measured."""
     reason: str
 
 
 @dataclass
 class SimulationState:
-    """Of clients that were never asked nothing is held, and of the others what they have spent.
+    """What clients have spent and how often they trained; nothing for clients never asked.
 
-    Together with the server's own state and the seed it fixes everything that follows.
+    With the server's own state and the seed, it determines everything that follows.
     """
 
     ledgers: dict[str, Ledger] = field(default_factory=dict)
-    """What clients have spent, by name."""
+    """Privacy ledgers of clients, by name."""
     rounds: Counter[str] = field(default_factory=Counter)
     """How often each client was asked to train, by name."""
     clock_s: float = 0.0
-    """The virtual clock."""
+    """Time on the virtual clock."""
     choice: Choice | None = None
-    """How clients are trained; None until the first of them are."""
+    """How clients are trained; None until the first ones are."""

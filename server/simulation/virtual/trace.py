@@ -1,4 +1,4 @@
-"""A trace: what each client's device could do, and when it was there, read from a CSV file."""
+"""Trace of devices: each client's speed and bandwidth by availability window, from a CSV file."""
 
 from __future__ import annotations
 
@@ -32,34 +32,36 @@ _SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class AvailabilityWindow:
-    """A stretch of the virtual clock in which a client can be reached."""
+    """Interval of the virtual clock in which a client is reachable, and its device's rates."""
 
     examples_per_s: float
     download_mbit_s: float
     upload_mbit_s: float
     available_from_s: float
-    """On the virtual clock, where the first round starts at 0."""
+    """On the virtual clock, on which the first round starts at 0."""
     available_until_s: float
-    """Infinite for a device that stays."""
+    """Infinite for a device that stays online."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """All windows of all clients: 40 bytes a window, and what Python takes for a name."""
+    """All windows of all clients; takes 40 bytes per window, plus the clients' names."""
 
     numbers: Mapping[str, int]
-    """Each client's number."""
+    """Index of each client."""
     starts: NDArray[np.int64]
-    """Rows of client ``i`` are ``starts[i]`` up to ``starts[i + 1]``; shape ``(clients + 1,)``."""
+    """Windows of client ``i`` are rows ``starts[i]`` to ``starts[i + 1]``; shape ``(clients +
+    1,)``."""
     windows: NDArray[np.float64]
-    """A row for each window, as in `AvailabilityWindow`; those of a client in order of time."""
+    """One row per window, with the fields of `AvailabilityWindow`; a client's rows are in order
+    of time."""
 
 
 def window_at(trace: Trace, client: str, clock_s: float) -> AvailabilityWindow | None:
-    """The window that ``client`` is in at ``clock_s``, its first moment included, its last not.
+    """Returns the window of ``client`` at ``clock_s``: start included, end excluded; else None.
 
     Raises:
-        KeyError: the trace does not name that client.
+        KeyError: the trace has no such client.
     """
     number = trace.numbers[client]
     rows = trace.windows[trace.starts[number] : trace.starts[number + 1]]
@@ -70,14 +72,14 @@ def window_at(trace: Trace, client: str, clock_s: float) -> AvailabilityWindow |
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads a trace: one header row with `COLUMNS`, then a row for each window of each client.
+    """Reads a trace: a header row with `COLUMNS`, then one row per window of a client.
 
-    Rows may stand in any order. A client's windows may touch and may not overlap.
+    Rows may be in any order. A client's windows may touch, but not overlap.
 
     Raises:
-        DataError: the file is missing, larger than `MAX_BYTES`, no UTF-8 or no such table; a value
-            is missing, no number or out of range; two windows of a client overlap. The message
-            names the line.
+        DataError: the file does not exist, is larger than `MAX_BYTES`, or is not UTF-8 or such a
+            table; a value is missing, not a number or out of range; two windows of a client
+            overlap. Where a line is at fault, the message names it.
     """
     raw = read_bytes(path, max_bytes=MAX_BYTES, what="this trace of devices")
     numbers: dict[str, int] = {}
@@ -94,8 +96,8 @@ def read_trace(path: Path) -> Trace:
 
 
 def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, list[str]]]:
-    """Rows below the header, each with its line; blank lines are left out."""
-    # utf-8-sig: spreadsheets put a byte order mark before what they save
+    """Yields rows below the header with their line numbers; skips blank lines."""
+    # utf-8-sig: spreadsheets write a byte order mark
     table = csv.reader(io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", newline=""))
     expected = ",".join(COLUMNS)
     try:
@@ -156,7 +158,11 @@ def _sorted(
     lines: array[int],
     values: array[float],
 ) -> Trace:
-    """The trace, each client's windows in order; raises `DataError` where two overlap."""
+    """Returns the trace with each client's windows in order.
+
+    Raises:
+        DataError: two windows of a client overlap.
+    """
     owner = np.frombuffer(clients, dtype=np.int64)
     windows = np.frombuffer(values, dtype=np.float64).reshape(-1, len(COLUMNS) - 1)
     order = np.lexsort((windows[:, 3], owner))

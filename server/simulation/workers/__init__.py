@@ -1,4 +1,5 @@
-"""Who trains virtual clients: tasks of a round in, partial sums out.
+"""Workers that train virtual clients: take a round's task, return replies or partial sums.
 
-Read `executor` first: workers in this process, in processes of their own, or on a Ray cluster.
+Start with `executor`, the interface. Workers run in this process, in a `process_pool`, or on a Ray
+cluster; `scheduler` chooses.
 """

@@ -1,4 +1,7 @@
-"""Which way of training is quicker for this task on this machine: measured on its first clients."""
+"""Choice of the faster training method on this machine, measured on the run's first clients.
+
+`choose` compares the speed of both methods; `difference` checks that their results agree.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,33 @@ from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTa
 from server.simulation.workers.worker import Worker
 
 _LOOP_CLIENTS, _TOGETHER_CLIENTS = 2, 10
-_COMPARED = 4  # clients that are trained both ways, to see that they learn the same
-_LONG_S = 1.0  # one is enough then
-_ENOUGH_S = 10.0  # what takes so long needs no second look; less may be the cost of a first time
-_GAP, _ROUNDING = 1e-4, 1e-6  # of an update, and of the weights: both far above what rounding gives
-_TIE = 1e-2  # of an update, where rounding decides which of two nearly equal numbers pooling keeps
-_MARGIN = 1.05  # a gain below it is not worth other last bits than a device's
+_COMPARED = 4  # clients trained with both methods, to compare the results
+_LONG_S = 1.0  # a single client that takes longer than this is enough
+_ENOUGH_S = 10.0  # shorter times are measured again, without setup costs
+_GAP, _ROUNDING = 1e-4, 1e-6  # relative to update and weights; far above rounding errors
+_TIE = 1e-2  # relative to the update; rounding can change which value max pooling keeps
+_MARGIN = 1.05  # a smaller speed-up does not justify last bits that differ from a device's
 
 Clock = Callable[[], float]
 
 
 def forced(method: Method) -> Choice:
-    """What the configuration names."""
+    """Returns the choice that the configuration specifies."""
     return Choice(method, None, None, "as the configuration says")
 
 
 def attempts(
     worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, clock: Clock
 ) -> list[ClientOutcome]:
-    """What clients answer one after the other, until enough have trained to judge by.
+    """Trains clients one after the other, until enough of them have trained for a comparison.
 
-    Results are dropped, and ledgers stay as they are.
+    Returns their outcomes, without effect on sums and ledgers.
 
     Args:
-        worker: Idle; it is left so.
-        order: Of the first round.
-        asked: Clients of that round that are there.
-        clock: Gives seconds.
+        worker: An idle worker.
+        order: Task of the first round.
+        asked: Clients of that round whose updates arrive in time.
+        clock: Returns seconds.
     """
     worker.begin(replace(order, method="loop", fold=False))
     found: list[ClientOutcome] = []
@@ -57,15 +60,16 @@ def attempts(
 
 
 def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, clock: Clock) -> Choice:
-    """Trains the first clients both ways and drops the results; ledgers stay as they are.
+    """Measures both methods on the first clients; returns the faster one.
 
-    Where both take about the same, clients go one after the other, as devices do.
+    Discards all results; ledgers are unchanged. Where the times are about equal, it chooses one
+    client after the other, as devices train.
 
     Args:
-        worker: Idle; it is left so.
-        order: Of the first round.
-        asked: Clients of that round, at least one; the first of them train.
-        clock: Gives seconds.
+        worker: An idle worker.
+        order: Task of the first round.
+        asked: Clients of that round, at least one; the first ones are trained.
+        clock: Returns seconds.
     """
 
     def seconds(method: Method, clients: Sequence[ClientRef]) -> float:
@@ -76,7 +80,7 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
 
     worker.prepare(order, asked[:_TOGETHER_CLIENTS])
     loop_s = seconds("loop", asked[:1])
-    if loop_s < _ENOUGH_S:  # the first time, much is set up
+    if loop_s < _ENOUGH_S:  # the first measurement includes setup
         loop_s = seconds("loop", asked[:_LOOP_CLIENTS])
     try:
         vectorised_s = seconds("vectorised", asked[:_TOGETHER_CLIENTS])
@@ -94,15 +98,15 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
 
 
 def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome]) -> str | None:
-    """Why clients may not go side by side, where these learn something else then; None if not.
+    """Returns why clients cannot be trained in batches; None if the results of both methods agree.
 
-    What a model or a loss does with a batch can hide from every look at it but this one. Results
-    are dropped, and ledgers stay as they are.
+    Only this comparison finds every effect of a batch on a model or a loss. Discards all results;
+    ledgers are unchanged.
 
     Args:
-        worker: Idle; it is left so.
-        order: Of the first round.
-        alone: What clients answered to it one after the other, from `attempts`.
+        worker: An idle worker.
+        order: Task of the first round.
+        alone: Outcomes of the same clients, trained one after the other, from `attempts`.
     """
     worker.begin(replace(order, method="vectorised", fold=False))
     together = worker.work([one.asked for one in alone])
@@ -118,7 +122,7 @@ def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome])
         gap, moved = np.linalg.norm(one - other), np.linalg.norm(one - start)
         if gap <= _GAP * moved + _ROUNDING * np.linalg.norm(start):
             continue
-        seldom = not found and len(alone) > 1 and gap <= _TIE * moved  # one client meets a tie
+        seldom = not found and len(alone) > 1 and gap <= _TIE * moved  # one tie is normal
         found = (
             f"client {name!r} learns something else side by side: its update "
             f"differs by {gap / moved if moved else np.inf:.2g} of its length"

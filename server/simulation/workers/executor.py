@@ -1,4 +1,7 @@
-"""A crew of workers: in this process, in processes of its own, or in Ray's actors."""
+"""`Executor`: runs a round's task on one or more workers; how clients are split among workers.
+
+`LocalExecutor` uses this process. `process_pool` and `ray_executor` contain the others.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,28 @@ MakeWorker = Callable[[], Worker]
 
 
 class Executor(Protocol):
-    """Carries orders out."""
+    """Interface of a group of workers that run a round's tasks."""
 
     @property
     def size(self) -> int:
-        """Workers that compute at the same time."""
+        """Number of workers that compute at the same time."""
 
     def carry_out(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
-        """Answers in the order of ``asked``, and the sum of what was folded.
+        """Runs a task for the clients ``asked``.
 
-        Neither depends on how many workers there are, nor on which of them did what.
+        Returns:
+            Outcomes in the order of ``asked``, and the sum of folded updates. Neither depends on
+            the number of workers or on how clients are split among them.
         """
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
 
 
 class LocalExecutor:
-    """One worker, in this process."""
+    """Executor with one worker, in this process."""
 
     size = 1
 
@@ -42,20 +47,20 @@ class LocalExecutor:
     def carry_out(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
-        """All of it, here and now."""
+        """Runs the task in this process; returns the outcomes and the sum of folded updates."""
         self.worker.begin(order)
         return self.worker.work(asked), self.worker.hand_in()
 
     def close(self) -> None:
-        """Nothing is to be ended."""
+        """Does nothing: there are no processes to stop."""
 
 
 def pieces(
     order: RoundTask, asked: Sequence[ClientRef], workers: int
 ) -> Iterator[Sequence[ClientRef]]:
-    """The clients of an order in pieces: where they go one by one, ever smaller ones.
+    """Yields a task's clients in chunks; for clients trained one by one, chunks get smaller.
 
-    So workers end within about one client of each other, and few messages go to and fro.
+    So workers finish within about one client of each other, with few messages.
 
     Source:
         Polychronopoulos and Kuck 1987, doi:10.1109/TC.1987.5009495 (guided self-scheduling).
@@ -72,7 +77,7 @@ def pieces(
 def gathered(
     answers: Sequence[ClientOutcome], sums: Sequence[ExactMean], asked: Sequence[ClientRef]
 ) -> tuple[list[ClientOutcome], ExactMean]:
-    """What workers did apart, as if one had done it."""
+    """Merges the workers' outcomes and sums; the result is that of a single worker."""
     total = sums[0]
     for one in sums[1:]:
         total.merge(one)

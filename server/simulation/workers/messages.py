@@ -1,4 +1,4 @@
-"""What is asked of the virtual clients of a round, and what they answer."""
+"""Messages between a simulation's grid and its workers: tasks of a round, outcomes of clients."""
 
 from __future__ import annotations
 
@@ -15,63 +15,64 @@ from server.simulation.virtual.state import Method
 
 @dataclass(frozen=True)
 class ClientRef:
-    """One virtual client that is asked for something."""
+    """One virtual client that is sent a task."""
 
     node: int
     name: str
     ledger: Ledger | None
-    """What it has spent so far; None where it keeps none."""
+    """Privacy budget spent so far; None where the client has no ledger yet."""
 
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What a round asks of all of its clients."""
+    """Task of a round for all of its clients."""
 
     kind: str
-    """Type of the message."""
+    """Flower message type."""
     content: RecordDict
     configs: Mapping[int, ConfigRecord] = field(default_factory=dict)
-    """Configuration in place of the content's own, by node: settings of single clients."""
+    """Configuration that replaces the content's own, by node, for clients with their own
+    settings."""
     method: Method = "loop"
     chosen: bool = False
-    """Whether ``method`` was tried on the run's first clients: whoever it cannot take goes
-    alone."""
+    """Whether ``method`` was tested on the run's first clients. A client that it does not
+    support is then trained one by one."""
     fold: bool = False
-    """Whether updates are added up where they are made, and only sums travel."""
+    """Whether workers add updates up and return only sums."""
     uniform: bool = False
-    """Whether every update weighs the same."""
+    """Whether every update has the same weight."""
     clock_s: float = 0.0
-    """The virtual clock at the start of the round."""
+    """Virtual time at the start of the round."""
     deadline_s: float = float("inf")
-    """On the virtual clock, from the start of the round."""
+    """In virtual time, from the start of the round."""
 
 
 @dataclass(frozen=True)
 class ClientOutcome:
-    """What became of one client."""
+    """Result of a round's task for one client."""
 
     asked: ClientRef
     content: RecordDict | None = None
-    """Its reply; None where it was folded into a sum, or failed."""
+    """The reply; None where it was folded into a sum, failed or arrives too late."""
     num_examples: int = 0
-    """Of an update that was folded."""
+    """Number of examples of a folded update."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of an update that was folded."""
+    """Metrics of a folded update."""
     error: tuple[int, str] | None = None
-    """Code and reason, where it failed or declined."""
+    """Code and reason, where the client failed or declined."""
     ledger: Ledger | None = None
-    """What it has spent now."""
+    """Privacy budget spent after the task."""
     fate: Fate | None = None
-    """What its device did on the virtual clock; None without device classes."""
+    """Course of the round for its device on the virtual clock; None without devices."""
     skipped: int = 0
-    """Places in its batches that counted as zero; told to whoever runs the simulation alone."""
+    """Places in its batches that counted as zero; shown only to the user of the simulation."""
 
 
 def instruction_for(order: RoundTask, one: ClientRef, instruction: Instruction) -> Instruction:
-    """What an order asks of one client: ``instruction``, with settings of its own if it has any.
+    """Returns ``instruction`` with the client's own settings, where the task has any.
 
     Raises:
-        InvalidUpdate: these are no settings.
+        InvalidUpdate: the client's configuration is invalid.
     """
     if one.node not in order.configs:
         return instruction
@@ -79,6 +80,6 @@ def instruction_for(order: RoundTask, one: ClientRef, instruction: Instruction) 
 
 
 def content_for(order: RoundTask, one: ClientRef) -> RecordDict:
-    """The same as the content of a message."""
+    """Returns the content of a message to the client, with its own configuration if it has one."""
     config = order.configs.get(one.node)
     return order.content if config is None else RecordDict({**order.content, CONFIG: config})

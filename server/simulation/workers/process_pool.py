@@ -1,4 +1,4 @@
-"""Workers in processes of their own, one thread each."""
+"""Executor with worker processes, one thread each."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from server.simulation.workers.executor import MakeWorker, gathered, pieces
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
 _KILLED = " That usually means that memory ran out: take fewer simulation.workers."
-_END_S = 0.5  # more than an idle process needs to end
+_END_S = 0.5  # longer than an idle process needs to exit
 
 
 class ProcessPool:
-    """Processes that are forked from this one, so that they share what it has loaded.
+    """Worker processes, forked from this one to share what it has loaded.
 
-    A piece of work goes to whoever is free; sums stay where they are made until the end of an
-    order. Neither threads nor a GPU survive a fork: a forked process computes in one thread, and
-    with ``gpus`` processes are started afresh and take a GPU each, in turn.
+    A chunk of clients goes to the next free worker. Each worker keeps its sum until the task ends.
+    Threads and GPUs do not survive a fork: a forked process computes in one thread. With ``gpus``,
+    processes are spawned instead, and assigned to the GPUs in turn.
     """
 
     def __init__(self, make: MakeWorker, size: int, *, gpus: int = 0) -> None:
@@ -51,9 +51,9 @@ class ProcessPool:
                 args=(there, [] if gpus else [*self._connections, here], make),
                 kwargs={"gpu": number % gpus if gpus else None},
                 name=f"fedcore-worker-{number}",
-                daemon=False,  # a task's loader may have processes of its own
+                daemon=False,  # a daemon could not start processes, as a task's loader may
             )
-            # Until the process has said what signals do there.
+            # Until the process has set its signal handlers.
             with no_signal(), script_left_out():
                 process.start()
             there.close()
@@ -62,16 +62,16 @@ class ProcessPool:
 
     @property
     def size(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return len(self._processes)
 
     def carry_out(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
-        """Hands the clients out piece by piece.
+        """Sends clients to workers in chunks; returns outcomes and the sum of folded updates.
 
         Raises:
-            RoundFailed: a worker died, or something in it failed that no client answers for.
+            RoundFailed: a worker died, or had an error that is not a client's.
             FedcoreError: a worker raised it.
         """
         waiting = list(pieces(order, asked, self.size))[::-1]
@@ -96,7 +96,7 @@ class ProcessPool:
         return gathered(answers, sums, asked)
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Stops the processes."""
         for connection in self._connections:
             connection.close()
         until = time.monotonic() + _END_S
@@ -157,9 +157,9 @@ def _named(piece: Sequence[ClientRef]) -> str:
 def _serve(
     connection: Connection, others: Sequence[Connection], make: MakeWorker, *, gpu: int | None
 ) -> None:
-    """The life of a process: until the other end of its connection is closed."""
+    """Main loop of a worker process; returns when the other end of its connection is closed."""
     die_with_parent()
-    for other in others:  # a copy held here would keep them open
+    for other in others:  # an inherited copy would keep the connection open
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to every process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -183,7 +183,7 @@ def _serve(
             answer: object = worker.work(piece) if piece else worker.hand_in()
         except FedcoreError as error:
             answer = error
-        except Exception:  # whatever it is, the other side must hear of it
+        except Exception:  # the parent raises it
             answer = traceback.format_exc()
         try:
             connection.send(answer)

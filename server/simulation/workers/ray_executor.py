@@ -1,4 +1,4 @@
-"""Workers as actors of a Ray cluster: on this machine, or on others."""
+"""Executor with workers as actors of a Ray cluster, on this machine or on others."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from server.simulation.workers.executor import MakeWorker, gathered, pieces
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
 ADDRESS = "RAY_ADDRESS"
-"""Names a cluster that runs; without it one is started on this machine, and ended afterwards."""
+"""Environment variable with the address of a running cluster. Without it, a cluster is started
+on this machine, and stopped afterwards."""
 
 
 class RayExecutor:
-    """One actor a worker; the order's content goes to each machine once.
+    """Executor with one Ray actor per worker; a task's content goes to each machine once.
 
-    Actors load the task from its file, so a cluster's machines need it, and the data, where this
-    machine has them.
+    Actors load the task from its file. The cluster's machines need the file and the data under the
+    same paths as this machine.
     """
 
     def __init__(self, make: MakeWorker, size: int) -> None:
@@ -52,16 +53,16 @@ class RayExecutor:
 
     @property
     def size(self) -> int:
-        """Actors."""
+        """Number of actors."""
         return len(self._actors)
 
     def carry_out(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
-        """Hands the clients out piece by piece.
+        """Sends clients to actors in chunks; returns outcomes and the sum of folded updates.
 
         Raises:
-            RoundFailed: an actor or its machine died.
+            RoundFailed: an actor or its machine died, or had an error that is not a client's.
             FedcoreError: an actor raised it.
         """
         ray = self._ray
@@ -95,7 +96,7 @@ class RayExecutor:
         return gathered(answers, sums, asked)
 
     def close(self) -> None:
-        """Ends the actors, and the cluster if it was started here."""
+        """Stops the actors, and the cluster if it was started here."""
         for actor in self._actors:
             self._ray.kill(actor)
         if self._started:
@@ -103,7 +104,7 @@ class RayExecutor:
 
 
 class _Actor:
-    """One worker, on some machine of the cluster."""
+    """One worker on a machine of the cluster."""
 
     def __init__(self, make: MakeWorker) -> None:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Who trains: decided with the first order, once it is known how long a client takes."""
+"""Choice of training method and workers, made with the first training task."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from server.simulation.workers.executor import Executor, LocalExecutor, MakeWork
 from server.simulation.workers.messages import ClientRef, RoundTask
 from server.simulation.workers.process_pool import ProcessPool
 
-_WORTH_S = 0.02  # rounds shorter than that gain nothing from other processes
+_WORTH_S = 0.02  # shorter rounds do not gain from more processes
 
 
 class WorkerScheduler:
-    """Chooses how clients are trained and by how many workers, and keeps to it.
+    """Chooses the training method and the number of workers once, and reuses both.
 
-    ``make_elsewhere`` is for processes that share nothing with this one: it can be pickled.
-    ``gpus`` is how many of them clients are trained on.
+    ``make`` creates a worker in this process or a fork of it. ``make_elsewhere`` is picklable and
+    creates one in a process that shares no memory with this one. ``gpus`` is the number of GPUs to
+    train on.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class WorkerScheduler:
         self._state = state
 
     def crew_for(self, order: RoundTask, asked: Sequence[ClientRef]) -> tuple[Executor, RoundTask]:
-        """Who carries out an order, and the order with the way of training filled in."""
+        """Returns the executor for a task, and the task with its training method set."""
         if order.kind != MessageType.TRAIN:
             return self._crew or self._here, order
         choice = self._state.choice
@@ -63,12 +64,12 @@ class WorkerScheduler:
         return self._crew, replace(order, method=choice.method, chosen=True)
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         if self._crew is not None:
             self._crew.close()
 
     def _choose(self, order: RoundTask, asked: Sequence[ClientRef]) -> Choice | None:
-        """None where no client trains, so that there is nothing to choose by."""
+        """Chooses the training method; None where no client trained, so that none was measured."""
         wanted, worker = self._settings.training, self._here.worker
         if wanted == "loop":
             return forced(wanted)
@@ -97,7 +98,7 @@ class WorkerScheduler:
 
             return RayExecutor(self._make_elsewhere, self._settings.workers or _cores())
         workers = self._settings.workers
-        if self._gpus:  # one GPU is best fed by one process, this one
+        if self._gpus:  # a single process uses a GPU best
             workers = workers or self._gpus
             return self._here if workers == 1 else self._pool(self._make_elsewhere, workers)
         if not workers:
@@ -112,7 +113,7 @@ class WorkerScheduler:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

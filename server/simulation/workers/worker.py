@@ -1,4 +1,4 @@
-"""One worker: trains the clients that it is given, in the process that it lives in."""
+"""Worker: trains the virtual clients of a `RoundTask` in its process, one by one or in batches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from server.simulation.workers.messages import (
 
 @dataclass(frozen=True)
 class Ready:
-    """A client that is about to be trained beside others."""
+    """A client that is about to be trained in a batch."""
 
     asked: ClientRef
     fate: Fate | None
@@ -60,9 +60,9 @@ class Ready:
 
 
 class Worker:
-    """Trains clients one order at a time; the model stays in memory from order to order.
+    """Trains clients for one task at a time; keeps the model in memory between tasks.
 
-    Of a folded order only the sum of its updates is kept, until `hand_in`.
+    Of a folded task, it keeps only the sum of updates, until `hand_in`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Worker:
         fleet: VirtualFleet | None,
         skipped: dict[str, int],
     ) -> None:
-        """``skipped`` is where ``client`` and ``app`` note what counted as zero, by client."""
+        """Creates a worker; ``client`` and ``app`` count skipped examples in ``skipped``."""
         self._client = client
         self._skipped = skipped
         self._app = app
@@ -83,24 +83,24 @@ class Worker:
         self._trainers = Trainers(client)
 
     def begin(self, order: RoundTask) -> None:
-        """Takes an order; what the one before left is gone."""
+        """Starts a task; discards the previous task's sum."""
         self._order = order
         self._instruction = None
         if order.fold:
             self._sum = ExactMean(self._client.resident.layout.size)
 
     def prepare(self, order: RoundTask, asked: Sequence[ClientRef]) -> None:
-        """Finds what clients' noise takes, which is kept, before anybody measures training them."""
+        """Computes and caches clients' noise multipliers, before training times are measured."""
         if self._client.run.private:
             self.begin(order)
             for one in asked:
-                with suppress(Exception, SystemExit):  # it says so itself, when it is to train
+                with suppress(Exception, SystemExit):  # reported when the client trains
                     examples, _ = local_data(self._client, one.name)
                     asked_of = self._asked_of(order, one)
                     self._spend(one, examples, asked_of, settings_of(self._client, asked_of))
 
     def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
-        """Does for these clients what the order says; answers stand in their order."""
+        """Runs the task for these clients; returns outcomes in the same order."""
         order = self._order
         assert order is not None
         if order.kind != MessageType.TRAIN:
@@ -122,7 +122,7 @@ class Worker:
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
 
     def reached(self, order: RoundTask, asked: Sequence[ClientRef]) -> list[ClientRef]:
-        """Those of ``asked`` whose updates arrive in time on the virtual clock."""
+        """Returns the clients in ``asked`` whose updates arrive in time on the virtual clock."""
         fates = ((one, self._fate(order, one)) for one in asked)
         return [
             one
@@ -131,27 +131,27 @@ class Worker:
         ]
 
     def hand_in(self) -> ExactMean:
-        """The sum of what was folded since the order began."""
+        """Returns the sum of updates folded since the task began."""
         return self._sum
 
     def _read(self, order: RoundTask) -> Instruction:
-        """What an order to train asks for, read once."""
+        """Returns the task's instruction, parsed once."""
         if self._instruction is None:
             self._instruction = read_instruction(order.content)
         return self._instruction
 
     def _asked_of(self, order: RoundTask, one: ClientRef) -> Instruction:
-        """What an order asks of one client."""
+        """Returns the task's instruction for one client."""
         return instruction_for(order, one, self._read(order))
 
     def _fate(self, order: RoundTask, one: ClientRef) -> Fate | None:
-        """What the client's device does on the virtual clock; None without device classes."""
+        """Returns the client's fate on the virtual clock; None without devices."""
         if self._fleet is None:
             return None
         try:
             examples = size_of(local_data(self._client, one.name)[0])
             epochs = settings_of(self._client, self._asked_of(order, one)).epochs
-        except (Exception, SystemExit):  # the client says so itself, when it is asked to train
+        except (Exception, SystemExit):  # reported when the client trains
             return None
         sent = sum(len(array.data) for array in order.content.array_records[ARRAYS].values())
         return fate(
@@ -166,10 +166,10 @@ class Worker:
         )
 
     def _lost(self, order: RoundTask, one: ClientRef, found: Fate) -> ClientOutcome:
-        """A client whose update does not arrive in time; if it began, it has charged its ledger."""
+        """Returns the outcome of a late or lost client; charges its ledger if it has begun."""
         ledger = one.ledger
         if self._client.run.private and begun(found):
-            with suppress(FedcoreError):  # it declined or failed, and nobody heard of it
+            with suppress(FedcoreError):  # it declined or failed, but is lost anyway
                 instruction = self._asked_of(order, one)
                 examples, _ = local_data(self._client, one.name)
                 settings = settings_of(self._client, instruction)
@@ -177,7 +177,7 @@ class Worker:
         return ClientOutcome(one, ledger=ledger, fate=found)
 
     def _alone(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
-        """One client's training; without messages, where only the sum of updates is asked for."""
+        """Trains one client; without messages, where the task folds updates."""
         if not order.fold:
             return self._by_app(order, one, found)
         ledgers = [one.ledger]
@@ -196,14 +196,14 @@ class Worker:
         return self._folded(order, one, update, ledgers[-1], found)
 
     def _by_app(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
-        """By the ClientApp that devices run, mods included."""
+        """Runs one client with the ClientApp that devices run, mods included."""
         context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
         if one.ledger is not None:
             write_ledger(context, one.ledger)
         message = Message(content_for(order, one), one.node, order.kind)
         try:
             reply = self._app(message, context)
-        except Exception as error:  # as a node does: a mod that fails is a client that fails
+        except Exception as error:  # like a Flower node: an error in a mod is the client's failure
             reason = f"client {one.name!r}: its app raised {type(error).__name__}: {error}"
             reply = Message(Error(REFUSED, reason), reply_to=message)
         kept = read_ledger(context)
@@ -216,9 +216,9 @@ class Worker:
     def _together(
         self, order: RoundTask, asked: Sequence[tuple[ClientRef, Fate | None]]
     ) -> Iterator[ClientOutcome]:
-        """Side by side, each with the result that it would have had alone.
+        """Trains clients in batches; each has the result of training by itself.
 
-        Those with other settings are trained after one another, in groups of the same.
+        Clients are grouped by their settings, and groups are trained in turn.
         """
         groups: dict[tuple[Settings, float], list[Ready]] = {}
         for one, found in asked:
@@ -228,7 +228,7 @@ class Worker:
                 examples, _ = local_data(self._client, one.name)
                 private, ledger = self._spend(one, examples, instruction, settings)
             except (Exception, SystemExit) as error:  # the task's code: that client's failure
-                if self._client.run.client_private:  # which does not show there
+                if self._client.run.client_private:  # hides failures
                     yield self._alone(order, one, found)
                     continue
                 code = error_of(one.name, error, hide=False)
@@ -243,7 +243,7 @@ class Worker:
     def _group(
         self, order: RoundTask, ready: Sequence[Ready], settings: Settings, mu: float
     ) -> Iterator[ClientOutcome]:
-        """Clients that train with the same settings."""
+        """Trains clients that have the same settings."""
         client, instruction = self._client, self._read(order)
         work_of = [one.work for one in ready]
         load = partial(self._model, instruction)
@@ -256,7 +256,7 @@ class Worker:
                 groups = train_in_groups(trainer, model, work_of, client, settings, mu)
         except InsufficientMemory:
             raise
-        except (Exception, SystemExit):  # some client's data or loss failed: alone, it says how
+        except (Exception, SystemExit):  # a client's error: found when each trains by itself
             yield from (self._alone(order, one.asked, one.fate) for one in ready)
             return
         for places, trained in groups:
@@ -271,7 +271,7 @@ class Worker:
         trainer: Trainer,
         settings: Settings,
     ) -> Iterator[ClientOutcome]:
-        """What clients answer that were trained together; folded, where that is asked for."""
+        """Yields the outcomes of clients that were trained in one batch; folds their updates."""
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
         errors = [
@@ -316,7 +316,7 @@ class Worker:
         rows: NDArray[np.float32],
         errors: Sequence[Exception | None],
     ) -> Iterator[ClientOutcome]:
-        """The same under client-level privacy, where each update is bounded first."""
+        """Yields outcomes under client-level privacy: bounds each update before it is used."""
         privacy, instruction = self._client.run.privacy, self._read(order)
         for one, row, error in zip(ready, rows, errors, strict=True):
             spent = {EPSILON: one.ledger.epsilon(privacy)} if one.ledger is not None else {}
@@ -336,7 +336,7 @@ class Worker:
         ledger: Ledger | None,
         found: Fate | None,
     ) -> ClientOutcome:
-        """An update that is added to the sum; an error where the sum could leave its range."""
+        """Adds an update to the sum; returns an error where the update is not finite."""
         try:
             self._sum.add(update.weights, 1 if order.uniform else update.num_examples)
         except InvalidUpdate as error:
@@ -357,7 +357,7 @@ class Worker:
 
     def _model(self, instruction: Instruction) -> FullModel:
         model = model_of(self._client, instruction)
-        there = next(model.parameters()).device == self._device  # moving looks at every module
+        there = next(model.parameters()).device == self._device  # `to` walks every module
         return model if there else model.to(self._device)
 
     def _spend(
