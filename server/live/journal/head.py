@@ -47,8 +47,8 @@ def is_begun(folder: Path) -> bool:
 class _Copy:
     entries: list[JournalEntry]
     can_grow: bool
-    """Whether ``records.jsonl`` contains exactly the records of ``entries``, so that the next may be
-    appended. It may not in a journal of an older version, which wrote records to ``head.json``."""
+    """Whether ``records.jsonl`` contains exactly the records of ``entries``, so that the next one
+    may be appended. Not so for an older version, which wrote records to ``head.json``."""
 
 
 def write_head(folder: Path, entries: Entries) -> None:
