@@ -1,4 +1,4 @@
-"""Limits on the connections of the devices' port, from accept to close.
+"""Limits on the connections of the network port, from accept to close.
 
 TLS, HTTP and the Fleet API each have limits of their own, but none sees a peer that connects and
 sends nothing. `Connections` therefore counts the resource that the system limits: open sockets.
@@ -32,7 +32,7 @@ class Peer(Protocol):
     """Protocol object of a connection after the TLS handshake. Times are by `Connections.now`."""
 
     public: bytes
-    """Public key in the peer's certificate; empty if it has none of this project's form."""
+    """Public key in the peer's certificate; empty if there is none."""
     seen: float
     """Time of the last data from the peer."""
     due: float | None
