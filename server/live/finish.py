@@ -91,7 +91,7 @@ class _Publishing(_Kept):
 
 
 def check_finish(run: RunConfig, task: Task) -> CloudData | None:
-    """Checks, before any device is asked, that the steps after the rounds can succeed.
+    """Checks the inputs of the steps after the rounds, before any device is sent work.
 
     Returns the cloud's data, which it reads for the check; None if the task has none.
 
@@ -301,7 +301,7 @@ def _write(path: Path, note: _Kept) -> None:
 def _origin(model: FullModel, *settings: Section) -> str:
     """Returns the digest of a step's input model and settings.
 
-    Other settings need no digest: a run cannot be resumed with different ones.
+    Other settings either do not affect the step, or cannot change when a run is resumed.
     """
     parts = [sha256_hex(checkpoint_bytes(model)), *(one.model_dump_json() for one in settings)]
     return sha256_hex("\n".join(parts).encode())

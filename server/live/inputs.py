@@ -41,14 +41,14 @@ class Inputs:
         return load_named_task(self._run.path(self._run.task))
 
     def check(self, folder: Path, devices: Sequence[str]) -> None:
-        """Checks that the run can succeed, before the previous results in ``folder`` are replaced.
+        """Runs all checks that can reject the run, before the results in ``folder`` are replaced.
 
         Args:
             folder: Folder for the run's results.
             devices: Names of the enrolled devices.
 
         Raises:
-            FedcoreError: the run would fail.
+            FedcoreError: a check failed, so the run would fail later.
         """
         from server.live.finish import check_finish
         from server.preflight import check_rounds

@@ -25,8 +25,8 @@ Pieces = Callable[[], Iterable[bytes | memoryview]]
 class Blobs:
     """Durable store of values by digest; equal values share a file.
 
-    A value written with `put` is named by its SHA-256. A file taken over with `adopt` is named by
-    the digest over the digests of its cuts, which were computed as it arrived.
+    A value written with `put` is named by its SHA-256. A file added with `adopt` is named by the
+    digest over the digests of its cuts, which were computed as it arrived.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -256,7 +256,7 @@ class _Accepted(socket.socket):
 
 
 def _idlest(among: list[_Open]) -> _Open:
-    """Returns the most idle connection: not busy if there is such a one, and silent the longest."""
+    """Returns the most idle connection: silent for the longest time, preferably without a call."""
     return min(
         among, key=lambda one: (one.peer.busy(), one.peer.seen) if one.peer else (False, one.since)
     )

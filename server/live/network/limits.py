@@ -157,7 +157,7 @@ class _Held:
 
 
 class Uploads:
-    """Admission control for uploads, by the disk space of those in transit or not yet aggregated.
+    """Admission control for uploads: limits the disk space of all that are not yet aggregated.
 
     Use it from one event loop only, except `released`, which any thread may call. An upload is
     always admitted if there is no other, however large. Waiting uploads are admitted in order.

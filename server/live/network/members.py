@@ -32,7 +32,7 @@ def weights_of(roster: Roster, nodes: Sequence[int]) -> list[int]:
 
 
 def weigh(reply: Message, weight: int) -> None:
-    """Sets the weight of a reply, in examples, and overrides the one that the device reports."""
+    """Sets the weight of a reply, in examples; overrides the device's own number."""
     metrics = reply.content.get(METRICS)
     if isinstance(metrics, MetricRecord):
         metrics[NUM_EXAMPLES] = weight

@@ -1,7 +1,7 @@
 """Which devices are online, and how they are notified of work.
 
-A device is online while its wake-up stream is open; one that only polls is online for a while after
-each call.
+A device is online while its wake-up stream is open. Without a stream, it polls, and is online for
+some seconds after each call.
 """
 
 from __future__ import annotations

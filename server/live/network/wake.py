@@ -1,4 +1,4 @@
-"""The wake-up streams: tell devices at once that work awaits, and show at once who disconnects.
+"""The wake-up streams: notify devices of work at once, and detect at once when one disconnects.
 
 Each device keeps one gRPC stream open (`Wakeups.Watch`). `serve_wakeups` starts the gRPC server,
 and `disconnect_revoked` disconnects devices whose membership ends.

@@ -32,7 +32,8 @@ _LEFT_OUT = {JOURNAL_FOLDER, "incoming", "tensorboard"}
 """Folders not copied as files: the journal, copied separately, unfinished uploads, and charts,
 which can be drawn again."""
 _ATTEMPTS = 20
-"""Each attempt keeps the links of those before it, so few are needed even if commits are fast."""
+"""Attempts to link all values. Each keeps the earlier links, so few are needed even if commits are
+fast."""
 
 
 @dataclass(frozen=True)

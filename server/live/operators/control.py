@@ -339,7 +339,7 @@ class Control:
 
     @contextmanager
     def _between_rounds(self, site: _Site, gone: Gone) -> Iterator[None]:
-        """Waits until no round is active, or it is short of devices, and holds rounds until exit.
+        """Waits until no round is active, or it waits for devices; blocks rounds until exit.
 
         Raises:
             ResourceError: another backup is pending, the client disconnected, or the run ends.

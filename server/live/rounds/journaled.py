@@ -289,7 +289,7 @@ def _of_no_kind(reply: Message) -> Message:
 def _weigh(reply: Message, node: int, weights: Mapping[int, int] | None) -> None:
     """Sets a reply's weight to the one recorded with the cohort; without one, does nothing.
 
-    The weight then stays the one that `server.live.network.signatures` has set.
+    The reply then keeps the weight that `SignatureChecks` has set.
     """
     if weights is not None and node in weights:
         weigh(reply, weights[node])
