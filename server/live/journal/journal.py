@@ -79,7 +79,7 @@ class Journal:
     def __init__(
         self, folder: Path, entries: Entries, mended: str, *, reached: Reached = nothing
     ) -> None:
-        """Use `create` or `reopen`."""
+        """Wraps an opened database; call `create` or `reopen` instead of this."""
         self._folder = folder
         self._entries = entries
         self._reached = reached
