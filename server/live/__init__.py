@@ -1,5 +1,5 @@
-"""A server that devices connect to: Flower's Fleet API over TLS 1.3, and a stream that wakes.
+"""The deployment server: Flower's Fleet API over TLS 1.3, and a wake-up stream to each device.
 
-Read `run` first: `network` lets devices in, `rounds` drives and keeps what they answer in the
-`journal`, and `operators` steer.
+Start with `run`. `network` authenticates devices and serves their requests, `rounds` runs the
+training rounds, `journal` makes each step durable, and `operators` serves administrative requests.
 """

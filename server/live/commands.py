@@ -1,4 +1,4 @@
-"""``fedcore server``: the verbs of the machine that devices connect to."""
+"""The command ``fedcore server``: ``start``, ``rollback``, and the operators' verbs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(options: argparse.Namespace) -> int:
-    run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
+    run = load_run(options.config, options.overrides)  # before torch loads: fails at once
     host, port = _address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
     if options.wake_port is not None and not 0 <= options.wake_port < 2**16:
         raise ConfigError(
@@ -79,7 +79,7 @@ def _start(options: argparse.Namespace) -> int:
             "that the system chooses. Nothing was started."
         )
     check_server_folder(options.identity)
-    only_tls_1_3()  # before Flower, which imports grpc
+    only_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
     quiet_core()
     with loading_told(), loading():
         from fedcore.flower.quiet import quiet
@@ -116,7 +116,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _kept(options: argparse.Namespace, last: int, run: RunConfig) -> str:
-    """What a run that was stopped leaves, and how to go on with it."""
+    """Returns the message for a stopped run: what is kept, and the command that resumes it."""
     rounds = run.federation.rounds
     done = f"after round {last} of {rounds}" if last else "before its first round was over"
     held = "the model of that round and what devices have sent since" if last else "what was begun"
@@ -129,7 +129,7 @@ def _kept(options: argparse.Namespace, last: int, run: RunConfig) -> str:
 
 
 def _again(options: argparse.Namespace) -> str:
-    """The command line that goes on with the same run."""
+    """Returns the command line that resumes the run with the same options."""
     words = ["fedcore", "server", "start", str(options.config)]
     for override in options.overrides:
         words += ["--set", override]

@@ -1,4 +1,4 @@
-"""A run over devices: what an operator asks for, and what is open while it goes on."""
+"""Types of a deployment: `Deployment`, the operator's options, and `LiveRun`, the opened run."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ from server.live.operators.control import Control
 
 @dataclass(frozen=True)
 class Deployment:
-    """What an operator asks for."""
+    """An operator's options for a deployment, as given to ``fedcore server start``."""
 
     run: RunConfig
     identity: Path
+    """Folder with the server's key, certificate and member list."""
     host: str
     port: int | None
-    """The one that the server's certificate was made with, when None."""
+    """Port for devices; None for the one in the server's kit."""
     wake_port: int | None
-    """The one after ``port``, when None."""
+    """Port of the wake-up streams; None for ``port`` + 1."""
     runs: Path
+    """Folder that contains one folder per run."""
     json: bool
+    """Whether events are printed as JSON lines."""
     resume: bool = False
-    """Go on with a run that did not end, where there is one."""
+    """Resume an unfinished run; start a new one if there is none."""
     fresh: bool = False
-    """Begin again, whatever there is."""
+    """Start a new run, and drop an unfinished one."""
 
     def address(self, identity: ServerIdentity) -> Address:
-        """Where to listen.
+        """Returns the address to listen on.
 
         Raises:
-            ConfigError: there is no port after ``port``, and no other is named.
+            ConfigError: ``port`` is the highest port, and ``wake_port`` is not set.
         """
         port = identity.port if self.port is None else self.port
         if self.wake_port is None and port == 2**16 - 1:
@@ -54,31 +57,31 @@ class Deployment:
 
 @dataclass(frozen=True)
 class LiveRun:
-    """A run whose folder and journal are open."""
+    """A run whose folder and journal are open, with everything that serving it requires."""
 
     run: RunConfig
     inputs: Inputs
     identity: ServerIdentity
     address: Address
     hello: Hello
-    """The versions that devices must have."""
+    """Versions that devices must have."""
     settings: Mapping[str, str]
-    """What devices are told of the run."""
+    """The run's settings that are sent to devices, see `server.live.rounds.settings`."""
     folder: Path
-    """Where results go."""
+    """The run's folder, for results."""
     journal: Journal
     control: Control
-    """Steers it."""
+    """Serves operators' requests."""
     emit: Sink
-    """Called with each event."""
+    """Callback with each event."""
     randomness: Randomness
-    """Of the server."""
+    """Source of the server's randomness."""
 
     @property
     def spool(self) -> Path:
-        """Folder of what devices send, while it is on its way."""
+        """Folder for uploads while they arrive."""
         return self.folder / "incoming"
 
     def waiting(self, text: str) -> None:
-        """Shows what a round waits for; it is progress, and kept nowhere."""
+        """Shows, as transient progress, what a round waits for."""
         self.emit(StageAdvanced("rounds", self.journal.round, text))

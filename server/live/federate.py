@@ -1,4 +1,4 @@
-"""The rounds of a run over devices: a ServerApp over the fleet, with a journal of every step."""
+"""The rounds of a deployment: builds a Flower ServerApp over the devices and the journal."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from server.rounds.checkpointing import Peers
 
 
 def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outcome:
-    """Runs the rounds that are left; the best model goes to the run's folder.
+    """Runs the remaining rounds, and writes the best model to ``global.safetensors``.
 
     Args:
-        live: The run.
-        members: Whom rounds may reach.
-        peers: Who they are.
-        grid: Reaches them.
+        live: The opened run.
+        members: The devices that rounds may select.
+        peers: The devices' names.
+        grid: Sends messages to devices.
 
     Raises:
-        FedcoreError: whatever stops the rounds. What the journal holds stands.
+        FedcoreError: the rounds failed. The journal stays valid, and the run can be resumed.
     """
     run, journal = live.run, live.journal
     outcomes: list[Outcome] = []
@@ -43,7 +43,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
             Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}")
         )
 
-    # Devices that were asked before a restart may take so long to find this server again.
+    # After a restart, devices that were asked before need this long to reconnect.
     rejoin_s = REJOIN_S if journal.start else 0.0
     checkpointer = JournalCheckpointer(
         journal,
@@ -74,7 +74,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         grid,
         journal,
         admit=members.admit,
-        quorum=run.federation.quorum / run.federation.over_selection,  # of all who are asked
+        quorum=run.federation.quorum / run.federation.over_selection,  # share of all nodes asked
         rejoin_s=rejoin_s,
         lacks=live.control.lacks_devices,
         waits=live.waiting,
@@ -83,13 +83,13 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
     try:
         app(journaled, server_context(grid.run.run_id))
     except ResourceError:
-        raise  # this machine's: the round goes on as it was once that is mended
+        raise  # a fault of this machine: once fixed, a resume continues with the same cohort
     except FedcoreError:
-        journal.drop()  # a resume asks the devices that are there then
+        journal.drop()  # a resume selects among the devices that are connected then
         raise
     return outcomes[0]
 
 
 def finished(record: RoundRecord) -> RoundFinished:
-    """The event of a round that is over."""
+    """Returns the event for a completed round."""
     return RoundFinished(asdict(record))

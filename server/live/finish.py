@@ -1,7 +1,7 @@
-"""After the rounds over devices: fine-tuning, compression and release, each of them once.
+"""The steps after the rounds of a deployment: fine-tuning, compression and release, once each.
 
-What a step came to is kept in ``steps/`` until the run is complete. Whatever is killed meanwhile,
-``--resume`` goes on with the step that it was at, and what was published is not published again.
+`finish` runs them. The result of each step is stored in ``steps/`` until the run is complete. If
+the process is killed, ``--resume`` continues with the interrupted step, and never publishes twice.
 """
 
 from __future__ import annotations
@@ -51,15 +51,17 @@ _Note = TypeVar("_Note", bound="_Kept")
 
 
 class _Kept(BaseModel):
-    """What is noted of a step, once all of its files are there."""
+    """Note on a step, stored as JSON in ``steps/`` after the files that it names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     made_from: Digest
-    """Of the model that it began with, and of the settings that it went by."""
+    """Digest of the step's input model and settings."""
 
 
 class _Tuned(_Kept):
+    """Note on fine-tuning, see `Finetuned`."""
+
     kept: bool
     before: float
     after: float
@@ -69,6 +71,8 @@ class _Tuned(_Kept):
 
 
 class _Candidates(_Kept):
+    """Note on compression, see `Compressed`."""
+
     records: tuple[CandidateRecord, ...]
     chosen: str
     torch_p50_us: float
@@ -80,17 +84,19 @@ class _Candidates(_Kept):
 
 
 class _Publishing(_Kept):
+    """Note on publication, written before anything is published."""
+
     version: Annotated[int, Field(ge=1)]
-    """The first that what is published can have."""
+    """Lowest version that this run's release can have."""
 
 
 def check_finish(run: RunConfig, task: Task) -> CloudData | None:
-    """Refuses what could only fail after the rounds, while no device was asked anything.
+    """Checks the inputs of the steps after the rounds, before any device is sent work.
 
-    Returns the cloud's data, which it has read for that.
+    Returns the cloud's data, which it reads for the check; None if the task has none.
 
     Raises:
-        ReleaseError: what will be made could not be published.
+        ReleaseError: the model could not be published.
         FedcoreError: the cloud's data or the test split cannot be used.
     """
     cloud, _ = read_for_release(run, task, data_folder())
@@ -106,20 +112,20 @@ def finish(
     *,
     judge: Judge | None = None,
 ) -> None:
-    """Does what is left of the steps after the rounds, and completes the run's folder.
+    """Runs the remaining steps after the rounds, and writes the run's results.
 
     Args:
-        run: The run, which names a repository.
-        task: Its task.
-        outcome: What its rounds have left.
-        folder: Where its files go.
-        emit: Told what happens.
-        judge: Has devices judge what fine-tuning gives; None where the cloud's data do.
+        run: The run's configuration, which names a repository.
+        task: The run's task.
+        outcome: The result of the rounds.
+        folder: The run's folder.
+        emit: Callback with each event.
+        judge: Evaluates the fine-tuned model on devices; None to evaluate on the cloud's data.
 
     Raises:
-        ReleaseError: the run is complete, and its model withheld.
-        FedcoreError: whatever stops it; what was published before stands.
-        KeyboardInterrupt: SIGTERM or SIGINT; what is done stays done.
+        ReleaseError: the run is complete, and its model was withheld from release.
+        FedcoreError: a step failed; anything published before stays published.
+        KeyboardInterrupt: SIGTERM or SIGINT; completed steps stay completed.
     """
     started = time.monotonic()
     cloud, test = read_for_release(run, task, data_folder())
@@ -162,7 +168,7 @@ def _fine_tuned(
     cloud: CloudData,
     judge: Judge | None,
 ) -> Finetuned:
-    """Fine-tuning, or what it came to before."""
+    """Returns the result of fine-tuning: the stored one if it is intact, else a new one."""
     origin = _origin(model, run.finetune)
     noted = _noted(folder / _FINETUNE, _Tuned, origin)
     if noted is not None:
@@ -210,7 +216,11 @@ def _compressed(
     progress: Callable[[str], None],
     on_clients: Weigh | None,
 ) -> Compressed:
-    """Compression, or what it came to before: times that decide are measured once."""
+    """Returns the result of compression: the stored one if it is intact, else a new one.
+
+    Reusing the stored one matters, as latencies that decide between candidates vary from one
+    measurement to the next.
+    """
     origin = _origin(model, run.finetune, run.compression, run.serving)
     noted = _noted(folder / _COMPRESS, _Candidates, origin)
     source = sha256_hex(checkpoint_bytes(model))
@@ -238,7 +248,7 @@ def _compressed(
 
 
 def _read_compressed(folder: Path, noted: _Candidates, source: str) -> Compressed | None:
-    """What compression came to; None where a file of it is not what was written."""
+    """Loads the stored result of compression; returns None if one of its files is damaged."""
     golden = _whole(folder / _GOLDEN, noted.golden, MAX_GOLDEN_BYTES)
     built = [one for one in noted.records if one.sha256]
     files = {
@@ -265,10 +275,10 @@ def _read_compressed(folder: Path, noted: _Candidates, source: str) -> Compresse
 def _published(
     folder: Path, draft: Draft, *, repository: Path, keys: Path, created: datetime
 ) -> Manifest:
-    """Publication, or what was published before this process began.
+    """Publishes the model; returns the manifest of an earlier process of this run if there is one.
 
-    The version that comes next is noted before anything is published, so that a model with these
-    bytes and this lineage that is found from there on is this run's own.
+    It notes the next version before it publishes. A published model of at least that version, with
+    the same bytes and lineage, is therefore this run's own.
     """
     model, onnx = draft.model, sha256_hex(draft.onnx)
     published = [one for one in history(repository, keys) if one.model == model]
@@ -289,25 +299,28 @@ def _write(path: Path, note: _Kept) -> None:
 
 
 def _origin(model: FullModel, *settings: Section) -> str:
-    """The digest of what a step is made from; the rest of the run cannot have changed."""
+    """Returns the digest of a step's input model and settings.
+
+    Other settings either do not affect the step, or cannot change when a run is resumed.
+    """
     parts = [sha256_hex(checkpoint_bytes(model)), *(one.model_dump_json() for one in settings)]
     return sha256_hex("\n".join(parts).encode())
 
 
 def _noted(path: Path, kind: type[_Note], origin: str) -> _Note | None:
-    """What is noted of a step that was made from that; None where it is to be done."""
+    """Reads the note of a completed step; returns None if there is none for this ``origin``."""
     raw = read_if_there(path, max_bytes=_MAX_BYTES, what="a note of a step")
     if raw is None:
         return None
     try:
-        note = kind.model_validate(json.loads(raw))  # pydantic's own reader knows no NaN
+        note = kind.model_validate(json.loads(raw))  # pydantic's own JSON parser rejects NaN
     except (ValidationError, ValueError):
         return None
     return note if note.made_from == origin else None
 
 
 def _whole(path: Path, digest: str, max_bytes: int) -> bytes | None:
-    """The file's bytes; None where they are not those that were noted."""
+    """Returns a file's bytes; None if it cannot be read or does not match ``digest``."""
     try:
         raw = read_bytes(path, max_bytes=max_bytes, what="a file of a step")
     except DataError:

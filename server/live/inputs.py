@@ -1,7 +1,7 @@
-"""What a run over devices reads of its own: the task, and the cloud's data.
+"""The server's own inputs of a deployment: the task, and the cloud's data.
 
-Nothing here imports torch before it is needed: that takes seconds, and a server that resumes a run
-answers its devices before.
+They load lazily. Importing torch takes seconds, and a server that resumes a run answers its devices
+before that.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 
 
 class Inputs:
-    """The task and the cloud's data of a run, each read when it is first needed."""
+    """The task and the cloud's data of a run, each loaded on first use."""
 
     def __init__(self, run: RunConfig) -> None:
-        """Reads nothing yet."""
+        """Stores the configuration; reads nothing yet."""
         self._run = run
         self._checked: list[CloudData | None] = []
-        """The cloud's data, where `check` has read them and nobody has taken them."""
+        """The cloud's data that `check` has read, until `take_cloud` returns them."""
 
     @cached_property
     def task(self) -> Task:
-        """The task.
+        """The run's task, loaded on first access.
 
         Raises:
-            TaskError: it cannot be loaded, or has another name than its file states.
+            TaskError: the task cannot be loaded, or its name differs from the one in its file.
         """
         return load_named_task(self._run.path(self._run.task))
 
     def check(self, folder: Path, devices: Sequence[str]) -> None:
-        """Refuses a run that could only fail after the results in ``folder`` were replaced.
+        """Runs all checks that can reject the run, before the results in ``folder`` are replaced.
 
         Args:
-            folder: Where results will go.
-            devices: The names of those that are enrolled.
+            folder: Folder for the run's results.
+            devices: Names of the enrolled devices.
 
         Raises:
-            FedcoreError: whatever would have stopped it.
+            FedcoreError: a check failed, so the run would fail later.
         """
         from server.live.finish import check_finish
         from server.preflight import check_rounds
@@ -58,7 +58,7 @@ class Inputs:
         self._checked = [check_finish(self._run, self.task) if released else self._read_cloud()]
 
     def take_cloud(self) -> CloudData | None:
-        """The cloud's data, which are not kept here; None where the task has none."""
+        """Returns the cloud's data without keeping a reference; None if the task has none."""
         return self._checked.pop() if self._checked else self._read_cloud()
 
     def _read_cloud(self) -> CloudData | None:
@@ -70,13 +70,15 @@ class Inputs:
 
 
 def load_named_task(path: Path) -> Task:
-    """The task of a file, whose name is what devices are told while it is being loaded.
+    """Loads a task from its file, and checks its name against the literal one in the source.
+
+    A resumed server sends devices the name in the source before it has loaded the task.
 
     Raises:
-        TaskError: it cannot be loaded, or has another name than its file states.
+        TaskError: the task cannot be loaded, or its name differs from the one in its file.
     """
     with loading_told(), loading():
-        import server.rounds.app  # noqa: F401 - what rounds need, beside the task itself
+        import server.rounds.app  # noqa: F401 - the other slow import that rounds need
         from fedcore.task.definition import load_task
 
         task = load_task(path)

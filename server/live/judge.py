@@ -1,4 +1,4 @@
-"""Devices judge what came after the rounds: both ports are opened again until they have."""
+"""Evaluation of the fine-tuned model on devices: serves both ports again until they report."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _LOOK_S = 0.2
 
 @dataclass(frozen=True)
 class JudgeOnDevices:
-    """A `server.rounds.judging.Judge` that asks the devices of a run how they measure two models.
+    """A `server.rounds.judging.Judge` that has a run's devices evaluate two models.
 
-    Devices that the rounds let go look for the server on and on, and find it again.
+    After the rounds, devices keep trying to reconnect, so they find the server again.
     """
 
     live: LiveRun
 
     def __call__(self, before: FullModel, after: FullModel) -> Judgement:
-        """What they measure.
+        """Returns the devices' metrics of the model ``before`` and ``after`` fine-tuning.
 
         Raises:
-            RoundFailed: none measured both.
+            RoundFailed: no device evaluated both models.
             ResourceError: a port is in use.
-            KeyboardInterrupt: SIGTERM or SIGINT.
+            KeyboardInterrupt: SIGTERM or SIGINT arrived.
         """
         live = self.live
 
@@ -74,7 +74,7 @@ class JudgeOnDevices:
 
 
 def _wait(grid: Grid, wanted: int) -> None:
-    """Until so many devices are back, or have had the time to be."""
+    """Blocks until ``wanted`` devices have reconnected, or for `REJOIN_S` seconds."""
     end = time.monotonic() + REJOIN_S
     while len(list(grid.get_node_ids())) < wanted and time.monotonic() < end:
         time.sleep(_LOOK_S)

@@ -1,4 +1,4 @@
-"""Whether a run over devices begins, goes on, or is refused."""
+"""Decides whether a deployment starts a new run, resumes an unfinished one, or is rejected."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ AFTER_ROUNDS = (
     *("compression.", "release.", "serving."),
     *(f"finetune.{name}" for name in Finetune.model_fields if name != "holdout"),
 )
-"""Settings that nothing depends on before the rounds are over; what is held out judges them."""
+"""Prefixes of settings that affect only the steps after the rounds: a resume may change them once
+the rounds have ended. ``finetune.holdout`` is not among them: held-out data evaluates the rounds.
+"""
 STEPS = "steps"
-"""Folder of what the steps after the rounds have come to so far."""
+"""Subfolder for the results of completed steps after the rounds."""
 
 
 class Complete(Exception):
-    """A run that is to be gone on with, and of which nothing is left to be done; says so."""
+    """The run to resume is already complete; the message explains where its results are."""
 
 
 def has_journal(run: RunConfig, runs: Path) -> bool:
-    """Whether a run of this name was begun below ``runs``, and may have to go on."""
+    """Whether ``runs`` contains a journal of a run of this name, which can perhaps be resumed."""
     return is_begun(runs / run.name / JOURNAL_FOLDER)
 
 
@@ -37,20 +39,20 @@ def has_journal(run: RunConfig, runs: Path) -> bool:
 def open_run(
     run: RunConfig, runs: Path, *, resume: bool, fresh: bool, reached: Reached = nothing
 ) -> Iterator[tuple[Path, Journal]]:
-    """The folder ``runs/<name>`` and the journal in it, which no other process has meanwhile.
+    """Opens the folder ``runs/<name>`` and its journal, for exclusive use until exit.
 
     Args:
-        run: The run as it is asked for now.
-        runs: Where its folder is.
-        resume: Go on with a run that did not end; begin one where there is none.
-        fresh: Begin one, whatever there is.
-        reached: Hears of the journal's points.
+        run: The run's configuration.
+        runs: Folder that contains one folder per run.
+        resume: Resume an unfinished run; start a new one if there is none.
+        fresh: Start a new run, and drop an unfinished one.
+        reached: Called at each of the journal's `POINTS`.
 
     Raises:
-        Complete: it did end, and was to be resumed.
-        ConfigError: a run did not end, and neither is asked for; it was another run; or it is
-            still going on.
-        DataError: its journal is damaged, and nothing is left to mend it from.
+        Complete: ``resume`` is set, and the run is complete.
+        ConfigError: there is an unfinished run, and neither ``resume`` nor ``fresh`` is set; the
+            run to resume has other settings; or another process is running it.
+        DataError: the journal is damaged, and no copy is left to repair it from.
     """
     folder = runs / run.name
     if not fresh and has_journal(run, runs) and (resume or not is_complete(folder)):
@@ -58,8 +60,8 @@ def open_run(
             found = _unfinished(folder, run, resume=resume, reached=reached)
             if found is not None:
                 try:
-                    mark_again(folder, run)  # its journal tells whose folder it is
-                    # Steps of rounds that are not over are those of a run that a backup replaced.
+                    mark_again(folder, run)  # the journal proves that the folder is this run's
+                    # Steps of unfinished rounds are left over from before a backup was restored.
                     clear(
                         folder, keep=(JOURNAL_FOLDER, STEPS) if found.ended else (JOURNAL_FOLDER,)
                     )
@@ -76,7 +78,7 @@ def open_run(
 
 
 def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
-    """The journal of a run that goes on; None where one is to be begun."""
+    """Opens the journal of the run to resume; returns None if a new run must start."""
     journal = reopen(folder / JOURNAL_FOLDER, reached=reached)
     if journal is None:
         return None

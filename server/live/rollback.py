@@ -1,4 +1,4 @@
-"""Back to the model of an earlier round, where a round was spoilt; what followed is dropped."""
+"""Rollback of an unfinished run to an earlier round, for example after a poisoned update."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from server.report.folder import JOURNAL_FOLDER, held
 
 @dataclass(frozen=True)
 class RolledBack:
-    """What a rollback did."""
+    """Result of a rollback."""
 
     round: int
-    """The run goes on after this one."""
+    """Round after which the run will continue."""
     dropped: tuple[int, ...]
-    """Rounds that will be run again."""
+    """Rounds that will run again."""
     mended: str = ""
-    """What of the journal was damaged and is mended now, in a sentence; empty where nothing was."""
+    """Description of damage to the journal that was repaired, in a sentence; empty if none."""
 
 
 def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: str) -> RolledBack:
-    """Goes back to after round ``number`` of a run that no server is running.
+    """Restores the state after round ``number`` of a run that no server is running.
 
     Args:
-        run: The run.
-        runs: Folder that results of runs are below.
-        number: The round whose model is to be the global one; 0 for the one before the first.
+        run: The run's configuration.
+        runs: Folder that contains one folder per run.
+        number: Round whose model becomes the global one; 0 for the initial model.
         identity: The server's folder, whose audit log gets a line before anything changes.
-        by: Who asks, for that line.
+        by: The user, for that line.
 
     Raises:
-        ConfigError: there is no such run, it is going on or over, or that round's model is not
-            kept. Nothing was changed.
-        PrivacyError: the run adds noise for clients: what the dropped rounds spent must count.
-        DataError: that round's model is damaged.
+        ConfigError: there is no such run, a server is running it, it has ended, or that round's
+            model is not kept. Nothing was changed.
+        PrivacyError: the run has client-level privacy: the budget that the dropped rounds spent
+            must count. Nothing was changed.
+        DataError: that round's model is damaged. The run is unchanged.
     """
     folder = runs / run.name
     if not folder.is_dir():

@@ -1,7 +1,10 @@
-"""A run over devices that connect: what ``fedcore server start`` does.
+"""A deployment from start to finish: the implementation of ``fedcore server start``.
 
-Nothing imported at the top of this file brings torch: that takes seconds, and a server that resumes
-a run answers its devices before. What rounds need is imported in their own thread.
+`run_deployment` checks the configuration, opens the run's folder and journal, serves devices while
+the rounds run in a thread, and then fine-tunes, compresses and publishes the model.
+
+No module-level import here imports torch, which takes seconds: a server that resumes a run answers
+its devices before that. The thread of the rounds imports what they need.
 """
 
 from __future__ import annotations
@@ -47,27 +50,26 @@ def run_deployment(
     randomness: Randomness | None = None,
     reached: Reached = nothing,
 ) -> bool:
-    """Serves until the run is over; False when it was stopped before.
+    """Runs a deployment to its end; returns False if an operator or a signal stopped it earlier.
 
-    A run that was over before, and is to be resumed, is said to be over, and nobody is served.
+    Writes the best model to ``global.safetensors`` in the run's folder. If the run names a
+    repository, the server then stops serving devices, and `server.live.finish` fine-tunes,
+    compresses and publishes the model. Resuming a run that is already complete only prints that
+    it is, and serves nobody.
 
-    The best model lies in the run's folder as ``global.safetensors``. Where the run names a
-    repository, what `server.live.finish` does follows, once no device is served any more.
-
-    A run that begins has its task loaded and all that it needs looked at before a folder is
-    emptied, so that a mistake, or a port that is taken, disturbs nobody. One that is resumed was
-    begun with the same task file, and answers devices while that is loaded; none of them is asked
-    anything before.
+    A new run loads its task and checks all of its inputs and its ports before it empties a folder,
+    so that a mistake destroys nothing. A resumed run was checked when it began: it answers devices
+    while the task loads, and sends them work only afterwards.
 
     Args:
-        deployment: What is to be done.
-        control: Steers it.
-        out: Where events are shown.
-        randomness: Of the server; the operating system's when None.
-        reached: Called at the journal's points.
+        deployment: The operator's options.
+        control: Serves operators, who pause, stop and inspect the run.
+        out: Stream that events are printed to.
+        randomness: Source of the server's randomness; the operating system's when None.
+        reached: Called at each of the journal's `POINTS`; for tests of crashes.
 
     Raises:
-        FedcoreError: whatever stops it. What the journal holds stands.
+        FedcoreError: an error ended the run. The journal stays valid, and the run can be resumed.
     """
     try:
         with _opened(deployment, control, out, randomness or SystemEntropy(), reached) as live:
@@ -89,7 +91,7 @@ def _opened(
     randomness: Randomness,
     reached: Reached,
 ) -> Iterator[LiveRun]:
-    """The run, once nothing speaks against it; its folder and journal are open meanwhile."""
+    """Checks a deployment and opens its run; closes the folder and the journal on exit."""
     run, runs = deployment.run, deployment.runs
     identity = load_server_identity(deployment.identity)
     inputs, path = Inputs(run), run.path(run.task)
@@ -104,7 +106,7 @@ def _opened(
     address = deployment.address(identity)
     address.check_free()
     check_socket(identity)
-    identity.roster()  # refuses a list that is no list of this project's members
+    identity.roster()  # rejects a file that is not this project's member list
     opening = open_run(run, runs, resume=deployment.resume, fresh=deployment.fresh, reached=reached)
     with (
         opening as (folder, journal),
@@ -112,7 +114,7 @@ def _opened(
         choose(out, json=deployment.json) as shown,
     ):
         if journal.start is None:
-            _ = inputs.task  # it died before its first round was whole: as if it had not begun
+            _ = inputs.task  # nothing was committed before the crash, so this is a new run
         kept = tee(lines, control.sink)
         emit = tee(kept, shown)
         for record in journal.start.records if journal.start else ():
@@ -135,7 +137,7 @@ def _opened(
 
 
 async def _serve(live: LiveRun) -> Outcome | None:
-    """Lets devices in and runs the rounds that are left; None where they were stopped."""
+    """Serves devices and runs the remaining rounds; returns None if the rounds were stopped."""
     operate = over_network(live.control)
     settings, spool = live.settings, live.spool
     async with (
@@ -149,18 +151,18 @@ async def _serve(live: LiveRun) -> Outcome | None:
 
 
 def _rounds(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outcome:
-    _ = live.inputs.task  # says that it is being loaded, as what follows brings torch
+    _ = live.inputs.task  # first, as it prints that it loads; the next line imports torch
     from server.live.federate import federate
 
     return federate(live, members, peers, grid)
 
 
 def _finish(live: LiveRun, outcome: Outcome | None) -> bool:
-    """What follows the rounds, up to a release; False where an operator has stopped the run.
+    """Fine-tunes, compresses and publishes the model; returns False if an operator stopped the run.
 
-    ``outcome`` is None where the rounds ended in an earlier process.
+    ``outcome`` is None if the rounds ended in an earlier process.
     """
-    if live.control.stopped:  # when the last round was as good as over
+    if live.control.stopped:  # an operator stopped the run during its last round
         return False
     with operated_meanwhile(live.control, live.identity):
         task = live.inputs.task
@@ -178,7 +180,7 @@ def _finish(live: LiveRun, outcome: Outcome | None) -> bool:
 
 
 def _notes_of_resume(journal: Journal) -> list[str]:
-    """What is to be said of a run that is resumed."""
+    """Messages for a resumed run: any repair of the journal, and the round it resumes after."""
     notes = [journal.mended] if journal.mended else []
     if journal.start is not None:
         notes.append(f"Resumed after round {journal.round}.")

@@ -1,4 +1,5 @@
-"""The write-ahead journal of a deployment: what was asked, accepted and committed, in SQLite.
+"""The write-ahead journal of a deployment: cohorts, accepted replies and commits, in SQLite.
 
-Read `journal` first; large arrays lie beside it (`blobs`), and `head` is a second copy of commits.
+Start with `journal`. `entries` is the SQLite file, `packing` converts messages and progress to
+entries, `blobs` stores large arrays as files, and `head` keeps a second copy of the commits.
 """

@@ -1,4 +1,4 @@
-"""Large values by their digests, in files of one folder."""
+"""Content-addressed store for large values: one file each in one folder, named by its digest."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from fedcore.updates.pieces import PIECE_BYTES
 _NEW = ".new"
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}
 _CUTS = "cuts-"
-"""How the name of a value begins that is named by the digest over those of its cuts."""
+"""Prefix of a file name that is the digest over the digests of the value's cuts (chunks)."""
 Pieces = Callable[[], Iterable[bytes | memoryview]]
-"""Gives a value's bytes from the first to the last, each time that it is called."""
+"""Returns an iterator over a value's bytes, in order; may be called more than once."""
 
 
 class Blobs:
-    """Values are written once, durably, under their digests; equal ones share a file.
+    """Durable store of values by digest; equal values share a file.
 
-    What is written here goes by its SHA-256; what came in by cuts, by the digest over theirs.
+    A value written with `put` is named by its SHA-256. A file added with `adopt` is named by the
+    digest over the digests of its cuts, which were computed as it arrived.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Keeps to ``folder``, which is made."""
+        """Creates ``folder`` if it does not exist, and stores all values in it."""
         self._folder = folder
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def put(self, value: Pieces) -> str:
-        """Writes a value and returns its digest; it survives a power cut from then on.
+        """Writes a value durably (it survives a power cut) and returns its digest.
 
-        A piece of it is in memory at a time, where it is not there already.
+        Keeps only one piece in memory at a time, unless the caller has the whole value in memory.
 
         Raises:
-            DiskFull: there was no room; nothing half-written is left.
+            DiskFull: the disk is full. No partial file is left.
         """
         found = hashlib.sha256()
         for piece in value():
@@ -55,7 +56,7 @@ class Blobs:
                 with temporary.open("wb", buffering=0) as stream:
                     for piece in value():
                         left = memoryview(piece)
-                        while left:  # a disk that fills up takes a part first
+                        while left:  # a disk that fills up accepts part of a write first
                             left = left[stream.write(left) :]
                     os.fsync(stream.fileno())
                 temporary.replace(path)
@@ -66,19 +67,18 @@ class Blobs:
         return digest
 
     def adopt(self, path: Path, cuts: Sequence[str], size_bytes: int) -> str:
-        """Takes the file at ``path`` in as a value, and returns its name.
+        """Adds the file at ``path`` as a value, durably, and returns the value's name.
 
-        Nothing is copied, unless the file system has no links or ``path`` is on another one. It
-        survives a power cut from then on, whatever becomes of ``path``; nobody may write into
-        the file any more.
+        Hard-links the file; copies it only if the file system has no hard links or ``path`` is on
+        another file system. Afterwards ``path`` may be deleted, but the file must not be modified.
 
         Args:
             path: The file.
-            cuts: Digests of its cuts, which its bytes were seen to have.
-            size_bytes: Of the file.
+            cuts: Digests of its cuts, which the caller has verified against its bytes.
+            size_bytes: Size of the file.
 
         Raises:
-            DiskFull: there was no room; nothing half-written is left.
+            DiskFull: the disk is full. No partial file is left.
         """
         name = _CUTS + digest_of_cuts(cuts, size_bytes)
         own = self._folder / name
@@ -89,10 +89,10 @@ class Blobs:
         return name
 
     def get(self, digest: str, size: int) -> bytes:
-        """The value of ``size`` bytes that was written under ``digest``.
+        """Returns the value of ``size`` bytes named ``digest``, a SHA-256.
 
         Raises:
-            DataError: it is not there, or not what was written.
+            DataError: the file is missing, or its bytes do not match ``digest``.
         """
         path = self._folder / digest
         raw = read_bytes(path, max_bytes=size, what="a value of the journal")
@@ -101,14 +101,14 @@ class Blobs:
         return raw
 
     def path(self, digest: str) -> Path:
-        """The file of a value that was written under ``digest`` by this process."""
+        """Returns the file of the value named ``digest``, unverified: for this process's writes."""
         return self._folder / digest
 
     def checked(self, digest: str) -> Path:
-        """The file of the value that was written under ``digest``, by whatever process.
+        """Returns the file of the value named ``digest``, after verifying its bytes.
 
         Raises:
-            DataError: it is not there, or not what was written.
+            DataError: the file is missing, or its bytes do not match ``digest``.
         """
         path = self._folder / digest
         try:
@@ -122,7 +122,7 @@ class Blobs:
         return path
 
     def keep_only(self, digests: Collection[str]) -> None:
-        """Removes every other value, and what was half-written when a process died."""
+        """Deletes all values but those named in ``digests``, and partial files left by a crash."""
         with disk_errors(self._folder):
             for path in self._folder.iterdir():
                 if path.name not in digests:
@@ -130,10 +130,10 @@ class Blobs:
 
 
 def _linked(path: Path, own: Path) -> bool:
-    """Gives the file at ``path`` a second name, with all its bytes on disk; False where it cannot.
+    """Hard-links ``path`` as ``own`` and syncs its bytes; returns False if it cannot be linked.
 
-    Nothing has that name, so nothing refers to it: it may be seen before its bytes are on disk, and
-    the disk is waited for once instead of twice.
+    It cannot if ``own`` exists or the file system refuses. Linking before syncing is safe, as no
+    entry refers to a name that did not exist; it saves one of two waits for the disk.
     """
     try:
         os.link(path, own)
@@ -150,7 +150,7 @@ def _linked(path: Path, own: Path) -> bool:
 
 
 def _replace(path: Path, own: Path) -> None:
-    """Puts the file at ``path`` in the place of ``own``, once all its bytes are on disk."""
+    """Syncs the bytes of ``path``, linked or copied, and atomically replaces ``own`` with them."""
     temporary = own.with_suffix(_NEW)
     try:
         temporary.unlink(missing_ok=True)
@@ -161,9 +161,9 @@ def _replace(path: Path, own: Path) -> None:
                 raise
             shutil.copyfile(path, temporary)
         _sync(temporary)
-        temporary.replace(own)  # an older one may be damaged; this is not
+        temporary.replace(own)  # an existing file may be damaged; this one was verified
     finally:
-        temporary.unlink(missing_ok=True)  # it stays where both were one file already
+        temporary.unlink(missing_ok=True)  # rename(2) does nothing if both link to the same file
 
 
 def _damaged(path: Path) -> DataError:
@@ -193,6 +193,6 @@ def _cuts_digest_of(path: Path) -> str:
 
 
 def _digest_of(path: Path) -> str:
-    """In small pieces: what is there need not fit into memory beside what is written."""
+    """Returns the SHA-256 of a file, read in small pieces: it may be too large for memory."""
     with os.fdopen(open_regular(path, what="a value of the journal"), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,8 @@
-"""Entries of a journal: small documents with arrays, each with its own digest, in SQLite."""
+"""Storage of the journal's entries in SQLite: JSON documents with arrays, each with a digest.
+
+`JournalEntry` is one row, `new_entry` builds one, and `Entries` is the file. `as_written` and
+`sqlite_errors` turn damage into errors of `fedcore.errors`.
+"""
 
 from __future__ import annotations
 
@@ -29,27 +33,27 @@ _UNLIKE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErr
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One thing that came to pass. Its kind, round and node name it: nothing comes to pass twice.
+    """One event of a run, such as a commit or a reply; kind, round and node are its unique key.
 
-    ``sha256`` covers all of the rest, so that damage shows in whatever part.
+    ``sha256`` covers all other fields, so damage to any of them is detected.
     """
 
     kind: str
     round: int
     node: int
-    """0 where it is no node's."""
+    """Node that the event belongs to; 0 if it belongs to none."""
     doc: str
     """A JSON object."""
     data: bytes
-    """Small arrays that the document tells the places of."""
+    """Small arrays, concatenated; ``doc`` contains their offsets."""
     sha256: str
 
     @property
     def values(self) -> dict[str, Any]:
-        """The document.
+        """The parsed ``doc``.
 
         Raises:
-            DataError: it is none, although its digest fits.
+            DataError: ``doc`` is not a JSON object.
         """
         with as_written(self):
             values = json.loads(self.doc)
@@ -59,18 +63,19 @@ class JournalEntry:
 
     @property
     def is_intact(self) -> bool:
-        """Whether it is what was written."""
+        """Whether ``sha256`` matches the other fields."""
         return self.sha256 == _digest(self.kind, self.round, self.node, self.doc, self.data)
 
 
 @contextmanager
 def as_written(entry: JournalEntry) -> Iterator[None]:
-    """Turns whatever a document that is not as it should be leads to into one refusal.
+    """Context manager that turns errors from reading a malformed document into a `DataError`.
 
-    A digest tells damage, not who wrote: another version, or somebody who may write to the folder.
+    A valid digest excludes damage, but not a document written by another version of fedcore, or by
+    another user with write access to the folder.
 
     Raises:
-        DataError: it is not as this version writes it.
+        DataError: the entry does not have the form that this version writes.
     """
     try:
         yield
@@ -91,7 +96,7 @@ def _unlike(entry: JournalEntry, error: Exception) -> DataError:
 def new_entry(
     kind: str, number: int, node: int, values: Mapping[str, Any], data: bytes = b""
 ) -> JournalEntry:
-    """An entry over ``values``, as JSON; every float is kept to its last bit, NaN too."""
+    """Returns an entry with ``values`` as JSON and its digest. Floats, NaN too, stay bit-exact."""
     doc = json.dumps(values)
     return JournalEntry(kind, number, node, doc, data, _digest(kind, number, node, doc, data))
 
@@ -105,18 +110,18 @@ def _digest(kind: str, number: int, node: int, doc: str, data: bytes) -> str:
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turns what SQLite says into errors of ours.
+    """Context manager that turns errors of SQLite into errors of `fedcore.errors`.
 
     Raises:
-        DiskFull: there was no room.
+        DiskFull: the disk is full.
         DataError: the file is damaged.
-        ResourceError: it cannot be read or written for another reason.
+        ResourceError: the file cannot be read or written for another reason.
     """
     try:
         yield
     except sqlite3.Error as error:
         raise _as_ours(path, error) from error
-    except UnicodeDecodeError as error:  # what it says quotes a name in the file, which is no text
+    except UnicodeDecodeError as error:  # SQLite's message quotes a name that is not valid UTF-8
         raise DataError(f"{path}: the journal is damaged (names in it are no text).") from error
 
 
@@ -136,17 +141,17 @@ def _as_ours(path: Path, error: sqlite3.Error) -> FedcoreError:
 
 
 class Entries:
-    """A file of entries. Every change is with the disk when its method returns.
+    """SQLite file of journal entries. Each change is on disk when its method returns.
 
-    One process at a time opens it. Methods may be called from one thread at a time.
+    Only one process may have the file open, and only one thread at a time may call methods.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens ``path``, or makes it.
+        """Opens ``path``; creates it if it does not exist.
 
         Raises:
-            DataError: its structure is damaged.
-            DiskFull: there is no room.
+            DataError: the structure of the database is damaged.
+            DiskFull: the disk is full.
         """
         self.path = path
         with disk_errors(path):
@@ -161,7 +166,7 @@ class Entries:
 
     def _prepare(self) -> None:
         with sqlite_errors(self.path):
-            # Durable with one fsync a transaction; a process that dies leaves the last whole one.
+            # Durable with one fsync per transaction; a crash leaves the last complete transaction.
             self._connection.execute("pragma journal_mode = wal")
             self._connection.execute("pragma synchronous = full")
             (found,) = self._connection.execute("pragma integrity_check(1)").fetchone()
@@ -176,11 +181,11 @@ class Entries:
     def write(
         self, new: Sequence[JournalEntry] = (), *, drop: Sequence[tuple[str, int, int]] = ()
     ) -> None:
-        """Drops entries and adds others, all or none; one of the same name is replaced.
+        """Deletes and then adds entries in one transaction; replaces entries with the same key.
 
         Args:
-            new: What to add.
-            drop: Kinds, with the first and last round whose entries go.
+            new: Entries to add.
+            drop: (kind, first round, last round) of entries to delete, bounds included.
         """
         with sqlite_errors(self.path):
             self._connection.execute("begin immediate")
@@ -202,14 +207,14 @@ class Entries:
                 raise
 
     def remove(self, kind: str, number: int, node: int) -> None:
-        """Drops the entry of that name."""
+        """Deletes the entry with this key, if there is one."""
         with sqlite_errors(self.path):
             self._connection.execute(
                 "delete from entry where kind = ? and round = ? and node = ?", (kind, number, node)
             )
 
     def of(self, kind: str) -> list[JournalEntry]:
-        """Every entry of a kind, by round and node."""
+        """Returns all entries of a kind, ordered by round and node."""
         with sqlite_errors(self.path):
             rows = self._connection.execute(
                 f"select {_FIELDS} from entry where kind = ? order by round, node",  # noqa: S608
@@ -218,7 +223,7 @@ class Entries:
         return [self._entry(row) for row in rows]
 
     def one(self, kind: str, number: int, node: int) -> JournalEntry | None:
-        """The entry of that name."""
+        """Returns the entry with this key, or None."""
         with sqlite_errors(self.path):
             row = self._connection.execute(
                 f"select {_FIELDS} from entry where kind = ? and round = ? and node = ?",  # noqa: S608
@@ -227,13 +232,13 @@ class Entries:
         return self._entry(row) if row else None
 
     def damaged(self) -> list[JournalEntry]:
-        """Entries that are not what was written."""
+        """Returns all entries whose digests do not match."""
         with sqlite_errors(self.path):
             rows = self._connection.execute(f"select {_FIELDS} from entry").fetchall()  # noqa: S608
         return [entry for entry in map(self._entry, rows) if not entry.is_intact]
 
     def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
-        """An entry of the file, where any value may be of any type: one bit of damage decides."""
+        """Converts a row; checks types, as one flipped bit can change the type of a value."""
         if tuple(map(type, row)) != _TYPES:
             raise DataError(f"{self.path}: the journal is damaged (an entry is of other types).")
         return JournalEntry(*row)

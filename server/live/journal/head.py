@@ -1,7 +1,8 @@
-"""A second copy of what a journal's commits hold, and what is mended from it.
+"""Second copy of a journal's commits and round records, and repair of a damaged journal from it.
 
-Commits are few, and their copy is written whole with each. Records stay, one a round, so that their
-copy is only ever added to: a round costs the same however many came before it.
+The journal keeps only the last commits, so their copy (``head.json``) is rewritten with each. It
+keeps a record of every round, so that copy (``records.jsonl``) is appended to: the cost of a round
+does not grow with the number of rounds.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from server.live.journal.entries import Entries, JournalEntry
 HEAD, RECORDS = "head.json", "records.jsonl"
 JOURNAL = "journal.sqlite"
 RESTORED = "restored"
-"""A file that a backup has beside its journal, for as long as nobody has gone on with it."""
+"""Marker file next to the journal in a backup; removed when a restored run is first resumed."""
 RUN, RECORD, COMMIT, END, ASKED, REPLY = "run", "record", "commit", "end", "asked/", "reply/"
-"""Kinds of entries; the last two are followed by the type of the message."""
+"""Kinds of entries; the type of the message is appended to the last two."""
 _DAMAGED, _NEW = ".damaged", ".new"
 _BESIDE = ("-wal", "-shm")
-"""What SQLite keeps beside a database, and replays over it."""
+"""Suffixes of the files that SQLite keeps next to a database, and replays onto it."""
 _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
-"""What is there only once the journal has held a run."""
+"""Files that exist only once a run has been written to the journal."""
 _MAX_BYTES = 1 << 30
 _NEVER = 2**62
-"""A round that is after all others."""
+"""A round number above all others."""
 _COPY = "the journal's copy"
 _UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
-"""What parsing a copy raises that is not as it was written."""
+"""Exceptions from parsing a malformed copy."""
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a run has left anything in ``folder`` that it may be gone on from, or lost by."""
+    """Whether ``folder`` contains anything of a run: its journal, a copy, or a damaged journal."""
     return any(os.path.lexists(folder / name) for name in (JOURNAL, JOURNAL + "-wal", *_TRACES))
 
 
@@ -46,26 +47,31 @@ def is_begun(folder: Path) -> bool:
 class _Copy:
     entries: list[JournalEntry]
     can_grow: bool
-    """Whether the next record may follow those that are there. It may not where records came from
-    elsewhere: from a version that kept them with the commits, or with a backup."""
+    """Whether ``records.jsonl`` contains exactly the records of ``entries``, so that the next one
+    may be appended. Not so for an older version, which wrote records to ``head.json``."""
 
 
 def write_head(folder: Path, entries: Entries) -> None:
-    """Writes what is needed to go on after the last commit.
+    """Rewrites the copy: the run's entry, its commits, its end and all round records.
 
     Raises:
-        DiskFull: there was no room; the copy before stands.
+        DiskFull: the disk is full. The previous copy stays.
     """
-    # Records first: those that the commits need are there whenever it dies.
+    # Records first: after a crash the commits must never refer to records that are missing.
     write_atomic(folder / RECORDS, b"".join(map(_line, entries.of(RECORD))), mode=0o600)
     _write_commits(folder, entries)
 
 
 def add_to_head(folder: Path, entries: Entries, record: JournalEntry | None) -> None:
-    """As `write_head`, where ``record`` is all that has come to the records since.
+    """Appends ``record`` to the copy of the records, and rewrites the copy of the commits.
+
+    Args:
+        folder: Folder of the journal.
+        entries: The journal's entries.
+        record: The only record since the copy was last written; None if there is none.
 
     Raises:
-        DiskFull: there was no room; the copy before stands.
+        DiskFull: the disk is full. The previous copy stays valid.
     """
     if record is not None:
         path = folder / RECORDS
@@ -78,10 +84,10 @@ def add_to_head(folder: Path, entries: Entries, record: JournalEntry | None) -> 
 
 
 def shorten_head(folder: Path, entries: Entries, last: int) -> None:
-    """Leaves commits out of the copy that came after round ``last``, before the journal drops them.
+    """Drops commits after round ``last`` from the copy; call it before the journal drops them.
 
-    A copy that is behind its journal is written again when that is opened. One that is ahead of it
-    would be taken for what the journal has lost. What its records have beyond harms nobody.
+    The order makes a crash safe: `open_repaired` updates a copy that is behind its journal, but
+    rebuilds a journal that is behind its copy. Records after ``last`` stay; they are ignored.
     """
     _write_commits(folder, entries, last)
 
@@ -97,7 +103,7 @@ def _row(entry: JournalEntry) -> list[str | int]:
 
 
 def _line(record: JournalEntry) -> bytes:
-    """Begins with the end of the line before, which a full disk may have cut off."""
+    """Returns a record as a line, newline first: a full disk may have cut off the line before."""
     return b"\n" + json.dumps(_row(record)).encode()
 
 
@@ -111,7 +117,7 @@ def _entries(rows: Iterable[Sequence[str]]) -> list[JournalEntry]:
 
 
 def _read_head(folder: Path) -> _Copy | None:
-    """The copy; None when there is none, or a single bit of it is wrong."""
+    """Reads the copy; returns None if it is missing, incomplete or damaged in any bit."""
     path = folder / HEAD
     try:
         raw = read_bytes(path, max_bytes=_MAX_BYTES, what=_COPY)
@@ -131,7 +137,7 @@ def _read_head(folder: Path) -> _Copy | None:
 
 
 def _read_records(folder: Path) -> list[JournalEntry]:
-    """The lines of the copy's records, but for what cannot be read, as one that was cut off."""
+    """Reads the copy of the records; skips lines that cannot be parsed, such as a truncated one."""
     path, found = folder / RECORDS, list[JournalEntry]()
     try:
         lines = read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines()
@@ -144,13 +150,13 @@ def _read_records(folder: Path) -> list[JournalEntry]:
 
 
 def settle_restored(folder: Path) -> None:
-    """Removes what a later process left beside a journal that came from a backup.
+    """Deletes the WAL files of another journal from the folder of one restored from a backup.
 
-    A backup's journal is whole by itself; what was left by a server that was killed belongs to
-    another, and SQLite would replay it over the one that was restored.
+    A backup's journal is complete without a WAL. Files that a killed server left in the same folder
+    belong to the journal before the restore, and SQLite would replay them onto the restored one.
 
     Raises:
-        ResourceError: it may not be removed.
+        ResourceError: a file cannot be deleted.
     """
     mark = folder / RESTORED
     if not mark.is_file():
@@ -158,23 +164,26 @@ def settle_restored(folder: Path) -> None:
     with disk_errors(mark):
         for suffix in _BESIDE:
             (folder / (JOURNAL + suffix)).unlink(missing_ok=True)
-        sync_folder(folder)  # before the mark: whatever dies in between, the rest is not replayed
+        sync_folder(folder)  # before the marker goes, so that a crash in between is harmless
         mark.unlink()
         sync_folder(folder)
 
 
 def open_repaired(folder: Path) -> tuple[Entries, str]:
-    """The entries in ``folder``, and what had to be mended, in a sentence; empty when nothing had.
+    """Opens the journal in ``folder`` and repairs it from its copy, or the copy from it.
 
-    A damaged journal is put aside, and its commits are taken from their copy, as they are where it
-    is missing. Updates of the round that was going on are lost then, and are asked for again.
+    A damaged journal is renamed, and a damaged or missing one is rebuilt from the commits in its
+    copy. The replies of the current round are then lost, and their nodes are asked again.
+
+    Returns:
+        The entries, and a sentence that describes the repair; empty if the journal was intact.
 
     Raises:
-        DataError: it is damaged or missing, and so is the copy, or there is none.
+        DataError: both the journal and its copy are damaged or missing.
     """
     path, copy = folder / JOURNAL, _read_head(folder)
     head = None if copy is None else copy.entries
-    if found := _unlike_a_file(path):  # SQLite would begin an empty one, or wait for a pipe's end
+    if found := _unlike_a_file(path):  # SQLite would create an empty file, or block on a pipe
         return _rebuilt(folder, head, found)
     try:
         entries = Entries(path)
@@ -197,7 +206,7 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
         if damaged:
             entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
         if copy is None or copied < kept or not copy.can_grow:
-            write_head(folder, entries)  # it died between the two, or the copy is damaged
+            write_head(folder, entries)  # a crash before the copy was written, or a damaged copy
         told = f"{path}: replies were damaged; those nodes are asked again."
         return entries, told if damaged else ""
     entries.close()
@@ -205,7 +214,10 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
 
 
 def _unlike_a_file(path: Path) -> str:
-    """What is wrong with the names of a journal, in a sentence; empty where nothing is."""
+    """Returns why a journal's path is not a file, in a sentence; empty if it is one.
+
+    Checks SQLite's files next to it, too.
+    """
     for each in (path, *(path.with_name(path.name + suffix) for suffix in _BESIDE)):
         if each.is_symlink() and not each.exists():
             return f"{each}: this link leads to no file, and the journal is expected here."
@@ -222,14 +234,14 @@ def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tup
             f"{why} Its copy in {HEAD} is missing or damaged, too. Nothing was run; restore the "
             "folder from a backup and go on with --resume, or begin the run again with --fresh."
         )
-    # Whole beside it first: whatever dies in between, what is found is one of the two, or the copy.
+    # Complete the new file first: a crash leaves the old journal, the new one, or the copy.
     new = path.with_name(path.name + _NEW)
     with disk_errors(path):
         for suffix in ("", *_BESIDE):
             new.with_name(new.name + suffix).unlink(missing_ok=True)
     with closing(Entries(new)) as entries:
         entries.write(head)
-    if os.path.lexists(f"{new}-wal"):  # SQLite removes it as it closes, once all of it is in place
+    if os.path.lexists(f"{new}-wal"):  # SQLite deletes the WAL on close if it applied all of it
         raise DiskFull(
             f"{new}: the disk has no room for the journal. What its copy in {HEAD} holds stands, "
             "and nothing else was done; free space there, and go on with --resume."

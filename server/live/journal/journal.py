@@ -1,8 +1,11 @@
-"""The truth of a run over devices: who was asked, what came back, and each round's outcome.
+"""Write-ahead journal of a deployment: cohorts, accepted replies and committed rounds.
 
-Every line of it is with the disk before anything follows from it, so a process that dies at any
-moment leaves a run that goes on: a round that is over stays over, and an update that was accepted
-is neither asked for again nor counted twice.
+Each entry is on disk before the server acts on it. A process that dies at any moment therefore
+leaves a run that can be resumed: a committed round stays committed, and an accepted update is
+neither requested again nor counted twice.
+
+`create` starts a journal, `reopen` opens and repairs an existing one, and `Journal` has the
+operations of a round: `ask`, `accept`, `commit`.
 """
 
 from __future__ import annotations
@@ -50,83 +53,84 @@ SELECTING, SELECTED = "selecting", "selected"
 ACCEPTING, ACCEPTED = "accepting", "accepted"
 COMMITTING, COMMITTED, COPIED = "committing", "committed", "copied"
 POINTS = (SELECTING, SELECTED, ACCEPTING, ACCEPTED, COMMITTING, COMMITTED, COPIED)
-"""Moments at which a change has not begun or has just become durable; see `Reached`."""
+"""Names of the moments just before a change is written and just after it is durable."""
 Reached = Callable[[str], None]
-"""Hears of each of `POINTS` as it is reached."""
+"""Callback with the name of each of `POINTS` as execution reaches it."""
 
 VALUES = "values"
-"""Folder of what is too large for the database."""
+"""Subfolder for values that are too large for the database."""
 _FORMAT = 1
 _FIRST, _LAST = 0, 2**62
 _TRAIN, _EVALUATE = "train", "evaluate"
 
 
 def nothing(point: str) -> None:
-    """What most who hear of a point do."""
+    """Ignores a point: the default `Reached` callback."""
 
 
 class Journal:
     """The journal of one run, in a folder that one process at a time owns.
 
-    Memory is that of one value at a time. Values of more than 64 KiB are files beside the journal,
-    named by their digests: weights that are the best ones too are written once.
+    Keeps at most one value in memory at a time. Values of more than 64 KiB are files next to the
+    database, named by their digests, so equal values, such as the latest weights and the best
+    ones, share a file.
     """
 
     def __init__(
         self, folder: Path, entries: Entries, mended: str, *, reached: Reached = nothing
     ) -> None:
-        """Use `create` or `reopen`."""
+        """Wraps an opened database; call `create` or `reopen` instead of this."""
         self._folder = folder
         self._entries = entries
         self._reached = reached
         self._blobs = Blobs(folder / VALUES)
         self._told = _read_run(entries)
         self.mended = mended
-        """What was damaged and is mended, in a sentence; empty where nothing was."""
+        """Description of the damage that was repaired, in a sentence; empty if there was none."""
         self.start = start = self._last_whole()
-        """Where rounds went on, or go on, in this process; None where they had not begun."""
+        """The state from which this process resumes; None if no commit was made before."""
         self._begun = start is not None
         self.round = start.progress.round if start else 0
-        """The last round that is over."""
+        """The last committed round; 0 before the first."""
         self._over = start.progress.over if start else False
         self._replies: set[tuple[str, int]] = set()
-        """Kinds and nodes of what this process accepted, or handed out, in the round."""
+        """(kind, node) of replies that this process accepted or returned in the current round."""
         self._sweep()
 
     def close(self) -> None:
-        """Closes it."""
+        """Closes the database."""
         self._entries.close()
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What fixes the run, see `server.rounds.run_identity`."""
+        """The settings that a resumed run must share, see `server.rounds.run_identity`."""
         identity: Mapping[str, Any] = self._told["identity"]
         return identity
 
     @property
     def instance(self) -> str:
-        """The same from the beginning of the run to its end, whatever dies meanwhile."""
+        """Random identifier of the run, constant across restarts."""
         return str(self._told["instance"])
 
     @property
     def ended(self) -> bool:
-        """Whether the run came to its end and left its results."""
+        """Whether all rounds have ended and the model has been written."""
         return self._entries.one(END, 0, 0) is not None
 
     def end(self) -> None:
-        """Notes that the run's results are written."""
+        """Records that the rounds have ended and the model has been written."""
         self._entries.write([new_entry(END, 0, 0, {})])
         add_to_head(self._folder, self._entries, None)
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
-        """Makes a round's outcome durable, and drops what led to it. Once, however often called.
+        """Makes a round's outcome durable and drops its cohort and replies. Idempotent.
 
         Args:
-            progress: After the round; or before the first one.
-            record: Of the round; None where there was none.
+            progress: State after the round, or before the first one.
+            record: The round's record; None before the first round.
 
         Raises:
-            DiskFull: there was no room; the round before stands, and what was accepted since.
+            DiskFull: the disk is full. The previous commit and the replies accepted since stay.
         """
         if self._begun and (progress.round, progress.over) == (self.round, self._over):
             return
@@ -134,7 +138,7 @@ class Journal:
         doc = progress_doc(progress, packed)
         commit = new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))
         told = None if record is None else new_entry(RECORD, record.round, 0, asdict(record))
-        # The round before stays: it is what is gone back to where this one's values are damaged.
+        # Keep the previous commit: the run resumes from it if this one's values are damaged.
         stale = [(COMMIT, _FIRST, progress.round - 2)]
         stale += [(kind, _FIRST, progress.round) for kind in self._kinds()]
         self._reached(COMMITTING)
@@ -147,7 +151,7 @@ class Journal:
         self._sweep()
 
     def asked(self, kind: str) -> list[int] | None:
-        """Whom the round that goes on asks for ``kind``; None where nobody was asked yet."""
+        """Cohort of the current round for messages of ``kind``; None if none was selected yet."""
         entry = self._entries.one(ASKED + kind, self.round + 1, 0)
         if entry is None:
             return None
@@ -155,9 +159,9 @@ class Journal:
             return _numbers(entry.values["nodes"])
 
     def weights(self, kind: str) -> dict[int, int] | None:
-        """What the replies of those asked for ``kind`` weigh, in examples, by node.
+        """Weights of the current cohort's replies to ``kind``, in examples, by node.
 
-        None where that was not noted, as before there was a field for it.
+        None if there is no cohort yet, or if an older version, without this field, wrote it.
         """
         entry = self._entries.one(ASKED + kind, self.round + 1, 0)
         if entry is None or "weights" not in entry.values:
@@ -167,10 +171,10 @@ class Journal:
             return dict(zip(nodes, weights, strict=True))
 
     def ask(self, kind: str, nodes: Sequence[int], weights: Sequence[int]) -> None:
-        """Notes whom the round asks, before any of them is sent anything.
+        """Records the current round's cohort for ``kind``, before any node is sent a message.
 
-        ``weights`` are what their replies weigh, in examples: one rule for all of a round,
-        whatever becomes of the list of members meanwhile.
+        ``weights`` are the weights of their replies, in examples. Fixing them here keeps one rule
+        for the whole round, even if the member list changes meanwhile.
         """
         values = {"nodes": list(nodes), "weights": list(weights)}
         self._reached(SELECTING)
@@ -178,19 +182,19 @@ class Journal:
         self._reached(SELECTED)
 
     def drop(self) -> None:
-        """Forgets whom the round that goes on asks, so that it asks others; replies stay."""
+        """Drops the current round's cohorts, so that it selects new ones; keeps its replies."""
         number = self.round + 1
         kinds = [kind for kind in self._kinds() if kind.startswith(ASKED)]
         self._entries.write(drop=[(kind, number, number) for kind in kinds])
 
     def accept(self, reply: Message) -> Message:
-        """Makes a reply of the round that goes on durable; it was checked, and holds no error.
+        """Makes a verified reply of the current round durable; it has no error. Idempotent.
 
-        Returns the same reply, with large arrays where the journal keeps them: what they came in
-        can be let go. It is written once, however often it is accepted.
+        Returns ``reply``, whose large arrays now refer to the journal's files: the caller may
+        delete the files in which they arrived.
 
         Raises:
-            DiskFull: there was no room; it was not kept.
+            DiskFull: the disk is full. The reply was not recorded.
         """
         metadata, packed = reply.metadata, Packing(self._blobs)
         if self.holds(metadata.message_type, metadata.src_node_id):
@@ -211,11 +215,11 @@ class Journal:
         return reply
 
     def holds(self, kind: str, node: int) -> bool:
-        """Whether a reply of ``node`` to ``kind`` stands that this process accepted or gave out."""
+        """Whether this process accepted or returned ``node``'s reply to ``kind`` in this round."""
         return (kind, node) in self._replies
 
     def discard(self, kind: str, node: int) -> bool:
-        """Forgets an accepted reply, whose node is to be asked again; False where there is none."""
+        """Drops a reply, so that its node is asked again; returns False where `holds` is False."""
         if not self.holds(kind, node):
             return False
         self._replies.discard((kind, node))
@@ -223,9 +227,9 @@ class Journal:
         return True
 
     def reply(self, message: Message) -> Message | None:
-        """The reply that was accepted to ``message`` of the round that goes on.
+        """Returns the accepted reply to ``message`` of the current round.
 
-        None where there was none, or it is damaged: then its node is to be asked again.
+        None if there is none or it is damaged; the node must then be asked again.
         """
         metadata = message.metadata
         kind = REPLY + metadata.message_type
@@ -243,7 +247,7 @@ class Journal:
         return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, _EVALUATE)]
 
     def _last_whole(self) -> Start | None:
-        """Where the run goes on: after the last commit whose values are what was written."""
+        """Returns the state of the last commit whose values are intact; drops later commits."""
         commits = self._entries.of(COMMIT)
         records = [_record_of(entry) for entry in self._entries.of(RECORD)]
         for entry in reversed(commits):
@@ -264,28 +268,30 @@ class Journal:
         return None
 
     def rounds_kept(self) -> list[int]:
-        """The rounds whose models are kept, the latest last; 0 is the model from before the first.
+        """Rounds whose models are kept, in ascending order; 0 is the initial model.
 
-        Two at most: the last round's, and the one before, which it goes back to.
+        There are at most two: the last round and the one before it.
         """
         return [entry.round for entry in self._entries.of(COMMIT)]
 
     def roll_back(self, number: int) -> None:
-        """Goes back to after a round of `rounds_kept`; this journal must be reopened then.
+        """Restores the state after round ``number``, one of `rounds_kept`.
+
+        This object is stale afterwards; `reopen` the journal.
 
         Guarantee:
-            Whenever this process dies, the journal is found as it was, to the replies of the round
-            that goes on, or as it is to be.
+            If the process dies meanwhile, the journal is either unchanged, including the replies of
+            the current round, or rolled back.
 
         Raises:
-            DataError: that round's weights are damaged; nothing was changed.
+            DataError: that round's weights are damaged. Nothing was changed.
         """
         (commit,) = (entry for entry in self._entries.of(COMMIT) if entry.round == number)
         progress_from(commit, self._blobs)
         self._drop_after(number)
 
     def _go_back(self, number: int) -> None:
-        """Drops what came after a round. Devices answer again with what they have kept."""
+        """Drops everything after a round. Devices send again the updates that they still have."""
         self._drop_after(number)
         self.mended += f" The run goes on after round {number}, whose weights are whole."
 
@@ -303,12 +309,12 @@ class Journal:
         return records[-1].cohort if records else None
 
     def _sweep(self) -> None:
-        """Removes values that nothing refers to."""
+        """Deletes the files of values that no entry refers to."""
         self._blobs.keep_only(values_of(self._entries))
 
 
 def _read_run(entries: Entries) -> dict[str, Any]:
-    """What was noted of the run when it was begun."""
+    """Reads and validates the entry that describes the run, written when it began."""
     entry = entries.one(RUN, 0, 0)
     assert entry is not None
     values = entry.values
@@ -339,13 +345,13 @@ def _numbers(values: Sequence[object]) -> list[int]:
 
 
 def values_of(entries: Entries) -> set[str]:
-    """The names of the values that entries refer to."""
+    """Returns the file names of all values that entries refer to."""
     kinds = [COMMIT, *(REPLY + kind for kind in (_TRAIN, _EVALUATE))]
     return {digest for kind in kinds for one in entries.of(kind) for digest in digests_of(one)}
 
 
 def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
-    """Begins the journal of a run in ``folder``, which must hold none."""
+    """Creates the journal of a new run in ``folder``, which must not contain one."""
     entries = Entries(folder / JOURNAL)
     values = {"format": _FORMAT, "identity": identity, "instance": secrets.token_hex(8)}
     entries.write([new_entry(RUN, 0, 0, values)])
@@ -354,17 +360,17 @@ def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = noth
 
 
 def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
-    """The journal in ``folder``, mended where it was damaged; None where no run was begun.
+    """Opens the journal in ``folder`` and repairs it if damaged; returns None if no run began.
 
     Raises:
-        DataError: it is damaged, and nothing is left to mend it from.
+        DataError: the journal is damaged, and no copy is left to repair it from.
     """
     if not is_begun(folder):
         return None
     settle_restored(folder)
     entries, mended = open_repaired(folder)
     run = entries.one(RUN, 0, 0)
-    if run is None:  # it died before anything was begun
+    if run is None:  # the process died before it had written the run's entry
         entries.close()
         return None
     try:

@@ -1,4 +1,8 @@
-"""What a journal keeps, as a document and the places of its arrays: beside it, or in files."""
+"""Conversion of progress and replies to journal entries and back.
+
+An entry is a JSON document and a byte string. The document contains a place for each array: a
+range of the byte string, or for a large array the name of a file in `Blobs`.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,20 @@ _INLINE_BYTES = 2**16
 
 
 class Packing:
-    """Puts values where an entry finds them again: beside it, or into a file where large."""
+    """Collects the arrays of one entry: small ones in ``data``, large ones in files.
+
+    A place is ``[start, end]`` in ``data``, or ``[file name, bytes]`` for more than 64 KiB.
+    """
 
     def __init__(self, blobs: Blobs) -> None:
-        """Begins with nothing in ``data``; what is large goes to ``blobs``."""
+        """Starts with empty ``data``; large arrays go to ``blobs``."""
         self._blobs = blobs
         self._taken: list[tuple[NDArray[Any], list[Any]]] = []
         self.data = bytearray()
 
     def add(self, values: NDArray[Any]) -> list[Any]:
-        """Takes an array, and returns where it is found again."""
-        for one, place in self._taken:  # weights that are the best ones too are looked at once
+        """Stores a NumPy array and returns its place."""
+        for one, place in self._taken:  # the latest weights may be the best ones: hash them once
             if one is values:
                 return place
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
@@ -40,7 +47,7 @@ class Packing:
         return self._taken[-1][1]
 
     def add_array(self, array: Array) -> list[Any]:
-        """As `add`, for an array that was sent."""
+        """Stores an array of a Flower message and returns its place; links a file if it is one."""
         if isinstance(array, JoinedArray) and array.size_bytes > _INLINE_BYTES:
             name = self._blobs.adopt(array.path, array.cuts, array.size_bytes)
             return [name, array.size_bytes]
@@ -61,7 +68,7 @@ def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
 
 
 def digests_of(entry: JournalEntry) -> list[str]:
-    """The files that an entry refers to."""
+    """Returns the names of the files that an entry refers to."""
     values = entry.values
     with as_written(entry):
         places = [described[-1] for described in values.get("arrays", ())]
@@ -69,7 +76,7 @@ def digests_of(entry: JournalEntry) -> list[str]:
 
 
 def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
-    """Describes a reply's content, whose values go to ``packed``."""
+    """Returns the document for a reply's content, and stores its arrays in ``packed``."""
     arrays = {name: one for name, one in content.items() if isinstance(one, ArrayRecord)}
     rest = RecordDict({name: one for name, one in content.items() if name not in arrays})
     start = len(packed.data)
@@ -86,7 +93,7 @@ def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
 
 
 def progress_doc(progress: Progress, packed: Packing) -> dict[str, Any]:
-    """Describes how far rounds are; arrays go to ``packed``."""
+    """Returns the document for ``progress``, and stores its arrays in ``packed``."""
     noise = noise_of(progress.protection)
     vectors: list[NDArray[Any]] = [progress.weights, progress.best, *noise]
     vectors += progress.strategy.arrays
@@ -105,10 +112,10 @@ def progress_doc(progress: Progress, packed: Packing) -> dict[str, Any]:
 
 
 def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
-    """What `progress_doc` described.
+    """Reads the `Progress` that `progress_doc` wrote to ``entry``.
 
     Raises:
-        DataError: an array, or what describes it, is not what was written.
+        DataError: the document is malformed, or an array is missing or damaged.
     """
     with as_written(entry):
         return _progress_from(entry, blobs)
@@ -116,14 +123,14 @@ def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
 
 def _progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
     values, raw = entry.values, dict[str, bytes]()
-    for *_, place in values["arrays"]:  # weights that are the best ones too are held once
+    for *_, place in values["arrays"]:  # the latest weights may be the best ones: read them once
         key = json.dumps(place)
         raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
     preprocess, weights, best, *rest = [
         np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
         for dtype, shape, place in values["arrays"]
     ]
-    protection = values.get("protection")  # there is none in journals from before there was one
+    protection = values.get("protection")  # absent in journals of older versions
     noise = protection["noise"] if protection else 0
     if not all(_is_vector(one) for one in (weights, best)) or weights.shape != best.shape:
         raise ValueError("its weights are no float32 vectors of one length")
@@ -148,10 +155,12 @@ def _is_vector(values: NDArray[Any]) -> bool:
 
 
 def content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDict:
-    """The content that `content_doc` described; large arrays stay in their files.
+    """Reads the content that `content_doc` wrote to ``entry``; large arrays stay in their files.
+
+    ``where`` names the journal in error messages.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the document is malformed, or an array is missing or damaged.
     """
     with as_written(entry):
         return _content_from(entry, blobs, where=where)
@@ -161,7 +170,7 @@ def _content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDic
     values = entry.values
     start, end = values["rest"]
     content = read_record(entry.data[start:end], where=where)
-    # A record that is made of all its arrays at once reads and copies them.
+    # The constructor of ArrayRecord reads and copies arrays; item assignment does not.
     records = {name: ArrayRecord() for name in values["records"]}
     for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
         records[name][key] = (

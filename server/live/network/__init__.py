@@ -1,4 +1,6 @@
-"""From a socket to a member's checked call.
+"""The server's network: TLS connections, authentication, limits, and the calls of members.
 
-Read `gate` first, which asks who calls before it reads; `serve` starts all of it.
+Start with `gate`, which authenticates each request before it reads the body. `serve` starts all
+servers, `connections` limits sockets, `presence` tracks online devices, `wake` notifies them, and
+`signatures` verifies their replies.
 """

@@ -1,4 +1,4 @@
-"""An answer that goes out in one piece."""
+"""Optimization of HTTP responses: sends the head and the body in one TLS record."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 class Together:
-    """Stands for the transport of one call, and sends the head of its answer with what follows.
+    """Wrapper around one request's transport that delays the response head until the body follows.
 
-    uvicorn writes the two one after the other. Over TLS that is two records and two calls of the
-    system, and the peer is woken twice: a good part of what a small call takes.
+    uvicorn writes head and body separately. Over TLS that costs two records, two system calls, and
+    two wake-ups of the peer: much of the cost of a small call.
     """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        """Takes the place of the call's transport."""
+        """Replaces the transport of ``cycle`` by this wrapper."""
         self._cycle = cycle
         self._transport: asyncio.Transport = cycle.transport
         self._ended = cycle.on_response
@@ -25,7 +25,7 @@ class Together:
         cycle.on_response = self._complete
 
     def write(self, data: bytes) -> None:
-        """Sends it, unless it is the head."""
+        """Buffers ``data`` if it is the response head; else sends it, behind a buffered head."""
         if self._head is None and self._cycle.response_started:
             self._head = data
             return
@@ -34,12 +34,12 @@ class Together:
         self._transport.write(data)
 
     def close(self) -> None:
-        """Ends the connection, once everything has gone."""
+        """Sends a buffered head, and closes the transport."""
         self._flush()
         self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the transport's."""
+        """Returns the attribute of the wrapped transport."""
         return getattr(self._transport, name)
 
     def _complete(self) -> None:
@@ -47,7 +47,7 @@ class Together:
         self._ended()
 
     def _flush(self) -> None:
-        """A head that nothing follows, as where only that was asked for."""
+        """Sends a buffered head without a body, as in the response to a HEAD request."""
         if self._head:
             self._head, data = b"", self._head
             self._transport.write(data)

@@ -1,9 +1,9 @@
-"""A large body on its way through TLS: decrypted in memory that all connections share.
+"""Fast path for large request bodies over TLS: decrypts into buffers that all connections share.
 
-By asyncio's own way a connection reads 64 KiB at a time into memory of its own, makes an object of
-each TLS record, another of all of them, and has a parser copy that once more. A body that goes
-elsewhere as it comes in needs none of this: more of it is read at a time, and it is touched while
-the processor's cache still holds it.
+asyncio reads 64 KiB at a time into a buffer per connection, creates a bytes object per TLS record,
+joins them, and the HTTP parser copies the result again. A body that is streamed to its destination
+needs none of these copies. `read_body` reads larger blocks and passes them on while they are still
+in the processor's cache.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 
 _READ_BYTES = 2**18
 _FED_BYTES = 2**16
-"""So much is given to OpenSSL at a time, whose buffer stays as large as it once was."""
-_RECORD_BYTES = 2**14  # most of a TLS record, decrypted
+"""Bytes passed to OpenSSL at a time; small, as OpenSSL's buffer grows and never shrinks."""
+_RECORD_BYTES = 2**14  # maximum size of a TLS record, decrypted
 _AGAIN = (ssl.SSLWantReadError, ssl.SSLSyscallError)
 
 Take = Callable[[memoryview], bool]
-"""Takes a piece, which is overwritten once it returns; says whether more of the body is to come."""
+"""Consumer of a piece, whose memory is reused after it returns; returns whether more must follow.
+"""
 
 
 class Buffers:
-    """What one piece passes through at a time. Belongs to one event loop, whatever connections."""
+    """Buffers for encrypted and decrypted data, shared by all connections of one event loop."""
 
     def __init__(self) -> None:
         self.encrypted = memoryview(bytearray(_READ_BYTES))
@@ -33,14 +34,14 @@ class Buffers:
 
 
 class BodyReader(asyncio.BufferedProtocol):
-    """Stands between a socket and asyncio's TLS until a body has come in.
+    """A protocol that temporarily replaces asyncio's TLS protocol until a body has arrived.
 
-    Whatever is not plain reading it leaves to asyncio's TLS, whose place it gives back then: the
-    end of the connection, an error, a peer that is not to be read from for now.
+    It handles only plain reading. On anything else (the end of the connection, an error, paused
+    reading) it reinstalls asyncio's TLS protocol, which handles that.
     """
 
     def __init__(self, tls: Any, buffers: Buffers, take: Take) -> None:
-        """Takes the place of ``tls``, an `SSLProtocol`: its fields are no part of its interface."""
+        """Replaces ``tls``, an `SSLProtocol`, on its transport; uses its private fields."""
         self._tls = tls
         self._raw = tls._transport
         self._buffers = buffers
@@ -48,11 +49,11 @@ class BodyReader(asyncio.BufferedProtocol):
         self._raw.set_protocol(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the socket's next bytes go."""
+        """Returns the shared buffer for the socket's next bytes."""
         return self._buffers.encrypted
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Decrypts what has come, and hands it on."""
+        """Decrypts the first ``nbytes`` of the buffer and passes the plaintext to ``take``."""
         tls, encrypted = self._tls, self._buffers.encrypted[:nbytes]
         fed, size, goes_on = 0, 0, True
         while goes_on and fed < nbytes and self._reads():
@@ -63,16 +64,17 @@ class BodyReader(asyncio.BufferedProtocol):
             goes_on = self._take(self._buffers.plain[:size]) and goes_on
         if not goes_on or not self._reads():
             self._give_back(encrypted[fed:])
-        elif tls._outgoing.pending:  # an answer to what TLS itself was asked
+        elif tls._outgoing.pending:  # TLS itself answers, for example a key update
             tls._process_outgoing()
 
     def _reads(self) -> bool:
         return self._tls._state is SSLProtocolState.WRAPPED and not self._tls._app_reading_paused
 
     def _decrypted(self, size: int) -> tuple[int, bool]:
-        """Decrypts all whole records, behind the first ``size`` bytes; how many there are then.
+        """Decrypts all complete records to the plaintext buffer, after its first ``size`` bytes.
 
-        And whether that may go on: not where the body is over, or TLS itself ends.
+        Returns the number of bytes in the buffer, and whether to continue: False once the body is
+        complete, or TLS ends or fails.
         """
         plain, read = self._buffers.plain, self._tls._sslobj.read
         try:
@@ -91,7 +93,10 @@ class BodyReader(asyncio.BufferedProtocol):
             return size, False
 
     def _give_back(self, encrypted: memoryview) -> None:
-        """Leaves the rest to asyncio's TLS, which meets there, too, what ended the reading here."""
+        """Reinstalls asyncio's TLS protocol and feeds it the remaining ``encrypted`` bytes.
+
+        It meets there, too, any error that ended the reading here.
+        """
         tls = self._tls
         self._raw.set_protocol(tls)
         while True:
@@ -104,26 +109,29 @@ class BodyReader(asyncio.BufferedProtocol):
                 return
 
     def eof_received(self) -> bool | None:
-        """The peer has hung up."""
+        """Passes the end of the stream to asyncio's TLS protocol, and reinstalls it."""
         self._raw.set_protocol(self._tls)
         kept: bool | None = self._tls.eof_received()
         return kept
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is over."""
+        """Passes the loss of the connection to asyncio's TLS protocol."""
         self._tls.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The peer does not read what it was sent."""
+        """Tells asyncio's TLS protocol that the send buffer is full."""
         self._tls.pause_writing()
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """Tells asyncio's TLS protocol that the send buffer has drained."""
         self._tls.resume_writing()
 
 
 def read_body(transport: asyncio.Transport, buffers: Buffers, take: Take) -> None:
-    """Has what comes over a connection go to ``take`` for now, where its TLS is asyncio's."""
+    """Routes a connection's plaintext to ``take`` until that returns False.
+
+    Does nothing if the transport does not use asyncio's TLS; data then takes the normal path.
+    """
     tls = getattr(transport, "_ssl_protocol", None)
     if isinstance(tls, SSLProtocol) and isinstance(
         getattr(tls, "_transport", None), asyncio.Transport

@@ -1,7 +1,7 @@
-"""Connections of the network port, each known from its acceptance to its end.
+"""Limits on the connections of the network port, from accept to close.
 
-TLS, HTTP and the Fleet API each have limits of their own, and none of them sees a peer that says
-nothing. What is counted here is what the system grants: open sockets.
+TLS, HTTP and the Fleet API each have limits of their own, but none sees a peer that connects and
+sends nothing. `Connections` therefore counts the resource that the system limits: open sockets.
 """
 
 from __future__ import annotations
@@ -19,35 +19,37 @@ from server.live.network.limits import Limits, Refusals
 
 _MOST_DESCRIPTORS = 65_536
 _KEPT_BACK = 256
-"""Descriptors for all that is no connection: journal, log, sockets of operators."""
+"""Descriptors reserved for other uses: journal, log, sockets of operators."""
 _EACH = 3
-"""Descriptors that a device takes: its connection, its stream, and a file while a body comes in."""
+"""Descriptors per device: its connection, its wake-up stream, and a file while a body arrives."""
 _FRESH_S = 3.0
-"""A connection this young is let ask once: only an answer tells its owner that it is no member."""
+"""Age in seconds up to which a non-member's connection stays open: its owner learns only from the
+answer to a request that it is not a member."""
 _LATE, _TOO_MANY = 408, 429
 
 
 class Peer(Protocol):
-    """The protocol of a connection whose owner TLS has proved."""
+    """Protocol object of a connection after the TLS handshake. Times are by `Connections.now`."""
 
     public: bytes
+    """Public key in the peer's certificate; empty if there is none."""
     seen: float
-    """When something came last."""
+    """Time of the last data from the peer."""
     due: float | None
-    """When what the peer has begun to send must have come."""
+    """Deadline for the headers or the rest of a request; None if none is due."""
     stuck: float | None
-    """Since when it takes nothing of what was sent to it."""
+    """Time since which the peer has read nothing of an answer; None if it reads."""
 
     def busy(self) -> bool:
-        """Whether a call is going on."""
+        """Returns whether a request is being answered."""
 
     def drop(self) -> None:
-        """Ends the connection at once."""
+        """Closes the connection at once."""
 
 
 @dataclass
 class _Open:
-    """A connection that is open. Without a peer it is still shaking hands."""
+    """An open connection; ``peer`` is None during the TLS handshake."""
 
     socket: socket.socket
     address: str
@@ -55,21 +57,21 @@ class _Open:
     since: float
     peer: Peer | None = None
     dropped: bool = False
-    """Told to end; its descriptor is free a turn of the event loop later."""
+    """Whether it is being closed; the event loop frees the descriptor in its next iteration."""
 
     def drop(self) -> None:
         self.dropped = True
         if self.peer is not None:
             self.peer.drop()
         else:
-            with suppress(OSError):  # it has hung up itself
-                self.socket.shutdown(socket.SHUT_RDWR)  # its transport closes it then
+            with suppress(OSError):  # the peer has disconnected already
+                self.socket.shutdown(socket.SHUT_RDWR)  # makes its transport close it
 
 
 def grant_descriptors() -> int:
-    """Has the system grant as many open files as it does, and says how many connections that is.
+    """Raises the limit on open files as far as allowed; returns how many connections that permits.
 
-    Shells grant 1024 unless they are asked for more; the owner of a process may ask.
+    The soft limit is usually 1024; a process may raise it up to the hard limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
@@ -82,11 +84,11 @@ def grant_descriptors() -> int:
 
 
 class Connections:
-    """Who is connected, and who must go when it is too many or takes too long.
+    """Tracks open connections, and closes some when there are too many or they are too slow.
 
-    Belongs to the event loop that it is used in. Nobody is turned away at the door: where there is
-    no room, whoever has the most connections loses its oldest. So a stranger with one address
-    crowds out itself, and a member with one key does.
+    Use it from one event loop only. It never rejects a new connection outright: without room, the
+    network address (during the handshake) or the key (after it) with the most connections loses
+    its most idle one. An attacker with one address or one key therefore displaces only itself.
     """
 
     def __init__(
@@ -98,9 +100,14 @@ class Connections:
         name_of: Callable[[bytes], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins with none; ``most`` may be open at a time.
+        """Starts without connections.
 
-        ``name_of`` is whose a key is, None where it is no member's.
+        Args:
+            limits: Limits per identity, and timeouts.
+            refusals: Log of closed connections.
+            most: Maximum number of open connections.
+            name_of: Returns the name of the member with a key, or None.
+            clock: Returns monotonic seconds.
         """
         self._limits = limits
         self._refusals = refusals
@@ -109,21 +116,22 @@ class Connections:
         self._name_of = name_of
         self._clock = clock
         self._half: dict[int, _Open] = {}
-        """Those that are shaking hands, by descriptor, the oldest first."""
+        """Connections in the TLS handshake, by descriptor, the oldest first."""
         self._whole: dict[int, _Open] = {}
+        """Connections after the handshake, by descriptor."""
         self._owned: dict[bytes, dict[int, _Open]] = {}
-        """The whole ones by key, too."""
+        """The connections in ``_whole``, by key and descriptor."""
 
     def __len__(self) -> int:
-        """How many are open, those that are shaking hands included."""
+        """Returns the number of open connections, including those in the handshake."""
         return len(self._half) + len(self._whole)
 
     def listener(self, plain: socket.socket) -> socket.socket:
-        """``plain``, which is used up, as a socket that lets in by these rules."""
+        """Returns a listening socket that applies these limits; it takes over ``plain``."""
         return _Listener(self, plain)
 
     def has_room(self) -> bool:
-        """Whether one more may be accepted now; where not, one ends, and there soon is."""
+        """Returns whether a connection may be accepted now; if not, closes one to make room."""
         if len(self._half) >= self._most_half:
             self._crowd_out(self._half.values())
         elif len(self) >= self._most:
@@ -133,12 +141,12 @@ class Connections:
         return False
 
     def accepted(self, connection: socket.socket, address: str) -> None:
-        """A connection has been accepted."""
+        """Registers a connection that has just been accepted."""
         one = _Open(connection, address, _network(address), self._clock())
         self._half[connection.fileno()] = one
 
     def proved(self, descriptor: int, peer: Peer) -> None:
-        """The owner of a connection has shown its certificate."""
+        """Registers the end of a connection's handshake; enforces the limit per identity."""
         one = self._half.pop(descriptor)
         one.peer, one.since = peer, self._clock()
         peer.seen, peer.due = one.since, one.since + self._limits.headers_s
@@ -151,7 +159,7 @@ class Connections:
             _idlest(own).drop()
 
     def closed(self, descriptor: int) -> None:
-        """A connection is over, and its descriptor free."""
+        """Unregisters a connection, just before its descriptor is closed."""
         self._half.pop(descriptor, None)
         one = self._whole.pop(descriptor, None)
         if one is not None and one.peer is not None:
@@ -161,19 +169,19 @@ class Connections:
                 del self._owned[one.peer.public]
 
     def waits_for_headers(self, peer: Peer) -> None:
-        """A peer has begun a request, or has yet to finish what nobody waits for."""
+        """Starts the deadline for a request's headers, or for the rest of an answered request."""
         peer.due = self._clock() + self._limits.headers_s
 
     def now(self) -> float:
-        """The time by this clock, in seconds."""
+        """Returns the current time of the clock, in seconds."""
         return self._clock()
 
     def refused(self, descriptor: int, status: int, text: str) -> None:
-        """Tells of what was refused before it was a call."""
+        """Logs a rejection on a connection before there was a valid request."""
         self._tell(self._whole[descriptor], status, text)
 
     def sweep(self, members: Collection[bytes]) -> None:
-        """Ends what took too long, and what belongs to no key among ``members``."""
+        """Closes connections that exceed a timeout, or whose key is not among ``members``."""
         now, limits = self._clock(), self._limits
         for one in (*self._half.values(), *self._whole.values()):
             peer = one.peer
@@ -198,7 +206,7 @@ class Connections:
         groups: dict[Hashable, list[_Open]] = {}
         for one in among:
             if one.dropped:
-                return  # its room is free in a moment
+                return  # a connection is already being closed, so there soon is room
             groups.setdefault(one.peer.public if one.peer else one.network, []).append(one)
         if groups:
             one = _idlest(max(groups.values(), key=len))
@@ -211,18 +219,19 @@ class Connections:
 
 
 class _Listener(socket.socket):
-    """A socket that listens, and whose connections are known until they are closed."""
+    """A listening socket whose connections are registered with `Connections`."""
 
     def __init__(self, connections: Connections, plain: socket.socket) -> None:
-        """Takes the place of ``plain``."""
+        """Takes over the descriptor of ``plain``."""
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
         self._connections = connections
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """One more connection.
+        """Accepts a connection and registers it.
 
         Raises:
-            BlockingIOError: there is none, or no room; whoever waits stays in the system's queue.
+            BlockingIOError: no connection is pending, or there is no room for one; pending
+                connections stay in the system's queue.
         """
         if not self._connections.has_room():
             raise BlockingIOError
@@ -233,28 +242,28 @@ class _Listener(socket.socket):
 
 
 class _Accepted(socket.socket):
-    """A connection that says when it is closed."""
+    """A connection's socket, which unregisters itself when it is closed."""
 
     def __init__(self, connections: Connections, plain: socket.socket) -> None:
-        """Takes the place of ``plain``."""
+        """Takes over the descriptor of ``plain``."""
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
         self._connections = connections
 
     def close(self) -> None:
-        """Closes it."""
+        """Unregisters and closes the socket."""
         self._connections.closed(self.fileno())
         super().close()
 
 
 def _idlest(among: list[_Open]) -> _Open:
-    """Of some, one that has no call going on, and was heard from longest ago."""
+    """Returns the most idle connection: silent for the longest time, preferably without a call."""
     return min(
         among, key=lambda one: (one.peer.busy(), one.peer.seen) if one.peer else (False, one.since)
     )
 
 
 def _network(address: str) -> Hashable:
-    """Whom an address belongs to: one of IPv6 comes with 2**64 others."""
+    """Returns the key by which addresses are grouped: IPv4 addresses, and /64 networks of IPv6."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,8 @@
-"""The network side of the Fleet API: an ASGI application that asks who calls before it reads."""
+"""The ASGI application of the network port: authenticates each request before it reads the body.
+
+`Gate` enforces membership, rates and size limits. It passes devices' requests to the Fleet API, and
+those of operators and viewers to `server.live.operators.endpoint`.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +45,9 @@ Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
 PUSH, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
 PING = "/"
-"""What `fedcore doctor` gets, to see that a device is let in; it changes nothing."""
+"""Path that ``fedcore doctor`` requests to check that a device is authenticated; has no effect."""
 _MEMORY_BYTES = 2**16
-"""So much of a request's body is kept in memory while it comes in; a longer one goes to a file."""
+"""Maximum bytes of a request's body in memory while it arrives; a longer one goes to a file."""
 _PIECE_BYTES = 2**15
 _STATUS: tuple[tuple[type[FedcoreError], int], ...] = (
     (DataError, 400),
@@ -54,7 +58,7 @@ _STATUS: tuple[tuple[type[FedcoreError], int], ...] = (
 
 
 class _Refusal(Exception):
-    """A call that is answered without asking the fleet."""
+    """A request that the gate rejects, with the HTTP status and text of the answer."""
 
     def __init__(self, status: int, detail: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(detail)
@@ -63,11 +67,11 @@ class _Refusal(Exception):
 
 @dataclass(frozen=True)
 class Gate:
-    """Lets members with the role of a device call the Fleet API, within limits.
+    """ASGI application that lets member devices call the Fleet API, within limits.
 
-    In this order: the key of the connection is a member's, the path is one of the Fleet API's, the
-    rate is kept to, the process was let in; only then is a body read, and no further than the
-    call's own limit.
+    It checks in this order: the connection's key is a member's, the path is in the Fleet API, the
+    rate is within the limit, the calling process is the active one. Only then it reads the body,
+    up to the route's size limit.
     """
 
     fleet: Fleet
@@ -78,13 +82,15 @@ class Gate:
     limits: Limits
     hello: Hello
     spool: Path
-    """Where bodies lie while they come in."""
+    """Folder for bodies while they arrive."""
     bodies: asyncio.Semaphore
+    """Limits how many objects are parsed at a time."""
     wake_port: int
+    """Port of the wake-up streams, which devices learn on activation."""
     refusals: Refusals
     lines: PeerLines = field(default_factory=PeerLines)
     operate: Operate | None = None
-    """Answers operators and viewers; they are refused when None."""
+    """Handler for operators and viewers; None to reject them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -107,11 +113,11 @@ class Gate:
         except _Refusal as refusal:
             await self._refuse(send, peer, scope["path"], refusal)
         except FedcoreError as error:
-            if isinstance(error, ResourceError):  # the device comes again: the round waits
+            if isinstance(error, ResourceError):  # the device will retry, so the round waits
                 self.fleet.lack(error)
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
-        except Exception as error:  # whatever a peer sent that nobody thought of
+        except Exception as error:  # an unforeseen input must not break the connection
             self.refusals.note(peer, 500, f"{scope['path']}: {_place(error)}")
             if not begun:
                 text = f"the call could not be answered ({type(error).__name__})"
@@ -176,7 +182,7 @@ class Gate:
         with body:
             if path == PUSH_OBJECT:
                 self.uploads.progress_of(caller.node_id)
-                async with self.bodies:  # what is parsed takes several times its size
+                async with self.bodies:  # parsing takes several times the object's size in memory
                     answer = await asyncio.to_thread(call, self.fleet, caller, route, body)
                 self.fleet.lack(None)
                 return answer
@@ -185,7 +191,7 @@ class Gate:
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
 
     def _begin(self, caller: Caller, raw: bytes) -> Arrival | None:
-        """Where a large chunk begins to come in, what takes it; None for any other object."""
+        """Returns the receiver of the large chunk that starts with ``raw``; None if none does."""
         begun = beginning_of(raw)
         if begun is None:
             return None
@@ -198,7 +204,7 @@ class Gate:
         return arrival
 
     async def _before(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
-        """What the server notes before Flower's handlers see a call."""
+        """Updates presence, admission and the log before Flower's handlers get a call."""
         if path == ACTIVATE:
             if self.presence.arrive(caller.node_id, instance, caller.name, caller.public_key):
                 self.fleet.restart(caller.node_id)
@@ -230,14 +236,14 @@ class Gate:
         route: Route,
         begin: Begin | None,
     ) -> bytes | BinaryIO | Arrival:
-        """Reads a request's body, counting: what is longer than a piece comes back as a file.
+        """Reads a request's body: bytes if short, else a file, or a chunk's `Arrival`.
 
-        What ``begin`` makes something of goes there, piece by piece.
+        ``begin`` gets the first bytes, and returns the receiver of the rest if they start a chunk.
 
         Guarantee:
-            `_MEMORY_BYTES` and one piece of the connection's buffer are held at most, whatever the
-            peer announces or sends, and no more than ``route.max_bytes`` on disk. A peer that is
-            slow holds up no other.
+            Uses at most `_MEMORY_BYTES` and one connection buffer of memory, and at most
+            ``route.max_bytes`` on disk, whatever the peer announces or sends. A slow peer does not
+            delay others.
         """
         announced = _length(headers)
         if announced is not None and announced > route.max_bytes:
@@ -254,7 +260,7 @@ class Gate:
     async def _rest(
         self, arrival: Arrival, scope: Scope, receive: Receive, length: int | None
     ) -> None:
-        """Has what is missing of a chunk come in, of a request of so many bytes."""
+        """Receives the rest of a chunk, in a request whose body has ``length`` bytes if known."""
         divert = divert_of(scope["state"])
         left_bytes = None if length is None else length - arrival.came_bytes
         try:
@@ -277,7 +283,7 @@ class Gate:
             raise
 
     async def _refuse(self, send: Send, peer: str, path: str, refusal: _Refusal) -> None:
-        if refusal.status not in (401, 503):  # these two are part of coming and of waiting
+        if refusal.status not in (401, 503):  # these two are normal: activate first, retry later
             self.refusals.note(peer, refusal.status, f"{path}: {refusal.detail}")
         headers = [(b"connection", b"close")] if refusal.status in (403, 408, 413) else []
         if refusal.retry_after_s is not None:
@@ -287,14 +293,14 @@ class Gate:
 
 
 def _place(error: Exception) -> str:
-    """What an error that is nobody's refusal says, and where it was raised."""
+    """Describes an unexpected error in a line: type, message and source location."""
     frame = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f" at {Path(one.filename).name}:{one.lineno}" for one in frame)
     return f"{type(error).__name__}: {foreign(error)}{where}"
 
 
 def _length(headers: dict[str, str]) -> int | None:
-    """How long a request's body is, where that is said beforehand."""
+    """Returns the body's length from the headers; None if they do not specify it."""
     announced = headers.get("content-length", "")
     return int(announced) if announced.isdecimal() and "transfer-encoding" not in headers else None
 
@@ -336,7 +342,7 @@ async def _read(
 
 
 async def _send_pieces(send: Send, answer: Large, limits: Limits) -> None:
-    """Sends a large answer no faster than its peer reads, and holds a piece of it at a time."""
+    """Streams a large answer at the peer's pace, with one piece in memory at a time."""
     length = (b"content-length", str(answer.size_bytes).encode())
     head = [(b"content-type", b"application/x-protobuf"), length]
     with answer.file as file:
@@ -348,7 +354,7 @@ async def _send_pieces(send: Send, answer: Large, limits: Limits) -> None:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
-            return  # uvicorn hangs up on an answer that was not finished
+            return  # uvicorn closes the connection of an incomplete answer
 
 
 async def _respond(

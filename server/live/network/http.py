@@ -1,4 +1,4 @@
-"""The HTTP server in front of the Fleet API: uvicorn, on a socket of ours, over TLS 1.3."""
+"""The HTTP server in front of the Fleet API: uvicorn over TLS 1.3, on a socket that we create."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from server.live.network.peer import PeerProtocol
 
 _BACKLOG = 1024
 _IDLE_S = 90
-"""How long a connection may lie idle; a device that is woken within it shakes hands no second
-time."""
+"""Seconds after which an idle connection is closed. A device that is woken sooner needs no new
+handshake."""
 
 
 _TLS_BYTES = 2**16
-"""What a connection reads at a time: four TLS records."""
+"""Bytes that a connection reads at a time: four TLS records."""
 
 
 def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) -> uvicorn.Server:
-    """A server that answers by ``gate`` and shows ``identity``; it is not started.
+    """Creates the HTTP server, without starting it.
 
-    ``connections`` hears of each, and has made the socket that it is to be served on.
+    Args:
+        gate: The ASGI application.
+        identity: The server's key and certificate.
+        connections: Tracks connections; serve on a socket from its `listener`.
     """
-    # asyncio's 256 KiB are held up to three times, by every connection and to its end.
+    # asyncio's default of 256 KiB is allocated up to three times per connection, until it closes.
     SSLProtocol.max_size = _TLS_BYTES
     protocol = partial(PeerProtocol, connections=connections, buffers=Buffers())
     return _Http(
@@ -45,9 +48,9 @@ def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) 
             lifespan="off",
             ws="none",
             log_config=None,
-            log_level="error",  # what peers do is told by ours, with a name and not too often
+            log_level="error",  # our own log shows peers' actions, by name and throttled
             access_log=False,
-            proxy_headers=False,  # a peer's address is where it comes from, not what it claims
+            proxy_headers=False,  # a peer could fake its address with these headers
             server_header=False,
             date_header=True,  # devices compare their clocks with it
             timeout_keep_alive=_IDLE_S,
@@ -57,15 +60,15 @@ def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) 
 
 
 class _Http(uvicorn.Server):
-    """uvicorn, which leaves signals to whoever runs it."""
+    """uvicorn's server without its signal handlers; its caller handles signals."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
+        """Captures no signals."""
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends connections, those too that were shaking hands when it began."""
+        """Closes all connections, including those whose handshake completes meanwhile."""
         closing = asyncio.create_task(self._close_late())
         try:
             await super().shutdown(sockets)
@@ -82,13 +85,15 @@ class _Http(uvicorn.Server):
 
 
 def bind(host: str, port: int, *, option: str = "--listen") -> socket.socket:
-    """A socket that listens; ``option`` is what another port is chosen with.
+    """Returns a TCP socket that listens on ``host`` and ``port``.
+
+    ``option`` is the command-line option for another port, which the error message names.
 
     Raises:
         ResourceError: the port is in use, or may not be used.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Where the protocol is not named, asyncio leaves Nagle's algorithm on: 40 ms more a call.
+    # asyncio disables Nagle's algorithm, which costs 40 ms per call, only if this names TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""How much one device, and all of them together, may ask of a server at a time."""
+"""Resource limits of the server, per device and in total: rates, uploads, streams and log lines."""
 
 from __future__ import annotations
 
@@ -16,63 +16,62 @@ from fedcore.observability.throttle import TOLD_S, Throttle, left_out, take_toke
 log = logging.getLogger("fedcore.server")
 
 STREAM_S, STREAM_BURST = 1.0, 20
-"""How often a device may open its stream in the long run, and how often at once."""
+"""Token bucket of a device's stream openings: seconds per token, and capacity."""
 _MOST_TOLD = 10_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server grants."""
+    """Limits that the server enforces."""
 
     uploads_bytes: int = 16 * 2**30
-    """Updates that are held at a time, on disk, from the first object to aggregation."""
+    """Maximum size of all updates on disk, from their first object until aggregation."""
     bodies: int = 1
-    """Objects that are taken in from the disk at a time, of up to 5 MiB each."""
+    """Maximum number of objects, of up to 5 MiB each, that are parsed at a time."""
     calls_per_s: float = 50.0
-    """Calls that one identity may make a second beside its work, in the long run."""
+    """Calls per second that one identity may make on average, in addition to those of its work."""
     burst: int = 400
-    """Calls that it may have saved up."""
+    """Capacity of an identity's token bucket, in calls."""
     calls_per_object: int = 4
-    """Calls that it may make for each object of a message that it was sent. A message to train has
-    6 objects or more, and takes 16 calls: to pull it, to push the reply, and to ask for the next.
-    """
+    """Calls granted for each object that the server has sent to the identity. A message to train
+    has at least 6 objects and takes 16 calls: to pull it, to push the reply, and to poll again."""
     call_bytes: int = 1 << 13
-    """What is read before anybody may wait for it counts as one more call for each so many bytes: a
-    reply's tree of 512 KiB, which takes 10 ms, as 64."""
+    """Bytes of a request that cost one call more, if the server must read it before it can queue
+    the upload. A reply's object tree of 512 KiB, which takes 10 ms, costs 64 calls."""
     body_s: float = 60.0
-    """Seconds within which a request's body must have come, or an object must have been taken."""
+    """Timeout in seconds for receiving a request's body, and for sending an object."""
     upload_wait_s: float = 20.0
-    """Seconds that an upload waits for room before it is told to come again."""
+    """Seconds that an upload waits for room before the server asks the device to retry."""
     stall_s: float = 15.0
-    """Seconds without progress after which an upload gives its room to one that waits."""
+    """Seconds without progress after which an upload loses its room to a waiting one."""
     connections: int = 16_384
-    """Connections that are open at a time, on each of the two ports; fewer where the system grants
-    few open files."""
+    """Maximum number of open connections on each of the two ports; lower if the system's limit on
+    open files requires it."""
     connections_each: int = 16
-    """Of these, on the first port, one identity's; a device uses one or two."""
+    """Maximum number of connections per identity on the first port; a device uses one or two."""
     half_open: int = 512
-    """Of these, such as are still shaking hands; each takes 0.1 MiB."""
+    """Maximum number of connections in the TLS handshake; each takes 0.1 MiB."""
     handshake_s: float = 15.0
-    """Seconds within which a peer must have shaken hands."""
+    """Timeout of the TLS handshake, in seconds."""
     headers_s: float = 15.0
-    """Seconds within which the headers of a request must have come, from their first byte; those
-    of the first request, from the handshake."""
+    """Timeout in seconds for a request's headers, from their first byte; for the first request,
+    from the end of the handshake."""
 
 
 @dataclass(frozen=True)
 class _Bucket:
     tokens: float
     filled: float
-    """When it was, by the clock."""
+    """Time of the last refill, by the clock."""
     sent: int
-    """Objects that its owner had been sent by then."""
+    """Number of objects that the server had sent to the identity by then."""
 
 
 class Rates:
-    """A token bucket for each identity, which fills with time and with work.
+    """Token bucket for each identity, refilled by time and by the work that the server sends.
 
-    However short rounds are, a device that does what it is asked is not held up; one that calls
-    without being asked gets no more than the limits say.
+    A device that only does its work is never throttled, however short the rounds are; further calls
+    are limited to the configured rate.
     """
 
     def __init__(
@@ -81,19 +80,19 @@ class Rates:
         sent: Callable[[int], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins with full buckets; ``sent`` counts the objects that a node was ever sent."""
+        """Starts with full buckets; ``sent`` returns the number of objects ever sent to a node."""
         self._limits = limits
         self._sent = sent
         self._clock = clock
         self._buckets: dict[int, _Bucket] = {}
 
     def wait_s(self, node_id: int, calls: int = 1) -> float:
-        """Counts so many calls; 0 when they are granted, else the seconds until they would be."""
+        """Takes ``calls`` tokens and returns 0, or returns the seconds until there are enough."""
         now, sent, limits = self._clock(), self._sent(node_id), self._limits
         last = self._buckets.get(node_id, _Bucket(limits.burst, now, 0))
         earned = (sent - last.sent) * limits.calls_per_object
         tokens = last.tokens + (now - last.filled) * limits.calls_per_s + earned
-        # What is saved up ends at the burst; one message may need more than that.
+        # The bucket is capped at the burst, except that one message may earn more than that.
         tokens = min(tokens, max(limits.burst, earned, last.tokens))
         granted = tokens >= calls
         self._buckets[node_id] = _Bucket(tokens - calls if granted else tokens, now, sent)
@@ -101,14 +100,17 @@ class Rates:
 
 
 class Refusals:
-    """The log of what was refused: one line for each peer and kind in a while, with a count."""
+    """Log of rejected requests: at most one line per peer and status every `TOLD_S` seconds.
+
+    Each line states how many were suppressed since the last.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._told: dict[tuple[str, int], tuple[float, int]] = {}
 
     def note(self, peer: str, status: int, text: str) -> None:
-        """Logs a refusal, unless one like it was logged less than `TOLD_S` ago."""
+        """Logs a rejection, unless one with its peer and status was logged within `TOLD_S`."""
         now, key = self._clock(), (peer, status)
         last, silent = self._told.get(key, (-TOLD_S, 0))
         if now - last < TOLD_S:
@@ -122,13 +124,13 @@ class Refusals:
 
 
 class PeerLines:
-    """The log of what peers do: so many lines of a kind for each, then one in a while."""
+    """Log of peers' actions, throttled per peer and action."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._told: Throttle[tuple[str, str]] = Throttle(clock=clock)
 
     def tell(self, peer: str, what: str, more: str = "") -> None:
-        """Logs that ``peer`` did ``what``, unless it has done so too often."""
+        """Logs that ``peer`` did ``what``, with details ``more``, unless throttled."""
         silent = self._told.admit((peer, what))
         if silent is not None:
             shown = f" ({foreign(more, 100)})" if more else ""
@@ -136,14 +138,14 @@ class PeerLines:
 
 
 class Streams:
-    """How often each device may open its stream."""
+    """Token bucket for each device's stream openings."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._left: dict[bytes, tuple[float, float]] = {}
 
     def admit(self, public: bytes) -> bool:
-        """Counts one; False when there were too many."""
+        """Takes a token for the device with key ``public``; returns False if it has none left."""
         return take_token(self._left, public, self._clock(), every_s=STREAM_S, burst=STREAM_BURST)
 
 
@@ -155,10 +157,10 @@ class _Held:
 
 
 class Uploads:
-    """Room for updates that are on their way or wait to be aggregated.
+    """Admission control for uploads: limits the disk space of all that are not yet aggregated.
 
-    Belongs to the event loop that it is used in; `released` alone may be called from any thread.
-    One upload is always let in, however large. Those that wait are let in in turn.
+    Use it from one event loop only, except `released`, which any thread may call. An upload is
+    always admitted if there is no other, however large. Waiting uploads are admitted in order.
     """
 
     def __init__(
@@ -167,24 +169,27 @@ class Uploads:
         abandon: Callable[[str], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins empty.
+        """Starts without uploads.
 
-        ``abandon`` drops what has come of an upload, and says whether it did: one that has come in
-        full stays until it is aggregated, and keeps its room.
+        Args:
+            limits: Limits of the server.
+            abandon: Drops an incomplete upload by its message's id, and returns True; returns
+                False for a complete one, which keeps its room until it is aggregated.
+            clock: Returns monotonic seconds.
         """
         self._limits = limits
         self._abandon = abandon
         self._clock = clock
         self._held: dict[str, _Held] = {}
         self._of: defaultdict[int, set[str]] = defaultdict(set)
-        """Of each node, what is held for it."""
+        """Message ids of each node's uploads."""
         self._held_bytes = 0
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     async def enter(self, node_id: int, upload: Upload) -> bool:
-        """Waits for room; False when there was none within the time that the limits grant."""
+        """Waits for room and reserves it; returns False if there is none within the timeout."""
         if upload.message_id in self._held:
             self.progress(upload.message_id)
             return True
@@ -203,18 +208,18 @@ class Uploads:
             return False
 
     def progress(self, message_id: str) -> None:
-        """Notes that an upload goes on."""
+        """Records progress of an upload, which resets its stall timer."""
         held = self._held.get(message_id)
         if held is not None:
             held.progress = self._clock()
 
     def progress_of(self, node_id: int) -> None:
-        """Notes that the uploads of a node go on."""
+        """Records progress of all uploads of a node."""
         for message_id in self._of.get(node_id, ()):
             self.progress(message_id)
 
     def leave(self, message_id: str) -> None:
-        """Gives an upload's room back."""
+        """Releases an upload's room; does nothing if it has none."""
         held = self._held.pop(message_id, None)
         if held is not None:
             self._held_bytes -= held.room_bytes
@@ -224,11 +229,11 @@ class Uploads:
             self._freed.set()
 
     def released(self, message_id: str) -> None:
-        """As `leave`, from any thread."""
+        """Releases an upload's room; may be called from any thread."""
         self._loop.call_soon_threadsafe(self.leave, message_id)
 
     def gone(self, node_id: int) -> None:
-        """Gives back the room of a device that is gone."""
+        """Drops the incomplete uploads of a device that disconnected, and releases their room."""
         for message_id in list(self._of.get(node_id, ())):
             if self._abandon(message_id):
                 self.leave(message_id)
@@ -243,7 +248,7 @@ class Uploads:
                 self.leave(message_id)
 
     async def _wait(self) -> None:
-        """Until room is freed, or it is time to look again for uploads that stall."""
+        """Waits until room is released, for at most 1 s: then stalled uploads are checked again."""
         try:
             async with asyncio.timeout(1.0):
                 await self._freed.wait()

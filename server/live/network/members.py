@@ -1,4 +1,4 @@
-"""What rounds ask of the list of members: whom they may reach, how many, and what each weighs."""
+"""The member list as rounds use it: eligible devices, their number, and their weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fedcore.updates.messages import METRICS, NUM_EXAMPLES
 
 
 def devices_of(roster: Roster) -> dict[int, Member]:
-    """The devices that are members now, by node."""
+    """Returns the devices that are members now, by node id."""
     members = (member for member in roster.members() if member.role == "device")
     return {node_id_of(member.public): member for member in members}
 
 
 def weights_of(roster: Roster, nodes: Sequence[int]) -> list[int]:
-    """What an update of each node weighs, in examples, as the list of members is now.
+    """Returns the aggregation weight of each node, in examples, by the current member list.
 
-    That is what it committed to at enrolment, if every device of the project did; else all weigh
-    the same, and so does a node that is no member. Those asked do not decide: a device that comes
-    or goes between rounds must not change the rule for the others.
+    If every device of the project committed to a number of examples at enrolment, a node weighs
+    its number, or 1 if it is no member; else every node weighs 1. The rule depends on all devices,
+    not only on ``nodes``, so that it does not change with the cohort.
     """
     devices = devices_of(roster)
     if any(member.num_examples is None for member in devices.values()):
@@ -32,7 +32,7 @@ def weights_of(roster: Roster, nodes: Sequence[int]) -> list[int]:
 
 
 def weigh(reply: Message, weight: int) -> None:
-    """Has a reply weigh so many examples, whatever it says of itself."""
+    """Sets the weight of a reply, in examples; overrides the device's own number."""
     metrics = reply.content.get(METRICS)
     if isinstance(metrics, MetricRecord):
         metrics[NUM_EXAMPLES] = weight
@@ -40,21 +40,21 @@ def weigh(reply: Message, weight: int) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """The devices of a project, as the rounds of a run see them."""
+    """The devices of a project that rounds may select."""
 
     roster: Roster
     fleet: Fleet
 
     def admit(self, nodes: Collection[int]) -> Collection[int]:
-        """Enlists those of ``nodes`` who are members, and returns them."""
+        """Registers the members among ``nodes`` with the fleet, and returns them."""
         devices = devices_of(self.roster)
         return {self.fleet.enlist(devices[node].public) for node in nodes if node in devices}
 
     def weights(self, nodes: Sequence[int]) -> list[int]:
-        """As `weights_of`."""
+        """Returns the weight of each node, in examples, see `weights_of`."""
         return weights_of(self.roster, nodes)
 
     def count(self, *, drained: Collection[str]) -> int:
-        """How many devices take part, the drained ones left out."""
+        """Returns the number of devices that are members and not drained."""
         devices = devices_of(self.roster).values()
         return sum(member.name not in drained for member in devices)

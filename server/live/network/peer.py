@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection: uvicorn's protocol, with the peer's certificate."""
+"""uvicorn's HTTP protocol, extended by the peer's key, limits on headers, and streamed bodies."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from server.live.network.body import Buffers, read_body
 from server.live.network.connections import Connections
 
 PUBLIC_KEY = "fedcore.public_key"
-"""Where a request's scope holds the key that its connection was opened with."""
+"""Key of a scope's state for the public key in the peer's certificate."""
 DIVERT = "fedcore.divert"
-"""Where it holds what has the rest of its body go elsewhere, see `PeerProtocol.divert`."""
+"""Key of a scope's state for its connection's `PeerProtocol.divert`."""
 _MAX_HEADER_BYTES = 2**15
 _MOST_AHEAD = 8
-"""Calls that may come before one is answered. A device sends none; a large answer is over for it a
-moment before it is for the server."""
+"""Maximum number of pipelined requests. Devices do not pipeline, but a large answer ends for the
+device a moment before it ends for the server."""
 _WAITING_BYTES = 2**16
-"""What may wait in a connection for its other end, each way, before more is asked for."""
+"""Size of a connection's buffer, in each direction, above which reading or writing pauses."""
 
 
 Sink = Callable[[bytes | memoryview], None]
@@ -40,9 +40,10 @@ class _Diverted:
 
 
 class PeerProtocol(HttpToolsProtocol):
-    """HTTP/1.1 for one connection, which knows whose it is and how long headers may be.
+    """HTTP/1.1 protocol of one connection, with the peer's key and a limit on headers.
 
-    uvicorn hands no certificate to the application, and its parser keeps any length of headers.
+    uvicorn does not pass the peer's certificate to the application, and its parser accepts headers
+    of any length.
     """
 
     public = b""
@@ -54,23 +55,30 @@ class PeerProtocol(HttpToolsProtocol):
     _in_headers = True
     _diverted: _Diverted | None = None
     _unparsed = 0
-    """Bytes of the body that goes on, which the parser will not see."""
+    """Remaining bytes of the current body that bypass the parser."""
 
     def __init__(
         self, *arguments: Any, connections: Connections, buffers: Buffers, **named: Any
     ) -> None:
-        """As uvicorn's own; ``connections`` hears of this one, bodies come through ``buffers``."""
+        """Creates the protocol of one connection.
+
+        Args:
+            arguments: Passed to uvicorn's protocol.
+            connections: Registry to which this connection reports.
+            buffers: Buffers for streamed bodies, shared by all connections.
+            named: Passed to uvicorn's protocol.
+        """
         super().__init__(*arguments, **named)
         self._known = connections
         self._buffers = buffers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Reads the key out of the peer's certificate, once a connection."""
+        """Extracts the key from the peer's certificate, and limits the connection's buffers."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(_WAITING_BYTES)
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if tls is not None:
-            # OpenSSL keeps what its buffers have once grown to, by default 1 MiB a connection.
+            # OpenSSL's buffers never shrink; by default they grow to 1 MiB per connection.
             transport.set_read_buffer_limits(_WAITING_BYTES)  # type: ignore[attr-defined]
         certificate = tls.getpeercert(binary_form=True) if tls is not None else None
         try:
@@ -83,7 +91,7 @@ class PeerProtocol(HttpToolsProtocol):
         self._known.proved(self._descriptor, self)
 
     def data_received(self, data: bytes) -> None:
-        """Feeds the parser, unless headers have grown past any that a client sends."""
+        """Feeds the parser; aborts the connection if its headers or pipeline exceed the limits."""
         self.seen = self._known.now()
         if self._unparsed:
             view = memoryview(data)
@@ -97,7 +105,7 @@ class PeerProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES:
             self._refuse(f"headers of more than {_MAX_HEADER_BYTES} bytes")
-        elif len(self.pipeline) > _MOST_AHEAD:  # with each answer uvicorn reads further ones
+        elif len(self.pipeline) > _MOST_AHEAD:  # uvicorn resumes reading after each answer
             self._refuse(f"more than {_MOST_AHEAD} calls before the first was answered")
 
     def _refuse(self, text: str) -> None:
@@ -106,9 +114,9 @@ class PeerProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def shutdown(self) -> None:
-        """Ends the connection, at once where no call is going on.
+        """Closes the connection: after the current request, or at once if there is none.
 
-        A peer that lies idle would leave the server waiting for its half of the goodbye.
+        An idle connection is aborted, as its peer might never complete the TLS shutdown.
         """
         if self.busy():
             super().shutdown()
@@ -118,17 +126,20 @@ class PeerProtocol(HttpToolsProtocol):
     def divert(
         self, scope: MutableMapping[str, Any], sink: Sink, left_bytes: int | None
     ) -> asyncio.Future[None] | None:
-        """Has the rest of a request's body go to ``sink`` as it comes in, piece by piece.
+        """Streams the rest of a request's body to ``sink``, piece by piece as it arrives.
 
-        By uvicorn's own way each piece is copied twice, and wakes a task. What is given back is
-        done once the last piece has come, and holds what ``sink`` raised, or a ConnectionError
-        where the peer went away. None where no more of the body of ``scope`` is to come here.
+        This is faster than ASGI's ``receive``, which copies each piece twice and wakes a task.
 
         Args:
-            scope: Of the request.
-            sink: Keeps nothing of a piece: its memory is used for the next one.
-            left_bytes: How much follows what the application was given, as the request's length
-                says; None where it has none. What has a length needs no parser to find its end.
+            scope: The request's ASGI scope.
+            sink: Consumer of a piece; must not keep it, as its memory is reused for the next.
+            left_bytes: Bytes of the body that the application has not received, by the request's
+                content length; None if there is none. With a length, the body bypasses the parser.
+
+        Returns:
+            A future that completes after the last piece, or fails with the error that ``sink``
+            raised, or with ConnectionResetError if the peer disconnects. None if no more of the
+            body will arrive.
         """
         cycle = self.cycle
         if cycle is None or cycle.scope is not scope or not cycle.more_body or cycle.disconnected:
@@ -145,27 +156,27 @@ class PeerProtocol(HttpToolsProtocol):
         return ended
 
     def _take_body(self, piece: memoryview) -> bool:
-        self.data_received(piece)  # type: ignore[arg-type]  # what is to be kept is copied there
+        self.data_received(piece)  # type: ignore[arg-type]  # copies anything that it keeps
         return self._unparsed > 0
 
     def _take_unparsed(self, piece: memoryview) -> int:
-        """Takes what a piece has of the body that the parser does not see; how much that is."""
+        """Consumes the part of a piece that bypasses the parser; returns its length in bytes."""
         body = piece[: self._unparsed]
         self._unparsed -= len(body)
-        # Where it is waited for no longer, it is passed over.
+        # If nobody awaits the body any more, discard it.
         if self._diverted is not None and not self._diverted.ended.done():
             self._feed(self._diverted, body)
         if not self._unparsed:
             self.on_message_complete()
-            self.parser = httptools.HttpRequestParser(self)  # the old one expects the body still
+            self.parser = httptools.HttpRequestParser(self)  # the old one still expects the body
         return len(body)
 
     def on_body(self, body: bytes) -> None:
-        """Takes a piece of a request's body."""
+        """Passes a parsed piece of a request's body to the sink, or to uvicorn if there is none."""
         diverted = self._diverted
         if diverted is None:
             super().on_body(body)
-        elif diverted.ended.done():  # nobody waits for it any more
+        elif diverted.ended.done():  # nobody awaits it any more
             self._diverted = None
             super().on_body(body)
         else:
@@ -174,7 +185,7 @@ class PeerProtocol(HttpToolsProtocol):
     def _feed(self, diverted: _Diverted, body: bytes | memoryview) -> None:
         try:
             diverted.sink(body)
-        except Exception as error:  # whatever it is, the waiting caller is told
+        except Exception as error:  # any error goes to the task that awaits the body
             self._diverted = None
             diverted.ended.set_exception(error)
 
@@ -188,36 +199,36 @@ class PeerProtocol(HttpToolsProtocol):
             diverted.ended.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is over."""
+        """Fails a body that is still arriving, and releases the connection."""
         self._end_diverted(ConnectionResetError("the peer went away while it sent"))
-        self.app_state = {}  # what refers to this connection
+        self.app_state = {}  # breaks the reference cycle through `divert`
         super().connection_lost(exc)
 
     def busy(self) -> bool:
-        """Whether a call is going on."""
+        """Returns whether a request is being answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def drop(self) -> None:
-        """Ends the connection at once, whatever is going on."""
+        """Closes the connection at once, even during a request."""
         self.transport.abort()
 
     def pause_writing(self) -> None:
-        """The peer does not read what it was sent."""
+        """Records when the peer stopped reading, and pauses the answer."""
         self.stuck = self._known.now()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """Records that the peer reads again, and resumes the answer."""
         self.stuck = None
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is no HTTP."""
+        """Logs and answers data that is not valid HTTP."""
         self._known.refused(self._descriptor, 400, msg)
         super().send_400_response(msg)
 
     def on_headers_complete(self) -> None:
-        """Begins the request."""
+        """Resets the limits on headers, and starts the request."""
         self._in_headers, self._header_bytes, self.due = False, 0, None
         before = self.cycle
         super().on_headers_complete()
@@ -225,25 +236,25 @@ class PeerProtocol(HttpToolsProtocol):
             Together(self.cycle)
 
     def on_message_complete(self) -> None:
-        """Headers follow next."""
+        """Completes a streamed body; the next data are headers."""
         self._end_diverted()
         self._in_headers, self.due = True, None
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """What a peer still sends of a request that was answered is waited for no longer."""
+        """Starts a deadline for the rest of a request that was answered before it was complete."""
         if not self._in_headers:
             self._known.waits_for_headers(self)
         super().on_response_complete()
 
 
 def divert_of(state: dict[str, Any]) -> Divert | None:
-    """What has the rest of a request's body go elsewhere; None where it cannot."""
+    """Returns the `PeerProtocol.divert` of a request's connection; None if it has none."""
     divert: Divert | None = state.get(DIVERT)
     return divert
 
 
 def key_of(state: dict[str, Any]) -> bytes | None:
-    """The key that the connection of a request was opened with."""
+    """Returns the public key of a request's peer; None if its certificate is missing or invalid."""
     public: bytes | None = state.get(PUBLIC_KEY)
     return public

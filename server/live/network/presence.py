@@ -1,4 +1,8 @@
-"""Which devices are there, and how they are told that work awaits them."""
+"""Which devices are online, and how they are notified of work.
+
+A device is online while its wake-up stream is open. Without a stream, it polls, and is online for
+some seconds after each call.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +15,55 @@ from dataclasses import dataclass
 from fedcore.errors import TrustError
 
 BEATS_S = 30.0
-"""How long at most a device without a stream counts as there after a call, whenever it says that
-the next one follows."""
+"""Maximum seconds that a device without a stream counts as online after a call, even if it
+announces a longer polling interval."""
 FIRST_S = 5.0
-"""How long a device counts as there after a call, until its first stream opens or it says when it
-calls again: one that dies in between must not hold a round up."""
+"""Seconds that a device counts as online after a call, before it has opened a stream or announced
+a polling interval; short, so that a device that dies in between does not delay a round."""
 LATE_S = 3.0
-"""How much later than it has said it may call."""
+"""Seconds by which a device may miss its announced polling time."""
 
 _REPLACED = 64
-"""How many processes of a device that were there before are known again."""
+"""Number of earlier processes of a device that are remembered."""
 
 
 @dataclass
 class _Session:
-    """One process on a device, from its first call on."""
+    """The active process of a device, from its first call on."""
 
     instance: str
+    """Random identifier of the process."""
     name: str
     public_key: bytes
     seen: float
+    """Time of the last call."""
     stream: asyncio.Event | None = None
-    """Set when there is work; None while no stream is open."""
+    """Event of the open stream, set when there is work; None if no stream is open."""
     left: float | None = None
-    """When its stream ended, or it said goodbye."""
+    """Time at which its stream ended or it signed off; None if neither."""
     silent_s: float = FIRST_S
-    """How long it counts as there after its last call, without a stream."""
+    """Seconds that it counts as online after its last call, without a stream."""
     replaced: tuple[str, ...] = ()
-    """Processes of this device that were there before."""
+    """Identifiers of earlier processes of this device."""
 
 
 @dataclass(frozen=True)
 class DeviceStatus:
-    """A device that has called since the server started."""
+    """State of a device that has called since the server started."""
 
     node_id: int
     name: str
     there: bool
+    """Whether it is online."""
     awake: bool
-    """Whether its stream is open; one that is there without it polls."""
+    """Whether its stream is open; an online device without a stream polls."""
 
 
 class Presence:
-    """Who is there. Every method may be called from any thread but ``watch`` and ``unwatch``.
+    """Registry of online devices. All methods except ``watch`` and ``unwatch`` are thread-safe.
 
-    One key is one identity, and one identity one process. A process that comes later takes the
-    place of the one before, which may not come back: that is how a device that was restarted gets
-    in at once, and how two devices with one key are found out.
+    Each key has one active process at a time. A new process replaces the active one, which may not
+    return. A restarted device is thus admitted at once, and two devices with one key are detected.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class Presence:
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins with nobody; ``on_change`` is called when somebody comes or goes."""
+        """Starts without devices; ``on_change`` is called whenever one connects or disconnects."""
         self._on_change = on_change
         self._clock = clock
         self._lock = threading.RLock()
@@ -74,10 +80,10 @@ class Presence:
         self._loop = asyncio.get_running_loop()
 
     def arrive(self, node_id: int, instance: str, name: str, public_key: bytes) -> bool:
-        """Lets a process in; True when it is another one than was there last.
+        """Makes a process a device's active one; returns False if it was already.
 
         Raises:
-            TrustError: another process of this identity has taken its place.
+            TrustError: a newer process of this device has replaced it.
         """
         with self._lock:
             now, old = self._clock(), self._sessions.get(node_id)
@@ -99,9 +105,9 @@ class Presence:
         return True
 
     def call(self, node_id: int, instance: str, again_s: float | None = None) -> bool:
-        """Notes a call; False when it is not from the process that was let in last.
+        """Records a call; returns False if it is not from the device's active process.
 
-        ``again_s`` is within how many seconds it calls again, where it says so.
+        ``again_s`` is the announced number of seconds until its next call, if any.
         """
         with self._lock:
             session = self._sessions.get(node_id)
@@ -115,9 +121,9 @@ class Presence:
             return True
 
     def watch(self, node_id: int, instance: str) -> asyncio.Event | None:
-        """Opens a device's stream: an event that is set when there is work for it.
+        """Opens a device's stream: returns an event that is set when there is work for it.
 
-        None when the process was not let in. A stream that was open before ends.
+        Ends the device's previous stream. Returns None if the process is not the active one.
         """
         with self._lock:
             session = self._sessions.get(node_id)
@@ -130,22 +136,22 @@ class Presence:
         return stream
 
     def watched_by(self, node_id: int, stream: asyncio.Event) -> bool:
-        """Whether ``stream`` is the one that belongs to the device now."""
+        """Returns whether ``stream`` is the device's current stream."""
         session = self._sessions.get(node_id)
         return session is not None and session.stream is stream
 
     def unwatch(self, node_id: int, stream: asyncio.Event) -> None:
-        """A stream has ended: its device is gone, unless another has opened meanwhile."""
+        """Marks a device offline after ``stream`` has ended, unless it has opened another."""
         with self._lock:
             session = self._sessions.get(node_id)
             if session is None or session.stream is not stream:
                 return
             session.stream, session.left = None, self._clock()
-            session.silent_s = LATE_S  # if it is there after all, it says so, and opens another
+            session.silent_s = LATE_S  # a device that is still online calls, and opens another
         self._on_change()
 
     def leave(self, node_id: int) -> None:
-        """A device says goodbye."""
+        """Marks a device offline that has signed off, and ends its stream."""
         with self._lock:
             session = self._sessions.get(node_id)
             if session is not None:
@@ -155,7 +161,7 @@ class Presence:
         self._on_change()
 
     def remove(self, node_id: int) -> None:
-        """Puts a device out: it is no member any more."""
+        """Forgets a device that is no longer a member, and ends its stream."""
         with self._lock:
             session = self._sessions.pop(node_id, None)
             if session is not None:
@@ -163,20 +169,20 @@ class Presence:
         self._on_change()
 
     def close(self) -> None:
-        """Ends every stream: the server stops."""
+        """Forgets all devices and ends their streams, when the server stops."""
         for node_id in self.keys():
             self.remove(node_id)
 
     def drain(self, names: Iterable[str]) -> None:
-        """From now on devices of these names, and no others, are left out of rounds.
+        """Replaces the set of drained devices, by name; `nodes` leaves them out.
 
-        A name stays drained whatever key its device has: one that is enrolled again is, too.
+        A name stays drained even if its device enrols again with another key.
         """
         self._drained = frozenset(names)
         self._on_change()
 
     def nodes(self) -> list[int]:
-        """The nodes that are there now and may be asked."""
+        """Returns the nodes that are online and not drained."""
         with self._lock:
             return [
                 key
@@ -185,7 +191,7 @@ class Presence:
             ]
 
     def devices(self) -> list[DeviceStatus]:
-        """Everyone who has called, by name."""
+        """Returns the state of all devices that have called, sorted by name."""
         with self._lock:
             found = [
                 DeviceStatus(node_id, one.name, self._left(one) is None, one.stream is not None)
@@ -194,12 +200,12 @@ class Presence:
         return sorted(found, key=lambda device: device.name)
 
     def keys(self) -> dict[int, bytes]:
-        """The key of each node that has called."""
+        """Returns the public key of each node that has called."""
         with self._lock:
             return {node_id: one.public_key for node_id, one in self._sessions.items()}
 
     def wake(self, node_ids: Iterable[int]) -> None:
-        """Tells nodes that work awaits them."""
+        """Notifies nodes of work through their streams; nodes without a stream poll for it."""
         with self._lock:
             streams = [
                 session.stream
@@ -214,7 +220,7 @@ class Presence:
         self._loop.call_soon_threadsafe(ring)
 
     def absent_s(self, node_id: int) -> float:
-        """Seconds since a node was last there; 0 while it is, infinity when it never was."""
+        """Returns the seconds since a node went offline; 0 if online, infinity if it never was."""
         with self._lock:
             session = self._sessions.get(node_id)
             if session is None:
@@ -223,7 +229,7 @@ class Presence:
             return 0.0 if left is None else self._clock() - left
 
     def _left(self, session: _Session) -> float | None:
-        """When a session ended; None while it goes on."""
+        """Returns when a session went offline, by the clock; None if it is online."""
         if session.stream is not None:
             return None
         if session.left is not None:

@@ -1,4 +1,7 @@
-"""The server's process: the network on one event loop, the ServerApp in a thread beside it."""
+"""Starts and stops the network: all servers on one event loop, the ServerApp in a thread.
+
+`listen` opens both ports and yields a `Listening`; `run_beside` runs the rounds meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -42,25 +45,25 @@ log = logging.getLogger("fedcore.server")
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER_S = 1.0
-"""Signals that follow each other within this are one."""
+"""Signals that arrive within so many seconds count as one."""
 Result = TypeVar("Result")
 _ROSTER_S = 1.0
-"""How long a device that was revoked may keep its stream and its connections."""
+"""Seconds between checks for revoked devices, and so the longest that one stays connected."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens; port 0 lets the system choose."""
+    """Host and ports that a server listens on; port 0 lets the system choose."""
 
     host: str
     port: int
     wake_port: int
 
     def check_free(self) -> None:
-        """Sees that both ports can be had, and lets go of them again.
+        """Checks that both ports are available, by binding and releasing them.
 
         Raises:
-            ResourceError: one is in use, or may not be used.
+            ResourceError: a port is in use, or may not be used.
         """
         with bind(self.host, self.port), bind(self.host, self.wake_port, option="--wake-port"):
             pass
@@ -68,7 +71,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Listening:
-    """A server that is up."""
+    """The parts of a network server that is up."""
 
     fleet: Fleet
     presence: Presence
@@ -76,12 +79,12 @@ class Listening:
     seals: SignatureChecks
     peers: DevicePeers
     address: Address
-    """As it came out, with the ports that the system chose."""
+    """The bound address, with the ports that the system chose."""
     stopping: threading.Event
-    """Ends what waits on the grid, once it is set."""
+    """Set when the server stops; calls that wait on the grid then end."""
 
     def grid(self) -> FleetGrid:
-        """A grid for the run that is open."""
+        """Returns a Flower `Grid` for the open run."""
         return FleetGrid(
             self.fleet,
             self.presence,
@@ -91,7 +94,7 @@ class Listening:
         )
 
     def stop(self) -> None:
-        """Ends what waits on the grid."""
+        """Ends calls that wait on the grid, which then raise `Stopped`."""
         self.stopping.set()
         self.fleet.wake()
 
@@ -107,19 +110,19 @@ async def listen(
     limits: Limits | None = None,
     operate: Operate | None = None,
 ) -> AsyncIterator[Listening]:
-    """Opens a run and both ports, and closes them again.
+    """Serves a run on both ports until exit.
 
     Args:
-        identity: The server's key and certificate, and where its members are listed.
-        hello: The versions that devices must have.
-        address: Where to listen.
-        settings: What devices are told of the run.
-        spool: Folder that payloads lie in while they are on their way; it is emptied.
-        limits: What devices are granted.
-        operate: Answers operators and viewers; they are refused when None.
+        identity: The server's key, certificate and member list.
+        hello: Versions that devices must have.
+        address: Address to listen on.
+        settings: The run's settings that are sent to devices.
+        spool: Folder for uploads while they arrive; its contents are deleted.
+        limits: Limits of the server; the defaults when None.
+        operate: Handler for operators and viewers; None to reject them.
 
     Raises:
-        ResourceError: a port is in use.
+        ResourceError: a port is in use, or may not be used.
     """
     return_freed_blocks()
     limits = limits or Limits()
@@ -183,7 +186,7 @@ async def listen(
 
 
 async def _started(http: Server, listener: socket.socket) -> asyncio.Task[None]:
-    """Serves on a socket; returns once it answers, or has failed to."""
+    """Starts ``http`` on a socket; returns its task once it is up or has failed."""
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -205,25 +208,27 @@ def _name(roster: Roster, public: bytes) -> str | None:
 
 
 async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Result | None:
-    """Runs ``work``, a ServerApp, in a thread over the server's grid, until it or the server ends.
+    """Runs ``work``, a ServerApp, in a thread with the server's grid, and handles signals.
 
-    SIGTERM and SIGINT end it where it next asks the grid. Returns what ``work`` returned; None
-    where it was stopped.
+    SIGTERM or SIGINT stops ``work`` at its next call of the grid. A second signal, more than a
+    second after the last, ends the process at once, as ``work`` may hang in a task's function.
+    Signals within a second count as one: a terminal and a parent process may both send one.
 
-    One more ends the process at once, where ``work`` has not ended in a second: it may be in a
-    task's function that hangs. Once it has, and where several come together, as from a terminal
-    and from whoever started this, one more changes nothing, to the very end of the process: it
-    does not cut off what is being put away, and the exit code is that of what happened.
+    Once ``work`` has ended, signals have no effect until the process exits: they neither interrupt
+    the shutdown nor change the exit code.
+
+    Returns:
+        The result of ``work``; None if it was stopped.
 
     Raises:
-        FedcoreError: whatever ``work`` raised.
+        FedcoreError: ``work`` raised it.
     """
     loop = asyncio.get_running_loop()
     asked_s: float | None = None
     works = True
 
     def ignore() -> None:
-        for each in _ENDING:  # any handler but this one is gone before the interpreter is
+        for each in _ENDING:  # a Python handler would be removed before the interpreter exits
             signal.signal(each, signal.SIG_IGN)
 
     def stop(number: int, frame: object) -> None:
@@ -233,12 +238,12 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
             ignore()
         elif before_s is not None and asked_s - before_s > _TOGETHER_S:
             end_at_once()
-        with suppress(RuntimeError):  # the loop is closed: it has stopped
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped already
             loop.call_soon_threadsafe(listening.stop)
 
-    for each in _ENDING:  # the loop's own would be gone with the loop
+    for each in _ENDING:  # not the loop's handlers: they are removed with the loop
         signal.signal(each, stop)
-    with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # none that others wait for
+    with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # not the shared pool
         try:
             return await loop.run_in_executor(own, work, listening.grid())
         except Stopped:

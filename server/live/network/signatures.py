@@ -1,4 +1,4 @@
-"""What comes from devices is used once its signature holds, and weighs what was enrolled."""
+"""Verification of devices' replies: signature, replay, and the weight fixed at enrolment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.live.network.members import weigh, weights_of
 
 @dataclass(frozen=True)
 class _Expected:
-    """What the reply to one message must be signed for."""
+    """The context that the signature of the reply to one message must cover, and its weight."""
 
     purpose: str
     round: int
@@ -32,7 +32,7 @@ class _Expected:
 
 
 class SignatureChecks:
-    """Makes the check of each reply from the message that it answers."""
+    """Creates the check of each reply from the message that it answers; used by the grid."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class SignatureChecks:
         refusals: Refusals,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Begins before the first round.
+        """Starts without a current round.
 
         Args:
-            roster: Who is a member, and what its updates weigh.
-            key_of: The key of a node; None when there is no such node.
-            run_id: As `fedcore.updates.seal.run_digest` gives it.
-            refusals: Where what is refused is told.
-            clock: Seconds since 1970 (UTC).
+            roster: The members, and the weights of their updates.
+            key_of: Returns the public key of a node; None if there is no such node.
+            run_id: Digest of the run's settings, from `fedcore.updates.seal.run_digest`.
+            refusals: Log of rejected replies.
+            clock: Returns seconds since 1970 (UTC).
         """
         self._roster = roster
         self._key_of = key_of
@@ -61,10 +61,11 @@ class SignatureChecks:
         self._replays = Replays()
 
     def expect(self, messages: Sequence[Message]) -> list[Check]:
-        """A check for the reply to each message, in order.
+        """Returns a check for the reply to each message, in order.
 
-        What a client weighs is what `weights_of` says now, and what a reply says of it is not
-        used; a round that is kept in a journal weighs as was noted there when it selected.
+        A check raises if the reply must be rejected, and sets the reply's weight by the current
+        member list, whatever the device reports. A run with a journal then overrides it by the
+        weight recorded with the cohort.
         """
         weights = weights_of(self._roster, [message.metadata.dst_node_id for message in messages])
         bases: dict[int, str] = {}  # messages of a round share their weights
@@ -85,7 +86,7 @@ class SignatureChecks:
         return checks
 
     def _replays_of(self, expected: _Expected) -> Replays:
-        """One record for each round and purpose; a question outside rounds has its own."""
+        """Returns the replay record: one per round and purpose, a new one outside rounds."""
         moment = (expected.purpose, expected.round)
         if moment != self._moment or not expected.round:
             self._moment, self._replays = moment, Replays()
@@ -111,7 +112,7 @@ class SignatureChecks:
         self, expected: _Expected, replays: Replays, member: Member | None, reply: Message
     ) -> None:
         where = f"round {expected.round}: reply from {member.name if member else 'a stranger'!r}"
-        # First of all: a signature covers names and numbers, which must be such to be hashed.
+        # Must be first: the signature covers names and numbers, which must be valid to be hashed.
         check_legible(reply.content, where=where)
         if member is None:
             raise CertificateRefused(
@@ -140,19 +141,19 @@ class SignatureChecks:
 
 @dataclass(frozen=True)
 class DevicePeers:
-    """Devices by the names that they were enrolled under; what is refused goes to the log."""
+    """A `Peers` over devices: their names from enrolment, and the log of rejected replies."""
 
     roster: Roster
     key_of: Callable[[int], bytes | None]
     refusals: Refusals
 
     def name(self, node_id: int) -> str:
-        """``client 'edge-0'``, or the node's number where it is no member any more."""
+        """Returns ``client 'edge-0'``, or ``node 17`` if it is no longer a member; fit to print."""
         member = self._member(node_id)
         return f"client {foreign(member.name, 100)!r}" if member else f"node {node_id}"
 
     def client(self, node_id: int) -> str:
-        """``edge-0``, or the node's number where it is no member any more."""
+        """Returns ``edge-0``, or ``node 17`` if it is no longer a member; unescaped."""
         member = self._member(node_id)
         return member.name if member else f"node {node_id}"
 
@@ -161,10 +162,10 @@ class DevicePeers:
         return self.roster.member(public) if public is not None else None
 
     def said(self, node_id: int, reason: str) -> str:
-        """The reason behind the device's name: it may have said anything, of any other device."""
+        """Prefixes a device's reason with its name, as the reason may claim to be another's."""
         name = self.name(node_id)
         return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
 
     def refused(self, node_id: int, reason: str) -> None:
-        """Logs it: one line for each device in a while."""
+        """Logs that a device's reply was rejected, throttled per device."""
         self.refusals.note(self.name(node_id), 409, reason)

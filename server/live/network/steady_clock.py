@@ -1,4 +1,4 @@
-"""The time of day as a server believes it: a clock that jumps for a moment ends nothing."""
+"""A wall clock that ignores short jumps of the system's clock, for checks of expiry."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from datetime import UTC, datetime, timedelta
 log = logging.getLogger("fedcore.server")
 
 APART_S = 60.0
-"""The system's clock may differ by so much from what has passed since; more is a jump."""
+"""Difference in seconds between wall and monotonic time above which the wall clock has jumped."""
 BELIEVED_S = 600.0
-"""A jump that has lasted for so long is taken for a clock that was set right."""
+"""Seconds after which a jump that persists is accepted as a correction of the clock."""
 
 
 class SteadyClock:
-    """The system's time, but for jumps: those are believed once they have lasted.
+    """The system's wall clock, except that a jump takes effect only once it has lasted 10 minutes.
 
-    Certificates and signatures run out by it. A clock that stands 100 days ahead for some seconds
-    would put every device out. Safe to use from several threads.
+    The expiry of certificates and signatures depends on it: a system clock that is 100 days ahead
+    for some seconds would otherwise disconnect every device. Thread-safe.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class SteadyClock:
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins with what the system says.
+        """Starts with the system's current time.
 
         Args:
-            wall: Seconds since 1970 (UTC), as the system tells them.
-            monotonic: Seconds that no setting of the clock moves.
+            wall: Returns the system's seconds since 1970 (UTC).
+            monotonic: Returns seconds that changes to the system's clock do not affect.
         """
         self._wall = wall
         self._monotonic = monotonic
@@ -41,7 +41,7 @@ class SteadyClock:
         self._jumped_s: float | None = None
 
     def seconds(self) -> float:
-        """Seconds since 1970 (UTC)."""
+        """Returns the seconds since 1970 (UTC)."""
         with self._lock:
             now_s, passed_s = self._wall(), self._monotonic()
             steady_s = passed_s + self._ahead_s
@@ -62,5 +62,5 @@ class SteadyClock:
             return now_s
 
     def __call__(self) -> datetime:
-        """The same as a moment, UTC."""
+        """Returns the current time in UTC."""
         return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=self.seconds())

@@ -1,4 +1,8 @@
-"""The stream that wakes devices, and by which the server sees at once that one is gone."""
+"""The wake-up streams: notify devices of work at once, and detect at once when one disconnects.
+
+Each device keeps one gRPC stream open (`Wakeups.Watch`). `serve_wakeups` starts the gRPC server,
+and `disconnect_revoked` disconnects devices whose membership ends.
+"""
 
 from __future__ import annotations
 
@@ -26,26 +30,27 @@ from server.live.network.presence import Presence
 log = logging.getLogger("fedcore.server")
 
 _PING_S, _PONG_S = 2, 3
-"""A device that is cut off is noticed within the sum of the two, and half a second."""
+"""Keepalive interval and timeout in seconds. A lost device is noticed within their sum plus 0.5 s.
+"""
 _IDLE_S = 5
 _OPTIONS = (
     ("grpc.keepalive_time_ms", _PING_S * 1000),
     ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
-    ("grpc.http2.ping_timeout_ms", _PONG_S * 1000),  # 60 s unless set, whatever the one above says
+    ("grpc.http2.ping_timeout_ms", _PONG_S * 1000),  # default 60 s, which overrides the one above
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.max_receive_message_length", 4096),
     ("grpc.max_metadata_size", 8192),
-    ("grpc.max_concurrent_streams", 4),  # of one connection; a device has one
-    ("grpc.max_connection_idle_ms", _IDLE_S * 1000),  # without a stream: of one that was put out
+    ("grpc.max_concurrent_streams", 4),  # per connection; a device has one
+    ("grpc.max_connection_idle_ms", _IDLE_S * 1000),  # closes connections of rejected devices
     ("grpc.so_reuseport", 0),
 )
 
 
 @dataclass(frozen=True)
 class Wakeups(WakeServicer):
-    """Serves the streams of devices."""
+    """The gRPC service of the wake-up streams."""
 
     presence: Presence
     roster: Roster
@@ -57,11 +62,15 @@ class Wakeups(WakeServicer):
     async def Watch(  # noqa: N802 - the name of the service's method
         self, request: WatchRequest, context: grpc.aio.ServicerContext[WatchRequest, Call]
     ) -> AsyncIterator[Call]:
-        """Says that the stream is open, and then each time that there is work."""
+        """Yields ``OPEN`` once the stream is registered, and ``WORK`` whenever work awaits.
+
+        Ends when the device opens another stream or is removed. Aborts if the peer is no device of
+        the project, opens streams too often, or has not activated its process.
+        """
         public = _peer(context)
         member = self.roster.member(public) if public is not None else None
         if public is None or member is None or member.role != "device":
-            # A connection's port is another each time: a peer without a name goes by its address.
+            # Log unknown peers by address without the port, which differs on each connection.
             peer = member.name if member else context.peer().rpartition(":")[0]
             self.refusals.note(peer, 403, "stream: no device's certificate that is in force")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a device of this project")
@@ -69,7 +78,7 @@ class Wakeups(WakeServicer):
         assert member is not None
         if not self.streams.admit(public):
             self.refusals.note(member.name, 429, "stream: opened too often")
-            # Not at once: who opens and cancels in a loop would come again as quickly.
+            # Delay the answer, or a device that retries in a loop would do so at full speed.
             await asyncio.sleep(STREAM_S)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "opened too often")
         node_id = node_id_of(public)
@@ -94,7 +103,7 @@ class Wakeups(WakeServicer):
 
 
 def _request(raw: bytes) -> WatchRequest:
-    """A request; one that names no process, where the bytes are none."""
+    """Parses a request; returns an empty one if ``raw`` is malformed."""
     try:
         request: WatchRequest = WatchRequest.FromString(raw)
     except DecodeError:
@@ -108,7 +117,7 @@ def _peer(context: grpc.aio.ServicerContext[WatchRequest, Call]) -> bytes | None
 
 @lru_cache(maxsize=1024)
 def _public_of(pem: bytes) -> bytes | None:
-    """The key of a certificate, read once however often a device opens its stream."""
+    """Returns the public key in a certificate, cached; None if it is malformed."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         return peer_public(certificate.public_bytes(Encoding.DER))
@@ -125,13 +134,18 @@ async def serve_wakeups(
     connections: int,
     handshake_s: float,
 ) -> tuple[grpc.aio.Server, int]:
-    """Starts the gRPC server; returns it and the port that it has.
+    """Starts the gRPC server of the wake-up streams; returns it and the bound port.
 
-    Of the ``connections`` at a time each must have shaken hands within ``handshake_s``. A device
-    that finds no room asks instead of being woken.
+    Args:
+        wakeups: The service.
+        identity: The server's key and certificate, and the authority for devices' certificates.
+        host: Address to listen on.
+        port: Port to listen on; 0 lets the system choose.
+        connections: Maximum number of connections; devices without one poll instead.
+        handshake_s: Timeout of the TLS handshake, in seconds.
 
     Raises:
-        ResourceError: the port is in use.
+        ResourceError: the port is in use, or may not be used.
     """
     kit = identity.kit
     credentials = grpc.ssl_server_credentials(
@@ -144,8 +158,7 @@ async def serve_wakeups(
         ("grpc.server_handshake_timeout_ms", int(handshake_s * 1000)),
     )
     server = grpc.aio.server(options=_OPTIONS + granted)
-    # Not by the generated function: bytes that are no request would end in gRPC's own log, by a
-    # traceback each, whoever sends them.
+    # The generated function would log a traceback for each malformed request, from any peer.
     watch = grpc.unary_stream_rpc_method_handler(
         wakeups.Watch,
         request_deserializer=_request,
@@ -174,10 +187,13 @@ async def disconnect_revoked(
     *,
     every_s: float,
 ) -> None:
-    """Ends the streams and connections of whoever is a member no more, forever."""
+    """Closes streams and connections of former members, every ``every_s`` seconds, forever.
+
+    Also closes connections that exceed a timeout, see `Connections.sweep`.
+    """
     while True:
         await asyncio.sleep(every_s)
-        # A newer list is remembered, even while nobody calls.
+        # Also makes the roster load a newer list while no device calls.
         members = {member.public for member in roster.members()}
         connections.sweep(members)
         for node_id, public in presence.keys().items():

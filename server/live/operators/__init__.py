@@ -1,5 +1,5 @@
-"""Operators' and viewers' requests in, what they steer and see out.
+"""Administration of a running server: requests of operators and viewers, and their answers.
 
-Read `control` first, which does what is asked; `endpoint` and `client` are the two ends of the way
-to it.
+Start with `control`, which executes requests. `endpoint` receives them in the server, `client`
+sends them, `commands` is the command line, and `protocol` defines their format.
 """

@@ -1,11 +1,11 @@
-"""A run's folder in one file, taken while the run goes on.
+"""Backup of a run's folder to one tar file, while the run continues.
 
-The journal refers to values that lie in files of their own, and each commit removes those that it
-needs no more. So they are held by links first, then the journal is copied, and then it is looked
-whether all that the copy refers to is held.
+The journal's database refers to values in separate files, and each commit deletes the files that
+are no longer needed. A backup therefore hard-links the values first, then copies the database, and
+then checks that it has linked every value to which the copy refers.
 
-A mark beside the journal says that it came from a backup: whoever goes on with it then replays
-nothing over it that a server which was killed left in the same folder.
+A marker file next to the journal shows that it came from a backup. A server that resumes from it
+then does not replay the WAL that a killed server may have left in the same folder.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from server.live.journal.journal import VALUES, values_of
 from server.report.folder import JOURNAL_FOLDER, results_around
 
 _LEFT_OUT = {JOURNAL_FOLDER, "incoming", "tensorboard"}
-"""What is copied otherwise, payloads on their way, and what can be drawn again."""
+"""Folders not copied as files: the journal, copied separately, unfinished uploads, and charts,
+which can be drawn again."""
 _ATTEMPTS = 20
-"""Each holds what those before it have held, too, so few are needed however quick commits are."""
+"""Attempts to link all values. Each keeps the earlier links, so few are needed even if commits are
+fast."""
 
 
 @dataclass(frozen=True)
 class BackedUp:
-    """What a backup holds."""
+    """Description of a backup: its path, number of files, size in bytes, and time (UTC)."""
 
     file: str
     files: int
@@ -45,11 +47,11 @@ class BackedUp:
 
 
 def check_place(file: Path) -> None:
-    """Sees that a backup may be written to ``file``.
+    """Checks that a backup may be written to ``file``.
 
     Raises:
-        ConfigError: it is no whole path, it exists, or its folder does not; or a run would remove
-            it with its results.
+        ConfigError: the path is not absolute, the file exists, its folder does not, or it is inside
+            the results of a run, which the next start of that run would delete.
     """
     if not file.is_absolute() or "\0" in str(file) or file.exists():
         raise ConfigError(
@@ -70,15 +72,15 @@ def check_place(file: Path) -> None:
 
 
 def check_wanted(name: str, *, gone: bool, ends: bool) -> None:
-    """Refuses to go on with a backup of the run ``name``.
+    """Aborts a backup that is no longer wanted.
 
     Args:
-        name: The run's.
-        gone: Whether whoever asked hung up.
-        ends: Whether the run does.
+        name: The run's name, for the error message.
+        gone: Whether the client has disconnected.
+        ends: Whether the run is ending.
 
     Raises:
-        ResourceError: either of them.
+        ResourceError: ``gone`` or ``ends`` is set.
     """
     if gone:
         raise ResourceError("backup: whoever asked hung up before it was over. Nothing was left.")
@@ -92,22 +94,22 @@ def check_wanted(name: str, *, gone: bool, ends: bool) -> None:
 def back_up(
     results: Path, file: Path, *, now: datetime, wanted: Callable[[], None] = lambda: None
 ) -> BackedUp:
-    """Writes the folder ``results`` to a tar file, readable by its owner alone.
+    """Writes the folder ``results`` to a tar file that only its owner can read.
 
     Args:
-        results: The run's.
-        file: Where it goes.
-        now: UTC; what the backup says of its age.
-        wanted: Called again and again while files are copied; what it raises ends that, and
-            nothing is left of it.
+        results: The run's folder.
+        file: Path of the tar file.
+        now: Time of the backup (UTC), which is recorded in it.
+        wanted: Called repeatedly while files are copied; an exception from it aborts the backup and
+            leaves no partial file.
 
     Guarantee:
-        Whatever is committed meanwhile, the journal in the file is that of one moment, and every
-        value that it refers to is there.
+        The journal in the file is a consistent snapshot with all values to which it refers, even if
+        rounds are committed meanwhile.
 
     Raises:
         DataError: there is no such run, or its journal is damaged.
-        DiskFull: there was no room; nothing half-written is left.
+        DiskFull: the disk is full. No partial file is left.
         ResourceError: the journal changed too quickly to be copied.
     """
     if not (results / JOURNAL_FOLDER / JOURNAL).is_file():
@@ -117,7 +119,7 @@ def back_up(
         tempfile.TemporaryDirectory(dir=file.parent, prefix=".backup.") as made,
         tempfile.TemporaryDirectory(
             dir=results, prefix=".backup."
-        ) as held,  # links reach no further
+        ) as held,  # hard links work only within one file system
     ):
         partial, count = Path(made) / "backup.tar", 0
         _hold(results / JOURNAL_FOLDER, Path(held))
@@ -127,7 +129,7 @@ def back_up(
         with os.fdopen(descriptor, "wb") as stream:
             with tarfile.open(fileobj=stream, mode="w") as tar:
                 name = f"{results.name}/{JOURNAL_FOLDER}/{RESTORED}"
-                count += _add(tar, mark, name, wanted)  # before the rest
+                count += _add(tar, mark, name, wanted)  # first: a partial restore has it, too
                 mark.unlink()
                 for name, path in (*_files(Path(held), JOURNAL_FOLDER), *_files(results, "")):
                     count += _add(tar, path, f"{results.name}/{name}", wanted)
@@ -140,17 +142,17 @@ def back_up(
 
 
 def _hold(journal: Path, held: Path) -> None:
-    """Puts a journal of one moment into ``held``, with what it refers to and nothing else."""
+    """Puts a consistent snapshot of the journal into ``held``, with exactly the values it needs."""
     values = held / VALUES
     values.mkdir(mode=0o700)
     for _ in range(_ATTEMPTS):
         _link(journal / VALUES, values)
         _copy(journal / JOURNAL, held / JOURNAL)
-        _link(journal / VALUES, values)  # what came in between
+        _link(journal / VALUES, values)  # values written since the first call
         with closing(Entries(held / JOURNAL)) as entries:
             needed = values_of(entries)
             if needed <= {path.name for path in values.iterdir()}:
-                write_head(held, entries)  # the copy beside the journal may be of another moment
+                write_head(held, entries)  # the original may be of a later commit
                 break
     else:
         raise ResourceError(
@@ -164,13 +166,13 @@ def _hold(journal: Path, held: Path) -> None:
 
 def _link(values: Path, held: Path) -> None:
     for path in values.iterdir():
-        if not path.suffix:  # one that is being written has one
-            with suppress(FileExistsError, FileNotFoundError):  # held by now, or swept by now
+        if not path.suffix:  # a file that is being written has a suffix
+            with suppress(FileExistsError, FileNotFoundError):  # already linked, or just deleted
                 (held / path.name).hardlink_to(path)
 
 
 def _copy(database: Path, copy: Path) -> None:
-    """As SQLite copies: what lies beside a database is read, too, and it is of one moment."""
+    """Copies a database with SQLite's backup: a consistent snapshot that includes the WAL."""
     copy.unlink(missing_ok=True)
     try:
         with (
@@ -178,7 +180,7 @@ def _copy(database: Path, copy: Path) -> None:
             closing(sqlite3.connect(copy)) as here,
         ):
             there.backup(here)
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # what it says may quote what is no text
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a message may quote invalid UTF-8
         raise DataError(
             f"{database}: this database cannot be copied ({error}). No backup was made; see that "
             "the disk is sound."
@@ -186,7 +188,7 @@ def _copy(database: Path, copy: Path) -> None:
 
 
 def _files(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """What a folder holds, by the names that it gets below ``name``."""
+    """Yields each path in a folder to back up, after its path in the backup, below ``name``."""
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inner.parts)
@@ -196,7 +198,7 @@ def _files(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A file that is read for as long as somebody wants it."""
+    """A readable file that calls ``wanted`` before each read, so that it can abort the backup."""
 
     stream: BinaryIO
     wanted: Callable[[], None]
@@ -207,11 +209,11 @@ class _Wanted:
 
 
 def _add(tar: tarfile.TarFile, path: Path, name: str, wanted: Callable[[], None]) -> bool:
-    """Adds a file as it is now; says whether it is still there."""
+    """Adds a file to the tar; returns False if it is a folder or no longer exists."""
     if path.is_dir():
         return False
     try:
-        # Opened first: its name may be given to another meanwhile.
+        # Open first: the name may be given to another file meanwhile.
         with os.fdopen(open_regular(path, what="a file to back up"), "rb") as stream:
             info = tar.gettarinfo(arcname=name, fileobj=stream)
             tar.addfile(info, _Wanted(stream, wanted))

@@ -1,4 +1,4 @@
-"""How somebody asks a running server: by its Unix socket, or over the network."""
+"""Client for a running server's administration: over its Unix socket, or over the network."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ OPERATE = "/v1/operate"
 _MAX_ANSWER_BYTES = 64 << 20  # 64 MiB: 100,000 devices
 _TIMEOUT_S = 60.0
 _LONGEST_PATH_BYTES = 100
-"""What fits into a socket's address, on every system."""
+"""Longest path that fits into a Unix socket's address on every system."""
 
 
 def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Asks the server whose folder this is, on this machine.
+    """Sends a request to a server on this machine, over its Unix socket, and returns the answer.
+
+    Args:
+        folder: The server's folder, which contains the socket.
+        request: Fields of an `OperatorRequest`.
 
     Raises:
-        DataError: the folder is no server's.
-        ResourceError: none answers, or this user may not ask it.
-        FedcoreError: what the server answered.
+        DataError: the folder is not a server's, or the answer cannot be parsed.
+        ResourceError: no server answers, or this user may not use the socket.
+        FedcoreError: the error with which the server answered.
     """
     path = folder / SOCKET
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        # A backup waits for the end of the round that is on.
+        # A backup waits for the end of the current round.
         connection.settimeout(None if request["verb"] == "backup" else _TIMEOUT_S)
         try:
             check_server_folder(folder)
@@ -60,13 +64,18 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask_there(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
-    """Asks the server of a kit over the network, as the operator or viewer whose kit it is.
+    """Sends a request to a remote server over TLS and returns the answer.
+
+    Args:
+        kit: Kit of an operator or viewer: certificate, key and the server's address.
+        request: Fields of an `OperatorRequest`.
 
     Raises:
         ConfigError: a proxy that the environment names cannot be used.
-        TrustError: the two sides do not trust each other, or this role may not ask.
+        TrustError: the server rejected the certificate or the role.
         ResourceError: the server cannot be reached.
-        FedcoreError: what the server answered.
+        DataError: the answer cannot be parsed.
+        FedcoreError: the error with which the server answered.
     """
     url = kit.servers[0]
     check_proxies(os.environ)
@@ -90,7 +99,7 @@ def ask_there(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def reachable(path: Path) -> Iterator[str]:
-    """A socket's path in few enough bytes for its address, however deep its folder lies."""
+    """Context manager that yields a path to a socket short enough for a Unix socket's address."""
     plain = os.fsencode(path)
     if len(plain) <= _LONGEST_PATH_BYTES:
         yield str(path)

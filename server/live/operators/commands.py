@@ -1,4 +1,4 @@
-"""The verbs by which operators steer a server that runs, and viewers look at it."""
+"""Command-line verbs that steer or inspect a running server, such as ``fedcore server pause``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators steer of a run that goes on, and what they and viewers see of it."""
+"""Execution of operators' and viewers' requests on a run: pause, stop, drain, back up, inspect."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from server.rounds.checkpointing import Progress, RoundCheckpointer
 
 _ROUNDS_SHOWN = 1000
 _LOOK_S = 0.25
-"""How often whatever waits looks whether the server is told to stop."""
+"""Interval at which waiting code checks whether the server stops, in seconds."""
 _THREADS = 4
-"""Answer operators at the same time; one of them at most waits for a round to be over."""
+"""Threads that answer requests; at most one of them waits for the end of a round."""
 _STAGES = {"finetune": "fine-tuning", "compress": "compression"}
 Gone = Callable[[], bool]
-"""Whether whoever asked has hung up."""
+"""Returns whether the client that sent a request has disconnected."""
 
 _State = Literal["waiting", "running", "paused", "finishing", "ended"]
 
 
 @dataclass(frozen=True)
 class _Site:
-    """What is there once the server is up."""
+    """Objects that exist only while the server is up."""
 
     identity: ServerIdentity
     listening: Listening | None
-    """None once the rounds are over, and no device is served any more."""
+    """The network server; None once the rounds have ended and no devices are served."""
     roster: Roster
     audit: Audit
 
@@ -57,57 +57,57 @@ class _Site:
 
 
 class Control:
-    """Steers one run. Every method may be called from any thread."""
+    """Executes operators' requests on one run. All methods may be called from any thread."""
 
     def __init__(self, run: RunConfig, *, identity: Path, results: Path) -> None:
-        """Begins with a run that goes on.
+        """Starts in the state "waiting": neither paused nor stopped.
 
         Args:
             run: The run's configuration.
-            identity: The server's folder: the audit log and the list of drained devices lie there.
+            identity: The server's folder, with the audit log and the list of drained devices.
             results: The run's own folder.
 
         Raises:
             DiskFull: there is no room for the audit log.
-            DataError: the list of drained devices is no such list.
+            DataError: the list of drained devices is malformed.
         """
         self._run, self._folder, self._results = run, identity, results
-        Audit(identity / AUDIT).close()  # what may not be written is known before anything begins
+        Audit(identity / AUDIT).close()  # fails early if the audit log is not writable
         self._changed = threading.Condition()
         self._rounds: deque[dict[str, Any]] = deque(maxlen=_ROUNDS_SHOWN)
         self._notes: deque[str] = deque(maxlen=20)
         self._state: _State = "waiting"
         self._stage = ""
-        """What follows the rounds and is being done."""
+        """Current step after the rounds; empty during the rounds."""
         self._pause = self._stop = False
         self._hold = False
-        """Whether a backup waits for the round to be over, or copies what it left."""
+        """Whether a backup waits for the end of the round, or is being written."""
         self._resting = False
-        """Whether the round, which lacks devices, lets a backup be taken."""
+        """Whether the current round waits for devices, so that a backup may be taken meanwhile."""
         self._answering = 0
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="operators")
-        """Where to answer: what devices send is taken in by others, whatever operators wait for."""
+        """Threads for `answer`; separate, so that waiting operators do not block devices."""
         self._started = time.monotonic()
         self._drained = read_drained(identity)
         self._site: _Site | None = None
 
     @property
     def drained(self) -> frozenset[str]:
-        """The names of devices that further rounds leave out."""
+        """Names of drained devices, which further rounds do not select."""
         return self._drained
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is to end where it is, and to be gone on with later."""
+        """Whether the run has been asked to stop, so that it can be resumed later."""
         return self._stop
 
     @property
     def last_round(self) -> int:
-        """The last one that is over; 0 before the first."""
+        """Number of the last completed round; 0 before the first."""
         return self._rounds[-1]["round"] if self._rounds else 0
 
     def sink(self, event: Event) -> None:
-        """Takes in what happens, for those who look."""
+        """Records an event, to be shown by ``status`` and ``rounds``."""
         with self._changed:
             if isinstance(event, RoundFinished):
                 self._rounds.append(json.loads(json_line(event)))
@@ -117,9 +117,9 @@ class Control:
                 self._stage = _STAGES.get(event.stage, event.stage)
 
     def open(self, identity: ServerIdentity, listening: Listening | None) -> None:
-        """The server is up; without ``listening``, its rounds are over and steps follow.
+        """Starts to accept requests, and logs that to the audit log.
 
-        Those are done by the main thread, which an operator who stops them interrupts.
+        ``listening`` is None for the steps after the rounds; a stop interrupts the main thread.
         """
         audit = Audit(self._folder / AUDIT)
         self._site = _Site(identity, listening, identity.roster(), audit)
@@ -132,7 +132,7 @@ class Control:
         audit.record(by="server", action=action, outcome="done", run=self._run.name)
 
     def close(self) -> None:
-        """Waits until all is answered, beside the event loop; a backup that waits gives up."""
+        """Waits until all requests are answered, off the event loop; aborts a pending backup."""
         with self._changed:
             site = self._site
             assert site is not None
@@ -145,13 +145,13 @@ class Control:
         site.audit.close()
 
     def steered(self, checkpointer: RoundCheckpointer) -> RoundCheckpointer:
-        """``checkpointer``, which waits or ends between rounds as operators ask."""
+        """Wraps ``checkpointer`` so that it pauses or stops between rounds on request."""
         return SteeredCheckpointer(checkpointer, self._wait_if_paused, self.lacks_devices)
 
     def lacks_devices(self) -> None:
-        """Called while a round waits for devices that are not there, each time that it looks.
+        """Lets a stop or a backup proceed; called repeatedly while a round waits for devices.
 
-        A stop does not wait for its end then, and a backup may be taken.
+        Blocks while a backup is being taken.
 
         Raises:
             Stopped: an operator stopped the run, or the server stops.
@@ -168,7 +168,7 @@ class Control:
                 self._resting = False
 
     def answer(self, raw: bytes, asker: Asker, gone: Gone = lambda: False) -> dict[str, Any]:
-        """Does what is asked, and says so; what may not be done is answered, not raised."""
+        """Executes a request and returns the answer; errors are returned in it, not raised."""
         with self._changed:
             self._answering += 1
         try:
@@ -199,7 +199,7 @@ class Control:
                 )
             with named(request):
                 act = self._act(request, asker, site, gone)
-            told("accepted")  # on disk before anything is done
+            told("accepted")  # on disk before the request is executed
             with named(request):
                 answer = act()
         except FedcoreError as error:
@@ -243,7 +243,7 @@ class Control:
     def _act(
         self, request: OperatorRequest, asker: Asker, site: _Site, gone: Gone
     ) -> Callable[[], dict[str, Any]]:
-        """What is to be done, once nothing speaks against it; nothing is done yet."""
+        """Validates a request and returns the function that executes it, without calling it."""
         listening = site.listening
         if listening is None:
             return self._finishing(request)
@@ -259,14 +259,14 @@ class Control:
             return lambda: self._set(pause=False, stop=self._stop)
 
         def stop() -> dict[str, Any]:
-            if self._state == "waiting":  # nothing has begun that could end
+            if self._state == "waiting":  # no round has begun that would check for a stop
                 listening.stop()
             return self._set(pause=False, stop=True)
 
         return stop
 
     def _finishing(self, request: OperatorRequest) -> Callable[[], dict[str, Any]]:
-        """As `_act`, once the rounds are over."""
+        """Validates a request after the rounds, when only a stop is possible."""
         if request.verb != "stop":
             raise ConfigError(
                 f"{request.verb}: the rounds of {self._run.name!r} are over, no device is asked "
@@ -339,10 +339,10 @@ class Control:
 
     @contextmanager
     def _between_rounds(self, site: _Site, gone: Gone) -> Iterator[None]:
-        """Waits until no round is on, or it lacks devices, and lets none go on meanwhile.
+        """Waits until no round is active, or it waits for devices; blocks rounds until exit.
 
         Raises:
-            ResourceError: another waits, nobody waits for this one any more, or the run ends.
+            ResourceError: another backup is pending, the client disconnected, or the run ends.
         """
         with self._changed:
             if self._hold:
@@ -374,7 +374,7 @@ class Control:
             raise Stopped("an operator stopped the run")
 
     def _wait_if_paused(self, progress: Progress) -> bool:
-        """Waits while the run is paused.
+        """Blocks while the run is paused or a backup is taken; then returns True.
 
         Raises:
             Stopped: an operator stopped the run, or the server stops.

@@ -1,4 +1,4 @@
-"""The devices that operators leave out of rounds, by name, in the server's folder."""
+"""The list of drained devices: names that rounds do not select, in the server's folder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MAX_DRAINED_BYTES = 4 << 20
 
 
 def read_drained(folder: Path) -> frozenset[str]:
-    """The names that were written to a server's ``folder``; none where there is no list.
+    """Reads the list of drained devices from a server's ``folder``; empty if there is no list.
 
     Raises:
-        DataError: the list is none, or cannot be read.
+        DataError: the file cannot be read, or is not a list of names.
     """
     path = folder / DRAINED
     if not os.path.lexists(path):
@@ -46,13 +46,13 @@ def read_drained(folder: Path) -> frozenset[str]:
 
 
 def unknown(drained: Collection[str], roster: Roster) -> list[str]:
-    """The drained names that no device in force has: misspelt, revoked or expired."""
+    """Returns the drained names that no current device has: misspelt, revoked or expired."""
     known = {member.name for member in roster.members() if member.role == "device"}
     return sorted(set(drained) - known)
 
 
 def warn_of_unknown(drained: Collection[str], roster: Roster) -> None:
-    """Says so in the log where a name is drained that no device in force has."""
+    """Logs a warning if a drained name belongs to no current device."""
     if names := unknown(drained, roster):
         log.warning(
             "%s: drained, and no device in force has the name; rounds leave out whoever gets it. "
@@ -62,10 +62,10 @@ def warn_of_unknown(drained: Collection[str], roster: Roster) -> None:
 
 
 def write_drained(folder: Path, names: Collection[str]) -> None:
-    """Replaces the list.
+    """Replaces the list of drained devices in a server's ``folder``, atomically.
 
     Raises:
-        DiskFull: there is no room; the list is as it was.
+        DiskFull: the disk is full. The list is unchanged.
     """
     write_json(folder / DRAINED, sorted(names))
 
@@ -73,10 +73,18 @@ def write_drained(folder: Path, names: Collection[str]) -> None:
 def check_enough(
     name: str, there: Collection[str], drained: Collection[str], *, needed: int
 ) -> None:
-    """Refuses to leave the run ``name`` fewer devices than each of its rounds asks for.
+    """Checks that enough devices stay available for a round's cohort once ``drained`` are left out.
+
+    A cohort that even the connected devices do not fill is no reason to reject.
+
+    Args:
+        name: The run's name, for the error message.
+        there: Names of the connected devices.
+        drained: Names of all drained devices, including the one to drain now.
+        needed: Size of a round's cohort.
 
     Raises:
-        ConfigError: of ``needed`` devices that are ``there``, fewer would be left.
+        ConfigError: fewer than ``needed`` devices would be left.
     """
     left = len(set(there) - set(drained))
     if left < needed <= len(there):

@@ -1,4 +1,8 @@
-"""Where a server hears its operators: a Unix socket, and the network with their certificates."""
+"""The server's side of administration: a Unix socket for local users, and TLS for remote ones.
+
+`operated` and `operated_meanwhile` serve the socket, `over_network` handles requests that arrive at
+the network port. All authenticate the sender and pass the request to `Control.answer`.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,16 @@ from server.live.operators.protocol import MAX_REQUEST_BYTES, Asker
 from server.process.signals import no_signal
 
 _ASK_S = 10.0
-"""Seconds within which a request must have come, and an answer must have been taken."""
+"""Timeout in seconds for receiving a request, and for sending the answer."""
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 @contextmanager
 def sole(folder: Path) -> Iterator[None]:
-    """Keeps a second server out of a server's folder.
+    """Context manager that locks a server's folder against a second server.
 
     Raises:
-        ResourceError: one is running with it.
+        ResourceError: another server is running with this folder.
     """
     refused = ResourceError(
         f"{folder}: a server is running with this identity. Nothing was started; wait for the end "
@@ -48,10 +52,10 @@ def sole(folder: Path) -> Iterator[None]:
 
 
 def check_socket(identity: ServerIdentity) -> None:
-    """Sees that the socket can be made that operators ask by, and removes it again.
+    """Checks that the administration socket can be created, and removes it again.
 
     Raises:
-        ResourceError: it cannot.
+        ResourceError: the socket cannot be created.
     """
     path = identity.kit.folder / SOCKET
     _bind(path).close()
@@ -62,12 +66,12 @@ def check_socket(identity: ServerIdentity) -> None:
 async def operated(
     control: Control, identity: ServerIdentity, listening: Listening | None
 ) -> AsyncIterator[None]:
-    """Lets operators on this machine steer, for as long as the server is up.
+    """Serves the administration socket on this event loop, until exit.
 
-    ``listening`` is None where the rounds are over, see `Control.open`.
+    ``listening`` is None once the rounds have ended, see `Control.open`.
 
     Raises:
-        ResourceError: the socket cannot be made.
+        ResourceError: the socket cannot be created.
         DiskFull: there is no room for the audit log.
     """
     control.open(identity, listening)
@@ -100,16 +104,16 @@ async def operated(
 
 @contextmanager
 def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[None]:
-    """As `operated`, in a thread of its own, while the main one does what follows the rounds.
+    """Serves the administration socket in a thread, while the main thread finishes the run.
 
-    SIGTERM and SIGINT interrupt that from here on, as an operator's stop does.
+    SIGTERM, SIGINT and an operator's stop then interrupt the main thread.
 
     Raises:
-        KeyboardInterrupt: any of the three.
-        ResourceError: the socket cannot be made.
+        KeyboardInterrupt: a signal or an operator's stop arrived.
+        ResourceError: the socket cannot be created.
         DiskFull: there is no room for the audit log.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):  # the server had its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # replaces the handlers of the rounds
         signal.signal(number, signal.default_int_handler)
     up = Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
 
@@ -128,7 +132,7 @@ def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[N
             up.set_exception(error)
 
     thread = threading.Thread(target=body, name="operated", daemon=True)
-    with no_signal():  # they come to the thread that finishes the run
+    with no_signal():  # the new thread blocks signals, so the main thread receives them
         thread.start()
     try:
         loop, over = up.result()
@@ -140,7 +144,7 @@ def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[N
 
 
 def over_network(control: Control) -> Operate:
-    """Answers operators and viewers who call over TLS with their certificates."""
+    """Returns the handler for requests of operators and viewers over TLS, for the `Gate`."""
 
     async def operate(scope: Scope, receive: Receive, send: Send, member: Member) -> None:
         if scope["path"] != OPERATE or scope["method"] != "POST":
@@ -179,7 +183,7 @@ async def _respond(send: Send, status: int, value: dict[str, Any]) -> None:
 
 
 def _bind(path: Path) -> socket.socket:
-    """A socket that only this user opens; one that a killed server left gives way."""
+    """Creates a listening socket that only this user can open; replaces a killed server's one."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
@@ -201,7 +205,10 @@ def _bind(path: Path) -> socket.socket:
 async def _request(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> tuple[bytes, Asker | None] | None:
-    """The line that somebody asks with, and who does; None when none came in time."""
+    """Reads one request line, and who sent it; returns None if none came in time.
+
+    The sender is None if it is not authorized.
+    """
     try:
         asker = _asker(writer.get_extra_info("socket"))
         async with asyncio.timeout(_ASK_S):
@@ -217,7 +224,7 @@ async def _answer(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """Answers one line with one line."""
+    """Executes a request and writes the answer, one line of JSON."""
     if asker is None:
         told: dict[str, Any] = {
             "ok": False,
@@ -233,14 +240,14 @@ async def _answer(
             )
         finally:
             watching.cancel()
-    with suppress(ConnectionError, TimeoutError):  # whoever asked did not wait
+    with suppress(ConnectionError, TimeoutError):  # the client may have disconnected
         writer.write(json.dumps(told).encode() + b"\n")
         async with asyncio.timeout(_ASK_S):
             await writer.drain()
 
 
 async def _watch(reader: asyncio.StreamReader, gone: threading.Event) -> None:
-    """Notes that the other end hangs up; nothing more is expected of it."""
+    """Sets ``gone`` when the client disconnects; discards anything that it still sends."""
     with suppress(ConnectionError):
         while await reader.read(MAX_REQUEST_BYTES):
             pass
@@ -248,9 +255,9 @@ async def _watch(reader: asyncio.StreamReader, gone: threading.Event) -> None:
 
 
 def _asker(connection: socket.socket) -> Asker | None:
-    """Whoever is at the other end, as the kernel tells; None when it may not ask."""
+    """Identifies the peer by its kernel credentials; returns None if not this user or root."""
     option = getattr(socket, "SO_PEERCRED", None)
-    if option is None:  # not Linux: the socket's mode has let its owner in, and root
+    if option is None:  # not Linux: the socket's mode admits only its owner and root
         return Asker(f"uid {os.getuid()}", "operator", True)
     raw = connection.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)

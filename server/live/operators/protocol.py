@@ -1,4 +1,4 @@
-"""What somebody may ask of a server that runs."""
+"""Format of the requests that operators and viewers send to a running server."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ MAX_REQUEST_BYTES = 4096
 
 Verb = Literal["status", "rounds", "devices", "pause", "resume", "stop", "drain", "backup"]
 LOOKING: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
-"""What changes nothing, so that viewers may ask it."""
+"""Read-only verbs, which viewers may use, too."""
 
 
 class OperatorRequest(Section):
-    """What somebody asks of a server."""
+    """A request of an operator or a viewer, sent as a JSON object."""
 
     verb: Verb
     device: str | None = None
-    """Whom to drain."""
+    """Name of the device to drain."""
     undo: bool = False
-    """Whether a drained device is to be selected again."""
+    """Whether to select a drained device again."""
     file: str | None = None
-    """Where a backup goes, on the server's machine."""
+    """Absolute path of the backup, on the server's machine."""
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Who asks."""
+    """The authenticated sender of a request."""
 
     by: str
-    """As the audit log names it."""
+    """The sender's name in the audit log."""
     role: MemberRole
     local: bool
-    """Whether it asks on the server's own machine."""
+    """Whether the request came from the server's own machine."""
 
 
 def parse_request(raw: bytes) -> OperatorRequest:
-    """Reads a request.
+    """Parses and validates a request.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: ``raw`` is not a valid request.
     """
     try:
         return OperatorRequest.model_validate_json(raw)
@@ -61,10 +61,10 @@ def parse_request(raw: bytes) -> OperatorRequest:
 
 @contextmanager
 def named(request: OperatorRequest) -> Iterator[None]:
-    """Turns what the system says of a request into an error that can be answered.
+    """Context manager that turns errors of the operating system into a `ResourceError`.
 
     Raises:
-        ResourceError: it cannot be done.
+        ResourceError: the request cannot be carried out; the message names it.
     """
     try:
         yield

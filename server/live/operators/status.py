@@ -1,4 +1,4 @@
-"""What operators and viewers are shown of a run and its devices."""
+"""Answers to ``status`` and ``devices``: the state of a run and of its devices, as JSON objects."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def shown_status(
     drained: Collection[str],
     up_s: float,
 ) -> dict[str, Any]:
-    """How a run is doing.
+    """Returns the state of a run.
 
     Args:
-        run: The run.
-        identity: The server's.
-        roster: Who takes part.
-        listening: Where devices are served; None where none are, any more.
-        state: In a word.
-        stage: What follows the rounds and is being done; empty while they go on.
-        rounds: The last ones that are over.
-        notes: The last ones.
-        drained: Names of devices that rounds leave out.
-        up_s: For how long the process has been there, in seconds.
+        run: The run's configuration.
+        identity: The server's identity.
+        roster: The project's members.
+        listening: The network server; None once devices are no longer served.
+        state: The run's state, in a word.
+        stage: Current step after the rounds; empty during the rounds.
+        rounds: Records of the most recent rounds, the latest last.
+        notes: The most recent notes.
+        drained: Names of drained devices.
+        up_s: Uptime of the process, in seconds.
     """
     devices = shown_devices(roster, drained, listening)
     address, kit = listening and listening.address, identity.kit
@@ -67,7 +67,10 @@ def shown_status(
 def shown_devices(
     roster: Roster, drained: Collection[str], listening: Listening | None
 ) -> list[dict[str, Any]]:
-    """Every device of the project, by name; none is there where devices are not served."""
+    """Returns the state of each of the project's devices, sorted by name.
+
+    All count as disconnected if ``listening`` is None.
+    """
     present = listening.presence.devices() if listening else ()
     seen = {device.node_id: device for device in present}
     found = []

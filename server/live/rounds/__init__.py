@@ -1,4 +1,5 @@
-"""Rounds whose clients are real devices: who is a member, and a journal of each step.
+"""Training rounds over real devices: durable in a journal, and steered by operators.
 
-Read `journaled` first.
+Start with `journaled`. `steered` adds pause and stop, `waiting` reports progress, and `settings`
+selects the configuration that devices receive.
 """

@@ -1,4 +1,8 @@
-"""Rounds over devices, kept in a journal as they go on."""
+"""Rounds over devices that survive a restart: a checkpointer and a grid on top of the journal.
+
+`JournalCheckpointer` records cohorts, replies and commits. `JournalGrid` sends messages only to
+nodes whose reply is not in the journal yet, and waits for devices that disconnect.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +24,19 @@ from server.records import RoundRecord
 from server.rounds.checkpointing import Progress
 
 REJOIN_S = 40.0
-"""How long after its own restart a server waits for devices that it asked before: they look for it
-every 30 s at least."""
+"""Seconds after a restart during which the server waits for devices that it asked before. They
+try to reconnect at least every 30 s."""
 _LOOK_S = 0.2
 Admit = Callable[[Collection[int]], Collection[int]]
-"""Has the grid behind know nodes, which after a restart have not called yet; those who are no
-members any more are left out of what it gives back."""
+"""Registers nodes with the underlying grid, as after a restart they may not have called yet.
+Returns those that are still members."""
 Weights = Callable[[Sequence[int]], Sequence[int]]
-"""What a reply of each node would weigh, in examples, as the list of members is now."""
+"""Returns the aggregation weight of each node, in examples, by the current member list."""
 _ROUNDS = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
 class JournalCheckpointer:
-    """Commits each round to the journal before anyone is told of it."""
+    """A `RoundCheckpointer` that commits each round to the journal before it reports the round."""
 
     def __init__(
         self,
@@ -45,17 +49,17 @@ class JournalCheckpointer:
         rejoin_s: float = 0.0,
         waits: Tell = lambda text: None,
     ) -> None:
-        """Goes on where ``journal`` ends.
+        """Continues from the last commit of ``journal``.
 
         Args:
-            journal: Of the run.
-            report: Called with each round once it is committed.
-            deadline_s: How long a round that lacks devices waits before it fails.
-            weights: What those asked weigh; noted down with them.
-            evaluated: How many a round asks to evaluate; as many as trained, where those are fewer.
-            rejoin_s: How long from now on they are waited for; `GRACE_S` at any other time. Then
-                whoever is there is asked.
-            waits: Told now and then of a round that lacks devices.
+            journal: The run's journal.
+            report: Called with the record of each round once the round is committed.
+            deadline_s: Seconds that a round waits for enough devices before it fails.
+            weights: Returns the weights of a cohort, which are recorded with it.
+            evaluated: Wanted number of devices to evaluate; at most the number that trained.
+            rejoin_s: Seconds from now on during which a draw waits for the wanted number. Later
+                draws wait for `GRACE_S`. After that it uses the devices that are connected.
+            waits: Called from time to time while a round waits for devices.
         """
         self._journal = journal
         self._report = report
@@ -66,23 +70,24 @@ class JournalCheckpointer:
         self._rejoin_until = time.monotonic() + rejoin_s
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
-        """Writes it to the journal, and only then reports the round."""
+        """Commits a round to the journal, and then reports it."""
         self._journal.commit(progress, record)
         if record is not None:
             self._report(record)
 
     def may_continue(self, progress: Progress) -> bool:
-        """Always."""
+        """Returns True: the journal never pauses a run."""
         return True
 
     def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """Whom the round asked before it was interrupted; else whom ``draw`` names, noted down.
+        """Returns the current round's cohort: the recorded one, or else a draw, which it records.
 
         Raises:
-            RoundFailed: there were too few devices until the deadline.
+            RoundFailed: too few devices were connected until the deadline.
         """
         known = self._journal.asked(kind)
-        # An empty list is a draw of nobody; to evaluate, servers kept one that asked for no more.
+        # An empty cohort to train is a valid draw. Older servers recorded an empty cohort to
+        # evaluate when no device was connected, so that one is drawn again.
         if known or (known is not None and kind == MessageType.TRAIN):
             return known
         trained = self._journal.asked(MessageType.TRAIN) or ()
@@ -92,28 +97,29 @@ class JournalCheckpointer:
         return nodes
 
     def begin(self, nodes: Sequence[int]) -> None:
-        """Nothing: `cohort` has made them durable."""
+        """Does nothing: `cohort` has recorded the nodes already."""
 
     def accept(self, reply: Message) -> Message:
-        """Writes it to the journal."""
+        """Writes a reply to the journal; returns it with large arrays in the journal's files."""
         return self._journal.accept(reply)
 
     def discard(self, reply: Message) -> bool:
-        """Drops it from the journal, where an earlier process had written it."""
+        """Drops a reply from the journal; returns whether it was recorded there."""
         metadata = reply.metadata
         return self._journal.discard(metadata.message_type, metadata.src_node_id)
 
     def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
-        """No advice: each device has its own log."""
+        """Returns no advice: the reasons are in each device's own log."""
         return ()
 
     def fail(self, progress: Progress) -> None:
-        """Nothing: the journal holds what came before, and what was accepted since."""
+        """Does nothing: earlier rounds and accepted replies stay in the journal."""
 
     def _drawn(self, draw: Callable[[], list[int]], wanted: int) -> list[int]:
-        """What ``draw`` gives, once it gives ``wanted`` nodes, or there was time enough for that.
+        """Repeats ``draw`` until it returns ``wanted`` nodes, or the time to rejoin has passed.
 
-        It raises until it can give any.
+        ``draw`` raises `RoundFailed` while there are too few devices; at the deadline that error
+        is raised.
         """
         began, reminder = time.monotonic(), Reminder()
         end = began + self._deadline_s
@@ -134,11 +140,11 @@ class JournalCheckpointer:
 
 
 class JournalGrid(OwnGrid):
-    """Sends through the grid behind what the journal has no reply to.
+    """A Flower `Grid` that answers from the journal, and sends only messages without a reply there.
 
-    A device that is gone is asked again when it comes back, as long as the round needs it: until
-    enough others have answered, or, after a restart of the server, until it had the time to find
-    the server again.
+    A device that disconnects is asked again when it reconnects, for as long as the round waits for
+    it: until the quorum has answered, and, after a restart of the server, until devices have had
+    the time to reconnect.
     """
 
     def __init__(
@@ -153,18 +159,18 @@ class JournalGrid(OwnGrid):
         waits: Tell = lambda text: None,
         name: Callable[[int], str] = str,
     ) -> None:
-        """A grid for the run of ``journal``.
+        """Creates a grid for the run of ``journal``.
 
         Args:
-            behind: Reaches the devices.
-            journal: Keeps replies to what rounds ask.
-            admit: Asked before nodes are sent anything.
-            quorum: The share of a cohort whose updates a round needs.
-            rejoin_s: How long from now on devices that were not seen yet are waited for.
-            lacks: Called each time that a round looks whether those who are gone are back; what
-                it raises ends the round.
-            waits: Told now and then whom a round waits for.
-            name: What a node is called there.
+            behind: The underlying grid, which reaches the devices.
+            journal: Stores the replies of rounds.
+            admit: Called with the nodes of a round before they are sent messages.
+            quorum: Share of a cohort whose updates a round needs, from 0 to 1.
+            rejoin_s: Seconds from now on during which a round waits for devices not seen yet.
+            lacks: Called at each check for disconnected devices; an exception from it ends the
+                round.
+            waits: Called from time to time with a line on the devices that a round waits for.
+            name: Returns a node's name for that line.
         """
         super().__init__(behind.run.run_id)
         self._behind = behind
@@ -181,26 +187,28 @@ class JournalGrid(OwnGrid):
             behind.waits = self._remind
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are there."""
+        """Returns the connected nodes, sorted."""
         there = set(self._behind.get_node_ids())
         self._seen |= there
         return sorted(there)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Through the grid behind: what is asked outside rounds is not kept."""
+        """Sends messages through the underlying grid, without recording replies."""
         return self._behind.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Through the grid behind."""
+        """Returns replies from the underlying grid, without recording them."""
         return self._behind.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Replies that were kept, then the others as they come in.
+        """Yields the replies in the journal, then the others as they arrive.
 
-        The caller checks each and has the checkpointer accept or discard it before asking for the
-        next. A kept one that is discarded has its node asked again. ``timeout`` is in seconds.
+        The caller must verify each reply and have the checkpointer accept or discard it before it
+        takes the next. If it discards a reply from the journal, the node is asked again.
+        ``timeout`` is in seconds. Messages of other types than train and evaluate go to the
+        underlying grid, and are not recorded.
         """
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         waiting = {message.metadata.dst_node_id: message for message in messages}
@@ -216,7 +224,7 @@ class JournalGrid(OwnGrid):
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
-                # It was kept by another rule, where the round failed and was selected again since.
+                # If the round failed and selected again, the reply was stored with other weights.
                 _weigh(kept, node, weights)
                 yield kept
                 del kept
@@ -237,18 +245,18 @@ class JournalGrid(OwnGrid):
                 else:
                     _weigh(reply, node, weights)
                 yield reply
-                del reply  # the next one is read while this frame waits
+                del reply  # free it: the next one is read while this frame is suspended
                 if self._journal.holds(kind, node):
                     came += 1
-                else:  # it declined, failed or was refused: asked again after a restart
+                else:  # it declined, failed or was rejected: it is asked again after a restart only
                     asked -= 1
             if not self._back(waiting, end, enough=came >= self._quorum * asked):
                 return
-            for node, message in waiting.items():  # one message is sent once
+            for node, message in waiting.items():  # a grid sends the same message only once
                 waiting[node] = Message(message.content, node, message.metadata.message_type)
 
     def _back(self, waiting: Iterable[int], end: float, *, enough: bool) -> bool:
-        """Waits until one of those who are gone is back; False when the round ends without them."""
+        """Waits until a disconnected node is back; returns False if the round ends without it."""
         gone = set(waiting)
         while gone and time.monotonic() < end:
             there = gone & set(self.get_node_ids())
@@ -268,9 +276,9 @@ class JournalGrid(OwnGrid):
 
 
 def _of_no_kind(reply: Message) -> Message:
-    """A failure without its kind: what devices report is not what this machine lacks.
+    """Replaces the error code that a device reports, so that no device can fake a server's error.
 
-    A device declines where its budget is spent; that stays told apart.
+    Keeps the codes by which a device declines because its privacy budget is spent.
     """
     if reply.error.code in DECLINES:
         return reply
@@ -279,6 +287,9 @@ def _of_no_kind(reply: Message) -> Message:
 
 
 def _weigh(reply: Message, node: int, weights: Mapping[int, int] | None) -> None:
-    """As was noted when the round selected; one that did not note it leaves it to the seal."""
+    """Sets a reply's weight to the one recorded with the cohort; without one, does nothing.
+
+    The reply then keeps the weight that `SignatureChecks` has set.
+    """
     if weights is not None and node in weights:
         weigh(reply, weights[node])

@@ -1,4 +1,4 @@
-"""What devices are told of a run."""
+"""The part of a run's configuration that the server sends to devices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from server.rounds.own_strategy import is_own
 
 
 def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:
-    """The parts of a run's configuration that local training keeps to.
+    """Returns the settings that local training depends on, as the hello protocol transfers them.
 
-    Paths, a strategy of the user's own, the server's keys and the seed stay here: a device's noise
-    is its own. ``instance`` is the same when a run is resumed and another when it is begun again: a
-    device sends a finished update again for the one, and trains again for the other.
+    Leaves out paths, a custom strategy, the server's keys and the seed: devices draw their own
+    noise. ``instance`` is constant when a run is resumed and new when a run starts afresh: a
+    device sends a finished update again in the first case, and trains again in the second.
     """
     federation = run.federation.model_copy(update={"initial": None})
-    if is_own(federation.strategy):  # its file is the server's alone; clients do without
+    if is_own(federation.strategy):  # only the server has its file; clients do not need it
         plain = FederationConfig()
         options = plain.strategy_options
         federation = federation.model_copy(

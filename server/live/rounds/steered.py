@@ -1,4 +1,4 @@
-"""Rounds whose run operators steer."""
+"""A wrapper around a checkpointer that lets operators pause, stop and back up a run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from server.rounds.checkpointing import Progress, RoundCheckpointer
 
 @dataclass(frozen=True)
 class SteeredCheckpointer:
-    """A checkpointer that pauses and stops as operators ask."""
+    """A `RoundCheckpointer` that pauses and stops between rounds on operators' requests."""
 
     checkpointer: RoundCheckpointer
+    """Checkpointer that all calls are forwarded to."""
     wait_if_paused: Callable[[Progress], bool]
+    """Called between rounds; blocks while the run is paused, and returns whether to continue."""
     lacks_devices: Callable[[], None]
-    """Called each time before a round that found too few devices looks for them again."""
+    """Called before each further attempt of a round that has found too few devices."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         self.checkpointer.commit(progress, record)
 
     def may_continue(self, progress: Progress) -> bool:
-        """Waits while operators pause the run or take a backup."""
+        """Blocks while operators pause the run or take a backup; then whether rounds continue."""
         return self.checkpointer.may_continue(progress) and self.wait_if_paused(progress)
 
     def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
@@ -33,7 +35,7 @@ class SteeredCheckpointer:
         def again() -> list[int]:
             nonlocal draws
             draws += 1
-            if draws > 1:  # there were too few before
+            if draws > 1:  # the previous draw found too few devices
                 self.lacks_devices()
             return draw()
 

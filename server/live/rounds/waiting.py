@@ -1,4 +1,4 @@
-"""What is said while a round waits: for whom, since when, and for how long at most."""
+"""Progress messages while a round waits: for which devices, since when, and until when."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from fedcore.observability.patience import Reminder
 from fedcore.observability.words import counted, seconds_text
 
 Tell = Callable[[str], None]
-"""Takes a line of what is waited for."""
-_NAMED = 5  # devices that a line names
+"""Callback with a line that describes what the round waits for."""
+_NAMED = 5  # devices listed by name in a line
 
 
 @dataclass(frozen=True)
 class Awaited:
-    """Those whose replies a round waits for."""
+    """The nodes whose replies a round waits for."""
 
     round: int
     kind: str
-    """What they were asked for: to train, or to evaluate."""
+    """Type of the messages that they received: train or evaluate."""
     asked: int
+    """Number of nodes asked, including those that have answered."""
     nodes: Collection[int]
-    """Those who have not answered; fewer as they do."""
+    """Nodes that have not answered yet; a live view, which shrinks as they answer."""
     end: float
-    """When the round goes on without them, on the monotonic clock; infinite without an end."""
+    """Deadline of the round on the monotonic clock, in seconds; infinite if it has none."""
     reminder: Reminder = field(default_factory=Reminder)
 
     def remind(
         self, tell: Tell, *, name: Callable[[int], str], there: Callable[[], Collection[int]]
     ) -> None:
-        """Tells of them, where it is time to.
+        """Reports the outstanding nodes if a reminder is due.
 
         Args:
-            tell: Takes the line.
-            name: What a node is called.
-            there: Gives the nodes that are connected now.
+            tell: Callback with the line.
+            name: Returns a node's name.
+            there: Returns the nodes that are connected now.
         """
         lasted_s = self.reminder.due()
         if lasted_s is None or not self.nodes:
@@ -56,7 +57,7 @@ class Awaited:
 
 
 def so_far(lasted_s: float, end: float) -> str:
-    """How long something has lasted, and how much longer it may, on the monotonic clock."""
+    """Formats the elapsed time and the time left until ``end``, in monotonic seconds."""
     left_s = max(end - time.monotonic(), 0.0)
     most = f", {seconds_text(left_s)} left" if left_s < float("inf") else ""
     return f"{seconds_text(lasted_s)} so far{most}"
