@@ -1,4 +1,4 @@
-"""Fine-tuning, compression and release as separate calls; `simulate` runs all of them in one."""
+"""Fine-tuning, compression and release as separate calls; `fedcore.simulate` runs all three."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Material:
 
     @property
     def example_batch(self) -> Tensor:
-        """The example input, twice."""
+        """A batch of two copies of the example input."""
         return torch.stack([self.task.example_input] * 2)
 
     @property

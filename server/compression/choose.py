@@ -1,4 +1,4 @@
-"""Choice among measured candidates: limits filter, and the smallest of the rest wins."""
+"""Choice among measured candidates: limits filter, and the smallest admitted file wins."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ def compress(
     """Builds the configured candidates of a trained model, and chooses one for release.
 
     Args:
-        run: ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are read.
-        task: What the model is for.
+        run: ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are used.
+        task: The model's task.
         model: The trained full model, on the CPU. Not changed.
         cloud: The training part calibrates quantisation and retrains pruned models; the held-out
             part evaluates candidates. If either is missing or empty, only fp32 is built.

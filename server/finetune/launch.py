@@ -61,7 +61,7 @@ class Finetuned:
     candidate: FullModel = field(repr=False)
     """The fine-tuned model, whether or not the gate kept it."""
     cloud_alone: FullModel = field(repr=False)
-    """An untrained network trained likewise on only the cloud's data, for comparison."""
+    """A freshly initialised network, trained only on the cloud's data, for comparison."""
     kept: bool
     before: float
     after: float
@@ -71,7 +71,7 @@ class Finetuned:
     unjudged: str = ""
     """Reason why the requested evaluation by clients failed; empty otherwise."""
     parent_sha256: str = field(kw_only=True)
-    """SHA-256 of the initial federated model's checkpoint, which a release's manifest names."""
+    """SHA-256 of the checkpoint of the original federated model, for the manifest of a release."""
 
 
 def fine_tune(

@@ -58,8 +58,8 @@ def train_start(
         model: The model, on ``device``; left in training mode.
         task: The task whose loss is minimised.
         examples: All training examples; process ``rank`` trains on its share.
-        run: ``[finetune]`` and the seed are read.
-        device: Where to compute.
+        run: ``[finetune]`` and the seed are used.
+        device: The device to compute on.
         rank: Rank of this process, from 0.
         world: Number of processes; if above 1, their process group must be initialised.
 

@@ -25,7 +25,7 @@ def reuse_large_blocks() -> None:
 
 @contextmanager
 def objects_frozen() -> Iterator[None]:
-    """Excludes loaded objects from garbage collection, which also spares forked processes copies.
+    """Excludes loaded objects from garbage collection, so that forked processes share them.
 
     torch and Flower create half a million objects, and each full collection visits all of them.
     """

@@ -137,7 +137,7 @@ def publish(draft: Draft, *, repository: Path, keys: Path, created: datetime) ->
 
     Args:
         draft: The release to publish.
-        repository: As `initialise` made it.
+        repository: The folder that `initialise` created.
         keys: The folder of keys; its ``offline`` subfolder is not needed.
         created: Time of publication, stated in the manifest; expiry is counted from it.
 
@@ -176,7 +176,7 @@ def rollback(
     Raises:
         ReleaseError: the older version doesn't exist, keys are missing or not the repository's, or
             devices would reject the release. Earlier releases remain valid.
-        DiskFull: as `publish`.
+        DiskFull: the disk is full; earlier releases remain valid.
     """
     with _publishing(repository, keys, model, created) as (state, put):
         published = versions(state, model)
@@ -225,7 +225,7 @@ def refresh(
     """Renews expiring signatures, so that devices keep trusting the current releases.
 
     Args:
-        repository: As `initialise` made it.
+        repository: The folder that `initialise` created.
         keys: The folder of keys.
         now: Time from which expiry is counted.
         offline: Renew root and targets, too; requires the offline keys.
@@ -234,8 +234,8 @@ def refresh(
         The metadata now in force.
 
     Raises:
-        ReleaseError: as `publish`.
-        DiskFull: as `publish`.
+        ReleaseError: the repository is missing, or keys are missing or not the repository's.
+        DiskFull: the disk is full; earlier releases remain valid.
     """
     roles = (*ONLINE, *OFFLINE) if offline else ONLINE
     with registry.locked(repository):

@@ -2,7 +2,7 @@
 
 ``offline/`` contains the keys that delegate trust (root, targets). They are needed once a year and
 belong on disconnected storage. ``online/`` contains the keys that publish. A role may have several
-keys, ``root.pem``, ``root-2.pem``, ..., each on separate storage; as many as its threshold must
+keys, ``root.pem``, ``root-2.pem``, ..., each on separate storage; its threshold sets how many must
 sign. ``root.json`` is public: the root of trust of every device.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import (  # type: ignore[attr-defined]  # re-exported unsaid
+from securesystemslib.signer import (  # type: ignore[attr-defined]  # implicit re-export
     CryptoSigner,
     SSlibKey,
 )

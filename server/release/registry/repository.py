@@ -21,9 +21,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported unsaid
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # implicit re-export
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     DelegatedRole,
     Metadata,
     MetaFile,

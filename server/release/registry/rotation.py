@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     TOP_LEVEL_ROLE_NAMES,
     Delegations,
     Key,
@@ -71,8 +71,8 @@ def rotate(
     keys can start one.
 
     Args:
-        repository: As `server.release.publish.initialise` made it; an earlier copy if a thief may
-            have written to it.
+        repository: The folder of the repository; restore a copy first if a thief may have written
+            to it.
         keys: The folder of keys. Required: old keys of root and of every role that isn't replaced,
             as many as their thresholds. All others may be lost.
         roles: Roles whose keys are all replaced.
