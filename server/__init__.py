@@ -1,5 +1,5 @@
-"""The cloud: rounds over devices or virtual clients, fine-tuning, compression and release.
+"""The server side of fedcore: federated rounds, fine-tuning, compression and release.
 
-Read `rounds.loop` and `after_rounds` first: together they are the loop from top to bottom.
-`simulation.run` runs it over virtual clients, and `live.run` over devices.
+Start with `rounds.loop` and `after_rounds`: together they are the whole pipeline. `simulation.run`
+runs it over virtual clients, `live.run` over real devices.
 """

@@ -1,4 +1,9 @@
-"""From what rounds have left to a signed release: fine-tune, compress, test, publish."""
+"""The steps after federated training: fine-tune, compress, test and publish.
+
+In: the `FederatedModel` that rounds produced, the cloud's data and the final test split. Out: a
+`Completed` run with its record, and a signed release if the run names a repository and the test
+admits it. Start with `after_rounds`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +44,7 @@ from server.rounds.judging import Judge, Weigh
 
 @dataclass
 class StageLog:
-    """Runs stages one after the other, and keeps their times and what is to be noted."""
+    """Runs named stages, emits their events, and collects their durations and notes."""
 
     emit: Sink
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,9 +54,10 @@ class StageLog:
     def stage(
         self, name: str, steps: int | None = None, *, before_s: float = 0.0
     ) -> Iterator[list[str]]:
-        """Tells of a stage; what is put into the list it yields is told at its end.
+        """Emits the start and end events of a stage around the enclosed code.
 
-        ``before_s`` is what it took in processes that were interrupted.
+        Yields a list; strings appended to it become the note of the end event. ``before_s`` is the
+        time in seconds that interrupted processes already spent on this stage.
         """
         self.emit(StageStarted(name, steps))
         started, note = time.monotonic() - before_s, list[str]()
@@ -60,44 +66,48 @@ class StageLog:
         self.emit(StageFinished(name, self.seconds[name], "; ".join(note)))
 
     def note(self, text: str) -> None:
-        """Tells what the report says, too."""
+        """Emits a note, and keeps it for the report."""
         self.notes.append(text)
         self.emit(Noted(text))
 
 
 @dataclass(frozen=True)
 class FederatedModel:
-    """What rounds hand to the steps after them, wherever their clients are."""
+    """The result of federated training, over virtual clients or devices, as later steps need it."""
 
     outcome: Outcome
     clients: tuple[ClientRecord, ...]
-    """Those of a simulation; real ones keep that to themselves."""
+    """One record per simulated client; empty for devices, whose figures stay on the device."""
     training: TrainingRecord | None
     device: str
-    """What they trained on."""
+    """Description of the hardware that trained the clients."""
     noise: Literal["none", "simulated", "system"]
     judge: Judge | None = None
-    """Has clients judge what fine-tuning gives; None where they hold nothing back."""
+    """Evaluates the fine-tuned model on clients; None if they hold no data back."""
     weigh: Weigh | None = None
-    """Has clients weigh candidates; None where they hold nothing back, and on devices, which
-    measure weights and run no files of a run that goes on."""
+    """Evaluates compression candidates on simulated clients; None if they hold no data back. Also
+    None for devices: they evaluate weights only, and run no files of an unfinished run."""
 
 
 @dataclass(frozen=True)
 class Completed(Finished):
-    """A run that reached its end, with what later calls can go on from."""
+    """A complete run, with the models and files that later calls continue from."""
 
     federated: FullModel
-    """Of the best round."""
+    """The model of the best round."""
     model: FullModel
-    """Behind fine-tuning; the federated one where there was none, or the gate closed."""
+    """The fine-tuned model; the federated model if there was no fine-tuning or the gate rejected
+    its result."""
     compressed: Compressed
     origin: Origin
 
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """How the long steps after the rounds are done, and the one that must be done once."""
+    """Implementations of the long steps, and of publication, which must happen exactly once.
+
+    Deployments replace them to make the steps resumable.
+    """
 
     fine_tune: Callable[[Task, RunConfig, FullModel, CloudData, Judge | None], Finetuned] = (
         fine_tune
@@ -120,24 +130,27 @@ def after_rounds(
     *,
     steps: StageFunctions = AT_ONCE,
 ) -> Completed:
-    """Fine-tunes, compresses, tests and publishes what rounds have left.
+    """Fine-tunes, compresses, tests and publishes the federated model.
 
-    The final test split is read once, at the end, by nothing that chooses. Where it shows that what
-    was chosen is worse than the model of the rounds by more than ``release.max_test_drop``, that is
-    withheld: nothing is published, and the record says why.
+    The final test split is read once, at the end, and takes part in no choice. If the chosen model
+    is worse on it than the federated model by more than ``release.max_test_drop``, the release is
+    withheld: nothing is published, and the record states the reason.
 
     Args:
         run: The run.
         task: Its task.
-        cloud: The cloud's data, if there are any.
+        cloud: The cloud's data, if any.
         test: The final test split.
-        trained: What rounds have left.
-        folder: Where files go.
-        story: Told what happens.
-        steps: How the steps are done.
+        trained: The result of federated training.
+        folder: Folder for models and candidates.
+        story: Receives stages and notes.
+        steps: Implementations of the steps.
+
+    Returns:
+        The completed run.
 
     Raises:
-        FedcoreError: whatever stops it; what was published before stands.
+        FedcoreError: any failure; earlier releases remain valid.
     """
     outcome = trained.outcome
     write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
@@ -237,13 +250,13 @@ def _compressed(
 
 
 def counted_steps(emit: Sink, stage: str) -> Callable[[str], None]:
-    """Tells of a stage's steps, counting them."""
+    """Returns a callback that emits a numbered progress event for each step of a stage."""
     count = itertools.count(1)
     return lambda text: emit(StageAdvanced(stage, next(count), text))
 
 
 def gate_note(tuned: Finetuned, primary: Metric) -> str:
-    """What the gate behind fine-tuning saw, and whether it let the model through."""
+    """Describes the gate's measurements of the fine-tuned model, and its verdict."""
     verdict = "kept" if tuned.kept else "not kept"
     cloud = f"on held-out cloud data {tuned.before:.4g} before, {tuned.after:.4g} after"
     if tuned.unjudged:
@@ -264,7 +277,7 @@ def _final_scores(
     compressed: Compressed,
     threads: int,
 ) -> Scores:
-    """Every metric of every model on the final test split."""
+    """Computes every metric of every model on the final test split."""
     models = {"federated": outcome.model}
     if tuned:
         models |= {"cloud_alone": tuned.cloud_alone, "finetuned": tuned.candidate}
@@ -280,7 +293,7 @@ def _final_scores(
 def released_scores(
     task: Task, test: Examples, compressed: Compressed, threads: int
 ) -> dict[str, float]:
-    """Every metric of the chosen candidate's file on the final test split."""
+    """Computes every metric of the chosen candidate's ONNX file on the final test split."""
     session = open_session(compressed.files[compressed.chosen], threads=threads)
     outputs, targets = answers(session, test)
     return {each.name: each.compute(torch.from_numpy(outputs), targets) for each in task.metrics}
@@ -304,7 +317,7 @@ def _origin(run: RunConfig, trained: FederatedModel, parent: bytes) -> Origin:
 
 
 def _epsilon_of(run: RunConfig, trained: FederatedModel) -> float | None:
-    """What examples of any client may have cost, over the whole run."""
+    """Returns the largest epsilon that any client may have spent over the whole run."""
     budget, federated = run.privacy.max_epsilon if run.private else None, trained.outcome.federated
     over, patience = len(federated.rounds), run.federation.patience
     stopped = bool(patience) and over - federated.best_round >= patience
@@ -312,12 +325,12 @@ def _epsilon_of(run: RunConfig, trained: FederatedModel) -> float | None:
         federated.rounds,
         trained.clients,
         budget=budget,
-        dropped=over < run.federation.rounds and not stopped,  # it ended as budgets were spent
+        dropped=over < run.federation.rounds and not stopped,  # spent budgets ended the run
     )
 
 
 def _client_statement(run: RunConfig, trained: FederatedModel) -> ClientStatement | None:
-    """What client-level privacy promises for all models of the run; None without it."""
+    """Returns the client-level guarantee for all models of the run; None if it is off."""
     federated = trained.outcome.federated
     if federated.protection is None:
         return None

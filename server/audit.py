@@ -1,8 +1,8 @@
-"""What operators did to a server: one line an action, only ever appended to, each line chained.
+"""Append-only audit log of operator actions, with one hash-chained JSON line per action.
 
-A line holds the SHA-256 of the line before it, so that a line that is changed, taken out or put in
-later shows, unless all that follows is made again as well. A small file beside it, the mark, says
-how far the log went, so that lines cut from its end show as well.
+Each line contains the SHA-256 of the line before it, so that a changed, removed or inserted line is
+detected unless everything after it is rewritten, too. A small file next to the log, the mark,
+records the log's length, so that truncation is detected as well.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from fedcore.files import disk_errors, is_there, open_regular, read_bytes, sync_
 AUDIT, MARK = "audit.jsonl", "audit.mark"
 _MAX_MARK_BYTES = 1 << 10
 _START = "0" * 64
-"""What the first line names as the one before it."""
+"""Digest that the first line names as its predecessor."""
 _MOST_LINE_BYTES = 1 << 20
-"""Of one line of a log; none has a thousandth of that."""
+"""Maximum bytes of one line; real lines have less than a thousandth of that."""
 _PIECE_BYTES = 1 << 16
 
 
 class _Mark(Section):
-    """``audit.mark``: how far the log went when it was last written to, or a line less.
+    """Content of ``audit.mark``: the end of the log after its last write, or one line less.
 
-    A line is on disk before its mark is: a stop between the two leaves a line that no mark tells
-    of, and never a mark without its line.
+    A line is flushed to disk before its mark. A crash between the two leaves a line without a mark,
+    and never a mark without its line.
     """
 
     format: Literal["fedcore.audit/1"] = "fedcore.audit/1"
     end_bytes: Annotated[int, Field(ge=1)]
-    """Where the line ended."""
+    """Offset in bytes at which the last marked line ends."""
     last: str
-    """Its SHA-256."""
+    """SHA-256 of that line."""
 
 
 class Audit:
-    """The log in one file. Safe to use from several threads; one process at a time writes."""
+    """The audit log in one file. Thread-safe; only one process may write at a time."""
 
     def __init__(
         self, path: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
-        """Goes on after the last line of ``path``, which need not exist.
+        """Opens the log for appending after its last line; ``path`` need not exist.
 
         Raises:
-            DataError: it is no regular file, or was cut since it was last written to.
-            DiskFull: there is no room.
-            ResourceError: it may not be written.
+            DataError: the path isn't a regular file, or the log was truncated since its last write.
+            DiskFull: the disk is full.
+            ResourceError: the file isn't writable.
         """
         self._path = path
         self._clock = clock
@@ -75,16 +75,16 @@ class Audit:
                 os.close(self._file)
                 raise _cut(path, mark)
             self._last, whole = _digest_before(self._file, end)
-            if not whole:  # a power cut left it unfinished; closed, it spoils no other
+            if not whole:  # ends a line that a power cut left unfinished
                 os.write(self._file, b"\n")
             self._end = os.fstat(self._file).st_size
 
     def record(self, *, by: str, action: str, **more: object) -> None:
-        """Appends a line, on disk before this returns.
+        """Appends a line and flushes it to disk before returning.
 
         Raises:
-            DataError: the log was removed, replaced or cut meanwhile; as below.
-            DiskFull: there is no room; whoever asks must not go on then.
+            DataError: the log was removed, replaced or truncated in the meantime.
+            DiskFull: the disk is full; the caller must not perform the action.
         """
         with self._lock:
             entry = {
@@ -111,30 +111,30 @@ class Audit:
             write_atomic(_mark_of(self._path), mark.model_dump_json().encode() + b"\n", mode=0o600)
 
     def _in_place(self) -> bool:
-        """Whether the path still leads to the file that is written."""
+        """Returns whether the path still refers to the open file."""
         try:
             return os.path.samestat(os.fstat(self._file), self._path.stat())
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the log."""
         os.close(self._file)
 
 
 def check_audit(path: Path, *, begun_loose: bool = False) -> int:
-    """Verifies the chain, and that it goes as far as it did; returns how many lines there are.
+    """Verifies the hash chain and the log's length; returns the number of lines.
 
     Args:
         path: The log.
-        begun_loose: Whether the first lines may be of a version that chained none.
+        begun_loose: Whether the first lines may come from a version that didn't chain lines.
 
     Raises:
-        DataError: the file cannot be read, a line does not name the one before it, or lines at the
-            end are missing.
+        DataError: the file can't be read, a line doesn't name its predecessor, or lines at the end
+            are missing.
     """
     check_regular(path)
-    mark = _read_mark(path)  # first: a server that runs may write a line after it
+    mark = _read_mark(path)  # read first: a running server may append a line afterwards
     last, number, end, torn = _START, 0, 0, False
     reached = mark is None
     try:
@@ -148,7 +148,7 @@ def check_audit(path: Path, *, begun_loose: bool = False) -> int:
                 if before is None and begun_loose:
                     torn = False
                 elif before is None and not torn:
-                    torn = True  # one that a power cut left unfinished: the next one names it
+                    torn = True  # a power cut left it unfinished; the next line names it
                 elif before != last:
                     raise DataError(
                         f"{path}: line {number} does not follow the line before it: one of them "
@@ -172,10 +172,10 @@ def check_audit(path: Path, *, begun_loose: bool = False) -> int:
 
 
 def check_regular(path: Path) -> None:
-    """Sees that a log is a file, or not there yet: opening a pipe would wait for its other end.
+    """Rejects anything but a regular or missing file: opening a pipe would block.
 
     Raises:
-        DataError: it is something else.
+        DataError: the path is a folder, a pipe or another special file.
     """
     if is_there(path) and not path.is_file():
         raise DataError(
@@ -190,7 +190,7 @@ def _mark_of(path: Path) -> Path:
 
 
 def _read_mark(path: Path) -> _Mark | None:
-    """The mark beside a log; None where none was written."""
+    """Reads the mark next to a log; returns None if there is none."""
     mark = _mark_of(path)
     if not os.path.lexists(mark):
         return None
@@ -233,7 +233,7 @@ def _meanwhile(path: Path) -> DataError:
 
 
 def _before(line: bytes) -> str | None:
-    """What a line names as the one before it; None when it is no whole line."""
+    """Returns the digest that a line names as its predecessor; None for an incomplete line."""
     try:
         return str(json.loads(line)["before"])
     except (ValueError, KeyError, TypeError):
@@ -241,13 +241,13 @@ def _before(line: bytes) -> str | None:
 
 
 def _reaches(file: int, mark: _Mark) -> bool:
-    """Whether the log holds the line that its mark tells of."""
+    """Returns whether the log contains the line that its mark refers to."""
     there = os.fstat(file).st_size >= mark.end_bytes
     return there and _digest_before(file, mark.end_bytes) == (mark.last, True)
 
 
 def _furthest(mark: _Mark) -> int:
-    """Where a log may end at most: a process that dies before it marks a line has written one."""
+    """Returns the largest valid size: a crash may leave one line after the marked one."""
     return mark.end_bytes + _MOST_LINE_BYTES
 
 
@@ -259,7 +259,7 @@ def _endless(path: Path, number: int) -> DataError:
 
 
 def _digest_before(file: int, end: int) -> tuple[str, bool]:
-    """The digest of the line that ends at byte ``end``, and whether that line is whole."""
+    """Returns the digest of the line that ends at byte ``end``, and whether it is complete."""
     if not end:
         return _START, True
     whole = os.pread(file, 1, end - 1) == b"\n"

@@ -1,4 +1,7 @@
-"""One step of everything on one client's data: what would fail later, found in seconds."""
+"""Quick check of a task: runs one step of everything on the data of one client.
+
+In: a run and its task. Out: a `TaskCheck` with one finding per step. Start with `check_task`.
+"""
 
 from __future__ import annotations
 
@@ -40,25 +43,25 @@ _WAYS = {
 
 @dataclass(frozen=True)
 class CheckFinding:
-    """What one step found."""
+    """The result of one step."""
 
     step: str
     ok: bool
     required: bool
-    """Whether the configuration at hand needs this step to succeed."""
+    """Whether the run's configuration needs this step to succeed."""
     detail: str
     seconds: float
 
     @property
     def line(self) -> str:
-        """The finding in a line: a mark, the step, the detail, the time."""
+        """The finding as one line: mark, step, detail and duration."""
         mark = "ok  " if self.ok else ("FAIL" if self.required else "note")
         return f"{mark} {self.step:<12} {self.detail} [{self.seconds:.2f} s]"
 
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """What a check of a task found, step by step; its text is a line for each.
+    """The findings of a check, one per step; ``str`` gives one line for each.
 
     Example::
 
@@ -70,16 +73,16 @@ class TaskCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether every step that is required succeeded."""
+        """Whether every required step succeeded."""
         return all(finding.ok or not finding.required for finding in self.findings)
 
     @property
     def verdict(self) -> str:
-        """Whether the task is ready, in a sentence."""
+        """The overall result as a sentence."""
         return "This task is ready." if self.ok else "This task would fail."
 
     def __str__(self) -> str:
-        """A line for each step, and the verdict."""
+        """Returns one line per step, and the verdict."""
         return "\n".join([*(finding.line for finding in self.findings), self.verdict])
 
 
@@ -91,14 +94,20 @@ def check_task(
     tell: Callable[[CheckFinding], None] = lambda finding: None,
     around_first: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> TaskCheck:
-    """Runs every step, each on what the ones before it left; a required failure ends it.
+    """Runs the steps in order, each on the results of earlier steps.
+
+    A required step that fails ends the check. Failures become findings and are not raised.
 
     Args:
-        run: Whose settings are kept to.
-        task: What is checked.
-        client: The client whose data is used; the first one when None.
-        tell: Called with each finding as soon as there is one.
-        around_first: Stands around steps that may be the first of the process, which take long.
+        run: The run whose settings apply.
+        task: The task to check.
+        client: The client whose data is used; None for the first one.
+        tell: Callback after each step, with its finding.
+        around_first: Context manager around steps that may run the first training of the process,
+            which is slow.
+
+    Returns:
+        The findings up to the step that ended the check.
     """
     state = _State(run, task, client)
     findings: list[CheckFinding] = []
@@ -109,7 +118,7 @@ def check_task(
                 ok, detail = True, work()
         except FedcoreError as error:
             ok, detail = False, str(error)
-        except Exception as error:  # the task's code: its failure is what was looked for
+        except Exception as error:  # the task's code may raise anything; that is a finding
             ok, detail = False, f"{type(error).__name__}: {error}"
         findings.append(CheckFinding(step, ok, required, detail, time.monotonic() - started))
         tell(findings[-1])
@@ -119,7 +128,7 @@ def check_task(
 
 
 class _State:
-    """What steps hand on."""
+    """Results that earlier steps leave for later ones."""
 
     def __init__(self, run: RunConfig, task: Task, client: str | None) -> None:
         self.run, self.task, self.client = run, task, client
@@ -128,12 +137,12 @@ class _State:
         self.model: FullModel | None = None
 
     def some(self) -> tuple[Tensor, Tensor]:
-        """A batch of the client's examples."""
+        """Returns a batch of the client's examples, at most 64."""
         examples = cast(Examples, self.examples)
         return gather(examples, list(range(min(size_of(examples), _MOST_EXAMPLES))))
 
     def few(self) -> Examples:
-        """The same batch as a data set, so that a step takes no longer on a large client."""
+        """Returns the batch of `some` as a dataset, so that large clients take no longer."""
         return torch.utils.data.TensorDataset(*self.some())  # type: ignore[return-value]
 
 
@@ -254,10 +263,10 @@ def _strategy(state: _State) -> str:
 
 
 def _privacy(state: _State) -> str:
-    """TaskCheck even when privacy is off, so that switching it on holds no surprise."""
+    """Runs one private step, even if privacy is off, so that enabling it later can't surprise."""
     model, run = build_model(state.task, state.run), state.run
     way = find_way(state.task, model)
-    if run.private:  # refuses a delta that protects nobody on a client of this size
+    if run.private:  # rejects a delta that protects nobody on a client of this size
         count = size_of(cast(Examples, state.examples))
         plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
     examples = state.few()

@@ -1,4 +1,4 @@
-"""The cloud's own data, split once: what trains, and what judges."""
+"""The cloud's own data, split into a training part and a held-out part."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from fedcore.training.batches import split
 
 @dataclass(frozen=True)
 class CloudData:
-    """Disjoint parts of the cloud's data. The final test split is in neither."""
+    """The cloud's data in two disjoint parts, neither of which overlaps the final test split."""
 
     train: Examples
-    """Judges rounds, which have not seen it; then fine-tuning, pruning and calibration use it."""
+    """Evaluates rounds, which don't train on it; fine-tuning, pruning and calibration use it
+    afterwards."""
     heldout: Examples
-    """The gate and the choice among candidates. Had it judged rounds too, the best of them would
-    look better on it than it is, and the gate would turn real progress away."""
+    """Decides the fine-tuning gate and the choice among candidates. It doesn't evaluate rounds:
+    selecting the best round on it would inflate that round's score, and the gate would reject real
+    progress."""
 
 
 def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) -> CloudData | None:
-    """The cloud's data, or None when the task has none.
+    """Reads and splits the cloud's data; returns None if the task has none.
 
-    ``holdout`` is the share that is held out at random, unless the task names what is held out.
+    ``holdout`` is the share held out at random, unless the task provides its own held-out data.
+
+    Raises:
+        DataError: the data can't be read.
     """
     loader = task.cloud_data
     if loader is None:

@@ -1,4 +1,4 @@
-"""The verbs of a server: simulate, check, release. torch is imported when one runs."""
+"""Subcommands ``simulate``, ``check`` and ``release``; torch is imported only when one runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    run = load_run(options.config, options.overrides)  # before torch: a mistake shows at once
+    run = load_run(options.config, options.overrides)  # before torch: errors show at once
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     with loading_told():
         from fedcore.observability.console import choose
@@ -72,7 +72,7 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.replay:
         return _replay(options, run, owner)
     out, command = sys.stdout, _command(options)
-    with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
+    with redirect_stdout(sys.stderr):  # keeps output of the task out of machine-readable output
         try:
             with choose(out, json=options.json) as shown:
                 result = simulated(
@@ -101,7 +101,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace, run: RunConfig, owner: OwnerPolicy) -> int:
-    """Trains one client of one round again; nothing is written."""
+    """Trains one client of one round again to reproduce a failure; writes nothing."""
     from fedcore.flower.quiet import quiet
     from fedcore.task.definition import load_task
     from server.preflight import prepare
@@ -118,7 +118,7 @@ def _replay(options: argparse.Namespace, run: RunConfig, owner: OwnerPolicy) -> 
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command line that asks for the same run again."""
+    """Returns the command line that repeats this run."""
     words = ["fedcore", "simulate", str(options.config)]
     for override in options.overrides:
         words += ["--set", override]

@@ -1,4 +1,4 @@
-"""What `fedcore doctor` looks at on a server."""
+"""Server checks of ``fedcore doctor``: identity, clock, roster, ports, audit log, disk, proxy."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from server.live.operators.drained import read_drained, unknown
 
 _SOON_DAYS = 14
 AUTHORITY = "authority.pem"
-"""Lies beside the server's folder, where the authority is on this machine."""
+"""Certificate next to the server's folder; present if the authority is on this machine."""
 
 
 def examine(options: argparse.Namespace) -> Iterator[Finding]:
-    """A server's findings."""
+    """Yields the findings about a server."""
     try:
         identity = load_server_identity(options.identity)
     except FedcoreError as error:
@@ -69,7 +69,7 @@ def _clock(identity: ServerIdentity) -> Finding:
 
 
 def _roster(identity: ServerIdentity) -> Finding:
-    # As whoever runs this may not be who runs the server, nothing is written.
+    # Writes nothing: the user who runs this may not be the one who runs the server.
     roster = Roster(identity.roster_path, identity.kit.authority_pem)
     had = read_seen(identity.kit.folder / SEEN)
     if roster.version < had.version:

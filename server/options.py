@@ -1,4 +1,4 @@
-"""Options that several verbs have."""
+"""Command-line options that several subcommands share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
-    """Which run: its file, and what to override in it."""
+    """Adds the run's file and the ``--set`` option."""
     parser.add_argument("config", type=Path, help="the run's TOML file")
     set_option(parser)
 
 
 def set_option(parser: argparse.ArgumentParser) -> None:
-    """What to override in a run's file."""
+    """Adds the ``--set`` option, which overrides settings of the run's file."""
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -1,4 +1,7 @@
-"""What can be known to fail before a run begins, found before anything is replaced or trained."""
+"""Checks before a run: finds foreseeable failures before anything is replaced or trained.
+
+In: run, task and owner's policy. Out: a `Prepared` run, or a `FedcoreError`. Start with `prepare`.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +31,20 @@ from server.rounds.strategies import choose_strategy
 from server.rounds.strategy_state import strategy_state_of
 
 _REHEARSED = 1000
-"""Names that a strategy is tried with, at most; there may be millions."""
+"""Maximum number of client names used to rehearse a strategy; a task may have millions."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run works on, read and checked."""
+    """The checked inputs of a run."""
 
     data: Folder
     clients: Sequence[str]
-    """As the task gives them: a sequence that makes names up as they are asked for stays one."""
+    """Client names as the task provides them; a lazy sequence stays lazy."""
     cloud: CloudData | None
     test: Examples
     strategy: Own | type[Own] | None = None
-    """The user's own, where it was made in Python; None where the run names what it takes."""
+    """The user's own strategy if it was made in Python; None if the run names its strategy."""
 
 
 def prepare(
@@ -52,24 +55,27 @@ def prepare(
     *,
     strategy: Own | type[Own] | None = None,
 ) -> Prepared:
-    """Reads what the server reads, and refuses what could only fail later.
+    """Reads the server's inputs, and rejects runs that would fail later.
 
     Args:
         run: The run.
         task: Its task.
-        owner: The policy that simulated clients keep to.
-        folder: Where results will go; what lies there is still untouched.
-        strategy: The user's own, where it was made in Python.
+        owner: The policy that simulated clients enforce.
+        folder: Folder for results; existing content is not touched.
+        strategy: The user's own strategy if it was made in Python.
+
+    Returns:
+        The checked inputs.
 
     Raises:
-        FedcoreError: whatever would have stopped the run. Nothing was run or replaced.
+        FedcoreError: the run would fail. Nothing was run or replaced.
     """
     asked = tighten(run, owner)
     available(asked.client.device)
     data = data_folder()
     clients = clients_of(task, run, data)
     cohort = run.federation.cohort or len(clients)
-    some = [clients[place] for place in range(min(cohort, _REHEARSED))]  # it may take no slice
+    some = [clients[place] for place in range(min(cohort, _REHEARSED))]  # it may not support slices
     check_rounds(run, task, folder, clients=some, strategy=strategy)
     if run.client_private:
         protect(run, clients=len(clients), cohort=cohort)
@@ -85,17 +91,17 @@ def check_rounds(
     clients: Sequence[str] = (),
     strategy: Own | type[Own] | None = None,
 ) -> None:
-    """Refuses rounds that could not begin: their model, where it starts, and their strategy.
+    """Rejects rounds that can't start: checks the model, its initial weights and the strategy.
 
     Args:
         run: The run.
         task: Its task.
-        folder: Where results will go; what lies there is still untouched.
-        clients: Names of some that a round may ask; empty where they are not known yet.
-        strategy: The user's own, where it was made in Python.
+        folder: Folder for results; existing content is not touched.
+        clients: Names of some clients that a round may ask; empty if not known yet.
+        strategy: The user's own strategy if it was made in Python.
 
     Raises:
-        FedcoreError: whatever would have stopped them. Nothing was run or replaced.
+        FedcoreError: rounds can't start. Nothing was run or replaced.
     """
     model = build_model(task, run)
     if run.federation.initial is not None:
@@ -113,29 +119,29 @@ def check_strategy(
     clients: Sequence[str] = (),
     strategy: Own | type[Own] | None = None,
 ) -> str:
-    """Refuses a strategy that is none for this run; the user's own is tried on made-up updates.
+    """Rejects a strategy that doesn't work for this run; rehearses custom ones on made-up updates.
 
     Returns:
-        What was found, in a few words.
+        A short description of the strategy.
 
     Raises:
-        ConfigError: there is no such strategy, or what it does is refused. Nothing was run.
+        ConfigError: there is no such strategy, or its behaviour is rejected. Nothing was run.
     """
     size, label = layout_of(model.model).size, run.federation.strategy
     cohort = run.federation.cohort or max(len(clients), 1)
     chosen = choose_strategy(run, strategy, cohort=cohort, size=size)
-    strategy_state_of(chosen.strategy)  # or the first checkpoint would find what cannot be kept
+    strategy_state_of(chosen.strategy)  # fails now, not at the first checkpoint
     if chosen.own is not None:
         rehearse(chosen.own.checked, label, pack(model.model), clients)
     return f"{label}: {'folds updates' if chosen.folds else 'needs every update of a round'}"
 
 
 def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudData | None, Examples]:
-    """The cloud's data and the final test split, which the steps after the rounds work on.
+    """Reads the cloud's data and the final test split, which the steps after the rounds use.
 
     Raises:
-        ReleaseError: what will be made could not be published.
-        FedcoreError: the data cannot be read, or are not like the task's example.
+        ReleaseError: the result couldn't be published.
+        FedcoreError: the data can't be read, or doesn't match the task's example.
     """
     if run.release.repository is not None and run.release.keys is not None:
         check_publishable(
@@ -153,10 +159,10 @@ def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudDat
 
 
 def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
-    """The names of a task's clients, each once, and at least as many as a cohort.
+    """Returns the names of a task's clients: unique, and at least as many as a cohort.
 
     Raises:
-        DataError: listing them failed, or they are no such names.
+        DataError: listing them failed, or a name is not a string or not unique.
         ConfigError: there are fewer than ``federation.cohort``.
     """
     try:
@@ -167,7 +173,7 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
         different = _different(clients)
     except DataError:
         raise
-    except (Exception, SystemExit) as error:  # the task's code: any failure is one of its data
+    except (Exception, SystemExit) as error:  # the task's code: any failure is a data error
         raise DataError(
             f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
             "Nothing was trained."
@@ -191,8 +197,8 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
 
 
 def _different(clients: Sequence[str]) -> int:
-    """How many different names there are, in 8 bytes a name: there may be millions of them."""
+    """Counts distinct names with 8 bytes each, because there may be millions."""
     hashes = np.fromiter(map(hash, clients), np.int64, len(clients))
     different = len(np.unique(hashes))
-    # Two names can share a hash, though hardly ever: then they are looked at themselves.
+    # On a hash collision, which is rare, compare the names themselves.
     return different if different == len(clients) else len(set(clients))

@@ -1,4 +1,7 @@
-"""What a run leaves behind, step by step: the frozen types that the report is drawn from."""
+"""Frozen record types of a run, from which report and summary are made.
+
+Start with `RunRecord`.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ from fedcore.artifacts.manifest import ClientStatement, Manifest
 
 @dataclass(frozen=True)
 class VirtualRecord:
-    """One round on the virtual clock, as it is reported beside real time."""
+    """Timing and traffic of one round on the virtual clock of a simulation."""
 
     simulated_s: float
-    """From its start until the server had nobody to wait for, or the deadline."""
+    """Seconds from the round's start until no client was outstanding, or the deadline."""
     unavailable: int
-    """Clients that could not be reached."""
+    """Clients that were offline."""
     dropped: int
-    """Clients that vanished on the way."""
+    """Clients that disconnected during the round."""
     stragglers: int
     """Clients that finished after the deadline."""
     bytes_down: int
-    """What crossed the network to clients."""
+    """Bytes sent from the server to clients."""
     bytes_up: int
-    """What crossed the network from clients, updates that came too late included."""
+    """Bytes sent from clients to the server, late updates included."""
     bytes_wasted: int
-    """The part of both that belongs to dropped clients and stragglers."""
+    """The part of both directions that was spent on dropped clients and stragglers."""
 
 
 @dataclass(frozen=True)
@@ -33,66 +36,66 @@ class RoundRecord:
     """One round of federated training."""
 
     round: int
-    """From 1."""
+    """Number of the round, from 1."""
     rounds: int
-    """How many were planned."""
+    """Number of rounds planned."""
     seconds: float
     cohort: int
-    """Clients that were asked."""
+    """Clients in the round's cohort."""
     updates: int
-    """Updates that were aggregated."""
+    """Number of aggregated updates."""
     declined: int
-    """Clients whose budget is spent."""
+    """Clients that declined because their privacy budget is spent."""
     failed: int
-    """Clients that failed, or whose update was refused."""
+    """Clients that failed, or whose update was rejected."""
     train_loss: float | None
-    """Mean over clients; None where privacy keeps losses on the devices."""
+    """Mean training loss over clients; None if privacy keeps losses on the devices."""
     metrics: dict[str, float]
-    """Of the new global model, on data it was not trained on (see ``judged_on``)."""
+    """Metrics of the new global model, on data it was not trained on (see ``judged_on``)."""
     judged_on: str
-    """``cloud`` (data that no round trained on), ``clients`` (what they hold back), ``nothing``."""
+    """Data of the metrics: ``cloud`` (no round trains on it), ``clients`` (held back),
+    ``nothing``."""
     epsilon_max: float | None
-    """The most that any client has said to have spent, in this round or one before."""
+    """Largest epsilon that any client has reported up to and including this round."""
     bytes_up: int
-    """Payload from clients to server, in this round."""
+    """Payload bytes from clients to the server in this round."""
     bytes_down: int
-    """Payload from server to clients, in this round."""
+    """Payload bytes from the server to clients in this round."""
     virtual: VirtualRecord | None = None
-    """The round on the virtual clock of a simulation with device classes."""
+    """Timing on the virtual clock; None without device classes."""
     client_epsilon: float | None = None
-    """Client-level epsilon of the models of all rounds so far; None where clients are not
-    protected."""
+    """Client-level epsilon of the models of all rounds so far; None if clients aren't protected."""
     median_norm: float | None = None
-    """L2 norm of the round's median update, as it counts for the bound on updates; None where they
-    are not bounded by it, or were too few."""
+    """L2 norm of the round's median update, as used for the adaptive bound on update norms; None if
+    that bound is not in use or there were too few updates."""
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a simulation trained its clients; it decides the last bits of the result."""
+    """How a simulation trained its clients. The method affects the last bits of the result."""
 
     method: str
-    """``loop`` (one after the other) or ``vectorised`` (side by side)."""
+    """``loop`` (clients sequentially) or ``vectorised`` (several clients at once)."""
     reason: str
     loop_s: float | None
-    """Seconds a client, one after the other; None where it was not measured."""
+    """Measured seconds per client with ``loop``; None if not measured."""
     vectorised_s: float | None
-    """Seconds a client, side by side; None where it was not measured."""
+    """Measured seconds per client with ``vectorised``; None if not measured."""
     workers: int | None
-    """At the end; None where a run was resumed after its last round."""
+    """Number of workers at the end; None if the run was resumed after its last round."""
 
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client at the end of a simulation; on real devices this stays there."""
+    """One client at the end of a simulation. Real devices keep these figures to themselves."""
 
     client: str
     examples: int
     metric: float
-    """The primary metric of the federated model on all of the client's own data."""
+    """Primary metric of the federated model on all data of the client."""
     epsilon: float | None
     rounds: int
-    """Rounds that it took part in."""
+    """Rounds in which the client took part."""
 
 
 def epsilon_spent(
@@ -102,17 +105,17 @@ def epsilon_spent(
     budget: float | None,
     dropped: bool = False,
 ) -> float | None:
-    """The most that any client may have spent, over all updates that left it, used or not.
+    """Returns the largest epsilon that any client may have spent, counting every update it sent.
 
-    A device says what it has spent with each update. An update that was refused, or came too late,
-    may be its last and cost what nobody was told; no device spends more than the run's budget, so
-    that is stated then. A simulation has all ledgers, and needs no such bound.
+    Devices report their spending with each update. The last update of a device may be lost if it
+    was rejected or late, and with it the report of its cost. In that case the result is the run's
+    budget, which no device exceeds. A simulation has all ledgers, and needs no such bound.
 
     Args:
-        rounds: Of the run.
-        clients: With their ledgers, in a simulation; empty for devices.
+        rounds: The rounds of the run.
+        clients: Client records with their ledgers, in a simulation; empty for devices.
         budget: ``privacy.max_epsilon``; None without example-level privacy.
-        dropped: Whether a round may have been dropped after these, whose updates had left devices.
+        dropped: Whether a later round may have been dropped after devices had sent updates.
 
     Returns:
         Epsilon, or None without example-level privacy or before any update.
@@ -129,34 +132,34 @@ def epsilon_spent(
 
 @dataclass(frozen=True)
 class CandidateRecord:
-    """One compression candidate, measured."""
+    """Measurements of one compression candidate."""
 
     name: str
     metric: float
-    """The primary metric on the cloud's held-out data."""
+    """Primary metric on the cloud's held-out data."""
     drop: float
-    """How much worse than fp32 that is (`fedcore.task.metrics.Metric.worsening`)."""
+    """How much worse the metric is than that of fp32 (`fedcore.task.metrics.Metric.worsening`)."""
     agreement: float
-    """With the fp32 file, on the cloud's held-out data."""
+    """Agreement of outputs with the fp32 file, on the cloud's held-out data."""
     max_abs_error: float
-    """Against the torch model that it was exported from."""
+    """Largest absolute difference from the outputs of the torch model it was exported from."""
     bytes: int
     sha256: str
     p50_us: float
     p50_min_us: float
     p50_max_us: float
-    """Median, and the least and largest of the medians of repeated blocks."""
+    """Median latency in microseconds, and the smallest and largest median of repeated blocks."""
     admitted: bool
     reason: str
-    """Why it was admitted, chosen or refused, in a few words."""
+    """Why the candidate was admitted, chosen or rejected, in a few words."""
     clients_drop: float | None = None
-    """How much worse than fp32 it may be on what clients hold back, at 95 % confidence; None where
-    no client weighed it."""
+    """Upper bound, at 95 % confidence, on how much worse than fp32 the metric is on data that
+    clients hold back; None if no client evaluated the candidate."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that the report shows."""
+    """The complete record of a run."""
 
     name: str
     task: str
@@ -166,33 +169,33 @@ class RunRecord:
     higher_is_better: bool
     device: str
     noise: str
-    """How noise was drawn: ``none``, ``simulated`` or ``system``."""
+    """Source of the privacy noise: ``none``, ``simulated`` (from the seed) or ``system``."""
     rounds: tuple[RoundRecord, ...]
     best_round: int
     training: TrainingRecord | None = None
-    """How clients were trained; None where they are no simulation's."""
+    """How clients were trained; None for a run over devices."""
     clients: tuple[ClientRecord, ...] = ()
     candidates: tuple[CandidateRecord, ...] = ()
     chosen: str | None = None
     manifest: Manifest | None = None
     withheld: str = ""
-    """Why nothing was published, though a repository was named."""
+    """Reason why the release was withheld; empty if it was not."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Final test split: by metric, then ``federated``, ``cloud_alone``, ``finetuned``,
-    ``released``."""
+    """Scores on the final test split: by metric, then ``federated``, ``cloud_alone``,
+    ``finetuned``, ``released``."""
     epsilon: float | None = None
-    """The most that any client may have spent on its examples, see `epsilon_spent`."""
+    """Largest epsilon that any client may have spent on its examples (`epsilon_spent`)."""
     client_privacy: ClientStatement | None = None
-    """What the models guarantee to each client; None where clients are not protected."""
+    """Client-level privacy guarantee of the models; None if clients aren't protected."""
     stages: dict[str, float] = field(default_factory=dict)
-    """Seconds of each stage, in order."""
+    """Seconds per stage, in order."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that reached its end."""
+    """A complete run."""
 
     record: RunRecord
     torch_p50_us: float
-    """Median time of one inference of the uncompressed model in torch."""
+    """Median time in microseconds of one inference of the uncompressed model in torch."""

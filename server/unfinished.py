@@ -1,4 +1,4 @@
-"""Whether a folder holds what a run that did not end has learnt."""
+"""Protects the progress of interrupted runs from being overwritten by a new run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, is_complete
 
 
 def drop_all(folder: Path) -> None:
-    """Lets everything in a folder be dropped."""
+    """Permits everything in the folder to be dropped: the check for ``--fresh``."""
 
 
 def refuse_to_drop(folder: Path) -> None:
-    """Refuses to begin again where that would drop what an interrupted run has learnt.
+    """Rejects starting a run over if that would drop the progress of an interrupted one.
 
-    A simulation that had no round over has learnt nothing, and a complete run may be replaced.
+    A simulation without a finished round has no progress to lose, and a complete run may be
+    replaced.
 
     Args:
-        folder: Of a run of the same name, held by this process.
+        folder: The folder of a run of the same name, locked by this process.
 
     Raises:
-        ConfigError: there is such a run. Nothing was removed.
+        ConfigError: there is an interrupted run with progress. Nothing was removed.
         DataError: its checkpoint is damaged. Nothing was removed.
     """
     if is_complete(folder):
@@ -37,15 +38,15 @@ def refuse_to_drop(folder: Path) -> None:
 
 
 def refuse_to_drop_simulated(folder: Path) -> None:
-    """The same, for a simulation that was interrupted alone.
+    """Rejects starting a run over if that would drop the progress of an interrupted simulation.
 
     Raises:
-        ConfigError: there is one. Nothing was removed.
+        ConfigError: there is such a simulation. Nothing was removed.
         DataError: its checkpoint is damaged. Nothing was removed.
     """
     if is_complete(folder) or not (folder / CHECKPOINT).is_file():
         return
-    # Imported here: it brings torch, and a server listens before it has that.
+    # Imported here: it imports torch, and a server starts listening before that.
     from server.simulation.checkpoint import read_checkpoint
 
     last = read_checkpoint(folder / CHECKPOINT).progress.round

@@ -1,4 +1,4 @@
-"""What a call is given: a task, a run and settings of it, and where progress is shown."""
+"""Parsing of the arguments that API functions share: task, run, settings, model and progress."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, loa
 from fedcore.training.device import available
 from server.rounds.own_strategy import Own, check_own, label_of
 
-_UNNAMED = re.compile(r"[^a-z0-9_-]+")  # what the name of a run may not have
+_UNNAMED = re.compile(r"[^a-z0-9_-]+")  # characters that a run's name can't contain
 _MOST_NAMED = 64
 AnyTask = Task | str | PathLike[str]
-"""A task, or the file that defines it."""
+"""A task, or the path of the file that defines it."""
 AnyRun = RunConfig | str | PathLike[str]
-"""A run, or its file."""
+"""A run, or the path of its file."""
 AnyModel = FullModel | str | PathLike[str]
-"""A model, or a checkpoint of it in safetensors."""
+"""A model, or the path of its checkpoint in safetensors format."""
 
 
 def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, Any]) -> RunConfig:
-    """The run that is asked for, with its settings.
+    """Builds the run from its arguments: file or object, task, and overrides.
 
     Args:
-        task: A task, or its file; None for the one that the run names.
-        run: A run, or its file; None for one with every default, named after the task.
-        settings: Sections or settings that are to be others.
+        task: A task, or its file; None for the task that the run names.
+        run: A run, or its file; None for a run with default settings, named after the task.
+        settings: Sections or settings to override.
+
+    Returns:
+        The run with all overrides applied.
 
     Raises:
-        ConfigError: the run cannot be read, a setting is wrong, or neither names a task.
+        ConfigError: the run can't be read, a setting is invalid, or neither argument names a task.
     """
     if run is None and task is None:
         raise ConfigError(
@@ -65,10 +68,13 @@ def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, 
 def with_strategy(
     run: RunConfig, strategy: Own | type[Own] | str | None
 ) -> tuple[RunConfig, Own | type[Own] | None]:
-    """The run with that strategy, and the strategy itself where it was made in Python.
+    """Applies a strategy argument to a run.
+
+    Returns:
+        The run with the strategy's name, and the strategy if it was made in Python, else None.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the object is not a strategy.
     """
     if strategy is None:
         return run, None
@@ -82,11 +88,11 @@ def with_strategy(
 
 
 def loaded(task: AnyTask | None, run: RunConfig) -> Task:
-    """The task itself.
+    """Returns the task, loaded from its file if necessary.
 
     Raises:
-        ConfigError: the run is of a task that was made in memory, which is not given.
-        TaskError: there is no such file, or no task in it.
+        ConfigError: the run's task was made in memory, and no task was given.
+        TaskError: the file doesn't exist, or contains no task.
     """
     if isinstance(task, Task):
         return task
@@ -99,18 +105,18 @@ def loaded(task: AnyTask | None, run: RunConfig) -> Task:
 
 
 def refuse_elsewhere(run: RunConfig, task: Task, *, rounds: bool) -> None:
-    """Refuses steps of a task made in memory that run in processes which load it from its file.
+    """Rejects a task made in memory if some step needs processes that load it from a file.
 
-    Forked workers inherit such a task, and one process of fine-tuning is this one; processes that
-    are started afresh have only the file.
+    Forked workers inherit such a task, and single-process fine-tuning runs in this process. Spawned
+    processes could only load the task from its file.
 
     Args:
-        run: As `configured` gives it.
+        run: The run from `configured`.
         task: Its task.
-        rounds: Whether clients are trained as well.
+        rounds: Whether the call also trains clients.
 
     Raises:
-        ConfigError: there are such steps.
+        ConfigError: a step needs spawned processes, and the task was made in memory.
     """
     if run.task != IN_MEMORY:
         return
@@ -132,10 +138,10 @@ def refuse_elsewhere(run: RunConfig, task: Task, *, rounds: bool) -> None:
 
 
 def model_of(model: AnyModel, task: Task, run: RunConfig) -> FullModel:
-    """The model, read from its checkpoint where a file is named.
+    """Returns the model, loaded from its checkpoint if a path is given.
 
     Raises:
-        DataError: the file cannot be read, or is of another model.
+        DataError: the file can't be read, or doesn't match the model.
     """
     if isinstance(model, FullModel):
         return model
@@ -146,7 +152,7 @@ def model_of(model: AnyModel, task: Task, run: RunConfig) -> FullModel:
 
 
 def shown(progress: bool | Sink) -> AbstractContextManager[Sink]:
-    """Where progress goes: to standard error or the notebook's cell, to a function, or nowhere."""
+    """Returns the sink for progress: standard error or the notebook's cell, a callback, or none."""
     if callable(progress):
         return nullcontext(progress)
     return choose(sys.stderr, json=False) if progress else nullcontext(tee())

@@ -1,4 +1,4 @@
-"""A quick check of a task as a call."""
+"""`fedcore.check`: a quick check of a task, without a full run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def check(
 ) -> TaskCheck:
     """Runs one step of everything on one client's data, and finds in seconds what would fail later.
 
-    Steps are: clients, client data, model, schema, loss, training, metrics, privacy, export, test
-    data, cloud data. The first that fails and is required ends it.
+    Steps in order: clients, client data, model, schema, loss, training, metrics, strategy, privacy,
+    export, test data, cloud data. The first required step that fails ends the check.
 
     Example::
 
@@ -33,19 +33,20 @@ def check(
             print(checked)
 
     Args:
-        task: A task, or the file that defines one; None for the one that the run names.
-        run: The run, or its file, whose settings decide what is required; every default when None.
-        client: The client whose data is used; the first one when None.
-        on_finding: Gets each finding as soon as there is one.
-        progress: Whether standard error says so where a first step takes long.
-        settings: Sections or settings of the run that are to be others.
+        task: A task, or the file that defines one; None for the task that the run names.
+        run: The run, or its file, whose settings decide which steps are required; None for default
+            settings.
+        client: The client whose data is used; None for the first one.
+        on_finding: Callback after each step, with its finding.
+        progress: Whether to print a notice on standard error if the first training step takes long.
+        settings: Sections or settings of the run to override.
 
     Returns:
-        What each step found. A failure of the task is a finding, not an error.
+        One finding per step. A failure of the task is a finding, not an exception.
 
     Raises:
-        ConfigError: the run cannot be read, or a setting is wrong.
-        TaskError: the task's file does not exist, or holds no task.
+        ConfigError: the run can't be read, or a setting is invalid.
+        TaskError: the task's file doesn't exist, or contains no task.
     """
     asked = configured(task, run, settings)
     found = loaded(task, asked)

@@ -1,4 +1,4 @@
-"""What a simulation leaves: rounds, models, figures, and what later steps go on from."""
+"""The result of a simulation: history, models and metrics, and the input of later steps."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class History:
     rounds: tuple[RoundRecord, ...]
 
     def __len__(self) -> int:
-        """How many rounds there were."""
+        """Returns the number of rounds."""
         return len(self.rounds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat row for each round: its figures, and each metric under its own name."""
+        """Returns one flat dict per round: its fields, and each metric under its own name."""
         rows = []
         for each in self.rounds:
             row = asdict(each)
@@ -46,7 +46,7 @@ class History:
         return rows
 
     def to_pandas(self) -> Any:
-        """The rows as a `pandas.DataFrame`, indexed by round.
+        """Returns the rows as a `pandas.DataFrame`, indexed by round.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -63,7 +63,7 @@ class History:
 
 
 class Plot(str):
-    """An ``<svg>`` element; a notebook draws it."""
+    """The text of an ``<svg>`` element, which a notebook renders."""
 
     def _repr_html_(self) -> str:
         return str(self)
@@ -71,9 +71,9 @@ class Plot(str):
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a simulation left, and what fine-tuning, compression and release go on from.
+    """The result of a simulation, from which fine-tuning, compression and release continue.
 
-    A notebook shows it as a plot of its rounds.
+    A notebook shows the result as a plot of its rounds.
 
     Example::
 
@@ -84,51 +84,54 @@ class Result:
     """
 
     record: RunRecord
-    """Everything that the report shows."""
+    """The complete record of the run, from which the report is made."""
     task: Task
     """The task that was trained."""
     run: RunConfig
     """The run, with all of its settings."""
     model: FullModel
-    """Preprocessing and network behind fine-tuning, or of the best round where there was none or
-    the gate closed; on the CPU, in evaluation mode. Takes raw inputs ``(B, ...)``."""
+    """The final model, preprocessing included: fine-tuned, or the best round's if there was no
+    fine-tuning or the gate rejected its result. On the CPU, in evaluation mode; takes raw inputs
+    ``(B, ...)``."""
     federated: FullModel
-    """The model of the best round, likewise: what `fedcore.finetune` begins with."""
+    """The model of the best round, preprocessing included, on the CPU in evaluation mode: the
+    starting point of `fedcore.finetune`."""
     compressed: Compressed
-    """The candidates, and which was chosen: what `fedcore.publish` signs."""
+    """All compression candidates and the choice among them; `fedcore.publish` signs the chosen
+    one."""
     origin: Origin
-    """What the manifest of a release says of the rounds."""
+    """Provenance and privacy of the rounds, for the manifest of a release."""
     summary: dict[str, Any]
-    """What ``summary.json`` holds."""
+    """The content of ``summary.json``."""
     folder: Path
-    """Where its files lie: report, candidates, checkpoints. It is gone with this object, unless
-    ``runs`` was named."""
+    """The folder of the run's files: report, candidates, checkpoints. Deleted with this object
+    unless ``runs`` was given."""
     _kept: object = field(default=None, compare=False)
 
     @property
     def history(self) -> History:
-        """The rounds."""
+        """The history of rounds."""
         return History(self.record.rounds)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """Scores on the final test split, by metric and then by model.
 
-        Models are ``federated``, ``released``, and behind fine-tuning ``finetuned`` and
+        Models are ``federated`` and ``released``, and with fine-tuning also ``finetuned`` and
         ``cloud_alone``.
         """
         return self.record.scores
 
     @property
     def clients(self) -> tuple[ClientRecord, ...]:
-        """Each client with its examples, its metric, its rounds and what it spent."""
+        """One record per client: number of examples, metric, rounds and privacy spent."""
         return self.record.clients
 
     def plot(self) -> Plot | None:
-        """The primary metric, and epsilon, by round: the text of an SVG, which a notebook draws.
+        """Plots the primary metric and epsilon by round, as SVG text that a notebook renders.
 
         Returns:
-            None where there were no rounds to draw.
+            The plot; None if there are no rounds to plot.
         """
         from server.report.plots import rounds_plot
 
@@ -141,24 +144,24 @@ class Result:
         return None if drawn is None else Plot(drawn)
 
     def __repr__(self) -> str:
-        """The run, and the primary metric of each model on the final test split."""
+        """Returns the run's name, number of rounds, and each model's primary test metric."""
         primary, rounds = self.record.primary, counted(len(self.record.rounds), "round")
         scores = self.metrics.get(primary, {}).items()
         figures = ", ".join(f"{name} {figure(value)}" for name, value in scores)
         return f"<Result {self.record.name!r}: {rounds}; {primary}: {figures}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Returns the HTML that a notebook shows."""
         return self.plot() or ""
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Copies the run's files to a folder that is not there yet.
+        """Copies the run's files to a new folder.
 
         Returns:
-            That folder.
+            The path of the new folder.
 
         Raises:
-            ConfigError: it is there.
+            ConfigError: the folder exists already.
         """
         path = Path(folder)
         if path.exists():

@@ -1,4 +1,7 @@
-"""A simulation as a call. ``fedcore simulate`` does the same from a run's file."""
+"""`fedcore.simulate` and its implementation, which ``fedcore simulate`` shares.
+
+In: a task, a run, the owner's policy and a results folder. Out: a `server.api.result.Result`.
+"""
 
 from __future__ import annotations
 
@@ -58,29 +61,30 @@ def simulate(
         result.metrics, result.history.to_pandas(), result.model
 
     Args:
-        task: A task, or the file that defines one; None for the one that the run names. A task made
-            in memory, as in a notebook, is trained by forked workers and fine-tuned in this
-            process. It cannot go to processes that are started afresh (several GPUs, Ray,
-            fine-tuning by several processes), which is said before anything runs.
-        run: The run, or its file; a run with every setting's default when None.
-        owner: What every virtual client keeps to.
-        runs: A folder: results go to the folder of the run's name in it, in place of a complete
-            run that was there. A folder that lives as long as the result when None.
-        fresh: A run that was interrupted there is replaced, too; it is an error otherwise.
-        resume: Goes on with a run that was interrupted there, from its last checkpoint. That a task
-            made in memory is still the same is not checked.
-        progress: Whether progress is shown: on standard error, or in the notebook's cell. A
-            function gets the events instead.
-        strategy: In place of the run's: a `fedcore.Algorithm` or a strategy of Flower's kind, as
-            an instance, a class, which gets ``strategy_options``, or a name.
-        settings: Sections or settings of the run that are to be others.
+        task: A task, or the file that defines one; None for the task that the run names. Forked
+            workers train a task made in memory, for example in a notebook, and this process
+            fine-tunes it. Spawned processes (several GPUs, Ray, distributed fine-tuning) can't load
+            such a task; settings that need them are rejected before anything runs.
+        run: The run, or its file; None for a run with default settings.
+        owner: The policy that every virtual client enforces.
+        runs: Parent folder of results. They go to the subfolder named after the run and replace a
+            complete run there. When None, a temporary folder that is deleted with the result.
+        fresh: Also replace an interrupted run in that subfolder, which is an error otherwise.
+        resume: Resume the interrupted run in that subfolder from its last checkpoint. Whether a
+            task made in memory is unchanged isn't checked.
+        progress: Whether to show progress, on standard error or in the notebook's cell; or a
+            callback that receives the events instead.
+        strategy: Replaces the run's strategy: an instance or a class of `fedcore.Algorithm` or of
+            Flower's ``Strategy``, or a name. A class receives ``strategy_options``.
+        settings: Sections or settings of the run to override.
 
     Returns:
-        What the run left. Where its final test withholds the model, ``record.withheld`` says why.
+        The results of the run. If the final test withholds the model, ``record.withheld`` gives the
+        reason.
 
     Raises:
-        FedcoreError: whatever is wrong or fails, as the command line says it. Nothing is printed
-            but progress, and the process goes on.
+        FedcoreError: any failure, with the message that the command line shows. Only progress is
+            printed, and the process keeps running.
     """
     asked, own = with_strategy(configured(task, run, settings), strategy)
     return simulated(
@@ -110,19 +114,25 @@ def simulated(
     command: str,
     strategy: Own | type[Own] | None = None,
 ) -> Result:
-    """Simulates a run whose settings are made up; the other arguments are those of `simulate`.
+    """Simulates a run whose settings are final: `simulate` without the parsing of settings.
 
     Args:
-        task: As there.
+        task: A task, or the file that defines one; None for the task that the run names.
         run: The run.
-        owner: As there.
-        runs: As there.
-        fresh: As there.
-        resume: As there.
-        progress: As there.
-        say_slow: Whether standard error says so where the first step takes long.
-        command: The command line that asks for this, for advice on what to do.
-        strategy: The user's own, where it was made in Python.
+        owner: The policy that every virtual client enforces.
+        runs: Parent folder of results; None for a temporary folder that is deleted with the result.
+        fresh: Replace an interrupted run in its folder, too.
+        resume: Resume the interrupted run in its folder from its last checkpoint.
+        progress: Whether to show progress, or a callback that receives the events.
+        say_slow: Whether to print a notice on standard error if the first step takes long.
+        command: The equivalent command line, quoted in advice to the user.
+        strategy: The user's own strategy if it was made in Python.
+
+    Returns:
+        The results of the run.
+
+    Raises:
+        FedcoreError: any failure.
     """
     started = time.monotonic()
     if resume and (fresh or runs is None):
@@ -178,21 +188,21 @@ def run_in(
     started: float,
     resumed: Checkpoint | None = None,
 ) -> tuple[Completed, dict[str, Any]]:
-    """Runs the whole loop and writes everything that a run leaves in its folder.
+    """Runs the whole pipeline and writes every result file into the run's folder.
 
     Args:
-        folder: The run's, open.
+        folder: The run's folder, locked by this process.
         run: The run.
         task: Its task.
-        owner: What virtual clients keep to.
-        prepared: What it works on.
-        shown: Told what happens, beside the run's files.
-        command: What goes on with the run where it is interrupted.
-        started: The monotonic time that it began at.
-        resumed: Where an earlier process stopped.
+        owner: The policy that virtual clients enforce.
+        prepared: The checked inputs of the run.
+        shown: Sink that receives every event in addition to the run's files.
+        command: The command line that resumes the run after an interruption.
+        started: Monotonic time at which the run began, in seconds.
+        resumed: The checkpoint to resume from; None for a new run.
 
     Returns:
-        What it left, and what ``summary.json`` holds.
+        The completed run, and the content of ``summary.json``.
     """
     with (
         json_lines(folder / "metrics.jsonl") as lines,

@@ -1,4 +1,4 @@
-"""Fine-tuning, compression and release as calls of their own, as `simulate` does them in one."""
+"""Fine-tuning, compression and release as separate calls; `fedcore.simulate` runs all three."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ def finetune(
     progress: bool | Sink = True,
     **settings: Any,
 ) -> Finetuned:
-    """Fine-tunes a model on the cloud's data, behind a gate, as `fedcore.simulate` does.
+    """Fine-tunes a model on the cloud's data and keeps the result only if a quality gate admits it.
 
-    Needs a task with ``cloud_data``. One process, which is the default, is this one, and takes a
-    task that was made in memory; several load it from its file. Clients of a simulation judge what
-    comes out where the run has them hold data back (``federation.evaluate_cohort``).
+    Requires a task with ``cloud_data``. By default training runs in this process, which works for a
+    task made in memory; several processes load the task from its file. If the run has clients hold
+    data back (``federation.evaluate_cohort``), simulated clients evaluate the fine-tuned model,
+    too.
 
     Example::
 
@@ -65,20 +66,20 @@ def finetune(
 
     Args:
         task: A task, or the file that defines one.
-        run: The run, or its file, of which ``[finetune]``, ``[federation]`` and the seed are read;
-            one with every default when None.
-        model: The model to begin with, or a checkpoint of it. It is not changed.
-        owner: What virtual clients that judge keep to.
-        progress: Whether progress is shown, or a function that gets the events.
-        settings: Sections or settings of the run that are to be others.
+        run: The run, or its file; ``[finetune]``, ``[federation]`` and the seed are used. None for
+            default settings.
+        model: The model to start from, or its checkpoint. Not changed.
+        owner: The policy that evaluating virtual clients enforce.
+        progress: Whether to show progress, or a callback that receives the events.
+        settings: Sections or settings of the run to override.
 
     Returns:
-        The fine-tuned model, whether the gate kept it, and what it saw.
+        The fine-tuned model, whether the gate kept it, and the metrics that the gate compared.
 
     Raises:
-        ConfigError: there is nothing to fine-tune on or for: no cloud data, or no epochs.
-        TrainingError: training failed. ``model`` stands.
-        FedcoreError: whatever else is wrong, before anything is trained.
+        ConfigError: the task has no cloud data, or ``finetune.epochs`` is 0.
+        TrainingError: training failed; ``model`` remains valid.
+        FedcoreError: any other error, before training starts.
     """
     asked = configured(task, run, settings)
     found = loaded(task, asked)
@@ -113,10 +114,11 @@ def compress(
     progress: bool | Sink = True,
     **settings: Any,
 ) -> Compressed:
-    """Exports a model, makes smaller candidates of it, times them all, and chooses one.
+    """Exports a model to ONNX, builds compressed candidates, times them all, and chooses one.
 
-    The cloud's data calibrate and weigh candidates; a task without any gives the exported model
-    alone. Clients of a simulation weigh them, too, where the run has them hold data back.
+    The cloud's data calibrates and evaluates candidates; without it the only candidate is the
+    exported model. If the run has clients hold data back, simulated clients evaluate candidates,
+    too.
 
     Example::
 
@@ -126,21 +128,21 @@ def compress(
 
     Args:
         task: A task, or the file that defines one.
-        run: The run, or its file, of which ``[compression]``, ``[finetune]``, ``[serving]`` and the
-            seed are read; one with every default when None.
-        model: The trained model, or a checkpoint of it. It is not changed.
-        owner: What virtual clients that weigh keep to.
-        progress: Whether progress is shown, or a function that gets the events.
-        settings: Sections or settings of the run that are to be others.
+        run: The run, or its file; ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are
+            used. None for default settings.
+        model: The trained model, or its checkpoint. Not changed.
+        owner: The policy that evaluating virtual clients enforce.
+        progress: Whether to show progress, or a callback that receives the events.
+        settings: Sections or settings of the run to override.
 
     Returns:
-        Every candidate with its figures: sizes in bytes, times in microseconds.
+        All candidates with their measurements: sizes in bytes, times in microseconds.
 
     Raises:
-        TaskError: the model cannot be exported.
-        ParityError: the export answers differently from the model.
-        CompressionError: weights are not finite, or no candidate keeps to the run's limits.
-        FedcoreError: whatever else is wrong, before anything is made.
+        TaskError: the model can't be exported.
+        ParityError: outputs of the exported file differ from those of the model.
+        CompressionError: weights are not finite, or no candidate meets the run's limits.
+        FedcoreError: any other error, before candidates are built.
     """
     asked = configured(task, run, settings)
     found = loaded(task, asked)
@@ -171,11 +173,12 @@ def publish(
     keys: str | PathLike[str] | None = None,
     model: str | None = None,
 ) -> Manifest:
-    """Tests the chosen candidate on the final test split, signs it, and publishes it.
+    """Evaluates the chosen candidate on the final test split, signs it, and publishes it.
 
     Guarantee:
-        The manifest says where the model comes from: the round and its privacy are those of
-        ``result``, and the candidate was made of its model, or of what ``tuned`` made of that.
+        The manifest states the model's provenance truthfully: round and privacy are those of
+        ``result``, and the candidate derives from the model of ``result``, directly or through
+        ``tuned``.
 
     Example::
 
@@ -187,23 +190,22 @@ def publish(
         fedcore.publish(compressed, result, tuned=tuned, repository="releases", keys="keys")
 
     Args:
-        compressed: The candidates, of which the chosen one is published.
-        result: The simulation that the model comes from.
-        tuned: The fine-tuning in between, where it was a call of its own.
-        repository: The signed repository; the run's ``release.repository`` when None.
-        keys: The folder of its keys, as ``fedcore release init`` made it, without the offline ones;
-            the run's ``release.keys`` when None.
-        model: The name that devices ask for; the run's when None.
+        compressed: The candidates; the chosen one is published.
+        result: The simulation that produced the model.
+        tuned: The result of `fedcore.finetune`, if fine-tuning was a separate call.
+        repository: Folder of the signed repository; None for the run's ``release.repository``.
+        keys: Folder of the repository's online keys, made by ``fedcore release init``; None for the
+            run's ``release.keys``.
+        model: The name under which devices request the model; None for the run's name.
 
     Returns:
-        The manifest as signed. Devices that ask from now on get this version.
+        The signed manifest. Devices that request the model from now on receive this version.
 
     Raises:
-        ConfigError: no repository or no keys are named, or the candidates are of another model.
+        ConfigError: repository or keys are not given, or the candidates derive from another model.
         ReleaseError: keys are missing, or on the final test split the candidate is worse than the
-            model of the rounds by more than ``release.max_test_drop``. What was published before
-            stands.
-        DiskFull: there was no room; what was published before stands.
+            federated model by more than ``release.max_test_drop``. Earlier releases remain valid.
+        DiskFull: the disk is full; earlier releases remain valid.
     """
     run, task = result.run, result.task
     place = _place(run, repository, run.release.repository, "repository")
@@ -245,10 +247,10 @@ def _place(
 
 
 def _refuse_others(compressed: Compressed, result: Result, tuned: Finetuned | None) -> None:
-    """Refuses candidates whose model has no line of evidence back to the rounds of ``result``.
+    """Rejects candidates that don't derive from the federated model of ``result``, by digest.
 
     Raises:
-        ConfigError: they are of another model.
+        ConfigError: the candidates derive from another model.
     """
     parent = result.origin.parent_sha256
     ours = {parent, result.compressed.source_sha256}

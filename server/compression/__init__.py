@@ -1,4 +1,5 @@
-"""A trained model in, the best of its measured candidates out: small, quick, and as accurate.
+"""Compression: builds smaller, faster versions of a trained model and chooses the best one.
 
-Read `compress` first; `export` makes ONNX of a model.
+In: a trained model, the run's limits and the cloud's data. Out: measured candidates as ONNX files,
+one of them chosen. Start with `compress`; `export` converts a model to ONNX.
 """

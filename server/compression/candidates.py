@@ -1,4 +1,4 @@
-"""The candidates: each an object that knows how to make one model file from what there is."""
+"""The compression candidates, each an object that builds one ONNX file from shared material."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.compression.quantise import int8_dynamic, int8_static
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What candidates are made from. What several of them need is made once, when first asked."""
+    """Inputs that candidates are built from; shared intermediates are computed once, lazily."""
 
     run: RunConfig
     task: Task
@@ -30,27 +30,27 @@ class Material:
     examples: Examples | None
     """The cloud's training data."""
     reduce_range: bool
-    """See `server.compression.quantise.int8_static`."""
+    """Limit int8 weights to 7 bits; see `server.compression.quantise.int8_static`."""
 
     @property
     def example_batch(self) -> Tensor:
-        """The example input, twice."""
+        """A batch of two copies of the example input."""
         return torch.stack([self.task.example_input] * 2)
 
     @property
     def train(self) -> Examples:
-        """The cloud's training data, for candidates that are only made where there is some."""
+        """The cloud's training data, for candidates that are built only if there is some."""
         assert self.examples is not None
         return self.examples
 
     @cached_property
     def fp32(self) -> bytes:
-        """The model as it was trained."""
+        """The trained model, exported."""
         return self._export(self.module)
 
     @cached_property
     def pruned(self) -> nn.Module:
-        """The model with fewer channels, trained further."""
+        """The pruned model, retrained."""
         compression = self.run.compression
         return prune_and_recover(
             self.module,
@@ -70,7 +70,7 @@ class Material:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """Random inputs of the cloud's training data, at most as many as are configured."""
+        """Random inputs from the cloud's training data, limited to ``calibration_examples``."""
         order = torch.randperm(
             size_of(self.train), generator=torch_rng(self.run.seed, "calibration")
         )
@@ -78,14 +78,14 @@ class Material:
 
     @property
     def saw_all(self) -> str:
-        """Says, for the manifest, that pruning trained on all there was."""
+        """Text for the manifest: pruning used all training data."""
         return (
             f"{counted(size_of(self.train), 'example')} of the cloud's training data, after pruning"
         )
 
     @property
     def saw_some(self) -> str:
-        """Says, for the manifest, what calibration saw."""
+        """Text for the manifest: the share of training data that calibration used."""
         return (
             f"{len(self.calibration)} of {counted(size_of(self.train), 'example')} of the cloud's "
             "training data, for ranges of activations"
@@ -97,15 +97,15 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A candidate's model file, and what it must answer like."""
+    """A candidate's ONNX file, and the model that its outputs must match."""
 
     onnx: bytes
     reference: nn.Module
     """The torch model that it was exported from."""
     exact: bool
-    """Whether it computes as its reference does, so that they may differ by rounding alone."""
+    """Whether the file may differ from its reference only by float rounding."""
     calibration: str
-    """What data quantisation and pruning saw, or ``none``."""
+    """Data that quantisation and pruning used, or ``none``."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class Candidate:
 
     name: CandidateName
     build: Callable[[Material], Built]
-    """Raises `CompressionError`, with the reason, for a model that it cannot be made of."""
+    """Builds the ONNX file; raises `CompressionError` if the model doesn't support the
+    technique."""
 
 
 def _fp32(material: Material) -> Built:
@@ -167,4 +168,4 @@ ALL: tuple[Candidate, ...] = (
     Candidate("pruned", _pruned),
     Candidate("pruned_int8", _pruned_int8),
 )
-"""In the order of `fedcore.config.run.CANDIDATES`."""
+"""All candidates, in the order of `fedcore.config.run.CANDIDATES`."""

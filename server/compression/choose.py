@@ -1,4 +1,4 @@
-"""Choosing among measured candidates: limits filter, and the smallest of what remains wins."""
+"""Choice among measured candidates: limits filter, and the smallest admitted file wins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedcore.config.run import Compression
 from fedcore.errors import CompressionError
 from server.records import CandidateRecord
 
-# A drop from 0.90 to 0.89 is 0.010000000000000009 in floating point, and keeps to 0.01.
+# A drop from 0.90 to 0.89 is 0.010000000000000009 in floating point, and meets a limit of 0.01.
 _ROUNDING = 1e-9
 
 
@@ -23,11 +23,11 @@ def choose(
         limits: ``max_accuracy_drop``, ``max_bytes``, ``max_p50_us``.
 
     Returns:
-        The records in the same order, each with its verdict, and the name of the chosen one. Of
-        equally small ones the faster wins, then the one that stands first.
+        The records in order, each with its verdict, and the name of the chosen candidate. Ties in
+        size go to the faster candidate, then to the first.
 
     Raises:
-        CompressionError: no candidate keeps to every limit.
+        CompressionError: no candidate meets every limit.
     """
     missed = {record.name: _missed(record, limits) for record in records}
     admitted = [record for record in records if not missed[record.name]]
@@ -48,9 +48,9 @@ _LIMITS = ("max_accuracy_drop", "max_bytes", "max_p50_us")
 
 
 def _missed(record: CandidateRecord, limits: Compression) -> list[str]:
-    """Each limit that a candidate misses, with by how much."""
+    """Describes each limit that a candidate misses, and by how much."""
     found = []
-    if not record.drop <= limits.max_accuracy_drop + _ROUNDING:  # so that NaN is refused
+    if not record.drop <= limits.max_accuracy_drop + _ROUNDING:  # `not <=` also rejects NaN
         found.append(
             f"drops {record.drop:.4g}, {record.drop - limits.max_accuracy_drop:.2g} more than "
             f"max_accuracy_drop = {limits.max_accuracy_drop:g}"

@@ -1,4 +1,7 @@
-"""Compression: every candidate is built, checked, weighed and timed, and the best is chosen."""
+"""Compression of a trained model: builds, checks, evaluates and times candidates; chooses one.
+
+In: a run, a task, a model and the cloud's data. Out: a `Compressed`. Start with `compress`.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,19 @@ from server.records import CandidateRecord
 from server.rounds.judging import Weigh, drop_of
 
 EXACT = 1e-3
-"""How far float32 models may differ, relative to their largest output: rounding in another order.
-An export is refused beyond it, and so is a released float32 model by a device's self-test."""
+"""Tolerance for outputs of float32 models, relative to their largest output; covers rounding in
+another order. An export beyond it is rejected, and so is a released float32 model in a device's
+self-test."""
 QUANTISED = 0.05
-"""How far an int8 model's golden outputs may differ on a device, likewise. Processors round
-8-bit products differently, and a step of one activation moves what follows; one that saturates
-where this one did not is further off than that, and must not serve the model."""
+"""Tolerance for golden outputs of an int8 model on a device, relative to the largest output.
+Processors round 8-bit products differently, and one activation step shifts later layers. A
+processor that saturates where this one didn't exceeds the tolerance, and must not serve the
+model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """What compression came to.
+    """The result of compression: all candidates, the choice, and what a release needs of it.
 
     Example::
 
@@ -55,31 +60,33 @@ class Compressed:
     """
 
     records: tuple[CandidateRecord, ...]
-    """All configured candidates; one that could not be built is refused, with NaN for figures."""
+    """All configured candidates; one that couldn't be built is rejected and has NaN figures."""
     chosen: str
     files: Mapping[str, bytes] = field(repr=False)
     """The ONNX file of every candidate that was built, by name."""
     torch_p50_us: float
-    """Median time of one inference of the uncompressed model in torch, on one thread."""
+    """Median time in microseconds of one inference of the uncompressed model in torch, on one
+    thread."""
     parity: Parity
-    """Of the chosen candidate."""
+    """Parity of the chosen candidate."""
     golden_inputs: NDArray[Any] = field(repr=False)
     """Synthetic inputs ``(N, ...)``; see `server.compression.golden`."""
     golden_outputs: FloatArray = field(repr=False)
-    """What the chosen file answers to each of them, asked one at a time, ``(N, ...)``."""
+    """Outputs ``(N, ...)`` of the chosen file for the golden inputs, computed one input at a
+    time."""
     golden_tolerance: float
-    """A device's outputs may differ from these by so much, absolutely."""
+    """Largest absolute difference from the golden outputs allowed on a device."""
     calibration: str
-    """What data the chosen candidate's quantisation and pruning saw, or ``none``."""
+    """Data that quantisation and pruning of the chosen candidate used, or ``none``."""
     notes: tuple[str, ...]
-    """What a reader of the report should know, a sentence each."""
+    """Notes for readers of the report, one sentence each."""
     source_sha256: str
-    """Digest of the model that was compressed, as a checkpoint."""
+    """SHA-256 of the compressed model's checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Weighed:
-    """A candidate that was built and answers."""
+    """A candidate that was built and evaluated."""
 
     built: Built
     golden: FloatArray
@@ -87,7 +94,7 @@ class _Weighed:
     heldout: FloatArray | None
     metric: float
     clients: Mapping[str, tuple[int, float]] | None
-    """What clients measured of it; None where they were not asked."""
+    """Measurements by clients; None if clients weren't asked."""
 
 
 def compress(
@@ -100,29 +107,29 @@ def compress(
     reduce_range: bool | None = None,
     on_clients: Weigh | None = None,
 ) -> Compressed:
-    """Makes the configured candidates of a trained model, and chooses the one to release.
+    """Builds the configured candidates of a trained model, and chooses one for release.
 
     Args:
-        run: ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are read.
-        task: What the model is for.
+        run: ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are used.
+        task: The model's task.
         model: The trained full model, on the CPU. Not changed.
-        cloud: Its training part calibrates and trains pruned models, its held-out part weighs
-            candidates. Without it, or without a held-out part, only fp32 is made.
-        progress: Takes a line for people at each step.
-        reduce_range: Keep int8 weights to 7 bits; decided by this machine's processor when unset,
-            and said in the notes.
-        on_clients: Has clients weigh candidates, too; one must keep to ``max_accuracy_drop`` there
-            as well as in the cloud.
+        cloud: The training part calibrates quantisation and retrains pruned models; the held-out
+            part evaluates candidates. If either is missing or empty, only fp32 is built.
+        progress: Callback at each step, with a line of text for the user.
+        reduce_range: Limit int8 weights to 7 bits; None decides by this machine's processor. Stated
+            in the notes.
+        on_clients: Evaluates candidates on clients; ``max_accuracy_drop`` then applies to clients
+            as well as to the cloud's data.
 
     Guarantee:
-        The same arguments give the same bytes of every file, in any process, on machines of one
-        kind with one version of each library. Times differ; whether ``max_p50_us`` refuses a
-        candidate can differ with them.
+        Equal arguments give byte-identical files, in any process, on machines of one kind with
+        equal library versions. Timings vary, and with them whether ``max_p50_us`` rejects a
+        candidate.
 
     Raises:
-        TaskError: the model cannot be exported.
-        ParityError: an export answers differently from the model that it was made from.
-        CompressionError: the model's weights are not finite, or no candidate keeps to the limits.
+        TaskError: the model can't be exported.
+        ParityError: outputs of an exported file differ from those of its source model.
+        CompressionError: the model's weights are not finite, or no candidate meets the limits.
     """
     _demand_finite_weights(model)
     if cloud is not None and not (size_of(cloud.train) and size_of(cloud.heldout)):
@@ -182,7 +189,7 @@ def _weigh_all(
     on_clients: Weigh | None,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, _Weighed], dict[str, str]]:
-    """The candidates that could be built, by name, and why the others could not."""
+    """Returns the candidates that could be built, by name, and why the others couldn't."""
     weighed: dict[str, _Weighed] = {}
     refused: dict[str, str] = {}
     for candidate in wanted:
@@ -190,7 +197,7 @@ def _weigh_all(
         try:
             weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
         except ParityError:
-            raise  # the export itself is wrong, so none of its figures would mean anything
+            raise  # the export is wrong, so all its figures are meaningless
         except (CompressionError, TaskError) as error:
             if candidate is FP32:
                 raise _without_fp32(error) from error
@@ -206,7 +213,7 @@ def _weigh(
     cloud: CloudData | None,
     on_clients: Weigh | None,
 ) -> _Weighed:
-    """Builds a candidate, passes it through the parity gate, and asks it everything held out."""
+    """Builds a candidate, checks its parity with torch, and evaluates it on held-out data."""
     built = candidate.build(material)
     session = open_session(built.onnx, threads=material.run.serving.threads)
     with torch.inference_mode():
@@ -278,7 +285,7 @@ def _records(
     metric: Metric,
     kind: str,
 ) -> list[CandidateRecord]:
-    """The figures of each candidate against fp32's; the verdict is still open."""
+    """Returns each candidate's figures relative to fp32; verdicts are still open."""
     base = weighed[FP32.name]
     return [
         CandidateRecord(
@@ -311,7 +318,7 @@ def _clients_drop(metric: Metric, base: _Weighed, each: _Weighed) -> float | Non
 
 
 def _unbuilt(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
-    """Records of candidates without figures: NaN rather than a 0 that could be taken for one."""
+    """Returns records of candidates that weren't built; NaN, as 0 would look like a measurement."""
     return {
         name: CandidateRecord(
             name=name,
@@ -332,7 +339,7 @@ def _unbuilt(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
 
 
 def _parity(chosen: CandidateRecord, fp32: CandidateRecord, metric: Metric | None) -> Parity:
-    """The manifest's figures; its metric is ``none`` where there was no data to weigh on."""
+    """Returns the manifest's parity figures; the metric is ``none`` without data to evaluate on."""
     return Parity(
         max_abs_error=chosen.max_abs_error,
         agreement=chosen.agreement,

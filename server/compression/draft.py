@@ -1,4 +1,4 @@
-"""The draft of a release: the candidate that was chosen, and where it comes from."""
+"""Assembly of a release draft from the chosen candidate and its provenance."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from server.release.publish import Draft, Origin
 def draft_of(
     model: str, task: Task, origin: Origin, compressed: Compressed, tested: TestStatement
 ) -> Draft:
-    """What is to be signed.
+    """Assembles the content of a release for signing.
 
     Args:
-        model: The name that devices ask for.
-        task: What the model is for.
-        origin: The rounds that it comes from.
-        compressed: Its candidates; the chosen one is released.
-        tested: How that did on the final test split.
+        model: The name under which devices request the model.
+        task: The model's task.
+        origin: Provenance and privacy of the federated rounds.
+        compressed: The candidates; the chosen one is released.
+        tested: The chosen candidate's result on the final test split.
     """
     return Draft(
         model=model,

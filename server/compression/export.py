@@ -1,4 +1,8 @@
-"""Exporting a model to ONNX: bytes that depend on its weights alone, and tell of nothing else."""
+"""Export of a model to ONNX, as bytes that depend only on its weights and architecture.
+
+In: a torch model with its preprocessing. Out: one self-contained ONNX file. Start with
+`export_onnx`.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +25,23 @@ from fedcore.observability.words import counted
 
 INPUT, OUTPUT = "input", "output"
 LABELS_KEY, KIND_KEY = "fedcore.labels", "fedcore.kind"
-OPSET = 20  # fixed, so that another torch does not change the bytes by its default
+OPSET = 20  # fixed: torch's default may change the bytes
 
 
 def export_onnx(
     module: nn.Module, example_batch: Tensor, *, labels: tuple[str, ...], kind: str
 ) -> bytes:
-    """Exports a model as it is served, with its preprocessing, label names and kind.
+    """Exports a model for serving, with its preprocessing, label names and kind.
 
     Args:
         module: The model with its preprocessing, a `fedcore.task.model.FullModel`. Not changed.
-        example_batch: Two inputs ``(2, ...)`` of the dtype that devices send; with one only, the
-            exporter would take the batch dimension for a constant.
+        example_batch: Two inputs ``(2, ...)`` of the dtype that devices use; from a single input
+            the exporter would infer a constant batch dimension.
         labels: Names of the classes, in order; may be empty.
         kind: ``classification``, ``regression`` or ``next_token``.
 
     Returns:
-        One ONNX file: input ``input`` and output ``output`` with a free batch dimension, weights
+        One ONNX file: input ``input`` and output ``output`` with a dynamic batch dimension, weights
         inline.
 
     Guarantee:
@@ -45,14 +49,14 @@ def export_onnx(
         paths and producer versions are removed.
 
     Raises:
-        TaskError: the model cannot run on ``example_batch``, or holds something that ONNX cannot
-            express; the message names the module where there is one to name.
+        TaskError: the model fails on ``example_batch``, or contains something that ONNX can't
+            express; the message names the submodule if it is known.
     """
     module = copy.deepcopy(module).cpu().eval()
     try:
         with torch.no_grad():
             answer = module(example_batch)
-    except Exception as error:  # the model is the user's code: whatever it raises is theirs to read
+    except Exception as error:  # user code: may raise anything
         raise TaskError(
             f"model: it fails on a batch of inputs of shape {tuple(example_batch.shape)}: "
             f"{_first_line(error)}. Nothing was exported; make `example_input` one input without "
@@ -67,7 +71,7 @@ def export_onnx(
         )
     try:
         model = _to_proto(module, (example_batch,))
-    except Exception as error:  # the exporter raises whatever its passes and the model raise
+    except Exception as error:  # may raise anything its passes or the model raise
         culprit = _culprit(module, example_batch)
         raise TaskError(
             f"model: {culprit or type(module).__name__} cannot be exported to ONNX: "
@@ -86,11 +90,11 @@ def export_onnx(
 def finish(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
     """Serialises a model with ``properties`` as its only metadata.
 
-    Everything that tells where, when or by what it was made is removed: metadata and documentation
-    of the model, its graphs, nodes, values, weights and functions, and the producer's version.
+    Removes every trace of where, when and how the model was made: metadata and documentation of the
+    model, its graphs, nodes, values, weights and functions, and the producer's version.
 
     Raises:
-        CompressionError: the model is larger than one file can hold.
+        CompressionError: the model exceeds the size limit of one file.
     """
     model.producer_name, model.producer_version = "fedcore", ""
     model.domain, model.model_version = "", 0
@@ -113,17 +117,17 @@ def finish(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
 
 
 def properties_of(model: onnx.ModelProto) -> dict[str, str]:
-    """The label names and kind that `export_onnx` wrote, to pass on to `finish`."""
+    """Returns the label names and kind that `export_onnx` wrote, for use with `finish`."""
     keys = (LABELS_KEY, KIND_KEY)
     return {item.key: item.value for item in model.metadata_props if item.key in keys}
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what exporters and quantisers print, log and warn while they succeed.
+    """Suppresses output, logs and warnings of exporters and quantisers.
 
-    Their failures are exceptions, and those pass. Logging and the standard streams belong to the
-    whole process, so other threads are quiet meanwhile too.
+    Exceptions pass through. Logging and standard streams are process-wide, so other threads are
+    silenced, too.
     """
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -158,7 +162,7 @@ def _to_proto(module: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
 
 
 def _culprit(module: nn.Module, example_batch: Tensor) -> str | None:
-    """The innermost submodule that cannot be exported by itself, described; None if all can."""
+    """Describes the innermost submodule that fails to export by itself; None if there is none."""
     seen: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
     hooks = [
         inner.register_forward_hook(
@@ -171,13 +175,13 @@ def _culprit(module: nn.Module, example_batch: Tensor) -> str | None:
         module(example_batch)
     for hook in hooks:
         hook.remove()
-    # Forward hooks fire when a module returns, so an inner one stands before the one it is in.
+    # Forward hooks fire when a module returns, so inner modules precede the ones that contain them.
     for name, inner, inputs in seen:
         if not all(isinstance(value, Tensor) for value in inputs):
             continue
         try:
             _to_proto(inner, inputs)
-        except Exception:  # that it fails is the answer; why, the caller reports
+        except Exception:  # the failure is the answer; the caller reports the cause
             return f"layer {name!r} ({type(inner).__name__})"
     return None
 
@@ -190,13 +194,13 @@ def _root(error: BaseException) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    said = 2 if lines and lines[0].endswith(":") else 1  # a heading says nothing by itself
+    said = 2 if lines and lines[0].endswith(":") else 1  # a heading alone is uninformative
     return f"{type(error).__name__}: {' '.join(lines[:said])}".rstrip(".")
 
 
 def _strip_graph(graph: onnx.GraphProto) -> None:
     _clear(graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
-    # Shapes of what flows inside are for tools to infer; kept, they name the exporter's symbols.
+    # Tools can infer intermediate shapes; kept, they would contain the exporter's symbols.
     del graph.value_info[:]
     _strip_nodes(graph.node)
 
@@ -213,7 +217,7 @@ def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
 
 
 def _drop_unused_domains(model: onnx.ModelProto) -> None:
-    """Quantisers declare every set of operators that their build of onnxruntime knows."""
+    """Removes unused operator sets; quantisers declare all that their onnxruntime supports."""
     used = {""}
     graphs: list[Any] = [model.graph, *model.functions]
     while graphs:

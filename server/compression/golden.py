@@ -1,4 +1,4 @@
-"""Golden inputs, which travel to devices with a model: made up, so that they are nobody's data."""
+"""Golden inputs for the self-test on devices: synthetic, so that they contain nobody's data."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from fedcore.training.batches import in_order
 GOLDEN_INPUTS = 32
 _MIN_EXAMPLES = 32
 _BATCH_SIZE = 512
-_SMALLEST_SCALE = 1e-6  # an output that is always 0 still has a scale to be relative to
+_SMALLEST_SCALE = 1e-6  # avoids a zero tolerance for outputs that are always 0
 
 
 def golden_inputs(
     example_input: Tensor, examples: Examples | None, *, seed: int, count: int = GOLDEN_INPUTS
 ) -> NDArray[Any]:
-    """Synthetic inputs that look enough like real ones to exercise a model.
+    """Returns synthetic inputs that resemble real ones enough to exercise a model.
 
-    Real inputs would carry somebody's data to every device, so none is used. Floats are uniform,
-    feature by feature, between the least and the largest value in the cloud's training data: a
-    range for each feature, as sensors differ by orders of magnitude, and from ranges alone no
-    example can be told. With fewer than 32 examples a range comes close to an example; then, and
-    without data, they are ``example_input`` plus uniform noise in ``[-1, 1]``. Integers (tokens)
-    are uniform between 0 and the largest that occurs in the data or in ``example_input``.
+    Real inputs would carry somebody's data to every device. Floats are uniform between the smallest
+    and largest value of each feature in the cloud's training data: sensors differ by orders of
+    magnitude, and ranges alone don't reveal an example. With fewer than 32 examples a range nearly
+    reveals one; then, and without data, inputs are ``example_input`` plus uniform noise in ``[-1,
+    1]``. Integers (tokens) are uniform between 0 and the largest value in the data or in
+    ``example_input``.
 
     Args:
         example_input: One input, without the batch dimension; gives shape and dtype.
-        examples: The cloud's training data, if there is any.
-        seed: Of the run.
-        count: How many to make.
+        examples: The cloud's training data, if any.
+        seed: The run's seed.
+        count: Number of inputs.
 
     Returns:
         Inputs ``(count, ...)`` of the dtype of ``example_input``.
@@ -52,7 +52,7 @@ def golden_inputs(
 
 
 def tolerance(reference: FloatArray, *, relative: float) -> float:
-    """An absolute tolerance for outputs like ``reference``, relative to the largest of them."""
+    """Returns an absolute tolerance for outputs, relative to the largest value in ``reference``."""
     return relative * max(float(np.abs(reference).max(initial=0.0)), _SMALLEST_SCALE)
 
 

@@ -1,4 +1,4 @@
-"""Structured pruning: whole channels go, so that what remains is smaller and faster anywhere."""
+"""Structured pruning: removes whole channels, which makes a model smaller and faster anywhere."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> Model:
     """Removes the least important channels of every hidden layer.
 
-    A channel's importance is the L2 norm of all weights that go with it: its own, and those that
-    read it in later layers. Inputs, and the outputs of the last layer, keep their size.
+    A channel's importance is the L2 norm of all its weights: those that compute it, and those of
+    later layers that read it. Inputs, and outputs of the last layer, keep their size.
 
     Args:
         module: The full model, on the CPU. Not changed.
@@ -32,11 +32,11 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
         fraction: Share of each hidden layer's channels to remove, between 0 and 1.
 
     Returns:
-        A smaller copy; its weights are those of the channels that stay, not yet trained further.
+        A smaller copy with the weights of the remaining channels, not yet retrained.
 
     Raises:
-        CompressionError: the model has no channels that can go, or is built in a way that cannot
-            be pruned (recurrent layers, attention).
+        CompressionError: the model has no removable channels, or an architecture that can't be
+            pruned (recurrent layers, attention).
 
     Source:
         Fang et al. 2023, arXiv:2301.12900 (dependency graph and group importance).
@@ -54,7 +54,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
                 pruning_ratio=fraction,
                 ignored_layers=[_last_layer(pruned, example_batch)],
                 root_module_types=list(_PRUNABLE),
-                # The library's defaults are dictionaries that all its pruners would share.
+                # The library's default dictionaries would be shared by all its pruners.
                 in_channel_groups={},
                 out_channel_groups={},
                 num_heads={},
@@ -63,7 +63,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
                 shape = pruned(example_batch).shape
     except CompressionError:
         raise
-    except Exception as error:  # the library fails in many ways on models that it does not know
+    except Exception as error:  # the library raises many types on unknown models
         raise CompressionError(
             f"it cannot be pruned: {type(error).__name__}: {_short(error)}"
         ) from error
@@ -87,20 +87,20 @@ def prune_and_recover(
     epochs: int,
     seed: int,
 ) -> Model:
-    """Prunes a model and trains what remains on the cloud's data.
+    """Prunes a model and retrains the rest on the cloud's data.
 
     Args:
         module: The full model, on the CPU. Not changed.
         example_batch: Inputs ``(2, ...)``.
         examples: The cloud's training data.
         loss: Mean loss over a batch.
-        settings: The optimiser's, and the batch size.
+        settings: Optimiser settings and batch size.
         fraction: Share of each hidden layer's channels to remove.
-        epochs: Passes over ``examples``; 0 to leave the weights as pruning left them.
-        seed: Of the run: fixes the order of examples and dropout.
+        epochs: Passes over ``examples``; 0 for no retraining.
+        seed: The run's seed; determines the order of examples and dropout.
 
     Raises:
-        CompressionError: it cannot be pruned, or training what remains fails.
+        CompressionError: the model can't be pruned, or retraining fails.
     """
     pruned = prune_channels(module, example_batch, fraction=fraction)
     try:
@@ -120,7 +120,7 @@ def prune_and_recover(
 
 
 def _last_layer(module: nn.Module, example_batch: Tensor) -> nn.Module:
-    """The layer with channels that runs last, whose outputs are the model's."""
+    """Returns the prunable layer that runs last: its outputs are the model's."""
     ran: list[nn.Module] = []
     hooks = [
         layer.register_forward_hook(lambda layer, *_: ran.append(layer))

@@ -1,4 +1,4 @@
-"""8-bit weights and activations, with onnxruntime's quantisers."""
+"""Quantisation to 8 bits with onnxruntime's static and dynamic quantisers."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ _WEIGHTED = {"Gemm", "MatMul", "Conv"}
 
 
 def saturates(cpuinfo: str) -> bool:
-    """Whether an x86 processor's 8-bit products can overflow 16 bits, and so change answers.
+    """Returns whether an x86 processor's 8-bit products can overflow 16 bits and change outputs.
 
-    Those with VNNI or AMX add into 32 bits; so do Arm's, whose ``/proc/cpuinfo`` has no ``flags``.
+    Processors with VNNI or AMX accumulate in 32 bits. So do Arm processors, whose ``/proc/cpuinfo``
+    has no ``flags``.
 
     Args:
-        cpuinfo: The text of ``/proc/cpuinfo``; empty where there is none.
+        cpuinfo: The text of ``/proc/cpuinfo``; empty if it doesn't exist.
     """
     lines = [line for line in cpuinfo.splitlines() if line.startswith("flags")]
     return bool(lines) and not _DOT_PRODUCT & set(lines[0].split())
 
 
 def int8_static(model: bytes, calibration: Tensor, *, reduce_range: bool) -> bytes:
-    """Quantises weights and activations, with ranges of activations taken from examples.
+    """Quantises weights and activations, with activation ranges calibrated on examples.
 
-    The last layer stays float32: it decides among close outputs, and its rounding was most of the
-    worst error, for little of the size. Weights have one scale for each output channel.
+    The last layer stays float32: it separates close outputs, and its rounding dominated the worst
+    error while saving little size. Weights have one scale per output channel.
 
     Args:
         model: An ONNX file of `server.compression.export`.
-        calibration: Inputs ``(N, ...)`` of the cloud's training data.
-        reduce_range: Keep weights to 7 bits, for processors that `saturates` is true of. It changes
-            the bytes, so it is the caller's to decide and to report.
+        calibration: Inputs ``(N, ...)`` from the cloud's training data.
+        reduce_range: Limit weights to 7 bits, for processors for which `saturates` is true. It
+            changes the file, so the caller decides on it and reports it.
 
     Raises:
         CompressionError: nothing in the model can be quantised, or the quantiser fails.
@@ -75,13 +76,13 @@ def int8_static(model: bytes, calibration: Tensor, *, reduce_range: bool) -> byt
 
 
 def int8_dynamic(model: bytes, *, reduce_range: bool) -> bytes:
-    """Quantises the weights of matrix products; activations are scaled as they come.
+    """Quantises the weights of matrix products; activation ranges are computed at run time.
 
-    Convolutions stay float32: onnxruntime has no kernel for them with signed 8-bit weights.
+    Convolutions stay float32: onnxruntime has no convolution kernel for signed 8-bit weights.
 
     Args:
         model: An ONNX file of `server.compression.export`.
-        reduce_range: As for `int8_static`.
+        reduce_range: Limit weights to 7 bits, for processors for which `saturates` is true.
 
     Raises:
         CompressionError: nothing in the model can be quantised, or the quantiser fails.
@@ -101,7 +102,7 @@ def int8_dynamic(model: bytes, *, reduce_range: bool) -> bytes:
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """The reader that onnxruntime pulls batches from."""
+    """Reader from which onnxruntime pulls calibration batches."""
 
     def __init__(self, inputs: Tensor) -> None:
         batches = torch.split(inputs, _CALIBRATION_BATCH)
@@ -113,7 +114,7 @@ class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime 
 
 
 def _quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
-    """Runs a quantiser, which reads and writes files, on bytes."""
+    """Runs a file-based quantiser on bytes."""
     properties = properties_of(onnx.load_model_from_string(model))
     with tempfile.TemporaryDirectory(prefix="fedcore-quantise-") as folder:
         source, prepared, target = (
@@ -125,7 +126,7 @@ def _quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
                 quant_pre_process(source, prepared)
                 quantise(prepared, target)
                 result = onnx.load(target)
-        except Exception as error:  # onnxruntime raises plain Exceptions as well as its own
+        except Exception as error:  # onnxruntime raises plain Exceptions, too
             reason = str(error).strip().partition("\n")[0][:200]
             raise CompressionError(
                 f"it cannot be quantised: {type(error).__name__}: {reason}"

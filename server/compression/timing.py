@@ -1,4 +1,4 @@
-"""Timing models against one another, fairly on a machine that is never quite still."""
+"""Fair latency comparison of models on a machine with varying load."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from server.compression.export import INPUT
 from server.compression.runtime import open_session
 
-BLOCKS = 50  # many short ones: a neighbour that comes and goes then meets all alike
-_WARM_UP = 5  # calls; the first ones fill caches that others have used
+BLOCKS = 50  # many short ones spread a passing load over all models
+_WARM_UP = 5  # calls that refill caches before timing
 TORCH = "torch"
 
 
 @dataclass(frozen=True)
 class CandidateTiming:
-    """How long one inference takes, at batch 1."""
+    """Latency of one inference at batch size 1."""
 
     p50_us: float
     """Median over all timed runs."""
     p50_min_us: float
     p50_max_us: float
-    """Least and largest median of a block: what the machine's other work does to the figure."""
+    """Smallest and largest median of a block: the influence of other load on the machine."""
 
 
 def time_candidates(
@@ -38,17 +38,17 @@ def time_candidates(
     threads: int,
     runs: int,
 ) -> dict[str, CandidateTiming]:
-    """Times ONNX files with onnxruntime and a torch module in eager mode, in turn.
+    """Times ONNX files in onnxruntime and a torch module in eager mode, interleaved.
 
     Args:
         files: ONNX files by name.
         module: The full model; timed on one thread.
         example_input: One input, without the batch dimension.
-        threads: Threads of onnxruntime.
-        runs: Timed inferences of each.
+        threads: Number of onnxruntime threads.
+        runs: Number of timed inferences per model.
 
     Returns:
-        One timing for each file under its name, and the module's under ``torch``.
+        The timing of each file under its name, and of the module under ``torch``.
     """
     batch = example_input.unsqueeze(0)
     feed = {INPUT: batch.numpy()}
@@ -72,10 +72,10 @@ def time_candidates(
 def time_in_turn(
     calls: Mapping[str, Callable[[], object]], *, runs: int, blocks: int = BLOCKS
 ) -> dict[str, CandidateTiming]:
-    """Times calls in interleaved blocks, so that a slow minute of the machine meets all alike.
+    """Times calls in interleaved blocks, so that a slow phase of the machine affects all equally.
 
-    Each block times every call ``runs / blocks`` times, beginning with another one each time, so
-    that none always runs in the caches that one neighbour left.
+    Each block times every call ``runs / blocks`` times. The order rotates between blocks, so that
+    no call always runs after the same predecessor and its cache contents.
     """
     names = list(calls)
     samples: dict[str, list[list[int]]] = {name: [] for name in names}

@@ -1,4 +1,4 @@
-"""What a fine-tuning process is told: plain values, so that it can be started anywhere."""
+"""The job description of a fine-tuning process: plain values, so that it can be spawned."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from fedcore.config.run import RunConfig
 
 @dataclass(frozen=True)
 class Job:
-    """One launch: train the same network from one or more starting points, one after the other."""
+    """One launch: trains a network from one or more starting points, one after the other."""
 
     run: str
     """The run's configuration as JSON."""
     base: str
-    """The folder that the configuration's paths start from."""
+    """Base folder of the configuration's relative paths."""
     starts: tuple[str, ...]
-    """Safetensors files to start from; each is replaced by ``<file>.trained``."""
+    """Safetensors files to start from; results are written to ``<file>.trained``."""
     folder: str
-    """Where starts lie, and where a process that fails says why."""
+    """Folder of the starting points, and of the error files of failed processes."""
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that the job was made from."""
+        """The run's configuration."""
         config = RunConfig.model_validate_json(self.run)
         return config.model_copy(update={"base": Path(self.base)})
 
     def error_file(self, rank: int) -> Path:
-        """Where process ``rank`` writes why it failed."""
+        """Returns the file in which process ``rank`` reports its failure."""
         return Path(self.folder) / f"error-{rank}.json"
 
 
 def trained(start: Path) -> Path:
-    """Where the result of a starting point is written."""
+    """Returns the file for the result of a starting point."""
     return start.with_name(start.name + ".trained")

@@ -1,4 +1,7 @@
-"""Fine-tuning, judged by a gate: one process is this one, several are torchrun's."""
+"""Fine-tuning with a quality gate, in this process or in several started by torchrun.
+
+In: the federated model and the cloud's data. Out: a `Finetuned`. Start with `fine_tune`.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,14 @@ from server.process.spawn import script_left_out
 from server.rounds.judging import Judge, Judgement
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
-"""They print a traceback for each process that fails or is stopped; its reason is read instead."""
+"""Loggers that print a traceback per failed or stopped process; the error file replaces them."""
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that torchrun passes on to its processes before it ends."""
+"""Signals that torchrun forwards to its processes before it ends."""
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came of fine-tuning, on the CPU and in evaluation mode.
+    """The result of fine-tuning; models are on the CPU and in evaluation mode.
 
     Example::
 
@@ -53,42 +56,43 @@ class Finetuned:
     """
 
     model: FullModel = field(repr=False)
-    """The model that goes on: the fine-tuned one, or the federated one where the gate closed."""
+    """The model for later steps: the fine-tuned one, or the federated one if the gate rejected
+    it."""
     candidate: FullModel = field(repr=False)
-    """The fine-tuned model, kept or not."""
+    """The fine-tuned model, whether or not the gate kept it."""
     cloud_alone: FullModel = field(repr=False)
-    """The same network trained in the same way on the cloud's data alone, for comparison."""
+    """A freshly initialised network, trained only on the cloud's data, for comparison."""
     kept: bool
     before: float
     after: float
-    """The primary metric on the cloud's held-out data."""
+    """The primary metric on the cloud's held-out data, before and after fine-tuning."""
     clients: Judgement | None = None
-    """What clients measured; None where they were not asked, or none of them answered."""
+    """Measurements by clients; None if they weren't asked, or none answered."""
     unjudged: str = ""
-    """Why clients who were to judge it did not."""
+    """Reason why the requested evaluation by clients failed; empty otherwise."""
     parent_sha256: str = field(kw_only=True)
-    """Digest of the federated model that it began with, which the manifest of a release names."""
+    """SHA-256 of the checkpoint of the original federated model, for the manifest of a release."""
 
 
 def fine_tune(
     task: Task, run: RunConfig, model: FullModel, cloud: CloudData, judge: Judge | None = None
 ) -> Finetuned:
-    """Trains the federated model on the cloud's data, and an untrained one beside it.
+    """Trains the federated model on the cloud's data, and an untrained one for comparison.
 
-    The result is kept only if the metric on held-out data, the clients' where there is a ``judge``,
-    else the cloud's, or both as ``finetune.judge`` says, is not worse than before by more than
-    ``finetune.max_metric_drop``.
+    The gate keeps the result only if the metric on held-out data isn't worse than before by more
+    than ``finetune.max_metric_drop``. The data is the clients' if there is a ``judge``, else the
+    cloud's; ``finetune.judge`` can require both.
 
-    One process is this one, whose random streams stay what they were. Several are started by
-    torchrun, and load the task from its file.
+    With one process, training runs here and restores the random streams afterwards. Several
+    processes are started by torchrun, and load the task from its file.
 
     Guarantee:
-        The run's seed fixes every bit of both models, whatever process they are trained in.
+        The run's seed determines every bit of both models, in whichever process they are trained.
 
     Raises:
         TrainingDiverged: a loss was not finite.
-        TrainingError: a process failed, or the task's code did.
-        DataError: ``model`` is not of this task.
+        TrainingError: a process or the task's code failed.
+        DataError: ``model`` doesn't belong to this task.
     """
     parent = checkpoint_bytes(model)
     untrained = build_model(task, run)
@@ -125,19 +129,19 @@ def fine_tune(
 def passes(
     limits: Finetune, primary: Metric, before: float, after: float, asked: Judgement | None
 ) -> bool:
-    """Whether the gate lets a fine-tuned model through.
+    """Returns whether the gate admits a fine-tuned model.
 
     Args:
-        limits: ``max_metric_drop``, and whether clients and cloud both decide.
-        primary: What is measured.
-        before: Of the federated model, on the cloud's held-out data.
-        after: Of the fine-tuned one.
-        asked: What clients measured, who then decide; None where they were not asked.
+        limits: ``max_metric_drop``, and whether both clients and cloud must agree.
+        primary: The metric.
+        before: The federated model's metric on the cloud's held-out data.
+        after: The fine-tuned model's metric on the cloud's held-out data.
+        asked: Measurements by clients, which then decide; None if clients weren't asked.
     """
     drops = [] if asked is None else [asked.worsening(primary)]
     if asked is None or limits.judge == "both":
         drops.append(primary.worsening(before, after))
-    return all(drop <= limits.max_metric_drop for drop in drops)  # not one that is NaN
+    return all(drop <= limits.max_metric_drop for drop in drops)  # NaN fails
 
 
 def _train_here(
@@ -157,12 +161,12 @@ def _train_here(
                 result.to("cpu").eval()
     except FedcoreError:
         raise
-    except (Exception, SystemExit) as error:  # the task's code: its failure is passed on
+    except (Exception, SystemExit) as error:  # the task's code may raise anything
         raise TrainingError(unknown_failure(0, error)) from error
 
 
 def _train_apart(run: RunConfig, starts: Sequence[bytes], results: Sequence[FullModel]) -> None:
-    """Trains each result from its start, in processes that know the run and the task's file."""
+    """Trains each result from its start, in new processes that load the task from its file."""
     with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
         paths = [Path(folder) / f"start-{number}.safetensors" for number in range(len(starts))]
         for path, start in zip(paths, starts, strict=True):
@@ -188,12 +192,12 @@ def _launch(job: Job, processes: int) -> None:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        local_addr="localhost",  # one machine: nothing listens where others can reach it
+        local_addr="localhost",  # one machine: no listening to the network
         start_method="spawn",
         max_restarts=0,
         monitor_interval=0.05,
         signals_to_handle=",".join(number.name for number in _HANDLED),
-        # What a process prints would stand among the events of `--json`.
+        # Output of the processes would mix with the events of `--json`.
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs"), redirects=Std.ALL),
     )
     try:
@@ -207,7 +211,7 @@ def _launch(job: Job, processes: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torchrun's log of failures from standard error."""
+    """Silences torchrun's log of failures on standard error."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -220,14 +224,14 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Keeps Ctrl-C from the processes started inside, and torchrun's handlers from outliving them.
+    """Hides Ctrl-C from processes started inside, and restores signal handlers afterwards.
 
-    A terminal interrupts a program with its children, and each of those would print where it
-    stood. What is blocked stays blocked in the processes that are started, so SIGINT is blocked
-    here, and a thread that waits for it interrupts this one.
+    A terminal interrupts a program together with its children, and each child would print a
+    traceback. Children inherit blocked signals, so SIGINT is blocked here, and a thread that waits
+    for it interrupts the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's; torchrun leaves them alone here, too
+        yield  # only the main thread handles signals, in torchrun too
         return
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     finished = threading.Event()
@@ -243,7 +247,7 @@ def _signals() -> Iterator[None]:
         yield
     finally:
         finished.set()
-        signal.pthread_kill(watcher.ident or 0, signal.SIGINT)  # wakes the watcher alone
+        signal.pthread_kill(watcher.ident or 0, signal.SIGINT)  # wakes only the watcher
         watcher.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -251,7 +255,7 @@ def _signals() -> Iterator[None]:
 
 
 def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
-    """The error of the first process that failed, as it would have been raised here."""
+    """Returns the error of the first process that failed, as if it had been raised here."""
     _, first = failure.get_first_failure()
     told = job.error_file(first.local_rank)
     if told.exists():

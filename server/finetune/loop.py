@@ -1,4 +1,4 @@
-"""The loop of fine-tuning, to be read in one sitting: the same in one process as in several."""
+"""The fine-tuning loop, identical for one process and for several."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fedcore.training.local import check_loss, make_optimizer
 
 
 def device_of(rank: int) -> torch.device:
-    """What process ``rank`` computes on: a GPU of its own where there are any."""
+    """Returns the device of process ``rank``: its own GPU if there are any, else the CPU."""
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def threads_of(world: int) -> int:
-    """Threads of each of ``world`` processes, which share this machine's processors."""
+    """Returns the number of threads per process when ``world`` processes share this machine."""
     return max(1, (os.cpu_count() or 1) // world)
 
 
 def unknown_failure(rank: int, error: BaseException) -> str:
-    """What is said of an error that is none of ours: the task's code runs here."""
+    """Returns the message for an unexpected exception, usually from the task's code."""
     return (
         f"fine-tuning: process {rank} failed: {type(error).__name__}: {error}. The federated model "
         "stands; mend the task, or set finetune.epochs to 0."
@@ -49,27 +49,27 @@ def train_start(
 ) -> None:
     """Trains a model in place on the cloud's data.
 
-    Torch's default generators are seeded and drawn from; whoever shares them keeps their state.
+    Seeds and advances torch's default generators; the caller saves their state if needed.
 
     Guarantee:
-        Every process ends with the same weights, and the run's seed fixes all of their bits.
+        Every process ends with equal weights, and the run's seed determines all of their bits.
 
     Args:
-        model: On ``device``; left in training mode.
-        task: Whose loss is minimised.
-        examples: All of them; process ``rank`` takes its share.
-        run: ``[finetune]`` and the seed are read.
-        device: Where to compute.
-        rank: Of this process, from 0.
-        world: Processes; above 1, their group has been initialised.
+        model: The model, on ``device``; left in training mode.
+        task: The task whose loss is minimised.
+        examples: All training examples; process ``rank`` trains on its share.
+        run: ``[finetune]`` and the seed are used.
+        device: The device to compute on.
+        rank: Rank of this process, from 0.
+        world: Number of processes; if above 1, their process group must be initialised.
 
     Raises:
         TrainingDiverged: the loss is not finite.
-        TrainingError: it took longer than ``finetune.timeout_s``.
+        TrainingError: training took longer than ``finetune.timeout_s``.
     """
     settings = run.finetune
     end = time.monotonic() + settings.timeout_s
-    torch.manual_seed(derive(run.seed, "fine-tuning", rank))  # dropout; ours to seed
+    torch.manual_seed(derive(run.seed, "fine-tuning", rank))  # for dropout
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(

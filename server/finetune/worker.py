@@ -1,4 +1,7 @@
-"""One of several processes that fine-tune: what it reads, and what it leaves."""
+"""Entry point of a distributed fine-tuning process.
+
+In: a `Job`. Out: a ``.trained`` file per starting point, or an error file.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ from server.process.parent import die_with_parent
 
 
 def work(job: Job) -> None:
-    """Entry point of each process; torchrun has set RANK, LOCAL_RANK and WORLD_SIZE."""
+    """Runs a job; torchrun has set RANK, LOCAL_RANK and WORLD_SIZE.
+
+    Raises:
+        Exception: any failure, after writing it to the job's error file.
+    """
     die_with_parent()
     rank = int(os.environ["LOCAL_RANK"])
     try:
         _train_all(job, rank)
-    except Exception as error:  # the task's code runs here: its failure is passed on, not lost
+    except Exception as error:  # the task's code may raise anything
         known = isinstance(error, FedcoreError)
         reason = {
             "type": type(error).__name__ if known else TrainingError.__name__,
@@ -41,7 +48,7 @@ def _train_all(job: Job, rank: int) -> None:
     torch.set_num_threads(threads_of(world))
     task = load_task(run.path(run.task))
     cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
-    assert cloud is not None  # the launcher asked for it before it started anything
+    assert cloud is not None  # the launcher has read it before
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=run.finetune.timeout_s),

@@ -1,1 +1,4 @@
-"""What a run's privacy costs before it starts, and what an audit finds that it really is."""
+"""Privacy tools: the forecast of a run's privacy cost, and the audit of private training.
+
+Start with `plan` for the forecast and `audit` for the audit; each has a ``_command`` module.
+"""

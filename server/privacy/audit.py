@@ -1,13 +1,13 @@
-"""An audit: what a training function says of its privacy, against what its releases tell.
+"""Audit of differential privacy: compares a training function's stated epsilon with its leakage.
 
-The function is run as it is, on canaries, and attacked from outside. Two lower bounds on epsilon
-come out, of which neither knows how the function works:
+The function runs unmodified on canaries, and is attacked from outside. The attack yields two lower
+bounds on epsilon, neither of which depends on how the function works:
 
-- from repeated releases, by the distance between runs with an example and without it, read as
-  that of a Gaussian mechanism (the Gaussian-DP bound);
-- from one run, by how many of its canaries are guessed right (Steinke, Nasr, Jagielski 2023).
+- from repeated releases, by the distance between runs with an example and without it, interpreted
+  as that of a Gaussian mechanism (the Gaussian-DP bound);
+- from one run, by the number of its canaries guessed right (Steinke, Nasr, Jagielski 2023).
 
-The larger one refutes the statement where it is above the stated epsilon. Start with `audit`.
+If the larger bound exceeds the stated epsilon, it refutes the statement. Start with `audit`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from server.privacy.audit_bounds import (
 )
 from server.privacy.canaries import CanaryRelease, Train, release
 
-_BOUNDS = 2  # a statement faces so many for each seed
-_SAMPLED_EPSILON = 0.1  # where the distance is taken under sampling: accountants err by 0.01 at 0
-_MOST_STEPS = 4000  # of training, over one seed's repeated releases: some 20 s on a core
+_BOUNDS = 2  # number of bounds per statement and seed
+_SAMPLED_EPSILON = 0.1  # for distances under sampling: accountants err by 0.01 at 0
+_MOST_STEPS = 4000  # training steps of one seed's releases: some 20 s on a core
 _MIN_RELEASES = 40
 _THRESHOLDS = np.linspace(0.01, 0.999, 200)  # quantiles of the pilot's scores
-_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # of one run's canaries, to be guessed
+_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # shares of one run's canaries to guess
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What is stated of one training run, and audited."""
+    """The audited claim about one training run."""
 
     name: str
     plan: PrivatePlan
@@ -57,22 +57,22 @@ class Statement:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run for one seed; a canary costs a weight, a release a training run."""
+    """The work per seed; each canary costs a weight, each release a training run."""
 
     canaries: int = 128
-    """In each of the repeated releases."""
+    """Canaries in each of the repeated releases."""
     pilot: int = 60
-    """Releases on which thresholds are chosen; no bound is taken from them."""
+    """Releases used only to choose thresholds; no bound is derived from them."""
     releases: int = 400
     one_run_canaries: int = 1500
 
     @property
     def trainings(self) -> int:
-        """How often the audited function is called."""
+        """Number of calls of the audited function."""
         return self.pilot + self.releases + 1
 
     def within(self, steps: int) -> Effort:
-        """At most this effort, with fewer releases where each takes many steps."""
+        """Returns this effort, reduced to fewer releases if each takes many steps."""
         allowed = max(_MIN_RELEASES, _MOST_STEPS // max(1, steps))
         share = min(1.0, allowed / (self.pilot + self.releases))
         return replace(self, pilot=round(self.pilot * share), releases=round(self.releases * share))
@@ -83,7 +83,7 @@ USUAL_EFFORT = Effort()
 
 @dataclass(frozen=True)
 class SeedBounds:
-    """What one seed's canaries tell."""
+    """The bounds from one seed's canaries."""
 
     seed: int
     repeated: float
@@ -91,24 +91,24 @@ class SeedBounds:
     one_run: float
     """Lower bound on epsilon from one run."""
     measured_noise: float
-    """Noise multiplier that the releases show. It proves nothing, and helps to find a fault."""
+    """Noise multiplier observed in the releases. Proves nothing, but helps to locate a fault."""
 
     @property
     def epsilon(self) -> float:
-        """The audited epsilon."""
+        """The larger of the two lower bounds."""
         return max(self.repeated, self.one_run)
 
 
 @dataclass(frozen=True)
 class Audited:
-    """A statement and what was found of it."""
+    """The result of an audit of one statement."""
 
     statement: Statement
     stated: float
     """The stated epsilon."""
     seeds: tuple[SeedBounds, ...]
     confidence: float
-    """With which all bounds hold together."""
+    """Confidence in all bounds jointly."""
 
     @property
     def epsilon(self) -> float:
@@ -130,20 +130,21 @@ def audit(
     effort: Effort = USUAL_EFFORT,
     done: Callable[[int], None] = lambda trainings: None,
 ) -> Audited:
-    """Attacks ``train`` and compares what comes out with the statement.
+    """Attacks ``train`` and compares the lower bounds on epsilon with the statement.
 
     Guarantee:
-        If ``train`` keeps the statement, `Audited.refuted` is true with a probability of at most
-        ``1 - confidence``, over all seeds and bounds together (Bonferroni), provided that calls of
-        ``train`` are independent of one another. That it is false proves nothing of ``train``.
+        If the statement is true, `Audited.refuted` is true with a probability of at most ``1 -
+        confidence``, over all seeds and bounds together (Bonferroni), provided that calls of
+        ``train`` are independent. A false `Audited.refuted` proves nothing.
 
     Args:
-        train: What is audited.
-        statement: What is said of it.
-        seeds: Independent audits; each takes its canaries from its own seed.
-        confidence: Of all bounds together.
-        effort: For each seed, at most.
-        done: Called after each training with how many are done, of ``effort.trainings`` a seed.
+        train: The audited training function.
+        statement: The claim about it.
+        seeds: Seeds of independent audits, from which their canaries are drawn.
+        confidence: Joint confidence of all bounds.
+        effort: Maximum effort per seed.
+        done: Callback after each training with the number done so far, out of ``effort.trainings``
+            per seed.
     """
     effort = effort.within(statement.plan.charge.steps)
     alone = 1 - (1 - confidence) / (len(seeds) * _BOUNDS)
@@ -192,12 +193,11 @@ def _repeated(
     statement: Statement,
     confidence: float,
 ) -> float:
-    """Epsilon from how far apart canaries within and without are, over independent releases.
+    """Bounds epsilon by how well independent releases distinguish included canaries from others.
 
-    A right guess "included" earns 1, a right guess "left out" exp(epsilon). A guess from whatever
-    was released earns in expectation at most half of ``exp(epsilon) + delta(epsilon)``, and so
-    does the mean over the canaries of one release, however these hang together; releases are
-    independent.
+    A correct guess "included" scores 1, a correct guess "left out" exp(epsilon). A guess from any
+    release scores in expectation at most half of ``exp(epsilon) + delta(epsilon)``, and so does the
+    mean over the canaries of one release, however they are correlated. Releases are independent.
     """
     charge = statement.plan.charge
     epsilon = 0.0 if charge.sample_rate == 1 else _SAMPLED_EPSILON
@@ -223,7 +223,7 @@ def _earned(
 def _one_run(
     pilot: list[CanaryRelease], alone: CanaryRelease, statement: Statement, confidence: float
 ) -> float:
-    """Epsilon from guesses about the canaries of one run that stand out the most on either side."""
+    """Bounds epsilon by guesses about one run's most conspicuous canaries on either side."""
     scores = np.concatenate([one.scores for one in pilot])
     included = np.concatenate([one.included for one in pilot])
     canaries = len(alone.scores)
@@ -252,7 +252,7 @@ def _guesses(share: float, canaries: int) -> int:
 
 
 def _right(included: NDArray[np.bool_], scores: NDArray[np.float64], guesses: int) -> int:
-    """Right guesses, half of them "left out" for the lowest scores, half "included"."""
+    """Counts correct guesses: half "left out" for low scores, half "included" for high ones."""
     order, half = np.argsort(scores, kind="stable"), guesses // 2
     return int((~included[order[:half]]).sum() + included[order[len(order) - half :]].sum())
 

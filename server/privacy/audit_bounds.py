@@ -1,7 +1,7 @@
-"""From guesses about canaries to a lower bound on epsilon: the statistics of an audit, and no more.
+"""Statistics of an audit: lower bounds on epsilon from guesses about canaries.
 
 Each bound is wrong with a probability of at most ``1 - confidence``, whatever the audited function
-does. Nothing here samples anything.
+does. Nothing here is random.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fedcore.privacy.accounting import Charge, epsilon_of
 
 Array = NDArray[np.float64]
 
-_HALVINGS = 60  # of an interval, until it is as narrow as float64 can tell
-_MOST_EPSILON = 700.0  # exp of more is no float64
-_NOISE_HALVINGS = 8  # each calls the accountant; leaves the noise within 1.4 %
+_HALVINGS = 60  # bisection steps, down to float64 precision
+_MOST_EPSILON = 700.0  # exp of more overflows float64
+_NOISE_HALVINGS = 8  # bisection steps, each calls the accountant; error at most 1.4 %
 _LEAST_NOISE = 0.25  # below it the accountant's tables grow without bound
-_BOLDNESS = 0.99  # the share of all it owns that a bettor stakes; all of it could be lost at once
+_BOLDNESS = 0.99  # share of the bettor's wealth at stake; 1 could lose all at once
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -30,10 +30,10 @@ _BOLDNESS = 0.99  # the share of all it owns that a bettor stakes; all of it cou
 def one_run_p_value(
     *, canaries: int, guesses: int, right: int, epsilon: float, delta: float
 ) -> float:
-    """How likely ``right`` guesses or more are in one run of an (epsilon, delta)-private function.
+    """Returns the p-value of ``right`` correct guesses in one (epsilon, delta)-private run.
 
-    Each canary was included with probability 1/2, on its own. The number of guesses was fixed
-    before; about all other canaries nothing was said.
+    Each canary was included independently with probability 1/2. The number of guesses was fixed in
+    advance; the attacker abstained on all other canaries.
 
     Source:
         Steinke, Nasr, Jagielski 2023, arXiv:2305.08846, Theorem 5.2 and Corollary 5.4.
@@ -45,7 +45,7 @@ def one_run_p_value(
         )
     mass = _binomial(guesses, 1 / (1 + math.exp(-epsilon)))
     at_least = float(mass[right:].sum())
-    # What delta adds: for each i, how much of the binomial lies within i below the count, a guess.
+    # Contribution of delta: for each i, the binomial's mass within i below the count, divided by i.
     below = np.cumsum(mass[:right][::-1])
     worst = float((below / np.arange(1, right + 1)).max(initial=0.0))
     return min(1.0, at_least + 2 * canaries * delta * worst)
@@ -54,7 +54,7 @@ def one_run_p_value(
 def one_run_epsilon(
     *, canaries: int, guesses: int, right: int, delta: float, confidence: float
 ) -> float:
-    """The largest epsilon that one run refutes; 0 where it refutes none.
+    """Returns the largest epsilon that one run refutes; 0 if it refutes none.
 
     Source:
         Steinke, Nasr, Jagielski 2023, arXiv:2305.08846, Algorithm 1 and Corollary 5.4.
@@ -70,10 +70,10 @@ def one_run_epsilon(
 
 
 def _binomial(count: int, probability: float) -> Array:
-    """Probabilities of 0 to ``count`` successes."""
+    """Returns the binomial probabilities of 0 to ``count`` successes."""
     successes = np.arange(count + 1)
     factorials = np.array([math.lgamma(k + 1) for k in range(count + 1)])
-    # The logarithm of 1 - p, from p's own: p is close to 1 where epsilon is large.
+    # log1p keeps log(1 - p) accurate: p is close to 1 for large epsilon.
     miss = math.log1p(-probability) if probability < 1 else -math.inf
     with np.errstate(invalid="ignore"):
         logs = (
@@ -91,18 +91,18 @@ def _binomial(count: int, probability: float) -> Array:
 
 
 def mean_lower_bound(values: Array, *, confidence: float) -> float:
-    """A lower bound on the expectation of independent values in [0, 1].
+    """Returns a lower bound on the expectation of independent values in [0, 1].
 
-    A bettor stakes nearly all that it owns on each value being above a mean m. If no value's
-    expectation is above m, it owns 1 in expectation forever, so it comes to own
-    ``1 / (1 - confidence)`` with a probability of at most ``1 - confidence`` (Markov). The bound
-    is the largest m at which it does. Unlike a bound from the normal distribution, this holds for
-    any number of values of any distribution; unlike Hoeffding's, it profits from a small variance.
+    A bettor with initial wealth 1 stakes nearly all of it on each value being above a mean m. If no
+    value's expectation exceeds m, the expected wealth never exceeds 1, so it reaches ``1 / (1 -
+    confidence)`` with a probability of at most ``1 - confidence`` (Markov). The bound is the
+    largest m at which it does. Unlike a bound from the normal distribution, this is valid for any
+    number of values of any distribution; unlike Hoeffding's, it profits from a small variance.
 
     Args:
-        values: In [0, 1], shape ``(R,)``; each is already a mean over many canaries, so their
-            spread is small, and bold bets are the best ones.
-        confidence: In (0, 1).
+        values: Values in [0, 1], shape ``(R,)``. Each is a mean over many canaries, so their spread
+            is small, and bold bets work best.
+        confidence: Confidence in the bound, in (0, 1).
 
     Source:
         Waudby-Smith and Ramdas 2024, arXiv:2010.09686, section 4, with a constant bet.
@@ -116,14 +116,14 @@ def mean_lower_bound(values: Array, *, confidence: float) -> float:
 
 
 def _growth(values: Array, mean: float) -> float:
-    """Logarithm of what the bettor owns in the end, from 1."""
+    """Returns the logarithm of the bettor's final wealth, starting from 1."""
     if mean <= 0:
         return math.inf
     return float(np.log1p(_BOLDNESS * (values / mean - 1)).sum())
 
 
 def _largest(holds: Callable[[float], bool], top: float) -> float:
-    """The largest value up to ``top`` at which a falling predicate still holds, at least 0."""
+    """Bisects for the value in ``[0, top]`` at which a predicate turns from true to false."""
     low, high = 0.0, top
     if holds(top):
         return top
@@ -138,10 +138,10 @@ def _largest(holds: Callable[[float], bool], top: float) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """A lower bound on how far runs with an example are from runs without it.
+    """A lower bound on the distance between runs with an example and runs without it.
 
     For any event, ``P(event with) - exp(epsilon) * P(event without)`` is at most the delta that
-    belongs to that epsilon; ``delta`` is one that was seen to be reached.
+    belongs to that epsilon; ``delta`` is a value that was observed to be reached.
     """
 
     epsilon: float
@@ -149,7 +149,7 @@ class Distance:
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
-    """The delta at ``epsilon`` of telling N(0, 1) from N(mu, 1).
+    """Returns the delta at ``epsilon`` for distinguishing N(0, 1) from N(mu, 1).
 
     Source:
         Dong, Roth, Su 2019, arXiv:1905.02383, Corollary 2.13; Balle and Wang 2018,
@@ -162,24 +162,24 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The epsilon at ``delta`` of telling N(0, 1) from N(mu, 1), at most the true one."""
+    """Returns a lower bound on the epsilon at ``delta`` for telling N(0, 1) from N(mu, 1)."""
     return _largest(lambda epsilon: gaussian_delta(epsilon, mu) > delta, _MOST_EPSILON)
 
 
 def _normal(x: float) -> float:
-    """The normal distribution function, precise in its lower tail."""
+    """Computes the normal distribution function, accurate in its lower tail."""
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
 def epsilon_at_least(seen: Distance, stated: Charge, *, target_delta: float) -> float:
-    """The epsilon of the noisiest DP-SGD, at the stated rate and steps, that ``seen`` allows.
+    """Returns the epsilon of the noisiest DP-SGD compatible with an observed distance.
 
-    Where every example is in every step, DP-SGD is a Gaussian mechanism, and its mu has a closed
-    form (the Gaussian-DP bound). Elsewhere the accountant says which noise would have kept the
-    two distributions closer than they were seen to be.
+    Sample rate and steps are those stated. If every example is in every step, DP-SGD is a Gaussian
+    mechanism whose mu has a closed form (the Gaussian-DP bound). Otherwise the accountant finds the
+    noise levels under which the distributions would be closer than observed.
 
     Guarantee:
-        Above the epsilon of ``stated`` only if its noise, rate and steps contradict ``seen``.
+        Exceeds the epsilon of ``stated`` only if its noise, rate and steps contradict ``seen``.
 
     Source:
         Nasr et al. 2023, arXiv:2302.07956, section 5 (auditing by trade-off functions).

@@ -1,4 +1,4 @@
-"""``fedcore privacy audit``: attacks the training that devices run, and says what it got."""
+"""Subcommand ``fedcore privacy audit``: attacks the training function and reports its leakage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PICTURES = 3
 _SHOW_EVERY_S = 2.0
 _MOST_SEEDS = 10_000
 _MOST_EXAMPLES = 10**9
-_SHOWN = 40  # characters of what cannot be used
+_SHOWN = 40  # characters shown of an invalid value
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,8 +124,8 @@ def _audit(options: argparse.Namespace) -> int:
     except FedcoreError as error:
         if not any(one.refuted for one in audited):
             raise
-        say(f"{type(error).__name__}: {error}", to=sys.stderr)  # the lesser of the two
-    finally:  # whatever stops it, what was found by then is not lost
+        say(f"{type(error).__name__}: {error}", to=sys.stderr)  # a refutation is the graver error
+    finally:  # findings so far survive any error
         if audited and options.json:
             say(json.dumps({"event": "summary", **summary(audited, pictures)}))
         elif audited:
@@ -135,7 +135,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _statements(options: argparse.Namespace) -> list[Statement]:
-    """What is audited: a planned round, and one step of it with every example in the batch."""
+    """Returns the statements to audit: one step with every example, and a round as planned."""
     if options.config is None:
         from fedcore.privacy.accounting import Charge
         from fedcore.privacy.planning import PrivatePlan
@@ -152,7 +152,7 @@ def _statements(options: argparse.Namespace) -> list[Statement]:
             "stated, which is what an audit could refute. Nothing was audited; set privacy.unit to "
             "'example' or 'both'."
         )
-    with redirect_stdout(sys.stderr):  # what a task prints is not among what a machine reads
+    with redirect_stdout(sys.stderr):  # keeps output of the task out of machine-readable output
         return _of_run(run, options.examples)
 
 
@@ -211,9 +211,9 @@ def _audited(statement: Statement, seeds: int, confidence: float, emit: Sink) ->
 
 
 def _remaining(total: int, what: str, show: Callable[[int, str], None]) -> Callable[[int], None]:
-    """Shows how far the work is and how long it will take, every other second.
+    """Returns a callback that reports progress and remaining time, every other second.
 
-    The first piece sets much up, so time counts from its end.
+    Time is measured from the end of the first item, which includes set-up.
     """
     from fedcore.observability.words import seconds_text
 
@@ -255,7 +255,7 @@ def _pictures(statement: Statement, emit: Sink) -> list[Picture]:
 
 
 def _check(audited: Sequence[Audited]) -> None:
-    """Raises `PrivacyError` where the releases contradict what is stated."""
+    """Raises `PrivacyError` if the releases contradict a statement."""
     for one in audited:
         if one.refuted:
             noise = one.statement.plan.charge.noise_multiplier

@@ -1,4 +1,4 @@
-"""What an audit found, as text, as JSON, as pictures and as a page."""
+"""Output of an audit: text, JSON, a PNG of reconstructions, and an HTML report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROVES = (
 
 
 def summary(audited: Sequence[Audited], pictures: Sequence[Picture]) -> dict[str, Any]:
-    """The findings as a machine reads them."""
+    """Returns the findings as a JSON-compatible dict."""
     return {
         "refuted": any(one.refuted for one in audited),
         "statements": [_statement(one) for one in audited],
@@ -64,7 +64,7 @@ def _statement(one: Audited) -> dict[str, Any]:
 
 
 def text(audited: Sequence[Audited], pictures: Sequence[Picture]) -> str:
-    """The findings as a person reads them on a terminal."""
+    """Returns the findings as text for a terminal."""
     lines = []
     for one in audited:
         lines += [
@@ -122,14 +122,14 @@ def _picture_lines(pictures: Sequence[Picture]) -> list[str]:
 
 
 def write_report(folder: Path, audited: Sequence[Audited], pictures: Sequence[Picture]) -> None:
-    """Writes ``report.html``, which needs no other file, and with pictures ``inversion.png``."""
+    """Writes a self-contained ``report.html``, and ``inversion.png`` if there are pictures."""
     write_atomic(folder / "report.html", report_html(audited, pictures).encode())
     if pictures:
         write_atomic(folder / "inversion.png", pictures_png(pictures))
 
 
 def report_html(audited: Sequence[Audited], pictures: Sequence[Picture]) -> str:
-    """The findings as one page, in the style of a run's report."""
+    """Returns the findings as one HTML page, in the style of a run's report."""
     folder = files("server.report")
     page = Template((folder / "report.html").read_text("utf-8"))
     return page.substitute(
@@ -186,7 +186,7 @@ _CAPTION = "A blind guess, the mean of all other digits, needs no update at all.
 
 
 def pictures_png(pictures: Sequence[Picture]) -> bytes:
-    """Originals and reconstructions side by side, a row for each picture."""
+    """Draws originals and reconstructions side by side, one row per picture."""
     figure = Figure(figsize=(6.0, _ROW_IN * len(pictures)), layout="constrained")
     _painter(pictures)(figure)
     buffer = BytesIO()
@@ -206,7 +206,7 @@ def _painter(pictures: Sequence[Picture]) -> Callable[[Figure], None]:
                 (f"blind guess\n{psnr['blind']:.1f} dB", picture.blind),
             )
             for axes, (title, pixels) in zip(row, shown, strict=True):
-                # Cells, not an image: the page's policy loads no image, not even its own.
+                # Cells, not an image: the page's content policy forbids even embedded images.
                 axes.pcolormesh(pixels.numpy()[::-1], cmap="gray", vmin=0, vmax=1)
                 axes.set_title(title, fontsize=8, color=INK)
                 axes.set_aspect("equal")

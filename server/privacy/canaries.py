@@ -1,9 +1,9 @@
-"""Canaries: examples whose gradients point in directions of their own, and what a release tells.
+"""Canaries: synthetic examples with orthogonal gradients, whose presence a release reveals.
 
-The model has one weight for each canary, and the canary's gradient moves that weight alone, by the
-clip norm. So the released weight is, up to known factors, the canary's presence plus the noise:
-nobody who attacks a release can do better than to look at it (Nasr et al. 2023, arXiv:2302.07956,
-section 4, Dirac canaries).
+The model has one weight per canary. A canary's gradient changes only that weight, by the clip norm.
+Up to known factors, the released weight is therefore the canary's presence plus noise, and no
+attack on a release can do better than to read it (Nasr et al. 2023, arXiv:2302.07956, section 4,
+Dirac canaries).
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import train_private
 
 Train = Callable[[Task, FullModel, Examples, ClientConfig], None]
-"""Trains a task's model in place on examples: what is audited, its plan already bound."""
+"""The audited function: trains a task's model in place on examples; its plan is bound already."""
 
-_SIZE = 16.0  # of a canary's gradient, in clip norms: what is clipped too late still shows
+_SIZE = 16.0  # canary gradient norm in clip norms; exposes late clipping
 _SETTINGS = ClientConfig(learning_rate=1.0, device="cpu")
 
 
 @dataclass(frozen=True)
 class CanaryRelease:
-    """One release, and what was in it."""
+    """One release, and which canaries it was trained on."""
 
     included: NDArray[np.bool_]
     """Whether each canary was among the examples, shape ``(M,)``."""
     scores: NDArray[np.float64]
-    """What the release shows of each canary, shape ``(M,)``, in clip norms: how often it was in a
-    batch, plus the noise."""
+    """Score of each canary in the release, shape ``(M,)``, in clip norms: the number of batches
+    that contained it, plus noise."""
 
 
 def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
-    """The function that devices train with, under ``plan``; each call draws numbers of its own.
+    """Returns the training function of devices, bound to ``plan``; each call draws fresh noise.
 
-    How a task's per-example gradients are taken is found out once for each task.
+    The method of computing per-example gradients is determined once per task.
     """
     calls, ways = count(), dict[str, GradientMethod]()
 
@@ -77,17 +77,17 @@ def release(
 ) -> CanaryRelease:
     """Trains once on canaries, each included with probability 1/2, and scores all of them.
 
-    A canary that is left out is an example of zeros: it has no gradient, and the number of
-    examples stays (zero-out adjacency).
+    A canary that is left out is an example of zeros: its gradient is zero, and the number of
+    examples is constant (zero-out adjacency).
 
     Args:
-        train: What is audited.
-        stated: What it says that it does; read for its clip norm and sample rate alone.
-        canaries: How many, M.
-        rng: Draws which are included.
+        train: The audited training function.
+        stated: The stated plan; only clip norm and sample rate are used.
+        canaries: Number of canaries, M.
+        rng: Decides which canaries are included.
 
     Raises:
-        PrivacyError: the release is not finite.
+        PrivacyError: the released weights are not finite.
     """
     included = rng.random(canaries) < 0.5
     size = _SIZE * stated.clip_norm
@@ -108,7 +108,7 @@ def release(
 
 
 def canary_task(canaries: int) -> Task:
-    """A linear model that starts at zero, and a loss whose gradient is the example, uphill."""
+    """Builds a linear model that starts at zero; its loss has minus the example as gradient."""
 
     def model() -> nn.Module:
         linear = nn.Linear(canaries, 1, bias=False)
@@ -127,7 +127,7 @@ def canary_task(canaries: int) -> Task:
 def artificial_task(
     name: str, *, kind: Kind, model: Callable[[], nn.Module], loss: Loss, example_input: Tensor
 ) -> Task:
-    """A task without data: what is trained on is handed to the training function."""
+    """Builds a task without own data; the caller passes examples to the training function."""
 
     def none(*_: object) -> Examples:
         raise AssertionError(f"task {name!r} has no data of its own")

@@ -1,9 +1,10 @@
-"""Gradient inversion: from one client's update of one example back to the example.
+"""Gradient inversion: reconstructs a training example from a client's update.
 
-A small dense model takes one step on one picture, by the functions that devices train with. The
-attacker is a server: it has sent start weights under which a gradient speaks of the picture above
-all, knows the label, and looks for the picture, first in closed form, then by matching gradients.
-Without privacy it gets the picture; with it, a guess at best.
+A small dense model trains one step on one picture, with the functions that devices use. The
+attacker is a malicious server. It chose initial weights under which the gradient mostly depends on
+the picture, knows the label, and reconstructs the picture in closed form, then by gradient
+matching. Without privacy it succeeds; with privacy it gets a guess at best. Start with
+`invert_digits`.
 """
 
 from __future__ import annotations
@@ -30,31 +31,31 @@ from server.privacy.canaries import artificial_task, private_training
 _HIDDEN = 32
 _CLASSES = 10
 _MATCHING_STEPS = 120
-_FOUND = 1e-8  # of the update's square: a distance at which the search is over
-_LOUDER = 30.0  # the last layer's weights: most of a gradient's norm is then in the first layer
+_FOUND = 1e-8  # share of the update's square; ends the search
+_LOUDER = 30.0  # last layer's weight scale: moves gradient norm to the first layer
 _SETTINGS = ClientConfig(learning_rate=1.0, batch_size=1, epochs=1, device="cpu")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what an attacker made of its updates; pixels from 0 to 1, shape (H, W)."""
+    """One picture and its reconstructions; pixels from 0 to 1, shape ``(H, W)``."""
 
     original: Tensor
     without: Tensor
-    """Reconstructed from an update without privacy."""
+    """Reconstruction from an update without privacy."""
     private: Tensor
-    """Reconstructed from an update with the stated noise."""
+    """Reconstruction from an update with the stated noise."""
     blind: Tensor
-    """The mean of all other pictures: the attacker's guess without any update."""
+    """The mean of all other pictures: a guess without any update."""
 
     def psnr_db(self) -> dict[str, float]:
-        """How close each guess comes to the original, in decibels; the higher, the closer."""
+        """Returns each guess's PSNR against the original, in decibels; higher is closer."""
         guesses = {"without": self.without, "private": self.private, "blind": self.blind}
         return {name: psnr_db(guess, self.original) for name, guess in guesses.items()}
 
 
 def psnr_db(guess: Tensor, original: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures with pixels from 0 to 1; at most 99 dB."""
+    """Computes the peak signal-to-noise ratio for pixels from 0 to 1, capped at 99 dB."""
     error = (guess.double() - original.double()).square().mean().item()
     return min(99.0, -10 * math.log10(error)) if error > 0 else 99.0
 
@@ -62,17 +63,17 @@ def psnr_db(guess: Tensor, original: Tensor) -> float:
 def invert_digits(
     noise_multiplier: float, clip_norm: float, randomness: Randomness, *, pictures: int, seed: int
 ) -> Iterator[Picture]:
-    """Attacks updates of handwritten digits, with and without privacy, one after the other.
+    """Attacks updates from handwritten digits, with and without privacy; yields each result.
 
     Args:
-        noise_multiplier: Of the private updates.
-        clip_norm: Of the private updates.
-        randomness: Draws the noise.
-        pictures: How many digits, each of another class.
-        seed: Chooses the digits and the models' weights.
+        noise_multiplier: Noise multiplier of the private updates.
+        clip_norm: Clip norm of the private updates.
+        randomness: Source of the noise.
+        pictures: Number of digits, each from a different class.
+        seed: Determines the digits and the models' weights.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, which brings the digits, is not installed.
+        ModuleNotFoundError: scikit-learn, which contains the digits, is not installed.
     """
     from sklearn.datasets import load_digits
 
@@ -107,7 +108,7 @@ def _attack(
         ]
         closed = in_closed_form(update[0], update[1])
         matched = by_matching(start, update, label, clip_norm=clip_norm, guesses=(closed, blind))
-        # Which of the two the attacker would keep is its luck: the closer one is shown.
+        # The attacker can't tell which guess is better; assume that it picks the closer one.
         both = [guess.reshape(image.shape) for guess in (closed, matched)]
         return max(both, key=lambda guess: psnr_db(guess, image))
 
@@ -136,11 +137,11 @@ def _task(pixels: int) -> Task:
 
 
 def in_closed_form(weight: Tensor, bias: Tensor) -> Tensor:
-    """The input from the gradient of a first dense layer.
+    """Reconstructs the input from the gradient of a first dense layer.
 
-    One example's gradient is the outer product of the layer's error and of the input with a 1 at
-    its end, for the bias: a matrix of rank one. The closest such matrix to what was seen gives the
-    most likely input under Gaussian noise; without noise it is exact.
+    The gradient of one example is the outer product of the layer's error and the input, with a 1
+    appended for the bias: a rank-one matrix. The closest rank-one matrix to the observed gradient
+    gives the most likely input under Gaussian noise; without noise it is exact.
 
     Args:
         weight: Gradient of the layer's weight, shape ``(H, P)``.
@@ -150,7 +151,7 @@ def in_closed_form(weight: Tensor, bias: Tensor) -> Tensor:
         Pixels within 0 and 1, shape ``(P,)``.
 
     Source:
-        Phong et al. 2018, 10.1109/TIFS.2017.2787987, section 3, in the form for noise.
+        Phong et al. 2018, 10.1109/TIFS.2017.2787987, section 3, adapted to noise.
     """
     seen = torch.cat([weight, bias[:, None]], dim=1).double()
     direction = torch.linalg.svd(seen, full_matrices=False).Vh[0]
@@ -166,13 +167,14 @@ def by_matching(
     clip_norm: float,
     guesses: Sequence[Tensor],
 ) -> Tensor:
-    """The input whose gradient, clipped as the mechanism would, is closest to the one seen.
+    """Reconstructs the input whose clipped gradient is closest to the observed update.
 
-    Under Gaussian noise this is the most likely input with pixels within 0 and 1. The attacker is
-    given the label.
+    Under Gaussian noise this is the most likely input with pixels from 0 to 1. The attacker knows
+    the label.
 
     Source:
-        Zhu, Liu, Han 2019, arXiv:1906.08935, Algorithm 1, from given guesses in place of noise.
+        Zhu, Liu, Han 2019, arXiv:1906.08935, Algorithm 1, starting from given guesses instead of
+        noise.
     """
     least, best = math.inf, guesses[0]
     for guess in guesses:
@@ -187,10 +189,10 @@ def by_matching(
 def _match(
     model: nn.Module, update: list[Tensor], label: int, clip_norm: float, guess: Tensor
 ) -> tuple[float, Tensor]:
-    """Where the search ends that begins at a guess, and how far its gradient is from the update."""
+    """Optimises one guess; returns its distance from the update and the resulting input."""
     model = copy.deepcopy(model).double()
     weights, target = list(model.parameters()), torch.tensor([label])
-    # Pixels pass through a sigmoid, which keeps them within 0 and 1.
+    # The sigmoid keeps pixels between 0 and 1.
     free = torch.logit(guess.double().clamp(0.02, 0.98)).reshape(1, -1).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [free], max_iter=_MATCHING_STEPS, line_search_fn="strong_wolfe", tolerance_change=1e-12
@@ -200,7 +202,7 @@ def _match(
         value = nn.functional.cross_entropy(model(torch.sigmoid(free)), target)
         gradient = torch.autograd.grad(value, weights, create_graph=True)
         norm = torch.stack([part.square().sum() for part in gradient]).sum().sqrt()
-        # Not by an infinite norm: its derivative, 0 times infinity, is no number.
+        # Not for an infinite norm: the derivative, 0 times infinity, would be NaN.
         scale = torch.clamp(clip_norm / norm, max=1.0) if math.isfinite(clip_norm) else 1.0
         gaps = [
             (part * scale - seen).square().sum()

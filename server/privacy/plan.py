@@ -1,4 +1,7 @@
-"""What example-level privacy will cost a client: noise, epsilon by round, and what would help."""
+"""Forecast of example-level privacy for one client: noise, epsilon by round, and alternatives.
+
+In: a `Question`. Out: a `PlanResult`. Start with `answer`.
+"""
 
 from __future__ import annotations
 
@@ -13,79 +16,79 @@ from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.planning import MAX_DELTA_SHARE, plan_for
 
 SHOWN_ROUNDS = 40
-"""Rounds whose epsilon is computed, evenly spaced where there are more."""
+"""Maximum number of rounds whose epsilon is computed, evenly spaced."""
 MAX_ROUNDS = 10**6
-"""How far it is looked for how long a budget lasts."""
+"""Limit of the search for the number of rounds that a budget lasts."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Who trains, and how."""
+    """The client's data and settings to plan for."""
 
     examples: int
-    """Of one client; public."""
+    """Number of examples of one client; public."""
     participations: int
-    """Rounds that it takes part in."""
+    """Number of rounds in which the client takes part."""
     client: ClientConfig
     privacy: Privacy
     max_delta_share: float = MAX_DELTA_SHARE
-    """See `fedcore.privacy.planning.plan_for`."""
+    """Limit on delta times the number of examples; see `fedcore.privacy.planning.plan_for`."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one answer to a `Question` comes to."""
+    """The privacy cost and noise that a `Question` results in."""
 
     examples: int
     batch_size: float
-    """Expected number of examples of a step."""
+    """Expected number of examples per step."""
     participations: int
     noise_multiplier: float
     sample_rate: float
     steps_per_round: int
     gradients_per_round: int
-    """Expected number of per-example gradients: what a round costs in computing."""
+    """Expected number of per-example gradients per round: the computing cost."""
     epsilon: float
-    """After the last round; at ``target_delta``."""
+    """Epsilon after the last round, at ``target_delta``."""
     step_noise: float
-    """Deviation of the noise in a coordinate of one step's mean gradient, over ``clip_norm``."""
+    """Standard deviation of the noise per coordinate of one step's mean gradient, in clip norms."""
     run_noise: float
-    """The same for the mean over all steps of all rounds: what averages out is out."""
+    """Standard deviation of the noise per coordinate of the mean gradient over all steps of all
+    rounds, in clip norms."""
 
     @property
     def steps(self) -> int:
-        """Of all rounds."""
+        """Total number of steps."""
         return self.steps_per_round * self.participations
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """One thing changed, all others as they were."""
+    """A forecast with one setting changed."""
 
     change: str
     forecast: Forecast | None
-    """None where it is refused."""
+    """None if the changed plan is rejected."""
     refused: str = ""
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The plan as asked for, its epsilon by round, and what would help."""
+    """The requested plan, its epsilon by round, and alternatives."""
 
     forecast: Forecast
     epsilons: tuple[tuple[int, float], ...]
-    """Round and the epsilon after it, as a ledger counts."""
+    """Pairs of round and epsilon after it, as a ledger would compute them."""
     lasts: int
-    """How many rounds the budget lasts for, `MAX_ROUNDS` at most, whatever is planned: after so
-    many, epsilon by the accountant is within it, and one more would pass it."""
+    """Number of rounds within the budget, whatever was planned; at most `MAX_ROUNDS`."""
     what_if: tuple[WhatIf, ...]
 
 
 def answer(question: Question) -> PlanResult:
-    """Plans as a device would, and looks around.
+    """Computes the plan as a device would, and alternatives to it.
 
     Raises:
-        PrivacyError: the plan cannot be kept, or protects nobody.
+        PrivacyError: the plan is impossible, or protects nobody.
     """
     charge = _charge(question)
     last = question.participations
@@ -143,7 +146,7 @@ def _forecast(question: Question, charge: Charge) -> Forecast:
 
 
 def _around(question: Question) -> Iterator[tuple[str, Question]]:
-    """Questions that differ in one thing, by a factor of two either way."""
+    """Yields questions that change one setting each, by a factor of two up or down."""
     client, privacy, last = question.client, question.privacy, question.participations
 
     def ask(
@@ -160,7 +163,7 @@ def _around(question: Question) -> Iterator[tuple[str, Question]]:
             question.max_delta_share,
         )
 
-    twice = 2 * question.examples  # may ask for a smaller delta
+    twice = 2 * question.examples  # may require a smaller delta
     delta = min(privacy.target_delta, question.max_delta_share / twice)
     lower = f" (delta {delta:.2g})" if delta < privacy.target_delta else ""
     yield f"twice the examples{lower}", ask(examples=twice, target_delta=delta)

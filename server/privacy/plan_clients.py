@@ -1,4 +1,4 @@
-"""What protecting whole clients will cost a run, before anything runs."""
+"""Forecast of client-level privacy for a run."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from server.rounds.client_privacy import allows, epsilon, protect
 
 @dataclass(frozen=True)
 class ClientAnswer:
-    """The plan of a run that protects its clients."""
+    """The forecast of a run with client-level privacy."""
 
     clients: int
     cohort: int
-    """Clients a round, in expectation."""
+    """Expected number of clients per round."""
     rounds: int
-    """That the run asks for."""
+    """Number of rounds configured."""
     noise_multiplier: float
     sample_rate: float
-    """The probability with which a round draws a client; 1 where it is not counted on."""
+    """Probability that a round samples a client; 1 if sampling isn't used for amplification."""
     separation: int | None
-    """Rounds in which no client is asked twice, under correlated noise; None elsewhere."""
+    """Number of consecutive rounds in which no client takes part twice, under correlated noise;
+    None otherwise."""
     lasts: int
-    """Rounds that the budget allows, of those asked for."""
+    """Number of configured rounds that the budget allows."""
     epsilons: tuple[tuple[int, float], ...]
-    """Of the models of so many rounds together."""
+    """Pairs of a number of rounds and the epsilon of their models together."""
 
 
 def plan_clients(run: RunConfig, clients: int) -> ClientAnswer:
-    """Counts as a run does that has so many clients.
+    """Forecasts client-level privacy of a run, with the accounting that the run uses.
 
     Args:
-        run: With ``privacy.unit`` "client" or "both".
-        clients: Those that rounds draw from.
+        run: A run with ``privacy.unit`` "client" or "both".
+        clients: Number of clients that rounds sample from.
 
     Raises:
-        PrivacyError: the delta protects nobody among so few, or no noise is enough.
-        BudgetExhausted: the budget does not allow even one round.
+        PrivacyError: the delta protects nobody among so few clients, or no noise is enough.
+        BudgetExhausted: the budget doesn't allow even one round.
     """
     rounds = run.federation.rounds
     protection = protect(run, clients=clients, cohort=run.federation.cohort or clients)
@@ -61,7 +62,7 @@ def plan_clients(run: RunConfig, clients: int) -> ClientAnswer:
 
 
 def client_table(found: ClientAnswer, run: RunConfig) -> str:
-    """The plan as lines of text."""
+    """Formats the forecast as text."""
     settings = run.privacy.client
     drawn = f"each drawn with probability {found.sample_rate:.3g}"
     if found.separation is not None:

@@ -1,4 +1,4 @@
-"""``fedcore privacy plan``: what privacy will cost, before anything runs."""
+"""Subcommand ``fedcore privacy plan``: forecasts the privacy cost of a run."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         check_picture(options.plot, option="--plot")
     with told_if_slow(LOADING):
-        question = _question(options)  # before torch: a mistake shows at once
+        question = _question(options)  # before torch: errors show at once
         from server.privacy.plan import answer
 
     found = answer(question)
@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _of_clients(options: argparse.Namespace) -> int:
-    """Plans for ``privacy.unit`` "client", and that half of "both"."""
+    """Plans client-level privacy: ``privacy.unit`` "client", and that part of "both"."""
     for name in ("batch", "epochs", "plot"):
         if getattr(options, name) is not None:
             raise ConfigError(
@@ -158,7 +158,7 @@ def _question(options: argparse.Namespace) -> Question:
 
 
 def _changed(section: _Model, options: argparse.Namespace, names: dict[str, str]) -> _Model:
-    """A table of the file with what the command line gives instead."""
+    """Returns a section of the run with the command line's overrides."""
     given = {key: getattr(options, name) for name, key in names.items()}
     values = section.model_dump() | {k: v for k, v in given.items() if v is not None}
     try:
@@ -192,7 +192,7 @@ def _record(found: PlanResult, question: Question) -> dict[str, object]:
 
 
 def table(found: PlanResult, question: Question) -> str:
-    """The plan for people to read."""
+    """Formats the plan as text."""
     plan, privacy = found.forecast, question.privacy
     how = "given" if privacy.noise_multiplier != "auto" else f"least for {privacy.max_epsilon:g}"
     lines = [

@@ -1,4 +1,4 @@
-"""A plan as a picture: epsilon by round, and the noise that other settings would take."""
+"""Plot of a privacy plan: epsilon by round, and the noise under other settings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SIZE_IN, _DOTS_PER_INCH = (11.0, 4.2), 150
 
 
 def plot(answer: PlanResult, question: Question, file: Path) -> None:
-    """Writes the picture; its format follows from the file's ending.
+    """Writes the plot; the file's extension determines its format.
 
     Raises:
-        DiskFull: there is no room.
-        ResourceError: the file may not be written.
+        DiskFull: the disk is full.
+        ResourceError: the file isn't writable.
     """
     figure = Figure(figsize=_SIZE_IN, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,7 +43,7 @@ def _epsilons(axes: Axes, answer: PlanResult, question: Question) -> None:
     rounds, epsilons = zip(*answer.epsilons, strict=True)
     axes.plot(rounds, epsilons, color=BLUE, marker="o", markersize=3, label="spent")
     budget = question.privacy.max_epsilon
-    if max(epsilons) > 0.2 * budget:  # or the curve would be flat beneath it
+    if max(epsilons) > 0.2 * budget:  # otherwise the budget line would flatten the curve
         axes.axhline(budget, color=ORANGE, linestyle="--", label=f"budget {budget:g}")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)

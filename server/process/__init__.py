@@ -1,1 +1,1 @@
-"""Processes as the operating system sees them: signals, parents, memory, how one is started."""
+"""Operating-system side of processes: signals, parents, memory, and spawning."""

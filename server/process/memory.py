@@ -1,4 +1,4 @@
-"""Memory of a process: how the C library's heap and the garbage collector deal with large data."""
+"""Memory settings of a process: glibc's heap and the garbage collector under large data."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_TRAINING_MAPPED_BYTES = 32 << 20  # the most that glibc takes
+_TRAINING_MAPPED_BYTES = 32 << 20  # glibc's maximum
 _TRAINING_KEPT_BYTES = 512 << 20
 _SERVING_MAPPED_BYTES, _SERVING_KEPT_BYTES = 2**19, 2**20
 
 
 def reuse_large_blocks() -> None:
-    """Has glibc reuse blocks of up to 32 MiB instead of returning each to the system.
+    """Makes glibc reuse blocks of up to 32 MiB instead of returning them to the system.
 
-    A step's activations are asked for and freed again and again; given back each time, every page
-    of them is cleared again by the kernel, which can take as long as the arithmetic.
+    Each training step allocates and frees its activations. If they go back to the system, the
+    kernel clears every page again, which can take as long as the arithmetic.
     """
     _set_heap(mapped_bytes=_TRAINING_MAPPED_BYTES, kept_bytes=_TRAINING_KEPT_BYTES)
 
 
 @contextmanager
 def objects_frozen() -> Iterator[None]:
-    """Spares the collector what is loaded already, and forked processes a copy of its pages.
+    """Excludes loaded objects from garbage collection, so that forked processes share them.
 
-    There are half a million objects of torch's and Flower's, and each full collection looks at all.
+    torch and Flower create half a million objects, and each full collection visits all of them.
     """
     gc.freeze()
     try:
@@ -37,20 +37,20 @@ def objects_frozen() -> Iterator[None]:
 
 
 def return_freed_blocks() -> None:
-    """Has the C library map large blocks one by one, and unmap each when it is freed.
+    """Makes glibc map large blocks individually, and unmap each when it is freed.
 
-    glibc raises its own threshold with the first large block that is freed; from then on pieces of
-    updates fill the heaps of several threads, which stay as large as they once were.
+    By default glibc raises its mmap threshold with the first large block that is freed. From then
+    on pieces of updates fill the heaps of several threads, which never shrink again.
     """
     _set_heap(mapped_bytes=_SERVING_MAPPED_BYTES, kept_bytes=_SERVING_KEPT_BYTES)
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around imports: nothing is garbage meanwhile, and what has come stays.
+    """Disables garbage collection during imports, and excludes the imported objects afterwards.
 
-    Modules are hundreds of thousands of objects. To look through them again and again while they
-    come in takes a fifth of the time in which a server starts, and a later look stops its threads.
+    Modules consist of hundreds of thousands of objects. Scanning them repeatedly during import
+    takes a fifth of a server's start-up time, and scanning them later stalls its threads.
     """
     gc.disable()
     try:
@@ -61,12 +61,12 @@ def loading() -> Iterator[None]:
 
 
 def _set_heap(*, mapped_bytes: int, kept_bytes: int) -> None:
-    """Fixes what glibc would else adapt as it goes; elsewhere than with glibc nothing is done.
+    """Fixes two thresholds that glibc otherwise adapts; does nothing with other C libraries.
 
     Args:
-        mapped_bytes: Blocks from this size on are mapped one by one, and unmapped when they are
-            freed; glibc takes 32 MiB at most.
-        kept_bytes: So much free memory at a heap's end stays with the process.
+        mapped_bytes: Blocks of at least this size are mapped individually, and unmapped when freed;
+            at most 32 MiB.
+        kept_bytes: Free memory at the top of a heap that the process keeps.
     """
     if not sys.platform.startswith("linux"):
         return

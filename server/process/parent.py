@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them."""
+"""Ends a process when its parent dies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 def die_with_parent() -> None:
-    """Has the system kill this process when its parent dies, at whatever it is then.
+    """Makes the kernel kill this process with SIGKILL when its parent dies.
 
-    Only Linux knows how to. A parent that died before this was called is noticed, too.
+    Works on Linux only; does nothing elsewhere. Also covers a parent that died before this call.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Ctrl-C that first asks, and then insists."""
+"""Two-step handling of SIGINT and SIGTERM: the first asks to stop, the second insists."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from fedcore.errors import INTERRUPTED
 Asked = Callable[[], bool]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AGAIN_S = 0.05  # by then the interpreter has left whatever cannot raise
+_AGAIN_S = 0.05  # the interpreter can raise again by then
 
 
 @contextmanager
 def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
-    """Yields a function that tells whether SIGINT or SIGTERM came; the second one interrupts.
+    """Yields a function that returns whether SIGINT or SIGTERM arrived; a second one interrupts.
 
-    Outside the main thread, where no signals arrive, they go on doing what they did.
+    Outside the main thread, which can't handle signals, existing handlers stay in place and the
+    function returns False.
 
     Args:
-        say: Called at the first one, in the middle of whatever is going on.
+        say: Callback at the first signal; runs in the signal handler.
 
     Raises:
-        KeyboardInterrupt: at the second one, from wherever the program is.
+        KeyboardInterrupt: at the second signal, from wherever the program is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -43,8 +44,8 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
         say()
 
     def swallowed(lost: sys.UnraisableHookArgs) -> None:
-        # A signal that came while an object was freed or a process forked: nothing can be raised
-        # from there, so it comes once more.
+        # The signal arrived while an object was being freed or a process forked, where nothing can
+        # be raised: send it again.
         if issubclass(lost.exc_type, KeyboardInterrupt):
             threading.Timer(_AGAIN_S, signal.pthread_kill, [here, signal.SIGINT]).start()
         else:
@@ -62,12 +63,12 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
 
 @contextmanager
 def insistent() -> Iterator[None]:
-    """Has SIGINT or SIGTERM interrupt, and the second one end the process there and then.
+    """Makes the first SIGINT or SIGTERM raise, and the second end the process immediately.
 
-    For code of others, which may catch what interrupts it.
+    For third-party code, which may catch the interrupt.
 
     Raises:
-        KeyboardInterrupt: at the first one, from wherever the program is.
+        KeyboardInterrupt: at the first signal, from wherever the program is.
     """
     came = threading.Event()
 
@@ -86,18 +87,18 @@ def insistent() -> Iterator[None]:
 
 
 def end_at_once() -> NoReturn:
-    """Ends the process, whatever its threads do: nothing is put away."""
+    """Ends the process immediately, whatever its threads do, without any clean-up."""
     told = b"Interrupted: ended at once; what was written whole stands.\n"
     with suppress(OSError):
-        os.write(2, told)  # no stream: another thread may hold its lock
+        os.write(2, told)  # not a stream: another thread may hold its lock
     os._exit(INTERRUPTED)
 
 
 @contextmanager
 def no_signal() -> Iterator[None]:
-    """Keeps SIGINT and SIGTERM waiting.
+    """Blocks SIGINT and SIGTERM; they stay pending until the block ends.
 
-    A process that is begun in here keeps them waiting, too, until it calls `signals_come`.
+    A process started inside inherits the block until it calls `signals_come`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -107,5 +108,5 @@ def no_signal() -> Iterator[None]:
 
 
 def signals_come() -> None:
-    """Lets them through, in a process that has said what they do there."""
+    """Unblocks SIGINT and SIGTERM, in a process that has installed its handlers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

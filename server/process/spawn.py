@@ -1,4 +1,4 @@
-"""Starting processes from a program that is somebody else's: a script or a notebook."""
+"""Spawning of processes from a user's script or notebook."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def script_left_out() -> Iterator[None]:
-    """Has processes that are spawned inside not run the main script once more.
+    """Keeps spawned processes from running the main script again.
 
-    `multiprocessing` runs it in each of them, for what the script defines and sends them, so that a
-    script that simulates as it is run would simulate again there. What fedcore sends is its own.
+    `multiprocessing` reruns the main script in each process, to find what it defines; a script that
+    calls `simulate` at top level would simulate again there. fedcore's processes need nothing from
+    the script.
     """
     script = sys.modules["__main__"]
     spec, file = script.__spec__, getattr(script, "__file__", None)

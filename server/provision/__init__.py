@@ -1,1 +1,4 @@
-"""The authority of a project: who takes part, with which key, in which role, until when."""
+"""Provisioning: a project's certificate authority, its members, their keys, roles and expiry.
+
+Start with `issue`, which implements each operation; `folder` describes the authority's files.
+"""

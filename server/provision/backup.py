@@ -1,4 +1,4 @@
-"""An authority in one sealed file, and back."""
+"""Backup of an authority into one encrypted file, and its restoration."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from server.provision.folder import (
 )
 from server.provision.issue import Act
 
-MAX_BACKUP_BYTES = 96 << 20  # 96 MiB: the largest roster and the largest audit log, in base 64
+MAX_BACKUP_BYTES = 96 << 20  # 96 MiB: the largest roster and audit log, in base64
 
 FileName = Literal[
     "authority.pem",
@@ -65,11 +65,11 @@ _REQUIRED: tuple[FileName, ...] = ("authority.pem", "authority.key", "roster.jso
 _SERVER: tuple[FileName, ...] = ("server/key.pem", "server/kit.json")
 _PUBLIC: tuple[FileName, ...] = ("authority.pem", "roster.json", "server/kit.json")
 _STAYS = (SEEN, DRAINED, AUDIT, MARK)
-"""What a server keeps in its folder, and no backup of the authority holds."""
+"""Files that a server keeps in its folder; backups of the authority don't contain them."""
 
 
 class Backup(Section):
-    """What is sealed: the folder's files, in base 64."""
+    """The encrypted content of a backup: the folder's files, in base64."""
 
     format: Literal["fedcore.backup/1"] = "fedcore.backup/1"
     created: AwareDatetime
@@ -78,25 +78,26 @@ class Backup(Section):
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore did."""
+    """The result of a restoration."""
 
     project: str
     members: int
     roster: Literal["backup", "folder"]
-    """Whose list of members is in force: the newer one, so that nobody revoked comes back."""
+    """Source of the roster in force: the newer one, so that no revocation is undone."""
     before: Path | None
-    """Where the folder that was there before lies now."""
+    """New path of the previous folder, if there was one."""
     caution: str | None
-    """Who may be in force again by it, where that cannot be ruled out, and what to do."""
+    """Warning if revoked members may be active again, with the remedy; None if that is ruled
+    out."""
 
 
 def backup(act: Act, file: Path) -> None:
-    """Writes the whole authority to one file that only the passphrase opens.
+    """Writes the whole authority to one file, encrypted with the passphrase.
 
     Raises:
-        ConfigError: the file is there already, or the passphrase is missing or too short.
-        ResourceError: it cannot be made.
-        FedcoreError: the authority is not whole: a backup of it would restore to nothing.
+        ConfigError: the file exists already, or the passphrase is missing or too short.
+        ResourceError: the file can't be created.
+        FedcoreError: the authority is incomplete, so its backup would be useless.
     """
     if file.exists():
         raise ConfigError(f"{file}: this file exists. Nothing was written; choose another name.")
@@ -119,19 +120,18 @@ def backup(act: Act, file: Path) -> None:
 
 
 def restore(act: Act, file: Path, *, replace: bool) -> Restored:
-    """Puts the authority in a backup into force; all of it is verified first.
+    """Restores the authority from a backup, after verifying all of it.
 
     Guarantee:
-        Until the new folder is whole, the old one stands; afterwards it lies beside it. When both
-        are of one authority, the newer roster of the two is kept, and so is what a server has
-        kept in the folder: which rosters it has seen, who is drained, and its audit log.
+        The old folder stays in place until the new one is complete, and is then kept under another
+        name. If both belong to one authority, the newer roster wins, and the server's files are
+        kept: rosters seen, drained devices, and the audit log.
 
     Raises:
-        ConfigError: the folder holds something and ``replace`` is not set, or there is no
-            passphrase.
-        ResourceError: a server is running with the folder.
-        DataError: the file is missing, or larger than a backup can be.
-        TrustError: it cannot be opened, or what it holds does not fit together.
+        ConfigError: the folder isn't empty and ``replace`` isn't set, or there is no passphrase.
+        ResourceError: a server is running with this folder.
+        DataError: the file is missing, or exceeds the size limit of a backup.
+        TrustError: decryption fails, or the content is inconsistent.
     """
     folder, where = act.folder, str(file)
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -162,7 +162,7 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
         if there is not None and newer:
             files[ROSTER] = there.roster.to_bytes()
             files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
-            for name in (MARK, ROSTER_KEY):  # they go with the two
+            for name in (MARK, ROSTER_KEY):  # these belong to the roster and the log
                 files.pop(name, None)
                 if is_there(folder / name):
                     files[name] = read_bytes(
@@ -191,7 +191,7 @@ def _passphrase(act: Act) -> str:
 
 
 def _decode(raw: bytes, where: str) -> tuple[dict[str, bytes], datetime]:
-    """The files in a backup, and when it was made."""
+    """Returns the files in a backup, and its time of creation."""
     try:
         content = Backup.model_validate_json(raw)
         files: dict[str, bytes] = {
@@ -206,7 +206,7 @@ def _decode(raw: bytes, where: str) -> tuple[dict[str, bytes], datetime]:
 
 
 def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
-    """What the files hold, once they fit together: keys and certificates, roster and authority."""
+    """Verifies that the files are consistent: keys and certificates, roster and authority."""
     missing = {*_REQUIRED} - {*files} or ({*_SERVER} - {*files} if {*_SERVER} & {*files} else set())
     if missing:
         raise TrustError(
@@ -240,7 +240,7 @@ def _verify_server(files: Mapping[str, bytes], authority: x509.Certificate, *, w
 
 
 def _readable(act: Act) -> Authority | None:
-    """The authority that is to be replaced; None when it is damaged, which may be the reason."""
+    """Returns the authority to replace; None if it is damaged, a likely reason for restoring."""
     try:
         return read_authority(act.folder, now=act.now)
     except FedcoreError:
@@ -255,10 +255,10 @@ def _running(folder: Path) -> ResourceError:
 
 
 def _stays(folder: Path, authority: Authority) -> list[Path]:
-    """What a server has kept in the folder that gives way, unless that is another authority's.
+    """Lists the server's files to keep from the folder, unless it is another authority's.
 
-    Whose it is says the authority's certificate, or else the server's kit; a folder that is so
-    damaged that neither tells is taken for this authority's, which lets in nobody too many.
+    The authority's certificate, or else the server's kit, identifies the owner. A folder too
+    damaged for both counts as this authority's: keeping its files admits nobody wrongly.
     """
     if _authority_of(folder) not in (authority.certificate, None):
         return []
@@ -275,7 +275,7 @@ def _stays(folder: Path, authority: Authority) -> list[Path]:
 
 
 def _authority_of(folder: Path) -> x509.Certificate | None:
-    """The certificate of the authority that a folder is of; None where nothing tells."""
+    """Returns the certificate of the authority that owns a folder; None if unknown."""
     try:
         raw = read_bytes(folder / CERTIFICATE, max_bytes=MAX_CERTIFICATE_BYTES, what="it")
         return parse_certificate(raw, where=CERTIFICATE)
@@ -321,9 +321,9 @@ def _place(
     occupied: bool,
     blind: datetime | None,
 ) -> Path | None:
-    """Writes the files beside the folder, then renames; returns where the old folder went.
+    """Writes a new folder, swaps it in by renaming, and returns the old folder's new path.
 
-    ``blind`` is when the backup was made, where nothing tells what came later.
+    ``blind`` is the backup's time of creation if nothing shows later changes, else None.
     """
     folder = act.folder.absolute()
     with disk_errors(folder):
@@ -347,7 +347,7 @@ def _place(
             if occupied:
                 before = folder.with_name(f"{folder.name}.before-{act.now:%Y%m%dT%H%M%SZ}")
                 folder.rename(before)
-            new.rename(folder)  # over an empty folder too
+            new.rename(folder)  # also replaces an empty folder
         sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -356,7 +356,7 @@ def _place(
 
 
 def _copy(path: Path, copy: Path) -> None:
-    """A copy on disk, for its owner alone; a log may be larger than memory."""
+    """Copies a file with mode 0600 and flushes it to disk; a log may be larger than memory."""
     with disk_errors(copy):
         copy.parent.mkdir(mode=0o700, exist_ok=True)
         shutil.copyfile(path, copy)

@@ -1,4 +1,4 @@
-"""``fedcore provision``: what the operator of a project does."""
+"""Subcommand ``fedcore provision``, for the operator of a project."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The authority's folder: read and changed under one lock, with a record of every change.
+"""The authority's folder: read and changed under one lock, with an audit record of every change.
 
 ::
 
     authority.pem   the authority's certificate; public
-    authority.key   its private key; mode 0600, sealed when a passphrase was given
-    roster.json     everyone with a certificate, signed; what a server reads
-    roster.key      the key that signs it, which the authority's key vouches for; mode 0600
-    audit.jsonl     who issued or revoked what, and when; only ever appended to, each line chained
-    audit.mark      how far that log went
+    authority.key   its private key; mode 0600, encrypted if a passphrase was given
+    roster.json     all members with certificates, revoked ones too; signed
+    roster.key      the key that signs it, certified by the authority's key; mode 0600
+    audit.jsonl     append-only, hash-chained log of certificates issued and revoked
+    audit.mark      the length of that log
     server/         the server's identity: key.pem, kit.json, and roster.json, a link to the above
 """
 
@@ -50,22 +50,22 @@ MAX_AUDIT_BYTES = 32 << 20  # 32 MiB: some 100,000 lines
 
 @dataclass(frozen=True)
 class Authority:
-    """What stands in the folder, verified; the private key stays where it is."""
+    """The verified content of the folder, without the private key."""
 
     folder: Path
     project: str
     certificate: x509.Certificate
     roster: RosterFile
     members: Mapping[str, Member]
-    """By certificate (PEM), in the order of enrolment."""
+    """Members by certificate (PEM), in the order of enrolment."""
 
     @property
     def server(self) -> Path:
-        """The folder of the server's identity, whether or not it is there."""
+        """The folder of the server's identity; may not exist."""
         return self.folder / SERVER
 
     def find(self, name: str) -> tuple[RosterEntry, Member] | None:
-        """The entry and member of a name, unless it is revoked or unknown."""
+        """Returns the entry and member of a name; None if it is revoked or unknown."""
         for entry in self.roster.members:
             member = self.members[entry.certificate]
             if member.name == name and member.revoked_at is None:
@@ -75,7 +75,7 @@ class Authority:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, waiting for whoever has it.
+    """Locks the folder; waits for another holder.
 
     Raises:
         DataError: there is no authority in this folder.
@@ -86,17 +86,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> Authority:
-    """Reads what is in force.
+    """Reads and verifies the authority's certificate and roster.
 
     Args:
-        folder: The authority's.
-        now: The time, UTC.
-        unsigned: Whether a roster that carries no signature will do, to be signed.
+        folder: The authority's folder.
+        now: The current time, UTC.
+        unsigned: Whether to accept an unsigned roster, in order to sign it.
 
     Raises:
         DataError: a file is missing or unreadable.
-        CertificateRefused: the authority's own certificate has expired, or is none.
-        TrustError: the roster does not verify.
+        CertificateRefused: the authority's own certificate has expired or is invalid.
+        TrustError: the roster's signature doesn't verify.
     """
     path = folder / CERTIFICATE
     raw = read_bytes(
@@ -115,19 +115,19 @@ def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> Au
 
 
 def key_is_sealed(folder: Path) -> bool:
-    """Whether the authority's key needs a passphrase; raises `DataError` when there is none."""
+    """Returns whether the authority's key is encrypted; raises `DataError` if it is missing."""
     _check_there(folder)
     return is_sealed(_raw_key(folder))
 
 
 def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePrivateKey:
-    """The authority's private key.
+    """Reads and decrypts the authority's private key.
 
     Raises:
         DataError: it is missing or unreadable.
-        ConfigError: it is sealed, and no passphrase was given.
-        TrustError: the passphrase is another.
-        CertificateRefused: it is no key, or not the one of the authority's certificate.
+        ConfigError: the key is encrypted, and no passphrase was given.
+        TrustError: the passphrase is wrong.
+        CertificateRefused: the file isn't a key, or doesn't match the authority's certificate.
     """
     path, raw = authority.folder / PRIVATE_KEY, _raw_key(authority.folder)
     if is_sealed(raw):
@@ -143,7 +143,7 @@ def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePriva
 
 
 def check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, *, where: str) -> None:
-    """Raises `CertificateRefused` unless the key is the certificate's."""
+    """Raises `CertificateRefused` unless the key belongs to the certificate."""
     if key.public_key() != certificate.public_key():
         raise CertificateRefused(
             f"{where}: this is not the key of the authority's certificate. Nothing was signed; "
@@ -152,12 +152,12 @@ def check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, *, w
 
 
 def check_place(path: Path) -> None:
-    """Sees that a file can be made at ``path``, folders above it included; leaves nothing there.
+    """Checks that a file and its parent folders can be created at ``path``; leaves nothing behind.
 
-    Whoever is certified has a name that is taken from then on, so that is seen before.
+    Certification takes a name permanently, so this is checked first.
 
     Raises:
-        ResourceError: it cannot, or the disk is full.
+        ResourceError: the file can't be created, or the disk is full.
     """
     there = next(one for one in path.absolute().parents if one.exists())
     try:
@@ -171,11 +171,11 @@ def check_place(path: Path) -> None:
 
 
 def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Signer]:
-    """The key that signs the roster in force, and the authority's word for it.
+    """Reads the key that signs the current roster, and the authority's certification of it.
 
     Raises:
-        DataError: it is missing or unreadable.
-        CertificateRefused: others may read it, or it is another one.
+        DataError: the key is missing or unreadable.
+        CertificateRefused: others may read the file, or it is another key.
     """
     path, signer = authority.folder / ROSTER_KEY, authority.roster.signer
     if not is_there(path) or signer is None:
@@ -193,7 +193,13 @@ def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Sign
 
 
 def write_roster(authority: Authority, members: tuple[RosterEntry, ...]) -> None:
-    """Puts a changed list of members into force, atomically."""
+    """Writes and signs a changed list of members, atomically.
+
+    Raises:
+        ConfigError: the roster would exceed what a server reads. Nothing was written.
+        DataError: the roster's key is missing or unreadable.
+        CertificateRefused: others may read the roster's key, or it is another key.
+    """
     key, signer = read_roster_key(authority)
     roster = RosterFile(version=authority.roster.version + 1, members=members).signed(key, signer)
     raw = roster.to_bytes()
@@ -206,21 +212,21 @@ def write_roster(authority: Authority, members: tuple[RosterEntry, ...]) -> None
 
 
 def record(folder: Path, *, at: datetime, by: str, action: str, **more: object) -> None:
-    """Appends one line to the audit log, on disk before this returns.
+    """Appends one line to the audit log and flushes it to disk before returning.
 
-    It is written before what it tells of, so that nothing is issued unrecorded; a line whose act
-    failed afterwards is possible, and harmless.
+    The line is written before the action, so that nothing is issued unrecorded. If the action fails
+    afterwards, the extra line is harmless.
 
     Raises:
-        DataError: the log is no file, or was cut since it was last written to.
-        DiskFull: there is no room.
+        DataError: the log isn't a regular file, or was truncated since its last write.
+        DiskFull: the disk is full.
     """
     with closing(Audit(folder / AUDIT, clock=lambda: at)) as log:
         log.record(by=by, action=action, **more)
 
 
 def link_roster(server: Path) -> None:
-    """Lets the server's folder show the authority's roster; elsewhere, a copy takes its place."""
+    """Links the authority's roster into the server's folder; a server elsewhere needs a copy."""
     with disk_errors(server):
         server.mkdir(mode=0o700, exist_ok=True)
         server.chmod(0o700)

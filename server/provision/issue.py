@@ -1,4 +1,4 @@
-"""What an authority does: begin, certify, renew, revoke, list."""
+"""Operations of a project's authority: create, certify, renew, revoke, sign and list."""
 
 from __future__ import annotations
 
@@ -54,34 +54,34 @@ SERVER_NAME = "server"
 
 @dataclass(frozen=True)
 class Act:
-    """Who acts on an authority, with what, and when."""
+    """The context of an operation on an authority: folder, user, time and passphrase."""
 
     folder: Path
-    """The authority's."""
+    """The authority's folder."""
     by: str
-    """Stands in the audit log."""
+    """The acting user, as stated in the audit log."""
     now: datetime
-    """UTC; validity counts from here."""
+    """The current time, UTC; certificates are valid from here."""
     passphrase: str | None = None
-    """Opens the authority's key when that is sealed."""
+    """Decrypts the authority's key if it is encrypted."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Everyone who ever had a certificate."""
+    """All members that ever had a certificate, and the server."""
 
     authority: Authority
     server: Subject | None
     members: tuple[Member, ...]
-    """In the order of enrolment, the revoked and the expired among them."""
+    """Members in the order of enrolment, including revoked and expired ones."""
 
 
 def initialise(act: Act, project: str) -> x509.Certificate:
-    """Makes an authority in an empty or new folder; its key is sealed when there is a passphrase.
+    """Creates an authority in a new or empty folder; a passphrase encrypts its key.
 
     Raises:
-        ConfigError: the folder is not empty, or the project's name or the passphrase will not do.
-        DiskFull: there was no room.
+        ConfigError: the folder isn't empty, or the project's name or the passphrase is invalid.
+        DiskFull: the disk is full.
     """
     folder, key = act.folder, new_key()
     certificate = issue_authority(key, project=project, now=act.now)
@@ -102,25 +102,25 @@ def initialise(act: Act, project: str) -> x509.Certificate:
     save_key(folder / ROSTER_KEY, signing)
     roster = RosterFile(version=1, members=()).signed(signing, delegate(signing, 1, key))
     write_atomic(folder / ROSTER, roster.to_bytes())
-    write_atomic(folder / CERTIFICATE, pem(certificate))  # last: with it the folder is whole
+    write_atomic(folder / CERTIFICATE, pem(certificate))  # last: marks the folder as complete
     return certificate
 
 
 def provision_server(
     act: Act, hosts: Sequence[str], *, port: int, validity: timedelta, again: bool
 ) -> KitFile:
-    """Makes the server's key and certificate, in the authority's folder ``server``.
+    """Creates the server's key and certificate in the authority's subfolder ``server``.
 
     Args:
-        act: Who, where and when.
-        hosts: Every name and address under which devices reach the server, the preferred first.
-        port: Where it listens.
-        validity: Of the certificate.
-        again: Whether an identity that is there already gives way to a new one.
+        act: The context of the operation.
+        hosts: All names and addresses under which devices reach the server, preferred first.
+        port: The server's port.
+        validity: Lifetime of the certificate.
+        again: Whether to replace an existing identity.
 
     Raises:
-        ConfigError: there is an identity already, or a host is no host.
-        FedcoreError: the authority cannot be read, or its key not be opened.
+        ConfigError: an identity exists already, or a host is invalid.
+        FedcoreError: the authority can't be read, or its key can't be decrypted.
     """
     if not 1 <= port <= 65535:
         raise ConfigError(f"port {port}: expected 1 to 65535. Nothing was written.")
@@ -137,7 +137,7 @@ def provision_server(
         key = new_key()
         file = _certify_server(act, authority, key.public_key(), addresses, validity, "issue")
         link_roster(authority.server)
-        # A stop between the two leaves a pair that does not match, which is refused when loaded.
+        # A crash between the two leaves a mismatched pair, which is rejected when loaded.
         save_key(authority.server / KEY, key)
         write_kit(authority.server, file)
         return file
@@ -153,14 +153,14 @@ def provision_member(
     validity: timedelta,
     num_examples: int | None,
 ) -> KitFile:
-    """Certifies the key in a signing request; the result goes back to whoever sent it.
+    """Certifies the key in a signing request, and returns the kit for the requester.
 
-    Name and role are the operator's: of the request only the key counts, and its name must agree.
+    The operator decides name and role; the request supplies the key, and its name must match.
 
     Raises:
-        ConfigError: the name is taken, is no name, or is not the request's; the key has a
-            certificate already, or was revoked; there is no server yet.
-        CertificateRefused: it is no valid request.
+        ConfigError: the name is in use, invalid, or not the request's; the key has a certificate
+            already, or was revoked; there is no server yet.
+        CertificateRefused: the request is invalid.
     """
     asked = read_request(request, where=where)
     check_name(name)
@@ -194,11 +194,11 @@ def provision_member(
 
 
 def renew(act: Act, name: str, *, validity: timedelta) -> KitFile:
-    """A new certificate over the same key; the server's is put into force at once.
+    """Issues a new certificate for an existing key; installs it at once if it is the server's.
 
     Raises:
-        ConfigError: nobody in force has this name.
-        FedcoreError: the authority cannot be read, or its key not be opened.
+        ConfigError: no active member has this name.
+        FedcoreError: the authority can't be read, or its key can't be decrypted.
     """
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
@@ -225,12 +225,12 @@ def renew(act: Act, name: str, *, validity: timedelta) -> KitFile:
 
 
 def revoke(act: Act, name: str) -> Member:
-    """Takes a member's certificate out of force; a running server notices at its next look.
+    """Revokes a member's certificate; a running server notices when it next reads the roster.
 
-    Neither the authority's key nor a passphrase is needed, so that it can be done in a hurry.
+    Needs neither the authority's key nor a passphrase, so that it works in a hurry.
 
     Raises:
-        ConfigError: nobody in force has this name.
+        ConfigError: no active member has this name.
     """
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
@@ -242,14 +242,14 @@ def revoke(act: Act, name: str) -> Member:
 
 
 def sign_roster(act: Act) -> Authority:
-    """Makes another key for rosters, and signs the one in force with it.
+    """Creates a new roster key, and signs the current roster with it.
 
-    For a project that was begun before rosters were signed, and where that key was lost or stolen:
-    a server that has seen the new one takes no roster of the old one's any more.
+    For projects older than signed rosters, and for a lost or stolen key: a server that has seen the
+    new key rejects rosters signed with the old one.
 
     Raises:
-        SignatureInvalid: the roster carries a signature that does not hold; it is not signed again.
-        FedcoreError: the authority cannot be read, or its key not be opened.
+        SignatureInvalid: the roster has an invalid signature; it is not signed again.
+        FedcoreError: the authority can't be read, or its key can't be decrypted.
     """
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now, unsigned=True)
@@ -259,17 +259,17 @@ def sign_roster(act: Act) -> Authority:
         record(act.folder, at=act.now, by=act.by, action="sign", signer=signer.number)
         members = authority.roster.members
         file = RosterFile(version=authority.roster.version + 1, members=members)
-        # A stop between the two leaves a key that is not the roster's, which is refused.
+        # A crash between the two leaves a mismatched key, which is rejected.
         save_key(act.folder / ROSTER_KEY, key)
         write_atomic(act.folder / ROSTER, file.signed(key, signer).to_bytes())
         return read_authority(act.folder, now=act.now)
 
 
 def listing(act: Act) -> Listing:
-    """Everyone who ever had a certificate.
+    """Lists all members that ever had a certificate, and the server.
 
     Raises:
-        FedcoreError: the authority cannot be read.
+        FedcoreError: the authority can't be read.
     """
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
@@ -319,7 +319,7 @@ def _address(host: str, port: int) -> str:
 
 
 def _public(certificate: str) -> EllipticCurvePublicKey:
-    """The key of a certificate that has been verified."""
+    """Returns the public key of a verified certificate."""
     public = x509.load_pem_x509_certificate(certificate.encode()).public_key()
     assert isinstance(public, EllipticCurvePublicKey)
     return public
@@ -392,7 +392,7 @@ def _refuse(why: str, remedy: str) -> NoReturn:
 
 
 def _change(authority: Authority, entry: RosterEntry, update: dict[str, object]) -> None:
-    """Puts a member's entry into force with some of its fields changed."""
+    """Replaces some fields of a member's entry in the roster."""
     changed = RosterEntry.model_validate({**entry.model_dump(), **update})
     write_roster(
         authority, tuple(changed if old is entry else old for old in authority.roster.members)

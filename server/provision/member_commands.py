@@ -1,4 +1,4 @@
-"""The verbs of ``fedcore provision`` that are about members: certify, renew, revoke, list."""
+"""Subcommands of ``fedcore provision`` for members: certify, renew, revoke, list."""
 
 from __future__ import annotations
 

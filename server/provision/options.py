@@ -1,4 +1,4 @@
-"""What the verbs of ``fedcore provision`` have in common: options, who acts, what is printed."""
+"""Shared by the subcommands of ``fedcore provision``: options, acting user, and output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_DAYS = 730
 
 
 def place(parser: argparse.ArgumentParser) -> None:
-    """Adds what every verb takes."""
+    """Adds the options of every subcommand."""
     parser.add_argument(
         "--authority",
         type=Path,
@@ -38,7 +38,7 @@ def place(parser: argparse.ArgumentParser) -> None:
 
 
 def signing(parser: argparse.ArgumentParser) -> None:
-    """Adds what verbs take that may need a passphrase."""
+    """Adds the options of subcommands that may need a passphrase."""
     place(parser)
     parser.add_argument(
         "--passphrase-file",
@@ -49,7 +49,7 @@ def signing(parser: argparse.ArgumentParser) -> None:
 
 
 def days(default: timedelta) -> dict[str, Any]:
-    """How ``--days`` is added to a verb that issues a certificate."""
+    """Returns the argparse settings of ``--days``, for subcommands that issue a certificate."""
     return {
         "type": validity,
         "default": default,
@@ -59,14 +59,14 @@ def days(default: timedelta) -> dict[str, Any]:
 
 
 def validity(text: str) -> timedelta:
-    """A whole number of days, for argparse."""
+    """Parses a whole number of days, for argparse."""
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:5]) <= _MAX_DAYS:
         raise argparse.ArgumentTypeError(f"expected 1 to {_MAX_DAYS} days, got {text!r}")
     return timedelta(days=int(text))
 
 
 def acting(options: argparse.Namespace, *, signs: bool = False) -> Act:
-    """Who acts, and the passphrase when the verb signs and the key needs one."""
+    """Returns the context of an operation, with the passphrase if it must decrypt the key."""
     secret = None
     if signs and key_is_sealed(options.authority):
         secret = passphrase.given(options.passphrase_file) or passphrase.ask(twice=False)
@@ -74,20 +74,20 @@ def acting(options: argparse.Namespace, *, signs: bool = False) -> Act:
 
 
 def sealing(options: argparse.Namespace, *, twice: bool) -> Act:
-    """As `acting`, for a verb that seals or opens a file of its own."""
+    """Returns the context of an operation that encrypts or decrypts a file with a passphrase."""
     secret = passphrase.given(options.passphrase_file, twice=twice)
     return Act(options.authority, _user(), clock(), secret)
 
 
 def out(parser: argparse.ArgumentParser) -> None:
-    """Adds where a kit is written."""
+    """Adds the ``--out`` option, the path of the new kit."""
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where the kit goes (default: NAME.kit)"
     )
 
 
 def described(file: KitFile) -> dict[str, Any]:
-    """What a kit just made says, for people and machines."""
+    """Summarises a new kit for output."""
     certificate = load_pem_x509_certificate(file.certificate.encode())
     _, role, name = (str(part.value) for part in certificate.subject)
     return {
@@ -101,11 +101,11 @@ def described(file: KitFile) -> dict[str, Any]:
 
 
 def free(path: Path) -> Path:
-    """The path itself.
+    """Returns the path unchanged if a new file can be created there.
 
     Raises:
-        ConfigError: something is there.
-        ResourceError: nothing can be made there.
+        ConfigError: a file exists there.
+        ResourceError: no file can be created there.
     """
     if path.exists():
         raise ConfigError(
@@ -117,7 +117,7 @@ def free(path: Path) -> Path:
 
 
 def show(options: argparse.Namespace, text: str, value: Any) -> int:
-    """Prints for people or for machines; returns the exit code."""
+    """Prints the text, or with ``--json`` the value; returns the exit code."""
     say(json.dumps(value, indent=2) if options.json else text)
     return 0
 
@@ -125,23 +125,23 @@ def show(options: argparse.Namespace, text: str, value: Any) -> int:
 def _user() -> str:
     try:
         name = getpass.getuser()
-    except (KeyError, OSError):  # no entry in the user database, as in some containers
+    except (KeyError, OSError):  # no user database entry, as in some containers
         name = f"uid {os.getuid()}"
     return f"{name}@{socket.gethostname()}"
 
 
 def clock() -> datetime:
-    """The time, UTC, to the second: certificates and logs know no smaller unit."""
+    """Returns the current time, UTC, in whole seconds: the resolution of certificates and logs."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def moment(moment: datetime) -> str:
-    """A moment as ISO 8601, UTC."""
+    """Formats a time as ISO 8601, UTC."""
     return f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def show_server(options: argparse.Namespace, file: KitFile) -> int:
-    """Prints a server's identity that was just made or renewed."""
+    """Prints a new or renewed server identity."""
     text = (
         f"Server: {options.authority / 'server'}, valid until {described(file)['not_after']}\n"
         f"        {' '.join(file.servers)}"

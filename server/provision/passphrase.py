@@ -1,4 +1,4 @@
-"""Where a passphrase comes from: a file, the environment, or the terminal; never an argument."""
+"""Sources of a passphrase: a file, the environment, or the terminal; never an argument."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fedcore.errors import ConfigError
 from fedcore.files import read_bytes
 
 VARIABLE = "FEDCORE_PASSPHRASE"
-_MAX_BYTES = 4096  # bytes of the file that holds it
+_MAX_BYTES = 4096  # size limit of a passphrase file
 _PROMPT = "-"
 
 
 def given(file: str | None, *, twice: bool = False) -> str | None:
-    """The passphrase that the user gave, or None.
+    """Returns the passphrase from its configured source, or None.
 
     Args:
-        file: A file whose first line it is; ``-`` asks on the terminal; None looks at the
-            environment variable `VARIABLE`.
-        twice: Whether the terminal asks a second time, because nothing would notice a slip.
+        file: A file with the passphrase in its first line; ``-`` asks on the terminal; None reads
+            the environment variable `VARIABLE`.
+        twice: Whether the terminal asks twice, to detect typing errors in a new passphrase.
 
     Raises:
-        ConfigError: there is no terminal, the two differ, others may read the file, or its first
-            line is no text.
+        ConfigError: there is no terminal, the two answers differ, others may read the file, or its
+            first line isn't text.
         DataError: the file is missing or unreadable.
     """
     if file is None:
@@ -47,7 +47,7 @@ def given(file: str | None, *, twice: bool = False) -> str | None:
 
 
 def _check_private(path: Path) -> None:
-    """Refuses a file that others than its owner may read."""
+    """Rejects a file that users other than its owner may read."""
     if os.name != "posix" or not path.is_file():  # a pipe has no lasting mode
         return
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -60,7 +60,7 @@ def _check_private(path: Path) -> None:
 
 
 def ask(*, twice: bool) -> str:
-    """Asks on the terminal, unseen.
+    """Asks for a passphrase on the terminal, without echo.
 
     Raises:
         ConfigError: there is no terminal, or the two answers differ.

@@ -1,4 +1,5 @@
-"""A model with its manifest in, a signed release under a new version out.
+"""Release: signs a model with its manifest, and publishes it under a new version.
 
-Read `publish` first; `registry` is the signed repository that it goes to.
+In: a `Draft`. Out: a signed release in a repository of The Update Framework (TUF). Start with
+`publish`; `registry` is the repository.
 """

@@ -1,4 +1,4 @@
-"""``fedcore release``: what a publisher does by hand, or from a timer."""
+"""Subcommand ``fedcore release``, for publishers and their timers."""
 
 from __future__ import annotations
 

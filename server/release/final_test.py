@@ -1,4 +1,4 @@
-"""What the final test split says of the model that is to be released, and whether that may be."""
+"""Evaluation of the final test split: the manifest's statement, and whether to withhold."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 
 Scores = dict[str, dict[str, float]]
-"""By metric, then by model."""
-_ROUNDING = 1e-9  # of a difference in floating point
+"""Scores by metric, then by model."""
+_ROUNDING = 1e-9  # tolerance for floating-point differences
 
 
 def statement_of(task: Task, scores: Scores, examples: int) -> TestStatement:
-    """What the manifest says of the final test."""
+    """Builds the manifest's statement on the final test; non-finite scores become None."""
     found = {name: scores[task.primary.name][name] for name in ("federated", "released")}
     finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
     return TestStatement(metric=task.primary.name, examples=examples, **finite)
 
 
 def _drop(primary: Metric, tested: TestStatement) -> float:
-    """How much worse the released model is than that of the rounds; infinite if it is no number."""
+    """Returns how much worse the released model is than the federated one; may be infinite."""
     if tested.federated is None:
         return -math.inf
     if tested.released is None:
@@ -32,7 +32,7 @@ def _drop(primary: Metric, tested: TestStatement) -> float:
 
 
 def drop_note(primary: Metric, tested: TestStatement) -> str:
-    """Says that the released model is worse than that of the rounds; empty where it is not."""
+    """Describes how much worse the released model is than the federated one; empty if it isn't."""
     if _drop(primary, tested) <= 0:
         return ""
     return (
@@ -43,7 +43,7 @@ def drop_note(primary: Metric, tested: TestStatement) -> str:
 
 
 def reason_to_withhold(run: RunConfig, primary: Metric, tested: TestStatement) -> str:
-    """Why the model is not published, though a repository is named; empty where it may be."""
+    """Returns the reason to withhold a release; empty if none applies or no repository is named."""
     limit = max(run.release.max_test_drop, 1 / tested.examples) + _ROUNDING
     drop = _drop(primary, tested)
     if run.release.repository is None or drop <= limit:

@@ -1,4 +1,7 @@
-"""Release: a model with its manifest, signed, under a version that only grows."""
+"""Publication of models: signed, with a manifest, under version numbers that only increase.
+
+Start with `publish`; `initialise` creates a repository, `rollback` republishes an older version.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +51,10 @@ from server.release.registry.keys import (
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A release before it has a version: what `Manifest` says of it, and the bytes."""
+    """A release before it has a version: the manifest's content and the files."""
 
     model: str
-    """The name devices ask for."""
+    """The name under which devices request the model."""
     kind: Literal["classification", "regression", "next_token"]
     labels: tuple[str, ...]
     input_shape: tuple[int, ...]
@@ -62,21 +65,21 @@ class Draft:
     parity: Parity
     onnx: bytes = field(repr=False)
     golden: bytes = field(repr=False)
-    """As `fedcore.artifacts.golden.golden_bytes` makes them."""
+    """Golden inputs and outputs, encoded by `fedcore.artifacts.golden.golden_bytes`."""
     test: TestStatement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The rounds that a model comes from: what the manifest of a release says of them."""
+    """Provenance of a model: the rounds that trained it, and their privacy, for the manifest."""
 
     run: str
     round: int
-    """The round whose model was the best."""
+    """The round with the best model."""
     parent_sha256: str
-    """Digest of that model, as a checkpoint."""
+    """SHA-256 of the best model's checkpoint."""
     config_sha256: str
-    """Digest of the run's configuration."""
+    """SHA-256 of the run's configuration."""
     seed: int
     privacy: PrivacyStatement
 
@@ -89,21 +92,21 @@ def initialise(
     quorums: Mapping[str, Quorum] | None = None,
     now: datetime,
 ) -> Path:
-    """Makes keys and an empty repository that they sign.
+    """Creates keys and an empty repository signed with them.
 
     Args:
-        repository: A folder that is not there yet, or is empty.
+        repository: A new or empty folder.
         keys: A folder without keys.
-        models: The only models that the online keys may publish; any when empty.
-        quorums: How many keys each role has, and how many must sign; one where nothing is said.
-        now: Expiry counts from here.
+        models: Names of the models that the online keys may publish; empty for any.
+        quorums: Number of keys and signing threshold by role; one key for roles not listed.
+        now: Time from which expiry is counted.
 
     Returns:
-        The file that devices are given over a channel that their owner trusts.
+        The root metadata file, which devices must receive over a trusted channel.
 
     Raises:
-        ReleaseError: keys or a repository are there already, or a model's name is not valid.
-        DiskFull: there was no room; nothing is left.
+        ReleaseError: keys or a repository exist already, or a model's name is invalid.
+        DiskFull: the disk is full; nothing is left behind.
     """
     for model in models:
         _check_name(model)
@@ -122,7 +125,7 @@ def initialise(
             )
             write_keys(made, keys)
             write_atomic(keys / TRUSTED_ROOT, root)
-        except BaseException:  # half a set of keys is of no use; neither is what it has signed
+        except BaseException:  # a partial set of keys is useless, and so is its repository
             remove_keys(keys)
             shutil.rmtree(repository / "metadata", ignore_errors=True)
             raise
@@ -130,21 +133,21 @@ def initialise(
 
 
 def publish(draft: Draft, *, repository: Path, keys: Path, created: datetime) -> Manifest:
-    """Publishes a draft under the next version of its model.
+    """Publishes a draft as the next version of its model.
 
     Args:
-        draft: What to publish.
-        repository: As `initialise` made it.
-        keys: The folder of keys; its ``offline`` part is not needed.
-        created: The moment of publication: it stands in the manifest, and expiry counts from it.
+        draft: The release to publish.
+        repository: The folder that `initialise` created.
+        keys: The folder of keys; its ``offline`` subfolder is not needed.
+        created: Time of publication, stated in the manifest; expiry is counted from it.
 
     Returns:
-        The manifest as signed. Devices that ask from now on get this version.
+        The signed manifest. Devices that request the model from now on receive this version.
 
     Raises:
-        ReleaseError: keys are missing or not the repository's, or devices would refuse the
-            release. What was published before stands.
-        DiskFull: there was no room; what was published before stands.
+        ReleaseError: keys are missing or not the repository's, or devices would reject the release.
+            Earlier releases remain valid.
+        DiskFull: the disk is full; earlier releases remain valid.
     """
     _check_draft(draft)
     with _publishing(repository, keys, draft.model, created) as (state, put):
@@ -152,11 +155,11 @@ def publish(draft: Draft, *, repository: Path, keys: Path, created: datetime) ->
 
 
 def check_publishable(model: str, *, repository: Path, keys: Path, now: datetime) -> None:
-    """Refuses what `publish` would refuse for reasons known before there is a model.
+    """Checks, before a model exists, the conditions under which `publish` would fail.
 
     Raises:
-        ReleaseError: keys or repository are missing, do not belong together, or may not publish
-            a model of this name.
+        ReleaseError: keys or repository are missing or don't match, or the keys may not publish a
+            model of this name.
     """
     with _publishing(repository, keys, model, now):
         return
@@ -165,14 +168,15 @@ def check_publishable(model: str, *, repository: Path, keys: Path, now: datetime
 def rollback(
     model: str, to_version: int, *, repository: Path, keys: Path, created: datetime
 ) -> Manifest:
-    """Publishes the bytes of an older version again, under a new version.
+    """Publishes an older version's files again, under a new version number.
 
-    Devices never go back to a version that they have passed, so a version that turns out bad is
-    followed by one that holds what was good.
+    Devices never install a lower version number than before. A bad version is therefore followed by
+    a new version with the files of a good one.
 
     Raises:
-        ReleaseError: as `publish`, or there is no such older version.
-        DiskFull: as `publish`.
+        ReleaseError: the older version doesn't exist, keys are missing or not the repository's, or
+            devices would reject the release. Earlier releases remain valid.
+        DiskFull: the disk is full; earlier releases remain valid.
     """
     with _publishing(repository, keys, model, created) as (state, put):
         published = versions(state, model)
@@ -201,10 +205,10 @@ def rollback(
 
 
 def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
-    """Every published manifest, by model and version, verified.
+    """Returns every published manifest, verified, ordered by model and version.
 
     Raises:
-        ReleaseError: there is no repository, or it does not verify.
+        ReleaseError: there is no repository, or its signatures don't verify.
     """
     with registry.locked(repository):
         state = registry.read_state(repository, read_trusted_root(keys))
@@ -218,20 +222,20 @@ def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
 def refresh(
     repository: Path, keys: Path, *, now: datetime, offline: bool
 ) -> registry.RepositoryState:
-    """Signs again what would expire, so that devices go on trusting the current releases.
+    """Renews expiring signatures, so that devices keep trusting the current releases.
 
     Args:
-        repository: As `initialise` made it.
+        repository: The folder that `initialise` created.
         keys: The folder of keys.
-        now: Expiry counts from here.
-        offline: Also renew root and targets, for which the offline keys must be there.
+        now: Time from which expiry is counted.
+        offline: Renew root and targets, too; requires the offline keys.
 
     Returns:
-        What is in force now.
+        The metadata now in force.
 
     Raises:
-        ReleaseError: as `publish`.
-        DiskFull: as `publish`.
+        ReleaseError: the repository is missing, or keys are missing or not the repository's.
+        DiskFull: the disk is full; earlier releases remain valid.
     """
     roles = (*ONLINE, *OFFLINE) if offline else ONLINE
     with registry.locked(repository):
@@ -244,7 +248,7 @@ def refresh(
 
 
 def versions(state: registry.RepositoryState, model: str) -> list[int]:
-    """The published versions of a model, ascending."""
+    """Returns the published versions of a model, ascending."""
     return sorted(
         version
         for name, version, file in registry.releases(state)
@@ -256,7 +260,7 @@ def versions(state: registry.RepositoryState, model: str) -> list[int]:
 def _publishing(
     repository: Path, keys: Path, model: str, created: datetime
 ) -> Iterator[tuple[registry.RepositoryState, Callable[[Draft, int], Manifest]]]:
-    """What is in force, and a function that puts a draft into force, under one lock."""
+    """Locks the repository; yields its metadata and a function that publishes a draft."""
     _check_name(model)
     now = _utc(created)
     with registry.locked(repository):
@@ -284,7 +288,7 @@ def _open(
 
 
 def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of a version, and its files by target path."""
+    """Returns the manifest of a version, and the version's files by target path."""
     if version > MAX_VERSION:
         raise ReleaseError(
             f"{draft.model}: its versions have reached {version - 1}, and no larger one can be "
@@ -339,7 +343,7 @@ def _manifest(
 
 
 def _check_draft(draft: Draft) -> None:
-    """Refuses what devices would refuse, before it is signed."""
+    """Rejects drafts that devices would reject, before signing."""
     for what, data, most in (
         ("model", draft.onnx, MAX_MODEL_BYTES),
         ("golden file", draft.golden, MAX_GOLDEN_BYTES),

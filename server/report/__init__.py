@@ -1,1 +1,4 @@
-"""What a run looked like: summary.json, TensorBoard events, and one page with plots."""
+"""Reports of a run: ``summary.json``, TensorBoard events, and an HTML page with plots.
+
+Start with `folder`, the results folder of a run; `html` assembles the page.
+"""

@@ -1,4 +1,4 @@
-"""The folder that a run writes its results to."""
+"""The results folder of a run: creation, locking, and final results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedcore.files import disk_errors, held_alone, remove, write_atomic, write_j
 from server.records import Finished
 
 CHECKPOINT = "checkpoint.safetensors"
-"""What a simulation goes on from, in its folder."""
+"""Checkpoint in a simulation's folder, from which the simulation resumes."""
 JOURNAL_FOLDER = "journal"
-"""Folder of the journal of a run over devices, in its folder."""
+"""Subfolder with the journal of a deployment."""
 _MARK, _SUMMARY = "run.json", "summary.json"
 
 
@@ -23,17 +23,17 @@ _MARK, _SUMMARY = "run.json", "summary.json"
 def open_folder(
     run: RunConfig, runs: Path, *, before: Callable[[Path], None] = lambda folder: None
 ) -> Iterator[Path]:
-    """Empties ``runs/<name>``, marks it as this run's, and keeps other runs out meanwhile.
+    """Locks and empties ``runs/<name>``, and marks it as this run's.
 
     Args:
         run: The run.
-        runs: Where its folder is.
-        before: Given the folder once no other run has it, and before it is emptied; what it raises
-            leaves everything as it was.
+        runs: Parent folder of the run's folder.
+        before: Callback with the locked folder before it is emptied; an exception from it leaves
+            everything unchanged.
 
     Raises:
-        ConfigError: the folder holds something that no run of fedcore wrote, or a run of this
-            name is going on.
+        ConfigError: the folder contains something that no run of fedcore wrote, or a run of this
+            name is active.
     """
     folder = runs / run.name
     with disk_errors(folder):
@@ -54,10 +54,10 @@ def open_folder(
 
 @contextmanager
 def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
-    """Gives ``runs/<name>`` as a run that did not end left it, and keeps other runs out meanwhile.
+    """Locks ``runs/<name>`` of an unfinished run, and leaves its content unchanged.
 
     Raises:
-        ConfigError: there is no such run, it did end, or it is still going on.
+        ConfigError: there is no such run, it is complete, or it is still active.
     """
     folder = runs / run.name
     if not (folder / _MARK).is_file():
@@ -81,22 +81,22 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a run came to its end here, with all of its results."""
+    """Returns whether the folder contains a complete run with all of its results."""
     return (folder / _SUMMARY).is_file()
 
 
 def mark_again(folder: Path, run: RunConfig) -> None:
-    """Marks the folder of ``run``, with its configuration, where its mark was lost."""
+    """Restores the mark of a run's folder, with its configuration, if it was lost."""
     if not (folder / _MARK).is_file():
         write_atomic(folder / _MARK, config_json(run))
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder meanwhile.
+    """Locks a folder against other runs.
 
     Raises:
-        ConfigError: a run is going on in it.
+        ConfigError: a run is active in it.
     """
     refused = ConfigError(
         f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or choose "
@@ -107,7 +107,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
-    """Empties a run's folder, but for its mark and what ``keep`` names."""
+    """Empties a run's folder, except its mark and the names in ``keep``."""
     with disk_errors(folder):
         for entry in folder.iterdir():
             if entry.name not in {_MARK, *keep}:
@@ -115,15 +115,15 @@ def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
 
 
 def results_around(path: Path) -> Path | None:
-    """The folder of a run whose results ``path`` would lie among; None where it lies among none."""
+    """Returns the results folder that contains ``path``; None if there is none."""
     return next((one for one in path.resolve().parents if (one / _MARK).is_file()), None)
 
 
 def check_outside(path: Path, folder: Path) -> None:
-    """Refuses to begin from a file among results that the run would replace.
+    """Rejects an initial model inside the results folder that the run replaces.
 
     Raises:
-        ConfigError: ``path`` lies in ``folder``.
+        ConfigError: ``path`` is inside ``folder``.
     """
     if path.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
@@ -133,15 +133,19 @@ def check_outside(path: Path, folder: Path) -> None:
 
 
 def config_json(run: RunConfig) -> bytes:
-    """The resolved configuration, as it is digested in manifests."""
+    """Returns the resolved configuration as JSON; manifests state its digest."""
     return run.model_dump_json(indent=2).encode() + b"\n"
 
 
 def write_results(
     folder: Path, finished: Finished, *, target_delta: float | None, seconds: float
 ) -> dict[str, Any]:
-    """Writes ``summary.json`` and ``report.html``; the summary last, as the mark of a whole run."""
-    # Imported here: they draw plots, and not everyone who opens a folder does.
+    """Writes ``report.html``, then ``summary.json``, which marks the run as complete.
+
+    Returns:
+        The content of ``summary.json``.
+    """
+    # Imported here: they import plotting libraries, which most callers don't need.
     from server.report.html import report_html
     from server.report.summary import summary
 

@@ -1,4 +1,4 @@
-"""A run as one page that needs nothing but itself: no network, no script, no other file."""
+"""The HTML report of a run: one self-contained page without network, scripts or other files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from server.report.privacy import privacy
 
 
 def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
-    """The whole page.
+    """Renders the report as an HTML page.
 
-    What a run does not have is left out or said in words; a run without rounds still has a page.
+    Parts that a run doesn't have are omitted or described; a run without rounds has a page, too.
 
     Args:
         record: The run.
-        summary: Its figures, as `server.report.summary.summary` makes them.
+        summary: The run's figures, from `server.report.summary.summary`.
 
     Guarantee:
-        Every name and note is escaped, and the page's own policy forbids scripts and any request,
-        so that a client's name cannot act on whoever reads the report.
+        All names and notes are escaped, and the page's content policy forbids scripts and requests,
+        so that a malicious client name can't harm a reader.
     """
     folder = files("server.report")
     page = Template((folder / "report.html").read_text("utf-8"))

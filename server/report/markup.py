@@ -1,4 +1,4 @@
-"""HTML that is safe by construction: whatever is not `Markup` is text, and is escaped."""
+"""Safe construction of HTML: any string that isn't `Markup` is text, and is escaped."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from html import escape
 from fedcore.observability.foreign import foreign
 
 MOST_TEXT = 20_000
-"""Characters of one text in a report."""
+"""Maximum number of characters of one text in a report."""
 
 
 class Markup(str):
-    """HTML made here, as against text that came from somewhere."""
+    """Trusted HTML made by this module, in contrast to text from elsewhere."""
 
     __slots__ = ()
 
 
 def tag(name: str, *content: str, **attributes: str) -> Markup:
-    """An element; ``class_`` stands for the attribute that Python cannot name.
+    """Returns an element; use ``class_`` for the attribute ``class``, a Python keyword.
 
     >>> tag("td", "<b>", class_="number")
     '<td class="number">&lt;b&gt;</td>'
@@ -31,14 +31,14 @@ def tag(name: str, *content: str, **attributes: str) -> Markup:
 
 
 def join(parts: Iterable[str]) -> Markup:
-    """Parts one after the other, text among them escaped."""
+    """Concatenates parts, and escapes those that are text."""
     return Markup("".join(_safe(part) for part in parts))
 
 
 def _safe(part: str) -> str:
     if isinstance(part, Markup):
         return part
-    lead = " " if part[:1].isspace() else ""  # text may stand between elements
+    lead = " " if part[:1].isspace() else ""  # keeps spaces between elements
     trail = " " if part[-1:].isspace() else ""
     return escape(f"{lead}{foreign(part, MOST_TEXT)}{trail}")
 
@@ -50,13 +50,13 @@ def table(
     prose: str = "",
     highlighted: str | None = None,
 ) -> Markup:
-    """A table that scrolls sideways where it is too wide.
+    """Returns a table that scrolls sideways if it is too wide.
 
     Args:
-        headings: One for each column; the first column names the rows.
-        rows: Their cells, as many as headings.
-        prose: The heading of a column of words, which are wrapped and stand to the left.
-        highlighted: The row of this name is set apart.
+        headings: One heading per column; the first column names the rows.
+        rows: Rows of cells, as many as headings.
+        prose: The heading of a text column, which is wrapped and left-aligned.
+        highlighted: Name of the row to highlight.
     """
     head = tag(
         "tr",
@@ -82,17 +82,17 @@ def table(
 
 
 def details(title: str, *content: str) -> Markup:
-    """Content that is folded away until its title is clicked."""
+    """Returns content that is collapsed until its title is clicked."""
     return tag("details", tag("summary", title), *content)
 
 
 def plot(svg: str | None, caption: str) -> Markup:
-    """A plot on its card; nothing where there is none."""
+    """Returns a figure with a caption; empty if there is no plot."""
     if svg is None:
         return Markup()
     return tag("figure", Markup(svg), tag("figcaption", caption))
 
 
 def digest(sha256: str) -> Markup:
-    """A digest shortened, the whole of it where the pointer rests."""
+    """Returns a shortened digest, with the full value as its tooltip."""
     return tag("code", sha256[:12], title=f"sha256:{sha256}")

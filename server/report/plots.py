@@ -1,6 +1,7 @@
-"""The plots of a report, each a function from records to an ``<svg>`` element.
+"""The plots of a report, each a function from records to the text of an ``<svg>`` element.
 
-A plot of which there is nothing to see is None: a run without privacy has no epsilon to draw.
+A function returns None if there is nothing to plot; for example, a run without privacy has no
+epsilon.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from server.report.svg import (
     shortened,
 )
 
-_NAME_LENGTH = 24  # characters of a metric's name that fit beside an axis
+_NAME_LENGTH = 24  # characters of a metric's name that fit next to an axis
 
 
 def rounds_plot(
     rounds: Sequence[RoundRecord], *, primary: str, higher_is_better: bool, best_round: int
 ) -> str | None:
-    """The primary metric and epsilon by round, above each other; the best round is marked."""
+    """Plots the primary metric above epsilon, by round, and marks the best round."""
     metric = [(r.round, r.metrics[primary]) for r in rounds if drawable(r.metrics.get(primary))]
     of_clients = all(r.epsilon_max is None for r in rounds)
     spent = [(r.round, r.client_epsilon if of_clients else r.epsilon_max) for r in rounds]
@@ -91,7 +92,7 @@ def _mark_best(axes: Axes, points: Mapping[int, float], best_round: int) -> None
 
 
 def bytes_plot(rounds: Sequence[RoundRecord]) -> str | None:
-    """Bytes sent so far, clients to server and back, by round."""
+    """Plots cumulative bytes by round, up to the server and down to clients."""
     if not any(r.bytes_up or r.bytes_down for r in rounds):
         return None
     numbers = [r.round for r in rounds]
@@ -101,7 +102,7 @@ def bytes_plot(rounds: Sequence[RoundRecord]) -> str | None:
     def paint(on: Figure) -> None:
         axes = on.subplots()
         top = max(up[-1], down[-1])
-        close = abs(up[-1] - down[-1]) < 0.1 * top  # labels side by side would overlap
+        close = abs(up[-1] - down[-1]) < 0.1 * top  # labels on one height would overlap
         for sent, way, colour, dashes in (
             (up, "up", BLUE, "-"),
             (down, "down", GREEN, (0, (4, 2))),
@@ -132,7 +133,7 @@ def candidates_plot(
     higher_is_better: bool,
     chosen: str | None,
 ) -> str | None:
-    """Each candidate's metric against its p50 latency; the area of a marker follows its bytes."""
+    """Plots each candidate's metric against p50 latency; marker area grows with file size."""
     shown = [c for c in candidates if drawable(c.metric) and drawable(c.p50_us) and c.p50_us > 1e-6]
     if not shown:
         return None
@@ -165,7 +166,7 @@ def candidates_plot(
 
 
 def _log_times(axes: Axes, times_us: Sequence[float]) -> None:
-    """Limits that hold at least a factor of six, and ticks that read 10, 20, 50."""
+    """Sets limits that span at least a factor of six, and ticks such as 10, 20, 50."""
     middle = math.sqrt(min(times_us)) * math.sqrt(max(times_us))
     reach = max(math.sqrt(6), 1.6 * math.sqrt(max(times_us) / min(times_us)))
     axes.set_xlim(middle / reach, middle * reach)
@@ -178,9 +179,9 @@ def _log_times(axes: Axes, times_us: Sequence[float]) -> None:
 def _label_points(
     on: Figure, axes: Axes, shown: Sequence[CandidateRecord], chosen: str | None
 ) -> None:
-    """Names beside the points, each at the first of a few places where it covers nothing."""
-    on.draw_without_rendering()  # settles the layout that the labels are placed in
-    scale = on.dpi / 72  # pixels a point
+    """Labels the points, each at the nearest position where the label overlaps least."""
+    on.draw_without_rendering()  # computes the layout that label positions depend on
+    scale = on.dpi / 72  # pixels per point
     frame = axes.get_window_extent()
     taken = [box for c in shown for box in _marks(axes, c, scale)]
     for candidate in sorted(shown, key=lambda c: c.name != chosen):
@@ -225,13 +226,13 @@ _PLACES = [
     for far in (1.0, 2.2, 3.6)
     for dx, dy in ((0, 12), (0, -12), (14, 0), (-14, 0), (10, 10), (-10, 10), (10, -10), (-10, -10))
 ]
-"""Where a label may stand, in points from the marker, nearest first."""
+"""Candidate label offsets from the marker, in points, nearest first."""
 
 
 def _box(
     centre: NDArray[np.float64], size: tuple[float, float], place: tuple[float, float], scale: float
 ) -> Bbox:
-    """The pixels that a label of ``size`` covers at ``place``: its near side is the anchor."""
+    """Returns the pixel box of a label of ``size`` at ``place``; its near side is the anchor."""
     corner = [
         middle + offset * scale + extent * (_sign(offset) - 1) / 2
         for middle, offset, extent in zip(centre, place, size, strict=True)
@@ -240,7 +241,7 @@ def _box(
 
 
 def _marks(axes: Axes, candidate: CandidateRecord, scale: float) -> list[Bbox]:
-    """The pixels of a candidate's marker and of its error bar."""
+    """Returns the boxes in pixels of a candidate's marker and error bar."""
     low, high = _bar(candidate)
     x, y = axes.transData.transform((candidate.p50_us, candidate.metric))
     left, right = (axes.transData.transform((edge, candidate.metric))[0] for edge in (low, high))
@@ -251,7 +252,7 @@ def _marks(axes: Axes, candidate: CandidateRecord, scale: float) -> list[Bbox]:
 
 
 def _bar(candidate: CandidateRecord) -> tuple[float, float]:
-    """The ends of the error bar; those that are not on the axis are the median itself."""
+    """Returns the ends of the error bar; ends that can't be drawn fall back to the median."""
     low, high = candidate.p50_min_us, candidate.p50_max_us
     return (
         low if drawable(low) and low > 0 else candidate.p50_us,
@@ -274,7 +275,7 @@ def _within(inner: Bbox, outer: Bbox) -> bool:
 def clients_plot(
     clients: Sequence[ClientRecord], *, primary: str, higher_is_better: bool
 ) -> str | None:
-    """Each client's metric: in order on the left, against its examples on the right."""
+    """Plots each client's metric: sorted on the left, against its examples on the right."""
     shown = sorted((c for c in clients if drawable(c.metric)), key=lambda c: c.metric)
     if not shown:
         return None
@@ -282,7 +283,7 @@ def clients_plot(
     most = max((c.epsilon for c in shown if c.epsilon is not None), default=math.nan)
     coloured = drawable(most)
 
-    # Eight steps: a smooth bar would be an embedded image, which the page's policy refuses.
+    # Eight steps: a smooth colour bar would be an embedded image, which the content policy forbids.
     colours = colormaps["viridis_r"].resampled(8).with_extremes(bad=FAINT)
 
     def paint(on: Figure) -> None:
@@ -299,7 +300,7 @@ def clients_plot(
                 s=size,
                 c=spent if coloured else BLUE,
                 cmap=colours if coloured else None,
-                vmin=0 if coloured else None,  # one scale on both sides, from nothing spent
+                vmin=0 if coloured else None,  # one scale for both panels, from 0
                 vmax=most if coloured and most > 0 else None,
                 plotnonfinite=coloured,
                 edgecolors=MUTED,
@@ -332,7 +333,7 @@ def clients_plot(
 
 
 def scores_plot(scores: Mapping[str, float], *, primary: str, higher_is_better: bool) -> str | None:
-    """The primary metric of each model on the final test split, as bars."""
+    """Plots the primary metric of each model on the final test split, as bars."""
     shown = [(name, scores[name]) for name in MODELS if drawable(scores.get(name))]
     if not shown:
         return None

@@ -1,4 +1,4 @@
-"""What a run guarantees to those whose data it used, in words."""
+"""The privacy section of a report: the run's guarantees in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.report.markup import Markup, tag
 
 
 def privacy_card(record: RunRecord, summary: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The figure that a reader looks for first: of examples where they are protected."""
+    """Returns the headline privacy figure: example-level if examples are protected."""
     epsilon, client = summary["epsilon"]["max"], record.client_privacy
     if epsilon is None and client is not None:
         return (
@@ -32,7 +32,7 @@ def privacy_card(record: RunRecord, summary: Mapping[str, Any]) -> tuple[str, st
 
 
 def privacy(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
-    """The statements of a run, each with its unit, and what they leave out."""
+    """Renders the run's privacy guarantees, each with its unit and its limits."""
     client = record.client_privacy
     if record.noise == "none":
         words = [

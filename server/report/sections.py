@@ -1,4 +1,4 @@
-"""The parts of a report that are words and tables."""
+"""The text and table sections of a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MICRO = "\N{MICRO SIGN}s"
 
 
 def header(record: RunRecord) -> Markup:
-    """The run's name, and what was run where."""
+    """Renders the run's name, task and hardware, and the reason if the release was withheld."""
     return tag(
         "header",
         tag("h1", f"Run {record.name}"),
@@ -34,7 +34,7 @@ def header(record: RunRecord) -> Markup:
 
 
 def headline(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
-    """The few figures that a reader looks for first."""
+    """Renders the headline figures as cards."""
     cards = (
         _score_card(record),
         privacy_card(record, summary),
@@ -108,7 +108,7 @@ def _virtual_card(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
 
 
 def training(record: RunRecord) -> Markup:
-    """How virtual clients were trained, and what their devices would have done."""
+    """Renders how virtual clients were trained, and the timing of their devices."""
     used, parts = record.training, []
     if used is not None:
         ways = {"loop": "one after the other", "vectorised": "side by side"}
@@ -136,7 +136,7 @@ def training(record: RunRecord) -> Markup:
 
 
 def scores_table(record: RunRecord) -> Markup:
-    """Each metric of each model on the final test split."""
+    """Renders each metric of each model on the final test split."""
     models = [m for m in MODELS if any(m in scores for scores in record.scores.values())]
     rows = [
         [MODELS[model], *(figure(scores.get(model)) for scores in record.scores.values())]
@@ -146,7 +146,7 @@ def scores_table(record: RunRecord) -> Markup:
 
 
 def judged(record: RunRecord) -> str:
-    """What the metric by round was measured on, in words."""
+    """Describes the data on which the metric by round was measured."""
     places = {
         "cloud": "on cloud data that no round trained on",
         "clients": "on data that clients held back",
@@ -161,7 +161,7 @@ def judged(record: RunRecord) -> str:
 
 
 def rounds_table(record: RunRecord) -> Markup:
-    """Every round, folded away."""
+    """Renders a collapsed table of all rounds."""
     metrics = list(dict.fromkeys(name for each in record.rounds for name in each.metrics))
     devices = ["on devices", "away", "dropped", "late", "wasted"]
     on_devices = devices if any(each.virtual for each in record.rounds) else []
@@ -202,7 +202,7 @@ def _virtual_cells(virtual: VirtualRecord | None) -> tuple[str, ...]:
 
 
 def candidates_table(record: RunRecord) -> Markup:
-    """Every candidate with its verdict."""
+    """Renders a table of all candidates with their verdicts."""
     weighed = any(each.clients_drop is not None for each in record.candidates)
     headings = [
         "candidate",
@@ -243,7 +243,7 @@ def _drop_on_clients(candidate: CandidateRecord) -> str:
 
 
 def clients_table(record: RunRecord) -> Markup:
-    """Every client, folded away."""
+    """Renders a collapsed table of all clients."""
     headings = ["client", "examples", record.primary, "epsilon", "rounds"]
     rows = [
         [
@@ -259,7 +259,7 @@ def clients_table(record: RunRecord) -> Markup:
 
 
 def lineage(record: RunRecord) -> Markup:
-    """How the released model came to be, as a chain, each link with its digest."""
+    """Renders the provenance of the released model as a chain, each link with its digest."""
     manifest = record.manifest
     steps = [_data_step(record), _rounds_step(record)]
     if manifest is None:
@@ -324,7 +324,7 @@ def _rounds_step(record: RunRecord) -> Markup:
 
 
 def stages(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
-    """Where the time went."""
+    """Renders the duration of each stage."""
     if not record.stages:
         return Markup()
     total = summary["seconds"]["total"]
@@ -343,7 +343,7 @@ def _share(seconds: float, longest: float) -> Markup:
 
 
 def notes(record: RunRecord) -> Markup:
-    """What the run wanted its user to know."""
+    """Renders the run's notes."""
     if not record.notes:
         return Markup()
     listed = join(tag("li", note) for note in record.notes)

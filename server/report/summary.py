@@ -1,4 +1,4 @@
-"""The figures of a run, for programs and people that compare runs."""
+"""The figures of a run as ``summary.json``, for comparing runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODELS = {
     "finetuned": "fine-tuned",
     "released": "released",
 }
-"""Whose scores on the final test split are given, with their names in a report, in order."""
+"""Models with scores on the final test split, with their display names, in order."""
 
 
 def summary(
@@ -24,18 +24,19 @@ def summary(
     torch_p50_us: float | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """What ``summary.json`` holds, as nested objects.
+    """Builds the content of ``summary.json``, as nested objects.
 
-    Scores are those of the final test split, one object for each metric, named after it. Whatever
-    a run does not have (privacy, a release, a candidate) is null and never left out; so is what is
-    not finite, which JSON cannot say. A metric that has the name of another entry, as ``bytes``,
-    is found under ``bytes_metric``.
+    Scores are those of the final test split, one object per metric under its name. Values that a
+    run doesn't have (privacy, a release, a candidate) are null, never omitted; so are non-finite
+    values, which JSON doesn't support. A metric whose name clashes with another entry, such as
+    ``bytes``, is stored as ``bytes_metric``.
 
     Args:
         record: The run.
-        target_delta: The privacy parameter delta; None without privacy.
-        torch_p50_us: Median time of one inference in torch, before export; None if not timed.
-        seconds: Time of the whole run.
+        target_delta: The privacy parameter delta; None without example-level privacy.
+        torch_p50_us: Median time in microseconds of one inference in torch, before export; None if
+            not timed.
+        seconds: Duration of the whole run.
     """
     sizes = {candidate.name: candidate.bytes for candidate in record.candidates}
     p50_us = {candidate.name: candidate.p50_us for candidate in record.candidates}
@@ -74,7 +75,7 @@ def summary(
 
 
 def virtual_total(record: RunRecord) -> dict[str, float] | None:
-    """The rounds on the virtual clock added up; None where no clock ran."""
+    """Sums the rounds' figures on the virtual clock; None without a virtual clock."""
     rounds = [asdict(each.virtual) for each in record.rounds if each.virtual]
     return {name: sum(each[name] for each in rounds) for name in rounds[0]} if rounds else None
 

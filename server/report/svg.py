@@ -1,4 +1,4 @@
-"""Drawing a figure for a page: one style, text kept as text, the same bytes each time."""
+"""Rendering of a matplotlib figure as embeddable SVG: one style, real text, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from fedcore.observability.foreign import foreign
 from server.report.markup import MOST_TEXT
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, on white.
+# Okabe and Ito's palette for colour-blind readers, on white.
 BLUE, GREEN, PURPLE, ORANGE = "#0072b2", "#009e73", "#aa4499", "#d55e00"
 INK, MUTED, FAINT = "#1f2933", "#5b6470", "#e3e6ea"
 
 WIDTH_IN, HEIGHT_IN = 6.0, 3.9
-DRAWABLE = 1e30  # beyond it an axis has no finite limits; no measured figure comes near
+DRAWABLE = 1e30  # larger values break axis limits; no measured figure comes near
 
-_STYLE: Any = {  # matplotlib types its keys as literals from one release to the next only
+_STYLE: Any = {  # matplotlib types the keys as literals, which change between releases
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.formatter.useoffset": False,
@@ -33,14 +33,14 @@ _STYLE: Any = {  # matplotlib types its keys as literals from one release to the
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the layout is the same anywhere
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: equal layout everywhere
     "font.size": 10,
     "grid.color": FAINT,
     "lines.linewidth": 2,
     "svg.fonttype": "none",
     "svg.hashsalt": "fedcore",
     "text.color": INK,
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # dollar signs in names are literal
     "xtick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.color": MUTED,
@@ -49,17 +49,17 @@ _STYLE: Any = {  # matplotlib types its keys as literals from one release to the
 
 
 def draw(name: str, label: str, paint: Callable[[Figure], None], height_in: float) -> str:
-    """Paints a figure and returns it as one ``<svg>`` element that scales to its container.
+    """Draws a figure and returns it as one ``<svg>`` element that scales to its container.
 
     Args:
-        name: Starts every id within, so that several figures can share a page.
-        label: What is to be seen, for those who cannot see it.
-        paint: Draws on the empty figure.
+        name: Prefix of all element ids, so that several figures can share a page.
+        label: Alternative text for screen readers.
+        paint: Callback that draws on the empty figure.
         height_in: Height in inches; the width is `WIDTH_IN`.
     """
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # The reader's browser has its own fonts: only the width is guessed where this one has no
-        # glyph for a character.
+        # The reader's browser has its own fonts: a glyph missing here affects only the estimated
+        # width.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH_IN, height_in))
         paint(figure)
@@ -71,21 +71,21 @@ def draw(name: str, label: str, paint: Callable[[Figure], None], height_in: floa
 
 
 def drawable(value: float | None) -> bool:
-    """Whether a number has a place on an axis."""
+    """Returns whether a number can be drawn on an axis."""
     return value is not None and math.isfinite(value) and abs(value) < DRAWABLE
 
 
 def shortened(text: str, length: int) -> str:
-    """``text`` on one line of at most ``length`` characters."""
+    """Returns ``text`` on one line of at most ``length`` characters, with an ellipsis if cut."""
     line = foreign(text, MOST_TEXT)
     return line if len(line) <= length else line[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _embeddable(document: str, name: str, label: str) -> str:
-    """The ``<svg>`` element of a document, without fixed size and metadata, ids made its own."""
+    """Extracts the ``<svg>`` element, without fixed size and metadata, and with prefixed ids."""
     element = document[document.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
-    # Ids are looked for inside tags only: text between them may hold anything.
+    # Replace ids only inside tags: text between tags is arbitrary.
     element = re.sub(r"<[^>]*>", lambda tag: _own_ids(tag.group(), name), element)
     head, rest = element.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)

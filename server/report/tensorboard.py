@@ -1,7 +1,7 @@
 """Metrics as TensorBoard events.
 
-The records are written here, one after the other: ``SummaryWriter`` writes them in a thread, where
-a full disk is noticed rounds later and shows as a traceback.
+Records are written synchronously. ``SummaryWriter`` writes them in a thread, where a full disk
+surfaces rounds later, as a traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedcore.observability.events import Event, RoundFinished, Sink, StageFinish
 from fedcore.observability.jsonl import appending
 
 EVENTS_FILE = "events.out.tfevents.fedcore"
-"""TensorBoard reads every file whose name holds ``tfevents``."""
+"""TensorBoard reads every file whose name contains ``tfevents``."""
 
 _TAGS = {
     "train_loss": "train/loss",
@@ -39,13 +39,13 @@ _TAGS = {
 
 @contextmanager
 def tensorboard_events(folder: Path) -> Iterator[Sink]:
-    """A sink that writes rounds and the seconds of stages as scalars into ``folder``.
+    """Yields a sink that writes rounds and durations of stages as scalars into ``folder``.
 
-    A round's values stand at its number, those of a stage at 0; TensorBoard can watch while the
-    run goes on. Events of an earlier run are replaced.
+    A round's values are at its number as step, a stage's at step 0. TensorBoard can follow a
+    running run. Events of an earlier run are replaced.
 
     Raises:
-        DiskFull: there was no room; the file then holds the rounds before.
+        DiskFull: the disk is full; the file contains the previous rounds.
     """
     with appending(folder / EVENTS_FILE) as append:
         append(_record(file_version="brain.Event:2"))
@@ -80,7 +80,7 @@ def _summary(scalars: Mapping[str, float]) -> Summary:
 
 
 def _record(**fields: Any) -> bytes:
-    """One event in the framing of a TensorBoard file: lengths and checksums around it."""
+    """Encodes one event in TensorBoard's file framing, with lengths and checksums."""
     framed = BytesIO()
     RecordWriter(framed).write(Record(wall_time=time.time(), **fields).SerializeToString())
     return framed.getvalue()

@@ -1,4 +1,4 @@
-"""The signed repository of releases: keys, roles and metadata of The Update Framework.
+"""The signed repository of releases: keys, roles and metadata of The Update Framework (TUF).
 
-Read `repository` first.
+Start with `repository`.
 """

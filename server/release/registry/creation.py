@@ -1,4 +1,4 @@
-"""Making an empty repository, and what its online keys may ever sign."""
+"""Creation of an empty repository, and the paths that its online keys may sign."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     TOP_LEVEL_ROLE_NAMES,
     DelegatedRole,
     Delegations,
@@ -30,9 +30,9 @@ from server.release.registry.repository import (
 
 
 def delegated_paths(models: Sequence[str]) -> list[str]:
-    """The target paths that the online ``releases`` key may sign, file by file.
+    """Returns the target paths that the online ``releases`` key may sign, one per file.
 
-    A wildcard of TUF stays within one folder, so ``*`` stands for one model or one version.
+    A TUF wildcard doesn't cross folders, so ``*`` matches one model or one version.
     """
     return [
         f"models/{model}/{rest}"
@@ -42,7 +42,7 @@ def delegated_paths(models: Sequence[str]) -> list[str]:
 
 
 def refuse_occupied(repository: Path) -> None:
-    """Raises `ReleaseError` unless a repository can be made in this folder."""
+    """Raises `ReleaseError` unless the folder is missing or empty."""
     if repository.exists() and (not repository.is_dir() or any(repository.iterdir())):
         raise ReleaseError(
             f"{repository}: expected an empty folder, or none. Nothing was written; choose "
@@ -58,18 +58,17 @@ def create(
     quorums: Mapping[str, Quorum],
     now: datetime,
 ) -> bytes:
-    """Makes an empty repository and returns its root metadata, which devices are given.
+    """Creates an empty repository and returns its root metadata, which devices need.
 
     Args:
-        repository: A folder that is not there yet, or is empty.
-        keys: Of all roles.
-        models: The only models that may ever be published without the offline keys; any when
-            empty.
-        quorums: How many keys a role has and needs; one where nothing is said.
-        now: Expiry counts from here; UTC.
+        repository: A new or empty folder.
+        keys: Keys of all roles.
+        models: Names of the models that may be published without the offline keys; empty for any.
+        quorums: Number of keys and signing threshold by role; one key for roles not listed.
+        now: Time from which expiry is counted; UTC.
 
     Raises:
-        DiskFull: there was no room.
+        DiskFull: the disk is full.
     """
     root = Root(
         version=1,
@@ -85,7 +84,7 @@ def create(
         name="releases",
         keyids=keys.ids("releases"),
         threshold=quorums.get("releases", Quorum()).threshold,
-        terminating=True,  # what it does not list does not exist: nobody else is asked
+        terminating=True,  # no other role is consulted for unlisted paths
         paths=delegated_paths(models),
     )
     by_id: dict[str, Key] = {key.keyid: key for key in keys.public("releases")}

@@ -1,9 +1,9 @@
-"""The keys of a release repository: kept in two folders, a file each, never shown.
+"""The signing keys of a release repository: one file each, in two folders, never printed.
 
-``offline/`` holds the keys that say who may sign what (root, targets); they are needed once a year
-and belong on storage that is not connected. ``online/`` holds those that publish. A role may have
-several: ``root.pem``, ``root-2.pem``, ..., each on storage of its own, and needs as many of them as
-its threshold says. ``root.json`` is public: what every device starts its trust from.
+``offline/`` contains the keys that delegate trust (root, targets). They are needed once a year and
+belong on disconnected storage. ``online/`` contains the keys that publish. A role may have several
+keys, ``root.pem``, ``root-2.pem``, ..., each on separate storage; its threshold sets how many must
+sign. ``root.json`` is public: the root of trust of every device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import (  # type: ignore[attr-defined]  # re-exported unsaid
+from securesystemslib.signer import (  # type: ignore[attr-defined]  # implicit re-export
     CryptoSigner,
     SSlibKey,
 )
@@ -29,14 +29,14 @@ ONLINE = ("releases", "snapshot", "timestamp")
 ROLES = (*OFFLINE, *ONLINE)
 TRUSTED_ROOT = "root.json"
 MAX_KEYS = 16
-"""Of one role."""
-MAX_METADATA_BYTES = 5_000_000  # bytes: python-tuf's updater reads no more of one file on a device
+"""Maximum number of keys of one role."""
+MAX_METADATA_BYTES = 5_000_000  # bytes: limit of python-tuf's updater on a device
 _MAX_KEY_BYTES = 4096  # bytes: an Ed25519 key as PKCS#8 PEM has 119
 
 
 @dataclass(frozen=True)
 class Quorum:
-    """How many keys a role has, and how many of them must sign."""
+    """Number of keys of a role, and how many of them must sign."""
 
     threshold: int = 1
     keys: int = 1
@@ -51,7 +51,7 @@ class Quorum:
 
 @dataclass(frozen=True)
 class Keys:
-    """Signing keys by role; printing them shows roles and key ids alone."""
+    """Signing keys by role; ``repr`` shows only roles and key ids."""
 
     signers: Mapping[str, tuple[CryptoSigner, ...]] = field(repr=False)
 
@@ -62,18 +62,18 @@ class Keys:
         return f"Keys({', '.join(ids)}, private parts hidden)"
 
     def public(self, role: str) -> list[SSlibKey]:
-        """The public parts of a role's keys."""
+        """Returns the public parts of a role's keys."""
         return [signer.public_key for signer in self.signers[role]]
 
     def ids(self, role: str) -> list[str]:
-        """The ids of a role's keys."""
+        """Returns the ids of a role's keys."""
         return [key.keyid for key in self.public(role)]
 
 
 def generate_keys(
     roles: Iterable[str] = ROLES, quorums: Mapping[str, Quorum] | None = None
 ) -> Keys:
-    """Fresh Ed25519 keys for roles, from the operating system's randomness; one each by default."""
+    """Generates Ed25519 keys from the operating system's randomness; by default one per role."""
     count = {role: quorum.keys for role, quorum in (quorums or {}).items()}
     return Keys(
         {
@@ -84,7 +84,7 @@ def generate_keys(
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises `ReleaseError` when ``folder`` already holds a key: none is ever overwritten."""
+    """Raises `ReleaseError` if ``folder`` contains a key already: keys are never overwritten."""
     found = [path for role in ROLES for path in key_files(folder, role)]
     if found or is_there(folder / TRUSTED_ROOT):
         raise ReleaseError(
@@ -95,24 +95,24 @@ def refuse_existing(folder: Path) -> None:
 
 
 def write_keys(keys: Keys, folder: Path) -> None:
-    """Writes the first keys of a folder.
+    """Writes keys into a folder that has none.
 
     Raises:
-        ReleaseError: a key exists there already; nothing was written.
-        DiskFull: there was no room.
+        ReleaseError: a key exists already; nothing was written.
+        DiskFull: the disk is full.
     """
     refuse_existing(folder)
     add_keys(keys, folder)
 
 
 def add_keys(keys: Keys, folder: Path) -> list[Path]:
-    """Writes each key as PKCS#8 PEM, readable by its owner alone, beside those that are there.
+    """Adds keys to a folder, each as a PKCS#8 PEM file that only its owner can read.
 
     Returns:
-        The files. What was written is gone again where this raises.
+        The new files. If this function raises, they are removed again.
 
     Raises:
-        DiskFull: there was no room.
+        DiskFull: the disk is full.
     """
     written: list[Path] = []
     try:
@@ -124,7 +124,7 @@ def add_keys(keys: Keys, folder: Path) -> list[Path]:
                     number += 1
                 for parent in (folder, path.parent):
                     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    parent.chmod(0o700)  # it may have stood there, open to others, before
+                    parent.chmod(0o700)  # an existing folder may have been open to others
                 write_atomic(path, signer.private_bytes, mode=0o600)
                 written.append(path)
     except BaseException:
@@ -134,23 +134,23 @@ def add_keys(keys: Keys, folder: Path) -> list[Path]:
 
 
 def remove_keys(folder: Path) -> None:
-    """Takes back what `write_keys` wrote, when making a repository failed."""
+    """Removes all keys of a folder, after the creation of a repository failed."""
     for role in ROLES:
         remove_files(key_files(folder, role))
     (folder / TRUSTED_ROOT).unlink(missing_ok=True)
 
 
 def remove_files(paths: Iterable[Path]) -> None:
-    """Removes private keys that count for nothing."""
+    """Removes files of private keys that no repository trusts."""
     for path in paths:
         path.unlink(missing_ok=True)
 
 
 def read_keys(folder: Path, roles: Iterable[str]) -> Keys:
-    """Reads the keys of some roles, all that are there.
+    """Reads all available keys of some roles.
 
     Raises:
-        ReleaseError: a role has none, or one is unreadable or no Ed25519 key.
+        ReleaseError: a role has no key, or a key is unreadable or not Ed25519.
     """
     return Keys(
         {
@@ -163,7 +163,7 @@ def read_keys(folder: Path, roles: Iterable[str]) -> Keys:
 
 
 def key_files(folder: Path, role: str) -> list[Path]:
-    """The files of a role's keys that are there, in the order of their numbers."""
+    """Returns the existing key files of a role, ordered by number."""
     first = _path(folder, role, 1)
     numbered = {
         int(number): path
@@ -174,10 +174,10 @@ def key_files(folder: Path, role: str) -> list[Path]:
 
 
 def read_trusted_root(folder: Path) -> bytes:
-    """The root metadata that was made together with the keys.
+    """Reads the trusted root metadata next to the keys.
 
     Raises:
-        ReleaseError: it is missing.
+        ReleaseError: it is missing or unreadable.
     """
     try:
         return read_bytes(
@@ -190,10 +190,10 @@ def read_trusted_root(folder: Path) -> bytes:
 
 
 def read_key(path: Path, role: str) -> CryptoSigner:
-    """One private key.
+    """Reads one private key.
 
     Raises:
-        ReleaseError: it is missing, unreadable, or no Ed25519 key.
+        ReleaseError: the file is missing, unreadable, or not an Ed25519 key.
     """
     try:
         raw = read_bytes(path, max_bytes=_MAX_KEY_BYTES, what=f"the private key of role {role!r}")

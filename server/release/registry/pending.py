@@ -1,7 +1,8 @@
-"""Two files that come into force together: a new root, and the timestamp that its keys sign.
+"""Atomic replacement of two files: a new root, and the timestamp signed with its keys.
 
-The kernel renames one file at a time. So both are first written to one file, whose own appearance
-is the step that counts; whoever next takes the repository's lock finishes what was begun.
+The kernel renames one file at a time. Both files are therefore first written into one journal file,
+whose appearance is the commit. The next process that takes the repository's lock completes an
+interrupted replacement.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ _MAX_BYTES = 4_000_000  # bytes: a root and a timestamp
 
 
 def begin(repository: Path, files: dict[str, bytes]) -> None:
-    """Puts metadata files into force, in this order; once this has begun, it will be done.
+    """Commits metadata files, which then come into force in order, even after a crash.
 
     Args:
-        repository: Locked by the caller.
+        repository: The repository, locked by the caller.
         files: JSON by file name within ``metadata``.
     """
     metadata = repository / "metadata"
@@ -29,16 +30,16 @@ def begin(repository: Path, files: dict[str, bytes]) -> None:
 
 
 def is_begun(repository: Path) -> bool:
-    """Whether something is still to be put into force."""
+    """Returns whether committed files are still to be put into force."""
     return is_there(repository / "metadata" / _NAME)
 
 
 def finish(repository: Path) -> None:
-    """Finishes what `begin` began, where it was interrupted.
+    """Completes an interrupted `begin`; does nothing if there is none.
 
     Raises:
-        ReleaseError: the file does not hold what was written there.
-        DiskFull: there was no room; it can be finished later.
+        ReleaseError: the journal file is damaged.
+        DiskFull: the disk is full; the replacement can be completed later.
     """
     metadata = repository / "metadata"
     path = metadata / _NAME

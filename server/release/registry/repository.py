@@ -1,14 +1,14 @@
-"""The signed repository on disk: made, read back verified, and changed in one step.
+"""The signed TUF repository on disk: verified when read, and changed atomically.
 
 ::
 
-    metadata/N.root.json, N.targets.json      who may sign what; offline keys
+    metadata/N.root.json, N.targets.json      delegations of trust; offline keys
     metadata/N.releases.json                  the published files; online key
-    metadata/N.snapshot.json, timestamp.json  which of those are in force; online keys
+    metadata/N.snapshot.json, timestamp.json  versions of the above in force; online keys
     targets/models/MODEL/VERSION/HASH.FILE    the files, named by their digests
 
-Devices start at ``timestamp.json``. It is replaced last and atomically, so at any moment the
-repository is either as it was or wholly changed.
+Devices start at ``timestamp.json``. It is replaced last and atomically, so that a change takes
+effect completely or not at all.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # re-exported unsaid
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # implicit re-export
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     DelegatedRole,
     Metadata,
     MetaFile,
@@ -43,12 +43,12 @@ from server.release.registry import pending
 from server.release.registry.keys import MAX_METADATA_BYTES, Keys
 
 OFFLINE_EXPIRY = timedelta(days=365)
-"""Root and targets: each renewal takes the offline keys out of their safe, so seldom."""
+"""Lifetime of root and targets: long, because each renewal needs the offline keys."""
 RELEASES_EXPIRY = timedelta(days=30)
-"""Releases and snapshot: a stolen online key signs nothing that outlives a month, and `refresh`
-renews both without a person."""
+"""Lifetime of releases and snapshot: a stolen online key signs nothing that outlives a month, and
+`refresh` renews both without a person."""
 TIMESTAMP_EXPIRY = timedelta(days=7)
-"""A device that is shown a frozen repository notices within a week; `refresh` runs daily or so."""
+"""A device notices a frozen repository within a week; run `refresh` daily."""
 
 RELEASE_FILES = ("golden.safetensors", "manifest.json", "model.onnx")
 POINTER = "release.json"
@@ -62,7 +62,7 @@ _RELEASE = re.compile(rf"models/({_NAME})/([1-9][0-9]{{0,15}})/([a-z]+[.][a-z]+)
 
 @dataclass(frozen=True)
 class RepositoryState:
-    """The metadata in force, each part verified by the one that vouches for it."""
+    """The metadata in force, each part verified by its delegator."""
 
     root: Root
     targets: Targets
@@ -73,12 +73,12 @@ class RepositoryState:
 
 @contextmanager
 def locked(repository: Path) -> Iterator[None]:
-    """Holds the repository's lock, waiting for whoever has it.
+    """Locks the repository, and completes an interrupted rotation first.
 
-    The kernel gives it back when its holder ends, however that happens.
+    Waits for another holder. The kernel releases the lock when its process ends.
 
     Raises:
-        ReleaseError: there is no repository here.
+        ReleaseError: there is no repository in this folder.
     """
     if not (repository / "metadata").is_dir():
         raise ReleaseError(
@@ -91,12 +91,12 @@ def locked(repository: Path) -> Iterator[None]:
 
 
 def read_state(repository: Path, trusted_root: bytes) -> RepositoryState:
-    """Reads the metadata in force and verifies it from ``trusted_root`` down.
+    """Reads the metadata in force and verifies it, starting from ``trusted_root``.
 
-    Expiry is not looked at: what has expired can still be renewed.
+    Expiry isn't checked, so that expired metadata can be renewed.
 
     Raises:
-        ReleaseError: a part is missing, damaged, or not signed by the keys that it should be.
+        ReleaseError: a part is missing, damaged, or not signed by the right keys.
     """
     folder = repository / "metadata"
     try:
@@ -120,10 +120,10 @@ def read_state(repository: Path, trusted_root: bytes) -> RepositoryState:
 
 
 def trusted_keys(state: RepositoryState, keys: Keys, repository: Path) -> Keys:
-    """Those of the keys that their roles trust.
+    """Returns the subset of the keys that the repository trusts.
 
     Raises:
-        ReleaseError: a role has none of them, or fewer than its threshold.
+        ReleaseError: a role has no trusted key, or fewer than its threshold.
     """
     trusted = dict[str, tuple[CryptoSigner, ...]]()
     for role, signers in keys.signers.items():
@@ -148,32 +148,32 @@ def trusted_keys(state: RepositoryState, keys: Keys, repository: Path) -> Keys:
 
 
 def may_publish(state: RepositoryState, path: str) -> bool:
-    """Whether the online key is trusted for a target path."""
+    """Returns whether the online keys are trusted for a target path."""
     role = state.targets.get_delegated_role("releases")
     return isinstance(role, DelegatedRole) and role.is_delegated_path(path)
 
 
 def release_of(path: str) -> tuple[str, int, str] | None:
-    """Model, version and file that a target path names; None for what no release has.
+    """Parses a target path into model, version and file; None if it isn't a release's path.
 
-    Whoever has an online key can sign any name: it is told from ours before anything is made of it.
+    A holder of an online key can sign any path, so paths are validated before use.
     """
     found = _RELEASE.fullmatch(path)
     return (found[1], int(found[2]), found[3]) if found else None
 
 
 def is_pointer(path: str) -> bool:
-    """Whether a target path is that of the release that a model's devices are to have."""
+    """Returns whether a target path is a model's pointer to its current release."""
     return re.fullmatch(rf"models/{_NAME}/{re.escape(POINTER)}", path) is not None
 
 
 def releases(state: RepositoryState) -> Iterator[tuple[str, int, str]]:
-    """Model, version and file of each published file of a release."""
+    """Yields model, version and file of each published file."""
     return (found for path in state.releases.targets if (found := release_of(path)) is not None)
 
 
 def read_target(repository: Path, state: RepositoryState, path: str) -> bytes:
-    """The bytes of a published file, verified.
+    """Reads and verifies a published file.
 
     Raises:
         ReleaseError: it is missing or differs from what was signed.
@@ -182,7 +182,7 @@ def read_target(repository: Path, state: RepositoryState, path: str) -> bytes:
 
 
 def read_info(repository: Path, info: TargetFile) -> bytes:
-    """The bytes of a file that signed metadata describes, verified.
+    """Reads and verifies a file that signed metadata describes.
 
     Raises:
         ReleaseError: it is missing or differs from what was signed.
@@ -210,47 +210,47 @@ def add(
     *,
     now: datetime,
 ) -> None:
-    """Puts files into force under their target paths; with none, renews what has an expiry.
+    """Publishes files under their target paths; without files, renews expiring metadata.
 
     Args:
         repository: Locked by the caller.
-        state: As read under that lock.
-        keys: The online ones.
+        state: The metadata, read under that lock.
+        keys: The online keys.
         files: Bytes by target path.
-        now: Expiry counts from here; UTC.
+        now: Time from which expiry is counted; UTC.
 
     Raises:
-        ReleaseError: the offline metadata has expired, or there is more than devices will read.
-        DiskFull: there was no room. In both cases the release before stays in force.
+        ReleaseError: the offline metadata has expired, or the file list is too large for devices.
+        DiskFull: the disk is full. In both cases the previous release stays in force.
     """
     _replace_online(repository, state, keys, files, {}, now=now)
 
 
 def renew_offline(repository: Path, state: RepositoryState, keys: Keys, *, now: datetime) -> None:
-    """Signs root and targets again for a year, and everything below them.
+    """Renews root and targets for a year, and all metadata below them.
 
     Raises:
-        DiskFull: there was no room; what was in force stays so.
+        DiskFull: the disk is full; the previous metadata stays in force.
     """
     root = Root.from_dict(state.root.to_dict())
     root.version, root.expires = root.version + 1, now + OFFLINE_EXPIRY
     root.unrecognized_fields |= stamp(now)
     targets = Targets.from_dict(state.targets.to_dict())
     targets.version, targets.expires = targets.version + 1, now + OFFLINE_EXPIRY
-    # The new root names the same keys, so that it may be in force before the rest is.
+    # The new root has the same keys, so it may come into force before the rest.
     write_atomic(repository / "metadata" / f"{root.version}.root.json", sign(root, keys, "root"))
     renewed = RepositoryState(root, targets, state.releases, state.snapshot, state.timestamp)
     _replace_online(repository, renewed, keys, {}, {"targets": targets}, now=now)
 
 
 def sign(payload: Payload, keys: Keys, role: str, *others: Keys) -> bytes:
-    """A metadata file: the payload with the signatures of its role's keys.
+    """Signs a payload and returns the metadata file.
 
     Args:
-        payload: What is signed.
-        keys: Signs it.
-        role: Whose keys sign.
-        others: More keys that sign in the same role: a root is signed by those before it, too.
+        payload: The content to sign.
+        keys: The signing keys.
+        role: The role whose keys sign.
+        others: More keys that sign for this role: previous roots also sign a new root.
     """
     metadata: Metadata[Payload] = Metadata(payload)
     for signer in (*keys.signers[role], *(one for other in others for one in other.signers[role])):
@@ -306,17 +306,17 @@ def replace(
     now: datetime,
     root: tuple[int, bytes] | None = None,
 ) -> None:
-    """Writes everything under new names, then the timestamp, which alone is replaced.
+    """Writes all files under new names, then replaces the timestamp, which commits the change.
 
     Args:
         repository: Locked by the caller.
-        keys: Of the roles, of snapshot and timestamp.
+        keys: Keys of the changed roles, of snapshot and timestamp.
         roles: New targets metadata by role.
-        files: More files, by path within the repository.
-        snapshot: The new one; its ``meta`` is brought up to date.
-        timestamp_version: Of the new timestamp.
-        now: Expiry counts from here; UTC.
-        root: The version and the bytes of a root that comes into force with the timestamp.
+        files: Additional files, by path within the repository.
+        snapshot: The new snapshot; its ``meta`` is updated here.
+        timestamp_version: Version of the new timestamp.
+        now: Time from which expiry is counted; UTC.
+        root: Version and bytes of a root that comes into force with the timestamp.
     """
     new = dict(files)
     for role, payload in roles.items():
@@ -350,7 +350,7 @@ def replace(
             pending.begin(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
     except BaseException:
         begun = pending.is_begun(repository)
-        if not begun and not _holds(switch, raw):  # not in force: nothing names them
+        if not begun and not _holds(switch, raw):  # not in force: nothing refers to them
             for path in written:
                 path.unlink(missing_ok=True)
         raise
@@ -370,7 +370,7 @@ def _read(path: Path) -> bytes:
 def _verified(
     kind: type[Payload], raw: bytes, role: str, delegator: Root | Targets | None
 ) -> Payload:
-    """The payload of a metadata file that ``delegator`` vouches for, or of a root for itself."""
+    """Returns the payload of a metadata file, verified by its delegator; a root also by itself."""
     metadata: Metadata[Payload] = Metadata.from_bytes(raw)
     signed = metadata.signed
     if not isinstance(signed, kind):
@@ -384,7 +384,7 @@ def _verified(
 def _vouched(
     kind: type[Payload], folder: Path, role: str, meta: MetaFile, delegator: Root | Targets
 ) -> Payload:
-    """The payload of a metadata file whose version and digest the level above names, too."""
+    """Returns the payload of a metadata file, also verified by version and digest in ``meta``."""
     raw = _read(folder / f"{meta.version}.{role}.json")
     meta.verify_length_and_hashes(raw)
     return _verified(kind, raw, role, delegator)

@@ -1,4 +1,4 @@
-"""Rotation: new keys for roles, vouched for by the ones before, and going back after a theft."""
+"""Key rotation: new keys for roles, authorised by the old ones, and rollback after a theft."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     TOP_LEVEL_ROLE_NAMES,
     Delegations,
     Key,
@@ -40,18 +40,18 @@ from server.release.registry.keys import (
 
 @dataclass(frozen=True)
 class Rotation:
-    """What a rotation has put into force."""
+    """The result of a rotation."""
 
     root_version: int
-    """Of the root that is in force now."""
+    """Version of the root now in force."""
     roles: tuple[str, ...]
-    """Those with new keys."""
+    """Roles with new keys."""
     written: tuple[Path, ...]
-    """The files of the new keys."""
+    """Files of the new keys."""
     removed: tuple[Path, ...]
-    """Files of keys that count no more; copies of them elsewhere have to be destroyed."""
+    """Removed files of retired keys; copies elsewhere must be destroyed."""
     epochs: Mapping[str, int]
-    """The new epoch of each model that has gone back."""
+    """New epoch of each model that was rolled back."""
 
 
 def rotate(
@@ -63,30 +63,30 @@ def rotate(
     last_good: Mapping[str, int] | None = None,
     now: datetime,
 ) -> Rotation:
-    """Gives roles new keys, and withdraws what was published after a model's last good version.
+    """Replaces the keys of roles, and withdraws releases after a model's last good version.
 
-    Devices follow from any root before. Where keys of timestamp or snapshot are new, devices forget
-    what the old ones signed, so that whoever stole them cannot keep the owner's versions away.
-    Where a model goes back, a new epoch begins: its versions supersede all of the epochs before.
-    Only the offline keys can say so.
+    Devices follow from any earlier root. With new keys of timestamp or snapshot, devices discard
+    what the old keys signed, so that a thief can't block the owner's versions. A model that is
+    rolled back starts a new epoch, whose versions supersede all earlier epochs; only the offline
+    keys can start one.
 
     Args:
-        repository: As `server.release.publish.initialise` made it. Where a thief may have written
-            to it, a copy from before.
-        keys: The folder of keys. Needed: as many of the old keys as the thresholds of root and
-            targets say, and the online keys that are kept. Those that are replaced, but for
-            root's, may be lost.
-        roles: Whose keys are replaced, all of them.
-        quorums: How many keys such a role gets, and how many must sign; as before by default.
-        last_good: By model, the version that devices are to go back to.
-        now: Expiry counts from here; UTC.
+        repository: The folder of the repository; restore a copy first if a thief may have written
+            to it.
+        keys: The folder of keys. Required: old keys of root and of every role that isn't replaced,
+            as many as their thresholds. All others may be lost.
+        roles: Roles whose keys are all replaced.
+        quorums: New number of keys and threshold by replaced role; unchanged by default.
+        last_good: By model, the version to which devices return.
+        now: Time from which expiry is counted; UTC.
 
     Returns:
-        What is in force. ``root.json`` in the folder of keys is the new root.
+        The rotation now in force. ``root.json`` in the folder of keys is the new root.
 
     Raises:
-        ReleaseError: keys are missing or not the repository's, or there is no such version.
-        DiskFull: there was no room. In both cases what was in force stays so.
+        ReleaseError: keys are missing or not the repository's, or a version doesn't exist. Nothing
+            changes.
+        DiskFull: the disk is full. Nothing changes.
     """
     quorums, last_good = quorums or {}, last_good or {}
     if unknown := sorted({*roles, *quorums} - set(ROLES)):
@@ -144,7 +144,7 @@ def rotate(
 
 
 def _quorum(state: registry.RepositoryState, role: str) -> Quorum:
-    """How many keys a role has and needs now."""
+    """Returns a role's current number of keys and threshold."""
     delegator = state.targets if role == "releases" else state.root
     required = delegator.get_delegated_role(role)
     return Quorum(required.threshold, len(required.keyids))
@@ -153,7 +153,7 @@ def _quorum(state: registry.RepositoryState, role: str) -> Quorum:
 def _kept(
     state: registry.RepositoryState, keys: Path, roles: Iterable[str], repository: Path
 ) -> Keys:
-    """The old keys that sign in this rotation, in the order of all roles."""
+    """Returns the trusted old keys of some roles, in the order of `ROLES`."""
     wanted = set(roles)
     needed = [role for role in ROLES if role in wanted]
     return registry.trusted_keys(state, read_keys(keys, needed), repository)
@@ -162,7 +162,7 @@ def _kept(
 def _root(
     state: registry.RepositoryState, signing: Keys, numbers: Mapping[str, Quorum], now: datetime
 ) -> Root:
-    """The next root. Keys of a role that are not at hand, but are kept, go on counting."""
+    """Builds the next root; roles that aren't replaced keep all of their keys."""
     root = Root.from_dict(state.root.to_dict())
     root.version, root.expires = state.root.version + 1, now + registry.OFFLINE_EXPIRY
     root.unrecognized_fields |= stamp(now)
@@ -180,7 +180,7 @@ def _root(
 def _targets(
     state: registry.RepositoryState, signing: Keys, quorum: Quorum, now: datetime
 ) -> Targets:
-    """The next targets metadata, which says who signs releases."""
+    """Builds the next targets metadata, which delegates releases to the new keys."""
     targets = Targets.from_dict(state.targets.to_dict())
     targets.version, targets.expires = targets.version + 1, now + registry.OFFLINE_EXPIRY
     role = targets.get_delegated_role("releases")
@@ -199,10 +199,10 @@ def _gone_back(
     last_good: Mapping[str, int],
     now: datetime,
 ) -> tuple[dict[str, bytes], Targets, Epochs]:
-    """Files to write, the releases that stay, and the epochs; ``targets`` then vouches for these.
+    """Returns files to write, the remaining releases, and epochs; adds epochs to ``targets``.
 
     Raises:
-        ReleaseError: a version to go back to was never published, or is damaged.
+        ReleaseError: a version to return to was never published, or is damaged.
     """
     epochs = read_epochs(repository, state)
     published = dict(state.releases.targets)
@@ -214,7 +214,7 @@ def _gone_back(
                 f"{model}: there is no version {version} to go back to. Nothing was changed; "
                 "`fedcore release list` names those that were published."
             )
-        # All that is withdrawn is withdrawn together; what stays must be whole.
+        # Everything later is withdrawn; what remains must be complete.
         for name in registry.RELEASE_FILES:
             path = f"models/{model}/{version}/{name}"
             registry.read_target(repository, state, path)
@@ -238,7 +238,7 @@ def _gone_back(
 
 
 def read_epochs(repository: Path, state: registry.RepositoryState) -> Epochs:
-    """The epochs in force; none where no model has ever gone back.
+    """Reads the epochs in force; empty if no model was ever rolled back.
 
     Raises:
         ReleaseError: the file is missing or damaged.
@@ -252,7 +252,7 @@ def read_epochs(repository: Path, state: registry.RepositoryState) -> Epochs:
 
 
 def _stays(path: str, model: str, version: int) -> bool:
-    """Whether a file stays when a model goes back; what no release has was put there by a thief."""
+    """Returns whether a file stays when a model is rolled back; unknown paths come from a thief."""
     found = registry.release_of(path)
     if found is None:
         return registry.is_pointer(path)
@@ -260,7 +260,7 @@ def _stays(path: str, model: str, version: int) -> bool:
 
 
 def _in_force(repository: Path, keys: Path, fresh: Keys) -> bool:
-    """Whether new keys count in spite of an interruption."""
+    """Returns whether new keys are in force despite an interruption."""
     if pending.is_begun(repository):
         return True
     state = registry.read_state(repository, read_trusted_root(keys))
@@ -272,7 +272,7 @@ def _in_force(repository: Path, keys: Path, fresh: Keys) -> bool:
 
 
 def _retired(keys: Path, roles: Iterable[str], signing: Keys) -> list[Path]:
-    """The files of keys that have been replaced; one that cannot be read is left where it is."""
+    """Returns the files of retired keys; unreadable files stay."""
     found = []
     for role in roles:
         for path in key_files(keys, role):
