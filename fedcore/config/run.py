@@ -58,8 +58,8 @@ class FederationConfig(Section):
     """How many rounds to run at most."""
     cohort: Clients | None = None
     """Clients a round, or their expected number (see ``privacy.client``); every client when unset.
-    On a live run, unset means the devices connected before the first round; a round waits for all
-    of them, until the deadline."""
+    On a live run these are the project's devices that are online before the first round; the server
+    waits for all of them, until the deadline."""
     strategy: str = "FedAvg"
     """The name of a strategy in ``flwr.serverapp.strategy``; or ``FILE.py:CLASS`` for your own, a
     `fedcore.Algorithm` or a Flower strategy, with the file relative to this one. Only the server
@@ -147,8 +147,8 @@ class Privacy(Section):
     """``[privacy]``: differential privacy; these settings protect single examples, by DP-SGD."""
 
     unit: Literal["none", "example", "client", "both"] = "none"
-    """What is protected. ``example``: each example of each client, by noise that the client adds,
-    from the server, too. Neighbouring data sets have a null record in place of one example
+    """What is protected. ``example``: each example of each client, also from the server, by noise
+    that the client adds. Neighbouring data sets have a null record in place of one example
     (zero-out adjacency), so the number of examples is public. ``client``: each client with all of
     its data, by noise that the server adds (see ``[privacy.client]``), from everyone who gets the
     models. ``both``: both guarantees. ``none``: no protection."""

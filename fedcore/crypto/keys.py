@@ -1,4 +1,4 @@
-"""Private and public keys: one ECDSA key on P-384, Flower's curve for nodes, is one identity.
+"""Private and public keys: an identity is one ECDSA key on P-384, Flower's curve for nodes.
 
 The same key authenticates a node with Flower, is in the node's TLS certificate, and signs its
 updates. It is generated on the machine that uses it and never sent.

@@ -158,7 +158,7 @@ class FleetGrid(OwnGrid):
             raise self._fleet.lacks
 
     def _send(self, messages: list[Message]) -> dict[str, int]:
-        """Sends, wakes, and returns the node of each message by the message's id."""
+        """Sends messages and wakes their nodes; returns the nodes by message id."""
         self._fleet.lack(None)  # forget earlier failures: they do not concern these replies
         checks = self._inspector.expect(messages)
         nodes = [message.metadata.dst_node_id for message in messages]

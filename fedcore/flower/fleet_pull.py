@@ -28,7 +28,7 @@ ANSWER_BYTES = 2**20
 _FRAME_BYTES = 2**12  # overhead of the response that carries an object
 _AROUND_BYTES = 2**17
 """Most bytes of a response besides its body: handshake, certificates, headers, the framing of a
-short body. Interim responses count as headers, too."""
+short body. Also the limit before the body, because interim responses count as headers."""
 _RECORDS = 16
 """Framing and TLS of a longer body may add one part in this many of its size."""
 ENDING_S = 5.0
@@ -39,7 +39,7 @@ _HEADERS = {
 }
 """Response headers that are kept; all others are dropped."""
 LEAST_BYTES_PER_S = 4096
-"""Least long-run transfer rate of a call, after the timeout of any call."""
+"""Slowest transfer allowed: a call may last its timeout plus the time of its bytes at this rate."""
 
 
 @dataclass(frozen=True)

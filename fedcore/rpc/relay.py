@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 from fedcore.rpc.dial import dial
 
 _PIECE = 4096
-"""Bytes per read; a read waits for ``took``, so a flooding server is throttled."""
+"""Bytes per read; the next read waits for ``took``, which throttles a flooding server."""
 _LOOK_S = 0.5
 _STUCK_S = 20.0
 """Seconds that one side may take to read what the other has sent."""
