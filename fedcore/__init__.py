@@ -1,7 +1,8 @@
-"""fedcore: one model over devices' data and the cloud's.
+"""fedcore: trains one model on the data of many devices and of the cloud.
 
-Names are imported on first use, so that a device that only infers never loads torch, and a command
-that is stopped while it loads can say so.
+Start with `simulate`, which runs a whole federation on this machine; a user supplies a `Task` and
+a `RunConfig`. Names are imported on first use, so that a device that only runs inference never
+loads torch, and so that Ctrl-C during a slow import still prints a clean message.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# onnxruntime and Flower report how they are used to their makers unless they are told not to before
-# they are loaded. A device that holds private data calls nobody but its server; whoever wants those
-# reports sets the variables.
+# onnxruntime and Flower send usage reports to their makers unless these variables disable them
+# before the import. A device with private data connects only to its server; set the variables
+# yourself to enable those reports.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 

@@ -1,4 +1,7 @@
-"""``fedcore VERB``: verbs come from the entry-point group ``fedcore.commands``."""
+"""The ``fedcore VERB`` command line; verbs are entry points of the group ``fedcore.commands``.
+
+`main` parses the arguments, runs the verb and turns errors into messages and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ try:
     from fedcore import __version__
     from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
     from fedcore.observability.foreign import bounded_line, foreign, say
-except KeyboardInterrupt:  # Ctrl-C before there is a `main` that could tell of it
+except KeyboardInterrupt:  # Ctrl-C during imports, before `main` can report it
     os.write(2, f"{_STOPPED}\n".encode())
     raise SystemExit(130) from None
 
@@ -56,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def group(verbs: dict[str, Command], help: str) -> Command:
-    """A verb with verbs below it, as in ``fedcore release init``."""
+    """Returns a verb that contains other verbs, such as ``fedcore release init``."""
 
     def arguments(parser: argparse.ArgumentParser) -> None:
         below = parser.add_subparsers(
@@ -86,9 +89,9 @@ def _add(
 
 
 def build_parser(first: str | None = None) -> argparse.ArgumentParser:
-    """The parser with every installed verb, or with that alone which ``first`` names.
+    """Returns the parser with every installed verb, or only with the verb named ``first``.
 
-    Some verbs import what takes long; a server that is started again has no time for those.
+    Loading a verb may import slow modules; a restarting server cannot wait for all of them.
     """
     parser = _Parser(prog="fedcore", description="One model over devices' data and the cloud's.")
     parser.add_argument("--version", action="version", version=f"fedcore {__version__}")
@@ -101,12 +104,12 @@ def build_parser(first: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit code (see `fedcore.errors`)."""
+    """Runs one command line and returns its exit code (listed in `fedcore.errors`)."""
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, with cleaning up
-        if sys.stdout is None:  # closed by whoever started this
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
+        if sys.stdout is None:  # the parent process closed it
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
         words = sys.argv[1:] if arguments is None else arguments
         options = build_parser(next(iter(words), None)).parse_args(words)
         return int(options.run_verb(options))
@@ -123,10 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             to=sys.stderr,
         )
         return 7
-    except BrokenPipeError:  # `fedcore ... | head`: the reader has what it wanted
+    except BrokenPipeError:  # `fedcore ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # what no step foresaw: a device gone, a path that is a folder
+    except OSError as error:  # no step handled it: a device removed, a path that is a folder
         where = f"{error.filename}: " if error.filename else ""
         say(
             f"ResourceError: {where}{error.strerror or error}. The command was stopped; see that "
@@ -150,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python, NumPy, torch or the system say that memory ran out."""
+    """Returns whether an error of Python, NumPy, torch or the system means that memory ran out."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)

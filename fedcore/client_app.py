@@ -1,4 +1,8 @@
-"""The ClientApp: what a client does, the same on a device and in a simulation."""
+"""The Flower ClientApp of a fedcore client, used on devices and in simulations.
+
+`client_app` builds it from a task and a run. A message in asks to train, to evaluate or for input
+statistics; a message out carries the result or an error.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +52,13 @@ log = logging.getLogger("fedcore.device")
 
 @dataclass(frozen=True)
 class DurableLedger:
-    """A ledger that outlives this process."""
+    """A privacy ledger that survives the end of this process."""
 
     others: OtherRuns
     """What other runs have spent on the same data."""
     keep: Callable[[], None]
-    """Has what the node's state says on disk when it returns; called once a round is charged and
-    before it is trained, so that whatever training ends with, its charge stays."""
+    """Makes the node's state durable on disk before it returns. Called once a round is charged and
+    before training starts, so that the charge survives however training ends."""
 
 
 def client_app(
@@ -68,21 +72,22 @@ def client_app(
     on_skipped: Callable[[str, int], None] = log_skipped,
     bounds: Callable[[], Bounds] | None = None,
 ) -> ClientApp:
-    """An ordinary Flower ClientApp that trains, evaluates and counts for one client a message.
+    """Builds a Flower ClientApp that trains, evaluates or reports statistics per message.
 
     Args:
-        task: The task installed here; nothing sent by a server is run.
-        run: The run, as the server asks for it.
-        owner: What the owner of this device allows; it tightens ``run``.
+        task: The locally installed task; code from a server is never executed.
+        run: The run as the server requests it.
+        owner: The limits of this device's owner, which tighten ``run``.
         randomness: The seed of a simulation, or the operating system's entropy.
-        mods: Flower mods around training, as some strategies need.
-        durable: Where charges are kept; None where the node's state in memory is all there is.
-        on_skipped: See `fedcore.training.client.Client`.
-        bounds: What bounds the work on a message that comes now; the owner's limits when None.
+        mods: Flower mods around training, which some strategies need.
+        durable: Persistent storage of the ledger; None if the node's in-memory state suffices.
+        on_skipped: Callback with a client's name and the number of batch places that counted as
+            zero; private information, so it must stay on the device.
+        bounds: Returns the limits on the work for the message at hand; the owner's limits if None.
 
     Raises:
-        PrivacyError: it would train real data with privacy, and forget what that cost; or as
-            `tighten` says.
+        PrivacyError: private training on real data would lose its ledger at the end of the
+            process, or the owner set a budget and the run trains without privacy.
     """
     client = Client(
         task,
@@ -121,11 +126,12 @@ def client_app(
 
 
 def client_name(context: Context, task: Task) -> str:
-    """Who this node is: its configured name, or its place among the task's clients.
+    """Returns this node's client name: the configured one, or the task's client at its partition.
 
     Raises:
-        ConfigError: it is neither named nor one of them. Two nodes never share a client: each
-            would keep a ledger of its own, and neither would tell what was spent.
+        ConfigError: the node has no name, and its partition is not among the task's clients. Two
+            nodes never share a client: each would keep its own ledger, and neither would show
+            the total spent.
     """
     named = context.node_config.get("client")
     if named is not None:
@@ -145,12 +151,12 @@ Work = Callable[[Client, str, Message, Context], RecordDict]
 
 
 def _answer(work: Work, client: Client, message: Message, context: Context) -> Message:
-    """Runs ``work`` and answers with its result, or with an error that says what went wrong."""
+    """Runs ``work`` and replies with its result, or with an error that states the cause."""
     name = f"node {context.node_id}"
     try:
         name = client_name(context, client.task)
         return Message(work(client, name, message, context), reply_to=message)
-    except (Exception, SystemExit) as error:  # the task's code: its failure is reported, not lost
+    except (Exception, SystemExit) as error:  # the task's code may raise anything: report it
         hide = client.protects or (
             client.is_real and isinstance(error, OwnerLimit | InsufficientMemory)
         )
@@ -158,13 +164,13 @@ def _answer(work: Work, client: Client, message: Message, context: Context) -> M
 
 
 def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[int, str]:
-    """Code and reason in the reply of a client that could not do what was asked, or declined.
+    """Returns code and reason for the error reply of a client that failed or declined.
 
     Args:
-        name: The client's.
-        error: What stopped it.
-        hide: Sends the kind of the error alone, and writes its text, which may quote examples or
-            the owner's limits, to the device's own log.
+        name: The client's name.
+        error: The exception that stopped the work.
+        hide: Sends only the kind of error. Its text, which may quote examples or the owner's
+            limits, goes to the device's own log.
     """
     kind = type(error) if isinstance(error, FedcoreError) else TaskError
     code = code_of(kind)
@@ -186,14 +192,14 @@ def train_client(
     context: Context,
     keep: Callable[[], None] | None = None,
 ) -> RecordDict:
-    """Trains one client as a message asks; whatever fails is raised as it is.
+    """Trains one client as a message requests, and lets every exception pass.
 
     Args:
-        client: The task and the limits.
-        name: Whose data is trained on.
-        message: What the server asks for.
-        context: Whose state the ledger is in.
-        keep: Called when the state has the charge, before anything is trained.
+        client: The task with its limits.
+        name: The client whose data is trained on.
+        message: The server's instruction.
+        context: The node's context, whose state contains the ledger.
+        keep: Called once the state contains the charge, before training starts.
     """
     instruction = read_instruction(message.content)
     ledger = read_ledger(context) if client.run.private else Ledger()
@@ -221,7 +227,7 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
 
 
 def _statistics(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-    """Sums and squares of the inputs behind the task's own preprocessing, in float64."""
+    """Returns float64 sums and sums of squares of the inputs after the task's preprocessing."""
     if client.run.private:
         raise InvalidUpdate(
             "statistics: this client trains with example-level privacy and releases no sums."

@@ -1,4 +1,8 @@
-"""``fedcore doctor``: what on this machine would keep a server or a device from its work."""
+"""``fedcore doctor``: finds problems that would keep a server or a device from working.
+
+Each check returns a `Finding`. The checks specific to a device or a server come from the
+entry-point group ``fedcore.doctors``.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,12 @@ from fedcore.observability.foreign import say
 _SOON = timedelta(days=14)
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 2 << 30, 200 << 20
 _NEEDED = {"flwr": "1.41.0"}
-"""Exact versions: parts of these that are nobody's API are used."""
+"""Exact versions: fedcore uses private parts of these packages."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what to do where it is not as it should be."""
+    """The result of one check, with a remedy if something is wrong."""
 
     check: str
     verdict: Literal["ok", "warn", "fail"]
@@ -41,7 +45,7 @@ Examine = Callable[[argparse.Namespace], Iterable[Finding]]
 
 
 def guarded(check: str, work: Callable[[], Finding], *, remedy: str) -> Finding:
-    """What ``work`` finds; an error of this project is a finding, too."""
+    """Runs a check; a `FedcoreError` that it raises becomes a failed finding."""
     try:
         return work()
     except FedcoreError as error:
@@ -49,7 +53,7 @@ def guarded(check: str, work: Callable[[], Finding], *, remedy: str) -> Finding:
 
 
 def versions() -> Finding:
-    """Python, fedcore, and what must fit it exactly."""
+    """Checks the versions of Python, fedcore and the packages that need an exact version."""
     found = {name: _version(name) for name in ("flwr", "torch", "grpcio", "onnxruntime")}
     told = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items())
     told = f"fedcore {__version__}, Python {platform.python_version()}, {told}"
@@ -71,7 +75,7 @@ def _version(name: str) -> str | None:
 
 
 def expiry(what: str, not_after: datetime, *, remedy: str, now: datetime | None = None) -> Finding:
-    """How long a certificate is valid still."""
+    """Checks how long a certificate remains valid."""
     left = not_after - (now or datetime.now(UTC))
     until = f"{what} until {not_after:%Y-%m-%d %H:%M} UTC"
     if left <= timedelta(0):
@@ -83,7 +87,7 @@ def expiry(what: str, not_after: datetime, *, remedy: str, now: datetime | None 
 
 
 def _told(time: timedelta) -> str:
-    """A length of time in its largest whole unit, as ``1 day`` or ``12 minutes``."""
+    """Returns a duration in its largest whole unit, such as ``1 day`` or ``12 minutes``."""
     if time >= timedelta(hours=1):
         name, unit = ("day", timedelta(days=1)) if time.days else ("hour", timedelta(hours=1))
     else:
@@ -93,7 +97,7 @@ def _told(time: timedelta) -> str:
 
 
 def disk(folder: Path) -> Finding:
-    """Room where files will be written."""
+    """Checks that a folder, or its nearest existing parent, is writable and has free space."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     told = f"{free / 2**30:.1f} GiB free at {there}"
@@ -106,7 +110,7 @@ def disk(folder: Path) -> Finding:
 
 
 def gpu() -> Finding:
-    """Whether torch sees the accelerator that the machine has."""
+    """Checks whether torch finds the machine's GPU."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -126,7 +130,7 @@ def gpu() -> Finding:
 
 
 def providers() -> Finding:
-    """What ONNX Runtime can run models on."""
+    """Checks that ONNX Runtime is installed with its CPU execution provider."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -140,7 +144,7 @@ def providers() -> Finding:
 
 
 def task_layers(path: Path) -> Finding:
-    """Whether the task loads, and privacy can take its layers."""
+    """Checks that a task loads, and that every layer supports per-example privacy."""
     from fedcore.errors import UnsupportedLayer
     from fedcore.privacy.layers import check_layers
     from fedcore.task.definition import load_task

@@ -1,43 +1,43 @@
-"""Every error that fedcore raises on purpose, and the exit code that the CLI leaves with.
+"""All exceptions that fedcore raises on purpose, and the exit codes of the command line.
 
 ::
 
-    FedcoreError                     1   anything below; never raised itself
+    FedcoreError                     1   the base class; never raised itself
     |-- ConfigError                  2   a configuration file, an override or a command line
     |-- TaskError                    3   the user's task file
     |-- DataError                    4   data that is missing, corrupt or empty
     |-- PrivacyError                 5   a guarantee that cannot be given
-    |   |-- UnsupportedLayer             a layer that example-level DP cannot take
-    |   |-- LedgerFull                   a device's ledger has room for no more
-    |   |-- TooManyRuns                  a server begins private runs too fast
+    |   |-- UnsupportedLayer             a layer that example-level DP does not support
+    |   |-- LedgerFull                   a device's ledger has no room for another entry
+    |   |-- TooManyRuns                  a server starts private runs too fast
     |   `-- BudgetExhausted              the next release would pass the epsilon budget
-    |       `-- OwnersBudgetExhausted    that of the device's owner, over all runs
-    |-- TrainingError                6   training that cannot go on
+    |       `-- OwnersBudgetExhausted    the next release would exceed the budget that the owner set
+    |-- TrainingError                6   training that cannot continue
     |   |-- TrainingDiverged             a loss or an update is not finite
-    |   |-- InvalidUpdate                an update that the server refuses
+    |   |-- InvalidUpdate                an update that the server rejects
     |   `-- RoundFailed                  too few updates for a round
-    |-- ResourceError                7   the machine lacks something
+    |-- ResourceError                7   the machine has too little of a resource
     |   |-- InsufficientMemory
     |   `-- DiskFull
     |-- CompressionError             8   no candidate can be released
-    |   `-- ParityError                  an exported model answers differently from its source
-    |-- ReleaseError                 9   publishing failed; what was published before stands
-    |-- TrustError                  10   something delivered cannot be trusted
+    |   `-- ParityError                  an exported model whose outputs differ from its source's
+    |-- ReleaseError                 9   publishing failed; earlier releases are unchanged
+    |-- TrustError                  10   a delivery or message that cannot be trusted
     |   |-- SignatureInvalid
     |   |-- DigestMismatch
     |   |-- RollbackRefused
-    |   |-- CertificateRefused         a certificate or key that the project does not vouch for
+    |   |-- CertificateRefused         a certificate or key that is foreign, expired or revoked
     |   |-- UpdateForeign              a signed update of another run, node or purpose
     |   |-- UpdateStale                a signed update of another round or base model
-    |   |-- UpdateExpired              a signed update after its time
+    |   |-- UpdateExpired              a signed update after its time of validity
     |   `-- UpdateReplayed             a second update of a node in one round
-    `-- DeviceError                 11   a device cannot serve what it was asked to
+    `-- DeviceError                 11   a device that cannot do what is asked of it
         |-- SelfTestFailed
-        |-- LimitExceeded              a model took more time or memory than it may
-        `-- OwnerLimit                   more than the owner of the device allows
+        |-- LimitExceeded              a model that needs more time or memory than allowed
+        `-- OwnerLimit                   a request above the limits of the device's owner
 
-130 is left for an interrupt (Ctrl-C), as shells expect. A message is one short paragraph:
-what happened, where, what was got against what was expected, the consequence, the next step.
+Exit code 130 means an interrupt (Ctrl-C), as shells expect. A message is one short paragraph: what
+happened, where, the value found and the value expected, the consequence, the next step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from fedcore.observability.foreign import paragraph
 
 
 class FedcoreError(Exception):
-    """The root: catch it to catch whatever fedcore refuses on purpose.
+    """The base class: catch it to catch every error that fedcore raises on purpose.
 
     Example::
 
@@ -61,10 +61,10 @@ class FedcoreError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str = "") -> None:
-        """An error with this text, made printable where it is not.
+        """Creates an error whose text is one paragraph of at most 1800 printable characters.
 
-        Its text is one paragraph of at most 1800 printable characters then, whatever names and
-        values of a peer's or a file's it quotes.
+        Unprintable characters, which quoted names and values from peers and files may contain, are
+        made printable.
         """
         super().__init__(paragraph(message))
 
@@ -76,7 +76,7 @@ class ConfigError(FedcoreError):
 
 
 class TaskError(FedcoreError):
-    """The user's task file cannot be loaded, or what it brings does not fit together."""
+    """The user's task file cannot be loaded, or its parts do not fit together."""
 
     exit_code = 3
 
@@ -88,33 +88,33 @@ class DataError(FedcoreError):
 
 
 class PrivacyError(FedcoreError):
-    """A privacy guarantee that was asked for cannot be given."""
+    """A requested privacy guarantee cannot be given."""
 
     exit_code = 5
 
 
 class UnsupportedLayer(PrivacyError):
-    """The model holds a layer for which per-example gradients do not exist."""
+    """The model contains a layer for which per-example gradients do not exist."""
 
 
 class LedgerFull(PrivacyError):
-    """A device's ledger holds as many runs, or charges, as it may: nothing in it is forgotten."""
+    """A device's ledger contains the most runs or charges allowed; none is ever removed."""
 
 
 class TooManyRuns(PrivacyError):
-    """A server has a device open new private runs faster than any project needs."""
+    """A server makes a device open new private runs faster than any project needs."""
 
 
 class BudgetExhausted(PrivacyError):
-    """The next release would take a client past its epsilon budget."""
+    """The next release would exceed a client's epsilon budget."""
 
 
 class OwnersBudgetExhausted(BudgetExhausted):
-    """The next release would take a client past what its owner allows over all runs."""
+    """The next release would exceed the budget that a client's owner set over all runs."""
 
 
 class TrainingError(FedcoreError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
     exit_code = 6
 
@@ -124,25 +124,25 @@ class TrainingDiverged(TrainingError):
 
 
 class InvalidUpdate(TrainingError):
-    """A client's update is refused before aggregation."""
+    """The server rejects a client's update before aggregation, or a client an instruction."""
 
 
 class RoundFailed(TrainingError):
-    """A round got fewer updates than its quorum."""
+    """A round received fewer updates than its quorum."""
 
 
 class ResourceError(FedcoreError):
-    """The machine lacks something that the work needs."""
+    """The machine does not provide a resource that the work needs."""
 
     exit_code = 7
 
 
 class InsufficientMemory(ResourceError):
-    """The work needs more memory than there is, or than the owner allows."""
+    """The work needs more memory than the machine has or the owner allows."""
 
 
 class DiskFull(ResourceError):
-    """A file could not be written whole; nothing half-written is left."""
+    """A file could not be written completely; no partial file is left."""
 
 
 class CompressionError(FedcoreError):
@@ -152,55 +152,55 @@ class CompressionError(FedcoreError):
 
 
 class ParityError(CompressionError):
-    """An exported model answers differently from the model it was made from."""
+    """The outputs of an exported model differ from those of its source model."""
 
 
 class ReleaseError(FedcoreError):
-    """Publishing failed; what was published before stands unchanged."""
+    """Publishing failed; earlier releases are unchanged."""
 
     exit_code = 9
 
 
 class TrustError(FedcoreError):
-    """Something that was delivered cannot be trusted, and is not used."""
+    """A delivery or message cannot be trusted, and is not used."""
 
     exit_code = 10
 
 
 class SignatureInvalid(TrustError):
-    """Metadata is not signed by the keys that the device trusts, or has expired."""
+    """Metadata is not signed by keys that the device trusts, or has expired."""
 
 
 class DigestMismatch(TrustError):
-    """Bytes differ from those that were signed."""
+    """Bytes differ from the signed ones."""
 
 
 class RollbackRefused(TrustError):
-    """A version older than one already seen was offered."""
+    """A version older than one seen before was offered."""
 
 
 class CertificateRefused(TrustError):
-    """A certificate or key that the project does not vouch for: foreign, expired or revoked."""
+    """A certificate or key is not the project's, has expired or is revoked."""
 
 
 class UpdateForeign(TrustError):
-    """A signed update that belongs to another run, node or purpose."""
+    """A signed update belongs to another run, node or purpose."""
 
 
 class UpdateStale(TrustError):
-    """A signed update that belongs to another round, or starts from another base model."""
+    """A signed update belongs to another round, or starts from another base model."""
 
 
 class UpdateExpired(TrustError):
-    """A signed update that arrived after its time, or claims more time than it may."""
+    """A signed update arrived after its time of validity, or claims too long a validity."""
 
 
 class UpdateReplayed(TrustError):
-    """A second update of one node in one round: the same bytes again, or others."""
+    """A node sent a second update in one round, identical or different."""
 
 
 class DeviceError(FedcoreError):
-    """A device cannot serve what it was asked to."""
+    """A device cannot do what is asked of it."""
 
     exit_code = 11
 
@@ -210,11 +210,11 @@ class SelfTestFailed(DeviceError):
 
 
 class LimitExceeded(DeviceError):
-    """A model took more time or memory than it may on this device."""
+    """A model needs more time or memory than it may use on this device."""
 
 
 class OwnerLimit(DeviceError):
-    """What a server asks for or sends is more than the device's owner, or its model, allows."""
+    """A server's request or message exceeds the limits of the device's owner or of its model."""
 
 
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading them with limits."""
+"""File helpers: atomic and durable writes, bounded reads, checks of output paths, and locks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedcore.errors import ConfigError, DataError, DiskFull, FedcoreError, Resou
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PICTURES = (".png", ".pdf", ".svg")
-"""How the name of a picture ends: its format follows from it."""
+"""File extensions of pictures; each one determines the format."""
 _REFUSED = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
     *(errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY, errno.EBUSY),
@@ -29,10 +29,10 @@ _REFUSED = {
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk into `DiskFull`, whatever library was writing to ``path``.
+    """Turns operating-system errors of any library that writes to ``path`` into fedcore's.
 
     Raises:
-        DiskFull: there was no room.
+        DiskFull: the disk has no room.
         ResourceError: this user may not write there, or a folder or file is in the way.
     """
     try:
@@ -53,17 +53,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Writes ``data`` to ``path`` so that a reader sees the old bytes or all of the new ones.
+    """Writes ``data`` to ``path`` so that a reader sees either the old bytes or all new ones.
 
-    The bytes go to a temporary file beside ``path``, are fsynced, and take its name; the folder
-    is fsynced too, so that the name survives a power cut.
+    Writes a temporary file next to ``path``, fsyncs it and renames it; fsyncs the folder, too, so
+    that the name survives a power cut. Creates missing folders.
 
     Raises:
-        DiskFull: there was no room; ``path`` is as it was.
-        ResourceError: it may not be written there; ``path`` is as it was.
+        DiskFull: the disk has no room; ``path`` is unchanged.
+        ResourceError: the path is not writable; ``path`` is unchanged.
     """
     with disk_errors(path):
-        private = not mode & 0o077  # a folder that is made for such a file is so, too
+        private = not mode & 0o077  # new folders of a private file are private, too
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -80,18 +80,17 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def check_file(path: Path, *, option: str) -> None:
-    """Sees, before any work, that a result can be written to ``path``; nothing is made.
+    """Checks before any work that a result can be written to ``path``; creates nothing.
 
-    A file that is there is replaced then, and folders that are missing are made.
+    `write_atomic` later replaces an existing file and creates missing folders.
 
     Args:
-        path: Where `write_atomic` is to write it.
-        option: Of the command line that names it, for errors.
+        path: The file to write.
+        option: The command-line option that sets the path, for errors.
 
     Raises:
-        ResourceError: a folder has its name, or what should be its folder is none or may not be
-            written to.
-        DiskFull: there is no room.
+        ResourceError: ``path`` is a folder, or its parent is no folder or not writable.
+        DiskFull: the disk has no room.
     """
     if path.is_dir():
         raise ResourceError(
@@ -102,28 +101,28 @@ def check_file(path: Path, *, option: str) -> None:
 
 
 def check_folder(path: Path, *, option: str) -> None:
-    """Sees, before any work, that results can be written into a folder; nothing is made.
+    """Checks before any work that results can be written into a folder; creates nothing.
 
-    Files that are there are replaced then, and folders that are missing are made.
+    Later writes replace existing files and create missing folders.
 
     Args:
         path: The folder.
-        option: Of the command line that names it, for errors.
+        option: The command-line option that sets the path, for errors.
 
     Raises:
-        ResourceError: it, or what should be a folder above it, is none or may not be written to.
-        DiskFull: there is no room.
+        ResourceError: the folder, or its nearest existing parent, is no folder or not writable.
+        DiskFull: the disk has no room.
     """
     _check_place(path, f"{option} {path}")
 
 
 def check_picture(path: Path, *, option: str) -> None:
-    """As `check_file`, for a picture.
+    """Checks before any work that a picture can be written to ``path``; creates nothing.
 
     Raises:
         ConfigError: its name ends in none of `PICTURES`.
-        ResourceError: as `check_file` says.
-        DiskFull: there is no room.
+        ResourceError: ``path`` is a folder, or its parent is no folder or not writable.
+        DiskFull: the disk has no room.
     """
     if path.suffix.lower() not in PICTURES:
         raise ConfigError(
@@ -134,7 +133,7 @@ def check_picture(path: Path, *, option: str) -> None:
 
 
 def _check_place(folder: Path, named: str) -> None:
-    """Writes a file without a name in the nearest folder that is there; it leaves no trace."""
+    """Writes an unnamed temporary file into the nearest existing folder; leaves no trace."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -155,7 +154,7 @@ def _check_place(folder: Path, named: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside ``folder`` durable."""
+    """Fsyncs a folder, which makes renames in it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,21 +163,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any, *, mode: int = 0o644) -> None:
-    """Writes ``value`` as indented JSON, atomically; NaN is refused rather than written."""
+    """Writes ``value`` as indented JSON, atomically; raises ``ValueError`` for NaN or infinity."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), mode=mode)
 
 
 def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") -> bytes:
-    """Reads a file that must exist and hold at most ``max_bytes``.
+    """Reads an existing file of at most ``max_bytes``.
 
     Args:
         path: The file.
-        max_bytes: Its limit.
-        what: It is, for errors.
-        otherwise: What follows where it is not there or no file, and what to do then; a sentence.
+        max_bytes: The size limit.
+        what: The noun for the file in errors, such as ``"the lock"``.
+        otherwise: A sentence for errors about a missing or unreadable file: consequence and remedy.
 
     Raises:
-        DataError: it does not exist, is no regular file, is larger, or changes meanwhile.
+        DataError: the file does not exist, is no regular file, is unreadable, is too large, or
+            changes during the read.
     """
     more = f" {otherwise}" if otherwise else ""
     try:
@@ -203,10 +203,11 @@ def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") ->
 
 
 def read_if_there(path: Path, *, max_bytes: int, what: str, otherwise: str = "") -> bytes | None:
-    """As `read_bytes`, but None where nothing at all has that name (see `is_there`).
+    """Reads a file of at most ``max_bytes``; returns None if nothing has that name.
 
     Raises:
-        DataError: as `read_bytes`; a link that leads nowhere or round in a circle is no absence.
+        DataError: the file cannot be read, see `read_bytes`. A broken or circular link counts as
+            present.
     """
     if not is_there(path):
         return None
@@ -214,41 +215,41 @@ def read_if_there(path: Path, *, max_bytes: int, what: str, otherwise: str = "")
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has that name, be it a link that leads nowhere or round in a circle.
+    """Returns whether anything has that name, even a broken or circular link.
 
-    Where the absence of a file means "nothing happened yet", this is to be asked: `Path.exists`
-    takes a broken link, and a folder that may not be searched, for an absence.
+    Use it where a missing file means "nothing happened yet": `Path.exists` also returns False for
+    a broken link and for a folder that may not be searched.
     """
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        return True  # opening it says why that cannot be done
+        return True  # opening it raises the precise error
     return True
 
 
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, *, what: str, otherwise: str = "", mode: int = 0o600
 ) -> int:
-    """Opens a file whose place somebody else may have put something else into; never waits.
+    """Opens a regular file, and nothing else; never blocks.
 
-    Opening a pipe waits for its other end, and reading a device may never end. So nothing is
-    opened for good but a regular file.
+    Someone else may have put a pipe or a device in its place: opening a pipe waits for the other
+    end, and reading a device may never finish.
 
     Args:
         path: The file.
-        flags: Of `os.open`.
-        what: It is, for errors.
-        otherwise: What follows where it is no file, and what to do then; a sentence.
-        mode: Of a file that is made.
+        flags: Flags of `os.open`.
+        what: The noun for the file in errors.
+        otherwise: A sentence for the error if it is no file: consequence and remedy.
+        mode: Permissions of a file that is created.
 
     Returns:
         A descriptor, which the caller closes.
 
     Raises:
-        DataError: something else than a file has its name.
-        OSError: as `os.open`; `disk_errors` makes errors of ours of those.
+        DataError: the path is not a regular file.
+        OSError: `os.open` fails; `disk_errors` turns that into an error of fedcore.
     """
     return _open_regular(path, flags, what, f" {otherwise}" if otherwise else "", mode)
 
@@ -257,7 +258,7 @@ def _open_regular(path: Path, flags: int, what: str, more: str, mode: int = 0o60
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, a pipe nobody reads; a folder
+        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, a pipe without reader; a folder
             raise _no_file(path, what, more) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -273,7 +274,7 @@ def _no_file(path: Path, what: str, more: str) -> DataError:
 
 
 def remove(path: Path) -> None:
-    """Removes whatever has that name: a file, a pipe, a link itself, or a folder with all in it."""
+    """Removes a file, a pipe, a link (not its target), or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -281,18 +282,18 @@ def remove(path: Path) -> None:
 
 
 def sha256_hex(data: bytes) -> str:
-    """The SHA-256 digest of ``data``, in lower-case hexadecimal."""
+    """Returns the SHA-256 digest of ``data``, in lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
 def lock_file(path: Path, otherwise: FedcoreError | None = None) -> Iterator[None]:
-    """Holds a lock file, which is made where it is missing; whatever ends the process lets go.
+    """Holds an exclusive lock on a file, created if missing; the end of the process releases it.
 
     Raises:
-        FedcoreError: ``otherwise``, where another process holds it; when None, it is waited for.
-        DataError: something else than a file has its name.
-        ResourceError: it cannot be opened or made.
+        FedcoreError: ``otherwise``, if another process has the lock; if None, this call waits.
+        DataError: the path is not a regular file.
+        ResourceError: the file cannot be opened or created.
     """
     with disk_errors(path):
         held = open_regular(
@@ -315,10 +316,10 @@ def lock_file(path: Path, otherwise: FedcoreError | None = None) -> Iterator[Non
 
 @contextmanager
 def held_alone(folder: Path, otherwise: FedcoreError) -> Iterator[None]:
-    """Holds a folder that exists for this process alone; whatever ends the process lets go of it.
+    """Holds an exclusive lock on an existing folder; the end of the process releases it.
 
     Raises:
-        FedcoreError: ``otherwise``, where another process holds it.
+        FedcoreError: ``otherwise``, if another process has the lock.
         ResourceError: the folder cannot be opened.
     """
     with disk_errors(folder):

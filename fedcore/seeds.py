@@ -1,4 +1,7 @@
-"""Randomness as an argument: every stream is derived from one seed and the words that name it."""
+"""Randomness as an explicit argument: every random stream derives from a seed and a name.
+
+Pass a `Randomness` to training code: `Simulated` in simulations, `SystemEntropy` on real devices.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *words: str | int) -> int:
-    """A 63-bit seed for the stream that ``words`` name, independent of all other streams.
+    """Returns a 63-bit seed for the stream named by ``words``, independent of all other streams.
 
     >>> derive(1, "cohort", 3) == derive(1, "cohort", 3) != derive(1, "cohort", 4)
     True
@@ -29,12 +32,12 @@ def derive(seed: int, *words: str | int) -> int:
 
 
 def numpy_rng(seed: int, *words: str | int) -> np.random.Generator:
-    """A NumPy generator for the stream that ``words`` name."""
+    """Returns a NumPy generator for the stream named by ``words``."""
     return np.random.default_rng(derive(seed, *words))
 
 
 def torch_rng(seed: int, *words: str | int, device: str = "cpu") -> torch.Generator:
-    """A torch generator for the stream that ``words`` name."""
+    """Returns a torch generator for the stream named by ``words``."""
     import torch
 
     return torch.Generator(device=device).manual_seed(derive(seed, *words))
@@ -42,10 +45,10 @@ def torch_rng(seed: int, *words: str | int, device: str = "cpu") -> torch.Genera
 
 @contextmanager
 def global_streams(seed: int, *words: str | int) -> Iterator[None]:
-    """Pins the process-wide streams for library code that takes no generator, then restores them.
+    """Seeds the process-wide streams for library code without a generator, then restores them.
 
     Flower's strategies draw from ``random`` and ``numpy.random``, torch's initialisers and dropout
-    from torch's default generator. Nothing of ours draws from these.
+    from torch's default generator. fedcore itself never draws from these.
     """
     with kept_streams():
         pin_streams(derive(seed, *words))
@@ -54,7 +57,7 @@ def global_streams(seed: int, *words: str | int) -> Iterator[None]:
 
 @contextmanager
 def kept_streams() -> Iterator[None]:
-    """Restores the process-wide streams afterwards."""
+    """Restores the process-wide random streams when the block ends."""
     import torch
 
     kept_python, kept_numpy = random.getstate(), np.random.get_state()
@@ -67,12 +70,12 @@ def kept_streams() -> Iterator[None]:
 
 
 def pin_streams(seed: int) -> None:
-    """Has the process-wide streams begin at a seed."""
+    """Seeds the process-wide random streams."""
     import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: on a machine without GPUs it queues calls for four kinds of them,
+    # Not torch.manual_seed: on a machine without GPUs it queues calls for four device types,
     # each with a traceback, and takes a hundred times as long.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
@@ -80,41 +83,41 @@ def pin_streams(seed: int) -> None:
 
 
 def drawn_outside_torch() -> tuple[object, ...]:
-    """Something that differs once Python's or NumPy's process-wide stream was drawn from."""
+    """Returns a value that changes when Python's or NumPy's process-wide stream is drawn from."""
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), *state[2:]
 
 
 class Randomness(Protocol):
-    """Where the random numbers of training come from."""
+    """Source of the random numbers for training."""
 
     @property
     def origin(self) -> Literal["simulated", "system"]:
-        """Named in the manifest of whatever is trained with it."""
+        """The kind of source, recorded in the manifest of every model trained with it."""
 
     def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
-        """A generator on ``device`` for the stream that ``words`` name."""
+        """Returns a generator on ``device`` for the stream named by ``words``."""
 
     def draws(self, device: torch.device, *words: str | int) -> Draws:
-        """Batches and noise of the private training run that ``words`` name, on ``device``."""
+        """Returns batches and noise of the private training named by ``words``, on ``device``."""
 
     def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
-        """Stands around library code that draws from process-wide streams."""
+        """Returns a context for library code that draws from process-wide streams."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Everything from one seed, reproducible, and so no protection to anyone."""
+    """Reproducible randomness from one seed; anyone with the seed can remove its noise."""
 
     seed: int
     origin: Literal["simulated"] = "simulated"
 
     def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
-        """The same generator for the same words."""
+        """Returns a generator on ``device``; equal words give equal streams."""
         return torch_rng(self.seed, *words, device=str(device))
 
     def draws(self, device: torch.device, *words: str | int) -> Draws:
-        """Draws from the seed, the same for the same words."""
+        """Returns batches and noise from the seed; equal words give equal draws."""
         import torch
 
         from fedcore.privacy.draws import SimulatedDraws
@@ -125,31 +128,32 @@ class Simulated:
         )
 
     def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
-        """Pins the process-wide streams."""
+        """Returns a context that seeds the process-wide streams, then restores them."""
         return global_streams(self.seed, *words)
 
 
 @dataclass(frozen=True)
 class SystemEntropy:
-    """Fresh entropy from the operating system for every stream: what real devices use."""
+    """Fresh entropy from the operating system for every stream, for real devices."""
 
     origin: Literal["system"] = "system"
 
     def generator(self, device: torch.device, *words: str | int) -> torch.Generator:
-        """A generator seeded afresh, for orders that protect nobody: it keeps 32 bits of its seed.
+        """Returns a freshly seeded generator for orders that need no secrecy.
 
-        Batches and noise of private training come from `draws` instead.
+        Its state keeps only 32 bits of the seed; batches and noise of private training come from
+        `draws` instead.
         """
         import torch
 
         return torch.Generator(device=device).manual_seed(secrets.randbits(63))
 
     def draws(self, device: torch.device, *words: str | int) -> Draws:
-        """Draws from a cryptographic stream under a fresh 256-bit key."""
+        """Returns batches and noise from a cryptographic stream with a fresh 256-bit key."""
         from fedcore.privacy.draws import SystemDraws
 
         return SystemDraws()
 
     def library_streams(self, *words: str | int) -> AbstractContextManager[None]:
-        """Leaves the process-wide streams alone."""
+        """Returns a context that leaves the process-wide streams unchanged."""
         return nullcontext()

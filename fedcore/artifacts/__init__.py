@@ -1,1 +1,1 @@
-"""What a released model contains, and how it is checked. Nothing here imports torch."""
+"""The contents of a released model, and checks on them. Does not import torch."""

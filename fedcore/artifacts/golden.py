@@ -1,4 +1,4 @@
-"""Golden inputs and outputs: what a released model must answer on every device."""
+"""Golden inputs and outputs: a released model must reproduce these on every device."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MAX_GOLDEN_BYTES = 64 << 20  # 64 MiB
 
 
 def golden_bytes(inputs: AnyArray, outputs: FloatArray) -> bytes:
-    """Golden inputs ``(N, ...)`` and outputs ``(N, ...)`` as safetensors."""
+    """Returns golden inputs ``(N, ...)`` and outputs ``(N, ...)`` as safetensors."""
     return save({"inputs": np.ascontiguousarray(inputs), "outputs": np.ascontiguousarray(outputs)})
 
 
 def parse_golden(
     raw: bytes,
 ) -> tuple[AnyArray, FloatArray]:
-    """Reads golden inputs and outputs that were delivered.
+    """Parses the delivered bytes of golden inputs and outputs.
 
     Raises:
-        TrustError: the bytes hold something else.
+        TrustError: the bytes are not safetensors with both tensors.
     """
     try:
         tensors = load(raw)

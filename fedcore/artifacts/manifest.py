@@ -1,4 +1,4 @@
-"""The manifest: what a released model is, where it came from, and how to tell that it is whole."""
+"""The manifest of a released model: its files, interface, origin, privacy and test results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedcore.observability.faults import first_fault
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: lineage and labels, never weights
 MAX_VERSION = 10**15
-MAX_MODEL_BYTES = 2 << 30  # 2 GiB: the most that protobuf, and so one ONNX file, can hold
+MAX_MODEL_BYTES = 2 << 30  # 2 GiB: protobuf's limit, and so the limit of one ONNX file
 
 
 class _Part(BaseModel):
@@ -30,68 +30,69 @@ class FileEntry(_Part):
 
 
 class Lineage(_Part):
-    """Where the weights came from."""
+    """Origin of the weights."""
 
     run: str
     """Name of the run."""
     round: int
-    """The round whose global model went on to fine-tuning."""
+    """The round whose global model was fine-tuned."""
     parent_sha256: Digest
     """Digest of that global model's safetensors file."""
     finetuned: bool
     candidate: str
-    """The compression candidate that was chosen."""
+    """The compression candidate that was selected."""
     config_sha256: Digest
     """Digest of the resolved configuration, as JSON."""
     seed: int
     calibration: str
-    """What data quantisation and pruning saw, or ``none``."""
+    """The data that quantisation and pruning used, or ``none``."""
     rollback_of: int | None = None
-    """The version whose bytes these are, when an older one was published again on purpose."""
+    """The version with identical bytes, if an older one was published again on purpose."""
 
 
 class ClientStatement(_Part):
-    """What the models of a run guarantee to each client, with all of its data.
+    """Client-level guarantee of a run's models, for each client with all of its data.
 
-    For whoever gets its models, one or all: the server sees each client's update as it is.
+    It holds against everyone who receives the models, one or all, but not against the server, which
+    sees each client's unprotected update.
     """
 
     epsilon: float
-    """Of the models of all rounds together."""
+    """Epsilon of the models of all rounds together."""
     target_delta: float
     adjacency: Literal["zero_out_client"] = "zero_out_client"
-    """Neighbours differ in one client, whose updates count as no difference in one of them."""
+    """Neighbours differ in one client, whose updates count as zero difference in one of them."""
     mechanism: Literal["gaussian", "matrix"]
     noise_multiplier: float
-    """Deviation of the noise on a sum of updates, over the bound of one."""
+    """Deviation of the noise on a sum of updates, over the norm bound of one update."""
     clip_norm: float | Literal["adaptive"]
     sample_rate: float
     """The probability with which each client took part in a round, in secret and independently;
-    1 where nobody's absence was counted on."""
+    1 if the guarantee does not rely on absence."""
     separation: int | None
-    """Rounds in which no client took part twice; None where none is enforced."""
+    """Number of consecutive rounds in which no client took part twice; None if not enforced."""
     clients: int
-    """Those that rounds drew from."""
+    """Number of clients that rounds drew from."""
     rounds: int
     accountant: Literal["rdp", "prv"]
 
 
 class PrivacyStatement(_Part):
-    """What the training guarantees to those whose data it used."""
+    """Privacy guarantee of the training for the owners of its data."""
 
     unit: Literal["none", "example", "client", "both"]
     epsilon: float | None
-    """Of each example: the most that any client spent, accumulated over all rounds; None where
-    examples are not protected."""
+    """Epsilon of each example: the most that any client spent, over all rounds; None if examples
+    are not protected."""
     target_delta: float | None
     noise: Literal["none", "simulated", "system"]
     """``simulated``: drawn from the run's seed, so no real protection."""
     client: ClientStatement | None = None
-    """Of each client; None where clients are not protected."""
+    """Guarantee of each client; None if clients are not protected."""
 
 
 class Parity(_Part):
-    """How the released file compares with the model that it was exported from."""
+    """Comparison of the released file with the model that it was exported from."""
 
     max_abs_error: float
     """Largest difference of an output, over the golden inputs."""
@@ -104,23 +105,23 @@ class Parity(_Part):
 
 
 class TestStatement(_Part):
-    """What the final test split said, which nothing was chosen by."""
+    """Results on the final test split, which no decision used."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # tells pytest that this is no test class
 
     metric: str
-    """The primary one."""
+    """Name of the primary metric."""
     examples: Annotated[int, Field(ge=1)]
     federated: float | None
-    """Of the model of the rounds, before fine-tuning and compression; None if it is no number."""
+    """Metric of the federated model, before fine-tuning and compression; None if not finite."""
     released: float | None
-    """Of the released file."""
+    """Metric of the released file; None if not finite."""
 
 
 class Manifest(_Part):
-    """Everything about one version of a released model.
+    """Signed description of one version of a released model.
 
-    Timings are left out: they differ from device to device, and what is signed must not.
+    It contains no timings: they differ between devices, and signed data must not.
 
     Example::
 
@@ -142,26 +143,26 @@ class Manifest(_Part):
     onnx: FileEntry
     golden: FileEntry
     golden_tolerance: Annotated[float, Field(gt=0)]
-    """The self-test allows each output to differ by so much, absolutely."""
+    """Largest absolute difference of an output that the self-test allows."""
     lineage: Lineage
     privacy: PrivacyStatement
     parity: Parity
     test: TestStatement | None = None
-    """None where nobody tested."""
+    """Results on the final test split; None without a test."""
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The manifest as canonical JSON: sorted keys, no optional white space."""
+    """Returns the manifest as canonical JSON: sorted keys, no optional white space."""
     return json.dumps(
         manifest.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
     ).encode()
 
 
 def parse_manifest(raw: bytes) -> Manifest:
-    """Reads a manifest that was delivered.
+    """Parses the delivered bytes of a manifest.
 
     Raises:
-        TrustError: it is no manifest of this format.
+        TrustError: the bytes are no manifest of this format.
     """
     try:
         return Manifest.model_validate_json(raw)

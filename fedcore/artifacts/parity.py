@@ -1,4 +1,4 @@
-"""Comparing what two models answer, in NumPy, so that devices can do it too."""
+"""Compares the outputs of two models, in NumPy, so that devices without torch can do it, too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ FloatArray = NDArray[np.float32]
 
 
 def max_abs_error(reference: FloatArray, candidate: FloatArray) -> float:
-    """The largest absolute difference between two arrays of one shape.
+    """Returns the largest absolute difference between two arrays of one shape.
 
-    It is infinite for a NaN, and where there is nothing to compare.
+    The result is infinite for a NaN, and for empty arrays.
     """
     if not reference.size:
         return float("inf")
@@ -20,11 +20,11 @@ def max_abs_error(reference: FloatArray, candidate: FloatArray) -> float:
 
 
 def agreement(reference: FloatArray, candidate: FloatArray, *, kind: str) -> float:
-    """How far two models decide alike, from 0 to 1.
+    """Returns how well the decisions of two models agree, from 0 to 1.
 
     Args:
-        reference: Outputs ``(N, ...)`` of the model that is compared with.
-        candidate: Outputs of the same shape.
+        reference: Outputs ``(N, ...)`` of the reference model.
+        candidate: Outputs of the other model, of the same shape.
         kind: For ``classification`` and ``next_token`` the share of equal arg-maxima along the last
             axis; for ``regression`` one minus the RMS difference over the standard deviation of
             the reference, never below 0.

@@ -1,4 +1,4 @@
-"""What signed metadata says beyond The Update Framework's own fields."""
+"""fedcore's additions to the signed metadata of The Update Framework: epochs and signing times."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from fedcore.errors import TrustError
 from fedcore.observability.faults import first_fault
 
 SIGNED_AT = "signed_at"
-"""The field of root and timestamp metadata that says when they were signed."""
+"""The field of root and timestamp metadata with the time of signing."""
 EPOCHS = "epochs.json"
-"""Target path of the epochs: outside what the ``releases`` role may sign, so that only the offline
-targets keys vouch for it."""
+"""Target path of the epochs. The ``releases`` role may not sign it, so only the offline targets
+keys can."""
 MAX_EPOCHS_BYTES = 1 << 20  # 1 MiB: some 10,000 models
 
 
 class Epochs(BaseModel):
-    """From which epoch on a model's versions count.
+    """The current epoch of each model.
 
-    Versions only grow within an epoch; a later epoch supersedes every version of the ones before.
+    Versions increase within an epoch; a later epoch supersedes all versions of earlier ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
     epochs: dict[Name, Annotated[int, Field(ge=1, le=10**9)]] = {}
-    """By model; one that is not named is in epoch 0."""
+    """Epochs by model; a missing model is in epoch 0."""
 
     def of(self, model: str) -> int:
-        """The epoch of a model."""
+        """Returns the epoch of a model."""
         return self.epochs.get(model, 0)
 
     def after(self, model: str) -> Epochs:
-        """These, with the next epoch of a model begun."""
+        """Returns a copy in which a model's next epoch has begun."""
         return self.model_copy(update={"epochs": {**self.epochs, model: self.of(model) + 1}})
 
     def to_bytes(self) -> bytes:
-        """As canonical JSON."""
+        """Returns the epochs as canonical JSON."""
         return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":")).encode()
 
 
 def parse_epochs(raw: bytes) -> Epochs:
-    """Reads epochs that were delivered.
+    """Parses the delivered bytes of epochs.
 
     Raises:
-        TrustError: they are none.
+        TrustError: the bytes are not valid epochs.
     """
     try:
         return Epochs.model_validate_json(raw)
@@ -62,17 +62,17 @@ def parse_epochs(raw: bytes) -> Epochs:
 
 
 def stamp(moment: datetime) -> dict[str, Any]:
-    """The field that says when metadata was signed, to the second."""
+    """Returns the metadata field with the time of signing, to the second."""
     return {SIGNED_AT: f"{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
 
 
 def signed_at(fields: Mapping[str, Any]) -> datetime | None:
-    """When metadata says that it was signed; None where it does not, or not as a moment."""
+    """Returns the time of signing in metadata; None if missing or malformed."""
     return moment_of(fields.get(SIGNED_AT))
 
 
 def moment_of(said: Any) -> datetime | None:
-    """A moment as ISO 8601 with its time zone, in UTC; None where ``said`` is something else."""
+    """Returns the time in an ISO 8601 text with a time zone, in UTC; None for anything else."""
     try:
         moment = datetime.fromisoformat(said) if isinstance(said, str) else None
         return moment.astimezone(UTC) if moment and moment.tzinfo else None

@@ -1,4 +1,4 @@
-"""Settings: TOML files in, frozen models out, or an error that names file and key.
+"""Settings: reads TOML files into frozen models; errors name the file and the key.
 
-Read `run` first, the whole loop's settings, and `owner`, what the owner of a device decides.
+Start with `run`, the settings of a whole run, then `owner`, the limits that a device's owner sets.
 """

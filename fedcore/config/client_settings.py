@@ -1,4 +1,4 @@
-"""What a server may set anew for local training: per round, and per client."""
+"""Settings of local training that a server may change per round and per client."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fedcore.config.run import ClientConfig
 from fedcore.observability.foreign import foreign
 
 PROXIMAL_MU = "proximal-mu"
-"""The name under which Flower's FedProx sends its weight, and `ClientSettings` too."""
+"""The key under which Flower's FedProx and `ClientSettings` send the proximal weight."""
 MOST_PROXIMAL_MU = 1e6
 CHARGED = ("epochs", "batch_size")
-"""What the noise and the charge of DP-SGD follow from."""
+"""The settings that determine the noise and the charge of DP-SGD."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
-    """Settings of one client's local training in one round; ``None`` keeps the run's own.
+    """Settings of one client's local training in one round; ``None`` keeps the run's value.
 
-    Each has the bounds of its namesake in ``[client]``, and a device refuses what is outside them.
-    Under example-level privacy ``epochs`` and ``batch_size`` stay those of the run: noise and
+    Each has the bounds of the setting with its name in ``[client]``; a device rejects other
+    values. Under example-level privacy ``epochs`` and ``batch_size`` must stay the run's: noise and
     charges were planned for them.
     """
 
@@ -35,24 +35,24 @@ class ClientSettings:
     batch_size: int | None = None
     """Examples a step."""
     momentum: float | None = None
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float | None = None
     """L2 penalty of the optimiser."""
     proximal_mu: float = 0.0
-    """Weight of FedProx's penalty ``mu/2 * ||w - w_round||^2``, from 0 to 1e6; 0 without."""
+    """Weight of FedProx's penalty ``mu/2 * ||w - w_round||^2``, from 0 to 1e6; 0 disables it."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # travels as the Python number that it is
+            if isinstance(value, np.generic):  # messages carry plain Python numbers
                 object.__setattr__(self, name, value.item())
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the run, by its name in ``[client]``."""
+        """The changed settings, by their names in ``[client]``."""
         return {name: value for name in SETTABLE if (value := getattr(self, name)) is not None}
 
     def sent(self) -> dict[str, Any]:
-        """As a message's configuration record holds it."""
+        """Returns the entries for a message's configuration record."""
         record = {key_of(name): value for name, value in self.changes.items()}
         return record | ({PROXIMAL_MU: self.proximal_mu} if self.proximal_mu else {})
 
@@ -61,38 +61,38 @@ SETTABLE = tuple(
     field.name for field in fields(ClientSettings) if field.name in ClientConfig.model_fields
 )
 RUN_SETTINGS = ClientSettings()
-"""Nothing is set anew."""
+"""Settings that change nothing."""
 
 
 def key_of(name: str) -> str:
-    """What a setting is called in a message."""
+    """Returns the key of a setting in a message."""
     return name.replace("_", "-")
 
 
 def read_settings(config: Mapping[str, Any]) -> ClientSettings:
-    """The settings in a message's configuration record, without FedProx's weight.
+    """Returns the settings in a message's configuration record, without FedProx's weight.
 
-    Types and bounds are looked at by `settings_with`.
+    Does not check types and bounds; `settings_with` does.
     """
     found: dict[str, Any] = {name: config.get(key_of(name)) for name in SETTABLE}
     return ClientSettings(**found)
 
 
 def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) -> ClientConfig:
-    """The settings that a client trains with.
+    """Returns the run's ``[client]`` with a server's changes, after checking them.
 
     Guarantee:
-        With ``private``, ``epochs`` and ``batch_size`` are those of ``run``, so what is charged for
-        the round follows from the settings that are used.
+        With ``private``, ``epochs`` and ``batch_size`` are those of ``run``, so the charge for
+        the round follows from the settings that training uses.
 
     Args:
         run: The run's ``[client]``.
-        asked: What is to be another.
+        asked: The server's changes.
         private: Whether clients train with example-level privacy.
 
     Raises:
-        ValueError: a setting is of the wrong type, out of its bounds, or may not change under
-            privacy. The text names the setting, what was got and what was expected.
+        ValueError: a setting has the wrong type, is out of its bounds, or may not change under
+            privacy. The text names the setting, the value found and the values expected.
     """
     if type(asked.proximal_mu) not in (int, float) or not 0 <= asked.proximal_mu <= (
         MOST_PROXIMAL_MU
@@ -121,8 +121,8 @@ def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) ->
 
 
 def _shown(value: object) -> str:
-    """A value as Python writes it, and no longer than a line: a server may send anything."""
+    """Returns a value in Python's notation, on one line: a server may send anything."""
     try:
         return foreign(repr(value), 60)
-    except ValueError:  # a whole number may be as long as one likes
+    except ValueError:  # Python refuses to print an integer of too many digits
         return "a number of thousands of digits"

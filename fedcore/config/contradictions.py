@@ -1,4 +1,4 @@
-"""Settings of a run that cannot stand together: refused when its file is read."""
+"""Finds settings of a run that contradict each other; a run's file with any is rejected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def contradictions(run: RunConfig) -> list[str]:
-    """What cannot stand together, each with the reason and the way out (unsound before useless)."""
+    """Returns each contradiction with its reason and remedy: unsound privacy first."""
     federation, privacy, compression = run.federation, run.privacy, run.compression
     found = unsound(run)
     names = [device.name for device in run.simulation.devices]
@@ -66,7 +66,7 @@ def contradictions(run: RunConfig) -> list[str]:
 
 
 def _answering(devices: tuple[DeviceClass, ...]) -> float:
-    """The share of a cohort that can be expected to answer, were there no deadline."""
+    """Returns the expected share of a cohort that replies, without regard to the deadline."""
     if not devices:
         return 1.0
     answers = sum(device.share * device.availability * (1 - device.dropout) for device in devices)

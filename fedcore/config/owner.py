@@ -1,4 +1,7 @@
-"""What the owner of a device decides: read on the device, and only ever tightening."""
+"""``owner.toml``: limits that a device's owner sets; the device reads them and tightens each run.
+
+`load_owner` reads the file into an `OwnerPolicy`; `tighten` applies it to a run.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class DataSet(Section):
     """``[[datasets]]``: data with a budget of its own, because it is about other people."""
 
     name: Annotated[str, Field(pattern=DATA_NAME)]
-    """All training on data of this name adds up for good, however the files change."""
+    """All training on data of this name adds up permanently, however the files change."""
     path: Annotated[str, Field(pattern=PATH)]
     """The folder of the data set. A run counts here when ``data`` is this folder or inside it."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] | None = None
@@ -30,7 +33,7 @@ class DataSet(Section):
 
     @property
     def folder(self) -> Path:
-        """Where the data are."""
+        """The absolute path of the data folder."""
         return Path(self.path).resolve()
 
 
@@ -62,28 +65,28 @@ class OwnerPolicy(Section):
     max_threads: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Most threads of torch that training uses."""
     device: DeviceChoice | None = None
-    """Where this device trains, whatever the run says."""
+    """Where this device trains, whatever the run sets."""
     tasks: tuple[Digest, ...] | None = None
     """SHA-256 of each task file that may run here; any installed task when unset."""
     hours: tuple[Hours, ...] | None = None
     """When this device takes part, by its own clock, such as ``["22:00-06:00"]``; always when
-    unset. Training that has not finished at the end of these hours is given up."""
+    unset. Training that has not finished at the end of these hours is cancelled."""
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
-    """Most bytes a second, to and from the server together, over a transfer as a whole."""
+    """Most bytes a second to and from the server in total, averaged over a whole transfer."""
     min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
     """On battery, this device takes no part below this charge."""
     on_mains_only: bool = False
     """This device takes no part while it runs on its battery."""
     max_gpu_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The share of a GPU's memory that training may take. More is an out-of-memory error."""
+    """The share of a GPU's memory that training may use. More is an out-of-memory error."""
     free_gpu_between_rounds: bool = False
     """Releases the GPU's memory after each round; the next round takes longer to begin."""
     datasets: tuple[DataSet, ...] = ()
-    """Two data sets that ever held a file of the same content count as one, with the smaller
+    """Two data sets that ever contained a file of the same content count as one, with the smaller
     budget. Training on data without a name counts against all of them."""
 
     file: str = Field(default="owner.toml", exclude=True, repr=False)
-    """What the file is called, for errors; some of these go to the server, so it is no path."""
+    """The file's name for errors. It excludes the folder, because some errors go to the server."""
 
     @field_validator("data")
     @classmethod
@@ -106,40 +109,40 @@ class OwnerPolicy(Section):
 
     @property
     def data_folder(self) -> Path | None:
-        """The folder of the local data."""
+        """The folder of the local data, or None if the owner sets none."""
         return Path(self.data) if self.data else None
 
     def data_set(self, folder: Path | None) -> DataSet | None:
-        """The named data that ``folder`` is, or lies in; None where nothing is known of it."""
+        """Returns the named data set that contains ``folder``, or None if no data set does."""
         if folder is None:
             return None
         where = folder.resolve()
         return next((one for one in self.datasets if where.is_relative_to(one.folder)), None)
 
     def on(self, folder: Path | None) -> OwnerPolicy:
-        """What is allowed on the data in ``folder``: their own budget, where they have one."""
+        """Returns the policy for the data in ``folder``, with its own budget if it has one."""
         named = self.data_set(folder)
         if named is None or named.max_epsilon is None:
             return self
         return self.model_copy(update={"max_epsilon": named.max_epsilon})
 
     def budget(self, names: Iterable[str]) -> float | None:
-        """The least that any of the data of these names allows; None without a limit."""
+        """Returns the smallest budget of the data sets with these names, or None if unlimited."""
         own = {one.name: one.max_epsilon for one in self.datasets}
         limits = [own.get(name) or self.max_epsilon for name in names]
         return min((limit for limit in limits if limit is not None), default=None)
 
 
 OPEN_POLICY = OwnerPolicy()
-"""An owner who asks for nothing beyond what the server's file says."""
+"""The policy of an owner who adds no limit to the server's run."""
 
 
 def load_owner(path: Path) -> OwnerPolicy:
     """Reads ``owner.toml``.
 
     Raises:
-        ConfigError: as for a run's file; or ``data`` is no folder that this user can see, or two
-            of ``datasets`` have one name, or overlap.
+        ConfigError: the file is missing or not valid TOML, or a key or value is wrong; or ``data``
+            is no folder that this user can see, or two of ``datasets`` share a name or overlap.
     """
     owner = load(path, OwnerPolicy, file=path.name)
     _check_apart(path, owner.datasets)
@@ -154,7 +157,7 @@ def load_owner(path: Path) -> OwnerPolicy:
 
 
 def _check_apart(path: Path, datasets: Sequence[DataSet]) -> None:
-    """Refuses two data sets of which nobody could tell which one a run is on."""
+    """Rejects data sets with equal names or overlapping folders, which make budgets ambiguous."""
     for one, other in combinations(datasets, 2):
         if one.name == other.name:
             raise ConfigError(
@@ -176,7 +179,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
-    """The run as this device will do it: never looser than either side asked.
+    """Returns the run with this owner's limits: never looser than either side asks for.
 
     Guarantee:
         ``max_epsilon`` and ``target_delta`` of the result are at most those of ``run``.

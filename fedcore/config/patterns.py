@@ -1,4 +1,4 @@
-"""What text in a file must look like, as a pattern for machines and in words for people."""
+"""Regular expressions for text settings, each with a description for error messages."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ _WORDS = {
 
 
 def in_words(pattern: str) -> str:
-    """What a text that matches ``pattern`` looks like; the pattern where nobody has put it so."""
+    """Describes the text that matches ``pattern``; quotes an unknown pattern itself."""
     return _WORDS.get(pattern, f"text that matches {pattern}")

@@ -1,7 +1,7 @@
-"""The run: one TOML file for the whole loop, as frozen models.
+"""The settings of a run: one TOML file for the whole pipeline, as frozen models.
 
-The same file drives a simulation and a deployment. What belongs to the owner of a device is in a
-file of its own on the device (`fedcore.config.owner`) and only ever tightens what stands here.
+The same file drives a simulation and a deployment. Start with `RunConfig`. The owner of a device
+has a separate file on the device (`fedcore.config.owner`), which only tightens these settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedcore.config.contradictions import contradictions
 from fedcore.config.patterns import NAME
 
 MOST_CLIENTS = 10_000_000
-MOST_SECONDS = 31 * 86_400.0  # a month: whoever waits longer has been forgotten
+MOST_SECONDS = 31 * 86_400.0  # a month: no run needs to wait longer
 Clients = Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
 Rounds = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
@@ -52,18 +52,18 @@ class Section(BaseModel):
 
 
 class FederationConfig(Section):
-    """``[federation]``: who takes part in a round and how updates become a model."""
+    """``[federation]``: which clients a round selects, and how it aggregates their updates."""
 
     rounds: Rounds = 10
     """How many rounds to run at most."""
     cohort: Clients | None = None
     """Clients a round, or their expected number (see ``privacy.client``); every client when unset.
-    On a live run these are the project's devices that are there before the first round: all are
-    waited for, until the deadline."""
+    On a live run these are the project's devices that are online before the first round; the server
+    waits for all of them, until the deadline."""
     strategy: str = "FedAvg"
     """The name of a strategy in ``flwr.serverapp.strategy``; or ``FILE.py:CLASS`` for your own, a
-    `fedcore.Algorithm` or one of Flower's kind, with the file relative to this one. Only the server
-    loads it, and a run that goes on needs the same file."""
+    `fedcore.Algorithm` or a Flower strategy, with the file relative to this one. Only the server
+    loads it, and a resumed run needs the same file."""
     strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Keyword arguments of that strategy's class."""
     weighting: Literal["examples", "uniform"] = "examples"
@@ -71,7 +71,7 @@ class FederationConfig(Section):
     same. On a live run the number of examples is the one that the device enrolled with, whatever it
     reports later; unless every device of the project enrolled with one, all weigh the same. This is
     decided when a round selects its devices. Under client-level privacy all weigh the same in any
-    case, because the guarantee needs a bound on each update alone."""
+    case, because the guarantee needs a bound on each single update."""
     max_update_norm: Annotated[float, Field(ge=1e-9, le=1e12)] | Literal["adaptive", "none"] = (
         "adaptive"
     )
@@ -80,12 +80,12 @@ class FederationConfig(Section):
     of the round's updates, and at most 20 times the median of earlier rounds, which also bounds
     rounds of fewer than three updates. Client-level privacy has its own bound."""
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
-    """Asks this many times the cohort, and takes the first ``cohort`` updates that arrive; later
-    ones do not count. With a cohort of ten and 1.3, three of thirteen clients may be slow."""
+    """Selects this many times the cohort, and aggregates the first ``cohort`` updates that arrive;
+    later ones do not count. With a cohort of ten and 1.3, three of thirteen clients may be slow."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The share of a cohort whose updates a round needs."""
     deadline_s: Seconds = 3600.0
-    """After this time a round goes on with the updates that have arrived."""
+    """After this time a round continues with the updates that have arrived."""
     evaluate_cohort: Annotated[int, Field(ge=0, le=MOST_CLIENTS)] = 0
     """How many clients report metrics on held-back data in each round; 0 for none."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -109,7 +109,7 @@ class ClientConfig(Section):
     learning_rate: LearningRate = 0.1
     """Step size of the local optimiser."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of SGD; begins at zero in every round."""
+    """Momentum of SGD; begins at zero in every round."""
     weight_decay: WeightDecay = 0.0
     """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -124,43 +124,43 @@ class ClientPrivacy(Section):
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
     """Budget of the whole run, which ends before a round that would exceed it."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
-    """The delta at which that is counted; at most a tenth of one over the number of clients."""
+    """The delta of the epsilon budget; at most a tenth of one over the number of clients."""
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["adaptive"] = 1.0
-    """L2 bound of one client's update, the difference to the weights that it was sent;
+    """L2 bound of one client's update, the difference to the weights that the client received;
     ``adaptive`` follows the median of the updates' norms from round to round."""
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
-    """Deviation of the noise on the sum of updates, over ``clip_norm``; ``auto`` takes the least
+    """Deviation of the noise on the sum of updates, over ``clip_norm``; ``auto`` uses the least
     that keeps ``federation.rounds`` rounds within ``max_epsilon``."""
     mechanism: Literal["gaussian", "matrix"] = "gaussian"
     """``gaussian``: the server draws each client independently, ``federation.cohort`` of them in
-    expectation, and keeps the draw secret; epsilon relies on that. ``matrix``: each round asks
+    expectation, and keeps the draw secret; epsilon relies on that. ``matrix``: each round selects
     exactly ``federation.cohort`` clients, participation need not be secret, and noise is correlated
     over rounds so that much of it cancels in the model."""
     separation: Rounds | None = None
-    """For ``matrix``: a client is asked at most once in this many consecutive rounds. Larger values
-    need less noise. Unset: the number of clients divided by the cohort."""
+    """For ``matrix``: a client is selected at most once in this many consecutive rounds. Larger
+    values need less noise. Unset: the number of clients divided by the cohort."""
     accountant: Literal["rdp", "prv"] = "prv"
-    """As in ``[privacy]``."""
+    """How charges add up: ``prv`` or ``rdp``, see ``accountant`` in ``[privacy]``."""
 
 
 class Privacy(Section):
-    """``[privacy]``: differential privacy; these settings are those of each example, by DP-SGD."""
+    """``[privacy]``: differential privacy; these settings protect single examples, by DP-SGD."""
 
     unit: Literal["none", "example", "client", "both"] = "none"
-    """What is protected. ``example``: each example of each client, by noise that the client adds,
-    also from the server. Neighbouring data sets have a null record in place of one example
+    """What is protected. ``example``: each example of each client, also from the server, by noise
+    that the client adds. Neighbouring data sets have a null record in place of one example
     (zero-out adjacency), so the number of examples is public. ``client``: each client with all of
     its data, by noise that the server adds (see ``[privacy.client]``), from everyone who gets the
-    models. ``both``: both guarantees. ``none``: nothing."""
+    models. ``both``: both guarantees. ``none``: no protection."""
     max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
     """Budget of each client over the whole run."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
-    """The delta at which epsilon is counted. A client refuses when it is above a tenth of one over
-    the number of its examples, unless its owner allows more."""
+    """The delta of the epsilon budget. A client declines when it is above a tenth of one over the
+    number of its examples, unless its owner allows more."""
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """L2 bound of one example's gradient."""
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
-    """Noise over ``clip_norm``; ``auto`` takes, for each client, the least that keeps
+    """Noise over ``clip_norm``; ``auto`` uses, for each client, the least that keeps
     ``participations`` rounds within ``max_epsilon``."""
     participations: Rounds | None = None
     """Rounds in which one client is expected to take part; ``federation.rounds`` when unset. A
@@ -186,23 +186,23 @@ class Finetune(Section):
     """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
 
     epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
-    """0 to leave fine-tuning out."""
+    """Passes over the cloud's data; 0 to skip fine-tuning."""
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes on this machine, one a GPU where there are GPUs. A single one is the process that
-    does everything else; more load the task from its file."""
+    does everything else; additional ones load the task from its file."""
     batch_size: BatchSize = 32
     """Examples a step, over all processes."""
     learning_rate: LearningRate = 0.05
     """Step size, for pruned models too."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: WeightDecay = 0.0
     """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """The optimiser in the cloud."""
     holdout: Fraction = 0.3
-    """The share of the cloud's data kept for the gate and for choosing a candidate, at random;
-    a task that brings ``cloud_heldout`` decides that itself."""
+    """The share of the cloud's data, drawn at random, for the gate and for choosing a candidate; a
+    task with ``cloud_heldout`` uses that instead."""
     max_metric_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     """The gate: how much worse the held-out metric may be after fine-tuning."""
     judge: Literal["clients", "cloud", "both"] | None = None
@@ -214,23 +214,23 @@ class Finetune(Section):
 
 
 class Compression(Section):
-    """``[compression]``: which candidates are built, and what the released one must keep to."""
+    """``[compression]``: which candidates are built, and limits that the released one must meet."""
 
     candidates: tuple[CandidateName, ...] = CANDIDATES
-    """What to build. ``fp32`` must be among them, because the others are compared with it."""
+    """Candidates to build. ``fp32`` must be among them: the others are compared with it."""
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
     such as RMSE, a fraction of it)."""
     max_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
-    """Size of the ONNX file."""
+    """Largest size of the ONNX file, in bytes."""
     max_p50_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """Median time of one inference on the machine that compresses."""
+    """Largest median time of one inference on the machine that compresses, in microseconds."""
     prune_fraction: Fraction = 0.5
     """The share of each hidden layer's channels that structured pruning removes."""
     prune_epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
     """Epochs on the cloud's data after pruning."""
     calibration_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Examples of the cloud's data that static quantisation sees, at most."""
+    """Most examples of the cloud's data that calibrate static quantisation."""
     timing_runs: Annotated[int, Field(ge=100, le=1_000_000)] = 2000
     """Timed inferences of each candidate, in turn."""
 
@@ -239,13 +239,13 @@ class ReleaseConfig(Section):
     """``[release]``: where signed models are published."""
 
     model: Name | None = None
-    """The name devices ask for; the run's name when unset."""
+    """The name that devices request; the run's name when unset."""
     repository: str | None = None
     """Folder of the signed repository, relative to this file; nothing is published when unset."""
     keys: str | None = None
-    """Folder of the keys that ``fedcore release init`` made."""
+    """Folder of the keys that ``fedcore release init`` created."""
     max_test_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
-    """How much worse than the model of the rounds the published model may be on the final test
+    """How much worse than the federated model the published model may be on the final test
     split (an absolute accuracy; for an error such as RMSE, a fraction of it). One example worse is
     always allowed. A model that is worse is withheld: the run ends with exit code 9, and its files
     and report remain."""
@@ -273,19 +273,19 @@ class DeviceClass(Section):
     download_mbit_s: Rate = 50.0
     """Median bandwidth from the server to a device, in 10^6 bits a second."""
     upload_mbit_s: Rate = 10.0
-    """Median bandwidth from a device to the server."""
+    """Median bandwidth from a device to the server, in 10^6 bits a second."""
     bandwidth_spread: Spread = 0.0
-    """Like ``speed_spread``; one draw per device, for both directions."""
+    """Sigma of a log-normal over devices; one draw per device, for both directions."""
     latency_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
-    """From the start of a round until a device begins to download: polling, waking up."""
+    """Seconds from the start of a round until a device begins to download: polling, waking up."""
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that a device can be reached when it is selected."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability that a device vanishes during a round that it takes part in."""
+    """Probability that a device disconnects during a round that it takes part in."""
 
 
 class Simulation(Section):
-    """``[simulation]``: how virtual clients are trained; no part of a deployment."""
+    """``[simulation]``: how virtual clients are trained; unused in a deployment."""
 
     training: Literal["auto", "loop", "vectorised"] = "auto"
     """``loop``: one client after the other, by the app that devices run. ``vectorised``: many
@@ -297,19 +297,19 @@ class Simulation(Section):
     engine: Literal["local", "ray"] = "local"
     """Where workers run: in processes on this machine, or in actors of a Ray cluster."""
     devices: tuple[DeviceClass, ...] = ()
-    """The seed and a client's name decide its class. Without classes and without a trace there is
-    no virtual clock, and every client answers."""
+    """Device classes; the seed and a client's name determine its class. Without classes and without
+    a trace there is no virtual clock, and every client replies."""
     trace: str | None = None
     """A CSV file with each client's speed, bandwidth and hours in place of ``devices``, relative
     to this file."""
 
 
 IN_MEMORY = "<made in memory>"
-"""Stands for the task file of a task that has none, as one that is defined in a notebook."""
+"""Stands for the task file of a task without one, such as a task defined in a notebook."""
 
 
 class RunConfig(Section):
-    """A whole run: a section for each part of it; all but its name and task have defaults.
+    """A whole run, one section for each part; all but ``name`` and ``task`` have defaults.
 
     Example::
 
@@ -322,7 +322,7 @@ class RunConfig(Section):
     task: str
     """The task file, relative to this file."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Fixes everything in a simulation. Real devices never draw noise from it."""
+    """Determines all randomness of a simulation. Real devices never draw noise from it."""
     federation: FederationConfig = Field(default_factory=FederationConfig)
     client: ClientConfig = Field(default_factory=ClientConfig)
     privacy: Privacy = Field(default_factory=Privacy)
@@ -351,11 +351,11 @@ class RunConfig(Section):
 
     @property
     def uniform(self) -> bool:
-        """Whether every update weighs the same."""
+        """Whether all updates have equal weight."""
         return self.federation.weighting == "uniform" or self.client_private
 
     def path(self, relative: str) -> Path:
-        """A path of the file, resolved against the file's folder."""
+        """Returns a path from the file, resolved against the file's folder."""
         return (self.base / relative).resolve()
 
     @model_validator(mode="after")

@@ -1,4 +1,7 @@
-"""Reading TOML into frozen models, with errors that name file, key, value and what is allowed."""
+"""Reads TOML into frozen models; errors name file, key, value and the allowed values.
+
+Start with `load_run` for a run's file and `load` for any other model.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,18 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra: Any) -> Model:
-    """Reads ``path`` as an instance of ``model``; ``extra`` is set beside what the file holds."""
+    """Reads ``path`` as an instance of ``model``; ``extra`` adds fields that the file may not set.
+
+    Raises:
+        ConfigError: the file is missing or not valid TOML, or a key or value is wrong.
+    """
     try:
         raw = read_bytes(path, max_bytes=_MAX_FILE_BYTES, what="this file")
         values = tomllib.loads(raw.decode())
     except DataError as error:
         hint = " `fedcore new NAME` writes one to start from." if model is RunConfig else ""
         raise ConfigError(f"{error} Nothing was run.{hint}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError, too
+    except (ValueError, RecursionError) as error:  # ValueError covers a number of 5000 digits, too
         raise ConfigError(f"{path}: not valid TOML: {error}. Nothing was run.") from None
     source = _Source(str(path), tuple(_parse(override) for override in overrides))
     for override in source.overrides:
@@ -57,15 +64,16 @@ def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra:
         return model.model_validate({**_tuples(values), **extra})
     except ValidationError as error:
         raise ConfigError(_explain(source, error, model)) from None
-    except RecursionError as error:  # arrays in arrays that TOML's parser has just managed
+    except RecursionError as error:  # nesting just shallow enough for the TOML parser
         raise ConfigError(f"{path}: {error}. Nothing was run.") from None
 
 
 def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """A run with other settings, as Python code gives them: by name, sections as mappings.
+    """Returns a copy of a run with settings from Python code: by name, sections as mappings.
 
     Raises:
-        ConfigError: as `load_run` does.
+        ConfigError: a key is unknown; a value has the wrong type, is out of range, or contradicts
+            another.
     """
     values = run.model_dump()
     overrides = tuple(
@@ -100,19 +108,19 @@ class _Override:
 
     @property
     def shown(self) -> str:
-        """As it was given, cut short where it is long."""
+        """The override as the user wrote it, shortened if long."""
         return f"{self.option}{_short(self.text)}"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where values come from: a file, and what the command line put over it."""
+    """Origin of the values: a file, and the overrides from the command line."""
 
     path: str
     overrides: tuple[_Override, ...]
 
     def of(self, key: tuple[str, ...]) -> str:
-        """The place that set ``key``."""
+        """Returns the override that set ``key``, or else the file's path."""
         for override in reversed(self.overrides):
             if override.key[: len(key)] == key[: len(override.key)]:
                 return override.shown
@@ -150,7 +158,7 @@ def _apply(values: dict[str, Any], override: _Override, model: type[BaseModel]) 
 
 
 def _tuples(value: Any) -> Any:
-    """TOML knows arrays only; the frozen models hold tuples."""
+    """Turns lists into tuples recursively: TOML gives lists, the strict models want tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
@@ -158,7 +166,7 @@ def _tuples(value: Any) -> Any:
 
 def _explain(source: _Source, error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors()
-    for problem in problems:  # first of all: a misspelt key looks like a missing one, too
+    for problem in problems:  # before all others: a misspelt key looks like a missing one, too
         if problem["type"] == "extra_forbidden":
             location = tuple(str(part) for part in problem["loc"])
             return _unknown(source, location, problem["input"], model)
@@ -178,7 +186,7 @@ def _explain(source: _Source, error: ValidationError, model: type[BaseModel]) ->
 
 
 def _allowed(problem: ErrorDetails) -> str:
-    """What pydantic expects, in the words of TOML."""
+    """Returns what pydantic expects, in the vocabulary of TOML."""
     kind = problem["type"]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return "a table"
@@ -190,12 +198,12 @@ def _allowed(problem: ErrorDetails) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value about as TOML writes it, cut short where it is long."""
+    """Returns a value roughly in TOML's notation, shortened if long."""
     if isinstance(value, bool):
         return str(value).lower()
     try:
         text = f"[{', '.join(map(_shown, value))}]" if isinstance(value, tuple) else repr(value)
-    except ValueError:  # hexadecimal may be as long as one likes
+    except ValueError:  # TOML does not limit the length of a hexadecimal number
         return "a number of thousands of digits"
     return _short(text)
 
@@ -205,13 +213,13 @@ def _short(text: str) -> str:
 
 
 def _key(location: tuple[str | int, ...], model: type[BaseModel]) -> tuple[str, ...]:
-    """The part of a location that names keys, without pydantic's names for branches of a union."""
+    """Returns the keys in an error's location, without pydantic's names for union branches."""
     key: list[str] = []
     current = model
     for place, part in enumerate(location):
         key.append(str(part))
         if isinstance(part, int):
-            continue  # the place in an array of tables, whose keys follow
+            continue  # an index into an array of tables; the keys follow
         below = _section(current, str(part))
         if below is None:
             field = current.model_fields.get(str(part))
@@ -240,7 +248,7 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 
 def _elsewhere(key: str, model: type[BaseModel]) -> list[str]:
-    """The key of other sections that looks most like ``key``, in each section that has it."""
+    """Returns the key of other sections most similar to ``key``, in each section that has it."""
     inner = {section: _section(model, section) for section in _keys(model)}
     known = {section: _keys(below) for section, below in inner.items() if below is not None}
     names = dict.fromkeys(name for keys in known.values() for name in keys)

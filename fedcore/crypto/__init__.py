@@ -1,1 +1,1 @@
-"""Keys, certificates, envelopes and sealing: thin over `cryptography`."""
+"""Keys, certificates, signed envelopes and encryption at rest: a thin layer over `cryptography`."""

@@ -1,8 +1,8 @@
-"""Certificates of a project: its authority's, its server's, its members'.
+"""Certificates of a project: parsing and checking those of its authority, server and members.
 
-The authority signs everything directly: there is no chain to build. A certificate says who (common
-name), in which role (organisational unit) and for which project (organisation). A role is what the
-authority wrote; what a signing request asks for beyond its key is not looked at.
+The authority signs every certificate directly, without a chain. A certificate contains a name
+(common name), a role (organisational unit) and a project (organisation). The authority assigns the
+role; of a signing request it uses only the key.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MemberRole = Literal["device", "operator", "viewer"]
 Role = Literal["server", "device", "operator", "viewer"]
 
 SKEW = timedelta(minutes=10)
-"""How wrong a clock may be: certificates are taken so long before and after their validity."""
+"""Tolerated clock error: certificates are accepted this long before and after their validity."""
 
 MAX_CERTIFICATE_BYTES = 8192  # bytes: one with 30 host names, as PEM, has about 2000
 _ROLES: tuple[Role, ...] = get_args(Role)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-UNREADABLE = (  # what `cryptography` raises for bytes that are not what they should be
+UNREADABLE = (  # exceptions of `cryptography` for malformed bytes
     ValueError,
     TypeError,
     InvalidSignature,
@@ -45,13 +45,13 @@ UNREADABLE = (  # what `cryptography` raises for bytes that are not what they sh
 
 @dataclass(frozen=True)
 class Subject:
-    """Whom a certificate speaks of, once `check_certificate` has accepted it."""
+    """The holder of a certificate that `subject_of` has accepted."""
 
     project: str
     name: str
     role: Role
     public: bytes
-    """The key, as `fedcore.crypto.keys.public_bytes` gives it."""
+    """Public key in PEM, from `fedcore.crypto.keys.public_bytes`."""
     serial: str
     """The serial number, in hexadecimal."""
     not_after: datetime
@@ -59,7 +59,7 @@ class Subject:
 
 
 def check_name(name: str, what: str = "name") -> str:
-    """The name itself; raises `ConfigError` unless it can stand in a certificate and in a path."""
+    """Returns the name; raises `ConfigError` unless it is valid in a certificate and in a path."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"{what} {name!r}: expected 1 to 64 of a-z, 0-9, '-' and '_', starting with a letter "
@@ -69,7 +69,7 @@ def check_name(name: str, what: str = "name") -> str:
 
 
 def parse_certificate(raw: bytes, *, where: str) -> x509.Certificate:
-    """The one certificate in PEM bytes; raises `CertificateRefused` for anything else."""
+    """Returns the one certificate in PEM bytes; raises `CertificateRefused` for other bytes."""
     try:
         if len(raw) <= MAX_CERTIFICATE_BYTES and raw.count(b"-----BEGIN") == 1:
             return x509.load_pem_x509_certificate(raw)
@@ -82,23 +82,23 @@ def parse_certificate(raw: bytes, *, where: str) -> x509.Certificate:
 
 
 def pem(certificate: x509.Certificate) -> bytes:
-    """A certificate as PEM."""
+    """Returns a certificate as PEM."""
     return certificate.public_bytes(Encoding.PEM)
 
 
 def certificate_sha256(certificate: x509.Certificate) -> str:
-    """The fingerprint of a certificate, as ``openssl x509 -fingerprint -sha256`` has it.
+    """Returns a certificate's fingerprint, that of ``openssl x509 -fingerprint -sha256``.
 
-    In lower-case hexadecimal, without colons.
+    The format is lower-case hexadecimal, without colons.
     """
     return certificate.fingerprint(SHA256()).hex()
 
 
 def check_authority(certificate: x509.Certificate, *, now: datetime, where: str) -> str:
-    """The project of an authority's certificate.
+    """Checks an authority's certificate and returns its project.
 
     Raises:
-        CertificateRefused: it is no authority of this format, or its time has passed.
+        CertificateRefused: it is no authority of this format, or is not valid at ``now``.
     """
     try:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
@@ -126,16 +126,16 @@ def check_authority(certificate: x509.Certificate, *, now: datetime, where: str)
 def subject_of(
     certificate: x509.Certificate, authority: x509.Certificate, *, where: str
 ) -> Subject:
-    """Whom a certificate speaks of, expired or not, when the authority vouches for it.
+    """Returns the holder of a certificate that the authority issued, expired or not.
 
     Guarantee:
         The authority's key signed it (ECDSA on P-384, SHA-384); it is no authority itself; it
-        is for a server or for a client, as its role says, and never for both.
+        is for a server or for a client, according to its role, and never for both.
 
     Args:
-        certificate: As delivered or as on disk.
-        authority: Trusted by the caller, as `check_authority` accepts it.
-        where: What to call the certificate in an error.
+        certificate: The certificate to check.
+        authority: A certificate that the caller trusts and `check_authority` accepts.
+        where: The name of the certificate in errors.
 
     Raises:
         CertificateRefused: it is another authority's, altered, or not of this form.
@@ -167,10 +167,12 @@ def subject_of(
 def check_certificate(
     certificate: x509.Certificate, authority: x509.Certificate, *, now: datetime, where: str
 ) -> Subject:
-    """As `subject_of`, and in force at ``now`` (UTC), give or take `SKEW`.
+    """Returns the holder of a certificate of the authority that is valid at ``now`` (UTC).
+
+    Allows for a clock error of `SKEW`. `subject_of` lists the other checks.
 
     Raises:
-        CertificateRefused: as `subject_of`, or it has expired or is not valid yet.
+        CertificateRefused: `subject_of` rejects it, or it has expired or is not valid yet.
     """
     subject = subject_of(certificate, authority, where=where)
     remedy = "have it renewed with `fedcore provision renew`"
@@ -179,11 +181,11 @@ def check_certificate(
 
 
 def peer_public(der: bytes) -> bytes:
-    """The key of a TLS peer, as `fedcore.crypto.keys.public_bytes` gives it.
+    """Returns the key of a TLS peer in PEM, see `fedcore.crypto.keys.public_bytes`.
 
     Args:
-        der: What ``ssl_object.getpeercert(binary_form=True)`` returns: TLS has verified that the
-            authority signed it and that the peer holds its private key.
+        der: The result of ``ssl_object.getpeercert(binary_form=True)``: TLS has verified that the
+            authority signed it and that the peer has its private key.
 
     Raises:
         CertificateRefused: it is no certificate, or its key is not on P-384.
@@ -201,7 +203,7 @@ def peer_public(der: bytes) -> bytes:
 
 
 def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """An authority signs certificates and nothing else; everyone else signs anything else."""
+    """Returns the key usage: an authority signs only certificates, other holders all else."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
@@ -216,13 +218,13 @@ def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def extended_key_usage(role: Role) -> x509.ExtendedKeyUsage:
-    """A device's certificate never passes for the server's, nor the other way round."""
+    """Returns the usage for a role, so that a device cannot pose as a server, or vice versa."""
     server, client = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
     return x509.ExtendedKeyUsage([server if role == "server" else client])
 
 
 def _subject(certificate: x509.Certificate) -> Subject:
-    """Raises one of `UNREADABLE` unless each part is of the form that is issued here."""
+    """Parses a certificate's holder; raises one of `UNREADABLE` for a form that is not issued."""
     extensions = certificate.extensions
     constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
     usage = extensions.get_extension_for_class(x509.KeyUsage).value
@@ -257,7 +259,7 @@ def _is_p384(certificate: x509.Certificate) -> bool:
 
 
 def one_of(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
-    """The only attribute of its kind; two would let readers disagree on whom it means."""
+    """Returns the only attribute of its kind; with two, readers could disagree on the holder."""
     (attribute,) = name.get_attributes_for_oid(kind)
     if not isinstance(attribute.value, str):
         raise TypeError("expected text")

@@ -1,4 +1,4 @@
-"""The signature around an update: what it is, from whom, for which moment, and that only once.
+"""Signed envelopes of updates: bind an update to its node, run, round, purpose and base model.
 
 ::
 
@@ -6,9 +6,9 @@
                | nonce 16 | expires_at_s u64        text: length u8, then so many bytes of UTF-8
     envelope   length of body u16 | body | signature r 48 | s 48          integers big-endian
 
-The signature is ECDSA on P-384 with SHA-384 over a domain tag and the body. Each value has one
-encoding alone, and of the two signatures that mathematics allows, (r, s) and (r, n - s), only the
-smaller is taken: whoever changes a bit anywhere holds no envelope.
+The signature is ECDSA on P-384 with SHA-384 over a domain tag and the body. Each value has only one
+encoding, and of the two valid signatures (r, s) and (r, n - s) only the smaller one is accepted:
+changing any bit makes an envelope invalid. A node calls `seal_update`, the server `open_envelope`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MAX_ENVELOPE_BYTES = 512  # bytes: with the longest texts it has 2 + 108 + 2 * 1
 MAX_TEXT_BYTES = 127  # bytes of a purpose or a run id
 NONCE_BYTES = 16
 SKEW_S = 600
-"""A device's clock may be wrong by so much, either way, without its updates being refused."""
+"""Tolerated error of a device's clock, either way, in seconds."""
 MAX_VALIDITY_S = 7 * 24 * 3600
-"""The longest that a device may give its update to arrive, by the server's clock plus `SKEW_S`."""
+"""Longest validity that a device may give its update, by the server's clock plus `SKEW_S`."""
 
 _DOMAIN = b"fedcore update envelope\x00"
 _ORDER = int(  # of the base point of P-384 (FIPS 186-4, D.1.2.4)
@@ -61,20 +61,20 @@ _NOT_COUNTED = "The update was not aggregated"
 
 @dataclass(frozen=True)
 class Envelope:
-    """What a node's signature covers."""
+    """The signed description of an update."""
 
     purpose: str
-    """What the payload answers, as ``train`` or ``evaluate``: a reply to one is none to another."""
+    """The kind of request answered, such as ``train``; a reply to one is invalid for another."""
     run_id: str
     round: int
     node_id: int
     """Flower's node id, below 2^64."""
     base_sha256: str
-    """Digest of the global model that the work started from, in hexadecimal."""
+    """Digest of the global model that training started from, in hexadecimal."""
     payload_sha256: str
     """Digest of the payload's bytes, in hexadecimal."""
     nonce: bytes
-    """16 random bytes: one signing, one nonce."""
+    """16 random bytes, new for each signature."""
     expires_at_s: int
     """Seconds since 1970 (UTC), by the node's clock."""
 
@@ -91,7 +91,7 @@ def seal_update(
     now_s: float,
     validity_s: int,
 ) -> bytes:
-    """A signed envelope with a fresh nonce, valid for ``validity_s`` from ``now_s``."""
+    """Returns a signed envelope with a fresh nonce, valid for ``validity_s`` from ``now_s``."""
     return sign(
         Envelope(
             purpose=purpose,
@@ -108,10 +108,10 @@ def seal_update(
 
 
 def sign(envelope: Envelope, key: EllipticCurvePrivateKey) -> bytes:
-    """The envelope as bytes, with its signature.
+    """Returns the envelope as bytes, with its signature.
 
     Raises:
-        ValueError: a field does not fit its place.
+        ValueError: a field does not fit the format.
     """
     body = _encode(envelope)
     r, s = decode_dss_signature(key.sign(_DOMAIN + body, ECDSA(SHA384())))
@@ -138,28 +138,28 @@ def open_envelope(
     payload_sha256: str,
     now_s: float,
 ) -> Envelope:
-    """The envelope in ``raw``, when this node signed it for exactly what is expected here.
+    """Verifies an envelope and returns it, if this node signed it for exactly these values.
 
-    Nothing that it says is believed before its signature holds. That it was not sent before is for
-    `Replays` to say, afterwards.
+    The signature is verified before any field is used. `Replays` detects an envelope that was sent
+    before.
 
     Args:
-        raw: As received.
-        public_key: The caller's registered key, as `fedcore.crypto.keys.public_bytes` gives it.
-        purpose: What the server asked for.
+        raw: The received bytes.
+        public_key: The sender's registered key, from `fedcore.crypto.keys.public_bytes`.
+        purpose: The kind of request that the server sent.
         run_id: The current run.
         round: The current round.
-        node_id: The caller's node id.
+        node_id: The sender's node id.
         base_sha256: Digest of the global model that the round started from.
-        payload_sha256: Digest of the payload, computed by the server from the bytes it holds.
+        payload_sha256: Digest of the payload, computed by the server from the received bytes.
         now_s: The server's clock, seconds since 1970 (UTC).
 
     Raises:
-        SignatureInvalid: it is malformed, or this key did not sign it.
+        SignatureInvalid: the envelope is malformed, or this key did not sign it.
         UpdateForeign: it is of another run, node or purpose.
         UpdateStale: it is of another round, or from another base model.
         DigestMismatch: it covers another payload.
-        UpdateExpired: its time has passed by more than `SKEW_S`, or is longer than it may be.
+        UpdateExpired: it expired more than `SKEW_S` ago, or its validity is too long.
     """
     envelope = _verified(raw, public_key, where=f"round {round}: node {node_id}")
     where = f"round {round}: refused update from node {node_id}"
@@ -205,22 +205,22 @@ def open_envelope(
 
 
 class Replays:
-    """Which nodes have sent their update in the current round; memory is that of one round.
+    """Detects a node's second update in one round; memory is proportional to one round's nodes.
 
-    One for each run, round and purpose: `open_envelope` has refused what is of another. Safe to
+    Make one for each run, round and purpose: `open_envelope` rejects envelopes of others. Safe for
     use from several threads.
     """
 
     def __init__(self, seen: Mapping[int, bytes] | None = None) -> None:
-        """Begins with the nonces by node that a journal recorded before a restart."""
+        """Starts with the nonces by node that a journal recorded before a restart."""
         self._nonces = dict(seen or {})
         self._lock = threading.Lock()
 
     def accept(self, envelope: Envelope) -> None:
-        """Records the envelope's node as having sent its update.
+        """Records that the envelope's node has sent its update.
 
         Raises:
-            UpdateReplayed: it has sent this one, or another, already; that one stands.
+            UpdateReplayed: the node has already sent this update or another; the first one stays.
         """
         with self._lock:
             first = self._nonces.get(envelope.node_id)
@@ -261,7 +261,7 @@ def _encode(envelope: Envelope) -> bytes:
 
 
 def _verified(raw: bytes, public_key: bytes, *, where: str) -> Envelope:
-    """The envelope whose encoding and signature hold."""
+    """Returns the envelope after verifying its encoding and signature."""
     body, r, s = _split(raw, where)
     key = parse_public(public_key)
     try:
@@ -290,7 +290,7 @@ def _split(raw: bytes, where: str) -> tuple[bytes, int, int]:
 
 
 def _decode(body: bytes, where: str) -> Envelope:
-    """The envelope in a body whose signature holds; another protocol's is refused by name."""
+    """Parses a verified body; the error for another protocol version names the version."""
     if body[:1] != bytes((VERSION,)):
         got = body[0] if body else "none"
         raise SignatureInvalid(

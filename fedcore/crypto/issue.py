@@ -1,4 +1,4 @@
-"""Issuing: what an authority signs, and the requests that it signs them for."""
+"""Issues certificates: signing requests in, certificates signed by the authority out."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from fedcore.crypto.certificates import (
 from fedcore.errors import CertificateRefused, ConfigError
 
 BACKDATE = 2 * SKEW
-"""Validity begins so long before issue: the issuer's clock may be fast and the reader's slow."""
+"""Validity begins this long before issue: the issuer's clock may be fast and the reader's slow."""
 AUTHORITY_VALIDITY = timedelta(days=3650)
 SERVER_VALIDITY = timedelta(days=365)
 MEMBER_VALIDITY = timedelta(days=90)
-"""A key that is lost unnoticed is of use to its finder for a season at most."""
+"""Bounds the use of a key that was stolen unnoticed."""
 
 _HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 _MAX_HOSTS = 30
@@ -44,15 +44,15 @@ _MAX_HOSTS = 30
 
 @dataclass(frozen=True)
 class CertificateRequest:
-    """A signing request whose sender holds the private key."""
+    """A signing request whose sender has proved to have the private key."""
 
     name: str
-    """What the sender calls itself; the operator decides."""
+    """The name that the sender proposes; the operator decides."""
     public_key: EllipticCurvePublicKey
 
 
 def check_host(host: str) -> x509.DNSName | x509.IPAddress:
-    """The name or address under which a server is reached; raises `ConfigError` for others."""
+    """Returns a server's name or address for a certificate; raises `ConfigError` if invalid."""
     try:
         address = ip_address(host)
     except ValueError:
@@ -60,7 +60,7 @@ def check_host(host: str) -> x509.DNSName | x509.IPAddress:
     else:
         _check_reachable(address)
         return x509.IPAddress(address)
-    # Digits and dots alone are an address that is wrong, not a name.
+    # Digits and dots only are a malformed address, not a name.
     if len(host) > 253 or not _HOST.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
         raise ConfigError(
             f"host {host!r}: expected a DNS name or an IP address, without scheme or port, as "
@@ -70,7 +70,7 @@ def check_host(host: str) -> x509.DNSName | x509.IPAddress:
 
 
 def _check_reachable(address: IPv4Address | IPv6Address) -> None:
-    """Refuses addresses that no other machine connects to by that name."""
+    """Rejects addresses that no other machine can connect to."""
     if address.is_unspecified:
         raise ConfigError(
             f"host {str(address)!r}: expected an address that devices reach the server by; nobody "
@@ -88,7 +88,7 @@ def _check_reachable(address: IPv4Address | IPv6Address) -> None:
 def issue_authority(
     key: EllipticCurvePrivateKey, *, project: str, now: datetime
 ) -> x509.Certificate:
-    """The self-signed certificate of a project's authority; it may sign no other authority."""
+    """Returns the self-signed certificate of a project's authority, which signs no authorities."""
     name = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, check_name(project, "project")),
@@ -113,7 +113,7 @@ def issue_server(
     now: datetime,
     validity: timedelta = SERVER_VALIDITY,
 ) -> x509.Certificate:
-    """The certificate of the project's server under all of its names and addresses.
+    """Returns the certificate of the project's server for all of its names and addresses.
 
     Raises:
         ConfigError: a host is neither a DNS name nor an address, or there are none or too many.
@@ -135,28 +135,28 @@ def issue_member(
     now: datetime,
     validity: timedelta = MEMBER_VALIDITY,
 ) -> x509.Certificate:
-    """The certificate of a device, an operator or a viewer.
+    """Returns the certificate of a device, an operator or a viewer.
 
     Raises:
-        ConfigError: the name cannot stand in a certificate.
+        ConfigError: the name is invalid in a certificate.
     """
     builder = _end_entity(public, check_name(name), role, authority, now, validity)
     return builder.sign(authority_key, SHA384())
 
 
 def make_request(key: EllipticCurvePrivateKey, name: str) -> bytes:
-    """A signing request (PKCS#10 PEM): the public key, a name, and proof of the private key."""
+    """Returns a signing request (PKCS#10 PEM): public key, name, and proof of the private key."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_name(name))])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA384())
     return request.public_bytes(Encoding.PEM)
 
 
 def read_request(raw: bytes, *, where: str) -> CertificateRequest:
-    """Reads a signing request; only its key and common name are taken from it.
+    """Reads a signing request; uses only its key and common name.
 
     Raises:
-        CertificateRefused: it is no such request, its key is not on P-384, or whoever made it
-            does not hold the private key.
+        CertificateRefused: the bytes are no such request, the key is not on P-384, or the request
+            does not prove possession of the private key.
     """
     try:
         request = x509.load_pem_x509_csr(raw) if len(raw) <= MAX_CERTIFICATE_BYTES else None

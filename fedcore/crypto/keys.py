@@ -1,7 +1,7 @@
-"""One key is one identity: ECDSA on P-384, the curve that Flower's node authentication uses.
+"""Private and public keys: an identity is one ECDSA key on P-384, Flower's curve for nodes.
 
-The same key authenticates a node with Flower, stands in the certificate that it shows in TLS, and
-signs its updates. It is made where it is used and is never sent.
+The same key authenticates a node with Flower, is in the node's TLS certificate, and signs its
+updates. It is generated on the machine that uses it and never sent.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ MAX_KEY_BYTES = 4096  # bytes: a P-384 key as PKCS#8 PEM has 306, its public par
 
 
 def new_key() -> EllipticCurvePrivateKey:
-    """A fresh private key on P-384, from the operating system's randomness."""
+    """Returns a new private key on P-384, from the operating system's randomness."""
     return generate_private_key(SECP384R1())
 
 
 def private_bytes(key: EllipticCurvePrivateKey) -> bytes:
-    """A private key as PKCS#8 PEM, in the clear."""
+    """Returns a private key as unencrypted PKCS#8 PEM."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def save_key(path: Path, key: EllipticCurvePrivateKey) -> None:
-    """Writes a private key as PKCS#8 PEM, atomically, readable by its owner alone.
+    """Writes a private key as PKCS#8 PEM, atomically, readable only by its owner.
 
     Raises:
-        DiskFull: there was no room; ``path`` is as it was.
-        ResourceError: it may not be written there.
+        DiskFull: the disk has no room; ``path`` is unchanged.
+        ResourceError: the path is not writable.
     """
     write_atomic(path, private_bytes(key), mode=0o600)
 
@@ -56,8 +56,8 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
     """Reads a private key that only its owner can read.
 
     Raises:
-        DataError: it is missing or unreadable.
-        CertificateRefused: others may read it, or it is no P-384 key.
+        DataError: the file is missing or unreadable.
+        CertificateRefused: other users may read the file, or it contains no P-384 key.
     """
     raw = read_bytes(path, max_bytes=MAX_KEY_BYTES, what="a private key", otherwise=_NO_KEY)
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -78,7 +78,7 @@ _NO_KEY = (
 
 
 def parse_key(raw: bytes, *, where: str) -> EllipticCurvePrivateKey:
-    """The private key in PKCS#8 PEM bytes; raises `CertificateRefused` for anything else."""
+    """Returns the private key in PKCS#8 PEM bytes; raises `CertificateRefused` for other bytes."""
     try:
         key = load_pem_private_key(raw, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -92,7 +92,7 @@ def parse_key(raw: bytes, *, where: str) -> EllipticCurvePrivateKey:
 
 
 def public_bytes(key: EllipticCurvePrivateKey | EllipticCurvePublicKey) -> bytes:
-    """The public part as SubjectPublicKeyInfo PEM: byte for byte what Flower registers a node by.
+    """Returns the public key as SubjectPublicKeyInfo PEM, byte for byte as Flower registers it.
 
     ``openssl x509 -in CERTIFICATE -noout -pubkey`` prints the same bytes.
     """
@@ -101,7 +101,7 @@ def public_bytes(key: EllipticCurvePrivateKey | EllipticCurvePublicKey) -> bytes
 
 
 def parse_public(raw: bytes, *, where: str = "public key") -> EllipticCurvePublicKey:
-    """The public key in PEM bytes; raises `CertificateRefused` unless it is on P-384."""
+    """Returns the public key in PEM bytes; raises `CertificateRefused` unless it is on P-384."""
     try:
         key = load_pem_public_key(raw) if len(raw) <= MAX_KEY_BYTES else None
     except (ValueError, UnsupportedAlgorithm):
@@ -115,5 +115,5 @@ def parse_public(raw: bytes, *, where: str = "public key") -> EllipticCurvePubli
 
 
 def fingerprint(public: bytes) -> str:
-    """The SHA-256 of what `public_bytes` returns, in hexadecimal: a short name for an identity."""
+    """Returns the SHA-256 of a public key in PEM, in hexadecimal: a short name of an identity."""
     return sha256_hex(public)

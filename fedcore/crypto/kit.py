@@ -1,12 +1,12 @@
-"""What an identity keeps on its own machine: its key, and the kit that its operator sent back.
+"""The files of an identity on its own machine: its key, and the kit from the operator.
 
 ::
 
     key.pem        the private key, made here; mode 0600
     request.pem    the signing request over it, for the operator
-    kit.json       certificate, authority and addresses of the server; holds no secret
+    kit.json       certificate, authority and addresses of the server; contains no secret
 
-A kit file is written whole, so a folder has one kit or the next, never parts of two.
+A kit is written atomically, so a folder never contains parts of two kits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Address = Annotated[str, Field(pattern=ADDRESS)]
 
 
 class KitFile(Section):
-    """``kit.json``: who its holder is stands in the certificate alone."""
+    """``kit.json``; the holder's name and role are only in the certificate."""
 
     format: Literal["fedcore.kit/1"] = "fedcore.kit/1"
     servers: Annotated[tuple[Address, ...], Field(min_length=1, max_length=30)]
@@ -54,13 +54,13 @@ class KitFile(Section):
     authority: Pem
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Returns the file's content."""
         return (self.model_dump_json(indent=2) + "\n").encode()
 
 
 @dataclass(frozen=True)
 class Certified:
-    """What a kit says, once its certificate has been checked against its authority."""
+    """A kit whose certificate has been checked against its authority."""
 
     file: KitFile
     subject: Subject
@@ -70,36 +70,36 @@ class Certified:
 
 @dataclass(frozen=True)
 class Kit:
-    """An identity that can connect: its key and certificate belong together and are in force."""
+    """An identity that can connect: key and certificate match, and the certificate is in force."""
 
     folder: Path
     project: str
     name: str
     role: Role
     servers: tuple[str, ...]
-    """Where the project's server listens, as ``https://fl.example.org:9092``; the first first."""
+    """The server's addresses, such as ``https://fl.example.org:9092``, in order of use."""
     key_path: Path
     certificate_pem: bytes
     authority_pem: bytes
     public: bytes
-    """The key, as `fedcore.crypto.keys.public_bytes` gives it: the node's identity."""
+    """Public key in PEM, from `fedcore.crypto.keys.public_bytes`: the node's identity."""
     not_after: datetime
     """When the certificate expires, UTC."""
 
     def key_pem(self) -> bytes:
-        """The private key's file, as TLS libraries read it.
+        """Returns the content of the private key's file, in PEM.
 
         Raises:
-            DataError: it is not there any more, or no file.
+            DataError: the file is missing or not a regular file.
         """
         return read_bytes(self.key_path, max_bytes=MAX_KEY_BYTES, what="a private key")
 
 
 def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
-    """Reads a kit without looking into its certificates.
+    """Parses a kit without checking its certificates.
 
     Raises:
-        CertificateRefused: it is no kit.
+        CertificateRefused: the bytes are no kit.
     """
     try:
         return KitFile.model_validate_json(raw)
@@ -111,13 +111,13 @@ def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
 
 
 def parse_kit(raw: bytes, *, now: datetime, where: str) -> Certified:
-    """Reads a kit and checks its certificate against its own authority.
+    """Parses a kit and checks its certificate against its authority.
 
-    That the authority is the right one, nothing in a kit can prove: whoever installs it compares
-    the authority's fingerprint, or trusts the channel on which the kit came.
+    A kit cannot prove that its authority is the right one: the person who installs it compares the
+    authority's fingerprint, or trusts the channel of delivery.
 
     Raises:
-        CertificateRefused: it is no kit, or its certificate is not in force.
+        CertificateRefused: the bytes are no kit, or its certificate is not in force.
     """
     file = parse_kit_file(raw, where=where)
     authority = parse_certificate(file.authority.encode(), where=f"{where}: authority")
@@ -128,7 +128,12 @@ def parse_kit(raw: bytes, *, now: datetime, where: str) -> Certified:
 
 
 def read_kit(path: Path, *, now: datetime) -> Certified:
-    """As `parse_kit`, from a file; raises `DataError`, too, when there is none."""
+    """Reads a kit and checks its certificate against its authority, see `parse_kit`.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+        CertificateRefused: it is no kit, or its certificate is not in force.
+    """
     raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="a kit", otherwise=_NO_KIT)
     return parse_kit(raw, now=now, where=str(path))
 
@@ -140,16 +145,16 @@ _NO_KIT = (
 
 
 def load_identity(folder: Path, *, now: datetime | None = None) -> Kit:
-    """The identity in a folder, whatever its role.
+    """Reads the identity in a folder, of any role.
 
     Args:
-        folder: With ``key.pem`` and ``kit.json``.
+        folder: Contains ``key.pem`` and ``kit.json``.
         now: UTC; the system's clock when unset.
 
     Raises:
-        DataError: something is missing or unreadable.
-        CertificateRefused: the key is open to others, is not the certificate's, or the kit is
-            refused (see `parse_kit`).
+        DataError: a file is missing or unreadable.
+        CertificateRefused: other users may read the key, it does not match the certificate, or
+            `parse_kit` rejects the kit.
     """
     key_path, kit_path = folder / KEY, folder / KIT
     if not is_there(kit_path):
@@ -181,11 +186,11 @@ def load_identity(folder: Path, *, now: datetime | None = None) -> Kit:
 
 
 def load_kit(folder: Path, *, now: datetime | None = None) -> Kit:
-    """The identity of a device, an operator or a viewer.
+    """Reads the identity of a device, an operator or a viewer.
 
     Raises:
-        DataError: as `load_identity`.
-        CertificateRefused: as `load_identity`, or the identity is a server's.
+        DataError: a file is missing or unreadable.
+        CertificateRefused: `load_identity` rejects it, or the identity is a server's.
     """
     kit = load_identity(folder, now=now)
     if kit.role == "server":
@@ -197,32 +202,32 @@ def load_kit(folder: Path, *, now: datetime | None = None) -> Kit:
 
 
 def write_kit(folder: Path, file: KitFile) -> None:
-    """Puts a kit into force in a folder, in place of the one before, atomically."""
+    """Installs a kit in a folder, atomically, in place of the previous one."""
     write_atomic(folder / KIT, file.to_bytes())
 
 
 def client_context(kit: Kit) -> ssl.SSLContext:
-    """TLS to the project's server: version 1.3, both sides authenticated, the name checked.
+    """Returns TLS settings for the project's server: version 1.3, mutual authentication.
 
     Guarantee:
-        Only a server whose certificate the kit's authority issued for the address that was asked
-        for, and for servers, is talked to; the system's own authorities count for nothing.
+        The connection succeeds only if the kit's authority issued the server's certificate, for a
+        server and for the requested address; the system's authorities are not trusted.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return restrict(context, kit)
 
 
 def restrict(context: ssl.SSLContext, kit: Kit) -> ssl.SSLContext:
-    """Sets what both sides hold to: TLS 1.3, this authority alone, this identity shown."""
+    """Applies the settings of both sides: TLS 1.3, this authority only, this identity."""
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     context.load_verify_locations(cadata=kit.authority_pem.decode())
-    # `load_cert_chain` takes paths alone. A certificate is no secret; the key stays where it is.
+    # `load_cert_chain` accepts only paths. A certificate is no secret; the key stays in its file.
     with tempfile.NamedTemporaryFile(suffix=".pem") as stream:
         with disk_errors(Path(stream.name)):
             stream.write(kit.certificate_pem)
             stream.flush()
-        os.close(open_regular(kit.key_path, what="a private key"))  # OpenSSL would wait for a pipe
+        os.close(open_regular(kit.key_path, what="a private key"))  # OpenSSL would block on a pipe
         context.load_cert_chain(stream.name, kit.key_path)
     return context

@@ -1,4 +1,7 @@
-"""What a server knows: its own identity, and whom it lets in."""
+"""The server's view of a project: its own identity, and the roster of admitted members.
+
+`load_server_identity` reads the identity; `Roster` looks members up by key.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ from fedcore.observability.faults import first_fault
 ROSTER = "roster.json"
 MAX_ROSTER_BYTES = 32 << 20  # 32 MiB: some 25,000 members at 1.2 kB
 MAX_NUM_EXAMPLES = 1_000_000
-"""The most that one client's updates may weigh, in examples: the cap on what it committed to."""
+"""Largest weight of one client's updates, in examples: bounds the number set at enrolment."""
 
 
 class RosterEntry(Section):
-    """One member in ``roster.json``; name, role and key stand in the certificate alone."""
+    """One member in ``roster.json``; name, role and key are only in the certificate."""
 
     certificate: Pem
     num_examples: Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)] | None = None
@@ -40,46 +43,46 @@ class RosterEntry(Section):
 
 
 class RosterFile(Section):
-    """``roster.json``: everyone who ever had a certificate, the revoked ones marked."""
+    """``roster.json``: everyone who ever had a certificate, with revocations marked."""
 
     format: Literal["fedcore.roster/1"] = "fedcore.roster/1"
     version: Annotated[int, Field(ge=1)]
-    """Grows with each change."""
+    """Increases with each change."""
     members: tuple[RosterEntry, ...]
     signer: Signer | None = None
-    """Whose key signed it; the authority's own when None."""
+    """The delegated signer; None if the authority itself signed."""
     signature: Signature | None = None
-    """Over all the rest: whom it lets in, whom no more, and what updates weigh."""
+    """Signature over all other fields: members, revocations and weights of updates."""
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Returns the file's content."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
     def content(self) -> bytes:
-        """What its signature is over."""
+        """Returns the bytes that the signature covers."""
         rest = self.model_dump(mode="json", exclude={"signature"})
         return json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
 
     def signed(self, key: EllipticCurvePrivateKey, signer: Signer | None = None) -> RosterFile:
-        """The same list, signed by the key that ``signer`` is of; None: the authority's own."""
+        """Returns a copy signed by ``key``, that of ``signer`` or, if None, of the authority."""
         file = self.model_copy(update={"signer": signer, "signature": None})
         return file.model_copy(update={"signature": sign_content(file.content(), key)})
 
 
 @dataclass(frozen=True)
 class Member:
-    """Someone to whom the authority issued a certificate."""
+    """A holder of a certificate that the authority issued."""
 
     name: str
     role: MemberRole
     public: bytes
-    """The key, as `fedcore.crypto.keys.public_bytes` gives it."""
+    """Public key in PEM, from `fedcore.crypto.keys.public_bytes`."""
     serial: str
     """Serial number of the newest certificate, in hexadecimal."""
     not_after: datetime
     """When that certificate expires, UTC."""
     num_examples: int | None
-    """What its updates weigh, committed at enrolment; None: as much as any other's."""
+    """Weight of its updates, set at enrolment; None: as much as any other's."""
     revoked_at: datetime | None
 
     @property
@@ -88,29 +91,29 @@ class Member:
         return fingerprint(self.public)
 
     def in_force(self, now: datetime) -> bool:
-        """Whether it is neither revoked nor expired by more than the allowance for clocks."""
+        """Returns whether the member is unrevoked and not expired, with an allowance for clocks."""
         return self.revoked_at is None and now <= self.not_after + SKEW
 
 
 @dataclass(frozen=True)
 class ServerIdentity:
-    """The server's own key and certificate, and where the list of members lies."""
+    """The server's key and certificate, and the path of its roster."""
 
     kit: Kit
     hosts: tuple[str, ...]
-    """The names and addresses that its certificate is for."""
+    """The names and addresses in its certificate."""
     port: int
-    """Where devices expect it."""
+    """TCP port that devices connect to."""
     roster_path: Path
 
     def roster(self, *, clock: Callable[[], datetime] | None = None) -> Roster:
-        """The members, in no older a version than this server has ever seen.
+        """Opens the roster, and rejects a version older than this server has ever used.
 
-        ``clock`` is the time, UTC, by which they expire; the system's when None.
+        ``clock`` returns the time, UTC, for expiry; None for the system's clock.
 
         Raises:
-            DataError: as `Roster`.
-            TrustError: as `Roster`.
+            DataError: the file is missing or unreadable.
+            TrustError: the roster is invalid or too old, see `Roster`.
         """
         seen = self.kit.folder / SEEN
         more = {"clock": clock} if clock is not None else {}
@@ -118,11 +121,11 @@ class ServerIdentity:
 
 
 def load_server_identity(folder: Path, *, now: datetime | None = None) -> ServerIdentity:
-    """The server's identity in the folder that `fedcore provision server` made.
+    """Reads the server's identity from the folder that `fedcore provision server` created.
 
     Raises:
-        DataError: something is missing or unreadable.
-        CertificateRefused: as `fedcore.crypto.kit.load_identity`, or it is not a server's.
+        DataError: a file is missing or unreadable.
+        CertificateRefused: `fedcore.crypto.kit.load_identity` rejects it, or it is not a server's.
     """
     check_server_folder(folder)
     kit = load_identity(folder, now=now)
@@ -142,10 +145,10 @@ def load_server_identity(folder: Path, *, now: datetime | None = None) -> Server
 
 
 def check_server_folder(folder: Path) -> None:
-    """Sees that a folder holds an identity.
+    """Checks that a folder contains an identity.
 
     Raises:
-        DataError: it does not, or is not there.
+        DataError: the folder or the identity is missing.
     """
     if not is_there(folder / KIT):
         what = f"no {KIT} is in this folder" if folder.is_dir() else "there is no such folder"
@@ -158,10 +161,10 @@ def check_server_folder(folder: Path) -> None:
 
 
 def server_context(identity: ServerIdentity) -> ssl.SSLContext:
-    """TLS for the network port: version 1.3, a client certificate of this project required.
+    """Returns TLS settings for the server's port: version 1.3, with a project client certificate.
 
-    Revocation is not seen here: TLS lets a revoked member's handshake through, and whoever accepts
-    the connection asks the `Roster` for the peer's key before anything else.
+    TLS does not check revocation: a revoked member completes the handshake, so the code that
+    accepts a connection must look the peer's key up in the `Roster` before anything else.
     """
     context = restrict(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), identity.kit)
     context.num_tickets = 0  # a resumed session would skip the certificate, and its expiry
@@ -176,23 +179,22 @@ def parse_roster(
     known: Mapping[str, Member] | None = None,
     unsigned: bool = False,
 ) -> tuple[RosterFile, dict[str, Member]]:
-    """Reads a roster, verifies that it is the authority's, and every certificate in it.
+    """Reads a roster, and verifies its signature and every certificate in it.
 
     Args:
         raw: The file's content.
-        authority: Whose certificates alone are taken.
+        authority: The only accepted issuer of certificates.
         where: The file, for errors.
-        known: Members by certificate (PEM) that were verified before; verifying takes about
-            0.8 ms each.
-        unsigned: Whether one without a signature will do, as of a project that has none yet.
+        known: Members verified before, by certificate (PEM); verification takes about 0.8 ms each.
+        unsigned: Accepts a roster without a signature, from a project created before signing.
 
     Returns:
         The file, and its members by certificate (PEM), in the file's order.
 
     Raises:
-        SignatureInvalid: it is not signed, or was changed since.
-        TrustError: it is no roster, or names someone whom the authority did not certify, or two
-            members in force with one name or one key.
+        SignatureInvalid: the roster is unsigned, or was changed since.
+        TrustError: the content is no roster, a certificate is not the authority's, two members
+            have one key, or two unrevoked members have one name.
     """
     try:
         file = RosterFile.model_validate_json(raw)
@@ -222,13 +224,13 @@ def parse_roster(
 
 
 class Roster:
-    """The members that a server lets in, read again whenever the file changes.
+    """The members that a server admits; rereads the file when it changes.
 
-    A lookup costs one ``stat`` while the file stays as it is. A file that cannot be read, is not
-    whole or is older than the one before is not used: the list before it stays in force and
-    `damage` says why, so that a slip in copying the file does not stop a federation. Nobody gets
-    in by a damaged file, because each entry is a certificate that the authority signed. Safe to
-    use from several threads.
+    A lookup costs one ``stat`` while the file is unchanged. A changed file that is unreadable,
+    invalid or older than the last one is ignored: the previous list stays in force and `damage`
+    contains the reason, so that a mistake in copying does not stop a federation. A damaged file
+    admits nobody, because each entry is a certificate that the authority signed. Safe for use from
+    several threads.
     """
 
     def __init__(
@@ -244,17 +246,16 @@ class Roster:
         Args:
             path: ``roster.json``.
             authority_pem: Certificate of the authority that signs its members.
-            clock: The time, UTC; expired members are left out.
-            seen: Remembers the highest version from one process to the next; nothing does when
-                None.
+            clock: Returns the time, UTC; expired members are left out.
+            seen: File that stores the highest version across restarts; None to store nothing.
 
         Raises:
-            DataError: there is none, or it cannot be read.
+            DataError: the roster is missing or unreadable.
             RollbackRefused: it is older than one that was in force before.
-            TrustError: it is not whole (see `parse_roster`).
+            TrustError: it is invalid (see `parse_roster`).
         """
         self.damage: str | None = None
-        """Why the file on disk is not the list in force, if it is not."""
+        """Why the file on disk is not in force; None if it is."""
         self._path = path
         self._authority = parse_certificate(authority_pem, where="authority")
         self._clock = clock
@@ -273,10 +274,10 @@ class Roster:
         return self._version
 
     def member(self, identity: bytes | str) -> Member | None:
-        """The member with this key, unless it is revoked or expired.
+        """Returns the member with this key, or None if unknown, revoked or expired.
 
         Args:
-            identity: The key as `fedcore.crypto.keys.public_bytes` gives it, or its fingerprint.
+            identity: The key from `fedcore.crypto.keys.public_bytes`, or its fingerprint.
         """
         self.refresh()
         name = identity if isinstance(identity, str) else fingerprint(identity)
@@ -284,13 +285,13 @@ class Roster:
         return member if member is not None and member.in_force(self._clock()) else None
 
     def members(self) -> tuple[Member, ...]:
-        """Everyone who is let in now, in the order of enrolment."""
+        """Returns all members in force now, in the order of enrolment."""
         self.refresh()
         now = self._clock()
         return tuple(member for member in self._by_fingerprint.values() if member.in_force(now))
 
     def refresh(self) -> None:
-        """Reads the file again where it has changed; every look at a member does so, too."""
+        """Rereads the file if it has changed; `member` and `members` call this."""
         stamp = self._read_stamp()
         if stamp == self._stamp:
             return
@@ -306,7 +307,7 @@ class Roster:
                 self.damage = None
 
     def _read_stamp(self) -> tuple[int, ...]:
-        """What changes when the file does; empty when there is none."""
+        """Returns values that change with the file; empty if there is no file."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -336,7 +337,7 @@ class Roster:
         newer = file.version > self._had.version or signer > self._had.signer
         if newer:
             self._had = Seen(version=file.version, signer=signer)
-        if newer and self._seen is not None:  # in force by now, even where the disk is full
+        if newer and self._seen is not None:  # already in force, even if the disk is full
             write_seen(self._seen, self._had)
 
 

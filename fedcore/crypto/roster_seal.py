@@ -1,8 +1,8 @@
-"""Who may change a roster: a key of its own, which the authority's key vouches for.
+"""Signs and verifies rosters, with a separate key that the authority's key delegates to.
 
-Revoking somebody must not wait for a passphrase, so the authority's own key does not sign rosters:
-it signs, once, the key that does. That one lies beside it, in the clear, and stays where the
-authority is; a server has what it signed, and cannot change that.
+A revocation must not wait for a passphrase, so the authority's own key does not sign rosters: it
+signs, once, the key that does. That key is stored unencrypted in the authority's folder and stays
+there; a server has the signed roster, and cannot change it.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from fedcore.crypto.keys import parse_public, public_bytes
 from fedcore.errors import SignatureInvalid
 
 _ROSTER, _SIGNER = b"fedcore.roster/1\x00", b"fedcore.roster-signer/1\x00"
-"""What a signature is for: none of one purpose passes for another's."""
+"""Signature domains: a signature for one purpose is invalid for another."""
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{2,512}$")]
 
 
 class Signer(Section):
-    """The key that signs a project's rosters, and the authority's word for it."""
+    """The public key that signs a project's rosters, delegated by the authority."""
 
     number: Annotated[int, Field(ge=1, le=1_000_000)]
-    """Grows with each key; a server that has seen one takes no roster of an earlier one's."""
+    """Increases with each key; a server that has seen one rejects rosters of earlier keys."""
     public: Annotated[str, Field(max_length=4096)]
-    """As PEM."""
+    """The public key as PEM."""
     delegation: Signature
-    """By the authority's key, over both."""
+    """Signature by the authority's key, over number and public key."""
 
 
 def delegate(
     key: EllipticCurvePrivateKey, number: int, authority_key: EllipticCurvePrivateKey
 ) -> Signer:
-    """Has the authority vouch for a key that is to sign rosters."""
+    """Returns a signer: the authority signs its number and public key."""
     public = public_bytes(key).decode()
     signature = authority_key.sign(_delegated(number, public), ECDSA(SHA384())).hex()
     return Signer(number=number, public=public, delegation=signature)
 
 
 def sign_content(content: bytes, key: EllipticCurvePrivateKey) -> str:
-    """The signature of a roster's content, in hexadecimal."""
+    """Returns the signature of a roster's content, in hexadecimal."""
     return key.sign(_ROSTER + content, ECDSA(SHA384())).hex()
 
 
@@ -61,17 +61,17 @@ def check_signed(
     *,
     where: str,
 ) -> None:
-    """Verifies that a roster is what the authority's side wrote.
+    """Verifies that the authority, or a signer that it delegated to, signed a roster.
 
     Args:
-        content: Of the roster, all but its signature.
-        signature: What it carries; None when nothing.
-        signer: Whose signature it is; the authority's own when None.
-        authority: Vouches for the signer.
+        content: The roster without its signature.
+        signature: The roster's signature; None if there is none.
+        signer: The delegated signer; None for the authority itself.
+        authority: The authority's certificate.
         where: The file, for errors.
 
     Raises:
-        SignatureInvalid: it is not signed, or by another key, or was changed since.
+        SignatureInvalid: the roster is unsigned, signed by another key, or changed since.
     """
     if signature is None:
         raise SignatureInvalid(
@@ -80,7 +80,7 @@ def check_signed(
             "was begun before rosters were signed, once you have seen that nobody changed it."
         )
     public = authority.public_key()
-    assert isinstance(public, EllipticCurvePublicKey)  # certificates of others are refused
+    assert isinstance(public, EllipticCurvePublicKey)  # parsing rejects other certificates
     try:
         if signer is not None:
             delegated = _delegated(signer.number, signer.public)

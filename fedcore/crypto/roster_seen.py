@@ -1,4 +1,4 @@
-"""What a server remembers of the rosters that it has had in force."""
+"""The highest roster version that a server has used, stored to detect rollbacks."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _MAX_SEEN_BYTES = 1 << 10
 
 
 class Seen(Section):
-    """``roster.seen``: what a server remembers of the lists that it has had in force."""
+    """``roster.seen``: the newest roster that a server has had in force."""
 
     format: Literal["fedcore.seen/1"] = "fedcore.seen/1"
     version: Annotated[int, Field(ge=1)]
     signer: Annotated[int, Field(ge=0)] = 0
     """Number of the key that signed it; 0 for the authority's own."""
     lost: bool = False
-    """Whether a backup brought back an older list: later changes of that reach the version, too."""
+    """Whether a backup restored an older list, whose later changes can reach the same version."""
     restored: AwareDatetime | None = None
-    """When the backup was made that the list came from; nobody knows who was revoked since."""
+    """When the backup with the list was made; revocations since then are unknown."""
 
 
 NOTHING_SEEN = Seen.model_construct(version=0)
-"""Of a server that had none in force."""
+"""State of a server that has had no roster in force."""
 
 
 def read_seen(path: Path) -> Seen:
-    """What ``roster.seen`` says; nothing where there is none.
+    """Reads ``roster.seen``; returns `NOTHING_SEEN` if it does not exist.
 
     Raises:
         RollbackRefused: the list that was in force is lost, see `note_lost`.
-        TrustError: it says nothing of the kind.
+        TrustError: the file is malformed.
     """
     raw = read_if_there(
         path,
@@ -65,28 +65,28 @@ def read_seen(path: Path) -> Seen:
 
 
 def seen_version(path: Path) -> int:
-    """The highest version that was in force by what ``roster.seen`` says; 0 where there is none.
+    """Returns the highest roster version in ``roster.seen``; 0 if the file does not exist.
 
     Raises:
-        TrustError: as `read_seen`.
+        TrustError: `read_seen` rejects the file.
     """
     return read_seen(path).version
 
 
 def write_seen(path: Path, seen: Seen) -> None:
-    """Remembers it, atomically."""
+    """Writes ``roster.seen``, atomically."""
     write_atomic(path, seen.model_dump_json().encode() + b"\n", mode=0o600)
 
 
 def note_lost(path: Path, version: int) -> None:
-    """Has every roster refused by a server that has seen a newer one than ``version``.
+    """Makes a server reject every roster if it has seen a newer one than ``version``.
 
-    That is until somebody removes the file: the older list's own changes count on from an older
-    version, and would pass for the newest before long.
+    This lasts until an operator removes the file. Otherwise changes to the restored, older list
+    would increase its version until it passes for the newest.
     """
     try:
         seen = read_seen(path)
-    except TrustError:  # a server refuses to start with it as it is
+    except TrustError:  # a server already refuses to start with this file
         return
     if seen.version > version:
         write_seen(path, seen.model_copy(update={"lost": True}))

@@ -1,11 +1,11 @@
-"""Sealing bytes under a passphrase, for keys and backups at rest.
+"""Encrypts bytes with a passphrase, for stored keys and backups.
 
 ::
 
     magic 17 | salt 16 | nonce 12 | AES-256-GCM ciphertext and tag
 
 The key is scrypt(passphrase, salt) with N = 2^17, r = 8, p = 1: 128 MiB and about half a second
-for each guess (the setting that OWASP's password storage sheet names first).
+for each guess (the first scrypt setting in OWASP's password storage cheat sheet).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fedcore.errors import ConfigError, TrustError
 
 MAGIC = b"fedcore sealed 1\n"
 MIN_PASSPHRASE = 12
-"""Characters: fewer can be guessed however slow one guess is."""
+"""Least characters: a shorter passphrase can be guessed however slow one guess is."""
 OVERHEAD_BYTES = len(MAGIC) + 16 + 12 + 16
 _SALT, _NONCE = 16, 12
 _COST = 1 << 17  # N
 
 
 def is_sealed(raw: bytes) -> bool:
-    """Whether bytes are what `seal` makes, to judge by their beginning."""
+    """Returns whether bytes begin as the output of `seal` does."""
     return raw.startswith(MAGIC)
 
 
 def seal(data: bytes, passphrase: str) -> bytes:
-    """Encrypts and authenticates ``data``.
+    """Encrypts and authenticates ``data`` with a passphrase.
 
     Raises:
         ConfigError: the passphrase is shorter than `MIN_PASSPHRASE`.
@@ -49,10 +49,10 @@ def seal(data: bytes, passphrase: str) -> bytes:
 
 
 def unseal(raw: bytes, passphrase: str, *, where: str) -> bytes:
-    """What was sealed.
+    """Decrypts the output of `seal`.
 
     Raises:
-        TrustError: it is not sealed, was altered or cut, or the passphrase is another.
+        TrustError: the bytes are not sealed, altered or cut short, or the passphrase is wrong.
     """
     head, rest = raw[: len(MAGIC) + _SALT], raw[len(MAGIC) + _SALT :]
     try:
@@ -68,5 +68,5 @@ def unseal(raw: bytes, passphrase: str, *, where: str) -> bytes:
 
 
 def _derive(passphrase: str, head: bytes) -> bytes:
-    secret = unicodedata.normalize("NFC", passphrase).encode()  # keyboards differ in how they type
+    secret = unicodedata.normalize("NFC", passphrase).encode()  # keyboards encode accents variously
     return Scrypt(salt=head[len(MAGIC) :], length=32, n=_COST, r=8, p=1).derive(secret)

@@ -1,1 +1,1 @@
-"""The only room that imports Flower's private modules. A contract test holds it to Flower 1.41."""
+"""All use of Flower's private modules; a contract test pins these to Flower 1.41."""

@@ -1,7 +1,7 @@
-"""Flower's own record of a fleet, in this process: its nodes, its run, its messages.
+"""Server state in memory, on top of Flower's: the nodes, the current run, its messages and replies.
 
-What the network asks of it goes through `fedcore.flower.fleet_api`; what a ServerApp asks of it
-through `fedcore.flower.fleet_grid`. All three share one lock, and none of them copies a payload.
+The network accesses it through `fedcore.flower.fleet_api`, a ServerApp through
+`fedcore.flower.fleet_grid`. All three share one lock, and none of them copies a payload.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ from fedcore.flower.writeback import Writeback
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
 
-_SHOWN = 200  # characters of an error over bytes that a peer made up
+_SHOWN = 200  # most characters of an error about malicious bytes
 _FOREVER = datetime.max.replace(tzinfo=UTC)
 _TTL_S = 10 * 365 * 86_400.0
-"""When Flower drops a message, by the time of day; a round ends by what has passed."""
+"""Time to live of a message in Flower, by the wall clock; it never ends a round, whose deadline
+uses a monotonic clock."""
 
 
 def node_id_of(public_key: bytes) -> int:
-    """The node that a key is: the same on every server and after every restart.
+    """Returns the node id of a public key: constant over servers and restarts.
 
-    63 bits of the key's SHA-256, so that the number fits a signed integer; 0 and 1 are Flower's.
+    63 bits of the key's SHA-256, so that it fits a signed integer; Flower reserves 0 and 1.
     """
     return (int.from_bytes(hashlib.sha256(public_key).digest()[:8], "big") >> 1) | 2
 
 
 class FleetState(InMemoryLinkState):
-    """Flower's LinkState, which finds the messages of a node without looking at all others'."""
+    """Flower's LinkState with an inbox per node, so that a lookup does not scan all messages."""
 
     def __init__(self, store: FleetStore) -> None:
         super().__init__(NoOpFederationManager(), store)
@@ -59,7 +60,7 @@ class FleetState(InMemoryLinkState):
     def get_message_ins(
         self, node_id: int, limit: int | None, *, run_id: int | None = None
     ) -> list[Message]:
-        """The messages that wait for ``node_id``; none is handed out twice."""
+        """Returns the messages that wait for ``node_id``, and removes them from its inbox."""
         found: list[Message] = []
         with self.lock:
             waiting = self.inbox[node_id]
@@ -71,34 +72,34 @@ class FleetState(InMemoryLinkState):
 
 
 class Fleet:
-    """One run at a time, over nodes that are known by their keys.
+    """The server's nodes, known by their keys, and the messages of at most one run at a time.
 
     Every method may be called from any thread.
     """
 
     def __init__(self, spool: Path) -> None:
-        """Begins without nodes or messages; large payloads go to the empty folder ``spool``."""
+        """Starts without nodes or messages; large payloads go to the empty folder ``spool``."""
         self.store = FleetStore(spool)
         self.state = FleetState(self.store)
         self.asked = PendingMessages()
         self.writeback = Writeback()
         self.run_id = 0
         self.lacks: ResourceError | None = None
-        """What this machine lacked when it last failed to take something in; None where it did."""
+        """The error of this machine in its last failure to store a reply; None after a success."""
         self._sent: defaultdict[int, int] = defaultdict(int)
         self._answered = threading.Condition()
         self._ready: deque[str] = deque()
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
-        """Held while what was asked is looked at or changed."""
+        """The lock around all access to pending messages."""
         return self.state.lock
 
     def open_run(self, settings: Mapping[str, str]) -> int:
-        """Begins a run, whose ``settings`` every node may read, and returns its id.
+        """Starts a run, whose ``settings`` every node may read, and returns its id.
 
         Raises:
-            TrainingError: another run is going on.
+            TrainingError: another run is in progress.
         """
         if self.run_id:
             raise TrainingError(
@@ -120,12 +121,12 @@ class Fleet:
         assert task_id is not None
         state.claim_task(task_id)
         state.activate_task(task_id)
-        # Flower fails a run whose process sends no heartbeat. This one is in the same process.
+        # Flower fails a run whose process sends no heartbeat. This run is in the same process.
         state.task_token_store[task_id].active_until = _FOREVER
         return self.run_id
 
     def end_run(self) -> None:
-        """Ends the run and forgets its messages."""
+        """Ends the run and deletes its messages."""
         with self.lock:
             self.forget(list(self.asked))
             self.state.stop_run(self.run_id)
@@ -133,7 +134,7 @@ class Fleet:
         self.writeback.close()
 
     def enlist(self, public_key: bytes) -> int:
-        """Makes the owner of a key a node, if it is none yet, and returns its id."""
+        """Registers a public key's owner as a node, unless it is one, and returns the node id."""
         state, node_id = self.state, node_id_of(public_key)
         with self.lock:
             if node_id not in state.nodes:
@@ -141,7 +142,7 @@ class Fleet:
                     node_id=node_id,
                     owner_aid=NOOP_FLWR_AID,
                     owner_name=NOOP_ACCOUNT_NAME,
-                    status=NodeStatus.OFFLINE,  # may be sent messages before it calls
+                    status=NodeStatus.OFFLINE,  # may receive messages before it connects
                     registered_at=datetime.now(UTC).isoformat(),
                     public_key=public_key,
                 )
@@ -149,9 +150,9 @@ class Fleet:
         return node_id
 
     def abandon(self, message_id: str) -> bool:
-        """Drops what has come of a reply, unless all of it has; its node may push it again.
+        """Drops a partial reply, so that its node can push it again; keeps a complete one.
 
-        Returns whether nothing of the reply is held any more.
+        Returns whether no part of the reply remains.
         """
         with self.lock:
             asked = self.asked.get(message_id)
@@ -162,9 +163,9 @@ class Fleet:
             return asked.reply is None
 
     def restart(self, node_id: int) -> None:
-        """Puts back what a node was sent and has not answered: its process has come back.
+        """Makes a node's unanswered messages pullable again, after its process has restarted.
 
-        What it had begun to push is dropped; Flower would refuse its reply as a second one.
+        Drops its partial replies, because Flower would reject the new ones as duplicates.
         """
         with self.lock:
             waiting = self.state.inbox[node_id]
@@ -175,9 +176,9 @@ class Fleet:
                     waiting.append(message_id)
 
     def send(self, messages: Iterable[Message]) -> list[str]:
-        """Puts messages where their nodes will pull them; returns their ids, in order."""
+        """Puts messages into their nodes' inboxes; returns the message ids, in order."""
         sent: list[str] = []
-        # Messages of a round share their weights: each array is hashed once, not once a node.
+        # Messages of a round share their weights: hash each array once, not once per node.
         with no_object_id_recompute():
             for message in messages:
                 message.metadata.ttl = _TTL_S
@@ -200,7 +201,7 @@ class Fleet:
                         content = objects[object_id].deflate()
                         state.store_object(self.run_id, session, object_id, content)
                     node_id = message.metadata.dst_node_id
-                    # As many as the values take: chunks that are equal are sent once.
+                    # Counts each value once for its chunks: equal chunks are sent once.
                     payload_bytes = sum(
                         len(one.data) for one in objects.values() if isinstance(one, Array)
                     )
@@ -212,39 +213,39 @@ class Fleet:
         return sent
 
     def objects_sent(self, node_id: int) -> int:
-        """How many objects a node was ever sent; those of a message count for each node."""
+        """Returns how many objects a node was ever sent; shared objects count for each node."""
         return self._sent.get(node_id, 0)
 
     def settle(self, message_id: str) -> None:
-        """Tells who waits that a reply has come in full."""
+        """Queues the complete reply to a message for `next_answered`."""
         with self._answered:
             self._ready.append(message_id)
             self._answered.notify_all()
 
     def lack(self, error: ResourceError | None) -> None:
-        """Notes that this machine could not take a reply in, or, by None, that it can again."""
+        """Records that this machine failed to store a reply, or, with None, that it works again."""
         self.lacks = error
 
     def wake(self) -> None:
-        """Ends the wait of `next_answered` early: who is there has changed."""
+        """Ends a wait in `next_answered` early, after devices connected or disconnected."""
         with self._answered:
             self._answered.notify_all()
 
     def next_answered(self, timeout_s: float) -> str | None:
-        """A message whose reply is there in full; None when none came in time, or on `wake`."""
+        """Returns a message id with a complete reply; None on a timeout or on `wake`."""
         with self._answered:
             if not self._ready:
                 self._answered.wait(timeout_s)
             return self._ready.popleft() if self._ready else None
 
     def take(self, message_id: str) -> Message | None:
-        """The reply to a message, once; neither it nor the message is kept.
+        """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.
 
-        Its metadata are those that were checked against its sender when it came, whatever the
-        payload says of itself. A payload that cannot be read gives a reply with an error.
+        The metadata are those checked against the sender on arrival, not those in the payload. An
+        unreadable payload gives a reply with an error.
 
         Raises:
-            DiskFull: there was no room to put its arrays together.
+            DiskFull: the disk has no room to assemble its arrays.
         """
         with self.lock:
             asked = self.asked.get(message_id)
@@ -256,8 +257,8 @@ class Fleet:
             limit_bytes = asked.reply_limit_bytes
             content, error = read_message(self.store, tree, limit_bytes=limit_bytes, own=own)
         except ResourceError:
-            raise  # this machine's, and no fault of the node's
-        except Exception as failure:  # bytes that were made up fail in many ways
+            raise  # a failure of this machine, not of the node
+        except Exception as failure:  # malicious bytes fail in many ways
             said = foreign(failure, _SHOWN)
             reason = (
                 f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
@@ -270,13 +271,13 @@ class Fleet:
         return make_message(metadata=metadata, content=content)
 
     def key_of(self, node_id: int) -> bytes | None:
-        """The key that a node is; None when there is no such node."""
+        """Returns the public key of a node; None if there is no such node."""
         with self.lock:
             node = self.state.nodes.get(node_id)
             return node.public_key if node is not None else None
 
     def forget(self, message_ids: Collection[str]) -> None:
-        """Drops messages, their payloads and what came in reply."""
+        """Deletes messages, their payloads and their replies."""
         with self.lock:
             for message_id in message_ids:
                 asked = self.asked.pop(message_id)

@@ -1,8 +1,8 @@
-"""The Fleet API that devices call: Flower's own handlers, each behind a check of who calls.
+"""The server's Fleet API for devices: Flower's handlers, behind a check of the caller's identity.
 
-Flower's handlers trust what a request says of its sender: they take a reply in another node's name
-and give any object to whoever knows its digest. Here a caller is the key of its connection, and is
-given what was sent to it, nothing else.
+Flower's handlers trust what a request states about its sender: they accept a reply in another
+node's name, and return any object to anyone with its digest. Here the key of the TLS connection
+identifies the caller, who receives only objects that were sent to it. `call` is the entry point.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from fedcore.flower.fleet_payload import MAX_OBJECTS
 _Request = TypeVar("_Request", bound=Message)
 
 CHUNK_BYTES = 6 * 2**20
-"""Most bytes of a request that carries an object: Flower cuts arrays at 5 MiB."""
+"""Most bytes of a request with an object: Flower cuts arrays at 5 MiB."""
 _SMALL_BYTES = 2**16
 _TREE_BYTES = 2**19
-_MOST_DEPTH = 8  # a message, its records, theirs, arrays, chunks
-_MOST_NODES = 4 * MAX_OBJECTS  # equal chunks are one object in many places
+_MOST_DEPTH = 8  # a message, its records, their records, arrays, chunks
+_MOST_NODES = 4 * MAX_OBJECTS  # equal chunks are one object in several places
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: the node of the key that the connection was opened with."""
+    """The caller: the node whose key authenticated the connection."""
 
     node_id: int
     public_key: bytes
@@ -58,16 +58,16 @@ class Caller:
 
 @dataclass(frozen=True)
 class Large:
-    """An answer that is sent from a file, in pieces: ``head``, then all of ``file``."""
+    """A response that is sent from a file, in pieces: ``head``, then all of ``file``."""
 
     head: bytes
     file: BinaryIO
     size_bytes: int
-    """Of both."""
+    """Bytes of both together."""
 
 
 Body = bytes | BinaryIO
-"""Of a request: itself, or a file that holds it."""
+"""Body of a request: bytes, or a file that contains them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Route:
 
 
 def _parse(kind: type[_Request], body: Body) -> _Request:
-    """The request in a body; one that came as a file is in memory no longer than it is parsed."""
+    """Parses a request; the bytes of a file are in memory only for the parsing."""
     raw = body if isinstance(body, bytes) else body.read()
     try:
         request: _Request = kind.FromString(raw)
@@ -108,7 +108,7 @@ def _activate(fleet: Fleet, caller: Caller, body: Body) -> Message:
             "was refused."
         )
     fleet.enlist(caller.public_key)
-    fleet.state.deactivate_node(caller.node_id)  # Flower refuses one that it thinks is there
+    fleet.state.deactivate_node(caller.node_id)  # Flower rejects a node that it considers online
     return fleet_handlers.activate_node(request, fleet.state)
 
 
@@ -127,8 +127,8 @@ def _beat(fleet: Fleet, caller: Caller, body: Body) -> Message:
 def _pull_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(PullMessagesRequest, body)
     _is_caller(request.node.node_id, caller)
-    # A node asks when it has nothing to do: what it was given before did not reach it, or what it
-    # answered did not arrive.
+    # A node pulls when it is idle, so its previous message did not reach it, or its reply did not
+    # arrive.
     fleet.restart(caller.node_id)
     return fleet_handlers.pull_messages(request, fleet.state, fleet.state.object_store)
 
@@ -155,7 +155,7 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | Large:
     if file is None:
         return fleet_handlers.pull_object(request, fleet.state)
     size_bytes = os.fstat(file.fileno()).st_size
-    # What protobuf writes for these fields, and last of all the content, which is in the file.
+    # Protobuf's encoding of these fields; the content comes last, and is in the file.
     head = PullObjectResponse(object_found=True, object_available=True).SerializeToString()
     head += bytes((_CONTENT_TAG,)) + _varint(size_bytes)
     return Large(head, file, len(head) + size_bytes)
@@ -165,7 +165,7 @@ _CONTENT_TAG = PullObjectResponse.DESCRIPTOR.fields_by_name["object_content"].nu
 
 
 def _varint(number: int) -> bytes:
-    """A number as protobuf writes lengths: seven bits a byte, the last without the high bit."""
+    """Returns a number as a protobuf varint: seven bits a byte, the last without the high bit."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)
@@ -174,11 +174,11 @@ def _varint(number: int) -> bytes:
 
 
 def objects_of(tree: ObjectTree) -> set[str]:
-    """The objects of a reply, each with one list of objects below it.
+    """Returns the ids of a reply's objects, after checking the tree.
 
     Raises:
-        ValueError: they are too many, lie too deep, are no digests, or one stands twice with others
-            below it: then nobody could say which of them a chunk belongs to.
+        ValueError: there are too many, they nest too deep, an id is no digest, or one id occurs
+            twice with different children: a chunk's parent would be ambiguous.
     """
     below: dict[str, tuple[str, ...]] = {}
     left, count = [(tree, 1)], 0
@@ -208,7 +208,7 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
         raise _malformed(caller, "its tree of objects belongs to another message")
     try:
         objects = objects_of(tree)
-    except ValueError as error:  # before Flower keeps any of it
+    except ValueError as error:  # before Flower stores any of it
         raise _malformed(caller, str(error)) from None
     with fleet.lock:
         asked = fleet.asked.get(metadata.reply_to_message_id)
@@ -228,10 +228,10 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
             raise _malformed(caller, "it goes by the name of what the server sent")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
-        except ValueError as error:  # digests that are none
+        except ValueError as error:  # invalid digests
             raise _malformed(caller, str(error)) from None
         missing = {one for one in objects if not fleet.store.is_there(one)}
-        # Flower answers as if all were there when it does not take a message.
+        # If Flower rejects a message, it answers as if no object were missing.
         if metadata.message_id not in fleet.state.message_res_store or missing != {
             *answer.objects_to_push
         }:
@@ -269,7 +269,7 @@ def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
         asked.came_bytes = came_bytes
     answer = fleet_handlers.push_object(request, fleet.state)
     with fleet.lock:
-        # Only the push of the last object settles, whichever order threads come here in.
+        # Only the push of the last object settles, in whatever order threads get here.
         last = answer.stored and asked.missing == {request.object_id}
         if answer.stored:
             asked.missing.discard(request.object_id)
@@ -300,8 +300,8 @@ ROUTES: Mapping[str, Route] = {
     "/v1/fleet/push-object": Route(_push_object, CHUNK_BYTES),
     "/v1/fleet/send-node-heartbeat": Route(_beat, _SMALL_BYTES),
 }
-"""What faces the network. A server that knows its nodes by their certificates has no need of the
-other calls: nodes do not register and are never sent code."""
+"""All calls open to the network. The other calls of Flower's API are not needed: the server knows
+its nodes by their certificates, so they do not register, and it never sends them code."""
 
 
 @dataclass(frozen=True)
@@ -309,12 +309,12 @@ class Upload:
     """A reply that a node is about to push."""
 
     message_id: str
-    """The message that it answers."""
+    """Id of the message that it answers."""
     most_bytes: int
 
 
 def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
-    """What a push of messages will bring; None when it answers nothing that is waited for."""
+    """Returns the upload that a push of messages starts; None if it answers no pending message."""
     request = _parse(PushMessagesRequest, body)
     if not request.messages_list or not request.message_object_trees:
         return None
@@ -331,9 +331,9 @@ def call(fleet: Fleet, caller: Caller, route: Route, body: Body) -> bytes | Larg
     """Answers one call of the Fleet API.
 
     Raises:
-        DataError: the request cannot be read.
-        TrustError: it speaks for somebody else than ``caller``.
-        InvalidUpdate: it is late, a duplicate, or does not fit what the caller was asked for.
+        DataError: the request cannot be parsed.
+        TrustError: it names another node or key than ``caller``'s.
+        InvalidUpdate: it is late, a duplicate, or does not match a message to the caller.
     """
     try:
         answer = route.answer(fleet, caller, body)

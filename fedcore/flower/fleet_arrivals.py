@@ -1,8 +1,8 @@
-"""A chunk of an update, written to its place in the array's file and hashed while it comes in.
+"""Receives a chunk of an update: writes it to its array's file and hashes it as it arrives.
 
-Flower's own way holds the request, then its content, then hashes that; an update is written again
-when its chunks are put together. Here a byte is touched once on its way from the network to the
-file that the journal links.
+Flower's own code keeps the request in memory, then its content, then hashes that; it writes an
+update again to concatenate its chunks. Here each byte is processed once between the network and
+the file, to which the journal makes a hard link.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from fedcore.updates.cuts import CUT_BYTES, cut_head
 from fedcore.updates.pieces import Joined
 
 BEGINNING_BYTES = 1024
-"""So much of a request's beginning tells whether a large chunk comes: what stands before one takes
-fewer bytes."""
-_MOST_AFTER_BYTES = 1024  # what stands behind a chunk: the session
+"""Bytes of a request's beginning that suffice to recognise a large chunk: the fields before the
+chunk are shorter."""
+_MOST_AFTER_BYTES = 1024  # the fields after a chunk: the session
 _BLOCK_BYTES = 2**14
-"""What is written ends at a multiple of this, but at the end; less than one of them waits."""
+"""Writes end at a multiple of this, except the last; a shorter rest waits in memory."""
 _CONTENT = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number
 _LENGTH_DELIMITED, _VARINT = 2, 0
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """The beginning of a request that brings a large chunk."""
+    """The parsed beginning of a request with a large chunk."""
 
     fields: bytes
-    """What stands before the content."""
+    """The bytes before the content."""
     body_at: int
-    """Where the chunk's bytes begin, in the request."""
+    """Offset of the chunk's bytes in the request."""
     head: bytes
-    """What stands before those, in the content."""
+    """Flower's header before these bytes, in the content."""
     body_bytes: int
 
 
 def beginning_of(raw: bytes) -> Beginning | None:
-    """Reads the first bytes of a request to push an object.
+    """Parses the first bytes of a request to push an object.
 
-    None where they are not such that a chunk of more than `LARGE_BYTES`, and no more than
-    `CUT_BYTES`, follows: then the request is to be read as a whole.
+    Returns None unless a chunk of more than `LARGE_BYTES` and at most `CUT_BYTES` follows: the
+    caller then reads the request as a whole.
     """
     at = 0
     while True:
@@ -76,7 +76,7 @@ def beginning_of(raw: bytes) -> Beginning | None:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    """The number at a place, and where what follows it begins; that is -1 where it is cut off."""
+    """Returns the number at an offset, and the offset after it: -1 if it is cut off."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(raw):
@@ -89,27 +89,27 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
 
 
 class Arrival:
-    """One chunk that is coming in.
+    """One chunk that is arriving.
 
-    Everything but its digest and its session is checked before the first byte is written. Where
-    the same chunk is pushed once more meanwhile, the later push takes its place and the earlier one
-    is refused at its next byte: nothing is written where something verified lies.
+    Everything but its digest and its session is checked before the first byte is written. If the
+    same chunk is pushed again meanwhile, the later push replaces the earlier one, which is rejected
+    at its next byte: nothing overwrites verified data.
 
-    All methods are called from one thread, that of the network.
+    All methods are called from the network thread.
     """
 
     def __init__(self, fleet: Fleet, node_id: int, name: str, begun: Beginning) -> None:
-        """Begins it.
+        """Checks the request and opens the file.
 
         Raises:
-            DataError: the request cannot be read.
-            TrustError: it speaks for somebody else.
-            InvalidUpdate: no reply of the caller lacks this object, or the reply gets too large.
-            DiskFull: there is no room.
+            DataError: the request cannot be parsed.
+            TrustError: it names another node than the caller's.
+            InvalidUpdate: no reply of the caller needs this object, or the reply becomes too large.
+            DiskFull: the disk has no room.
         """
         self._fleet, self._name, self._begun = fleet, name, begun
         self.is_whole = False
-        """Whether the last byte of the request has come."""
+        """Whether the last byte of the request has arrived; the caller sets it."""
         self._descriptor = -1
         request = _parse(begun.fields)
         self.object_id = request.object_id
@@ -162,13 +162,13 @@ class Arrival:
 
     @property
     def came_bytes(self) -> int:
-        """How many bytes of the request have come."""
+        """Bytes of the request that have arrived."""
         body_bytes = self._begun.body_bytes - self._left
         return self._begun.body_at + body_bytes + len(self._after)
 
     @property
     def content_bytes(self) -> int:
-        """Of the object."""
+        """Size of the object."""
         return len(self._begun.head) + self._begun.body_bytes
 
     def _lacking(self, node_id: int) -> tuple[str, PendingMessage]:
@@ -181,12 +181,12 @@ class Arrival:
         )
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Takes the next bytes of the request, after those that the beginning covers.
+        """Processes the next bytes of the request, after the parsed beginning.
 
         Raises:
-            InvalidUpdate: the chunk is pushed again, or its reply is waited for no longer.
-            DataError: more follows than a request has.
-            DiskFull: there is no room.
+            InvalidUpdate: the chunk is being pushed again, or its reply is no longer pending.
+            DataError: the request is too long.
+            DiskFull: the disk has no room.
         """
         body, rest = memoryview(piece)[: self._left], memoryview(piece)[self._left :]
         if body:
@@ -200,10 +200,10 @@ class Arrival:
                 raise _unreadable(self._begun.body_at + self._begun.body_bytes)
 
     def _write_whole(self, body: memoryview) -> None:
-        """Writes what has come as far as it fills blocks; the rest waits for the next piece.
+        """Writes as many full blocks as have arrived; the rest waits for the next piece.
 
-        The system keeps a file by pages, which it finds and locks once more for each write that
-        ends within one.
+        The system caches a file in pages, and must find and lock a page again for each write that
+        ends within it.
         """
         end = self._at + len(self._unwritten) + len(body)
         over = end % _BLOCK_BYTES if self._left else 0
@@ -212,7 +212,7 @@ class Arrival:
             return
         parts = [memoryview(self._unwritten), body[: len(body) - over]]
         with disk_errors(self._fleet.store.folder):
-            while parts:  # a disk that fills up takes a part first
+            while parts:  # a disk that is filling up accepts only a part
                 written = os.pwritev(self._descriptor, parts, self._at)
                 self._at += written
                 while parts and written >= len(parts[0]):
@@ -222,11 +222,11 @@ class Arrival:
         self._unwritten = bytearray(body[len(body) - over :])
 
     def finish(self) -> PushObjectResponse:
-        """Says, once the request's last byte has come, that the chunk is there.
+        """Verifies the chunk after the request's last byte, stores it and returns the response.
 
         Raises:
-            DataError: the request cannot be read.
-            InvalidUpdate: it is of another session, or was pushed again meanwhile.
+            DataError: the request cannot be parsed.
+            InvalidUpdate: it is of another session, or the chunk is being pushed again.
         """
         if self._left:
             raise _unreadable(self._begun.body_at + self._begun.body_bytes - self._left)
@@ -247,12 +247,12 @@ class Arrival:
         if not fleet.state.store_object(request.run_id, request.session_id, self.object_id, b""):
             fleet.store.lift(self.object_id, self._cut)
             return PushObjectResponse(stored=False)
-        # A round waits for its updates to be durable: the disk is not to begin with that then.
+        # A round waits until its updates are durable: start writing to disk now.
         descriptor, self._descriptor = self._descriptor, -1
         fleet.writeback.begin(descriptor, self._at - self._begun.body_bytes, self._begun.body_bytes)
         fleet.state.store_traffic(request.run_id, bytes_sent=0, bytes_recv=self.content_bytes)
         with fleet.lock:
-            # Only the push of the last object settles, whichever order threads come here in.
+            # Only the push of the last object settles, in whatever order threads get here.
             last = asked.missing == {self.object_id}
             asked.missing.discard(self.object_id)
             asked.arriving.pop(self.object_id, None)
@@ -261,7 +261,7 @@ class Arrival:
         return PushObjectResponse(stored=True)
 
     def close(self) -> None:
-        """Lets go of the file; what was not finished may be pushed again."""
+        """Closes the file; an unfinished chunk may be pushed again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,4 +1,4 @@
-"""What nodes were sent and have not answered in full, found by message, by node and by object."""
+"""Messages without a complete reply, indexed by message, node and object."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from fedcore.updates.pieces import Joined
 
 
 class Arriving(Protocol):
-    """An object that is coming in."""
+    """An object whose bytes are arriving."""
 
     @property
     def content_bytes(self) -> int:
-        """How many bytes it will have."""
+        """The object's size."""
 
 
 @dataclass
 class PendingMessage:
-    """A message that a node was sent and has not answered in full."""
+    """A message to a node, with the state of its partial reply."""
 
     node_id: int
     objects: frozenset[str]
-    """What its node may pull."""
+    """Ids of the objects that the node may pull."""
     payload_bytes: int
-    """What its node is sent."""
+    """Bytes of the arrays in the message."""
     reply: ObjectTree | None = None
-    """The reply that the node has begun to push."""
+    """Objects of the reply that the node has begun to push; None before."""
     missing: set[str] = field(default_factory=set)
-    """Objects of the reply that have not come yet."""
+    """Ids of the reply's objects that have not arrived."""
     session: str = ""
     came_bytes: int = 0
-    """What has come of the reply."""
+    """Bytes of the reply that have arrived."""
     arriving: dict[str, Arriving] = field(default_factory=dict)
-    """Who writes each object that is coming in now: the last that began to."""
+    """The current writer of each object that is arriving: the latest if there are several."""
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Of each object of the reply that has none below it: the one above, and its number there."""
+    """Parent and index below it, for each object of the reply without children."""
     files: dict[str, Joined] = field(default_factory=dict)
-    """What chunks are written into, by the object above them."""
+    """The files that receive chunks, by the id of the chunks' parent."""
     ends: dict[str, int] = field(default_factory=dict)
-    """How long these may have become, whatever became of the chunks."""
+    """Upper bounds of the lengths of these files, also after failed writes."""
 
     def announce(self, tree: ObjectTree, session: str, missing: set[str]) -> None:
-        """A reply is about to come, without what is there already."""
+        """Records the start of a reply, with the objects that have not arrived."""
         self.reply, self.session, self.missing = tree, session, missing
         self.places = {
             child.object_id: (each.object_id, place)
@@ -57,21 +57,21 @@ class PendingMessage:
         }
 
     def drop_reply(self) -> None:
-        """Forgets what has come of the reply; threads that are writing some of it may not go on."""
+        """Deletes the state of a partial reply; threads that are writing parts of it must stop."""
         self.reply, self.session, self.came_bytes = None, "", 0
         for one in (self.missing, self.arriving, self.places, self.files, self.ends):
             one.clear()
 
     @property
     def reply_limit_bytes(self) -> int:
-        """The most that a reply may hold: twice what was sent, and room for small records."""
+        """Largest reply accepted, in bytes: twice the message's, plus room for small records."""
         return 2 * self.payload_bytes + 2**20
 
 
 class PendingMessages(Mapping[str, PendingMessage]):
-    """All that was asked and is not answered. Belongs to the fleet, whose lock is held around it.
+    """All messages without a complete reply. The caller holds the fleet's lock.
 
-    Whatever a call of one node's looks up takes the same time however many nodes there are.
+    Lookups for one node's requests take a time that does not depend on the number of nodes.
     """
 
     def __init__(self) -> None:
@@ -89,20 +89,20 @@ class PendingMessages(Mapping[str, PendingMessage]):
         return len(self._all)
 
     def of(self, node_id: int) -> list[tuple[str, PendingMessage]]:
-        """What a node was sent and has not answered in full."""
+        """Returns a node's messages without a complete reply, by message id."""
         return list(self._of[node_id].items()) if node_id in self._of else []
 
     def sends(self, object_id: str) -> bool:
-        """Whether an object is part of what nodes were sent."""
+        """Returns whether an object is part of any message in this mapping."""
         return object_id in self._objects
 
     def add(self, message_id: str, asked: PendingMessage) -> None:
-        """A message is sent."""
+        """Adds a message that is being sent."""
         self._all[message_id] = self._of[asked.node_id][message_id] = asked
         self._objects.update(asked.objects)
 
     def pop(self, message_id: str) -> PendingMessage | None:
-        """A message is answered, or forgotten."""
+        """Removes a message that was answered or dropped, and returns it; None if unknown."""
         asked = self._all.pop(message_id, None)
         if asked is None:
             return None

@@ -1,4 +1,4 @@
-"""A device's side of the Fleet API, over Flower's own client and the device's certificate."""
+"""A device's client of the Fleet API, over Flower's HTTP client and the device's certificate."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ from fedcore.rpc.jitter import spread_s
 log = logging.getLogger("fedcore.device")
 
 HEARTBEAT_S = 1800
-"""What a node announces to Flower: the most that it allows. Whether a node is there is seen
-elsewhere, and sooner."""
+"""Heartbeat interval announced to Flower, its maximum. fedcore detects offline nodes elsewhere, and
+sooner."""
 _TIMEOUT_S = 90.0
 _CONNECT_S = 10.0
-"""How long an address may take to answer, where the kit holds others."""
+"""Seconds that one address may take to connect, if the kit has others."""
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 _BUSY_S, _BUSY_GROWTH, _LAST_BUSY_S = 0.05, 1.1, 30.0
-"""How soon a busy server is asked again at the soonest: at first, by what factor later each time,
-and in the end. One that says so on and on would be asked as often as it likes."""
+"""Least seconds before a busy server is asked again: initially, growth factor, maximum. A server
+that is always busy would otherwise set the rate of requests."""
 _BUSY_TOLD = 30
-"""After so many times an owner is told."""
+"""Number of busy responses after which the device logs a warning."""
 _PUSHES = 3
-"""How often a reply is begun again when the server has dropped what had come of it."""
+"""Most attempts at one reply, if the server drops its partial state."""
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
 class FleetLink:
-    """Calls the Fleet API as one node. Safe to use from several threads.
+    """Calls the Fleet API as one node. Safe for use from several threads.
 
-    A server that is busy says when to come again, and is asked again then. When it cannot be
-    reached, the kit is read again: one that was renewed meanwhile is used from then on. The kit's
-    addresses are tried in turn, and the one that led to the server stays in use.
+    A busy server states when to retry, and the call waits. If the server cannot be reached, the
+    link rereads the kit, and uses a renewed one from then on. It tries the kit's addresses in turn,
+    and continues with the one that works.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class FleetLink:
         let_in_before: bool = False,
         passed: Callable[[int], None] | None = None,
     ) -> None:
-        """Connects to nothing yet.
+        """Creates a link; opens no connection yet.
 
         Args:
-            kit: The device's identity, and where the server is.
-            headers: Go with every call.
-            stop: Ends waiting for a busy server when it is set.
-            let_in_before: Whether the server ever let this device in: the kit fits it then, and
-                whoever does not prove to be that server merely stands in its place.
-            passed: Hears how many bytes each call has moved, and may wait.
+            kit: The device's identity and the server's addresses.
+            headers: Headers of every request.
+            stop: When set, ends a wait for a busy server.
+            let_in_before: Whether the server has ever admitted this device: the kit is right then,
+                so a peer that cannot prove to be the server is a temporary failure.
+            passed: Callback after each request with the bytes transferred; may block.
         """
         self.kit = kit
-        """The identity as it is used now."""
+        """The identity in use."""
         self._let_in = let_in_before
         self._headers = dict(headers)
         self._stop = stop
@@ -103,19 +103,19 @@ class FleetLink:
         self._server = kit.servers[0]
         self._clients = {self._server: self._connect(kit, self._server)}
         self._distrusted = set[str]()
-        """Addresses that were told of, since another one led to the server."""
+        """Untrusted addresses that were logged since another address worked."""
         self._before: list[BoundedClient] = []
-        """Those of kits before: another thread may be in a call of theirs."""
+        """Clients of earlier kits, still open: another thread may be using one."""
         self._renewing = threading.Lock()
         self._unusable = ""
         self._last: httpx.Timeout | None = None
-        """What a call may take once this process ends, and waits for nothing more."""
+        """Timeout of the last call, once this process ends; nothing waits for retries then."""
         self._node = Node()
         self.wake_port = 0
-        """Where the server wakes devices; known once `activate` has returned."""
+        """Port of the server's wake stream; known once `activate` has returned."""
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Adds the headers to a call, and reads those of its answer."""
+        """Adds the headers to a request, and reads the wake port from the response."""
         context.request.headers.update(self._headers)
         if self._last is not None:
             context.request.extensions["timeout"] = self._last.as_dict()
@@ -133,38 +133,38 @@ class FleetLink:
 
     @property
     def node_id(self) -> int:
-        """The node that this device is; 0 before it was activated."""
+        """The id of this device's node; 0 before `activate`."""
         return self._node.node_id
 
     def activate(self) -> None:
-        """Tells the server that this process is there."""
+        """Tells the server that this process is online."""
         request = ActivateNodeRequest(public_key=self.kit.public, heartbeat_interval=HEARTBEAT_S)
         self._node = Node(node_id=self._call(FleetHttpClient.ActivateNode, request).node_id)
         self._let_in = True
 
     def deactivate(self, timeout_s: float) -> None:
-        """Says goodbye: connecting, sending and hearing may take ``timeout_s`` each."""
+        """Tells the server that this process ends; each network step may take ``timeout_s``."""
         self._last = httpx.Timeout(timeout_s)
         self._call(FleetHttpClient.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
     def beat(self, again_s: float) -> None:
-        """Tells the server that this process is there, and calls again within ``again_s`` seconds.
+        """Tells the server that this process is online, and will call again in ``again_s`` seconds.
 
-        Other calls repeat that, until the next beat.
+        Later requests repeat the promise, until the next beat.
         """
         self._headers |= again_in(again_s)
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
         self._call(FleetHttpClient.SendNodeHeartbeat, request)
 
     def settings(self, run_id: int) -> dict[str, str]:
-        """What the server tells devices of a run."""
+        """Returns the settings of a run that the server sends to devices."""
         answer = self._call(FleetHttpClient.GetRun, GetRunRequest(node=self._node, run_id=run_id))
         with _readable():
             told = run_from_proto(answer.run).override_config
         return {key: str(value) for key, value in told.items()}
 
     def announced(self) -> Announced | None:
-        """The next message for this node, without its content; None when there is none."""
+        """Returns the next message for this node, without its content; None if there is none."""
         answer = self._call(FleetHttpClient.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list or not answer.message_object_trees:
             return None
@@ -174,11 +174,11 @@ class FleetLink:
         return Announced(message, answer.message_object_trees[0])
 
     def fetch(self, announced: Announced, *, limit_bytes: int) -> Message:
-        """A message in full.
+        """Fetches a message with its content.
 
         Raises:
             OwnerLimit: it takes more than ``limit_bytes``; nothing of that size was allocated.
-            InvalidUpdate: it is no message of a fedcore server, or the server has it no longer.
+            InvalidUpdate: it is no message of a fedcore server, or the server has deleted it.
         """
         metadata = announced.message.metadata
         content = read_content(
@@ -192,7 +192,7 @@ class FleetLink:
         """Sends a reply, object by object, until the server has all of it.
 
         Raises:
-            InvalidUpdate: the server does not take it: it is late, or was refused.
+            InvalidUpdate: the server rejects the reply, for example because it is late.
         """
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -213,26 +213,26 @@ class FleetLink:
             except InvalidUpdate:
                 if not left:
                     raise
-                continue  # dropped meanwhile, or late: beginning again tells which
+                continue  # the server dropped it, or it is late: the next attempt tells which
             return
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes all connections."""
         for client in (*self._clients.values(), *self._before):
             client.close()
 
     def address(self, turn: int) -> str:
-        """The address that led to the server last; with a ``turn`` above 0, the others after it."""
+        """Returns the address that worked last; with a ``turn`` above 0, one of those after it."""
         servers, here = self.kit.servers, self._server
         return servers[((servers.index(here) if here in servers else 0) + turn) % len(servers)]
 
     def renew(self) -> bool:
-        """Reads the kit again, and uses it from now on if it is another; says whether it is.
+        """Rereads the kit, and uses it from now on if it has changed; returns whether it has.
 
-        One that cannot be used is told of, and the one in use stays as long as it is in force.
+        An invalid kit is logged, and the current one stays in use until it expires.
 
         Raises:
-            CertificateRefused: the certificate has expired, and none in force lies on disk.
+            CertificateRefused: the current certificate has expired, and the kit on disk is invalid.
         """
         with self._renewing:
             try:
@@ -256,7 +256,7 @@ class FleetLink:
         return True
 
     def _keep(self, error: FedcoreError) -> None:
-        """Stays with the kit in use, where it may be used still."""
+        """Keeps the current kit and logs why; raises if it has expired."""
         if datetime.now(UTC) > self.kit.not_after + SKEW:
             raise CertificateRefused(
                 f"{self.kit.folder}: this device's certificate expired on "
@@ -318,20 +318,20 @@ class FleetLink:
                 if times == _BUSY_TOLD:
                     log.warning("the server says that it is busy, over and over; it is asked again")
                 least_s = min(_LAST_BUSY_S, _BUSY_S * _BUSY_GROWTH ** min(times, 100))
-                # Jitter upwards alone: nobody comes back before the time that was named.
+                # Jitter only upwards: never retry before the time that the server stated.
                 if self._stop.wait(spread_s(max(busy.retry_after_s, least_s), 1.0, 1.5)):
                     raise Unreachable("the server is busy, and this process ends") from None
 
     def _turn(self, failed: Mapping[str, Exception], error: Exception) -> bool:
-        """Turns to an address that has not failed; says whether the call is to be made again."""
+        """Switches to an address that has not failed; returns whether to repeat the call."""
         unsent = isinstance(error, _NOT_SENT) or is_distrust(error)
         if self._last is not None or not unsent:
-            return False  # what was sent may have been heard: the caller knows what to do then
+            return False  # the server may have received the request: the caller must decide
         with self._renewing:
             left = [server for server in self.kit.servers if server not in failed]
             if not left:
                 return False
-            if self._server in failed:  # else another thread has turned already
+            if self._server in failed:  # else another thread has already switched
                 if left[0] not in self._clients:
                     self._clients[left[0]] = self._connect(self.kit, left[0])
                 self._server = left[0]
@@ -349,7 +349,7 @@ class FleetLink:
         told = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
         unproven = {server: one for server, one in failed.items() if is_distrust(one)}
         if datetime.now(UTC) > self.kit.not_after and (self._let_in or not unproven):
-            # A server hangs up on it after the handshake: what TLS says of that tells nobody why.
+            # The server disconnects after the handshake, so the TLS error shows no reason.
             return OwnExpired(
                 f"this device's own certificate expired on {_minute(self.kit.not_after)} UTC, and "
                 "a server takes it no more. Have it renewed with `fedcore provision renew`, and "
@@ -372,10 +372,10 @@ class FleetLink:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Takes an answer that Flower's own parsers cannot read for one of no fedcore server."""
+    """Turns exceptions of Flower's parsers on a malformed response into `Unreachable`."""
     try:
         yield
-    except Exception as error:  # they fail in many ways on bytes that were made up
+    except Exception as error:  # they fail in many ways on malicious bytes
         raise Unreachable(
             f"an answer of the server cannot be read ({type(error).__name__}: {error})"
         ) from None

@@ -1,4 +1,4 @@
-"""What goes wrong between a device and its server, by what HTTP and TLS say of it."""
+"""Turns HTTP and TLS failures between a device and its server into typed exceptions."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ _REFUSED: dict[int, type[FedcoreError]] = {
     413: InvalidUpdate,
 }
 _MOST_DETAIL = 600
-"""Characters of a server's words that are shown."""
+"""Most characters of a server's error text that are shown."""
 _MOST_REFUSAL_BYTES = 1 << 14
 _CERTIFICATE_ALERT = re.compile("ALERT_(UNKNOWN_CA|.*CERTIFICATE|ACCESS_DENIED)")
 
 
 class Unreachable(ConnectionError):
-    """The server cannot be reached, or is not itself; it may be again."""
+    """The server cannot be reached or authenticated; retrying may succeed."""
 
 
 class Unproven(Unreachable):
-    """What answers is not shown to be the project's server; the server may be back there later."""
+    """The peer does not prove to be the project's server; retrying may succeed."""
 
 
 class Refused(Unreachable):
-    """The server lets this device in no more, and did before; it may again."""
+    """The server rejects this device, which it admitted before; retrying may succeed."""
 
 
 class OwnExpired(Unreachable):
-    """The device's own certificate has run out; a renewed kit is taken up as it comes."""
+    """The device's own certificate has expired; a renewed kit is used once it is installed."""
 
 
 class NotActivated(ConnectionError):
-    """The server does not know this process: it was restarted, or another one took its place."""
+    """The server does not know this process: it restarted, or another process replaced this one."""
 
 
 class Busy(Exception):
-    """The server is there, and says when to come again."""
+    """The server is busy, and states when to retry."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class Busy(Exception):
 
 @contextmanager
 def refusals(*, let_in: bool) -> Iterator[None]:
-    """Turns what HTTP says into the errors of this project.
+    """Turns HTTP errors inside the block into fedcore's exceptions.
 
-    Where the server has ``let_in`` this device before, no refusal is one for good: a server that
-    was misled, or is another's for an hour, would end every device until somebody starts it again.
+    If the server has admitted this device before (``let_in``), a rejection is retryable:
+    otherwise one server in error would stop every device until its owner restarts it.
     """
     try:
         yield
@@ -79,17 +79,17 @@ def refusals(*, let_in: bool) -> Iterator[None]:
                 f"the server refuses this device, which it let in before (HTTP {status}: {detail})"
             ) from None
         raise kind(detail) from None
-    except ValueError as error:  # an answer that is no protobuf: a proxy's page, say
+    except ValueError as error:  # the response is no protobuf, for example a proxy's page
         raise Unreachable(str(error)) from None
     except (FedcoreError, httpx.TransportError):
         raise
-    except Exception as error:  # HTTP's and protobuf's readers, on bytes that were made up
+    except Exception as error:  # parsers of HTTP and protobuf, on malicious bytes
         said = f"{type(error).__name__}: {foreign(error, 200)}"
         raise Unreachable(f"an answer of the server cannot be read ({said})") from None
 
 
 def is_distrust(error: BaseException | None) -> bool:
-    """Whether TLS failed over a certificate, and not over the network."""
+    """Returns whether TLS failed because of a certificate, rather than the network."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return True
@@ -100,7 +100,7 @@ def is_distrust(error: BaseException | None) -> bool:
 
 
 def doubt(unproven: Mapping[str, Exception]) -> str:
-    """What to tell of addresses where whoever answers is not known to be the server."""
+    """Returns a text about addresses whose peer does not prove to be the project's server."""
     told = "; ".join(f"{server} ({error})" for server, error in unproven.items())
     return (
         f"{told}: what answers there does not prove to be this project's server, or refuses this "
@@ -109,9 +109,10 @@ def doubt(unproven: Mapping[str, Exception]) -> str:
 
 
 def _detail(response: httpx.Response) -> str:
-    """What the server says of it, in UTF-8: a charset that it names would be any codec of Python's.
+    """Returns the server's error text, decoded as UTF-8.
 
-    Some of those decompress, some take time with the square of the length, some fail oddly.
+    The response's charset is ignored: it can name any Python codec, and some decompress, some take
+    quadratic time, some fail in odd ways.
     """
     raw = response.content
     try:

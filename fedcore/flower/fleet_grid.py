@@ -1,4 +1,4 @@
-"""A grid over devices that are really there, beside the server's own record of them."""
+"""A Flower grid over real devices: a ServerApp sends messages and receives checked replies."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from fedcore.flower.grid import OwnGrid
 from fedcore.updates.messages import REFUSED
 
 GRACE_S = 3.0
-"""How long a round waits for a device that is gone to come back, before it goes on without it."""
+"""Seconds that a round waits for a disconnected device to return, before it continues without."""
 _LOOK_S = 0.25
-"""How often a round looks whether a device that it waits for has been gone for too long."""
+"""Seconds between checks for devices that have been disconnected too long."""
 
 
 class Stopped(Exception):
-    """The server stops; what asked the grid is to end, too."""
+    """The server stops, and the caller of the grid must end, too."""
 
 
 class NodePresence(Protocol):
-    """Who is there, as the network tells."""
+    """The connected devices, according to the network."""
 
     def nodes(self) -> Iterable[int]:
-        """The nodes that are there now."""
+        """Returns the nodes that are online."""
 
     def wake(self, node_ids: Iterable[int]) -> None:
-        """Tells nodes that work awaits them."""
+        """Notifies nodes that a message waits for them."""
 
     def absent_s(self, node_id: int) -> float:
-        """Seconds since a node was last there; 0 while it is."""
+        """Returns the seconds since a node was last online; 0 while it is."""
 
 
 Check = Callable[[Message], None]
-"""Looks at a reply before anything of it is used; raises a FedcoreError when it is refused."""
+"""Checks a reply before any use of it; raises a FedcoreError to reject it."""
 
 
 class Inspector(Protocol):
-    """Knows what the reply to each message must be."""
+    """Determines the valid replies to each message."""
 
     def expect(self, messages: Sequence[Message]) -> Sequence[Check]:
-        """A check for the reply to each message, in order."""
+        """Returns a check for the reply to each message, in order."""
 
 
 class FleetGrid(OwnGrid):
-    """Hands messages to the fleet in this process, and replies back as they come in.
+    """Sends messages to the fleet in this process, and yields replies as they arrive.
 
-    A device that is gone for `GRACE_S` is waited for no longer, and is silent in its round. What
-    is left unanswered at the end of a round is forgotten; a reply to it is refused as late.
+    A round stops waiting once every device that has not replied has been offline for `GRACE_S`.
+    Messages without a reply at the end of a round are deleted; a later reply is rejected as late.
 
-    Replies are inflated and checked one at a time, as they are asked for, and none is held here
-    after that. One that is refused gives a reply with an error: its client failed.
+    Replies are parsed and checked one at a time, on demand, and not kept. A rejected reply becomes
+    a reply with an error: its client counts as failed.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class FleetGrid(OwnGrid):
         consumed: Callable[[str], None],
         stopping: threading.Event,
     ) -> None:
-        """A grid for the run that ``fleet`` has open.
+        """Creates a grid for the run that ``fleet`` has open.
 
         Args:
-            fleet: The server's record of nodes and messages.
-            presence: Who is there.
-            inspector: Checks replies.
-            consumed: Hears of each message whose reply is done with, or waited for no longer.
-            stopping: Once it is set, whoever asks the grid gets `Stopped`; wake ``fleet`` then.
+            fleet: The server's nodes and messages.
+            presence: The connected devices.
+            inspector: Provides the check for each reply.
+            consumed: Callback with each message id whose reply is processed or no longer awaited.
+            stopping: Once set, calls of the grid raise `Stopped`; also call ``fleet.wake()`` then.
         """
         super().__init__(fleet.run_id)
         self._fleet = fleet
@@ -85,19 +85,19 @@ class FleetGrid(OwnGrid):
         self._consumed = consumed
         self._stopping = stopping
         self.waits: Callable[[], None] = lambda: None
-        """Called each time that a round looks for replies that have not come."""
+        """Callback each time that a wait ends without a reply."""
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are there."""
+        """Returns the nodes that are online."""
         self._go_on()
         return list(self._presence.nodes())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Sends, and wakes those who are to answer."""
+        """Sends messages and wakes their nodes; returns the message ids."""
         return list(self._send(list(messages)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have come in full, each once."""
+        """Returns the complete replies to these messages, each once."""
         replies = []
         for message_id in message_ids:
             reply = self._take(message_id)
@@ -109,12 +109,13 @@ class FleetGrid(OwnGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Replies as they come in, until all have, or those who have not are gone, or time is up.
+        """Sends messages and yields replies as they arrive.
 
-        ``timeout`` is in seconds.
+        Ends when every node has replied, those that have not are offline, or ``timeout`` seconds
+        have passed.
 
         Raises:
-            ResourceError: time is up, and this machine could not take in what devices sent.
+            ResourceError: the wait ended, and this machine failed to store what devices sent.
         """
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         waiting = self._send(list(messages))
@@ -131,7 +132,7 @@ class FleetGrid(OwnGrid):
                     try:
                         yield reply
                     finally:
-                        del reply  # the next one is read while this frame waits
+                        del reply  # frees it before the next one is read
                         self._consumed(answered)
                     continue
                 now = time.monotonic()
@@ -152,13 +153,13 @@ class FleetGrid(OwnGrid):
                 self._consumed(message_id)
 
     def _check_machine(self) -> None:
-        """Ends a round that devices did answer: this machine had no room for what they sent."""
+        """Raises the error by which this machine failed to store replies, if there is one."""
         if self._fleet.lacks is not None:
             raise self._fleet.lacks
 
     def _send(self, messages: list[Message]) -> dict[str, int]:
-        """Sends, wakes, and returns the node of each message by the message's id."""
-        self._fleet.lack(None)  # what was lacking before says nothing of what comes now
+        """Sends messages and wakes their nodes; returns the nodes by message id."""
+        self._fleet.lack(None)  # forget earlier failures: they do not concern these replies
         checks = self._inspector.expect(messages)
         nodes = [message.metadata.dst_node_id for message in messages]
         sent = self._fleet.send(messages)
@@ -167,7 +168,7 @@ class FleetGrid(OwnGrid):
         return dict(zip(sent, nodes, strict=True))
 
     def _take(self, message_id: str) -> Message | None:
-        """A reply that passed its check, or one with an error in its place."""
+        """Returns a checked reply, or one with an error in its place; None if incomplete."""
         reply = self._fleet.take(message_id)
         if reply is None:
             return None
@@ -177,10 +178,10 @@ class FleetGrid(OwnGrid):
         try:
             check(reply)
         except (ResourceError, OSError):
-            raise  # this machine's, and no fault of the node's
+            raise  # a failure of this machine, not of the node
         except FedcoreError as error:
             code, said = REFUSED + error.exit_code, str(error)
-        except Exception as error:  # what was made up may fail in ways that no check foresees
+        except Exception as error:  # malicious content may fail in ways that no check foresees
             code = REFUSED + InvalidUpdate.exit_code
             said = (
                 f"update from node {reply.metadata.src_node_id}: it cannot be checked "

@@ -1,7 +1,7 @@
-"""A reply that was spooled, read back with its large arrays left on disk.
+"""Parses a spooled reply, and leaves its large arrays on disk.
 
-Flower's own way holds every chunk, then their concatenation, then a copy of that; and it takes an
-array's word for how often a chunk is repeated.
+Flower's own parser keeps every chunk in memory, then their concatenation, then a copy of that; and
+it trusts an array's description about how often a chunk is repeated.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
 from fedcore.updates.pieces import FileArray, Joined, JoinedArray
 
 MAX_PLAIN_BYTES = 16 << 20
-"""Most bytes of an object that holds no array's numbers: parsed, it takes up to 65 times as much.
-The largest of them holds mean and deviation of each number of an input."""
+"""Most bytes of an object without array data: parsed, it takes up to 65 times as much memory. The
+largest such object contains a mean and a deviation for each number of an input."""
 _MOST_DIMENSIONS = 64
 MAX_OBJECTS = 4096
-"""Most objects of a reply: 20 GiB of arrays."""
+"""Most objects of a reply; enough for 20 GiB of arrays."""
 _CHUNK = "ArrayChunk"
 
 
 def read_message(
     store: FleetStore, tree: ObjectTree, *, limit_bytes: int, own: Collection[Joined] = ()
 ) -> tuple[RecordDict | None, Error | None]:
-    """The content of a message whose objects are all in ``store``, or its error.
+    """Returns the content of a message whose objects are all in ``store``, or its error.
 
-    Arrays of more than `LARGE_BYTES` are files of their own, and stay when the store drops theirs.
-    ``own`` are those that chunks of this message came into; nobody else's is changed.
+    Arrays of more than `LARGE_BYTES` stay in files, which survive the deletion of the stored
+    objects. ``own`` are the files that received chunks of this message; no other file is changed.
 
     Raises:
-        DiskFull: there was no room for these.
-        ValueError: objects refer to others than those of ``tree``, or their arrays take more than
-            ``limit_bytes``. Made-up bytes raise anything else that Flower's parsers raise.
+        DiskFull: the disk has no room for these files.
+        ValueError: objects refer to objects outside ``tree``, or the arrays take more than
+            ``limit_bytes``. Malicious bytes can raise any exception of Flower's parsers.
     """
     known = frozenset(one.object_id for one in iterate_object_tree(tree))
     message = _StoreReader(store, known, limit_bytes, own).read(tree.object_id)
@@ -61,17 +61,17 @@ def _is_length(value: object) -> bool:
 
 
 class ObjectReader:
-    """Reads objects of one message, each once but for chunks; arrays stay in memory."""
+    """Parses the objects of one message, each once except chunks; arrays stay in memory."""
 
     def __init__(
         self, get: Callable[[str], bytes | None], known: frozenset[str], limit_bytes: int
     ) -> None:
-        """Reads nothing yet.
+        """Creates a parser; reads nothing yet.
 
         Args:
-            get: Gives an object's content; empty or None when there is none.
-            known: Objects that the message says it is made of.
-            limit_bytes: Most bytes of all its arrays, each chunk counted as often as it is used.
+            get: Returns an object's content; empty or None if there is none.
+            known: Ids of the objects that the message declares.
+            limit_bytes: Most bytes of all arrays; a chunk counts as often as it is used.
         """
         self._get = get
         self._known = known
@@ -79,7 +79,7 @@ class ObjectReader:
         self._read: dict[str, InflatableObject] = {}
 
     def read(self, object_id: str) -> InflatableObject:
-        """The object, and what it refers to."""
+        """Returns an object with its children."""
         found = self._read.get(object_id)
         if found is not None:
             return found
@@ -100,7 +100,7 @@ class ObjectReader:
         record, places = ArrayRecord(), json.loads(bytes(_body(content)))
         if set(places.values()) != set(children):
             raise ValueError("a record's arrays are others than those that it names")
-        for name, place in places.items():  # given as a whole, they would be read and copied
+        for name, place in places.items():  # ArrayRecord's constructor would read and copy arrays
             array = self.read(place)
             if not isinstance(array, Array):
                 raise TypeError(f"expected an Array, got {type(array).__name__}")
@@ -110,10 +110,10 @@ class ObjectReader:
     def _array(self, content: bytes, children: list[str]) -> Array:
         described = json.loads(bytes(_body(content)))
         shape = described["shape"]
-        # Before anybody multiplies them: numbers of thousands of digits take minutes.
+        # Before any multiplication: numbers of thousands of digits take minutes.
         if len(shape) > _MOST_DIMENSIONS or not all(_is_length(one) for one in shape):
             raise ValueError(f"an array of {len(shape)} dimensions, or of an impossible length")
-        # It refuses what is no description of an array.
+        # The constructor rejects an invalid description.
         form = Array(described["dtype"], tuple(described["shape"]), described["stype"], b"")
         self._declared(form.dtype, form.shape)
         places = described["arraychunk_ids"]
@@ -122,7 +122,7 @@ class ObjectReader:
         return self._filled(form, [children[place] for place in places])
 
     def _filled(self, form: Array, chunks: list[str]) -> Array:
-        """An array like ``form`` with the bytes of its chunks."""
+        """Returns an array like ``form`` with the bytes of its chunks."""
         file = self._together(chunks)
         if isinstance(file, io.BytesIO):
             form.data = file.getvalue()
@@ -130,7 +130,7 @@ class ObjectReader:
         return FileArray(form.dtype, form.shape, form.stype, file)
 
     def _together(self, chunks: list[str]) -> IO[bytes]:
-        """Chunks one after the other."""
+        """Concatenates chunks."""
         file = io.BytesIO()
         for each in chunks:
             file.write(self._part(each))
@@ -147,10 +147,10 @@ class ObjectReader:
         return part
 
     def _declared(self, dtype: str, shape: tuple[int, ...]) -> None:
-        """Looks at what an array says of itself; raises when it is not to be read."""
+        """Checks an array's declared type and shape; a subclass raises to reject it."""
 
     def _overflow(self) -> Exception:
-        """What arrays that are too large come to."""
+        """Returns the exception for arrays that are too large."""
         return ValueError("its arrays take more bytes than an update may have")
 
     def _content(self, object_id: str) -> bytes:
@@ -161,7 +161,7 @@ class ObjectReader:
 
 
 class _StoreReader(ObjectReader):
-    """Puts what is large together in files."""
+    """Parses a message and assembles large arrays in files."""
 
     def __init__(
         self, store: FleetStore, known: frozenset[str], limit_bytes: int, own: Collection[Joined]
@@ -170,7 +170,7 @@ class _StoreReader(ObjectReader):
         self._store, self._own = store, own
 
     def _filled(self, form: Array, chunks: list[str]) -> Array:
-        """Where its chunks came into one file, that is the array's, as it lies."""
+        """Fills an array; uses the file that received its chunks, if there is one."""
         known = self._known.issuperset(chunks)
         joined = self._store.joined(chunks, self._own) if known else None
         if joined is None:
@@ -182,7 +182,7 @@ class _StoreReader(ObjectReader):
         return array
 
     def _together(self, chunks: list[str]) -> IO[bytes]:
-        """Chunks one after the other: in memory, or in a file where they are large."""
+        """Concatenates chunks: in memory, or in a file if they are large."""
         file: IO[bytes] = io.BytesIO()
         try:
             with disk_errors(self._store.folder):

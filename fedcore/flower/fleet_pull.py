@@ -1,4 +1,4 @@
-"""A message of the server's, read by a device: within limits, before anything is allocated."""
+"""Reads a server's message on a device, within limits that are checked before any allocation."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from fedcore.rpc.hello import WAKE_PORT
 from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 
 ANSWER_BYTES = 2**20
-"""Most bytes of an answer that carries no object: settings, or a message's tree of objects."""
-_FRAME_BYTES = 2**12  # around an object, in the answer that carries it
+"""Most bytes of a response without an object: settings, or a message's object tree."""
+_FRAME_BYTES = 2**12  # overhead of the response that carries an object
 _AROUND_BYTES = 2**17
-"""What may come with an answer: handshake, certificates, headers, the framing of a short body. No
-more comes before its body: interim answers are headers, too."""
+"""Most bytes of a response besides its body: handshake, certificates, headers, the framing of a
+short body. Also the limit before the body, because interim responses count as headers."""
 _RECORDS = 16
-"""The framing of a longer one, and of TLS, may take a part in so many of it."""
+"""Framing and TLS of a longer body may add one part in this many of its size."""
 ENDING_S = 5.0
-"""How much longer a call may last when its process is to end."""
+"""Seconds that a call may continue once its process is to end."""
 _HEADERS = {
     *("connection", "content-encoding", "content-length", "retry-after", "transfer-encoding"),
     WAKE_PORT,
 }
-"""Of an answer; others mean nothing here."""
+"""Response headers that are kept; all others are dropped."""
 LEAST_BYTES_PER_S = 4096
-"""What a call must move in the long run, beside the time that any call may take."""
+"""Slowest transfer allowed: a call may last its timeout plus the time of its bytes at this rate."""
 
 
 @dataclass(frozen=True)
 class Announced:
-    """A message that waits for a node, of which nothing but its metadata has been read."""
+    """A pending message, of which only the metadata and object tree have been read."""
 
     message: Message
-    """Without content."""
+    """The message without content."""
     tree: ObjectTree
-    """The objects that its content is made of."""
+    """The objects that make up its content."""
 
     def check(self) -> None:
-        """Looks at what is announced.
+        """Checks the number of announced objects.
 
         Raises:
             InvalidUpdate: there are more objects than any message has.
@@ -66,15 +66,15 @@ class Announced:
 
 
 class BoundedClient(FleetHttpClient):
-    """Flower's client, which takes in no more of an answer than it was told to.
+    """Flower's HTTP client with limits on the size and duration of each response.
 
-    The size that the server declares is looked at first, and what comes is counted. Nothing is
-    decompressed, and no redirection is followed.
+    It checks the size that the server declares, then counts the received bytes. It decompresses
+    nothing and follows no redirection.
 
     Guarantee:
-        Whatever the server sends, and however slowly, a call takes in no more bytes than its answer
-        may have, a sixteenth of that and 128 KiB beside, and is over after ``timeout_s`` and
-        the time that these bytes take at `LEAST_BYTES_PER_S`.
+        Whatever the server sends, and however slowly, a call receives at most the response's limit
+        plus a sixteenth of it plus 128 KiB, and ends after ``timeout_s`` plus the time for these
+        bytes at `LEAST_BYTES_PER_S`.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class BoundedClient(FleetHttpClient):
         stopped: Callable[[], bool],
         moved: Callable[[int], None],
     ) -> None:
-        """Connects to nothing yet.
+        """Creates a client; opens no connection yet.
 
-        Once ``stopped`` says so, objects are read no further, and other calls have `ENDING_S` to
-        be over. ``moved`` is told how many bytes each call has sent and taken in, from the
-        handshake on and whatever became of it, and may wait.
+        Once ``stopped`` returns True, reading objects ends at once, and other calls have `ENDING_S`
+        left. ``moved`` is a callback after each call, successful or not, with the bytes sent and
+        received, including the handshake; it may block.
         """
         super().__init__(address, interceptors=[interceptor], verify=verify, timeout=timeout_s)
         self._client.follow_redirects = False
@@ -106,7 +106,7 @@ class BoundedClient(FleetHttpClient):
         """Fetches an object.
 
         Raises:
-            OwnerLimit: its answer has more than ``most_bytes``.
+            OwnerLimit: the response has more than ``most_bytes``.
         """
         self._most.bytes = most_bytes
         try:
@@ -122,7 +122,7 @@ class BoundedClient(FleetHttpClient):
             self._most.bytes = None
 
     def _send(self, context: ProtobufRequestContext, *, stream: bool = False) -> httpx.Response:
-        """Sends through the interceptors; the answer comes back in memory."""
+        """Sends through the interceptors; returns the response with its body in memory."""
         most_bytes: int | None = getattr(self._most, "bytes", None)
         taken_bytes = ANSWER_BYTES if most_bytes is None else most_bytes
         ending_s = ENDING_S if most_bytes is None else 0.0
@@ -168,16 +168,16 @@ def _around(
 def read_bounded(
     response: httpx.Response, most_bytes: int, count: Callable[[], None] = lambda: None
 ) -> bytes:
-    """The body of an answer that has begun to come in, if it is no longer than it may be.
+    """Reads the body of a streamed response, up to a limit.
 
     Args:
-        response: Whose body it is.
-        most_bytes: How long it may be.
-        count: Called for each piece of it, and may raise `TooLarge`.
+        response: The response, with its headers received.
+        most_bytes: Most bytes of its body.
+        count: Called for each piece of the body; may raise `TooLarge`.
 
     Raises:
-        TooLarge: it declares more bytes, or more have come.
-        ValueError: it is compressed.
+        TooLarge: the response declares or sends more bytes.
+        ValueError: the response is compressed.
     """
     coding = response.headers.get("content-encoding", "identity")
     if coding != "identity":
@@ -198,15 +198,15 @@ def read_bounded(
 def read_content(
     announced: Announced, pull: Callable[[str, int], bytes], *, limit_bytes: int
 ) -> RecordDict:
-    """The content of a message, which takes at most ``limit_bytes`` in memory.
+    """Fetches the content of a message, within ``limit_bytes`` of memory.
 
     Args:
-        announced: What the server says that it consists of.
-        pull: Fetches one object, given its id and how many bytes it may have.
-        limit_bytes: Most bytes of all its objects together, each counted as often as it is used.
+        announced: The message's object tree.
+        pull: Fetches one object, given its id and the most bytes it may have.
+        limit_bytes: Most bytes of all objects together; each counts as often as it is used.
 
     Raises:
-        OwnerLimit: it is larger.
+        OwnerLimit: the content is larger.
         InvalidUpdate: it is no message of a fedcore server.
     """
     announced.check()
@@ -219,7 +219,7 @@ def read_content(
         return read.content
     except (FedcoreError, ConnectionError):
         raise
-    except Exception as error:  # Flower's parsers fail in many ways on bytes that were made up
+    except Exception as error:  # Flower's parsers fail in many ways on malicious bytes
         raise InvalidUpdate(
             f"pull: the server's message cannot be read ({type(error).__name__}: "
             f"{foreign(error, 200)}). Nothing was done; server and client must run the same "
@@ -228,7 +228,7 @@ def read_content(
 
 
 class _Pulled:
-    """Objects of one message, fetched as they are asked for; the last one is kept."""
+    """Fetches the objects of one message on demand, and caches the last one."""
 
     def __init__(self, pull: Callable[[str, int], bytes], limit_bytes: int) -> None:
         self._pull = pull
@@ -236,9 +236,9 @@ class _Pulled:
         self._last = ("", b"")
 
     def get(self, object_id: str) -> bytes:
-        """An object's content, if there is room for it."""
+        """Returns an object's content, if the limit allows."""
         if self._last[0] != object_id:
-            self._last = ("", b"")  # let go before the next one takes its room
+            self._last = ("", b"")  # frees its memory before the next object arrives
             content = self._pull(object_id, self._left_bytes + _FRAME_BYTES)
             self._last = (object_id, content)
         content = self._last[1]
@@ -249,7 +249,7 @@ class _Pulled:
 
 
 class _Reader(ObjectReader):
-    """Says what is too large in a device's words, and looks at what an array declares."""
+    """An object parser that checks declared sizes and raises `OwnerLimit` for large arrays."""
 
     def _declared(self, dtype: str, shape: tuple[int, ...]) -> None:
         if min(shape, default=0) < 0:

@@ -1,4 +1,4 @@
-"""Flower's object store with its large objects on disk, so that memory does not grow with them."""
+"""Flower's object store with large objects in files, so that memory use stays bounded."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ LARGE_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Cut:
-    """A chunk that lies at its place in the file of an array, and was verified there."""
+    """A verified chunk at its position in an array's file."""
 
     joined: Joined
     place: int
-    """Its number in the array, if the array's chunks are as large as Flower cuts them."""
+    """Its index in the array; valid because Flower cuts all chunks but the last to one size."""
     size_bytes: int
 
     def content(self) -> bytes:
-        """The object, as it travels."""
+        """Returns the object's bytes with Flower's header."""
         with self.joined.path.open("rb", buffering=0) as file:
             body = os.pread(file.fileno(), self.size_bytes, self.place * CUT_BYTES)
         return cut_head(self.size_bytes) + body
 
 
 class FleetStore(InMemoryObjectStore):
-    """Keeps what is larger than `LARGE_BYTES` in files of a folder, until it is deleted.
+    """Keeps objects larger than `LARGE_BYTES` in files of a folder, until they are deleted.
 
-    Nothing is synced: after a crash the folder is emptied, and devices send again.
+    Nothing is fsynced: after a crash the folder is emptied, and devices send again.
     """
 
     def __init__(self, folder: Path) -> None:
-        """An empty store over an empty folder."""
+        """Makes an empty store over an empty folder."""
         super().__init__()
         self.folder = folder
         self._cuts: dict[str, Cut] = {}
 
     def lay(self, object_id: str, cut: Cut) -> None:
-        """Has the next `put` of an object without content take it from where it lies.
+        """Registers a chunk's bytes in an array's file for the next `put` without content.
 
-        Whoever calls has verified its digest.
+        The caller has verified the chunk's digest.
         """
         with self.lock_store:
             self._cuts.setdefault(object_id, cut)
 
     def lift(self, object_id: str, cut: Cut) -> None:
-        """Takes back what `lay` said, where it was not put."""
+        """Reverts `lay`, if no `put` has followed."""
         with self.lock_store:
             entry = self.store.get(object_id)
             if self._cuts.get(object_id) is cut and not (entry and entry.is_available):
                 del self._cuts[object_id]
 
     def joined(self, chunks: Sequence[str], own: Collection[Joined]) -> Joined | None:
-        """The one of ``own`` that holds these chunks one after the other and nothing else.
+        """Returns the file of ``own`` that contains exactly these chunks, in order.
 
-        A last one that is small has come into memory, and is written behind the others now. None
-        where there is no such file: the chunks are to be put together then.
+        A small last chunk arrives in memory, and is now appended to the file. Returns None if there
+        is no such file: the caller must then concatenate the chunks.
 
         Raises:
-            DiskFull: there was no room.
+            DiskFull: the disk has no room.
         """
         if not chunks:
             return None
@@ -94,11 +94,11 @@ class FleetStore(InMemoryObjectStore):
             size_bytes = len(whole) * CUT_BYTES + len(body)
             with disk_errors(file.path):
                 _write(file.path, body, len(whole) * CUT_BYTES)
-        # A chunk behind these would make it longer.
+        # A later chunk in the file would make it longer.
         return file if file.path.stat().st_size == size_bytes else None
 
     def put(self, object_id: str, object_content: bytes) -> None:
-        """Keeps an object that was announced, once its digest was verified."""
+        """Stores an announced object, after verifying its digest."""
         if not object_content:
             with self.lock_store:
                 if object_id in self._cuts and object_id in self.store:
@@ -116,7 +116,7 @@ class FleetStore(InMemoryObjectStore):
                 entry.content = b""
 
     def get(self, object_id: str) -> bytes | None:
-        """An object; empty when it has not come yet, None when it was not announced."""
+        """Returns an object: empty if it has not arrived, None if it was not announced."""
         with self.lock_store:
             entry = self.store.get(object_id)
             if entry is None:
@@ -128,9 +128,9 @@ class FleetStore(InMemoryObjectStore):
             return entry.content
 
     def open(self, object_id: str) -> BinaryIO | None:
-        """An object that lies in a file, to be read in pieces; None when it does not.
+        """Opens an object that has a file of its own; None for others.
 
-        Whoever reads it closes it. It can be read to its end even if it is deleted meanwhile.
+        The caller closes it. It stays readable to its end even if the object is deleted meanwhile.
         """
         with self.lock_store:
             entry = self.store.get(object_id)
@@ -141,22 +141,22 @@ class FleetStore(InMemoryObjectStore):
             return self._path(object_id).open("rb")
 
     def scratch(self) -> IO[bytes]:
-        """A file for what is put together from objects; it is gone once it is closed.
+        """Creates an unnamed file to assemble objects in; closing deletes it.
 
         Raises:
-            DiskFull: there was no room.
+            DiskFull: the disk has no room.
         """
         with disk_errors(self.folder):
             return tempfile.TemporaryFile(dir=self.folder)
 
     def is_there(self, object_id: str) -> bool:
-        """Whether an object has come."""
+        """Returns whether an object has arrived."""
         with self.lock_store:
             entry = self.store.get(object_id)
             return entry is not None and entry.is_available
 
     def delete(self, object_id: str) -> None:
-        """Deletes an object, and what no other object refers to."""
+        """Deletes an object, and its descendants that no other object refers to."""
         with self.lock_store:
             super().delete(object_id)
             if object_id not in self.store:

@@ -1,4 +1,4 @@
-"""Grids: what stands between a ServerApp and its nodes."""
+"""Grids, through which a ServerApp sends messages to nodes and receives replies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Handler = Callable[[Message], Message]
 
 
 class OwnGrid(Grid):
-    """What grids of ours have in common."""
+    """Base class of fedcore's grids."""
 
     def __init__(self, run_id: int) -> None:
         self._run = Run.create_empty(run_id)
@@ -38,9 +38,9 @@ class OwnGrid(Grid):
 
 
 class InProcessGrid(OwnGrid):
-    """Runs every node in this process, one after the other, as its reply is asked for.
+    """Runs every node in this process, one after the other, as its reply is consumed.
 
-    Replies are made lazily, so a server that folds them holds one at a time.
+    Replies are computed lazily, so a server that folds them has one in memory at a time.
     """
 
     def __init__(self, run_id: int, node_ids: Sequence[int], handle: Handler) -> None:
@@ -50,24 +50,24 @@ class InProcessGrid(OwnGrid):
         self._waiting: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
-        """Every node."""
+        """Returns all nodes."""
         return self._node_ids
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keeps messages until their replies are pulled; nothing is computed before."""
+        """Stores messages until their replies are pulled; computes nothing yet."""
         pushed = {uuid.uuid4().hex: message for message in messages}
         self._waiting |= pushed
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to messages that were pushed, each once."""
+        """Returns the replies to pushed messages, each once."""
         known = [one for one in message_ids if one in self._waiting]
         return list(self.send_and_receive([self._waiting.pop(one) for one in known]))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Replies in the order of the messages; none is begun after ``timeout`` seconds."""
+        """Yields replies in the order of the messages; starts none after ``timeout`` seconds."""
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         for message in messages:
             if time.monotonic() >= end:
@@ -76,10 +76,10 @@ class InProcessGrid(OwnGrid):
 
 
 class CohortGrid(OwnGrid):
-    """Shows a strategy only the nodes of one round, and sends through the grid behind.
+    """Presents only the nodes of one round to a strategy, and sends through another grid.
 
-    Flower's strategies draw nodes from an unseeded global generator, and wait forever when there
-    are too few. Shown exactly the cohort that we selected, they have nothing left to draw.
+    Flower's strategies draw nodes from an unseeded global generator, and wait forever if there
+    are too few. With exactly the selected cohort to draw from, the draw has only one outcome.
     """
 
     def __init__(self, behind: Grid, cohort: Sequence[int]) -> None:
@@ -88,19 +88,19 @@ class CohortGrid(OwnGrid):
         self._cohort = tuple(cohort)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes of the round."""
+        """Returns the nodes of the round."""
         return self._cohort
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Through the grid behind."""
+        """Pushes messages through the inner grid."""
         return self._behind.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Through the grid behind."""
+        """Pulls replies through the inner grid."""
         return self._behind.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """What the grid behind answers."""
+        """Sends through the inner grid and returns its replies."""
         return self._behind.send_and_receive(messages, timeout=timeout)

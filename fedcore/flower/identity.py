@@ -1,4 +1,4 @@
-"""Flower creates a `Message` only in a process that has a task identity."""
+"""Sets the task identity that Flower requires of a process that creates a `Message`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def assume_identity(run_id: int) -> None:
 
 
 def server_context(run_id: int) -> Context:
-    """What a ServerApp of run ``run_id`` is given beside its grid."""
+    """Returns the context of a ServerApp of run ``run_id``."""
     return Context(
         run_id=run_id,
         node_id=SERVER_NODE_ID,

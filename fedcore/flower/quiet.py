@@ -1,4 +1,4 @@
-"""Flower reports every step of a strategy on its own logger; a run tells its story once."""
+"""Silences Flower's logger, which reports every step of a strategy; fedcore reports the run."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from flwr.common.logger import FLOWER_LOGGER
 
 
 def quiet() -> None:
-    """Lets only Flower's errors through."""
+    """Lets only errors through Flower's logger."""
     FLOWER_LOGGER.setLevel(logging.ERROR)

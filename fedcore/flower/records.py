@@ -1,4 +1,4 @@
-"""Records as bytes, for keeping them on disk."""
+"""Converts Flower records to bytes on disk and back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fedcore.errors import DataError
 
 
 def record_bytes(record: RecordDict) -> bytes:
-    """A record as Flower's protobuf."""
+    """Returns a record as bytes of Flower's protobuf."""
     return bytes(recorddict_to_proto(record).SerializeToString(deterministic=True))
 
 
 def read_record(raw: bytes, *, where: str) -> RecordDict:
-    """The record that `record_bytes` wrote.
+    """Returns the record in bytes that `record_bytes` made.
 
     Raises:
-        DataError: the bytes are none.
+        DataError: the bytes are no record.
     """
     try:
         return recorddict_from_proto(RecordDictProto.FromString(raw))

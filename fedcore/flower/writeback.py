@@ -1,8 +1,7 @@
-"""Has the system write out early what is to be durable later, so that nobody waits long for it.
+"""Starts writing file data to disk early, so that a later fsync takes less time.
 
-A hint, and nothing else: who needs bytes to be durable syncs their file, and learns there of each
-error. What is asked for here neither waits for the disk nor takes note of an error, which would
-then be hidden from who syncs.
+Only a hint: code that needs durability must fsync, and learns of errors there. The hint does not
+wait for the disk, and ignores errors, since consuming one would hide it from fsync.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from collections.abc import Callable
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE of linux/fs.h
 _MOST_WAITING = 64
-"""Each holds a descriptor. On a disk that is slower than the network hints lead to nothing."""
+"""Most queued hints; each has a file descriptor. A disk slower than the network gains nothing."""
 _Ask = Callable[[int, int, int], int]
 
 
 class Writeback:
-    """Asks for what it is given in a thread of its own: a slow disk holds up nobody else.
+    """Issues write hints in a thread of its own, so that a slow disk does not block the caller.
 
     May be called from any thread.
     """
@@ -32,19 +31,19 @@ class Writeback:
         self._thread: threading.Thread | None = None
 
     def begin(self, descriptor: int, start: int, count: int) -> None:
-        """Has ``count`` bytes of a file from ``start`` on written out; closes ``descriptor``."""
+        """Requests the write of ``count`` bytes from ``start`` on; closes ``descriptor``."""
         if self._ask is None or self._waiting.qsize() >= _MOST_WAITING:
             os.close(descriptor)
             return
         with self._lock:
             if self._thread is None:
-                # A daemon: it may wait for a disk that hangs, and nobody is to wait for it then.
+                # A daemon: a hanging disk may block it, and must not block the process's exit.
                 self._thread = threading.Thread(target=self._work, name="writeback", daemon=True)
                 self._thread.start()
             self._waiting.put((descriptor, start, count))
 
     def close(self) -> None:
-        """Ends the thread, once it has asked for everything; a later `begin` starts another."""
+        """Ends the thread after its queued hints; a later `begin` starts another."""
         with self._lock:
             if self._thread is not None:
                 self._waiting.put(None)
@@ -58,7 +57,7 @@ class Writeback:
 
 
 def _ask_of_system() -> _Ask | None:
-    """What has a part of a file written out and returns at once; None where there is no such."""
+    """Returns a function that starts the write of a file's range; None if the system has none."""
     found = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if found is None:
         return None

@@ -1,1 +1,1 @@
-"""What a run says while it runs: events, and the sinks that show or keep them."""
+"""Progress and logs of a run: events, and the sinks that show or store them."""

@@ -1,4 +1,4 @@
-"""Events on a terminal, in a notebook, through a pipe, or for a machine: one sink for each."""
+"""Sinks that show a run's events on a terminal, in a notebook, as plain lines or as JSON."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_ROWS = 8  # rounds in the live table: the screen keeps room for what was printed before
+_ROWS = 8  # rounds in the live table, which leaves room on the screen for earlier output
 _ON_DEVICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("on devices", "simulated_s", seconds_text),
     ("late", "stragglers", lambda count: f"{count:.0f}"),
     ("lost", "dropped", lambda count: f"{count:.0f}"),
     ("away", "unavailable", lambda count: f"{count:.0f}"),
 )
-"""Headings of what a virtual clock says, its names, and how they are written."""
-_LINES = 30  # of finished stages and notes in a notebook's cell; the report has all of them
-_REDRAWN_S = 0.2  # short rounds pass quicker than anybody reads
+"""Columns for a virtual clock: heading, name of the value, formatter."""
+_LINES = 30  # stages and notes shown in a notebook's cell; the report has all of them
+_REDRAWN_S = 0.2  # short rounds pass faster than anybody reads
 _Cells = tuple[tuple[str, str], ...]
 
 
 def choose(stream: TextIO, *, json: bool) -> AbstractContextManager[Sink]:
-    """The sink that suits ``stream``.
+    """Returns the sink that suits ``stream``.
 
-    JSON when asked for, live on a terminal and in the cell of a notebook, else plain lines.
+    JSON on request, a live display on a terminal or in a notebook's cell, else plain lines.
     """
     if json:
         return as_json(stream)
@@ -69,18 +69,18 @@ def choose(stream: TextIO, *, json: bool) -> AbstractContextManager[Sink]:
 
 @contextmanager
 def as_json(stream: TextIO) -> Iterator[Sink]:
-    """A sink that writes each event as one JSON object a line."""
+    """Yields a sink that writes each event as one JSON object a line."""
     yield _lines(stream, json_line)
 
 
 @contextmanager
 def plain(stream: TextIO) -> Iterator[Sink]:
-    """A sink that writes each event as one line of text."""
+    """Yields a sink that writes each event as one line of text."""
     yield _lines(stream, _sentence)
 
 
 def _lines(stream: TextIO, text: Callable[[Event], str]) -> Sink:
-    """A line an event, until nobody reads any more: the run goes on, for its results are files."""
+    """Returns a sink of one line per event; a closed pipe ends the output, but not the run."""
     read = True
 
     def sink(event: Event) -> None:
@@ -116,7 +116,7 @@ def _sentence(event: Event) -> str:
 
 
 def _round_cells(values: Mapping[str, Value]) -> _Cells:
-    """What a row on a round shows: pairs of heading and text, the round's number first."""
+    """Returns a round's cells for a table: heading and text, the round's number first."""
     metrics = values.get("metrics")
     first = next(iter(metrics.items()), None) if isinstance(metrics, dict) else None
     name, metric = first or ("metric", None)
@@ -138,7 +138,7 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
 
 
 def _epsilon(values: Mapping[str, Value]) -> str:
-    """The most that was spent, with whose it is, but where examples alone are protected."""
+    """Returns the largest epsilon spent; names the unit if clients are protected."""
     of_examples, of_clients = _number(values, "epsilon_max"), _number(values, "client_epsilon")
     if of_clients is None:
         return epsilon_text(of_examples)
@@ -147,7 +147,7 @@ def _epsilon(values: Mapping[str, Value]) -> str:
 
 
 def _pace(values: Mapping[str, Value]) -> list[str]:
-    """How fast rounds go, in how much memory, and how long they will still take; what is known."""
+    """Returns the known ones of rate, memory and remaining time, as text."""
     shown = (
         ("clients_per_s", lambda rate: f"{figure(rate, 3)} clients/s"),
         ("memory_bytes", bytes_text),
@@ -164,10 +164,10 @@ def _number(values: Mapping[str, Value], name: str) -> float | None:
 
 @contextmanager
 def live(console: Console) -> Iterator[Sink]:
-    """A sink that redraws the last rounds and a progress bar with the time remaining.
+    """Yields a sink that redraws the last rounds and a progress bar with the remaining time.
 
-    Finished stages and notes scroll by above. However the block is left, the display is taken
-    down and the cursor is shown again.
+    Finished stages and notes scroll by above. However the block ends, the display is removed and
+    the cursor shown again.
     """
     from rich import progress as bars
     from rich.console import Group
@@ -190,7 +190,7 @@ def live(console: Console) -> Iterator[Sink]:
         Group(progress, step),
         console=console,
         refresh_per_second=5,
-        # What is printed meanwhile appears above the display, unless it goes to a file.
+        # Other output appears above the display, unless it goes to a file.
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
     )
@@ -248,13 +248,13 @@ def _rounds_table(rows: Iterable[_Cells]) -> Table:
 def in_cell(
     display: Callable[..., Any], *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Sink]:
-    """A sink that keeps one output of a notebook's cell up to date: a kernel has no terminal.
+    """Yields a sink that updates one output of a notebook's cell, since a kernel has no terminal.
 
-    It shows what `live` does: finished stages and notes, the last rounds, and the stage at hand.
+    It shows finished stages and notes, the last rounds, and the current stage.
 
     Args:
-        display: IPython's function of that name.
-        clock: Seconds, for how often short rounds are shown.
+        display: IPython's function ``display``.
+        clock: Returns seconds; limits how often short rounds are drawn.
     """
     lines: deque[str] = deque(maxlen=_LINES)
     rows: deque[_Cells] = deque(maxlen=_ROWS)
@@ -302,7 +302,7 @@ def in_cell(
 
 
 def _aligned(rows: Iterable[_Cells]) -> list[str]:
-    """A table of rounds as lines of text, columns aligned to the right."""
+    """Returns a table of rounds as lines of text, columns aligned to the right."""
     table: list[tuple[str, ...]] = []
     for cells in rows:
         if not table:

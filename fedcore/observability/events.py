@@ -1,7 +1,7 @@
-"""The events that a run emits, as frozen values, and the sinks that they go to.
+"""The events that a run emits, as frozen values, and helpers for the sinks that receive them.
 
-Stages follow one another: each is started, may advance, and is finished. A round that finishes
-advances the running stage to its own number, so a stage of rounds needs no `StageAdvanced`.
+Stages follow one another: each starts, may advance, and finishes. A finished round advances the
+running stage to the round's number, so a stage of rounds needs no `StageAdvanced`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StageStarted:
 
     stage: str
     steps: int | None
-    """How many steps it takes; None when nobody knows."""
+    """Number of steps; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class StageAdvanced:
     done: int
     """Steps done so far, of the stage's ``steps``."""
     note: str
-    """What was done, in a few words; may be empty."""
+    """What the step did, in a few words; may be empty."""
 
 
 @dataclass(frozen=True)
 class StageFinished:
-    """A stage is over, perhaps before its last step."""
+    """A stage has ended, perhaps before its last step."""
 
     stage: str
     seconds: float
     note: str
-    """What came out of it, in a few words; may be empty."""
+    """The result, in a few words; may be empty."""
 
 
 @dataclass(frozen=True)
 class RoundFinished:
-    """A federated round is over."""
+    """A federated round has ended."""
 
     values: Mapping[str, Value]
     """The fields of the round's record by name, ``metrics`` as a mapping."""
@@ -59,7 +59,7 @@ class RoundFinished:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something that the user should know: a limit met, a choice made for them."""
+    """A note for the user: a limit that was reached, a choice that was made."""
 
     text: str
 
@@ -77,7 +77,7 @@ _NAMES: dict[type[Event], str] = {
 
 
 def tee(*sinks: Sink) -> Sink:
-    """One sink that hands each event to all of ``sinks``, in order."""
+    """Returns one sink that passes each event to all of ``sinks``, in order."""
 
     def sink(event: Event) -> None:
         for one in sinks:
@@ -88,11 +88,11 @@ def tee(*sinks: Sink) -> Sink:
 
 @contextmanager
 def unhurried(sink: Sink, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Sink]:
-    """A sink that hands short rounds on a tenth of a second at a time, in their order.
+    """Yields a sink that passes short rounds on in batches, every tenth of a second, in order.
 
-    Writing a round down can take as long as one of a few milliseconds does, and nobody watches
-    closer than that. Anything else, a longer round among it, is handed on at once, and what still
-    waits at the end, however that comes.
+    Writing an event can take as long as a round of a few milliseconds, and nobody watches more
+    closely. Other events, including longer rounds, flush the batch at once, and so does the end of
+    the block, even by an exception.
     """
     waiting: list[Event] = []
     handed_on_s = clock()
@@ -126,10 +126,10 @@ def _seconds(event: RoundFinished) -> float:
 
 
 def json_line(event: Event) -> str:
-    """An event as one line of JSON without its newline: ``event`` names it, its fields follow.
+    """Returns an event as a line of JSON without newline: ``event`` names it, its fields follow.
 
-    The fields of a round stand at the top level. JSON knows no NaN or infinity: they become null.
-    A line has `MOST_LINE_BYTES` at most: a longer one loses the ends of its texts, then metrics.
+    A round's fields are at the top level. NaN and infinity become null, since JSON has neither.
+    A line has at most `MOST_LINE_BYTES`: a longer one loses the ends of its texts, then metrics.
 
     >>> json_line(StageStarted("export", 3))
     '{"event": "stage_started", "stage": "export", "steps": 3}'
@@ -143,7 +143,7 @@ def json_line(event: Event) -> str:
 
 
 def _shorten(fields: dict[str, Any]) -> bool:
-    """Takes half of the longest text, or else of the metrics; False where there is neither."""
+    """Cuts the longest text in half, or else drops half of the metrics; False if neither exists."""
     texts = {name: value for name, value in fields.items() if isinstance(value, str)}
     longest = max(texts, key=lambda name: len(texts[name]))
     if len(texts[longest]) > _SHORT_TEXT:

@@ -1,7 +1,7 @@
-"""Text that somebody else may have written, in a form that a log and a terminal can take.
+"""Makes text from other parties safe and short enough for a log and a terminal.
 
-A name, a reason, a header, a label: whatever a peer, a file or a task sends may hold characters
-that a terminal acts on, or be as long as one likes. All that is printed or logged passes here.
+A name, a reason, a header or a label from a peer, a file or a task may contain terminal control
+characters, or be of any length. All printed and logged text passes through this module.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import sys
 from typing import TextIO
 
 MOST_CHARACTERS = 400
-"""Of one text of a peer's."""
+"""Most characters of one text from a peer."""
 MOST_LINE_BYTES = 1900
-"""Of a line in a log."""
+"""Most bytes of a line in a log."""
 MOST_PARAGRAPH = 1800
-"""Characters of an error's text."""
+"""Most characters of an error's text."""
 _HEAD, _TAIL = 1100, 600
 _LINE_ENDS = re.compile(r"\s*[\r\n]\s*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 def foreign(text: object, most: int = MOST_CHARACTERS) -> str:
-    r"""``text`` on one line of at most ``most`` characters, and a few that say how many there were.
+    r"""Returns ``text`` on one line of at most ``most`` characters, plus its length if cut.
 
-    Whatever is not printable (control and escape characters, those that turn the direction of
-    writing, halves of surrogate pairs) is written as Python writes it in a string. Never raises.
+    Unprintable characters (control and escape characters, marks of text direction, unpaired
+    surrogates) are written as Python string escapes. Never raises.
 
     >>> foreign("two" + chr(10) + "lines" + chr(27) + "[31m" + chr(0x202E))
     'two lines\\x1b[31m\\u202e'
@@ -33,7 +33,7 @@ def foreign(text: object, most: int = MOST_CHARACTERS) -> str:
     'xxxxxxxxxx... (50 characters)'
     """
     whole = _text(text)
-    # No more is looked at than can be shown.
+    # Processes no more of the text than can be shown.
     shown = escaped(" ".join(whole[: 4 * most].split()))
     if len(shown) <= most and len(whole) <= 4 * most:
         return shown
@@ -41,12 +41,12 @@ def foreign(text: object, most: int = MOST_CHARACTERS) -> str:
 
 
 def escaped(text: str) -> str:
-    """``text`` with everything that is not printable escaped, line ends too."""
+    """Returns ``text`` with all unprintable characters escaped, including line ends."""
     return _UNPRINTABLE.sub(_escape, text)
 
 
 def printable(text: str) -> str:
-    """Lines of text as they may be shown on a terminal: their ends and tabs stay."""
+    """Returns lines of text with unprintable characters escaped, except line ends and tabs."""
     return re.sub(r"[^ -~\n\t]", _escape, text)
 
 
@@ -65,9 +65,9 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def bounded_line(text: str, most_bytes: int = MOST_LINE_BYTES) -> str:
-    r"""``text`` on one line of at most ``most_bytes`` in UTF-8, escaped."""
+    r"""Returns ``text`` on one line of at most ``most_bytes`` in UTF-8, escaped."""
     line = escaped(" ".join(text[: 2 * most_bytes].split()))
-    raw = line.encode()  # what is escaped holds no surrogates
+    raw = line.encode()  # cannot fail: escaped text contains no surrogates
     if len(raw) <= most_bytes and len(text) <= 2 * most_bytes:
         return line
     more = f"... ({len(text)} characters)"
@@ -75,9 +75,9 @@ def bounded_line(text: str, most_bytes: int = MOST_LINE_BYTES) -> str:
 
 
 def paragraph(text: str) -> str:
-    r"""``text`` on one line, escaped, of at most `MOST_PARAGRAPH` characters.
+    r"""Returns ``text`` on one line, escaped, of about `MOST_PARAGRAPH` characters at most.
 
-    What is longer loses its middle: an error begins with what happened, and ends with what to do.
+    A longer text loses its middle: an error begins with what happened, and ends with what to do.
 
     >>> paragraph("it says 'a" + chr(27) + "[2J'." + chr(10) + "Nothing was done.")
     "it says 'a\\x1b[2J'. Nothing was done."
@@ -89,12 +89,12 @@ def paragraph(text: str) -> str:
 
 
 def say(text: object = "", *, to: TextIO | None = None, flush: bool = False) -> None:
-    """Prints lines of text for a person or a machine: the only way to a terminal.
+    """Prints lines of text for a person or a program; all terminal output uses this function.
 
     Args:
-        text: Its line ends stay; whatever else a terminal would act on is escaped.
+        text: Keeps its line ends and tabs; other unprintable characters are escaped.
         to: Standard output when None.
-        flush: Whether a reader gets it at once.
+        flush: Whether a reader receives it at once.
     """
     print(printable(_text(text)), file=sys.stdout if to is None else to, flush=flush)
 
@@ -104,5 +104,5 @@ def _text(value: object) -> str:
         return value
     try:
         return str(value)
-    except Exception:  # what somebody's object makes of itself
+    except Exception:  # an arbitrary object's conversion to text may fail
         return f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines in a file, for whatever reads a run afterwards."""
+"""Writes a run's events to a file as JSON lines, for programs that read the run afterwards."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger("fedcore")
 
 @contextmanager
 def json_lines(path: Path) -> Iterator[Sink]:
-    """A sink that writes what an event measured to ``path``, one JSON object a line.
+    """Yields a sink that writes each event to ``path``, one JSON object a line.
 
-    A file of an earlier run is replaced. Where a stage stands at the moment is progress and not
-    kept.
+    Replaces a file of an earlier run. Leaves out `StageStarted` and `StageAdvanced`, which only
+    show progress.
 
     Raises:
-        DiskFull: there was no room for a line; the file then holds the lines before it.
+        DiskFull: the disk has no room for a line; the file then contains the lines before it.
     """
     with appending(path) as append:
 
@@ -36,14 +36,14 @@ def json_lines(path: Path) -> Iterator[Sink]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Starts the file ``path`` and gives a function that adds one record to it.
+    """Creates or empties the file ``path``, and yields a function that appends one record.
 
     Guarantee:
-        Each record is with the operating system when the function returns, so that another program
-        can follow the file; one that does not fit on the disk is taken back whole.
+        The operating system has each record when the function returns, so that another program
+        can follow the file; a record that does not fit on the disk is removed completely.
 
     Raises:
-        DiskFull: there was no room.
+        DiskFull: the disk has no room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
@@ -64,7 +64,7 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
         with disk_errors(path):
             try:
                 written = 0
-                while written < len(record):  # a disk that fills up takes a part of it first
+                while written < len(record):  # a disk that is filling up accepts only a part
                     written += file.write(record[written:])
             except OSError:
                 file.truncate(end)
@@ -76,7 +76,7 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
 
 
 def _leads_to(path: Path, file: FileIO) -> bool:
-    """Whether the path still leads to the file that is written."""
+    """Returns whether the path still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:

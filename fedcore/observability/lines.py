@@ -1,4 +1,4 @@
-"""One line an event in the log of a process that runs for months."""
+"""Logging for long-running processes: one bounded line per event, rotation and throttling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedcore.observability.foreign import MOST_LINE_BYTES, bounded_line, foreign
 from fedcore.observability.throttle import Throttle, left_out
 
 MAX_BYTES, KEPT = 10 << 20, 5
-"""A file of 10 MiB gives way to the next, and five old ones stay: 60 MiB at most."""
+"""Size at which a log file is rotated, and old files kept: 60 MiB at most in total."""
 
 
 def log_lines(
@@ -24,16 +24,16 @@ def log_lines(
     max_bytes: int = MAX_BYTES,
     throttled: bool = False,
 ) -> None:
-    """Sends what fedcore logs to a stream or a file, a line an event, with the time in UTC.
+    """Sends fedcore's log to a stream or a file, one line per event, with the time in UTC.
 
-    A file that has grown to ``max_bytes`` is renamed to ``FILE.1``, which becomes ``FILE.2``, and
-    so on; the oldest of more than `KEPT` goes. A full disk loses lines, and stops nothing.
+    A file of ``max_bytes`` is renamed to ``FILE.1``, which becomes ``FILE.2``, and so on; of more
+    than `KEPT` old files the oldest is deleted. A full disk loses lines, but raises nothing.
 
-    Where ``throttled``, few of the project's own lines of a kind are written, too (`Throttled`): on
-    a device, whose every line its one server can cause.
+    ``throttled`` also limits fedcore's own lines of each kind (`Throttled`). Set it on a device,
+    whose server can cause all of its lines.
 
     Raises:
-        ResourceError: the file may not be written.
+        ResourceError: the file is not writable.
     """
     handler: logging.Handler = _file(to, max_bytes) if isinstance(to, Path) else _LineStream(to)
     handler.setFormatter(OneLine())
@@ -44,7 +44,7 @@ def log_lines(
         named = logging.getLogger(name)
         named.propagate = False
         named.handlers = [handler]
-    # What libraries say of a peer (uvicorn, grpc, asyncio) would come on standard error by itself,
+    # Libraries (uvicorn, grpc, asyncio) would otherwise log a peer's errors to standard error,
     # with a traceback each time.
     root = logging.getLogger()
     kept = [one for one in root.handlers if not isinstance(one, _Quiet)]
@@ -53,17 +53,17 @@ def log_lines(
 
 
 class OneLine(logging.Formatter):
-    """Time in UTC, level and message on one line of less than 2 kB, whatever is in them.
+    """Formats time in UTC, level and message on one line of less than 2 kB, whatever they contain.
 
-    An exception that is logged is named, with its text and place; its traceback is left out. So
-    nothing that a peer sends fills a log, or acts on the terminal of who reads it.
+    A logged exception appears by name, text and place, without its traceback. So nothing that a
+    peer sends can fill a log, or control the terminal of its reader.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; never raises."""
+        """Returns the line; never raises."""
         try:
             message = record.getMessage()
-        except Exception as error:  # arguments that do not fit, or that cannot be written
+        except Exception as error:  # arguments that do not match, or cannot be converted
             message = (
                 f"{record.msg!s:.200} (its arguments cannot be written: {type(error).__name__})"
             )
@@ -76,20 +76,20 @@ class OneLine(logging.Formatter):
 
 
 class Sparse(logging.Filter):
-    """Lets few lines of libraries through: they say what a peer did as often as it does it.
+    """Limits the log lines of libraries, which repeat as often as a peer causes them.
 
-    Of each logger some lines come at once, then one in a while. The project's own lines come all:
-    those that a peer can cause are counted by peer where they are written.
+    Each logger may write some lines at once, then one in a while. fedcore's own lines all pass:
+    the code that writes them limits those that a peer can cause.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begins with nothing left out."""
+        """Starts with full allowances."""
         super().__init__()
         self._clock = clock
         self._left: dict[str, tuple[float, float]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is written."""
+        """Returns whether to write a record."""
         if record.name.partition(".")[0] == "fedcore":
             return True
         now_s = self._clock()
@@ -100,20 +100,20 @@ class Sparse(logging.Filter):
 
 
 class Throttled(Sparse):
-    """Lets few lines through of each kind, the project's own, too; the next one counts the others.
+    """Limits the lines of each kind, also fedcore's own; later lines count those left out.
 
-    A kind is a line's text before names and reasons are put into it. Warnings are as few as those
-    of a peer on a server; what tells of work that goes on may come more often.
+    A kind is a message's format string. Warnings have the limit that a server sets for one peer;
+    lower levels, which report progress, have a higher one.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begins with nothing left out."""
+        """Starts with full allowances."""
         super().__init__(clock)
         self._warnings: Throttle[str] = Throttle(clock=clock)
         self._news: Throttle[str] = Throttle(every_s=_NEWS_S, burst=_NEWS_BURST, clock=clock)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is written; notes on one that is how many were not."""
+        """Returns whether to write a record, and notes on a written one how many were left out."""
         if not super().filter(record):
             return False
         throttle = self._news if record.levelno < logging.WARNING else self._warnings
@@ -125,11 +125,11 @@ class Throttled(Sparse):
 _LEFT_OUT = "left_out"
 _NEWS_S, _NEWS_BURST = 1.0, 300
 _BURST, _AGAIN_S = 20.0, 10.0
-_MESSAGE = 1000  # characters of a message beside which an exception is named
+_MESSAGE = 1000  # most characters of a message that is followed by an exception
 
 
 def _named(error: BaseException) -> str:
-    """An exception on one line, with where it was raised."""
+    """Returns an exception on one line, with the place where it was raised."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -138,18 +138,18 @@ def _named(error: BaseException) -> str:
 
 
 class _Quiet(logging.Handler):
-    """Loses a line that cannot be written, on a full disk or to a reader that has gone."""
+    """A handler that drops a line it cannot write, to a full disk or a closed pipe."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Says nothing: there is nowhere to say it."""
+        """Ignores the error: there is no place to report it."""
 
 
 class _LineStream(_Quiet, logging.StreamHandler):  # type: ignore[type-arg]
-    """Lines to a stream."""
+    """Writes lines to a stream."""
 
 
 class _Rotating(_Quiet, RotatingFileHandler):
-    """Lines to a file, and to the next when it is full."""
+    """Writes lines to a file, and rotates it when it is full."""
 
 
 def _file(path: Path, max_bytes: int) -> logging.Handler:

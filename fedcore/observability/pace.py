@@ -1,4 +1,4 @@
-"""How fast rounds go, how long they will still take, and in how much memory."""
+"""Measures the rate of rounds, the remaining time and the memory in use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 _PROC = Path("/proc")
-_AGAIN_S = 1.0  # between two looks at the memory
-_WEIGHT = 0.1  # of the latest round in the mean
+_AGAIN_S = 1.0  # between two measurements of the memory
+_WEIGHT = 0.1  # of the latest round in the moving mean
 
 
 class RoundPace:
-    """Watches the rounds of one process go by."""
+    """Measures the rounds of one process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -24,20 +24,20 @@ class RoundPace:
         self._memory: int | None = None
 
     def after(self, seconds: float, cohort: int, left: int) -> dict[str, float | None]:
-        """Figures for the event of a round that is over.
+        """Returns figures for the event of a finished round.
 
         Args:
-            seconds: What it took.
-            cohort: Clients that were asked.
-            left: Rounds that are planned after it.
+            seconds: Duration of the round.
+            cohort: Number of clients selected.
+            left: Number of rounds planned after it.
 
         Returns:
-            ``elapsed_s`` since this began to watch; ``clients_per_s`` and ``remaining_s`` (an upper
-            bound where rounds may end early), both from a moving mean, and ``memory_bytes`` (None
-            where the system does not tell).
+            ``elapsed_s`` since this object was created; ``clients_per_s`` and ``remaining_s`` (an
+            upper bound if rounds may end early), both from a moving mean, and ``memory_bytes``
+            (None if the system does not report it).
         """
         self._rounds += 1
-        # The first one sets much up, and is forgotten once there is another.
+        # The first round includes setup; the mean drops it once there is a second one.
         weight = max(_WEIGHT, 1 / max(1, self._rounds - 1))
         self._round_s += weight * (seconds - self._round_s)
         now_s = self._clock()
@@ -52,9 +52,9 @@ class RoundPace:
 
 
 def memory_bytes() -> int | None:
-    """Resident memory of this process and all below it; what they share counts in each.
+    """Returns the resident memory of this process and its descendants; shared pages count in each.
 
-    None where there is no ``/proc``.
+    None on a system without ``/proc``.
     """
     if not _PROC.is_dir():
         return None
@@ -65,6 +65,6 @@ def memory_bytes() -> int | None:
             total += int((folder / "statm").read_text().split()[1]) * page
             for children in folder.glob("task/*/children"):
                 processes += children.read_text().split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
     return total

@@ -1,4 +1,4 @@
-"""Lines where a command would be silent for long: what it is at, and how long that may take."""
+"""Notes on standard error while a command works silently for long, such as loading torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FIRST_STEP = (
     "note: trying a first step. Torch loads its compiler with the first one of a process, which "
     "can take some ten seconds."
 )
-"""A dispatch mode and every optimiser import it, whether or not anything is compiled."""
+"""Note for the first training step: dispatch modes and all optimisers import torch's compiler."""
 LOADING = "note: loading torch and what else this needs."
 
 
 @contextmanager
 def told_if_slow(text: str, *, after_s: float = _AFTER_S) -> Iterator[None]:
-    """Prints ``text`` on standard error if the work within takes longer than ``after_s`` seconds.
+    """Prints ``text`` on standard error if the block takes longer than ``after_s`` seconds.
 
-    Standard output stays what it is for: results, which a machine may read.
+    Standard output is reserved for results, which a program may read.
     """
 
     def tell() -> None:
@@ -41,19 +41,19 @@ def told_if_slow(text: str, *, after_s: float = _AFTER_S) -> Iterator[None]:
 
 
 class Reminder:
-    """When to say again that something is waited for: each time that it has lasted twice as long.
+    """Decides when to repeat a note on a wait: each time that the wait has doubled.
 
-    First after `SILENT_S`, and once in `_REMIND_S` at least.
+    The first is due after `SILENT_S`, later ones at least once in `_REMIND_S`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Waiting begins."""
+        """Starts the wait."""
         self._clock = clock
         self._began_s = clock()
         self._due_s = SILENT_S
 
     def due(self) -> float | None:
-        """The seconds that it has lasted, where it is time to say so; else None."""
+        """Returns the seconds waited so far, if a note is due; else None."""
         lasted_s = self._clock() - self._began_s
         if lasted_s < self._due_s:
             return None
@@ -62,11 +62,11 @@ class Reminder:
 
 
 SILENT_S = 2.0
-"""What takes longer is told of."""
+"""Waits longer than this are reported."""
 _REMIND_S = 60.0
 _LOOK_S = 0.1
 TORCH_MODULES = 3300
-"""So many modules a process has once it has loaded torch with its compiler, and Flower."""
+"""Approximate number of modules in a process that has loaded torch with its compiler and Flower."""
 
 
 def _to_stderr(text: str) -> None:
@@ -77,14 +77,14 @@ def _to_stderr(text: str) -> None:
 def loading_told(
     tell: Callable[[str], None] = _to_stderr, *, modules: int = TORCH_MODULES
 ) -> Iterator[None]:
-    """Tells how far imports within are, while they take longer than `SILENT_S`.
+    """Reports the progress of imports in the block, if they take longer than `SILENT_S`.
 
-    Most of a second is torch's; the first time on a machine it can be minutes, as Python compiles
+    Torch takes most of the time. The first import on a machine can take minutes, as Python compiles
     what it reads from a cold disk.
 
     Args:
-        tell: Takes one line at a time, from another thread.
-        modules: How many the process will have loaded, about.
+        tell: Receives one line at a time, from another thread.
+        modules: Approximate number of modules that the process will have loaded.
     """
     over, reminder = threading.Event(), Reminder()
     began_s, before = time.monotonic(), len(sys.modules)

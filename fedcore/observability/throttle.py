@@ -1,4 +1,4 @@
-"""Few lines of a kind, however often what they tell of happens: who causes them fills no log."""
+"""Limits repeated log lines, so that a peer that causes them cannot fill a log."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 TOLD_S = 10.0
-"""What a peer does again and again is told of once in so many seconds."""
+"""Seconds between two log lines about an event that a peer keeps causing."""
 TOLD_BURST = 20
-"""So many lines of a kind that a peer causes are written at once; then one in `TOLD_S` seconds."""
+"""Lines of a kind from one peer that are written at once; then one in `TOLD_S` seconds."""
 _MOST_KINDS = 10_000
 
 _Key = TypeVar("_Key")
@@ -18,9 +18,10 @@ _Key = TypeVar("_Key")
 def take_token(
     left: dict[_Key, tuple[float, float]], key: _Key, now_s: float, *, every_s: float, burst: int
 ) -> bool:
-    """Takes a token out of the bucket of ``key``, which fills by one in ``every_s`` seconds.
+    """Takes a token from the bucket of ``key``, which gains one every ``every_s`` seconds.
 
-    ``left`` holds for each key how many tokens there were, and when.
+    ``left`` maps each key to its last number of tokens and the time of that. Returns whether the
+    bucket had a token; ``burst`` is its capacity.
     """
     tokens, since_s = left.get(key, (float(burst), now_s))
     tokens = min(tokens + (now_s - since_s) / every_s, float(burst))
@@ -29,7 +30,7 @@ def take_token(
 
 
 class Throttle(Generic[_Key]):
-    """Lets `burst` lines of a kind through at once, then one in a while, and counts the others."""
+    """Admits `burst` lines of a kind at once, then one in a while, and counts the others."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Throttle(Generic[_Key]):
         burst: int = TOLD_BURST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins with nothing left out."""
+        """Starts with full allowances."""
         self._every_s = every_s
         self._burst = burst
         self._clock = clock
@@ -49,7 +50,7 @@ class Throttle(Generic[_Key]):
         """Counts a line of the kind ``key``.
 
         Returns:
-            How many were left out since the last one that was not; None where this one is.
+            The number of lines left out since the last admitted one; None if this one is left out.
         """
         if len(self._left) >= _MOST_KINDS and key not in self._left:
             self._left.clear()
@@ -62,5 +63,5 @@ class Throttle(Generic[_Key]):
 
 
 def left_out(count: int) -> str:
-    """What a line ends with that stands for others, too; empty where it does not."""
+    """Returns the end of a line that stands for omitted ones; empty if there are none."""
     return f" ({count} more since the last such line)" if count else ""

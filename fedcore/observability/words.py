@@ -1,4 +1,4 @@
-"""Numbers and names as a person reads them, the same on a terminal and in a report."""
+"""Formats numbers and names for people, identically on a terminal and in a report."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 NOTHING = "-"
-"""Stands where there is no value."""
+"""Shown for a missing value."""
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """A measured number to ``digits`` digits, with an exponent only where it would be long.
+    """Formats a measured number to ``digits`` digits, with an exponent only where it would be long.
 
     >>> figure(0.912345), figure(1234.5678), figure(0.00012), figure(None)
     ('0.9123', '1235', '0.00012', '-')
@@ -25,7 +25,7 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 
 def epsilon_text(epsilon: float | None) -> str:
-    """A privacy loss to two decimals, rounded up: the text never says less than was spent.
+    """Formats a privacy loss to two decimals, rounded up: never less than was spent.
 
     >>> epsilon_text(7.421), epsilon_text(None)
     ('7.43', '-')
@@ -38,7 +38,7 @@ def epsilon_text(epsilon: float | None) -> str:
 
 
 def epsilon_floor_text(epsilon: float) -> str:
-    """What is left of a budget, or is proved at least, rounded down: never more than there is.
+    """Formats the rest of a budget, or a lower bound, to two decimals, rounded down.
 
     >>> epsilon_floor_text(0.579), epsilon_floor_text(0.004)
     ('0.57', '0.00')
@@ -49,20 +49,20 @@ def epsilon_floor_text(epsilon: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """A size in decimal units.
+    """Formats a size in decimal units.
 
     >>> bytes_text(999), bytes_text(181_250), bytes_text(2_400_000)
     ('999 B', '181 kB', '2.4 MB')
     """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= 0.9995 * size:  # what would be rounded up to 1000 of the unit below
+        if count >= 0.9995 * size:  # would round up to 1000 of the smaller unit
             amount = count / size
             return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"
     return f"{count:.0f} B"
 
 
 def seconds_text(seconds: float | None) -> str:
-    """A duration, shortest where it is precise enough; a dash when there is none.
+    """Formats a duration, as short as is precise enough; a dash for None.
 
     >>> seconds_text(0.0421), seconds_text(12.34), seconds_text(754)
     ('0.042 s', '12.3 s', '12 min 34 s')
@@ -76,7 +76,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def is_or_are(count: int) -> str:
-    """The verb after a number of things.
+    """Returns the verb for a number of things.
 
     >>> is_or_are(1), is_or_are(0)
     ('is', 'are')
@@ -85,7 +85,7 @@ def is_or_are(count: int) -> str:
 
 
 def counted(count: int, noun: str, form: str = "") -> str:
-    """A number of things, the number written as ``form`` says.
+    """Formats a number of things, with the number in the format ``form``.
 
     >>> counted(1, "round"), counted(20, "client"), counted(3000, "step", ",")
     ('1 round', '20 clients', '3,000 steps')
@@ -94,5 +94,5 @@ def counted(count: int, noun: str, form: str = "") -> str:
 
 
 def a_or_an(word: str) -> str:
-    """A noun with its article, by its first letter."""
+    """Returns a noun with its article, by its first letter."""
     return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"

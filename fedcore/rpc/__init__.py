@@ -1,1 +1,1 @@
-"""fedcore's own gRPC services: .proto files, and the stubs that are made from them."""
+"""Network helpers of fedcore: its gRPC services, connections, limits and proxies."""

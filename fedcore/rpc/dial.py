@@ -1,4 +1,4 @@
-"""Connections to a name, within a time that counts for all of its addresses together."""
+"""Opens TCP connections to a host name, with one timeout over all of its addresses."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import socket
 import time
 
 _MOST_ADDRESSES = 8
-"""Of a name: whoever answers for it, as a network may, can list thousands."""
+"""Most addresses tried per name: a hostile DNS server can list thousands."""
 
 
 def dial(host: str, port: int, timeout_s: float) -> socket.socket:
-    """A connection to ``host``, at the first of its addresses that takes one.
+    """Returns a connection to the first address of ``host`` that accepts one.
 
-    `socket.create_connection` gives each address all of the time. Here each has its share of what
-    is left, so that one that swallows what comes does not keep the others from being tried.
+    `socket.create_connection` gives each address the whole timeout. Here each address gets an equal
+    share of the remaining time, so that an unresponsive one does not block the others.
 
     Args:
         host: A name or an address.
-        port: There.
-        timeout_s: How long all of it may take, once the name has been looked up.
+        port: The TCP port.
+        timeout_s: Seconds for all attempts together, after the name lookup.
 
     Raises:
-        OSError: nobody is there.
+        OSError: no address accepts a connection.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:_MOST_ADDRESSES]
     until_s, failed = time.monotonic() + timeout_s, OSError(f"{host}: no address")

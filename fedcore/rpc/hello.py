@@ -1,4 +1,7 @@
-"""What a device and a server tell each other of themselves before anything else."""
+"""The handshake of a device and a server: versions and task, compared before any work.
+
+The device sends a `Hello` as HTTP headers; the server checks it with `check_hello`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fedcore.errors import DeviceError
 from fedcore.files import read_bytes, sha256_hex
 
 PROTOCOL = 2
-"""Grows when what passes between device and server changes."""
+"""Version of the protocol; increases when messages between device and server change."""
 _MAX_TASK_BYTES = 16 * 2**20
 _NO_TASK = (
     "Nothing was run; name the task file that is there: by --task on a device, as `task` in the "
@@ -23,12 +26,12 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROCESS_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROCESS = "fedcore-instance"
 SETTINGS = "run"
-"""Under this name a server tells devices of its run: the run's configuration, as JSON."""
+"""Key under which a server sends devices the run's configuration, as JSON."""
 INSTANCE = "instance"
-"""Under this name, which instance of that run it is."""
+"""Key under which a server sends devices the id of this instance of the run."""
 _AGAIN = "fedcore-again-s"
 WAKE_PORT = "fedcore-wake-port"
-"""Header of the answer to a device that is let in: the port of the stream that wakes it."""
+"""Response header for an admitted device: the port of the stream that wakes it."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class Hello:
 
     task: str
     task_digest: str
-    """SHA-256 of the task file: both sides must have the same one installed."""
+    """SHA-256 of the task file; both sides must have the same file installed."""
     protocol: int = PROTOCOL
     app: str = __version__
 
     def headers(self, instance: str) -> dict[str, str]:
-        """As headers of a call; ``instance`` names the process that makes it."""
+        """Returns the headers of a request; ``instance`` names the process that makes it."""
         return {
             "fedcore-protocol": str(self.protocol),
             "fedcore-app": self.app,
@@ -52,22 +55,23 @@ class Hello:
 
 
 def is_task_name(name: object) -> bool:
-    """Whether a task may be called so: its name goes with a device's calls, in a header."""
+    """Returns whether a task may have this name, which travels in a request header."""
     return isinstance(name, str) and _TASK_NAME.fullmatch(name) is not None
 
 
 def hello_of(name: str, path: Path) -> Hello:
-    """What this side says of itself, with the task ``name`` in the file ``path``."""
+    """Returns this side's `Hello` for the task ``name`` in the file ``path``."""
     raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task", otherwise=_NO_TASK)
     return Hello(task=name, task_digest=sha256_hex(raw))
 
 
 def declared_name(path: Path) -> str | None:
-    """The name in ``task = Task(name="...")``, without running the file.
+    """Returns the name in ``task = Task(name="...")`` without running the file.
 
-    None when it is computed, or no name for a task.
+    Loading a task imports torch, which takes seconds; this allows the handshake before.
 
-    Loading a task imports torch, which takes seconds; the two sides find each other before.
+    Returns:
+        The name; None if it is computed, ambiguous or invalid.
 
     Raises:
         DataError: the file cannot be read.
@@ -76,9 +80,9 @@ def declared_name(path: Path) -> str | None:
     try:
         module = ast.parse(raw)
     except (SyntaxError, ValueError):
-        return None  # loading it will tell
+        return None  # loading the file raises the error
     if sum(_binds_task(node) for node in ast.walk(module)) != 1:
-        return None  # which of them counts, only running it tells
+        return None  # only running the file decides which one counts
     for statement in module.body:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Call):
             continue
@@ -92,7 +96,7 @@ def declared_name(path: Path) -> str | None:
 
 
 def _binds_task(node: ast.AST) -> bool:
-    """Whether something may be called ``task`` from here on."""
+    """Returns whether a syntax node may bind the name ``task``."""
     if isinstance(node, ast.alias):
         return (node.asname or node.name) in ("task", "*")
     if isinstance(node, ast.Global):
@@ -101,18 +105,18 @@ def _binds_task(node: ast.AST) -> bool:
 
 
 def instance_of(headers: Mapping[str, str]) -> str:
-    """The process that makes a call; empty when it does not say, or by no name of a process."""
+    """Returns the name of the requesting process; empty if missing or malformed."""
     named = headers.get(_PROCESS, "")
     return named if _PROCESS_NAME.fullmatch(named) else ""
 
 
 def again_in(seconds: float) -> dict[str, str]:
-    """As a header: this device calls again within so many seconds, if it is still there."""
+    """Returns the header by which a device promises its next request within so many seconds."""
     return {_AGAIN: f"{seconds:.2f}"}
 
 
 def again_s_of(headers: Mapping[str, str]) -> float | None:
-    """Within how many seconds a device calls again; None when it does not say."""
+    """Returns the seconds in which a device promises its next request; None if absent."""
     try:
         seconds = float(headers.get(_AGAIN, ""))
     except ValueError:
@@ -121,10 +125,10 @@ def again_s_of(headers: Mapping[str, str]) -> float | None:
 
 
 def check_hello(headers: Mapping[str, str], server: Hello) -> None:
-    """Compares what a device says of itself with what the server is.
+    """Compares a device's versions and task with the server's.
 
     Raises:
-        DeviceError: they do not fit; the message says what to install on the device.
+        DeviceError: they do not match; the message states what to install on the device.
     """
     theirs = headers.get("fedcore-protocol", "none")
     if theirs != str(server.protocol):

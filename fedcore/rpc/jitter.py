@@ -1,4 +1,4 @@
-"""Pauses between calls, spread so that devices that lost their server do not return together."""
+"""Random pauses between requests, so that devices do not all reconnect at the same time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _DRAWS = random.SystemRandom()
 
 
 def spread_s(pause_s: float, least: float, most: float) -> float:
-    """A pause between ``least`` and ``most`` times ``pause_s``, in seconds.
+    """Returns a pause in seconds between ``least`` and ``most`` times ``pause_s``.
 
-    It comes from the operating system. Python's own stream belongs to the task: private training
-    takes a number that is drawn from it for the model's, and takes examples one by one then, which
-    is slower and rounds in another way.
+    The draw uses the operating system. Python's global stream belongs to the task: private training
+    would take a draw from it for one of the model's, and then process examples one by one, which
+    is slower and rounds differently.
     """
     return pause_s * _DRAWS.uniform(least, most)

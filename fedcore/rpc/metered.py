@@ -1,8 +1,8 @@
-"""Connections of a device, counted at the socket: all that a call takes in, and how long it lasts.
+"""Limits a device's HTTP requests at the socket: all received bytes, and the total time.
 
-HTTP clients bound bodies and the pause between two pieces. Status lines, headers, interim answers,
-the framing of a body and the records of TLS come on top of them without a bound, and a server that
-sends a byte now and then keeps a call going forever.
+HTTP clients bound bodies and the pause between two pieces. Status lines, headers, interim
+responses, the framing of a body and TLS records are additional and unbounded, and a server that
+sends a byte now and then keeps a request open forever.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ import httpx
 from fedcore.rpc.dial import dial
 
 _LOOK_S = 0.5
-"""How often a call that waits looks whether it is to end."""
+"""Seconds between checks whether a waiting request must stop."""
 _PIECE = 1 << 16
 LEAST_PIECE_BYTES = 256
-"""A piece counts as so many bytes at least, among pieces: each goes through several parsers, so an
-answer byte by byte takes a hundred times the work of the same answer at once."""
+"""Least bytes that a piece counts in the limit on pieces. Each passes several parsers: a response
+byte by byte costs a hundred times the work of the same response at once."""
 _Found = TypeVar("_Found")
 
 
 class TooLarge(ValueError):
-    """An answer has more bytes than it may."""
+    """A response has more bytes than its limit."""
 
 
 @dataclass
 class Traffic:
-    """What one call has moved, and how much more it may."""
+    """Bytes that one request has moved, and its limits."""
 
     most_bytes: int
-    """Of all that comes, from the first byte of a handshake on."""
+    """Limit of received bytes, from the first byte of the TLS handshake on."""
     until_s: float
-    """When it must be over, on the monotonic clock."""
+    """Deadline, on the monotonic clock."""
     stopped: Callable[[], bool] = field(default=lambda: False)
-    """Asked all the while."""
+    """Returns whether the request must end soon; polled while it waits."""
     ending_s: float = 0.0
-    """How much longer it may last once it is stopped."""
+    """Seconds that the request may continue after ``stopped`` returns True."""
     received_bytes: int = 0
     sent_bytes: int = 0
     pieces: int = 0
-    """In how many it came, as they are handed on: segments, records, parts of a body."""
+    """Number of pieces received: segments, records, parts of a body."""
 
     def left_s(self) -> float:
-        """Seconds until it must be over."""
+        """Returns the seconds until the deadline."""
         now = time.monotonic()
         if self.stopped():
             self.until_s = min(self.until_s, now + self.ending_s)
         return self.until_s - now
 
     def receive(self, count: int) -> None:
-        """Counts bytes that have come.
+        """Counts received bytes.
 
         Raises:
-            TooLarge: they are more than may come.
+            TooLarge: the total exceeds ``most_bytes``.
         """
         self.received_bytes += count
         if self.received_bytes > self.most_bytes:
@@ -75,10 +75,10 @@ class Traffic:
         self.piece()
 
     def piece(self) -> None:
-        """Counts a piece that is handed on.
+        """Counts one received piece.
 
         Raises:
-            TooLarge: they are more than come of an answer that is not cut up on purpose.
+            TooLarge: there are more pieces than a response has that is not split on purpose.
         """
         self.pieces += 1
         if self.pieces * LEAST_PIECE_BYTES > self.most_bytes:
@@ -88,14 +88,14 @@ class Traffic:
 
 
 class Meter:
-    """Whose call each thread is in."""
+    """Maps each thread to the request that it is making."""
 
     def __init__(self) -> None:
         self._calls = threading.local()
 
     @contextmanager
     def counted(self, traffic: Traffic) -> Iterator[None]:
-        """What this thread moves inside counts as ``traffic``."""
+        """Counts this thread's traffic inside the block in ``traffic``."""
         self._calls.now = traffic
         try:
             yield
@@ -104,24 +104,23 @@ class Meter:
 
     @property
     def now(self) -> Traffic:
-        """The call that this thread is in."""
+        """The request that this thread is making."""
         found: Traffic | None = getattr(self._calls, "now", None)
         assert found is not None, "a call of this client that nobody counts"
         return found
 
 
 def metered(client: httpx.Client, meter: Meter, *, keep: Collection[str]) -> None:
-    """Has all connections of ``client`` count as ``meter`` says, and drops headers of answers.
+    """Limits all connections of ``client`` by ``meter``, and drops most response headers.
 
-    httpx has no argument for either. What goes through proxies that the environment names counts,
-    too.
+    httpx has no argument for either. Traffic through proxies from the environment counts, too.
 
     Args:
-        client: Has opened no connection yet.
-        meter: Says whose call each thread is in.
-        keep: Names of the headers that an answer keeps, in small letters. httpx acts on others by
-            itself: it keeps cookies and sends them back, and builds the request that a redirection
-            asks for, even where it is told not to follow any.
+        client: A client without open connections.
+        meter: Provides the limits of each thread's request.
+        keep: Lower-case names of the response headers to keep. httpx acts on others by itself: it
+            stores cookies and sends them back, and builds the request of a redirection even if
+            it may not follow any.
     """
     backend = _Backend(meter)
     client._transport = _Metered(client._transport, backend, keep)
@@ -131,7 +130,7 @@ def metered(client: httpx.Client, meter: Meter, *, keep: Collection[str]) -> Non
 
 
 class _Metered(httpx.BaseTransport):
-    """A transport whose connections are counted, and whose answers have few headers."""
+    """A transport that counts its connections' bytes and drops most response headers."""
 
     def __init__(
         self, inner: httpx.BaseTransport, backend: httpcore.NetworkBackend, keep: Collection[str]
@@ -151,7 +150,7 @@ class _Metered(httpx.BaseTransport):
 
 
 class _Backend(httpcore.NetworkBackend):
-    """Opens connections that are counted."""
+    """Opens connections whose bytes are counted."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -164,7 +163,7 @@ class _Backend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """A connection of the thread's call."""
+        """Returns a connection, within the time limit of the thread's request."""
         left_s = self._meter.now.left_s()
         if left_s <= 0:
             raise httpcore.ConnectTimeout("the call is over")
@@ -189,19 +188,19 @@ class _CountedStream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        """TLS over this connection; over TLS, too, as through a proxy that is reached by TLS."""
+        """Starts TLS on this connection, possibly inside TLS to a proxy."""
         return _Secured(self, self._meter, ssl_context, server_hostname, timeout)
 
 
 class _Plain(_CountedStream):
-    """A connection, below TLS."""
+    """A TCP connection without TLS."""
 
     def __init__(self, connected: socket.socket, meter: Meter) -> None:
         self._socket = connected
         self._meter = meter
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """What has come, at least a byte; none at the connection's end."""
+        """Returns at least one received byte; none at the end of the connection."""
         call = self._meter.now
         most = min(max_bytes, call.most_bytes - call.received_bytes + 1)
         found = self._tried(partial(self._socket.recv, most), timeout, _READING)
@@ -209,7 +208,7 @@ class _Plain(_CountedStream):
         return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Sends everything."""
+        """Sends all of ``buffer``."""
         left = memoryview(buffer)
         while left:
             sent = self._tried(partial(self._socket.send, left[:_PIECE]), timeout, _WRITING)
@@ -237,8 +236,8 @@ class _Plain(_CountedStream):
         self._socket.close()
 
     def get_extra_info(self, info: str) -> Any:
-        """What httpcore asks of a connection."""
-        if info == "is_readable":  # of one that idles: the other side has closed it, or sent more
+        """Returns a property of the connection for httpcore."""
+        if info == "is_readable":  # for an idle one: the peer has closed it, or sent more data
             poll = select.poll()
             poll.register(self._socket, select.POLLIN)
             return bool(poll.poll(0))
@@ -246,14 +245,14 @@ class _Plain(_CountedStream):
 
 
 _Errors = tuple[type[Exception], type[Exception]]
-"""What is raised where it takes too long, and where the connection breaks."""
+"""The exceptions for a timeout and for a broken connection."""
 _READING: _Errors = (httpcore.ReadTimeout, httpcore.ReadError)
 _WRITING: _Errors = (httpcore.WriteTimeout, httpcore.WriteError)
 _CONNECTING: _Errors = (httpcore.ConnectTimeout, httpcore.ConnectError)
 
 
 class _Secured(_CountedStream):
-    """TLS over a connection; its records count, those of the handshake among them."""
+    """TLS over a connection; all of its records count, including the handshake's."""
 
     def __init__(
         self,
@@ -275,19 +274,19 @@ class _Secured(_CountedStream):
             raise
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """What has come, at least a byte; none at the connection's end."""
+        """Returns at least one received byte; none at the end of the connection."""
         found = self._done(partial(self._tls.read, max_bytes), timeout, _READING)
         self._meter.now.piece()
         return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Sends everything."""
+        """Sends all of ``buffer``."""
         left = memoryview(buffer)
         while left:
             left = left[self._done(partial(self._tls.write, left[:_PIECE]), timeout, _WRITING) :]
 
     def _done(self, work: Callable[[], _Found], timeout: float | None, errors: _Errors) -> _Found:
-        """What ``work`` comes to, with as many bytes from the other side as it takes."""
+        """Returns the result of a TLS operation, after as many reads from the peer as it needs."""
         late, broken = errors
         try:
             while True:
@@ -303,12 +302,12 @@ class _Secured(_CountedStream):
                     self._flush(timeout)
                     return found
         except ssl.SSLEOFError as error:
-            if errors is _READING:  # closed without TLS's own end: HTTP sees what is missing
+            if errors is _READING:  # closed without a TLS closing alert: HTTP detects truncation
                 return b""  # type: ignore[return-value]
             raise broken(str(error)) from error
         except ssl.SSLError as error:
             with suppress(httpcore.TimeoutException, httpcore.NetworkError):
-                self._flush(timeout)  # the alert, which tells the other side why
+                self._flush(timeout)  # sends the TLS alert with the reason
             raise broken(str(error)) from error
         except (httpcore.TimeoutException, httpcore.NetworkError) as error:
             kind = late if isinstance(error, httpcore.TimeoutException) else broken
@@ -319,9 +318,9 @@ class _Secured(_CountedStream):
             self._below.write(self._outgoing.read(), timeout)
 
     def close(self) -> None:
-        """Closes the connection below."""
+        """Closes the underlying connection."""
         self._below.close()
 
     def get_extra_info(self, info: str) -> Any:
-        """What httpcore asks of a connection."""
+        """Returns a property of the connection for httpcore."""
         return self._tls if info == "ssl_object" else self._below.get_extra_info(info)

@@ -1,4 +1,4 @@
-"""Outbound proxies, named by the environment."""
+"""Outbound HTTP proxies from the environment: which one applies, and whether it is valid."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 from fedcore.errors import ConfigError
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-"""HTTP clients read all of them, whichever they then need."""
+"""HTTP clients parse all of these variables, even those that they do not use."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*")  # a name, or an address
 
 
 def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
-    """The proxy that HTTP clients take to an ``https`` address; None where they go there directly.
+    """Returns the proxy for an ``https`` address; None for a direct connection.
 
-    ``HTTPS_PROXY`` comes before ``ALL_PROXY``, small letters before capitals; what ``NO_PROXY``
-    lists is exempt. httpx has these rules, and nothing public that tells their outcome.
+    ``HTTPS_PROXY`` precedes ``ALL_PROXY``, lower-case names precede upper-case ones; ``NO_PROXY``
+    lists exceptions. httpx uses these rules, but has no public function for their outcome.
     """
     if any(_exempts(entry, url) for entry in _exempt(environment)):
         return None
@@ -29,15 +29,15 @@ def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
 
 
 def check_proxies(environment: Mapping[str, str]) -> None:
-    """Looks whether the proxies that the environment names can be used at all.
+    """Checks that the environment's proxy settings are usable.
 
     Raises:
-        ConfigError: one is no HTTP proxy, or cannot be read; the message shows no password. Or an
-            entry of ``NO_PROXY`` cannot be read.
+        ConfigError: a proxy is no HTTP proxy or cannot be parsed, or an entry of ``NO_PROXY``
+            cannot be parsed. The message shows no password.
     """
     exempt = _exempt(environment)
     if "*" in exempt:
-        return  # HTTP clients go by none then
+        return  # HTTP clients then use no proxy
     for entry in exempt:
         if not _is_exemption(entry):
             raise ConfigError(
@@ -56,28 +56,29 @@ def check_proxies(environment: Mapping[str, str]) -> None:
 
 
 def shown(proxy: str) -> str:
-    """A proxy's host and port, without the user's name and password."""
+    """Returns a proxy's host and port, without user name and password."""
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     return f"{parts.hostname}:{parts.port or 80}"
 
 
 def _value(environment: Mapping[str, str], small: str) -> tuple[str, str]:
-    """A variable's name as it is spelt there, and its value; small letters come first.
+    """Returns a variable's name as spelt in the environment, and its value.
 
-    They do so where they are empty, too: so somebody unsets it for one program.
+    The lower-case name precedes the upper-case one even if empty, so that a user can unset a proxy
+    for one program.
     """
     name = small if small in environment else small.upper()
     return name, environment.get(name, "")
 
 
 def _exempt(environment: Mapping[str, str]) -> list[str]:
-    """The entries of ``NO_PROXY``."""
+    """Returns the entries of ``NO_PROXY``."""
     entries = (entry.strip() for entry in _value(environment, "no_proxy")[1].split(","))
     return [entry for entry in entries if entry]
 
 
 def _is_exemption(entry: str) -> bool:
-    """Whether HTTP clients can read an entry of ``NO_PROXY``."""
+    """Returns whether HTTP clients can parse an entry of ``NO_PROXY``."""
     if _is_address(entry):
         return True
     try:
@@ -88,10 +89,10 @@ def _is_exemption(entry: str) -> bool:
 
 
 def _exempts(entry: str, url: str) -> bool:
-    """Whether an entry of ``NO_PROXY`` is about an address.
+    """Returns whether an entry of ``NO_PROXY`` exempts an address.
 
-    A name stands for all names below it, too, and for itself unless it begins with a dot. Networks
-    are not known: of ``10.0.0.0/8`` the address alone counts.
+    A name matches all its subdomains, and itself unless it begins with a dot. Networks are
+    not supported: ``10.0.0.0/8`` matches only the address ``10.0.0.0``.
     """
     if entry == "*":
         return True
@@ -113,7 +114,7 @@ def _exempts(entry: str, url: str) -> bool:
 
 
 def _is_address(entry: str) -> bool:
-    """Whether an entry is an IP address, or an IPv4 network."""
+    """Returns whether an entry is an IP address or an IPv4 network."""
     address, _, network = entry.partition("/")
     try:
         return ipaddress.ip_address(address).version == 4 or not network
@@ -128,12 +129,12 @@ def _is_proxy(url: str) -> bool:
     except ValueError:
         return False
     plain = url.isascii() and url.isprintable() and " " not in url
-    # An empty port is none, and port 0 is nobody's.
+    # An empty port means the default; port 0 is invalid.
     return plain and parts.scheme in ("http", "https") and bool(_HOST.fullmatch(host)) and port != 0
 
 
 def _masked(value: str) -> str:
-    """An address without the user's name and password, however odd it is."""
+    """Returns an address without user name and password, even if malformed."""
     secret, at, host = value.rpartition("@")
     scheme, separator, _ = secret.partition("://")
     return repr(f"{scheme + separator if separator else ''}***@{host}" if at else value)

@@ -1,8 +1,8 @@
-"""A local way to a server whose every byte is counted, for clients that count none themselves.
+"""A local socket that relays to a server and counts every byte, for clients that cannot.
 
-gRPC's core reads whatever its connection brings: pings, settings and unknown frames are answered or
-dropped there, and no caller is told of them. Here they pass a socket of ours first. TLS stays
-between gRPC and the server; what passes here is its records.
+gRPC's core reads everything its connection receives: it handles or drops pings, settings and
+unknown frames without notice to the caller. The relay puts a socket of this process in front. TLS
+stays between gRPC and the server; the relay passes on encrypted records.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from urllib.parse import unquote, urlsplit
 from fedcore.rpc.dial import dial
 
 _PIECE = 4096
-"""Read at a time, and waited for: what a server sends beyond stays with it."""
+"""Bytes per read; the next read waits for ``took``, which throttles a flooding server."""
 _LOOK_S = 0.5
 _STUCK_S = 20.0
-"""How long one side may take to read what the other has sent."""
-_LONGEST_ROOT = 60  # systems take 104 bytes or 108 for the path of a socket
+"""Seconds that one side may take to read what the other has sent."""
+_LONGEST_ROOT = 60  # systems allow 104 or 108 bytes for the path of a socket
 _MOST_ANSWER = 1 << 13
-"""Bytes of a proxy's answer."""
+"""Most bytes of a proxy's response."""
 
 
 @dataclass(frozen=True)
 class RelayedRoute:
-    """What leads to a server, once."""
+    """A single-use local route to a server."""
 
     target: str
-    """For gRPC."""
+    """Target address for a gRPC channel."""
     over: threading.Event
-    """Set when it leads nowhere any more."""
+    """Set once the route has ended."""
 
 
 @contextmanager
 def relayed(
     host: str, port: int, *, proxy: str | None, timeout_s: float, took: Callable[[int], None]
 ) -> Iterator[RelayedRoute]:
-    """A way to ``host`` and ``port`` through a socket of this process.
+    """Opens a route to ``host`` and ``port`` through a local socket of this process.
 
-    Nobody else on the machine can reach it, or stand in its place once it is gone: it lies in a
-    folder that this user alone may enter, which stays.
+    No other user of the machine can connect to the socket, or replace it after its removal: it
+    is in a permanent folder that only this user may enter.
 
     Args:
-        host: Of the server.
-        port: Of the server.
-        proxy: The HTTP proxy to go through, as a URL; None to go there directly.
-        timeout_s: How long connecting may take.
-        took: Told how many bytes have passed, in either direction; it may wait, and nothing is read
-            from the server meanwhile.
+        host: The server's host.
+        port: The server's port.
+        proxy: URL of the HTTP proxy to connect through; None to connect directly.
+        timeout_s: Seconds that connecting may take.
+        took: Callback with the number of bytes passed in either direction; may block, which
+            pauses reads from the server.
 
     Raises:
         OSError: the server, or the proxy, cannot be reached.
@@ -79,13 +79,13 @@ def relayed(
     finally:
         over.set()
         with suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)  # ends a read that is going on in the other thread
+            server.shutdown(socket.SHUT_RDWR)  # unblocks a pending read in the relay thread
         path.unlink(missing_ok=True)
 
 
 def _folder() -> Path:
-    """Where sockets lie: one folder a user, or one of this call's where that is somebody else's."""
-    short = "/tmp"  # noqa: S108  the folder in it is made, or found, to be this user's alone
+    """Returns a private folder for sockets: the user's, or a new one if that is not private."""
+    short = "/tmp"  # noqa: S108  the folder in it is created, or checked, to be private
     roots = [root for root in (tempfile.gettempdir(), short) if len(root) < _LONGEST_ROOT]
     folder = Path(roots[0]) / f"fedcore-{os.getuid()}"
     with suppress(FileExistsError):
@@ -113,7 +113,7 @@ def _connected(host: str, port: int, proxy: str | None, timeout_s: float) -> soc
             asked += f"Proxy-Authorization: Basic {base64.b64encode(own.encode()).decode()}\r\n"
         server.sendall(f"{asked}\r\n".encode())
         came = b""
-        while not came.endswith(b"\r\n\r\n"):  # byte by byte: what follows is the server's
+        while not came.endswith(b"\r\n\r\n"):  # byte by byte: what follows belongs to the server
             server.settimeout(max(until_s - time.monotonic(), 0.001))
             piece = server.recv(1)
             if not piece or len(came) > _MOST_ANSWER:
@@ -135,11 +135,11 @@ def _pump(
     took: Callable[[int], None],
     over: threading.Event,
 ) -> None:
-    """Hands on what comes from either side until one of them ends; sets ``over`` then."""
+    """Copies bytes between both sides until one of them ends; then sets ``over``."""
     with ExitStack() as ending, listener, server, suppress(OSError):
         ending.callback(over.set)
         local = _accepted(listener, over)
-        path.unlink(missing_ok=True)  # now: a process that is killed leaves nothing
+        path.unlink(missing_ok=True)  # at once, so that a killed process leaves no file
         if local is None:
             return
         other = {local: server, server: local}
@@ -157,7 +157,7 @@ def _pump(
 
 
 def _accepted(listener: socket.socket, over: threading.Event) -> socket.socket | None:
-    """The one client that there is; None where it does not come."""
+    """Returns the only client's connection; None if the route ends first."""
     while not over.is_set():
         with suppress(TimeoutError):
             local, _ = listener.accept()

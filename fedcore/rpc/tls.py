@@ -1,4 +1,4 @@
-"""What gRPC's core reads from the environment when it is imported."""
+"""Settings of gRPC's core, which it reads from the environment when it is imported."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ _NAME, _SUITES = "GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256"
 
 
 def quiet_core() -> None:
-    """Keeps gRPC's core from writing to standard error; to be called before grpc is imported.
+    """Stops gRPC's core from writing to standard error; call it before grpc is imported.
 
-    What goes wrong, callers learn from the errors that calls end with. Whoever wants to see more
-    sets ``GRPC_VERBOSITY``.
+    Callers learn of failures from the errors of their calls. Set ``GRPC_VERBOSITY`` to see more.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def only_tls_1_3() -> None:
-    """Leaves this process's gRPC no TLS below 1.3; to be called before grpc is imported.
+    """Disables TLS below 1.3 for gRPC in this process; call it before grpc is imported.
 
-    gRPC has no setting for the least version. What it has is a list of ciphers for TLS 1.2, read
-    when it is imported; the one that is named needs an RSA certificate, and the certificates of a
-    project are on P-384.
+    gRPC has no setting for the minimum version, only a list of TLS 1.2 ciphers that it reads on
+    import. The cipher set here needs an RSA certificate, and a project's certificates use P-384, so
+    no TLS 1.2 handshake succeeds.
 
     Raises:
-        ResourceError: grpc has been imported already, so that it is too late.
+        ResourceError: grpc has been imported already.
     """
     if os.environ.get(_NAME) == _SUITES:
         return

@@ -1,5 +1,5 @@
-"""What a user brings: a task with its model, data and metrics.
+"""The user's side: a task with its model, data and metrics, and custom algorithms.
 
-Read `definition` first. `partition` splits data that has no natural clients; `templates` writes a
+Start with `definition`. `partition` splits data that has no natural clients; `templates` writes a
 task to start from.
 """

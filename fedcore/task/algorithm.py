@@ -1,6 +1,6 @@
-"""What a user brings in place of a strategy of Flower's: an algorithm of federated learning.
+"""Base class for a user's own federated-learning algorithm, in place of a Flower strategy.
 
-`Algorithm` is the one class to derive from; the other types are what its methods are given.
+Derive from `Algorithm`; the other types are arguments and results of its methods.
 """
 
 from __future__ import annotations
@@ -16,54 +16,55 @@ from fedcore.config.client_settings import RUN_SETTINGS, ClientSettings
 from fedcore.config.run import ClientConfig
 
 Weights = NDArray[np.float32]
-"""A whole model, ``(D,)``: every parameter, flattened, in the model's own order."""
+"""All parameters of a model, shape ``(D,)``: flattened, in the model's order."""
 State = Mapping[str, "NDArray[Any] | np.generic | bool | int | float | str"]
-"""What an algorithm remembers: names, and arrays or plain values. It is kept without pickle."""
+"""Memory of an algorithm: arrays or plain values by name. It is stored without pickle."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Where a run stands when an algorithm is asked."""
+    """The progress of a run, as an argument of an algorithm's methods."""
 
     number: int
-    """From 1."""
+    """The round's number, from 1."""
     rounds: int
-    """``federation.rounds``: the last one's number, unless the run ends earlier."""
+    """``federation.rounds``: the last round's number, unless the run ends earlier."""
     client: ClientConfig
-    """The run's ``[client]``: what clients train with unless an algorithm says otherwise."""
+    """The run's ``[client]``: settings of local training unless an algorithm changes them."""
     seed: int
-    """Of this round alone, from the run's seed; the same when the round is done again. Draw from
-    it, as ``numpy.random.default_rng(round.seed)``, and nothing else."""
+    """Seed of this round, from the run's seed; unchanged when the round is repeated. Draw all
+    randomness from it, with ``numpy.random.default_rng(round.seed)``."""
 
     @property
     def progress(self) -> float:
-        """From 0 in the first round to 1 in the last; 0 where there is one alone."""
+        """Progress from 0 in the first round to 1 in the last; 0 in a run of one round."""
         return (self.number - 1) / max(self.rounds - 1, 1)
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client sent."""
+    """One client's contribution to a round."""
 
     client: str
-    """Its name."""
+    """The client's name."""
     weights: Weights
-    """After local training, ``(D,)``; read-only."""
+    """Weights after local training, ``(D,)``; read-only."""
     num_examples: int
-    """What it weighs: 1 where all weigh the same."""
+    """The update's weight in a mean: 1 if all updates weigh the same."""
     metrics: Mapping[str, float]
-    """What every client of the round reported, as ``train_loss``; nothing under privacy."""
+    """Metrics that every client of the round reported, such as ``train_loss``; empty under
+    privacy."""
 
 
 class Algorithm:
-    """How a server makes the next global model of a round's updates.
+    """Computes the next global model from a round's updates.
 
-    A subclass says whether it folds, and has `step` or `aggregate` accordingly. It holds options
-    alone, best as a frozen dataclass: an instance is made anew on resume, and what is to outlive a
-    round belongs in the state.
+    A subclass sets `folds`, and implements `step` if it is true or `aggregate` if not. It has only
+    options as attributes, best as a frozen dataclass: resuming a run creates a new instance, so
+    anything that must survive a round belongs in the state.
 
-    Arrays that methods are given are read-only. The same arguments must give the same result, and
-    methods are also called before a run, on made-up updates, to find mistakes.
+    Array arguments are read-only. Equal arguments must give equal results; before a run the
+    methods are also called on made-up updates, to find mistakes.
 
     Example::
 
@@ -75,48 +76,48 @@ class Algorithm:
     """
 
     folds: ClassVar[bool] = True
-    """Whether the next model follows from the weighted mean of the updates alone. Then updates are
-    added into an exact mean as they arrive, in memory of the order of one model; else every update
-    of a round is held until it ends."""
+    """Whether the next model depends on the updates only through their weighted mean. If true,
+    updates are added to an exact mean as they arrive, in memory of the order of one model; else
+    every update of a round is kept until the round ends."""
 
     def initial(self, weights: Weights) -> State:
-        """The state before the first round; ``weights`` are those that the run starts from."""
+        """Returns the state before the first round, given the run's initial weights."""
         return {}
 
     def configure(
         self, round: Round, clients: Sequence[str], state: State
     ) -> ClientSettings | Mapping[str, ClientSettings]:
-        """How clients train in this round: one answer for all, or one for each by its name.
+        """Returns settings of local training for this round: one for all, or a mapping by client.
 
-        A client that the mapping leaves out trains with the run's settings. Under client-level
-        privacy ``clients`` is empty and one answer is for all: noise hides one client's update, and
-        no traces of it in the settings of others.
+        A client that is not in the mapping trains with the run's settings. Under client-level
+        privacy ``clients`` is empty and one answer is for all: the noise hides a client's update,
+        but would not hide a trace of it in other clients' settings.
         """
         return RUN_SETTINGS
 
     def step(
         self, round: Round, weights: Weights, mean: Weights, state: State
     ) -> tuple[Weights, State]:
-        """The next global weights and state, of an algorithm that folds.
+        """Returns the next global weights and state, if `folds` is true.
 
         Args:
-            round: The round that is over.
-            weights: What its clients were sent, ``(D,)``.
-            mean: The weighted mean of what they sent back, ``(D,)``; with its noise under
-                client-level privacy.
-            state: Before the round.
+            round: The round that has ended.
+            weights: The weights that its clients received, ``(D,)``.
+            mean: The weighted mean of the clients' weights, ``(D,)``; with noise under client-level
+                privacy.
+            state: The state before the round.
         """
         raise NotImplementedError
 
     def aggregate(
         self, round: Round, weights: Weights, updates: Sequence[ClientUpdate], state: State
     ) -> tuple[Weights, State]:
-        """The next global weights and state, of an algorithm that needs every update.
+        """Returns the next global weights and state, if `folds` is false.
 
         Args:
-            round: The round that is over.
-            weights: What its clients were sent, ``(D,)``.
-            updates: What they sent back, at least one, in an order that the run fixes.
-            state: Before the round.
+            round: The round that has ended.
+            weights: The weights that its clients received, ``(D,)``.
+            updates: The clients' updates, at least one, in an order that the run determines.
+            state: The state before the round.
         """
         raise NotImplementedError

@@ -1,4 +1,7 @@
-"""What a user brings: a model, data, and how good is told from bad."""
+"""The user's `Task`: a model, the clients' data, a loss and metrics.
+
+`load_task` imports one from a Python file.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,9 @@ _METRICS: dict[Kind, tuple[Metric, ...]] = {
 class Task:
     """A learning problem over data that lives on many clients.
 
-    Functions that read data take the folder to read from: on a device the one its owner names, on
-    a server and in a simulation the environment variable ``FEDCORE_DATA``; ``None`` when neither
-    is set. Examples are pairs ``(input, target)`` of tensors.
+    Functions that read data receive a folder: on a device the one that its owner sets, on a server
+    and in a simulation the environment variable ``FEDCORE_DATA``; ``None`` when neither is set.
+    Examples are pairs ``(input, target)`` of tensors.
 
     Example::
 
@@ -66,30 +69,30 @@ class Task:
     """
 
     name: str
-    """1 to 64 of ``A-Za-z0-9._-``: devices and the server tell each other of it."""
+    """1 to 64 of ``A-Za-z0-9._-``; devices and the server send it to each other."""
     kind: Kind
     """``classification``: outputs ``(B, C)``, targets ``(B,)`` of class numbers.
     ``regression``: outputs and targets ``(B,)`` or ``(B, K)``.
     ``next_token``: outputs ``(B, T, V)``, targets ``(B, T)`` of token numbers."""
     model: Callable[[], nn.Module]
-    """Builds the model; its weights come from torch's default generator, which is seeded."""
+    """Builds the model; initial weights come from torch's default generator, which is seeded."""
     clients: Callable[[Folder], Sequence[str]]
-    """The names of all clients. Only a simulation calls it."""
+    """Returns the names of all clients. Only a simulation calls it."""
     client_data: Callable[[str, Folder], Examples]
-    """The examples of one client."""
+    """Returns the examples of one client."""
     test_data: Callable[[Folder], Examples]
-    """The final test split. It is read once, at the end; no choice is made on it."""
+    """Returns the final test split. It is read once, at the end; no decision uses it."""
     example_input: Tensor
     """One input, without the batch dimension."""
     cloud_data: Callable[[Folder], Examples] | None = None
-    """Data that the cloud may use: for fine-tuning, its gate, pruning and calibration."""
+    """Returns data that the cloud may use for fine-tuning, its gate, pruning and calibration."""
     cloud_heldout: Callable[[Folder], Examples] | None = None
-    """The part of the cloud's data that only judges, where a random share of ``cloud_data`` would
-    not do: other people, other machines, later days."""
+    """Returns cloud data for evaluation only. Set it if a random share of ``cloud_data`` is too
+    similar to the rest: use other people, other machines or later days."""
     preprocess: Callable[[], nn.Module] | None = None
     """Builds a module without parameters that runs before the model and is exported with it."""
     labels: tuple[str, ...] = ()
-    """Names of the classes; they travel in the released model."""
+    """Names of the classes; the released model contains them."""
     loss: Loss | None = None
     """Mean loss over a batch, ``(outputs, targets)``; the kind's usual one when unset."""
     metrics: tuple[Metric, ...] = ()
@@ -111,7 +114,7 @@ class Task:
 
     @property
     def primary(self) -> Metric:
-        """The metric that decisions follow."""
+        """The metric that decisions use."""
         return self.metrics[0]
 
     @property
@@ -124,7 +127,7 @@ class Task:
 def load_task(path: Path) -> Task:
     """Imports a task file and returns its ``task``.
 
-    The file's folder can be imported from while it loads, as when Python runs a script there.
+    The file can import modules from its own folder while it loads, as a Python script can.
 
     Example::
 
@@ -132,7 +135,7 @@ def load_task(path: Path) -> Task:
         model = task.model()
 
     Raises:
-        TaskError: the file does not exist, fails to import, or holds no `Task` named ``task``.
+            TaskError: the file does not exist, fails to import, or has no `Task` named ``task``.
     """
     path = path.resolve()
     if not path.is_file():
@@ -154,7 +157,7 @@ def load_task(path: Path) -> Task:
         task = getattr(module, "task", None)
     except FedcoreError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's file raises is theirs to read
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise TaskError(
             f"{path}: importing this task failed: {type(error).__name__}: {error}. "
             "Nothing was run; `python` on the file shows where."
@@ -172,7 +175,7 @@ def load_task(path: Path) -> Task:
 
 
 def data_folder() -> Folder:
-    """Where a server or a simulation reads data: ``FEDCORE_DATA``, or ``None``.
+    """Returns the data folder of a server or a simulation: ``FEDCORE_DATA``, or ``None``.
 
     Raises:
         DataError: the variable names a folder that does not exist.
@@ -187,17 +190,17 @@ def data_folder() -> Folder:
 
 
 def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
-    """Calls a task's loader and turns its failures into errors that say what was being read.
+    """Calls a task's loader, and turns its failures into errors that name the data.
 
     Raises:
-        DataError: the loader failed, or what it returned has no examples.
+            DataError: the loader failed, or returned no examples.
     """
     try:
         examples = load()
         count = len(cast(Sized, examples))
     except FedcoreError:
         raise
-    except (Exception, SystemExit) as error:  # the user's code: any failure of it is one of data
+    except (Exception, SystemExit) as error:  # user code: any failure counts as one of the data
         raise DataError(
             f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
             "it; mend the file or the task's loader."
@@ -211,10 +214,11 @@ def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
 
 
 def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
-    """Refuses data whose inputs are not like the task's example.
+    """Checks that a data set's inputs have the shape and dtype of the task's ``example_input``.
 
     Raises:
-        TaskError: shape or dtype differ; the exported model would take only the example's.
+        TaskError: shape or dtype differ; the exported model would accept only the example's.
+        DataError: the first example cannot be read.
     """
     try:
         inputs, _ = examples[0]
@@ -233,5 +237,5 @@ def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
 
 
 def size_of(examples: Examples) -> int:
-    """How many examples there are."""
+    """Returns the number of examples."""
     return len(cast(Sized, examples))

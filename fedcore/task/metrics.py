@@ -1,4 +1,4 @@
-"""Metrics: how good a model's outputs are, as one number over a whole data set."""
+"""Metrics: the quality of a model's outputs as one number over a whole data set."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from fedcore.errors import TaskError
 
 LARGEST_METRIC = 1e18
-"""No metric may be larger: means of such, weighed by examples, stay far from overflow."""
+"""Bound on the magnitude of any metric: weighted means of such values cannot overflow."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A named number over all outputs and targets of a data set.
+    """A named number computed from all outputs and targets of a data set.
 
-    The first metric of a task is its primary one: gates, the choice of the best round and of the
-    released candidate follow it.
+    The first metric of a task is its primary one: it decides gates, the best round and the
+    released candidate.
 
     Example::
 
@@ -31,7 +31,7 @@ class Metric:
 
     name: str
     compute: Callable[[Tensor, Tensor], float]
-    """Takes outputs ``(N, ...)`` and targets ``(N, ...)``, both on the CPU."""
+    """Computes the value from outputs ``(N, ...)`` and targets ``(N, ...)``, both on the CPU."""
     higher_is_better: bool
     low: float = -LARGEST_METRIC
     """The smallest possible value. A client's reply below it is rejected."""
@@ -47,7 +47,7 @@ class Metric:
             )
 
     def worsening(self, before: float, after: float) -> float:
-        """How much worse ``after`` is than ``before``; negative when it is better.
+        """Returns how much worse ``after`` is than ``before``; negative if it is better.
 
         Where higher is better it is the absolute drop (an accuracy from 0.90 to 0.88 gives 0.02);
         for an error it is the rise as a fraction of ``before``.
@@ -57,7 +57,7 @@ class Metric:
         return (after - before) / abs(before) if before else after
 
     def better(self, one: float, other: float) -> bool:
-        """Whether ``one`` is strictly better than ``other``."""
+        """Returns whether ``one`` is strictly better than ``other``."""
         return one > other if self.higher_is_better else one < other
 
 

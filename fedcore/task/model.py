@@ -1,4 +1,7 @@
-"""The model as it is trained, exported and served: the task's network behind its preprocessing."""
+"""The full model for training, export and serving: preprocessing, then the task's network.
+
+Builds it, and converts it and its preprocessing to and from safetensors bytes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ MAX_CHECKPOINT_BYTES = 8 << 30  # 8 GiB
 
 
 class Standardise(nn.Module):
-    """Subtracts a mean and divides by a deviation, feature by feature; both are buffers."""
+    """Subtracts a mean and divides by a deviation, per feature; both are buffers."""
 
     mean: Tensor
     deviation: Tensor
@@ -32,12 +35,12 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Takes and gives ``(B, *shape)``."""
+        """Maps ``(B, *shape)`` to ``(B, *shape)``."""
         return (x - self.mean) / self.deviation
 
 
 class FullModel(nn.Module):
-    """``preprocess`` (runs on raw inputs, is not trained), then ``model``."""
+    """A model with its preprocessing: ``preprocess`` (untrained) on raw inputs, then ``model``."""
 
     def __init__(self, preprocess: nn.Module, model: nn.Module) -> None:
         super().__init__()
@@ -45,16 +48,16 @@ class FullModel(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Takes raw inputs ``(B, ...)``."""
+        """Returns the network's outputs for raw inputs ``(B, ...)``."""
         return cast(Tensor, self.model(self.preprocess(x)))
 
 
 def build_model(task: Task, run: RunConfig) -> FullModel:
-    """A fresh model whose weights are fixed by the run's seed.
+    """Returns a new model whose initial weights the run's seed determines.
 
     Raises:
-        TaskError: building it failed, or the preprocessing has parameters.
-        InsufficientMemory: there is no memory for it.
+            TaskError: building failed, the preprocessing has parameters, or no weight is trained.
+            InsufficientMemory: memory is too small for it.
     """
     try:
         with (
@@ -65,7 +68,7 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
             preprocess = task.preprocess() if task.preprocess else nn.Identity()
     except InsufficientMemory:
         raise
-    except Exception as error:  # the user's code: any failure of it is one of the task
+    except Exception as error:  # user code: any failure counts as one of the task
         raise TaskError(
             f"task {task.name!r}: building the model failed: {type(error).__name__}: {error}. "
             "Nothing was run."
@@ -94,21 +97,21 @@ def _standardised_shape(task: Task, preprocess: nn.Module) -> torch.Size:
 
 
 def standardise_of(model: FullModel) -> Standardise:
-    """The part of a model that holds normalisation statistics."""
+    """Returns the part of a model that contains the normalisation statistics."""
     return next(m for m in model.preprocess.modules() if isinstance(m, Standardise))
 
 
 def preprocess_bytes(model: FullModel) -> bytes:
-    """The state of the preprocessing as safetensors; empty when it has none."""
+    """Returns the state of the preprocessing as safetensors; empty if there is none."""
     state = model.preprocess.state_dict()
     return save({name: tensor.contiguous() for name, tensor in state.items()}) if state else b""
 
 
 def load_preprocess(raw: bytes, model: FullModel) -> None:
-    """Puts a state that the server sent into the preprocessing.
+    """Loads a state that the server sent into the preprocessing.
 
     Raises:
-        InvalidUpdate: it does not fit this model.
+        InvalidUpdate: the state does not fit this model.
     """
     try:
         model.preprocess.load_state_dict(load(raw) if raw else {})
@@ -120,7 +123,7 @@ def load_preprocess(raw: bytes, model: FullModel) -> None:
 
 
 def checkpoint_bytes(model: nn.Module) -> bytes:
-    """All weights and buffers as safetensors."""
+    """Returns all weights and buffers as safetensors."""
     state = model.state_dict()
     return save({name: t.detach().cpu().clone().contiguous() for name, t in state.items()})
 
@@ -129,7 +132,7 @@ def load_checkpoint(raw: bytes, model: nn.Module, *, where: str) -> None:
     """Loads safetensors into a model of the same shape.
 
     Raises:
-        DataError: the bytes are no safetensors, or hold other tensors than the model has.
+            DataError: the bytes are no safetensors, or their tensors differ from the model's.
     """
     try:
         state = load(raw)
@@ -150,7 +153,7 @@ def load_checkpoint(raw: bytes, model: nn.Module, *, where: str) -> None:
 
 
 def warm_start(run: RunConfig, model: FullModel) -> None:
-    """Loads ``federation.initial`` when the configuration names it."""
+    """Loads the checkpoint ``federation.initial``, if the configuration sets one."""
     if run.federation.initial is None:
         return
     path = run.path(run.federation.initial)

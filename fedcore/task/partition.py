@@ -1,6 +1,7 @@
-"""Splitting data without natural clients into clients: each function returns index arrays.
+"""Splits a data set without natural clients into clients.
 
-Every partitioner gives one array of row numbers a client, disjoint, together all rows.
+Every partitioner returns one array of row numbers per client; the arrays are disjoint and cover
+all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Rows = NDArray[np.int64]
 
 
 def iid(count: int, clients: int, *, seed: int = 0) -> list[Rows]:
-    """Deals ``count`` rows out at random, evenly.
+    """Splits ``count`` rows at random into clients of nearly equal size.
 
     Example::
 
@@ -26,12 +27,12 @@ def iid(count: int, clients: int, *, seed: int = 0) -> list[Rows]:
         client_data = lambda client, folder: Subset(data, parts[int(client)])
 
     Args:
-        count: Rows.
+            count: Number of rows.
         clients: Number of clients.
-        seed: Fixes the split.
+            seed: Determines the split.
 
     Returns:
-        Row numbers of each client, ascending; disjoint, together all rows.
+            Row numbers of each client, ascending; disjoint and covering all rows.
 
     Raises:
         DataError: there are fewer rows than clients.
@@ -55,14 +56,14 @@ def dirichlet(
         labels: One label a row, shape ``(N,)``.
         clients: Number of clients.
         alpha: Concentration; small values give each client few labels, large ones approach IID.
-        seed: Fixes the split.
-        min_examples: Rows that each client has at least; the largest clients give up rows for it.
+            seed: Determines the split.
+            min_examples: Least rows of each client; the largest clients give up rows to reach it.
 
     Returns:
-        Row numbers of each client, ascending; disjoint, together all rows.
+            Row numbers of each client, ascending; disjoint and covering all rows.
 
     Raises:
-        DataError: there are too few rows for that, or ``alpha`` is not positive and finite.
+            DataError: too few rows for ``min_examples``, or ``alpha`` is not positive and finite.
 
     Source:
         Hsu, Qi, Brown 2019, arXiv:1909.06335, section 3.
@@ -97,10 +98,10 @@ def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int =
         labels: One label a row, shape ``(N,)``.
         clients: Number of clients.
         shards_a_client: Shards that each client gets.
-        seed: Fixes the split.
+            seed: Determines the split.
 
     Returns:
-        Row numbers of each client, ascending; disjoint, together all rows.
+            Row numbers of each client, ascending; disjoint and covering all rows.
 
     Raises:
         DataError: there are fewer rows than shards.
@@ -116,7 +117,7 @@ def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int =
 
 
 def by_column(values: Sequence[Hashable] | NDArray[np.generic]) -> dict[str, Rows]:
-    """One client for each distinct value of a column (a patient, a machine, a writer).
+    """Makes one client of each distinct value of a column (a patient, a machine, a writer).
 
     Example::
 
@@ -128,17 +129,17 @@ def by_column(values: Sequence[Hashable] | NDArray[np.generic]) -> dict[str, Row
         values: One value a row, shape ``(N,)``.
 
     Returns:
-        Row numbers by the value's text, in the order of the sorted values.
+            Row numbers by the value's text, in the order of the sorted values.
 
     Raises:
-        DataError: the values are no column: one a row is needed.
+            DataError: the values are not one-dimensional.
     """
     distinct, numbers = _column(values)
     return {str(value): np.flatnonzero(numbers == i) for i, value in enumerate(distinct)}
 
 
 def _column(values: object) -> tuple[NDArray[np.generic], Rows]:
-    """The distinct values in order, and for each row the number of its own (one for all NaN)."""
+    """Returns the sorted distinct values, and each row's index among them (all NaN share one)."""
     column: NDArray[np.generic] = np.asarray(values)
     if column.ndim != 1:
         raise DataError(

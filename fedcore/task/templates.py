@@ -1,4 +1,4 @@
-"""``fedcore new``: a task and a configuration to start from, on made-up data."""
+"""``fedcore new``: writes a working task and configuration, on made-up data."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fedcore.files import write_atomic
 from fedcore.observability.foreign import say
 
 KINDS = ("classification", "regression", "next_token")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # what `name` in a run's file may be
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # valid values of `name` in a run's file
 _PLACEHOLDER = "NAME"
 
 
 def write_scaffold(folder: Path, *, kind: str) -> tuple[Path, Path]:
-    """Writes a task file and a run's file that work at once, on data made from a seed.
+    """Writes a task file and a run's file that work immediately, on data generated from a seed.
 
     Args:
-        folder: Made if need be; its last part names the run and the task.
+            folder: Created if missing; its last part names the run and the task.
         kind: One of `KINDS`.
 
     Returns:
         The paths of ``task.py`` and ``run.toml``.
 
     Raises:
-        ConfigError: the name cannot name a run, or one of the files is there already.
-        DiskFull: there was no room; neither file is left.
+            ConfigError: the name cannot name a run, or one of the files exists already.
+            DiskFull: the disk has no room; neither file is left.
     """
     name = folder.name
     if not _NAME.fullmatch(name):
@@ -53,7 +53,7 @@ def write_scaffold(folder: Path, *, kind: str) -> tuple[Path, Path]:
         for path, template in zip(paths, (f"{kind}.txt", "run.toml"), strict=True):
             text = files("fedcore").joinpath("templates", template).read_text()
             write_atomic(path, text.replace(_PLACEHOLDER, name).encode())
-    except FedcoreError:  # one of the two without the other is of no use
+    except FedcoreError:  # one file is useless without the other
         for path in paths:
             path.unlink(missing_ok=True)
         raise

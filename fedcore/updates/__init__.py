@@ -1,1 +1,1 @@
-"""What travels between server and client, one file a step, encode beside decode."""
+"""Messages between server and client: one file per step, with encoder and decoder together."""

@@ -1,8 +1,8 @@
-"""An array's bytes by cuts, each with a digest: what comes in by cuts is hashed once for all uses.
+"""Digests of the cuts of an array, so that received bytes are hashed once for all purposes.
 
-A cut is what Flower sends an array by, and its digest is the id that Flower gives the cut. A
-signature, a journal's value and the network's own check all follow from these digests, so no byte
-of a large array is hashed again after it has come in.
+A cut is the chunk size in which Flower sends an array, and its digest is Flower's id of the chunk.
+Signatures, journal entries and the network's own check all derive from these digests, so no byte
+of a large array is hashed again after its arrival.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from flwr.app import Array
 from fedcore.updates.pieces import FileArray, pieces, size_of
 
 CUT_BYTES = 5 * 2**20
-"""Of every cut but an array's last, which may be shorter."""
+"""Size of every cut of an array except the last, which may be shorter."""
 _DOMAIN = b"fedcore cuts\x00"
 
 
 def cut_head(size_bytes: int) -> bytes:
-    """What Flower writes before the bytes of a cut; the digest is over both."""
+    """Returns the header that Flower writes before a cut; the digest covers both."""
     return b"ArrayChunk  %d\x00" % size_bytes
 
 
 def cuts_of(array: Array) -> Sequence[str]:
-    """SHA-256 of each cut of an array, in hexadecimal; read only where nobody knows them yet."""
+    """Returns the SHA-256 of each cut of an array, in hexadecimal; reads the array if unknown."""
     if isinstance(array, FileArray) and array.cuts is not None:
         return array.cuts
     return [*cut_digests(pieces(array), size_of(array))]
 
 
 def cut_digests(value: Iterator[bytes | memoryview], size_bytes: int) -> Iterator[str]:
-    """SHA-256 of each cut of a value of so many bytes, in hexadecimal.
+    """Yields the SHA-256 of each cut of a value, in hexadecimal.
 
     Args:
-        value: Its bytes by pieces that never reach over the end of a cut.
-        size_bytes: How many there are.
+        value: The bytes, in pieces that never cross the end of a cut.
+        size_bytes: The number of bytes.
 
     Raises:
-        OSError: there are fewer.
+        OSError: there are fewer bytes.
     """
     for start in range(0, size_bytes, CUT_BYTES):
         left = min(CUT_BYTES, size_bytes - start)
@@ -54,11 +54,11 @@ def cut_digests(value: Iterator[bytes | memoryview], size_bytes: int) -> Iterato
 
 
 def digest_of_cuts(cuts: Sequence[str], size_bytes: int) -> str:
-    """One digest, in hexadecimal, over the digests of all cuts of a value.
+    """Returns one digest, in hexadecimal, over the digests of all cuts of a value.
 
     Guarantee:
-        Two values have the same one only where they have the same bytes, as far as SHA-256 has no
-        collisions: the number of bytes says where each is cut.
+        Equal digests mean equal bytes, unless SHA-256 has a collision: the number of bytes
+        determines where each value is cut.
     """
     found = hashlib.sha256(_DOMAIN + size_bytes.to_bytes(8, "big"))
     for cut in cuts:

@@ -1,7 +1,7 @@
-"""The records of a message: what the server sends with a round, and what a client answers.
+"""The records in messages: a server's instruction for a round, and a client's reply.
 
-Replies carry weights under the names that Flower's strategies and mods expect, so that every one of
-those works unchanged.
+Replies carry weights under the names that Flower's strategies and mods expect, so all of them
+work unchanged.
 """
 
 from __future__ import annotations
@@ -38,53 +38,53 @@ NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
 CLIP_NORM, UNCLIPPED = "clip-norm", "unclipped"
 
 STATISTICS = "query.statistics"
-"""Message type that asks for sums over a client's inputs."""
+"""Message type that requests sums over a client's inputs."""
 DECLINED, DECLINED_BY_OWNER = 1001, 1002
 """Error codes of a reply from a client whose budget is spent: the run's, or its owner's."""
 DECLINES = frozenset({DECLINED, DECLINED_BY_OWNER})
 MOST_ROUNDS = 10_000_000
-"""Numbers of rounds end here; a run has a million at most, and may be resumed."""
+"""Largest round number accepted; a run has at most a million rounds, and may be resumed."""
 REFUSED = 1100
-"""Error code of a reply from a client that could not do what was asked; the exit code of the kind
-of error is added where it is known."""
+"""Base of the error code in a reply from a client that failed. The exit code of the kind of error
+is added to it, if known."""
 _KINDS: dict[int, type[FedcoreError]] = {
     kind.exit_code: kind for kind in FedcoreError.__subclasses__()
 }
 
 
 def code_of(kind: type[FedcoreError]) -> int:
-    """The code of a reply from a client that met an error of this kind."""
+    """Returns the error code for the reply of a client that raised this kind of error."""
     if issubclass(kind, OwnersBudgetExhausted):
         return DECLINED_BY_OWNER
     return DECLINED if issubclass(kind, BudgetExhausted) else REFUSED + kind.exit_code
 
 
 def refused_as(code: int) -> type[FedcoreError]:
-    """The kind of error that a reply's code stands for."""
+    """Returns the kind of error for a reply's error code."""
     return _KINDS.get(code - REFUSED, RoundFailed)
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a server asks for: train or evaluate from these weights."""
+    """A server's instruction: train or evaluate from these weights."""
 
     round: int
     weights: Vector
     layout: str
     """Digest of the layout that the weights were packed with."""
     preprocess: bytes
-    """State of the preprocessing, as safetensors; empty when it has none."""
+    """State of the preprocessing, as safetensors; empty if there is none."""
     proximal_mu: float
-    """Weight of FedProx's penalty; 0 without."""
+    """Weight of FedProx's penalty; 0 disables it."""
     clip_norm: float = 0.0
-    """What client-level privacy bounds the update by; 0 without."""
+    """L2 bound of the update for client-level privacy; 0 for no bound."""
     settings: ClientSettings = RUN_SETTINGS
-    """What else is other than the run says; unchecked, see `settings_with`."""
+    """Other settings that differ from the run's, unchecked; `settings_with` checks them."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client answers after training."""
+    """A client's answer after training."""
 
     weights: Vector
     num_examples: int
@@ -92,20 +92,20 @@ class Update:
 
 
 def weights_record(weights: Vector) -> ArrayRecord:
-    """Weights as the one array of a record: copied, unless they are `sendable`."""
+    """Returns a record with the weights as its only array: copied, unless `sendable` made them."""
     return ArrayRecord({MODEL: Array("float32", weights.shape, "numpy.ndarray", _sent(weights))})
 
 
 def sendable(weights: Vector) -> Vector:
-    """The same values, read-only, in the memory that messages take them from.
+    """Returns the weights, read-only, in memory that a message can use without a copy.
 
-    Who keeps these, and sends them, holds one copy instead of two.
+    A caller that keeps the weights and sends them has one copy in memory instead of two.
     """
     return np.frombuffer(_sent(weights), np.float32, offset=HEADER_BYTES)
 
 
 def joined(parts: Iterable[Vector], size: int) -> Vector:
-    """A vector of ``size`` elements that comes by parts, as `sendable` gives it; held once."""
+    """Joins parts into a vector of ``size`` elements that can be sent without another copy."""
     stream = io.BytesIO()
     stream.write(vector_header(size))
     for part in parts:
@@ -114,7 +114,7 @@ def joined(parts: Iterable[Vector], size: int) -> Vector:
 
 
 def _sent(weights: Vector) -> bytes:
-    """Weights as they travel; without a copy where they lie in such bytes."""
+    """Returns the bytes that represent weights in a message; copies only if necessary."""
     base: object = weights.base
     if isinstance(base, bytes) and weights.flags.c_contiguous:
         known = _float_vector(base)
@@ -132,7 +132,7 @@ def _place(values: Vector) -> int:
 def instruction_config(
     layout: Layout, preprocess: bytes, *, clip_norm: float = 0.0
 ) -> ConfigRecord:
-    """What accompanies the weights to every client; Flower's strategies add the round."""
+    """Returns the configuration sent with the weights to every client; Flower adds the round."""
     config = ConfigRecord({"layout": layout.digest, "preprocess": preprocess})
     if clip_norm:
         config[CLIP_NORM] = clip_norm
@@ -140,10 +140,10 @@ def instruction_config(
 
 
 def read_instruction(content: RecordDict) -> Instruction:
-    """What a message's content asks for.
+    """Parses a message's content into an instruction.
 
     Raises:
-        InvalidUpdate: records are missing; the message is not from a fedcore server.
+        InvalidUpdate: records are missing or malformed; the message is not from a fedcore server.
     """
     try:
         config = content.config_records[CONFIG]
@@ -174,7 +174,7 @@ _Setting = TypeVar("_Setting", str, bytes)
 
 
 def _setting(config: ConfigRecord, name: str, kind: type[_Setting]) -> _Setting:
-    """A setting of the type that it should have: ``bytes`` of a number would allocate so many."""
+    """Returns a setting after a type check: ``bytes(number)`` would allocate that many bytes."""
     value = config[name]
     if not isinstance(value, kind):
         raise TypeError(f"{name!r} is a {type(value).__name__}")
@@ -182,7 +182,7 @@ def _setting(config: ConfigRecord, name: str, kind: type[_Setting]) -> _Setting:
 
 
 def update_content(update: Update) -> RecordDict:
-    """An update as the content of a reply."""
+    """Returns the content of the reply that carries an update."""
     metrics: dict[str, int | float] = {NUM_EXAMPLES: update.num_examples, **update.metrics}
     return RecordDict(
         {ARRAYS: weights_record(update.weights), METRICS: MetricRecord(dict(metrics))}
@@ -190,10 +190,10 @@ def update_content(update: Update) -> RecordDict:
 
 
 def array_of(array: Array, *, where: str) -> NDArray[Any]:
-    """The values in an array that was sent, which may hold any bytes.
+    """Returns the values in a received array, whose bytes are untrusted.
 
     Raises:
-        InvalidUpdate: they are not those of a NumPy array.
+        InvalidUpdate: the bytes are not a NumPy array.
     """
     data = array.data
     vector = _float_vector(data)
@@ -202,9 +202,9 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
     try:
         stream = io.BytesIO(data)
         _check_declared(stream)
-        # Not `array.numpy()`, which takes archives for arrays, too. Pickled objects are refused.
+        # Not `array.numpy()`, which also opens NumPy archives. Pickled objects are refused.
         values: NDArray[Any] = np.lib.format.read_array(stream)
-    except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
+    except Exception as error:  # NumPy's parser fails in many ways on malicious bytes
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {foreign(error, 200)}). "
             "It was not used."
@@ -213,7 +213,7 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
 
 
 def _check_declared(stream: io.BytesIO) -> None:
-    """Refuses a header that declares another size than what follows: NumPy allocates that first."""
+    """Raises if the header declares another size than the data: NumPy allocates the declared."""
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -227,19 +227,19 @@ def _check_declared(stream: io.BytesIO) -> None:
 
 
 def _float_vector(data: bytes) -> Vector | None:
-    """The usual case, a float32 vector, without parsing its header; None for all else."""
+    """Returns a float32 vector without parsing its header, the usual case; None for others."""
     size, rest = divmod(len(data) - HEADER_BYTES, 4)
     if rest or size < 1 or data[:HEADER_BYTES] != vector_header(size):
         return None
     return np.frombuffer(data, np.float32, offset=HEADER_BYTES)
 
 
-HEADER_BYTES = 128  # NumPy pads a header to 64; that of a vector of any size has two of those
+HEADER_BYTES = 128  # NumPy pads headers to multiples of 64; a vector's header needs two
 
 
 @lru_cache(maxsize=16)
 def vector_header(size: int) -> bytes:
-    """What NumPy writes before a float32 vector of ``size`` elements: `HEADER_BYTES` bytes."""
+    """Returns NumPy's `HEADER_BYTES`-byte header of a float32 vector of ``size`` elements."""
     stream = io.BytesIO()
     fields = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(stream, fields)
@@ -247,10 +247,10 @@ def vector_header(size: int) -> bytes:
 
 
 def check_weights(weights: Vector, layout: Layout, *, where: str) -> Vector:
-    """Weights that a model of this layout can take.
+    """Returns weights after checking that a model of this layout can load them.
 
     Raises:
-        InvalidUpdate: wrong shape or dtype, or a value that is not finite.
+            InvalidUpdate: shape or dtype is wrong, or a value is not finite.
     """
     _check_form(weights.shape, weights.dtype, layout, where=where)
     _check_finite(float(weights.sum(dtype=np.float64)), where=where)
@@ -267,7 +267,7 @@ def _check_form(
 
 
 def _check_finite(total: float, *, where: str) -> None:
-    """In float64 no sum of finite float32 values overflows, and one that is not finite stays so."""
+    """Raises if a float64 sum of float32 values is not finite: finite values cannot overflow it."""
     if not np.isfinite(total):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. It was not used; a lower "

@@ -1,4 +1,4 @@
-"""A model's weights as one float32 vector: one array a message instead of one a tensor."""
+"""Packs a model's weights into one float32 vector, so that a message needs one array."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedcore.errors import InvalidUpdate
 from fedcore.files import sha256_hex
 
-if TYPE_CHECKING:  # a server hears devices before it has imported torch, which takes seconds
+if TYPE_CHECKING:  # a server accepts connections before torch, which takes seconds, is imported
     from torch import Tensor, nn
 
 Vector = NDArray[np.float32]
@@ -22,10 +22,10 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tensors stand where in a vector of length ``size``.
+    """The positions of a model's tensors in a vector of length ``size``.
 
     Parameters and floating-point buffers are packed, in the order of the state dict. Integer
-    buffers (counters) stay what the model was built with.
+    buffers (counters) keep the values that the model was built with.
     """
 
     names: tuple[str, ...]
@@ -38,18 +38,18 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for two models exactly when their vectors can be exchanged."""
+        """SHA-256, in hexadecimal; equal exactly for models whose vectors are interchangeable."""
         return sha256_hex(json.dumps([self.names, self.shapes]).encode())
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a model's vector."""
+    """Returns the layout of a model's vector."""
     tensors = _packed(model)
     return Layout(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
 
 
 def pack(model: nn.Module) -> Vector:
-    """The model's weights, shape ``(D,)``, float32, a copy."""
+    """Returns a copy of the model's weights, shape ``(D,)``, float32."""
     import torch
 
     flat = [tensor.detach().float().cpu().flatten() for tensor in _packed(model).values()]
@@ -60,7 +60,7 @@ def unpack(vector: Vector, model: nn.Module) -> None:
     """Writes a vector ``(D,)`` into the model, in place.
 
     Raises:
-        InvalidUpdate: its length is not the model's.
+            InvalidUpdate: the vector's length differs from the model's.
     """
     import torch
 

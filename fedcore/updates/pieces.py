@@ -1,4 +1,4 @@
-"""Arrays by pieces: what is large is looked at, kept and added up without being held as a whole."""
+"""Arrays in pieces: large arrays are checked, stored and summed without loading them whole."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import IO
 from flwr.app import Array
 
 PIECE_BYTES = 2**18
-"""Of a piece: small enough for the processor's cache."""
+"""Size of a piece, small enough for the processor's cache."""
 
 
 class FileArray(Array):
-    """An array whose bytes lie in a file, and are read each time that they are asked for.
+    """An array whose bytes are in a file, and are read on each access.
 
-    The file is this array's own, and is closed with it. Whoever asks for ``data`` gets all of it in
-    memory; `pieces` gives the same bytes one piece at a time.
+    The array owns the file, which closes with it. ``data`` loads all of it into memory; `pieces`
+    yields the bytes one piece at a time.
     """
 
     cuts: Sequence[str] | None = None
-    """Digests of its cuts, see `fedcore.updates.cuts`, where they were computed as they came in."""
+    """Digests of its cuts (see `fedcore.updates.cuts`), if they were computed on arrival."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, file: IO[bytes]) -> None:
-        """Takes ``file`` over; all of it, to its end, is the array's bytes."""
+        """Takes ownership of ``file``, whose whole content is the array's bytes."""
         self.dtype, self.shape, self.stype = dtype, shape, stype
         self.file = file
         self.size_bytes = os.fstat(file.fileno()).st_size
@@ -35,44 +35,43 @@ class FileArray(Array):
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        """All bytes, read again."""
+        """All bytes, read from the file on each access."""
         return self.read(0, self.size_bytes)
 
     def deflate(self) -> bytes:
-        """What stands for it on the wire: the same as for an array in memory."""
+        """Returns the bytes that represent the array on the wire, as for an array in memory."""
         return Array(self.dtype, self.shape, self.stype, self.data).deflate()
 
     def read(self, start: int, count: int) -> bytes:
-        """``count`` bytes from ``start`` on.
+        """Returns ``count`` bytes from ``start`` on.
 
         Raises:
-            OSError: the file cannot be read, or has become shorter.
+                OSError: the file cannot be read, or is shorter than that.
         """
         with self.descriptor() as descriptor:
             return _read(descriptor, start, count)
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
-        """The file's descriptor, to read from as long as the block lasts."""
+        """Yields a file descriptor for reads inside the block."""
         yield self.file.fileno()
 
 
 class KeptArray(FileArray):
-    """An array in a file that others keep by its path: it is open only while it is read.
+    """An array in a file that others own; the file is open only during a read.
 
-    So thousands of them can be held without a descriptor each. The path must stand as long as the
-    array is read.
+    Thousands of these need no file descriptors. The path must exist as long as the array is read.
     """
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, path: Path) -> None:
-        """An array of all bytes of the file at ``path``."""
+        """Makes an array of all bytes of the file at ``path``."""
         self.dtype, self.shape, self.stype = dtype, shape, stype
         self.path = path
         self.size_bytes = path.stat().st_size
 
     @contextmanager
     def descriptor(self) -> Iterator[int]:
-        """The file's descriptor, to read from as long as the block lasts."""
+        """Yields a file descriptor for reads inside the block, and closes it."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             yield descriptor
@@ -81,13 +80,13 @@ class KeptArray(FileArray):
 
 
 class Joined:
-    """A file that an array's cuts are written into, each at its place; it goes with its last user.
+    """A file that receives an array's cuts, each at its position; deleted with its last user.
 
-    Whoever links it elsewhere keeps its bytes: from then on nobody may write into it.
+    A hard link to it preserves the bytes; after linking, nobody may write to it.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Makes an empty one in ``folder``."""
+        """Creates an empty file in ``folder``."""
         descriptor, name = tempfile.mkstemp(dir=folder, prefix="joined-")
         os.close(descriptor)
         self.path = Path(name)
@@ -95,21 +94,21 @@ class Joined:
 
 
 class JoinedArray(KeptArray):
-    """An array whose bytes came in by cuts and lie in a file of their own, each cut verified."""
+    """An array that arrived in cuts, in a file of its own; each cut's digest was verified."""
 
     cuts: Sequence[str]
 
     def __init__(
         self, dtype: str, shape: tuple[int, ...], stype: str, joined: Joined, cuts: Sequence[str]
     ) -> None:
-        """An array of all bytes of ``joined``, whose cuts have the digests ``cuts``."""
+        """Makes an array of all bytes of ``joined``; ``cuts`` are the digests of its cuts."""
         super().__init__(dtype, shape, stype, joined.path)
         self.joined, self.cuts = joined, cuts
 
 
 def _read(descriptor: int, start: int, count: int) -> bytes:
     read = os.pread(descriptor, count, start)
-    while len(read) < count:  # the system may give less than it was asked for
+    while len(read) < count:  # pread may return fewer bytes than requested
         more = os.pread(descriptor, count - len(read), start + len(read))
         if not more:
             raise OSError(f"an array's file ends after {start + len(read)} bytes")
@@ -118,12 +117,12 @@ def _read(descriptor: int, start: int, count: int) -> bytes:
 
 
 def size_of(array: Array) -> int:
-    """Bytes of an array as it travels."""
+    """Returns the number of bytes of an array in a message."""
     return array.size_bytes if isinstance(array, FileArray) else len(array.data)
 
 
 def pieces(array: Array, start: int = 0) -> Iterator[bytes | memoryview]:
-    """The bytes of an array from ``start`` on, `PIECE_BYTES` at a time; the last may be shorter."""
+    """Yields an array's bytes from ``start``, `PIECE_BYTES` at a time; the last may be shorter."""
     if not isinstance(array, FileArray):
         whole = memoryview(array.data)
         yield from (

@@ -1,9 +1,9 @@
-"""What a client answered, checked against what it was asked before anything else sees it.
+"""Checks a client's reply against its request before any other code uses it.
 
-This is the one place where "a client said" becomes "we believe". `check_legible` sees to it that
-what a reply holds can be named, hashed and stored at all; `read_reply` that it holds what was asked
-for and nothing else, each number within its range. Both are total: they answer every input with a
-value or with `InvalidUpdate`, read no array as a whole, and allocate nothing that a peer announces.
+All data from clients passes this one trust boundary. `check_legible` ensures that a reply's parts
+can be named, hashed and stored; `read_reply` that it has the requested parts and no others, each
+number within its range. Both are total: they return a value or raise `InvalidUpdate` for every
+input, read no array as a whole, and allocate no memory of a size that a peer declares.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from fedcore.updates.pack import Vector
 from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
 
 LARGEST = 1e18
-"""No number that is reported may be larger: sums of such, weighed, stay far from overflow."""
+"""Largest magnitude of a reported number: weighted sums of such numbers cannot overflow."""
 MAX_EXAMPLES = 2**31 - 1
 MAX_RECORDS = 8
 MAX_ENTRIES = 256
 """Most entries of one record."""
 MAX_NAME = 128
-"""Characters of a name, a type or a storage format."""
+"""Most characters of a name, a type or a storage format."""
 MAX_DIMENSIONS = 32
 MAX_SETTING_BYTES = 4096
-"""Of a setting beside the records, which the signature is one of."""
-_SHOWN = 80  # characters of a peer's text that an error shows
+"""Most bytes of a setting in a record, such as the signature."""
+_SHOWN = 80  # most characters of a peer's text that an error quotes
 _HEADER_MOST_BYTES = 2**14
 _CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
 _NOT_USED = "It was not used"
@@ -61,60 +61,60 @@ class Range:
 
 @dataclass(frozen=True)
 class Form:
-    """What an array must be."""
+    """The expected type and shape of an array."""
 
     dtype: str
-    """As NumPy names it: ``float32``."""
+    """NumPy's name of the type, such as ``float32``."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ReplySpec:
-    """All that the reply to a message may hold, beside its signature and its number of examples."""
+    """The permitted content of a reply, in addition to its signature and number of examples."""
 
     purpose: str
     """The message's type."""
     metrics: Mapping[str, Range] = field(default_factory=dict)
     arrays: Mapping[str, Form] = field(default_factory=dict)
-    """Each of them must be there."""
+    """Arrays by name; each is required."""
     every_metric: bool = False
-    """Whether each metric must be there, too."""
+    """Whether each metric is required; otherwise metrics are optional."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that was checked; its arrays lie where they came in."""
+    """A checked reply; its arrays stay in the memory or file where they arrived."""
 
     num_examples: int
     metrics: Mapping[str, float]
     arrays: Mapping[str, Array] = field(default_factory=dict)
     distance: float | None = None
-    """The L2 distance of its weights to those that were sent; None where nobody asked for it."""
+    """L2 distance of its weights to the sent weights; None if no base was given."""
     peaks: Sequence[float] | None = None
-    """The largest magnitude in each of `parts`; None where it is not known."""
+    """The largest magnitude in each of `parts`; None if unknown."""
 
     def parts(self, name: str = MODEL) -> Iterator[Vector]:
-        """The weights from the first to the last, so many at a time as the cache holds."""
+        """Yields the weights in order, in parts that fit the processor's cache."""
         return _parts(self.arrays[name])
 
     def values(self, name: str) -> NDArray[Any]:
-        """An array, in memory."""
+        """Returns an array, in memory."""
         array = self.arrays[name]
         dtype, shape, start = _form_of(array, where="reply")
         values = np.frombuffer(array.data, dtype, offset=start)
-        return values if len(shape) == 1 else values.reshape(shape)  # a vector can be sent as it is
+        return values if len(shape) == 1 else values.reshape(shape)  # keeps a vector sendable
 
     def update(self) -> Update:
-        """The update with its weights in memory."""
+        """Returns the update with its weights in memory."""
         return Update(self.values(MODEL), self.num_examples, self.metrics)
 
 
 def check_legible(content: RecordDict, *, where: str) -> None:
-    """Refuses a reply whose parts cannot be named, hashed and stored, or that has too many.
+    """Checks that a reply's parts can be named, hashed and stored, and are not too many.
 
     Raises:
-        InvalidUpdate: too many records or entries; a name that is long or is not printable; a
-            value of a kind that no reply holds.
+        InvalidUpdate: too many records or entries; a name that is too long or not printable; a
+            value of a type that no reply contains.
     """
     with _one_refusal(where):
         if len(content) > MAX_RECORDS:
@@ -137,18 +137,18 @@ def check_legible(content: RecordDict, *, where: str) -> None:
 def read_reply(
     reply: Message, asked: ReplySpec, *, where: str, base: Vector | None = None
 ) -> Reply:
-    """The reply, where it is one to what was asked.
+    """Checks a reply and returns its content.
 
     Args:
-        reply: As it came; without its signature, which was looked at before.
-        asked: What it may hold.
-        where: Whose it is, for the error.
-        base: The weights that were sent, shape ``(D,)``; then the distance to them is measured.
+        reply: The message, without its signature, which was verified before.
+        asked: The permitted content.
+        where: The sender, for errors.
+        base: The sent weights, shape ``(D,)``; if given, the distance to them is measured.
 
     Raises:
-        InvalidUpdate: another type of message; records, metrics or arrays that were not asked for,
-            or are missing; a number out of its range, a weight that is not finite.
-        ResourceError: its bytes cannot be read from this machine's disk.
+        InvalidUpdate: the message type is wrong; records, metrics or arrays are unrequested or
+            missing; a number is out of its range; a weight is not finite.
+        ResourceError: this machine's disk cannot read its bytes.
     """
     with _one_refusal(where):
         content = reply.content
@@ -176,7 +176,7 @@ def read_reply(
 
 @contextmanager
 def _one_refusal(where: str) -> Iterator[None]:
-    """Turns whatever goes wrong while a reply is read into one typed refusal."""
+    """Turns every exception while a reply is read into `InvalidUpdate` or `ResourceError`."""
     try:
         yield
     except (InvalidUpdate, ResourceError):
@@ -187,14 +187,14 @@ def _one_refusal(where: str) -> Iterator[None]:
             f"({error.strerror or error}). What was taken before stands; make the disk work again, "
             "and go on with --resume."
         ) from error
-    except Exception as error:  # made-up values fail in many ways
+    except Exception as error:  # malicious values fail in many ways
         raise InvalidUpdate(
             f"{where}: it cannot be read ({type(error).__name__}). {_NOT_USED}."
         ) from None
 
 
 def _shown(text: object) -> str:
-    """A peer's text as part of an error."""
+    """Returns a peer's text, quoted and shortened for an error."""
     return f"'{foreign(text if isinstance(text, str) else type(text).__name__, _SHOWN)}'"
 
 
@@ -297,7 +297,7 @@ def _short(shape: tuple[int, ...]) -> str:
 
 
 def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-    """Type and shape of the values in an array, and where they start; only its head is read."""
+    """Returns dtype, shape and offset of an array's values; reads only its first piece."""
     size = size_of(array)
     usual, rest = divmod(size - HEADER_BYTES, 4)
     head = bytes(next(pieces(array), b"")[:_HEADER_MOST_BYTES])
@@ -316,7 +316,7 @@ def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...
         start = stream.tell()
         if size - start != prod(shape) * dtype.itemsize:
             raise ValueError(f"it has {size} bytes, and its header says otherwise")
-    except Exception as error:  # NumPy's parser fails in many ways on bytes that were made up
+    except Exception as error:  # NumPy's parser fails in many ways on malicious bytes
         said = foreign(error, _SHOWN)
         raise InvalidUpdate(
             f"{where}: an array cannot be read ({type(error).__name__}: {said}). {_NOT_USED}."
@@ -325,18 +325,18 @@ def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...
 
 
 def _parts(array: Array) -> Iterator[NDArray[Any]]:
-    """All values of an array, one after the other, a piece at a time; it was checked before."""
+    """Yields all values of a checked array in order, one piece at a time."""
     dtype, _, start = _form_of(array, where="reply")
     step = PIECE_BYTES // dtype.itemsize * dtype.itemsize
-    assert step == PIECE_BYTES  # of any type of array that is asked for
+    assert step == PIECE_BYTES  # true of every dtype that is requested
     yield from (np.frombuffer(piece, dtype) for piece in pieces(array, start))
 
 
 class _Squared:
-    """Squared distances of short vectors, in memory that is there once.
+    """Computes squared distances of short vectors in buffers that are allocated once.
 
-    Were memory allocated for each of them, the kernel would map and zero it each time, which takes
-    longer than the arithmetic.
+    If each call allocated memory, the kernel would map and zero it each time, which takes longer
+    than the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -344,17 +344,17 @@ class _Squared:
         self._wide = np.empty(_CHUNK, np.float64)
 
     def distance(self, one: Vector, other: Vector) -> float:
-        """The squared L2 distance of two float32 vectors of `_CHUNK` elements at most.
+        """Returns the squared L2 distance of two float32 vectors of at most `_CHUNK` elements.
 
-        Differences are rounded to float32, which squares and sums of them are not. It depends on no
-        library's number of threads; it is not finite where a value is not.
+        Differences are rounded to float32; their squares and sums are float64. The result does not
+        depend on any library's number of threads; it is not finite if a value is not.
         """
         gap, wide = self._gap[: len(one)], self._wide[: len(one)]
         np.subtract(one, other, out=gap)
         np.copyto(wide, gap)
         np.square(wide, out=wide)
         found = float(wide.sum())
-        if math.isinf(found):  # the difference of two numbers may be too large for float32
+        if math.isinf(found):  # the difference of two numbers may overflow float32
             np.subtract(one, other, out=wide, dtype=np.float64)
             np.square(wide, out=wide)
             found = float(wide.sum())
@@ -362,17 +362,17 @@ class _Squared:
 
 
 def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | None, Sequence[float]]:
-    """Sees that all values are finite, in one pass.
+    """Checks that all values are finite, in one pass.
 
-    Gives the L2 distance to ``base``, if there is one, and the largest magnitude in each part.
+    Returns the L2 distance to ``base``, if given, and the largest magnitude in each part.
     """
     sums: list[float] = []
     peaks: list[float] = []
     place = 0
     squared = _Squared()
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
+    with np.errstate(over="ignore", invalid="ignore"):  # non-finite values raise below
         for part in _parts(array):
-            peaks.append(max(float(part.max()), -float(part.min())))  # NaN, where one value is
+            peaks.append(max(float(part.max()), -float(part.min())))  # NaN if one value is NaN
             if base is None:
                 continue
             for first in range(0, len(part), _CHUNK):

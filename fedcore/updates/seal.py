@@ -1,4 +1,4 @@
-"""A reply under its node's signature: over everything in it, and over what it answers."""
+"""Signs a client's reply and verifies it: the signature covers the content and the request."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from fedcore.updates.messages import ARRAYS, CONFIG
 from fedcore.updates.pieces import size_of
 
 ENVELOPE = "envelope"
-"""Name of the record that carries the signature, and of the value in it."""
+"""Name of the record with the signature, and of the value in it."""
 VALIDITY_S = 24 * 3600
-"""How long a reply may be on its way."""
+"""Seconds that a reply may take to arrive."""
 
 
 def run_digest(told: Mapping[str, str]) -> str:
-    """Which run a signature is for: another for other settings, and for each new beginning.
+    """Returns the run's identity in signatures; it differs for other settings and each new start.
 
     Args:
-        told: What the server tells devices of the run.
+        told: The settings that the server sends to devices.
     """
     return sha256_hex(f"{told.get(INSTANCE)} {told.get(SETTINGS, '')}".encode())
 
 
 def round_of(asked: RecordDict) -> int:
-    """The round that an instruction is of; 0 where it belongs to none."""
+    """Returns the round of an instruction; 0 if it belongs to none."""
     config = asked.get(CONFIG)
     number = config.get("server-round", 0) if isinstance(config, ConfigRecord) else 0
     return number if isinstance(number, int) and number > 0 else 0
 
 
 def base_digest(asked: RecordDict) -> str:
-    """The weights that an instruction came with, as a digest of their bytes."""
+    """Returns a digest over the bytes of the weights in an instruction."""
     return content_digest(RecordDict({ARRAYS: asked[ARRAYS]} if ARRAYS in asked else {}))
 
 
 def content_digest(content: RecordDict) -> str:
-    """SHA-256 over every record but the signature, in hexadecimal.
+    """Returns the SHA-256 over every record except the signature, in hexadecimal.
 
-    Arrays go in by the digests of their cuts. Each part is preceded by its length, and those
-    digests by the number of bytes, so no two contents give the same stream.
+    Arrays enter by the digests of their cuts. Each part is preceded by its length, and those
+    digests by the number of bytes, so that different contents never give the same input.
     """
     digest = hashlib.sha256()
 
@@ -76,11 +76,11 @@ def content_digest(content: RecordDict) -> str:
 
 
 def _text(value: object) -> str:
-    """A metric or setting: the same text on both sides of the network."""
+    """Returns a metric or setting as text that is identical on both sides of the network."""
     if isinstance(value, list):
         return f"list {' '.join(map(_text, value))}"
     if isinstance(value, float):
-        return f"float {float(value)!r}"  # NumPy's has a name of its own
+        return f"float {float(value)!r}"  # NumPy's type has another name
     return f"{type(value).__name__} {value!r}"
 
 
@@ -94,16 +94,16 @@ def sign_reply(
     key: EllipticCurvePrivateKey,
     now_s: float,
 ) -> None:
-    """Signs a reply, with a fresh nonce, and puts the signature beside its records.
+    """Signs a reply with a fresh nonce, and adds the signature as a record.
 
     Args:
         content: The reply.
         asked: The instruction that it answers.
         purpose: The instruction's message type.
-        run_id: As `run_digest` gives it.
-        node_id: The node that answers.
-        key: Its key.
-        now_s: Its clock, seconds since 1970 (UTC).
+        run_id: The result of `run_digest`.
+        node_id: The replying node.
+        key: That node's private key.
+        now_s: The node's clock, seconds since 1970 (UTC).
     """
     raw = seal_update(
         content_digest(content),
@@ -130,11 +130,11 @@ def verify_reply(
     public_key: bytes,
     now_s: float,
 ) -> Envelope:
-    """The signature of a reply that is what it should be; it is taken out of ``content``.
+    """Verifies a reply's signature, removes it from ``content`` and returns it.
 
     Raises:
-        SignatureInvalid: there is none, or it is malformed or another key's.
-        TrustError: it is for something else, or too old: see `open_envelope`.
+        SignatureInvalid: it is missing, malformed or made with another key.
+        TrustError: it is for another request, or too old; see `open_envelope`.
     """
     record = content.get(ENVELOPE)
     raw = record.get(ENVELOPE) if isinstance(record, ConfigRecord) else None
