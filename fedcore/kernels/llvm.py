@@ -30,7 +30,7 @@ counted: Any = cgutils.for_range
 
 
 def written(writer: Callable[..., Any]) -> Any:
-    """Returns a decorated code emitter as a function that compiled loops may call.
+    """Makes a code emitter callable from compiled loops; a decorator.
 
     Arguments that are constants at compile time arrive as literals.
     """

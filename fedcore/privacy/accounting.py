@@ -26,9 +26,9 @@ Settings that change within one ledger:
     - Anything else: the Renyi filter at a few fixed orders, each with its own share of delta.
 
     All that a client releases until its budget is spent is (budget, delta)-differentially private,
-    whoever chose the settings, and however. The epsilon recorded on the way is that of a ledger
-    whose end was fixed beforehand; if a server stopped because of what it saw, the budget is the
-    guarantee.
+    regardless of who chose the settings, and how. The epsilon recorded on the way is that of a
+    ledger whose end was fixed beforehand; if a server stopped because of what it saw, the budget is
+    the guarantee.
 
     Source: Rogers et al. 2016, arXiv:1605.08294 (filters, and why fixed settings matter); Feldman,
         Zrnic 2021, arXiv:2008.11193 (Renyi filter); Smith, Thakurta 2022, arXiv:2210.17520

@@ -26,7 +26,7 @@ float32 arithmetic in gradients, norms and sums, and that of the grid."""
 
 _CHUNK = 1 << 15  # words per chunk: with as many zeros, 512 KiB in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
-_LEAST_DEVIATION = 1e-100  # up to its inverse, float64 represents the grid with a wide margin
+_LEAST_DEVIATION = 1e-100  # from it to its inverse, float64 represents the grid with a wide margin
 _EXACT_BITS = 51  # sums and noise stay below 2**51 steps, so that the shift that rounds them fits
 
 
@@ -34,10 +34,7 @@ class Draws(Protocol):
     """Source of the random numbers of one private training run."""
 
     def seed(self) -> int:
-        """Returns a seed below 2**62 for randomness that protects nobody.
-
-        Such randomness is dropout and data augmentation.
-        """
+        """Returns a seed below 2**62 for dropout and augmentation, which protect nobody."""
 
     def poisson(self, count: int, rate: float) -> Tensor:
         """Returns one Poisson sample of ``count`` examples.

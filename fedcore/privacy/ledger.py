@@ -126,7 +126,7 @@ def charge(
             f"round {new.round}: over all runs client {client!r} has spent",
             kind=OwnersBudgetExhausted,
         )
-    # Comes second: where both budgets are equal, raising the run's alone would not help.
+    # The run's budget comes second: if both are exceeded, raising it would not help.
     _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent")
     return after
 
@@ -176,7 +176,7 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
 
 
 def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:
-    """Returns how many rounds like ``new`` fit besides ``other``; searches around ``near``."""
+    """Returns how many rounds like ``new`` fit in addition to ``other``; ``near`` is a guess."""
 
     def fits(rounds: int) -> bool:
         alike = replace(new, steps=new.steps * rounds)

@@ -1,4 +1,7 @@
-"""Rejects settings that no privacy accounting covers, on reading a run's file."""
+"""Rejects settings that no privacy accounting covers, on reading a run's file.
+
+The check comes before any data move.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ def outputs_of(
 ) -> tuple[Tensor, Tensor]:
     """Returns the model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU.
 
-    ``between`` is called before each batch; an exception from it ends the work.
+    Runs in evaluation mode. ``between`` is called before each batch; an exception from it ends the
+    work.
 
     Raises:
         DataError: There are no examples.

@@ -13,7 +13,7 @@ from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import InsufficientMemory
 
 _FLOAT_BYTES = 4
-_SMALL_BYTES = 64 << 20  # a smaller need is not compared with free memory
+_SMALL_BYTES = 64 << 20  # less than this fits, else nothing would run at all
 
 
 _PRIVATE_COPIES = 10

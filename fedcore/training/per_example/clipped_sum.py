@@ -155,7 +155,7 @@ def _taken(
             return found if way.name == "alone" or drawn_outside_torch() == before else None
     except KeyboardInterrupt:  # the user's, or SIGTERM
         raise
-    except BaseException:  # the task's code, on values that nobody looked at
+    except BaseException:  # the task's code, on unchecked values
         return None
 
 
@@ -181,17 +181,17 @@ def read_batch(
     A row that cannot be read, or is no pair of tensors, is omitted and counts as zero. Where shapes
     or dtypes differ, rows with inputs of the usual kind form one batch per kind of target, with the
     other positions filled. Every other row forms a batch of its own, as does a row with a far
-    larger target: a batch filled with copies of an unexpected shape could exceed memory. Data sets
-    other than pairs of tensors, or subsets of such, are read in chunks.
+    larger target: a batch filled with copies of an unexpected shape could exceed memory. A data set
+    that is not a `TensorDataset` of two tensors, or a subset of one, is read in chunks.
 
     Args:
         examples: A client's data.
         rows: Row numbers, int64, ``(B,)``.
         device: The device to train on.
-        seed: Seed of the data set's and model's randomness at the first row; it increases by 1 a
-            row.
-        usual: Shape and dtype of the task's example input, which do not depend on the data. None
-            groups the rows of each kind.
+        seed: Seed of the data set's and model's randomness at the first row; each further row adds
+            1.
+        usual: Shape and dtype of the task's example input, which do not depend on the data. With
+            None, rows of each kind form one batch.
     """
     if not len(rows):
         return

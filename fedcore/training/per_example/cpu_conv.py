@@ -107,7 +107,7 @@ def _directly(
         of_result = slopes.permute(_CHANNELS_LAST).contiguous()
         of_kernels = kernels.new_empty((*each, *kernels.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
-        parts = math.prod(each)  # of what a gradient is asked for
+        parts = math.prod(each)  # number of gradients
         loops.back(
             images.reshape(parts, -1),
             of_kernels.view(parts, *kernels.shape[1:]).numpy(),
@@ -149,7 +149,7 @@ def _by_taken(
         of_weight = weight.new_empty((*each, *weight.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
         of_images = torch.empty_like(x)
-        parts = math.prod(each)  # of what a gradient is asked for
+        parts = math.prod(each)  # number of gradients
         back(
             x.view(parts, -1).numpy(),
             of_images.view(parts, -1).numpy(),
