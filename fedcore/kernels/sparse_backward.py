@@ -139,7 +139,7 @@ def taken_back(window: ConvolutionWindow, channels: int) -> Back | None:
     ) -> None:
         height, width, rows, blocks = size
         outs, whole = weights.shape[1], slopes.shape[1] * rows  # rows of blocks in all images
-        begins = np.empty(whole, np.int64)  # an offset into the near buffer, like all below
+        begins = np.empty(whole, np.int64)  # offsets in units of the near buffer, like all below
         for row in range(whole):
             begins[row] = (row // rows * height + row % rows * tall * down) * width * lanes
         away = np.zeros(256, np.uint32)

@@ -5,14 +5,14 @@ Neighbouring relation:
     are neighbours if one example of one is replaced by a null record, whose gradient counts as
     zero, in the other. Sampling rate, number of steps and divisor follow from the public number and
     are equal for both, and a step's clipped sum differs by at most ``clip_norm``. So one step is
-    dominated, in either direction, by the pair that dominates adding and removing one example: ``(1
-    - q) N(0, s^2) + q N(1, s^2)`` and ``N(0, s^2)``. Epsilon is the larger of both directions.
+    dominated, in either direction, by the pair that dominates adding and removing one example:
+    ``(1 - q) N(0, s^2) + q N(1, s^2)`` and ``N(0, s^2)``. Epsilon is the larger of both directions.
     Replacing an example by another costs up to twice as much; the stated epsilon does not cover
     that.
 
     Source: Kairouz et al. 2021, arXiv:2103.00039, Definition 1.1 (zero-out); Ponomareva et al.
-        2023, arXiv:2303.00654, section 2.1.1 (comparison); Zhu, Dong, Wang 2022, arXiv:2106.08567
-        (dominating pairs).
+    2023, arXiv:2303.00654, section 2.1.1 (comparison); Zhu, Dong, Wang 2022, arXiv:2106.08567
+    (dominating pairs).
 
 Settings that change within one ledger:
     A server chooses each round's settings after it has seen what earlier rounds released.
@@ -31,8 +31,8 @@ Settings that change within one ledger:
     the guarantee.
 
     Source: Rogers et al. 2016, arXiv:1605.08294 (filters, and why fixed settings matter); Feldman,
-        Zrnic 2021, arXiv:2008.11193 (Renyi filter); Smith, Thakurta 2022, arXiv:2210.17520
-        (Gaussian filter); Whitehouse et al. 2023, arXiv:2203.05481 (fully adaptive composition).
+    Zrnic 2021, arXiv:2008.11193 (Renyi filter); Smith, Thakurta 2022, arXiv:2210.17520 (Gaussian
+    filter); Whitehouse et al. 2023, arXiv:2203.05481 (fully adaptive composition).
 """
 
 from __future__ import annotations

@@ -92,12 +92,12 @@ class SystemDraws:
         are drawn for this object only and never written anywhere. Distinguishing its numbers from
         ideal ones requires breaking AES-256.
 
-        Noise is a Gaussian number rounded to a grid, whose step, a power of two near ``deviation *
-        2**-36``, does not depend on the data. The sum is rounded to the same grid first, and both
-        are added as integers, without error. So the result is the rounded output of a Gaussian
-        mechanism, for any data: every grid point can result from every sum, and the low-order bits
-        reveal nothing about the sum. The attacks of Mironov 2012 and Haney et al. 2022 recover the
-        sum from those bits.
+        Noise is a Gaussian number rounded to a grid, whose step, a power of two near
+        ``deviation * 2**-36``, does not depend on the data. The sum is rounded to the same grid
+        first, and both are added as integers, without error. So the result is the rounded output of
+        a Gaussian mechanism, for any data: every grid point can result from every sum, and the
+        low-order bits reveal nothing about the sum. The attacks of Mironov 2012 and Haney et al.
+        2022 recover the sum from those bits.
 
         Tails reach 9.3 standard deviations: uniform numbers have 63 bits, and logarithm, root and
         cosine are computed in float64, whose step is 2**16 times finer than the grid's.

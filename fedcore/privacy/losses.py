@@ -129,8 +129,8 @@ def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:
     """Returns the epsilon of a Gaussian mechanism of unit noise without sampling, exact to 1e-9.
 
     Args:
-        sensitivity: Sensitivity divided by the noise's standard deviation; ``sqrt(sum(1 /
-            noise**2))`` for several mechanisms.
+        sensitivity: Sensitivity divided by the noise's standard deviation;
+            ``sqrt(sum(1 / noise**2))`` for several mechanisms.
 
     Returns:
         Epsilon, at least 0; infinite beyond float range.
@@ -182,7 +182,7 @@ def _width(history: Sequence[MechanismSteps]) -> float:
     """Returns a grid width that adds only a small share to the total variance.
 
     An interval that passes its mass to both ends adds at most a quarter of its square and, where
-    losses are far smaller than it, at most its width times their size.
+    losses are far smaller than the interval, at most its width times their size.
     """
     variance = size = 0.0
     for steps in history:
