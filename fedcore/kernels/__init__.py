@@ -1,5 +1,5 @@
-"""Loops that numba and LLVM compile for the processor they run on: arrays in, arrays filled.
+"""Loops compiled by numba and LLVM for the host processor; they read arrays and fill arrays.
 
-They know shapes and numbers, and nothing of models, clients or privacy. Read `compiled` first, then
-`llvm`, which writes down what numba would not make vectors of.
+Kernels know only shapes and numbers, not models, clients or privacy. Start with `compiled`, then
+`llvm`, which emits vector code where numba fails to vectorise.
 """

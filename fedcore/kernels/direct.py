@@ -1,8 +1,8 @@
-"""Compiled loops of a model's first convolution, with its pooling and ReLU, of few channels.
+"""Compiled loops of a model's first convolution with pooling and ReLU, for images of few channels.
 
-A kernel's numbers stay in registers while images go by, and nothing is laid out: of one channel,
-rows would be nine times as many numbers as the image, and their products four times as many as what
-pooling leaves.
+A kernel's weights stay in registers while the loop passes over the images, and no patches are laid
+out. With one channel, patches would have nine times as many numbers as the image, and their
+products four times as many as pooling keeps.
 """
 
 from __future__ import annotations
@@ -36,39 +36,40 @@ from fedcore.kernels.llvm import (
 )
 from fedcore.kernels.window import ConvolutionWindow
 
-_MOST_NUMBERS = 80  # of a kernel: more are written down at length, and compiled for seconds
-_MOST_PRODUCTS = 320  # of a block
+_MOST_NUMBERS = 80  # numbers of a kernel: loops are unrolled; more take seconds to compile
+_MOST_PRODUCTS = 320  # products per pooling block
 
 Shape = tuple[int, int, int, int, int, int, int, int]
-"""Of a kernel: its height, its width times channels; of the block of pooling: height, width; the
-distance of its results: lines down, numbers across; lanes of a vector; channels."""
+"""The kernel's height, and its width times channels; the pooling block's height and width; the
+distance between its results, in lines down and numbers across; vector lanes; channels."""
 Size = tuple[int, int, int, int]
 """Height and width of an image, blocks down and across."""
 
 
 @dataclass(frozen=True)
 class Direct:
-    """A convolution's loops, see `direct`."""
+    """The forward and backward loops of a convolution, from `direct`."""
 
     ahead: Callable[[Floats, Floats, Floats, Floats, Bytes, Size, bool], None]
-    """Takes images ``(K, N * H * W * C)``, padded; weights ``(K, F, out)``, ``F`` in the order
-    (kernel's height, its width, channel); biases ``(K, out)``. Fills what is found and places,
-    ``(K, N * blocks, out)`` both, as `fedcore.kernels.im2col.pool` does."""
+    """Forward loop. Reads images ``(K, N * H * W * C)``, padded; weights ``(K, F, out)``, ``F`` in
+    the order (kernel's height, its width, channel); biases ``(K, out)``. Fills pooled results and
+    the maxima's positions, both ``(K, N * blocks, out)``, in the form of
+    `fedcore.kernels.im2col.pool`."""
     back: Callable[[Floats, Floats, Floats, Floats, Bytes, Size], None]
-    """Takes images, and as last arguments the slopes and places of what was found. Fills the slopes
-    of weights and of biases."""
+    """Backward loop. Takes images, outputs for the gradients of weights and of biases, gradients of
+    the pooled results, and the maxima's positions."""
 
 
 @functools.cache
 def direct(window: ConvolutionWindow, channels: int, outs: int) -> Direct | None:
-    """Compiles the loops for images of so many channels; None where others are the better way.
+    """Compiles the loops for images of so many channels; None where other loops are faster.
 
-    The first time takes about a second.
+    The first call takes about a second.
 
     Args:
-        window: Of the convolution; images are padded already.
-        channels: Of images.
-        outs: Channels of results.
+        window: The convolution's window; images must be padded already.
+        channels: Channels of the images.
+        outs: Channels of the results.
     """
     (high, wide), (down, across), (tall, broad) = window.kernel, window.stride, window.pool
     numbers, lanes = high * wide * channels, lanes_of(outs)
@@ -159,7 +160,7 @@ def _row_ahead(
     blocks: Any, relu: Any, high: Any, run: Any, tall: Any, broad: Any, down: Any, across: Any,
     lanes: Any,
 ) -> Any:  # fmt: skip
-    """One row of blocks, as many outputs as a vector has lanes; memory by its addresses."""
+    """Emits the forward pass of a row of blocks for one vector of outputs; arrays are addresses."""
     given = (image, weight, bias, found, places, line, outs, blocks, relu)
     shape = (high, run, tall, broad, down, across, lanes)
 
@@ -182,7 +183,7 @@ def _row_ahead(
                 sums.append(functools.reduce(functools.partial(added, builder), products))
             largest, which = sums[0], every(BYTE, 0, width)
             for place, value in enumerate(sums[1:], 1):
-                # True for what is no number, too: once found, it stays.
+                # Also true for NaN, which then propagates.
                 more = builder.or_(
                     builder.fcmp_ordered(">", value, largest),
                     builder.fcmp_unordered("uno", value, value),
@@ -204,7 +205,7 @@ def _row_back(
     typing: Any, image: Any, weight: Any, bias: Any, slopes: Any, places: Any, line: Any, outs: Any,
     blocks: Any, high: Any, run: Any, tall: Any, broad: Any, down: Any, across: Any, lanes: Any,
 ) -> Any:  # fmt: skip
-    """The way back of `_row_ahead`, added to the slopes of the weight and of the bias."""
+    """Emits the backward pass of `_row_ahead`; adds to the gradients of weight and bias."""
     given = (image, weight, bias, slopes, places, line, outs, blocks)
     shape = (high, run, tall, broad, down, across, lanes)
 
@@ -225,7 +226,7 @@ def _row_back(
                 for look, one in zip(looks, sums, strict=True):
                     product = multiplied(builder, taken, look)
                     builder.store(added(builder, builder.load(one), product), one)
-        # Each row of blocks has a sum of its own: one over a large image would round away more.
+        # One partial sum per row of blocks: a single sum over a large image would round more.
         for place, one in zip(at, sums, strict=True):
             total = added(builder, load(builder, FLOAT, weight, place, width), builder.load(one))
             store(builder, FLOAT, total, weight, place)
@@ -239,7 +240,7 @@ def _row_back(
 def _looked_at(
     builder: Builder, image: Value, line: Value, block: Value, shape: Sequence[Any]
 ) -> Iterator[list[Value]]:
-    """For each result of a block, what it looks at, each number spread over a vector."""
+    """Yields, for each result of a block, its input patch, each number spread over a vector."""
     high, run, tall, broad, down, across, lanes = (one.literal_value for one in shape)
     left = builder.mul(block, known(broad * across))
     for y, x in itertools.product(range(tall), range(broad)):

@@ -1,4 +1,4 @@
-"""Exact sums of many updates by a compiled loop, which reads each number once."""
+"""Exact fixed-point sums of many updates, by a compiled loop that reads each number once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from numpy.typing import NDArray
 
 from fedcore.kernels.compiled import compiled, unsigned
 
-_PART = 4096  # numbers of a total that stay in a core's nearest cache from row to row
+_PART = 4096  # entries of a total that fit into a core's L1 cache
 
 
 @compiled("void(float32[:, ::1], float64[::1], int64[::1])", fastmath=set())
 def add_scaled(
     rows: NDArray[np.float32], factors: NDArray[np.float64], total: NDArray[np.int64]
 ) -> None:
-    """Adds scaled rows to a total, with the bits that NumPy gives.
+    """Adds rows, each times its factor and rounded, to a total; bit-identical to NumPy's result.
 
-    It is an `AddScaled` of `server.rounds.aggregation.exact_mean`.
+    Implements `AddScaled` of `server.rounds.aggregation.exact_mean`.
+
+    Args:
+        rows: Shape ``(N, D)``.
+        factors: Shape ``(N,)``.
+        total: Shape ``(D,)``, changed in place.
     """
     for first in range(0, rows.shape[1], _PART):
         last = min(rows.shape[1], first + _PART)

@@ -1,7 +1,10 @@
-"""Compiled loops of a convolution: what it looks at as rows, its pooling, and the ways back.
+"""Compiled loops of a convolution: its input patches (im2col), its pooling, and their gradients.
 
-Importing this compiles them, the first time for some seconds. Each runs in the thread that calls
-it, and adds up in an order that is always the same.
+Importing this module compiles the loops, which takes some seconds the first time. Each loop runs in
+the calling thread and sums in a fixed order.
+
+In all shapes, ``N`` images have ``H`` rows, ``W`` columns and ``C`` channels, and a patch has ``F``
+numbers in the order (kernel's height, its width, channel).
 """
 
 from __future__ import annotations
@@ -17,40 +20,40 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Look = tuple[int, int, int, int, int, int, int, int, int, int, int]
 """Height, width and channels of an image; the kernel's height and width, stride and padding, each
-down and across; results down and across, of which pooling takes whole blocks."""
+down and across; results down and across, limited to whole pooling blocks."""
 Blocks = tuple[int, int, int, int]
 """Blocks down and across, and the height and width of each."""
 
 MOST = 254
-"""Results in a block that a byte can tell apart, and from `OFF`."""
+"""Maximum number of results in a block: a byte must distinguish them, and `OFF`."""
 OFF = 255
-"""In place of one: the largest of the block is no more than 0, and ReLU follows."""
+"""Position of a block's maximum where a ReLU follows and the value is at most 0."""
 
 
 def look_of(window: ConvolutionWindow, height: int, width: int, channels: int) -> Look:
-    """What kernels need to know of a convolution of images of that size."""
+    """Returns the convolution's geometry for images of this size, as the kernels need it."""
     down, across = window.cells(height, width)
     results = down * window.pool[0], across * window.pool[1]
     return (height, width, channels, *window.kernel, *window.stride, *window.padding, *results)
 
 
 def blocks_of(window: ConvolutionWindow, height: int, width: int) -> Blocks:
-    """What kernels need to know of the pooling behind it."""
+    """Returns the pooling's geometry for images of this size, as the kernels need it."""
     return *window.cells(height, width), *window.pool
 
 
-# Indices in the innermost loops are unsigned: of signed ones numba asks each time whether they
-# count from the end, and then no loop becomes one of vectors.
+# Innermost loops use unsigned indices: numba tests signed ones for negative values, which
+# prevents vectorisation.
 _LAY = "void(float32[::1], float32[::1], UniTuple(int64, 11))"
 
 
 @compiled(_LAY, fastmath=set())
 def lay_rows(images: Floats, rows: Floats, look: Look) -> None:
-    """What a convolution looks at, a row for each result, one after the other over an image.
+    """Writes a convolution's input patches as rows, one per result, in the order of the image.
 
     Args:
-        images: ``(N, H, W, C)``, flat.
-        rows: ``(N * results, F)``, flat, to be filled; in the order (kernel's height, its width,
+        images: Shape ``(N, H, W, C)``, flat.
+        rows: Output, ``(N * results, F)``, flat; each row in the order (kernel's height, its width,
             channel).
         look: From `look_of`.
     """
@@ -77,11 +80,11 @@ def lay_rows(images: Floats, rows: Floats, look: Look) -> None:
 
 @compiled(_LAY, fastmath=set())
 def lay_columns(images: Floats, columns: Floats, look: Look) -> None:
-    """What `lay_rows` does with rows and columns exchanged, in longer runs where rows are short.
+    """Writes a convolution's input patches as columns, in longer runs where rows would be short.
 
     Args:
-        images: ``(N, H, W, C)``, flat.
-        columns: ``(N, F, results)``, flat, to be filled.
+        images: Shape ``(N, H, W, C)``, flat.
+        columns: Output, ``(N, F, results)``, flat: the transpose of the rows of `lay_rows`.
         look: From `look_of`.
     """
     height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
@@ -108,11 +111,11 @@ def lay_columns(images: Floats, columns: Floats, look: Look) -> None:
 
 @compiled(_LAY, fastmath=set())
 def fold_rows(rows: Floats, images: Floats, look: Look) -> None:
-    """The way back of `lay_rows`: each number of an image gets the sum over the rows it stands in.
+    """Computes image gradients from patch gradients: the backward pass of `lay_rows`.
 
     Args:
-        rows: ``(N * results, F)``, flat.
-        images: ``(N, H, W, C)``, flat, to be filled.
+        rows: Patch gradients, ``(N * results, F)``, flat.
+        images: Output, ``(N, H, W, C)``, flat: for each number the sum over all patches with it.
         look: From `look_of`.
     """
     height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
@@ -141,15 +144,16 @@ def fold_rows(rows: Floats, images: Floats, look: Look) -> None:
 def pool(
     products: Floats, biases: Floats, found: Floats, places: Bytes, blocks: Blocks, relu: bool
 ) -> None:
-    """The largest of each block and its bias, through ReLU if asked for; what is no number stays.
+    """Writes each block's maximum plus bias, through a ReLU if requested; NaN propagates.
 
     Args:
-        products: ``(N * results, out)``.
-        biases: ``(K, out)``; K divides N.
-        found: ``(N * blocks, out)``, to be filled.
-        places: The same, to be filled: which of its block it is, the first where several are.
+        products: Convolution results, ``(N * results, out)``.
+        biases: Shape ``(K, out)``; K divides N.
+        found: Output, ``(N * blocks, out)``.
+        places: Output, ``(N * blocks, out)``: the maximum's position in its block, the first one
+            for ties, or `OFF` where the ReLU gives 0.
         blocks: From `blocks_of`.
-        relu: Whether one follows.
+        relu: Whether a ReLU follows.
     """
     down, across, high, wide = blocks
     outs, width = products.shape[1], across * wide
@@ -161,8 +165,8 @@ def pool(
         for y in range(image * down * high, (image + 1) * down * high, high):
             for x in range(0, width, wide):
                 at = y * width + x
-                # True for what is no number, too: once found, it stays. No jumps, for vectors.
-                if high * wide == 4:  # as usual, and a loop of known length is unrolled
+                # Also true for NaN, which then propagates. No branches, for vectorisation.
+                if high * wide == 4:  # the usual case; constant length allows unrolling
                     for o in range(outs):
                         largest, which = products[at, o], np.uint8(0)
                         for place in range(1, 4):
@@ -194,13 +198,13 @@ def pool(
     fastmath=set(),
 )
 def unpool(slopes: Floats, places: Bytes, products: Floats, biases: Floats, blocks: Blocks) -> None:
-    """The way back of `pool`.
+    """Computes the gradients of convolution results and biases: the backward pass of `pool`.
 
     Args:
-        slopes: Of what it found, ``(N * blocks, out)``.
-        places: From it.
-        products: ``(N * results, out)``, to be filled with slopes.
-        biases: ``(N, out)``, to be filled with the slopes of each image's bias.
+        slopes: Gradients of the pooled results, ``(N * blocks, out)``.
+        places: From `pool`.
+        products: Output, ``(N * results, out)``: gradients of the convolution results.
+        biases: Output, ``(N, out)``: gradients of each image's bias.
         blocks: From `blocks_of`.
     """
     down, across, high, wide = blocks

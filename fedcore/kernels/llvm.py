@@ -1,8 +1,8 @@
-"""Vectors in the intermediate code of compiled loops, where numba's own come out too short.
+"""Explicit vector code for compiled loops, where numba's own vectorisation falls short.
 
-A loop of numba's becomes one of vectors only when nothing it writes may lie where it reads, which
-is asked again each time that a short loop begins. Here the loop's body is written down instead.
-Widths that a processor lacks are taken in parts by LLVM.
+numba vectorises a loop only if its writes cannot alias its reads, and tests this each time that a
+short loop starts. Functions here emit the loop's LLVM code instead. LLVM splits vectors that are
+wider than the processor's.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from numba.extending import intrinsic
 
 FLOAT, BYTE, SHORT, INT = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _ALIGNED = {FLOAT: 4, BYTE: 1, SHORT: 4, INT: 8}
-_FREE = ("contract",)  # a product and a sum may be rounded once
+_FREE = ("contract",)  # permits fused multiply-add
 
 Builder = Any
 Value = Any
 
 memory: Any = cgutils.alloca_once_value
-"""Takes a builder and a value: where sums are kept that grow in a loop, in a register if there is
-one left."""
+"""Takes a builder and a value; returns the address of a stack slot for a loop's accumulator, which
+LLVM keeps in a register if one is free."""
 counted: Any = cgutils.for_range
-"""Takes a builder and a number: a context that holds a loop's body, and gives it its ``index``."""
+"""Takes a builder and a number; returns a context for a loop's body, which provides its
+``index``."""
 
 
 def written(writer: Callable[..., Any]) -> Any:
-    """A decorator of what writes down a function that compiled loops may call.
+    """Makes a code emitter callable from compiled loops; a decorator.
 
-    Numbers that are known as those are compiled come to it as such.
+    Arguments that are constants at compile time arrive as literals.
     """
     return intrinsic(prefer_literal=True)(writer)
 
 
 def lanes_of(numbers: int) -> int:
-    """Lanes of the longest vectors that so many numbers fill; 0 where no length does."""
+    """Returns the longest vector length that divides ``numbers``; 0 if none does."""
     return next((lanes for lanes in (16, 8) if numbers % lanes == 0), 0)
 
 
 def known(value: int) -> Value:
-    """A place or a distance that is known."""
+    """Returns a constant index or offset."""
     return INT(value)
 
 
 def every(kind: ir.Type, value: float, lanes: int) -> Value:
-    """A vector of one constant."""
+    """Returns a vector with one constant in all lanes."""
     return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
 
 def spread(builder: Builder, value: Value, lanes: int) -> Value:
-    """A vector of one number."""
+    """Returns a vector with one value in all lanes."""
     of = ir.VectorType(value.type, lanes)
     first = builder.insert_element(ir.Constant(of, ir.Undefined), value, ir.IntType(32)(0))
     places = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
@@ -64,7 +65,7 @@ def _pointer(builder: Builder, kind: ir.Type, address: Value, at: Value) -> Valu
 
 
 def load(builder: Builder, kind: ir.Type, address: Value, at: Value, lanes: int = 0) -> Value:
-    """Numbers from place ``at`` behind an address, as a vector; without lanes, one number."""
+    """Loads a vector from element ``at`` after an address; without lanes, a single number."""
     pointer = _pointer(builder, kind, address, at)
     if lanes:
         pointer = builder.bitcast(pointer, ir.VectorType(kind, lanes).as_pointer())
@@ -72,16 +73,16 @@ def load(builder: Builder, kind: ir.Type, address: Value, at: Value, lanes: int 
 
 
 def store(builder: Builder, kind: ir.Type, value: Value, address: Value, at: Value) -> None:
-    """Writes a vector from place ``at`` behind an address on."""
+    """Stores a value or vector from element ``at`` after an address."""
     pointer = builder.bitcast(_pointer(builder, kind, address, at), value.type.as_pointer())
     builder.store(value, pointer, align=_ALIGNED[kind])
 
 
 def multiplied(builder: Builder, one: Value, other: Value) -> Value:
-    """Their product, which `added` may round together with its sum."""
+    """Returns the product, which LLVM may fuse with the sum of `added` into one rounding."""
     return builder.fmul(one, other, flags=_FREE)
 
 
 def added(builder: Builder, one: Value, other: Value) -> Value:
-    """Their sum."""
+    """Returns the sum, which LLVM may fuse with the product of `multiplied` into one rounding."""
     return builder.fadd(one, other, flags=_FREE)

@@ -1,10 +1,10 @@
-"""A compiled loop that turns uniform numbers into normal ones, rounds them to a grid and adds them.
+"""A compiled loop that adds normal noise, rounded to a grid, from uniform random words.
 
-By Box and Muller: a pair of words gives an angle and a radius, and these give two numbers. The
-logarithm, sine and cosine are polynomials, as only then a loop becomes one of vectors. Each is
-within two units in the last place of float64.
+Uses the Box-Muller transform: a pair of words gives an angle and a radius, and these give two
+normal numbers. Logarithm, sine and cosine are polynomials, so that the loop vectorises. Each is
+accurate to two units in the last place of float64.
 
-Importing this compiles the loop, the first time for about a second.
+Importing this module compiles the loop, which takes about a second the first time.
 
 Source:
     Box and Muller 1958; the polynomials are those of FDLIBM (Sun Microsystems 1993): e_log.c,
@@ -56,7 +56,7 @@ _C1, _C2, _C3, _C4, _C5, _C6 = (
 
 
 def _reads_as(source: Any, target: Any, kind: Any) -> Any:
-    """Makes a function that reads the bits of one number as another's."""
+    """Returns a function that reinterprets the bits of one number type as another type."""
 
     @intrinsic
     def read(typing: Any, value: Any) -> Any:
@@ -74,7 +74,7 @@ _number = _reads_as(types.uint64, types.float64, ir.DoubleType())
 
 @compiled(
     "void(uint64[::1], uint64[::1], float64[::1], float64[::1], float64, float64)",
-    fastmath={"contract"},  # a product and a sum may be rounded once; nothing else changes
+    fastmath={"contract"},  # permits fused multiply-add only
 )
 def add_normals(
     angles: NDArray[np.uint64],
@@ -84,20 +84,20 @@ def add_normals(
     deviation: float,
     shift: float,
 ) -> None:
-    """Adds independent normal numbers of mean 0, all on a grid.
+    """Adds independent normal numbers of mean 0, all on a grid, in place.
 
     Args:
         angles: Uniform words, ``(N,)``.
-        radii: Likewise; their highest bit does not count.
-        first: Sums, ``(N,)``, each of which is rounded to the grid, before a number on it is added.
-        second: More of them, ``(N,)`` or one less.
-        deviation: Of the numbers.
-        shift: What float64 numbers of this size lie as far apart as points of the grid do; sums
-            and noise are less than a third of it.
+        radii: Uniform words, ``(N,)``; the highest bit is ignored.
+        first: Sums, ``(N,)``; each is rounded to the grid before a number on the grid is added.
+        second: Further sums, ``(N,)`` or ``(N - 1,)``.
+        deviation: Standard deviation of the numbers.
+        shift: A number at which float64's spacing is the grid's step; sums and noise must be below
+            a third of it.
     """
     scale = -2.0 * deviation * deviation
     for at in range(unsigned(first.shape[0])):
-        # (0, 1], whose logarithm: 2 ** k * m, where m lies around 1
+        # A uniform number in (0, 1], as 2**k * m with m near 1, for its logarithm.
         size = np.int64(radii[at] & np.uint64(0x7FFFFFFFFFFFFFFF))
         bits = _bits(np.float64(size) * _TO_UNIT + _TO_UNIT / 2)
         above = (bits - _ROOT_OF_HALF) & np.uint64(0xFFF0000000000000)
@@ -109,7 +109,7 @@ def add_normals(
         half = 0.5 * f * f
         log = k * _LN2_HIGH - ((half - (s * (half + r) + k * _LN2_LOW)) - f)
         radius = math.sqrt(scale * log)
-        # in quarters of a turn, and what is left of one, at most an eighth of a turn either way
+        # The angle as quarter turns plus a remainder of at most an eighth of a turn.
         word = angles[at]
         quarter = (word + np.uint64(1 << 61)) >> np.uint64(62)
         x = np.float64(np.int64(word - (quarter << np.uint64(62)))) * _TO_ANGLE

@@ -1,8 +1,8 @@
-"""Compiled loops back through a convolution from what its pooling and ReLU let through.
+"""Compiled backward loops of a convolution, limited to results that pooling and ReLU selected.
 
-Of each block of results one has a slope, and behind a ReLU not even that: what a kernel looked at
-there is all that its weights' slopes, and those of the image, come of. The products of a whole
-image's slopes are mostly those with nought.
+In each pooling block at most one result has a nonzero gradient, and none where the ReLU gives 0.
+Only the patches of these results contribute to the gradients of weights and image; dense products
+would mostly multiply by zero. Start with `taken_back`.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from fedcore.kernels.llvm import (
 from fedcore.kernels.window import ConvolutionWindow
 
 Back = Callable[[Floats, Floats, Floats, Floats, Floats, Floats, Bytes, Size], None]
-"""Takes images ``(K, N * H * W * C)``, padded, and room for their slopes; weights ``(k, out, F)``,
-``F`` in the order (kernel's height, its width, channel), of which each serves ``K / k`` in a row;
-room for their slopes ``(K, out, F)`` and for those of biases ``(K, out)``; the slopes of what was
-found, ``(K, N, out, down, across)``; and places, ``(K, N * blocks, out)``. Fills all there is room
-for."""
+"""Reads images ``(K, N * H * W * C)``, padded; weights ``(k, out, F)``, ``F`` in the order
+(kernel's height, its width, channel), each for ``K / k`` consecutive entries; gradients of the
+pooled results ``(K, N, out, down, across)``; and the maxima's positions ``(K, N * blocks, out)``.
+Fills the gradients of images, of weights ``(K, out, F)`` and of biases ``(K, out)``. Arguments:
+images, their gradients, weights, their gradients, biases' gradients, results' gradients, positions,
+size."""
 
-_MOST_PLACES = 64  # of a kernel: all are written down at length
-_REGISTERS = 12  # places of a kernel at once, and their slopes: a processor has 32 vectors, or 16
-_NEAR_NUMBERS = 8 << 10  # 32 KiB: of images, and of their slopes, in a core's nearest cache
+_MOST_PLACES = 64  # positions of a kernel, which are unrolled
+_REGISTERS = 12  # kernel positions (and gradients) at once: processors have 16 or 32 vectors
+_NEAR_NUMBERS = 8 << 10  # 32 KiB of images and their gradients, in a core's L1 cache
 
 
 @compiled(
@@ -69,20 +70,20 @@ def _list(
     counts: NDArray[np.int64],
     of_bias: Floats,
 ) -> None:
-    """Lists what was taken of some rows of blocks, for each output: slopes, where they begin.
+    """Lists the selected results in some rows of blocks, per output: gradient and patch offset.
 
     Args:
-        slopes: Of one client, ``(N, out, down, across)``.
-        places: Likewise, ``(N * blocks, out)``.
-        begins: Of each row of blocks, counted over all images.
+        slopes: One client's gradients of the pooled results, ``(N, out, down, across)``.
+        places: Their maxima's positions, ``(N * blocks, out)``.
+        begins: Offset of each row of blocks, counted over all images.
         first: The first row.
-        last: The one behind the last.
-        away: Of each place in a block.
-        step: From one block to the next.
-        taken: To be filled, as ``starts`` and ``counts``.
-        starts: Behind where the first row begins.
-        counts: How many of each output.
-        of_bias: What was taken is added.
+        last: The row after the last.
+        away: Offset of each position in a block.
+        step: Distance between adjacent blocks.
+        taken: Output: the gradients.
+        starts: Output: offsets of the patches from the start of the first row.
+        counts: Output: number of selected results per output.
+        of_bias: Gradients of the biases, to which the listed gradients are added.
     """
     rows, blocks = unsigned(slopes.shape[2]), unsigned(slopes.shape[3])
     for out in range(unsigned(slopes.shape[1])):
@@ -92,7 +93,7 @@ def _list(
             start, at = np.uint32(begins[row] - begins[first]), row * blocks
             for x in range(blocks):
                 place, slope = places[at + x, out], slopes[image, out, y, x]
-                # Written down in any case, and counted or not: jumps would be guessed.
+                # Always written, but counted only if selected: avoids mispredicted branches.
                 taken[out, count], starts[out, count] = slope, start + away[place]
                 on = place != OFF
                 total += slope if on else np.float32(0)
@@ -107,13 +108,13 @@ def _list(
 
 @functools.cache
 def taken_back(window: ConvolutionWindow, channels: int) -> Back | None:
-    """Compiles the loop for images of so many channels; None where no vectors would be filled.
+    """Compiles the loop for images of so many channels; None where no full vectors fit.
 
-    The first time takes about a second.
+    The first call takes about a second.
 
     Args:
-        window: Of the convolution; images are padded already.
-        channels: Of images.
+        window: The convolution's window; images must be padded already.
+        channels: Channels of the images.
     """
     (high, wide), (down, across), (tall, broad) = window.kernel, window.stride, window.pool
     lanes = lanes_of(channels)
@@ -137,15 +138,15 @@ def taken_back(window: ConvolutionWindow, channels: int) -> Back | None:
         size: Size,
     ) -> None:
         height, width, rows, blocks = size
-        outs, whole = weights.shape[1], slopes.shape[1] * rows  # of blocks, of all images
-        begins = np.empty(whole, np.int64)  # in near memory, as all below
+        outs, whole = weights.shape[1], slopes.shape[1] * rows  # rows of blocks in all images
+        begins = np.empty(whole, np.int64)  # offsets in units of the near buffer, like all below
         for row in range(whole):
             begins[row] = (row // rows * height + row % rows * tall * down) * width * lanes
         away = np.zeros(256, np.uint32)
         for place in range(tall * broad):
             away[place] = (place // broad * down * width + place % broad * across) * lanes
         band = min(whole, max(1, _NEAR_NUMBERS // (2 * tall * down * width * lanes)))
-        looked_at = ((tall - 1) * down + high) * width * lanes  # from where a row begins on
+        looked_at = ((tall - 1) * down + high) * width * lanes  # extent from the start of a row
         most = 0
         for first in range(0, whole, band):
             most = max(most, begins[min(whole, first + band) - 1] + looked_at - begins[first])
@@ -189,7 +190,7 @@ def taken_back(window: ConvolutionWindow, channels: int) -> Back | None:
 
 @written
 def _fetch(typing: Any, images: Any, near: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
-    """Copies some channels of pixels to where they lie side by side."""
+    """Emits a copy of some channels of pixels into a contiguous buffer."""
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
         images, near, pixels, *_ = args
@@ -205,7 +206,7 @@ def _fetch(typing: Any, images: Any, near: Any, pixels: Any, channels: Any, lane
 
 @written
 def _bring(typing: Any, near: Any, images: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
-    """Adds what `_fetch` would have fetched to where it would have come from."""
+    """Emits the reverse of `_fetch`: adds a contiguous buffer to some channels of pixels."""
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
         near, images, pixels, *_ = args
@@ -226,10 +227,10 @@ def _add(
     typing: Any, near: Any, of_near: Any, weight: Any, of_weight: Any, taken: Any, starts: Any,
     count: Any, pixels: Any, high: Any, wide: Any, channels: Any, lanes: Any,
 ) -> Any:  # fmt: skip
-    """Adds what comes of one output's slopes, ``pixels`` being those of a line."""
+    """Emits the gradients from one output's selected results; ``pixels`` is the width of a line."""
     given = (near, of_near, weight, of_weight, taken, starts, count, pixels)
     places = list(itertools.product(range(high.literal_value), range(wide.literal_value)))
-    each = -(-len(places) // -(-len(places) // _REGISTERS))  # in parts of about one size
+    each = -(-len(places) // -(-len(places) // _REGISTERS))  # in parts of similar size
     width = lanes.literal_value
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
@@ -242,7 +243,7 @@ def _add(
         line = builder.mul(pixels, known(width))
         at = [known((i * wide.literal_value + j) * channels.literal_value) for i, j in part]
         own = [load(builder, FLOAT, weight, one, width) for one in at]
-        sums = [memory(builder, every(FLOAT, 0.0, width)) for _ in at]  # of this band alone
+        sums = [memory(builder, every(FLOAT, 0.0, width)) for _ in at]  # for this band only
         away = [builder.add(builder.mul(line, known(i)), known(j * width)) for i, j in part]
         with counted(builder, count) as loop:
             slope = spread(builder, load(builder, FLOAT, taken, loop.index), width)

@@ -1,4 +1,4 @@
-"""What a convolution looks at, and the pooling behind it."""
+"""The geometry of a convolution and the pooling that follows it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class ConvolutionWindow:
-    """What a convolution looks at, each as (height, width), and the pooling that follows it."""
+    """A convolution's kernel, stride and padding, each (height, width), and its pooling."""
 
     kernel: Pair
     stride: Pair
     padding: Pair
     pool: Pair = (1, 1)
-    """Of each such block of results only the largest is kept; what no whole block covers is not
-    computed."""
+    """Pooling block, whose maximum is kept. Results outside whole blocks are not computed."""
 
     def cells(self, height: int, width: int) -> Pair:
-        """How many blocks there are, down and across, over an image of that size."""
+        """Returns the number of pooling blocks, down and across, for an image of this size."""
         sizes = []
         for place, length in enumerate((height, width)):
             room = length + 2 * self.padding[place] - self.kernel[place]
@@ -28,12 +27,13 @@ class ConvolutionWindow:
         return sizes[0], sizes[1]
 
     def check(self, height: int, width: int) -> None:
-        """Refuses empty images, and those of which nothing would be left, as torch's layers do.
+        """Rejects images that are empty or too small for any result, as torch's layers do.
 
-        Padding would leave something of an empty one, and a loop over its pixels fills nothing.
+        Padding would give even an empty image results, and loops over its pixels would not fill
+        them.
 
         Raises:
-            ValueError: they are too small.
+            ValueError: The images are too small.
         """
         if min(height, width, *self.cells(height, width)) < 1:
             raise ValueError(

@@ -1,14 +1,15 @@
 """Compiled loops of a 3 x 3 convolution by Winograd's minimal filtering, F(2 x 2, 3 x 3).
 
-Four results that lie in a square come of sixteen products in place of thirty-six: an image is read
-in overlapping tiles of 4 x 4, which are turned into sixteen numbers a channel, and kernels too; one
-matrix product for each of the sixteen gives what is turned back into results.
+A square of four results needs 16 products instead of 36. Images are read in overlapping 4 x 4
+tiles. `to_tiles` transforms each tile, and `to_kernels` each kernel, to 16 numbers per channel. One
+matrix product for each of the 16 parts follows, and `pool_tiles` transforms the products back to
+results and pools them.
 
-Importing this compiles the loops, the first time for some seconds. Each runs in the thread that
-calls it, and adds up in an order that is always the same.
+Importing this module compiles the loops, which takes some seconds the first time. Each loop runs in
+the calling thread and sums in a fixed order.
 
 Source:
-    Lavin and Gray 2016, arXiv:1509.09308, section 4.1. The matrices there are B, G and A.
+    Lavin and Gray 2016, arXiv:1509.09308, section 4.1, which defines the matrices B, G and A.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ Tiling = tuple[int, int, int, int, int]
 
 PARTS = 16
 LANE = 16448
-"""Numbers between one of the sixteen parts and the next in what `to_tiles` writes. No power of two,
-at which all would compete for the same lines of a cache."""
+"""Distance in numbers between consecutive parts of the 16 in the output of `to_tiles`. Not a power
+of two, at which all parts would compete for the same cache lines."""
 MOST = 256
-"""Channels that loops over kernels have room for."""
-_ROOM = 272  # as LANE is, for a line of channels
+"""Maximum number of channels that the kernel loops' buffers fit."""
+_ROOM = 272  # distance between parts, for one line of channels; no power of two, either
 
-# Stores at constant distances are seen not to meet, and only then a loop becomes one of vectors.
-# Indices are unsigned for the same reason, see fedcore.kernels.im2col.
+# Constant distances prove to LLVM that stores don't alias, which vectorisation requires.
+# Unsigned indices are needed for the same purpose, see fedcore.kernels.im2col.
 _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11, _D12, _D13, _D14, _D15 = (
     np.uint64(LANE * part) for part in range(1, PARTS)
 )
@@ -42,14 +43,14 @@ _FASTMATH = {"contract", "nsz"}
 
 @compiled("void(float32[::1], float32[::1], UniTuple(int64, 5), int64, int64)", fastmath=_FASTMATH)
 def to_tiles(images: Floats, tiles: Floats, tiling: Tiling, first: int, rows: int) -> None:
-    """Some tiles of images, turned: B^T d B.
+    """Transforms tiles d of images to B^T d B.
 
     Args:
-        images: ``(N, H, W, C)``, flat.
-        tiles: To be filled, parts `LANE` apart: ``(rows * across, C)`` each.
-        tiling: Of each image.
-        first: Row of tiles to begin with, counted over all images.
-        rows: Of tiles.
+        images: Shape ``(N, H, W, C)``, flat.
+        tiles: Output: 16 parts, `LANE` numbers apart, each ``(rows * across, C)``.
+        tiling: Geometry of each image.
+        first: First row of tiles, counted over all images.
+        rows: Number of rows of tiles.
     """
     height, width, channels, down, across = tiling
     line, c = unsigned(width * channels), unsigned(channels)
@@ -89,11 +90,11 @@ def to_tiles(images: Floats, tiles: Floats, tiling: Tiling, first: int, rows: in
 
 @compiled("void(float32[:, :, ::1], float32[:, :, :, ::1])", fastmath=_FASTMATH)
 def to_kernels(weights: Floats, kernels: Floats) -> None:
-    """Kernels, turned: G g G^T.
+    """Transforms kernels g to G g G^T.
 
     Args:
-        weights: ``(K, out, 9 * C)``, in the order (kernel's height, its width, channel).
-        kernels: ``(K, 16, out, C)``, to be filled.
+        weights: Shape ``(K, out, 9 * C)``, in the order (kernel's height, its width, channel).
+        kernels: Output, ``(K, 16, out, C)``.
     """
     clients, _, outs, channels = kernels.shape
     c, half = unsigned(channels), np.float32(0.5)
@@ -129,14 +130,15 @@ def to_kernels(weights: Floats, kernels: Floats) -> None:
     fastmath=_FASTMATH,
 )
 def pool_tiles(products: Floats, bias: Floats, found: Floats, places: Bytes, relu: bool) -> None:
-    """Results of each tile, A^T m A, as `fedcore.kernels.im2col.pool` leaves them.
+    """Transforms products m to results A^T m A, and pools each tile's 2 x 2 results.
 
     Args:
-        products: ``(16, tiles, out)``.
-        bias: ``(out,)``.
-        found: ``(tiles, out)``, to be filled.
-        places: The same, to be filled.
-        relu: Whether one follows.
+        products: Shape ``(16, tiles, out)``.
+        bias: Shape ``(out,)``.
+        found: Output, ``(tiles, out)``: each tile's maximum plus bias.
+        places: Output, ``(tiles, out)``: the maximum's position in its tile, in the form of
+            `fedcore.kernels.im2col.pool`.
+        relu: Whether a ReLU follows.
     """
     outs = unsigned(places.shape[1])
     for at in range(unsigned(places.shape[0])):
@@ -156,7 +158,7 @@ def pool_tiles(products: Floats, bias: Floats, found: Floats, places: Bytes, rel
             a0, a1, a2, a3 = m00 + m10 + m20, m01 + m11 + m21, m02 + m12 + m22, m03 + m13 + m23
             b0, b1, b2, b3 = m10 - m20 - m30, m11 - m21 - m31, m12 - m22 - m32, m13 - m23 - m33
             largest, which = a0 + a1 + a2, np.uint8(0)
-            # True for what is no number, too: once found, it stays.
+            # Also true for NaN, which then propagates.
             value = a1 - a2 - a3
             more = (value > largest) | (value != value)
             largest, which = (value if more else largest), (np.uint8(1) if more else which)

@@ -1,39 +1,38 @@
-"""From steps of the subsampled Gaussian mechanism to epsilon, and back to the noise it takes.
+"""Computes epsilon from steps of the subsampled Gaussian mechanism, and noise from a budget.
 
 Neighbouring relation:
     Zero-out adjacency of one example. The number of a client's examples is public; two data sets
-    are neighbours where one example of the one is a null record in the other, whose gradient
-    counts as zero. Sampling rate, number of steps and divisor follow from the public number and
+    are neighbours if one example of one is replaced by a null record, whose gradient counts as
+    zero, in the other. Sampling rate, number of steps and divisor follow from the public number and
     are equal for both, and a step's clipped sum differs by at most ``clip_norm``. So one step is
     dominated, in either direction, by the pair that dominates adding and removing one example:
-    ``(1 - q) N(0, s^2) + q N(1, s^2)`` and ``N(0, s^2)``. Epsilon is the larger of both
-    directions. Replacing an example by another one costs up to twice as much, which is not what
-    is stated.
+    ``(1 - q) N(0, s^2) + q N(1, s^2)`` and ``N(0, s^2)``. Epsilon is the larger of both directions.
+    Replacing an example by another costs up to twice as much; the stated epsilon does not cover
+    that.
 
     Source: Kairouz et al. 2021, arXiv:2103.00039, Definition 1.1 (zero-out); Ponomareva et al.
-    2023, arXiv:2303.00654, section 2.1.1 (how it compares); Zhu, Dong, Wang 2022,
-    arXiv:2106.08567 (the dominating pairs).
+    2023, arXiv:2303.00654, section 2.1.1 (comparison); Zhu, Dong, Wang 2022, arXiv:2106.08567
+    (dominating pairs).
 
 Settings that change within one ledger:
-    A server chooses each round's settings after it has seen what earlier rounds released. A sum
-    over mechanisms whose settings depend on earlier outputs is not bounded by the composition
-    theorems for settings fixed beforehand, neither Renyi's with its best order nor that of
-    privacy losses. A budget therefore is a privacy filter (`epsilon_of` with
-    ``settings="adaptive"``, which is what a ledger counts by):
+    A server chooses each round's settings after it has seen what earlier rounds released.
+    Composition theorems for settings fixed beforehand, whether Renyi's with its best order or that
+    of privacy losses, do not bound mechanisms whose settings depend on earlier outputs. Therefore a
+    budget is a privacy filter (`epsilon_of` with ``settings="adaptive"``, which ledgers use):
 
-    - Steps of one mechanism alone, however many there come to be: stopping early, pausing and
-      the number of steps a round are post-processing of the longest run within the budget, which
-      was fixed by its first step. Noise may change as well where every example is in every step.
+    - Steps of a single mechanism, however many: stopping early, pausing and the number of steps per
+      round are post-processing of the longest run within the budget, which the first step fixed.
+      Where every example is in every step, the noise may change as well.
     - Anything else: the Renyi filter at a few fixed orders, each with its own share of delta.
 
-    What a client releases until its budget is spent is (budget, delta)-differentially private,
-    whoever chose the settings and however. The epsilon recorded on the way is that of a ledger
-    whose end was fixed beforehand; where a server stopped because of what it saw, the budget is
+    All that a client releases until its budget is spent is (budget, delta)-differentially private,
+    regardless of who chose the settings, and how. The epsilon recorded on the way is that of a
+    ledger whose end was fixed beforehand; if a server stopped because of what it saw, the budget is
     the guarantee.
 
-    Source: Rogers et al. 2016, arXiv:1605.08294 (filters, and why fixed settings matter);
-    Feldman, Zrnic 2021, arXiv:2008.11193 (Renyi filter); Smith, Thakurta 2022, arXiv:2210.17520
-    (Gaussian filter); Whitehouse et al. 2023, arXiv:2203.05481 (fully adaptive composition).
+    Source: Rogers et al. 2016, arXiv:1605.08294 (filters, and why fixed settings matter); Feldman,
+    Zrnic 2021, arXiv:2008.11193 (Renyi filter); Smith, Thakurta 2022, arXiv:2210.17520 (Gaussian
+    filter); Whitehouse et al. 2023, arXiv:2203.05481 (fully adaptive composition).
 """
 
 from __future__ import annotations
@@ -57,33 +56,33 @@ Accountant = Literal["rdp", "prv"]
 Settings = Literal["fixed", "adaptive"]
 
 FILTER_ORDERS = (2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
-"""Renyi orders of the filter; fixed, as an order chosen by what was released voids it."""
+"""Renyi orders of the filter; fixed, because choosing an order by released outputs voids it."""
 FILTER_SHARE = 0.1
-"""Of delta: what is kept for ledgers whose settings change."""
+"""Share of delta reserved for ledgers whose settings change."""
 MOST_KEPT = 1 << 15
-"""Mechanisms whose cost at the filter's orders is kept: half a kilobyte each. A ledger of more is
-counted all the same, and slowly."""
+"""Cache size: mechanisms whose cost at the filter's orders is cached, at half a kilobyte each. A
+longer ledger is still counted, but slowly."""
 MIN_NOISE, MAX_NOISE = 0.1, 1e6
-"""Noise multipliers that may be asked for: one step without sampling costs an epsilon of 91 at the
-lower end (delta 1e-5), and nothing measurable at the upper."""
+"""Range of valid noise multipliers: one step without sampling costs an epsilon of 91 at the lower
+end (delta 1e-5), and nothing measurable at the upper."""
 
-_ENOUGH_NOISE = 1e9  # more counts as this much: squares of all numbers stay floats
+_ENOUGH_NOISE = 1e9  # higher noise counts as this much, so that squares stay within float range
 
 History = tuple[MechanismSteps, ...]
 
 
 @dataclass(frozen=True)
 class Charge:
-    """What one local training run spends: some steps of DP-SGD with Poisson sampling.
+    """The privacy cost of one local training run: steps of DP-SGD with Poisson sampling.
 
-    It protects one example under zero-out adjacency: its place could hold a null record.
+    It protects one example under zero-out adjacency: a null record could be in its place.
     """
 
     round: int
     noise_multiplier: float
-    """Standard deviation of the noise on a step's sum, over ``clip_norm``."""
+    """Standard deviation of the noise on a step's sum, divided by ``clip_norm``."""
     sample_rate: float
-    """The probability with which each example is in a step's batch."""
+    """Probability of each example to be in a step's batch."""
     steps: int
 
     def __post_init__(self) -> None:
@@ -100,28 +99,29 @@ def epsilon_of(
     accountant: Accountant,
     settings: Settings = "adaptive",
 ) -> float:
-    """The epsilon of all charges together, at ``target_delta``.
+    """Returns the epsilon of all charges together, at ``target_delta``.
 
     Guarantee:
         With ``settings="fixed"``, an upper bound on the true epsilon of a run whose charges were
         fixed before its first step. With ``settings="adaptive"``, a privacy filter: if a client
         trains only while the result stays within a budget, all that it releases is (budget,
-        ``target_delta``)-differentially private, even where each round's settings were chosen by
-        what earlier rounds released. Order does not matter. The module's docstring states the
-        neighbouring relation and the argument.
+        ``target_delta``)-differentially private, even if earlier releases determined each round's
+        settings. Order does not matter. The module's docstring states the neighbouring relation and
+        the argument.
 
     Args:
-        charges: What was spent.
-        target_delta: The delta at which epsilon holds.
-        accountant: ``prv`` composes privacy losses numerically; ``rdp`` is Renyi accounting,
-            which is looser. Both bound from above.
-        settings: Whether settings were fixed beforehand, or may depend on what was released.
+        charges: All charges to compose.
+        target_delta: The delta for epsilon.
+        accountant: ``prv`` composes privacy losses numerically; ``rdp`` is Renyi accounting, which
+            is looser. Both are upper bounds.
+        settings: Whether settings were fixed beforehand, or may depend on earlier releases.
 
     Returns:
-        Epsilon, at least 0; infinite where it is no float, as with next to no noise.
+        Epsilon, at least 0; infinite where it exceeds float range, as with almost no noise.
 
     Raises:
-        PrivacyError: ``target_delta`` is no probability, or the machine lacks the memory.
+        PrivacyError: ``target_delta`` is not between 0 and 1, or epsilon cannot be computed on this
+            machine.
     """
     if not 0 < target_delta < 1:
         raise PrivacyError(
@@ -150,9 +150,9 @@ def _history(charges: Sequence[Charge]) -> History:
     )
 
 
-# Whatever is kept has a size that nobody chooses: answers for one mechanism, never for a history. A
-# server that changes its settings each round makes a history as long as the ledger, and another one
-# each round. Of several mechanisms, epsilon is a sum of what is kept for each.
+# Caches store results per mechanism, never per history, so that no server controls their size: one
+# that changes its settings each round makes a new history each round, as long as the ledger. With
+# several mechanisms, epsilon is computed from a sum of the cached costs of each.
 
 
 @lru_cache(maxsize=4096)
@@ -161,10 +161,10 @@ def _alone(steps: MechanismSteps, target_delta: float, accountant: Accountant) -
 
 
 def _fixed(history: History, target_delta: float, accountant: Accountant) -> float:
-    """The least of the upper bounds that hold for settings fixed beforehand.
+    """Returns the smallest of the upper bounds that are valid for settings fixed beforehand.
 
-    The exact one of the Gaussian mechanism without sampling always holds, as sampling can only
-    help, and is a closed form: there is a bound even where the accountants give none.
+    The exact epsilon of the Gaussian mechanism without sampling is always valid, as sampling can
+    only reduce it, and has a closed form: so a bound exists even where the accountants give none.
     """
     with _countable(history, target_delta):
         unsampled = math.sqrt(
@@ -174,7 +174,7 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
         if all(steps.sample_rate == 1 for steps in history):
             return bound
         if bound == 0 or sum(steps.sample_rate * steps.number for steps in history) <= target_delta:
-            return 0.0  # the latter: the example is hardly ever drawn
+            return 0.0  # at most target_delta: the example is almost never drawn
         if accountant == "prv":
             composed = composed_epsilon(history, target_delta)
             if math.isfinite(composed):
@@ -185,10 +185,10 @@ def _fixed(history: History, target_delta: float, accountant: Accountant) -> flo
 
 @contextmanager
 def _countable(history: History, target_delta: float) -> Iterator[None]:
-    """Makes one kind of error of whatever numbers or this machine do not hold.
+    """Converts numerical errors and lack of memory within the context to `PrivacyError`.
 
     Raises:
-        PrivacyError: epsilon cannot be counted.
+        PrivacyError: Epsilon cannot be computed.
     """
     try:
         yield
@@ -205,11 +205,11 @@ def _countable(history: History, target_delta: float) -> Iterator[None]:
 
 
 def _filtered(history: History, target_delta: float) -> float:
-    """The Renyi filter: the best of a few fixed orders, each with an equal share of delta.
+    """Returns the Renyi filter's epsilon: the best of fixed orders, each with an equal delta share.
 
-    Whichever order keeps the budget when a client stops has kept it all along, so on those
-    outcomes the client did what a filter at that order alone would have done; the deltas of the
-    outcomes add up.
+    The order that is within budget when a client stops was within budget all along. So on those
+    outcomes the client did what a filter at only that order would have done; the outcomes' deltas
+    add up.
     """
     with _countable(history, target_delta):
         spent = sum(steps.number * _filter_costs(*steps[:2]) for steps in history)
@@ -228,7 +228,7 @@ def _filter_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
 
 
 def _ratio(noise_multiplier: float) -> float:
-    """Squared sensitivity over noise of one step; infinite where it is no float."""
+    """Returns one step's squared ratio of sensitivity to noise; infinite beyond float range."""
     return (1 / noise_multiplier) ** 2 if noise_multiplier > 1e-150 else math.inf
 
 
@@ -242,18 +242,18 @@ def noise_for(
     accountant: Accountant,
     settings: Settings = "adaptive",
 ) -> float:
-    """The least noise multiplier that keeps ``steps`` steps within ``max_epsilon``.
+    """Returns the smallest noise multiplier that keeps ``steps`` steps within ``max_epsilon``.
 
     Guarantee:
-        A ledger that is charged these steps, in whatever portions, counts at most
-        ``max_epsilon``. Rounded up at the fourth decimal, so that the figure can be printed and
-        typed back without spending more; a noise 0.2 % smaller (and at least 0.0001) would not do.
+        A ledger that is charged these steps, in any portions, counts at most ``max_epsilon``. The
+        result is rounded up at the fourth decimal, so that the printed figure can be typed back
+        without spending more; noise that is 0.2 % (and at least 0.0001) smaller would not suffice.
 
     Returns:
         At least `MIN_NOISE`.
 
     Raises:
-        PrivacyError: no noise up to `MAX_NOISE` is enough.
+        PrivacyError: No noise up to `MAX_NOISE` suffices.
     """
 
     def spent(noise: float) -> float:
@@ -278,7 +278,7 @@ def noise_for(
     def excess(logarithm: float) -> float:
         return math.log(max(spent(math.exp(logarithm)), 1e-3 * max_epsilon) / max_epsilon)
 
-    ends = math.log(low), math.log(high)  # whose exponentials may be a little beside the two
+    ends = math.log(low), math.log(high)  # exp() may round them back to slightly different numbers
     if excess(ends[0]) <= 0:
         noise = low
     elif excess(ends[1]) >= 0:

@@ -1,7 +1,7 @@
-"""Client-level privacy on both ends of an update: bounded by the client, checked by the server.
+"""Client-level privacy of an update: the client clips it, the server checks the bound.
 
-What is bounded is the difference between the weights that a client sends and those that it was
-sent: all that the client's data could move. Noise is the server's part.
+The bound limits the difference between the weights that a client returns and those that it
+received: all that the client's data can change. The server adds the noise.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from fedcore.updates.messages import EPSILON, UNCLIPPED, Instruction, Update
 from fedcore.updates.pack import Vector
 
 SLACK = 1e-6
-"""By this share a difference may pass its bound before it is refused: norms are sums of float64
-numbers in whatever order. Noise is counted for it."""
-_CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
+"""Relative excess over the bound that a check tolerates, as float64 norms depend on summation
+order. The noise accounts for it."""
+_CHUNK = 1 << 16  # elements per chunk: float64 temporaries stay in the cache
 _TRIES = 8
 
 
 @dataclass(frozen=True)
 class Clipped:
-    """Weights whose difference to those before is within a bound."""
+    """Weights whose difference from the start is within a bound."""
 
     weights: Vector
     unclipped: bool
-    """Whether it was before."""
+    """Whether the difference was within the bound before clipping."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What the server holds every update of a round to."""
+    """The bound that the server enforces on every update of a round."""
 
     start: Vector
-    """The weights that clients were sent."""
+    """The weights that clients received."""
     clip_norm: float
     adaptive: bool
-    """Whether each update also says whether it was within the bound by itself."""
+    """Whether each update also reports whether it was within the bound before clipping."""
 
     def check(self, parts: Iterable[Vector], metrics: Mapping[str, float], *, where: str) -> None:
-        """Refuses an update that one client's share of the noise does not cover.
+        """Rejects an update that exceeds the bound, which the noise would not cover.
 
         Args:
-            parts: Its weights, from the first to the last; finite.
-            metrics: What came with them.
-            where: Whose it is, for the message.
+            parts: The update's weights in order, as consecutive parts; finite.
+            metrics: The update's metrics.
+            where: The update's origin, for the error message.
 
         Raises:
-            InvalidUpdate: it is further from ``start`` than the bound, or says neither yes nor no
-                where it is asked.
+            InvalidUpdate: The update is further from ``start`` than the bound, or fails to report
+                whether it was clipped where that is required.
         """
         found = distance(self.start, parts)
         if not found <= self.clip_norm * (1 + SLACK):
@@ -71,9 +71,9 @@ class Bound:
 
 
 def distance(start: Vector, parts: Iterable[Vector]) -> float:
-    """The L2 distance between ``start`` and weights that come part by part, in float64.
+    """Returns the L2 distance from ``start`` to weights in consecutive parts, in float64.
 
-    Not finite where they are not.
+    Infinite where the weights are not finite.
     """
     squares, place = [], 0
     for part in parts:
@@ -85,16 +85,16 @@ def distance(start: Vector, parts: Iterable[Vector]) -> float:
 
 
 def clip(start: Vector, trained: Vector, clip_norm: float) -> Clipped:
-    """``trained``, moved straight towards ``start`` until it is within ``clip_norm`` of it.
+    """Moves ``trained`` straight towards ``start`` until it is within ``clip_norm`` of it.
 
     Guarantee:
-        The distance of the result, which `Bound.check` measures, is at most ``clip_norm``,
-        whatever ``trained`` holds: where that is not finite, or float32 cannot express so small
-        a difference, the result is ``start``.
+        The distance of the result, as measured by `Bound.check`, is at most ``clip_norm`` for any
+        values of ``trained``: if these are not finite, or float32 cannot express so small a
+        difference, the result is ``start``.
 
     Args:
         start: Weights before training, shape ``(D,)``, float32, finite.
-        trained: Weights after it, likewise, but for values that may not be finite.
+        trained: Weights after training, shape ``(D,)``, float32; may be non-finite.
         clip_norm: The bound, > 0.
     """
     length = distance(start, (trained,))
@@ -113,13 +113,13 @@ def clip(start: Vector, trained: Vector, clip_norm: float) -> Clipped:
 def bounded(
     privacy: Privacy, instruction: Instruction, weights: Vector, metrics: Mapping[str, float]
 ) -> Update:
-    """What a client under client-level privacy answers.
+    """Returns a client's update under client-level privacy, clipped to the instruction's bound.
 
-    Its number of examples stays on the client, as all updates weigh the same, and so do its
-    metrics, but for the epsilon of its examples.
+    The number of examples stays on the client, as all updates have equal weight, and so do its
+    metrics, except for the epsilon of its examples.
 
     Raises:
-        InvalidUpdate: the server named no bound.
+        InvalidUpdate: The server's instruction has no valid bound.
     """
     if not 0 < instruction.clip_norm < math.inf:
         raise InvalidUpdate(

@@ -1,7 +1,7 @@
-"""``fedcore privacy VERB``: verbs come from the entry-point group ``fedcore.privacy``.
+"""``fedcore privacy VERB``: the verbs come from the entry-point group ``fedcore.privacy``.
 
-Devices bring those that look at a ledger, servers those that plan and audit; this package imports
-neither.
+The device package provides verbs that inspect a ledger, the server package those that plan and
+audit; this package imports neither.
 """
 
 from __future__ import annotations

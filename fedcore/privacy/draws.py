@@ -1,9 +1,9 @@
-"""Where the random numbers of one private training run come from: batches and noise.
+"""Random numbers of one private training run: Poisson-sampled batches and Gaussian noise.
 
-On devices both come from AES-256 in counter mode under a key that the operating system draws for
-one training run and that is then forgotten. There is no seed. A torch generator would not do: on
-CPUs it keeps 32 bits of its seed, which a scan finds in minutes, and its normal numbers stop at
-5.77 standard deviations.
+On devices both come from AES-256 in counter mode, under a key that the operating system generates
+for one training run and that is then discarded. There is no seed. A torch generator would not
+suffice: on CPUs it retains 32 bits of its seed, which a brute-force search finds in minutes, and
+its normal numbers end at 5.77 standard deviations.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FLOAT_MARGIN = 1e-4
-"""Noise is drawn larger by this share, and so covers what rounding adds to a sum's sensitivity: of
-float32 arithmetic in gradients, norms and sums, and of the grid."""
+"""Relative increase of the noise, to cover what rounding adds to a sum's sensitivity: that of
+float32 arithmetic in gradients, norms and sums, and that of the grid."""
 
-_CHUNK = 1 << 15  # words at a time: with as many zeros, 512 KiB in a core's cache
+_CHUNK = 1 << 15  # words per chunk: with as many zeros, 512 KiB in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
-_LEAST_DEVIATION = 1e-100  # it and its inverse: float64 holds their grids with much to spare
-_EXACT_BITS = 51  # sums and noise are below 2**51 steps, so that what is added to round them fits
+_LEAST_DEVIATION = 1e-100  # from it to its inverse, float64 represents the grid with a wide margin
+_EXACT_BITS = 51  # sums and noise stay below 2**51 steps, so that the shift that rounds them fits
 
 
 class Draws(Protocol):
-    """The random numbers of one private training run."""
+    """Source of the random numbers of one private training run."""
 
     def seed(self) -> int:
-        """Below 2**62: where dropout and augmentation of data begin, which protect nobody."""
+        """Returns a seed below 2**62 for dropout and augmentation, which protect nobody."""
 
     def poisson(self, count: int, rate: float) -> Tensor:
-        """One Poisson sample of ``count`` examples.
+        """Returns one Poisson sample of ``count`` examples.
 
         Args:
             count: Examples to choose from.
             rate: Probability of each one, in (0, 1].
 
         Returns:
-            The chosen row numbers in rising order, int64, shape ``(B,)`` with B from 0 to count.
+            The chosen row numbers in ascending order, int64, shape ``(B,)`` with B from 0 to count.
         """
 
     def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
@@ -53,29 +53,30 @@ class Draws(Protocol):
         Args:
             sums: Tensors of any shape, on any device, float32 or float64.
             deviation: Standard deviation, > 0, in the unit of ``sums``.
-            bound: No entry's absolute value exceeds it before; chosen without looking at data.
+            bound: Upper bound on every entry's absolute value before noise; chosen independently of
+                the data.
         """
 
 
 @dataclass(frozen=True)
 class SimulatedDraws:
-    """Draws from torch generators: reproducible from their seeds, and so no protection at all."""
+    """Draws from torch generators: reproducible from their seeds, and so without any protection."""
 
     sampling: torch.Generator
-    """On the CPU."""
+    """Generator for batches, on the CPU."""
     noise: torch.Generator
-    """On the device of the sums."""
+    """Generator for noise, on the device of the sums."""
 
     def seed(self) -> int:
-        """The seed that batches are drawn from, see `Draws.seed`."""
+        """Returns the seed of the sampling generator, reduced below 2**62."""
         return self.sampling.initial_seed() & (2**62 - 1)
 
     def poisson(self, count: int, rate: float) -> Tensor:
-        """One Poisson sample, see `Draws.poisson`."""
+        """Returns one Poisson sample of ``count`` examples, as ascending row numbers."""
         return (torch.rand(count, generator=self.sampling) < rate).nonzero().flatten()
 
     def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
-        """Adds torch's own normal numbers, see `Draws.add_noise`."""
+        """Adds torch's normal numbers to every entry, in place; ignores ``bound``."""
         for tensor in sums:
             tensor += torch.normal(
                 0.0, deviation, tensor.shape, generator=self.noise, device=tensor.device
@@ -84,46 +85,57 @@ class SimulatedDraws:
 
 @dataclass(frozen=True)
 class SystemDraws:
-    """Draws from a cryptographic stream whose key nobody knows: what real devices use.
+    """Draws from a cryptographic stream under a secret key, for real devices.
 
     Guarantee:
-        The key has 256 bits from the operating system, and the initial counter 128 more; both are
-        drawn for this object alone and never written anywhere. To tell its numbers from ideal ones
-        is to break AES-256.
+        The key has 256 bits from the operating system, and the initial counter another 128; both
+        are drawn for this object only and never written anywhere. Distinguishing its numbers from
+        ideal ones requires breaking AES-256.
 
-        Noise is a Gaussian number rounded to a grid. Its step, a power of two near
-        ``deviation * 2**-36``, depends on no data. The sum is rounded to the same grid before, and
-        both are added as whole numbers, without error. So the result is the rounding of a Gaussian
-        mechanism's output, whatever the data are: every grid point can be the result of every sum,
-        and the low-order bits of the result hold nothing of the sum. The attacks of Mironov 2012
-        and Haney et al. 2022 read the sum off those bits.
+        Noise is a Gaussian number rounded to a grid, whose step, a power of two near
+        ``deviation * 2**-36``, does not depend on the data. The sum is rounded to the same grid
+        first, and both are added as integers, without error. So the result is the rounded output of
+        a Gaussian mechanism, for any data: every grid point can result from every sum, and the
+        low-order bits reveal nothing about the sum. The attacks of Mironov 2012 and Haney et al.
+        2022 recover the sum from those bits.
 
-        Tails reach 9.3 standard deviations: uniform numbers have 63 bits, logarithm, root and
-        cosine are taken in float64, whose step is 2**16 times finer than the grid's.
+        Tails reach 9.3 standard deviations: uniform numbers have 63 bits, and logarithm, root and
+        cosine are computed in float64, whose step is 2**16 times finer than the grid's.
 
     Source:
         Box and Muller 1958; Mironov 2012, 10.1145/2382196.2382264; Haney et al. 2022,
-        arXiv:2207.13793; a grid as for the discrete Gaussian of Canonne, Kamath, Steinke 2020,
+        arXiv:2207.13793; the grid follows the discrete Gaussian of Canonne, Kamath, Steinke 2020,
         arXiv:2004.00010.
     """
 
     _stream: _KeyStream = field(default_factory=lambda: _KeyStream(os.urandom(32), os.urandom(16)))
 
     def seed(self) -> int:
-        """Fresh, see `Draws.seed`."""
+        """Returns a fresh seed below 2**62."""
         return int(self._stream.words(1)[0] >> np.uint64(2))
 
     def poisson(self, count: int, rate: float) -> Tensor:
-        """One Poisson sample, see `Draws.poisson`; the rate holds within 2**-53."""
+        """Returns one Poisson sample as ascending row numbers; the rate is exact to 2**-53."""
         uniform = (self._stream.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return torch.from_numpy(np.flatnonzero(uniform < rate))
 
     def add_noise(self, sums: Sequence[Tensor], *, deviation: float, bound: float) -> None:
-        """Adds Gaussian noise on a grid, see `Draws.add_noise`."""
+        """Adds Gaussian noise on a grid to every entry, in place.
+
+        Args:
+            sums: Tensors of any shape, on any device, float32 or float64.
+            deviation: Standard deviation, > 0, in the unit of ``sums``.
+            bound: Upper bound on every entry's absolute value before noise; chosen independently of
+                the data.
+
+        Raises:
+            ValueError: ``deviation`` is outside 1e-100 to 1e100, where float64 cannot represent the
+                grid.
+        """
         if not _LEAST_DEVIATION <= deviation <= 1 / _LEAST_DEVIATION:
             raise ValueError(f"a deviation of {deviation:g}: float64 has no room for its grid")
         step = grid_step(deviation, bound)
-        shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64 numbers lie a step apart
+        shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64's spacing is one step
         exact = [one if _is_plain(one) else one.to("cpu", torch.float64) for one in sums]
         exact = [one if one.is_contiguous() else one.contiguous() for one in exact]
         self._add([one.detach().numpy().reshape(-1) for one in exact], deviation, shift)
@@ -132,13 +144,13 @@ class SystemDraws:
                 tensor.copy_(one)
 
     def normal(self, count: int) -> NDArray[np.float64]:
-        """Independent standard normal numbers, float64, shape ``(count,)``, not yet on a grid."""
+        """Returns independent standard normal numbers, float64, ``(count,)``, without rounding."""
         found = np.zeros(count)
         self._add([found], 1.0, 0.0)
         return found
 
     def _add(self, sums: Sequence[NDArray[np.float64]], deviation: float, shift: float) -> None:
-        """Adds normal numbers to each ``(N,)``, see `fedcore.kernels.normal.add_normals`."""
+        """Adds normal numbers to each ``(N,)`` array by `fedcore.kernels.normal.add_normals`."""
         from fedcore.kernels.normal import add_normals  # compiles on first use
 
         parts = [part for one in sums for part in _in_chunks(one)]
@@ -147,7 +159,7 @@ class SystemDraws:
         room = np.empty(min(left, _CHUNK), np.uint64)
         for part in parts:
             half = (len(part) + 1) // 2
-            if len(words) < 2 * half:  # what is left over is drawn, and served nobody
+            if len(words) < 2 * half:  # the rest of a chunk stays unused
                 words = room[: max(2 * half, min(left, _CHUNK))]
                 self._stream.fill(words)
             angles, radii, words = words[:half], words[half : 2 * half], words[2 * half :]
@@ -165,16 +177,16 @@ def _in_chunks(one: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
 
 
 def grid_step(deviation: float, bound: float) -> float:
-    """The step of the grid on which sums up to ``bound`` and their noise add up without error."""
+    """Returns the grid step at which sums up to ``bound`` and their noise add up without error."""
     finest = math.floor(math.log2(deviation)) - _GRID_BITS
     needed = math.ceil(math.log2(bound + 16 * deviation)) - _EXACT_BITS
     return 2.0 ** max(finest, needed)
 
 
 class _KeyStream:
-    """AES-256 in counter mode, as 64-bit words; the key is nowhere but in the cipher.
+    """AES-256 in counter mode, as 64-bit words; only the cipher object keeps the key.
 
-    A process that is forked off gets a key of its own: it would draw what this one draws.
+    A forked process gets its own key, as it would otherwise draw this process's numbers.
     """
 
     def __init__(self, key: bytes, counter: bytes) -> None:
@@ -189,13 +201,13 @@ class _KeyStream:
         return "_KeyStream(key hidden)"
 
     def words(self, count: int) -> NDArray[np.uint64]:
-        """The next words of the stream, shape ``(count,)``."""
+        """Returns the next words of the stream, shape ``(count,)``."""
         filled = np.empty(count, np.uint64)
         self.fill(filled)
         return filled
 
     def fill(self, words: NDArray[np.uint64]) -> None:
-        """Overwrites ``words`` with the next ones of the stream."""
+        """Overwrites ``words`` with the next words of the stream."""
         if os.getpid() != self._process:
             self._begin(os.urandom(32), os.urandom(16))
         target, size = words.view(np.uint8).data, len(self._zeros)

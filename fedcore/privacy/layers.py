@@ -1,4 +1,4 @@
-"""Which layers cannot be trained under example-level differential privacy, and what to use."""
+"""Layers that example-level differential privacy cannot train, and their replacements."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fedcore.errors import UnsupportedLayer
 
 
 def check_layers(module: nn.Module) -> None:
-    """Refuses layers that keep statistics of examples, or take them over a batch.
+    """Rejects layers that keep statistics of examples, or compute them over a batch.
 
-    What else couples examples is found by `fedcore.training.per_example.trial.find_way`.
+    `fedcore.training.per_example.trial.find_way` detects all other coupling between examples.
 
     Raises:
-        UnsupportedLayer: names each layer, why, and what to use in its place.
+        UnsupportedLayer: Lists each such layer, the reason and the replacement.
     """
     named = [
         (name or "model", type(layer).__name__, instead)
@@ -33,8 +33,8 @@ def check_layers(module: nn.Module) -> None:
 
 
 def _instead(layer: nn.Module) -> str:
-    """What to use in place of a layer; empty where the layer may stay."""
-    if isinstance(layer, _BatchNorm):  # a frozen one mixes examples, too
+    """Returns the replacement for a layer; empty if the layer is supported."""
+    if isinstance(layer, _BatchNorm):  # also if frozen: in training mode it mixes examples
         return "GroupNorm (statistics of one example)"
     if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
         return "InstanceNorm with track_running_stats=False"

@@ -1,9 +1,9 @@
-"""A client's ledger: every charge it ever made in a run, and what they come to.
+"""A client's privacy ledger: all charges of a run, their total epsilon, and the budget checks.
 
-A run's budget holds for its own charges, an owner's for those of all runs that may have been on the
-same data.
+A run's budget limits the charges of that run, an owner's budget those of all runs that may have
+used the same data.
 
-A client charges its ledger before its update leaves, so a recorded epsilon is never below the true
+A client charges its ledger before it sends an update, so a recorded epsilon is never below the true
 one, whatever happens in between.
 """
 
@@ -23,21 +23,21 @@ from fedcore.privacy.accounting import Charge, epsilon_of
 
 _RECORD, _KEY = "fedcore.ledger", "charges"
 _MOST_ROUNDS = 1 << 16
-"""Where a search for what fits ends."""
+"""Upper limit of the search for rounds that fit."""
 _NEAR_ROUNDS, _MOST_STEPS = 16, 3000
-"""So few rounds before the budget is spent, what fits is counted by PRV accounting too, which takes
-half a second for so many steps, and memory for more. Renyi accounting takes no time: until then its
-count stands for the other, which is mostly some percent higher."""
+"""Within this many rounds of a spent budget, and up to this many steps, PRV accounting also counts
+what fits; it takes half a second for so many steps, and memory for more. Earlier, Renyi accounting,
+which is instant, gives an estimate, mostly some percent below the PRV count."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Charges in the order in which they were made."""
+    """A run's charges, in the order in which they were made."""
 
     charges: tuple[Charge, ...] = ()
 
     def epsilon(self, privacy: Privacy) -> float:
-        """What all charges together have spent."""
+        """Returns the epsilon that all charges together have spent."""
         return epsilon_of(
             self.charges, target_delta=privacy.target_delta, accountant=privacy.accountant
         )
@@ -45,16 +45,16 @@ class Ledger:
 
 @dataclass(frozen=True)
 class OtherRuns:
-    """What other runs have spent on the same data: an owner's budget covers them, too."""
+    """Charges of other runs on the same data, which an owner's budget also covers."""
 
     charges: tuple[Charge, ...] = ()
     target_delta: float = 1.0
-    """The least delta that anything on these data was counted at."""
+    """Smallest delta at which any run on these data was counted."""
     max_epsilon: float | None = None
-    """The owner's budget for these data, where it is another than the device's."""
+    """The owner's budget for these data, where it differs from the device's."""
     most_charges: int | None = None
-    """How many charges this run may come to beside all others, on whatever data; None without an
-    end."""
+    """Maximum number of this run's charges, given those of all other runs on any data; None for no
+    limit."""
 
 
 NO_OTHER_RUNS = OtherRuns()
@@ -64,16 +64,16 @@ FULL = (
     "`fedcore privacy show` says was spent, keep the folder, name an empty one with --state, and "
     "remove ledger.mark and ledger.count."
 )
-"""What an owner can do about a full ledger."""
+"""An owner's options when a ledger is full, for error messages."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many more rounds fit."""
+    """Number of further rounds that fit into a budget."""
 
     rounds: int
     exact: bool
-    """False where it is an estimate: counting further would take too long."""
+    """False for an estimate, where exact counting would take too long."""
 
     def __str__(self) -> str:
         return f"{'' if self.exact else 'about '}{counted(self.rounds, 'more round')}"
@@ -88,26 +88,27 @@ def charge(
     owner: OwnerPolicy = OPEN_POLICY,
     others: OtherRuns = NO_OTHER_RUNS,
 ) -> Ledger:
-    """The ledger with one more charge.
+    """Returns the ledger with one more charge.
 
     Guarantee:
-        What all runs together have spent on these data stays within ``owner.max_epsilon``, at
-        ``owner.target_delta``, or, where the owner sets none, at the least delta of any run. All
-        charges are composed by one accountant, whatever the runs are called.
+        The total of all runs on these data stays within ``owner.max_epsilon``, at
+        ``owner.target_delta`` or, where the owner sets none, at the smallest delta of any run. A
+        single accountant composes all charges, whatever the runs are called.
 
     Args:
-        ledger: Of this run.
-        new: What the next training spends.
-        privacy: Of this run.
-        client: Whose ledger it is.
-        owner: What the owner allows, over all runs.
-        others: What other runs have spent on the same data.
+        ledger: This run's ledger.
+        new: The next training's charge.
+        privacy: This run's privacy settings.
+        client: Name of the ledger's client.
+        owner: The owner's limits, over all runs.
+        others: Charges of other runs on the same data.
 
     Raises:
-        LedgerFull: this run has as many charges as may be written down.
-        BudgetExhausted: it would pass ``privacy.max_epsilon`` in this run; nothing may be trained
-            then.
-        OwnersBudgetExhausted: likewise, what the owner allows over all runs.
+        LedgerFull: This run has reached the maximum number of charges.
+        BudgetExhausted: The charge would exceed ``privacy.max_epsilon`` in this run; the client
+            must not train.
+        OwnersBudgetExhausted: The charge would exceed the owner's budget over all runs; the client
+            must not train.
     """
     if others.most_charges is not None and len(ledger.charges) >= others.most_charges:
         raise LedgerFull(
@@ -125,13 +126,13 @@ def charge(
             f"round {new.round}: over all runs client {client!r} has spent",
             kind=OwnersBudgetExhausted,
         )
-    # Second: where the owner's budget is the run's as well, no setting of the run raises it.
+    # The run's budget comes second: if both are exceeded, raising it would not help.
     _check(ledger, after, privacy, f"round {new.round}: client {client!r} has spent")
     return after
 
 
 def owners_budget(privacy: Privacy, owner: OwnerPolicy, others: OtherRuns) -> Privacy | None:
-    """The budget over all runs, and how it is counted; None where the owner sets none."""
+    """Returns the budget over all runs with its delta; None where the owner sets none."""
     limits = [one for one in (owner.max_epsilon, others.max_epsilon) if one is not None]
     if not limits:
         return None
@@ -146,7 +147,7 @@ def room(
     owner: OwnerPolicy = OPEN_POLICY,
     others: OtherRuns = NO_OTHER_RUNS,
 ) -> Room | None:
-    """How many more rounds like the latest fit into every budget; None before the first."""
+    """Returns how many more rounds like the latest fit into all budgets; None before the first."""
     if not ledger.charges:
         return None
     new, found = ledger.charges[-1], room_for(ledger.charges, ledger.charges[-1], privacy)
@@ -158,10 +159,10 @@ def room(
 
 
 def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
-    """How many more charges like ``new`` keep all of them within ``privacy.max_epsilon``."""
+    """Returns how many more charges like ``new`` fit into ``privacy.max_epsilon``."""
     if not new.steps:
         return Room(_MOST_ROUNDS, exact=False)
-    made_by: dict[tuple[float, float], int] = {}  # few mechanisms, however many charges
+    made_by: dict[tuple[float, float], int] = {}  # merged by mechanism: few, however many charges
     for one in charges:
         mechanism = (one.noise_multiplier, one.sample_rate)
         made_by[mechanism] = made_by.get(mechanism, 0) + one.steps
@@ -175,7 +176,7 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
 
 
 def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:
-    """How many rounds like ``new`` fit beside ``other``; it is sought about ``near``."""
+    """Returns how many rounds like ``new`` fit in addition to ``other``; ``near`` is a guess."""
 
     def fits(rounds: int) -> bool:
         alike = replace(new, steps=new.steps * rounds)
@@ -192,7 +193,7 @@ def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | 
 
 
 def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The greatest number below ``high`` that fits; 0 where none does."""
+    """Returns the largest number below ``high`` that fits, or ``low`` where none does."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -218,20 +219,20 @@ def _check(
 
 
 def read_ledger(context: Context) -> Ledger:
-    """The ledger in a node's own state, which never leaves the node."""
+    """Returns the ledger in a node's local state, which never leaves the node."""
     return ledger_in(context.state)
 
 
 def write_ledger(context: Context, ledger: Ledger) -> None:
-    """Puts the ledger into the node's own state."""
+    """Writes the ledger to the node's local state."""
     put_ledger(context.state, ledger)
 
 
 def ledger_in(state: RecordDict) -> Ledger:
-    """The ledger in a state, an empty one where nothing was charged.
+    """Returns the ledger in a state; an empty one if there are no charges.
 
     Raises:
-        PrivacyError: it cannot be read.
+        PrivacyError: The recorded ledger cannot be read.
     """
     record = state.config_records.get(_RECORD)
     if record is None:
@@ -246,6 +247,6 @@ def ledger_in(state: RecordDict) -> Ledger:
 
 
 def put_ledger(state: RecordDict, ledger: Ledger) -> None:
-    """Puts a ledger into a state, in place of the one before."""
+    """Writes a ledger to a state, in place of the previous one."""
     entries = [asdict(entry) for entry in ledger.charges]
     state[_RECORD] = ConfigRecord({_KEY: json.dumps(entries)})

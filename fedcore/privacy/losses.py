@@ -1,10 +1,10 @@
-"""Numerical composition of privacy losses, rounded up throughout: the accountant ``prv``.
+"""The ``prv`` accountant: numerical composition of privacy losses, with upper bounds throughout.
 
 One step of DP-SGD has a privacy loss, a random variable; the loss of many steps is their sum, whose
-distribution a fast Fourier transform gives. Each loss is put on a grid in such a way that the
-result bounds epsilon from above, so nothing need be added for an error of the method.
+distribution a fast Fourier transform computes. Each loss is discretised so that the result is an
+upper bound on epsilon, without a separate error term.
 
-Read `composed_epsilon` first.
+Start with `composed_epsilon`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from scipy.special import log_ndtr, ndtr, ndtri
 FloatArray = NDArray[np.float64]
 
 MAX_POINTS = 2**18
-"""Points of a grid at most: 2 MB an array. Where more would be needed for the accuracy aimed at
-(some million steps), the grid is coarser and the bound looser; it stays a bound."""
+"""Maximum number of grid points: 2 MB an array. Where the intended accuracy needs more (some
+million steps), the grid is coarser and the bound looser, but still valid."""
 MIN_NOISE = 0.05
-"""The least noise whose losses a grid holds: one step's come to 500 there."""
-_INFLATION = 1e-3  # what the grid may add to the variance of the loss, relative to it
-_CUT = 1e-6  # of delta: what may be counted as lost in tails
-_MAX_LOSS = 600.0  # of one step: its exponential is still a float
-_MOST_STEPS = 2**30  # beyond, powers of a transform hold no figure of a tail
-_LEAST = 1e-307  # in place of a sum that is too small for a float
-_ROUNDING = 1e-14  # relative error of a normal distribution function
+"""Smallest noise multiplier whose losses fit the grid: one step's losses reach 500."""
+_INFLATION = 1e-3  # maximum relative increase of the loss's variance by the grid
+_CUT = 1e-6  # share of delta allowed for the tails
+_MAX_LOSS = 600.0  # maximum loss of one step: its exponential is within float range
+_MOST_STEPS = 2**30  # beyond, powers of a transform have no significant digits in the tail
+_LEAST = 1e-307  # replaces sums that underflow
+_ROUNDING = 1e-14  # relative error of the normal distribution functions
 
 
 class MechanismSteps(NamedTuple):
-    """Steps of one Poisson-subsampled Gaussian mechanism, of sensitivity 1."""
+    """Steps of one Poisson-subsampled Gaussian mechanism of sensitivity 1."""
 
     noise_multiplier: float
     sample_rate: float
@@ -45,31 +45,32 @@ class MechanismSteps(NamedTuple):
 
 @dataclass(frozen=True)
 class _Masses:
-    """The loss of one step, from the data with the example to the data without it.
+    """Distribution of one step's loss, from the data with the example to the data without it.
 
-    Entry ``i`` is the probability that it lies between ``first + i`` and ``first + i + 1`` widths.
+    Entry ``i`` is the probability that the loss is between ``first + i`` and ``first + i + 1``
+    widths.
     """
 
     first: int
     mixture: FloatArray
-    """Where the example is in the data."""
+    """Probabilities where the example is in the data."""
     base: FloatArray
-    """Where a null record stands in its place."""
+    """Probabilities where a null record replaces the example."""
     mixture_beyond: float
-    """Probability of what lies beyond the grid, on either side."""
+    """Probability beyond the grid, on either side."""
     base_beyond: float
 
 
 @dataclass(frozen=True)
 class _Losses:
-    """Losses at points of the grid that dominate those of one step in one direction."""
+    """Losses at grid points that dominate those of one step in one direction."""
 
     first: int
     masses: FloatArray
     infinite: float
     """Probability of an infinite loss."""
     count: int
-    """How many such steps there are."""
+    """Number of such steps."""
 
 
 class _TooManyPoints(Exception):
@@ -78,27 +79,28 @@ class _TooManyPoints(Exception):
 
 
 def composed_epsilon(history: Sequence[MechanismSteps], target_delta: float) -> float:
-    """An upper bound on the epsilon of steps whose settings were fixed beforehand.
+    """Returns an upper bound on the epsilon of steps whose settings were fixed beforehand.
 
-    Both directions count, from the data with the example to the data without it and back; the
-    result is the larger, as neither is known to dominate the other under composition.
+    It covers both directions, from the data with the example to the data without it and back; the
+    result is the larger one, as neither is known to dominate the other under composition.
 
     Guarantee:
-        The true epsilon at ``target_delta`` is not above the result. An interval of losses gives
-        its probability to its two ends so that the mass is kept under both neighbours, which
-        dominates it. Whatever lies beyond the grid counts as an infinite loss, what wraps around
-        in the transform as a larger one. What rounding in the transform can amount to, read off
-        the entries that it makes negative, is taken from delta.
+        The true epsilon at ``target_delta`` is at most the result. Each interval of losses
+        distributes its probability to its two ends so that the mass is kept under both neighbours,
+        which dominates the original. Losses beyond the grid count as infinite; losses that wrap
+        around in the transform count as larger. The transform's possible rounding error, estimated
+        from its negative entries, is subtracted from delta.
 
     Returns:
-        Epsilon, at least 0; infinite where the noise is below `MIN_NOISE`, delta too small for the
-        floats of the transform, or steps or losses too many for it: another bound holds there.
+        Epsilon, at least 0; infinite where the noise is below `MIN_NOISE`, delta is too small for
+        the transform's floats, or there are too many steps or losses: callers must use another
+        bound there.
 
     Source:
-        Zhu, Dong, Wang 2022, arXiv:2106.08567 (dominating pairs under Poisson sampling); Gopi,
-        Lee, Wutschitz 2021, arXiv:2106.02848 (composition of privacy loss random variables);
-        Doroshenko et al. 2022, arXiv:2207.04380 (connecting the dots); Lebeda et al. 2024,
-        arXiv:2405.20769 (why both directions).
+        Zhu, Dong, Wang 2022, arXiv:2106.08567 (dominating pairs under Poisson sampling); Gopi, Lee,
+        Wutschitz 2021, arXiv:2106.02848 (composition of privacy loss random variables); Doroshenko
+        et al. 2022, arXiv:2207.04380 (connecting the dots); Lebeda et al. 2024, arXiv:2405.20769
+        (why both directions).
     """
     if min(steps.noise_multiplier for steps in history) < MIN_NOISE:
         return math.inf
@@ -124,14 +126,14 @@ def composed_epsilon(history: Sequence[MechanismSteps], target_delta: float) -> 
 
 
 def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:
-    """The epsilon, exact to 1e-9, of a Gaussian mechanism of unit noise, without any sampling.
+    """Returns the epsilon of a Gaussian mechanism of unit noise without sampling, exact to 1e-9.
 
     Args:
-        sensitivity: Over the standard deviation of the noise; ``sqrt(sum(1 / noise**2))`` for
-            many.
+        sensitivity: Sensitivity divided by the noise's standard deviation;
+            ``sqrt(sum(1 / noise**2))`` for several mechanisms.
 
     Returns:
-        Epsilon, at least 0; infinite where it is no float.
+        Epsilon, at least 0; infinite beyond float range.
 
     Source:
         Balle, Wang 2018, arXiv:1805.06530, Theorem 8.
@@ -141,32 +143,32 @@ def gaussian_epsilon(sensitivity: float, target_delta: float) -> float:
         below, above = sensitivity / 2, epsilon / sensitivity
         return float(ndtr(below - above) - math.exp(epsilon + log_ndtr(-below - above)))
 
-    if sensitivity / math.sqrt(2 * math.pi) <= target_delta:  # above its total variation distance
+    if sensitivity / math.sqrt(2 * math.pi) <= target_delta:  # total variation is below delta
         return 0.0
-    if not sensitivity < 1e6:  # epsilon would be above 5e11, where floats no longer hold delta
+    if not sensitivity < 1e6:  # epsilon would exceed 5e11, beyond float precision
         return math.inf
     if delta(0.0) <= target_delta:
         return 0.0
-    # Where the first term alone is delta:
+    # Upper end: the first term by itself equals delta.
     above = sensitivity * (sensitivity / 2 - float(ndtri(target_delta)))
     found = brentq(lambda epsilon: delta(epsilon) - target_delta, 0.0, above, rtol=1e-12)
-    return float(found) * (1 + 1e-9)  # above the root, not beside it
+    return float(found) * (1 + 1e-9)  # at or above the root
 
 
 def _tail(history: Sequence[MechanismSteps], target_delta: float) -> float:
-    """How improbable the losses of one step must be to lie beyond the grid."""
+    """Returns the probability of one step's losses that the grid may cut off in a tail."""
     return _CUT * target_delta / sum(steps.number for steps in history)
 
 
 def _loss(outputs: FloatArray, steps: MechanismSteps) -> FloatArray:
-    """Log-likelihood ratio of a step's noised sum, data with the example over data without it."""
+    """Returns the log-likelihood ratio of a step's noised sum, with the example over without it."""
     sigma, rate, _ = steps
     with np.errstate(divide="ignore"):
         return np.asarray(np.logaddexp(np.log1p(-rate), np.log(rate) + (outputs - 0.5) / sigma**2))
 
 
 def _outputs(losses: FloatArray, steps: MechanismSteps) -> FloatArray:
-    """The noised sums at which the loss is so much: the inverse of `_loss`."""
+    """Returns the noised sums with these losses: the inverse of `_loss`."""
     sigma, rate, _ = steps
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         above = losses + np.log(rate * np.exp(-losses) - np.expm1(-losses))
@@ -177,10 +179,10 @@ def _outputs(losses: FloatArray, steps: MechanismSteps) -> FloatArray:
 
 
 def _width(history: Sequence[MechanismSteps]) -> float:
-    """The width of the grid: what it adds to the variance is a small share of the whole.
+    """Returns a grid width that adds only a small share to the total variance.
 
-    An interval that passes its mass to both ends adds at most a quarter of its square, and, where
-    losses are far smaller than it is, at most its width times their size.
+    An interval that passes its mass to both ends adds at most a quarter of its square and, where
+    losses are far smaller than the interval, at most its width times their size.
     """
     variance = size = 0.0
     for steps in history:
@@ -221,7 +223,10 @@ def _masses(steps: MechanismSteps, width: float, tail: float) -> _Masses:
 
 
 def _intervals(edges: FloatArray) -> tuple[FloatArray, float]:
-    """Normal probability between edges, each from the side where its tail is small; and beyond."""
+    """Returns normal probabilities between edges, and the one beyond the outer edges.
+
+    Each is computed from the side where its tail is small, for accuracy.
+    """
     below, above = ndtr(edges), ndtr(-edges)
     between = np.where(edges[1:] > 0, above[:-1] - above[1:], below[1:] - below[:-1])
     return np.maximum(between, 0.0), float(below[0] + above[-1])
@@ -233,13 +238,13 @@ def _removed(step: _Masses, width: float, count: int) -> _Losses:
 
 
 def _added(step: _Masses, width: float, count: int) -> _Losses:
-    first = -(step.first + len(step.base))  # a loss the other way round has the other sign
+    first = -(step.first + len(step.base))  # the opposite direction has the opposite sign
     masses = _connect(first, step.base[::-1], step.mixture[::-1], width)
     return _Losses(first, masses, step.base_beyond, count)
 
 
 def _connect(first: int, ours: FloatArray, theirs: FloatArray, width: float) -> FloatArray:
-    """Moves each interval's probability to its ends, so that ``theirs`` keeps its own as well."""
+    """Moves each interval's probability to its ends, so that ``theirs`` is preserved as well."""
     lower_ends = width * np.arange(first, first + len(ours))
     up = (ours - theirs * np.exp(lower_ends)) / -math.expm1(-width)
     up = np.clip(up + _ROUNDING / width * ours, 0.0, ours)
@@ -250,7 +255,7 @@ def _connect(first: int, ours: FloatArray, theirs: FloatArray, width: float) -> 
 
 
 def _epsilon(steps: Sequence[_Losses], width: float, target_delta: float) -> float:
-    """Epsilon of the sum of all losses, in one direction."""
+    """Returns the epsilon of the sum of all losses, in one direction."""
     cut = _CUT * target_delta
     first = math.floor(-_reach(steps, width, cut, -1) / width)
     points = math.ceil(_reach(steps, width, cut, +1) / width) - first + 1
@@ -273,7 +278,9 @@ def _epsilon(steps: Sequence[_Losses], width: float, target_delta: float) -> flo
 
 
 def _reach(steps: Sequence[_Losses], width: float, cut: float, sign: int) -> float:
-    """What the sum of all losses (or its negative) passes with probability ``cut`` at most.
+    """Returns a bound on ``sign`` times the sum of losses.
+
+    The sum exceeds it with probability at most ``cut``.
 
     Source:
         Chernoff's bound, at the best of a few tilts.
@@ -297,7 +304,7 @@ def _reach(steps: Sequence[_Losses], width: float, cut: float, sign: int) -> flo
 
 
 def _quantile(masses: FloatArray, first: int, width: float, delta: float) -> float:
-    """The least epsilon, at least 0, at which the losses above it come to no more than delta."""
+    """Returns the smallest epsilon, at least 0, with at most ``delta`` in the losses above it."""
     weights = -np.expm1(-width * np.arange(len(masses)))
 
     def above(place: int) -> float:

@@ -1,15 +1,15 @@
-"""Noise that is correlated over rounds, so that much of it cancels in a running sum.
+"""The matrix mechanism: noise correlated over rounds, so that much of it cancels in running sums.
 
-Of a sum that grows by one vector a round, each prefix is released. Independent noise on every
-vector adds up; the matrix mechanism adds ``C^-1 z`` instead, where ``z`` is independent noise and
+A sum grows by one vector per round, and each prefix is released. Independent noise on every vector
+accumulates; the matrix mechanism adds ``C^-1 z`` instead, where ``z`` is independent noise and
 ``C`` a lower triangular matrix, and is as private as releasing ``C g + z``. ``C`` here is a banded
-Toeplitz matrix: its first column says all of it, and the noise of a round takes back some of what
-was added in as many rounds before as there are bands.
+Toeplitz matrix, fully determined by its first column. Each round's noise subtracts part of the
+noise of earlier rounds, up to the number of bands less one.
 
 Source:
     Choquette-Choo et al. 2023, arXiv:2306.08153 (banded factors, sensitivity under participation
-    that is so many rounds apart); Fichtenberger, Henzinger, Upadhyay 2023, arXiv:2202.11205 (the
-    square root of the matrix of prefix sums); Kalinin, Lampert 2024, arXiv:2405.13763 (its bands).
+    with minimum separation); Fichtenberger, Henzinger, Upadhyay 2023, arXiv:2202.11205 (the square
+    root of the matrix of prefix sums); Kalinin, Lampert 2024, arXiv:2405.13763 (its bands).
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-_MOST_BANDS = 64  # each keeps one vector of noise as long as the model
+_MOST_BANDS = 64  # each stores one noise vector of the model's size
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A banded Toeplitz matrix ``C``, by the entries of its first column that are not zero."""
+    """A banded Toeplitz matrix ``C``, given by the nonzero entries of its first column."""
 
     column: tuple[float, ...]
-    """The first is 1."""
+    """The nonzero entries from the diagonal down; the first is 1."""
 
     @property
     def norm(self) -> float:
-        """The L2 norm of a column; of the last ones, which are cut off, an upper bound."""
+        """The L2 norm of a column; an upper bound for the last columns, which are cut off."""
         return math.sqrt(math.fsum(entry * entry for entry in self.column))
 
     def sensitivity(self, participations: int) -> float:
-        """How far ``C g`` moves when one client, whose vectors have norm 1 at most, is left out.
+        """Returns how far omitting one client, with vectors of norm at most 1, moves ``C g``.
 
         Guarantee:
-            Holds where two rounds of one client are at least as many apart as there are bands:
-            then its columns have no row in common, and their norms add up squared.
+            Valid if any two rounds of one client are at least as far apart as there are bands: its
+            columns then have no row in common, and their squared norms add up.
         """
         return math.sqrt(participations) * self.norm
 
     def error(self, rounds: int) -> float:
-        """The standard deviation of the last prefix sum's noise, with ``z`` of deviation 1."""
+        """Returns the last prefix sum's noise deviation, for ``z`` of standard deviation 1."""
         return float(np.linalg.norm(self._inverse_sums(rounds)))
 
     def correlated(self, fresh: Floats, before: Sequence[Floats]) -> Floats:
-        """``C^-1 z`` in one round.
+        """Returns the entry of ``C^-1 z`` for one round.
 
         Args:
             fresh: ``z`` of this round.
-            before: What this gave in the rounds before, the latest last; ``len(column) - 1`` of
-                them are looked at.
+            before: Results of this method in earlier rounds, the latest last; only the last
+                ``len(column) - 1`` are used.
         """
         return fresh - self.carried(len(fresh), before)
 
     def carried(self, size: int, before: Sequence[Floats]) -> Floats:
-        """What noise of the rounds before is taken back in this one."""
+        """Returns the noise of earlier rounds to subtract in this one."""
         total = np.zeros(size)
         for entry, noise in zip(self.column[1:], reversed(before), strict=False):
             total += entry * noise
         return total
 
     def _inverse_sums(self, rounds: int) -> Floats:
-        """The first column of ``A C^-1``, where ``A`` is the matrix of prefix sums."""
+        """Returns the first column of ``A C^-1``, where ``A`` is the matrix of prefix sums."""
         column = np.array(self.column)
         inverse = np.zeros(rounds)
         for row in range(rounds):
@@ -79,9 +79,9 @@ class Factor:
 
 
 def square_root(bands: int) -> Factor:
-    """The first bands of the square root of the matrix of prefix sums.
+    """Returns the first bands of the square root of the matrix of prefix sums.
 
-    Its first column is ``(-1)^k binom(-1/2, k)``.
+    Entry ``k`` of its first column is ``(-1)^k binom(-1/2, k)``.
     """
     column = [1.0]
     for place in range(1, bands):
@@ -90,15 +90,15 @@ def square_root(bands: int) -> Factor:
 
 
 def participations_of(rounds: int, separation: int) -> int:
-    """How often one client can take part in ``rounds``, once in ``separation`` of them."""
+    """Returns how often a client can participate, at most once per ``separation`` rounds."""
     return -(-rounds // separation)
 
 
 @lru_cache(maxsize=64)
 def factor_for(rounds: int, separation: int) -> Factor:
-    """The factor whose last prefix sum has the least noise, at the same privacy.
+    """Returns the factor with the least noise on the last prefix sum, at equal privacy.
 
-    More bands cancel more noise and have a greater norm; there are never more than ``separation``.
+    More bands cancel more noise but have a larger norm; there are at most ``separation`` bands.
     """
     most = min(separation, rounds, _MOST_BANDS)
     tried = sorted({most, *(2**power for power in range(most.bit_length()))} - {0})

@@ -1,4 +1,4 @@
-"""How a client trains under example-level privacy: its noise and steps, before it sees its data."""
+"""Plans a client's example-level private training: noise and steps, without looking at its data."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from fedcore.privacy.accounting import Charge, noise_for
 from fedcore.task.definition import Examples, size_of
 
 MAX_DELTA_SHARE = 0.1
-"""Of one over a client's examples: what ``target_delta`` may come to."""
+"""Maximum of ``target_delta`` times a client's number of examples."""
 
 MAX_EXAMPLES = 10**15
-"""Of one client: more than any has, and few enough that every number that follows is a float."""
+"""Maximum number of a client's examples: unrealistically high, but low enough that all derived
+numbers stay within float range."""
 
 
 @dataclass(frozen=True)
 class PrivatePlan:
-    """How one client trains in one round, fixed before it touches its data."""
+    """One client's training in one round, fixed before it touches its data."""
 
     charge: Charge
     clip_norm: float
@@ -34,7 +35,10 @@ def plan(
     participations: int,
     max_delta_share: float = MAX_DELTA_SHARE,
 ) -> PrivatePlan:
-    """The noise and the steps for a client of this size; see `plan_for`."""
+    """Returns the noise and the steps for a client, which depend only on its number of examples.
+
+    See `plan_for` for arguments and errors.
+    """
     return plan_for(
         size_of(examples),
         client,
@@ -54,25 +58,24 @@ def plan_for(
     participations: int,
     max_delta_share: float = MAX_DELTA_SHARE,
 ) -> PrivatePlan:
-    """The noise and the steps for a client of ``count`` examples.
+    """Returns the noise and the steps for a client of ``count`` examples.
 
-    With ``noise_multiplier = "auto"`` the noise is the least that keeps ``participations`` rounds
-    within the budget; a client with few examples needs more of it than one with many. All of it
-    follows from the settings and the number of examples, which is public.
+    With ``noise_multiplier = "auto"`` the noise is the smallest that keeps ``participations``
+    rounds within the budget; fewer examples need more noise. The plan depends only on the settings
+    and the number of examples, which is public.
 
     Args:
-        count: The client's examples.
-        client: How it trains.
-        privacy: What it must keep.
-        round: Of the charge.
-        participations: Rounds that the noise is planned for.
-        max_delta_share: ``target_delta`` may be this share of ``1 / count`` at most. A mechanism
-            that shows one of the examples to everyone, chosen at random, has a delta of
-            ``1 / count``.
+        count: Number of the client's examples.
+        client: The training settings.
+        privacy: The privacy settings, with the budget.
+        round: Round of the charge.
+        participations: Number of rounds that the noise is planned for.
+        max_delta_share: Maximum of ``target_delta * count``. A mechanism that publishes one
+            example, chosen at random, has a delta of ``1 / count``.
 
     Raises:
-        PrivacyError: the client has no examples or more than `MAX_EXAMPLES`, the delta protects
-            nobody on a client of this size, or no noise is enough.
+        PrivacyError: The client has no examples or more than `MAX_EXAMPLES`, the delta is too large
+            to protect a client of this size, or no noise suffices.
     """
     if count < 1:
         raise PrivacyError(
@@ -108,5 +111,5 @@ def plan_for(
 
 
 def expected_batch_size(examples: int, plan: PrivatePlan) -> int:
-    """What a step's noised sum is divided by: a batch's size in the mean, at least 1."""
+    """Returns the divisor of a step's noised sum: the expected batch size, at least 1."""
     return max(1, round(examples * plan.charge.sample_rate))

@@ -15,20 +15,20 @@ ORDERS = (
     *range(11, 65),
     *(72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024),
 )
-"""What Renyi accounting takes the best of."""
+"""Orders over which Renyi accounting minimises epsilon."""
 
 
 def renyi_divergences(
     noise_multiplier: float, sample_rate: float, orders: tuple[float, ...]
 ) -> FloatArray:
-    """What one step costs at each order from 2 on, in the worse direction; steps add up.
+    """Returns one step's cost at each order (2 or more), in the worse direction; costs add up.
 
-    Integer orders have a finite sum. Orders between are bounded by the line from one to the next,
-    as the logarithm of a moment is convex in the order: the series that is exact there does not
-    end in reasonable time near a rate of a half, and turns negative at large noise.
+    Integer orders have a finite sum. Orders between are bounded by linear interpolation, as the
+    logarithm of a moment is convex in the order: the exact series for those does not end in
+    reasonable time near a rate of one half, and turns negative at large noise.
 
     Returns:
-        Shape ``(len(orders),)``, each at least 0; infinite where it is no float.
+        Shape ``(len(orders),)``, each at least 0; infinite beyond float range.
 
     Source:
         Mironov, Talwar, Zhang 2019, arXiv:1908.10530, sections 3.1 and 3.3.
@@ -45,7 +45,7 @@ def renyi_divergences(
 
 
 def _log_moment(order: int, half_ratio: float, rate: float) -> float:
-    """Logarithm of a moment, as that of ``1 + x``: accurate where ``x`` is next to nothing."""
+    """Returns a moment's logarithm as ``log(1 + x)``, which is accurate for tiny ``x``."""
     i = np.arange(2, order + 1, dtype=np.float64)
     growth = half_ratio * (i * i - i)
     terms = (
@@ -57,13 +57,13 @@ def _log_moment(order: int, half_ratio: float, rate: float) -> float:
         + growth
         + np.log(-np.expm1(-growth))
     )
-    return float(np.logaddexp(0.0, logsumexp(terms))) * (1 + 1e-12)  # above all rounding
+    return float(np.logaddexp(0.0, logsumexp(terms))) * (1 + 1e-12)  # exceeds all rounding errors
 
 
 def renyi_epsilons(
     divergences: FloatArray, orders: tuple[float, ...], target_delta: float
 ) -> FloatArray:
-    """Epsilon at ``target_delta`` that each order alone vouches for.
+    """Returns the epsilon at ``target_delta`` that each order by itself guarantees.
 
     Returns:
         Shape ``(len(orders),)``, each at least 0.

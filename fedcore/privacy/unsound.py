@@ -1,4 +1,7 @@
-"""What no privacy is counted for: refused when a run's file is read, before any data moves."""
+"""Rejects settings that no privacy accounting covers, on reading a run's file.
+
+The check comes before any data move.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,18 @@ if TYPE_CHECKING:
     from fedcore.config.run import RunConfig
 
 SUMMED = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
-"""Strategies that look at nothing but the mean of a round's updates."""
+"""Strategies that use only the mean of a round's updates."""
 
 
 def unsound(run: RunConfig) -> list[str]:
-    """What contradicts the run's ``privacy``, each with the reason and the way out."""
+    """Returns the contradictions to the run's ``privacy``, each with reason and remedy."""
     if run.privacy.unit == "none":
         return []
     return _leaks(run) + (_unbounded(run) if run.client_private else [])
 
 
 def _leaks(run: RunConfig) -> list[str]:
-    """What would go around the noise."""
+    """Returns the settings that would bypass the noise."""
     federation, unit, found = run.federation, run.privacy.unit, list[str]()
     leaves = "leave each device without noise" if run.private else "be released without noise"
     if federation.evaluate_cohort:
@@ -44,10 +47,10 @@ def _leaks(run: RunConfig) -> list[str]:
 
 
 def _unbounded(run: RunConfig) -> list[str]:
-    """Under client-level privacy: what one client could do that no noise is counted for."""
+    """Returns the settings that client-level noise does not cover, for one client's influence."""
     federation, client, found = run.federation, run.privacy.client, list[str]()
     unit = f"privacy.unit = {run.privacy.unit!r}"
-    # One of the user's own is looked at once it is loaded.
+    # A user-defined strategy is checked once it is loaded.
     if ":" not in federation.strategy and federation.strategy not in SUMMED:
         found.append(
             f"federation.strategy = {federation.strategy!r} contradicts {unit}: noise is added to "

@@ -1,4 +1,4 @@
-"""Batches of a data set, in an order that a generator fixes."""
+"""Collates examples of a data set into batches, shuffled or in order, and splits off a holdout."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _NO_BATCH = (
 
 
 def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """The examples of some rows as one batch.
+    """Returns the examples of the given rows as one batch of inputs and one of targets.
 
     Raises:
-        DataError: an example cannot be read or is no pair of tensors, or their shapes differ.
+        DataError: An example cannot be read, is no pair of tensors, or differs in shape from the
+            others.
     """
     if isinstance(examples, TensorDataset):
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -40,7 +41,7 @@ def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Te
 
 
 def gather_all(examples: Examples) -> tuple[Tensor, Tensor]:
-    """All examples as one batch; those of a `TensorDataset` are not copied."""
+    """Returns all examples as one batch, without a copy for a `TensorDataset`."""
     if isinstance(examples, TensorDataset):
         inputs, targets = examples.tensors
         return inputs, targets
@@ -52,7 +53,7 @@ def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor]:
         return examples[row]
     except FedcoreError:
         raise
-    except Exception as error:  # the data set is the user's code, and may read files only now
+    except Exception as error:  # the data set is the user's code, and may read files lazily
         raise DataError(
             f"data: reading example {row} failed: {type(error).__name__}: {error}. Nothing was "
             "made of this data; mend the file or the task's data set."
@@ -62,23 +63,25 @@ def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor]:
 def shuffled(
     examples: Examples, batch_size: int, rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of batches; the last may be smaller."""
+    """Yields the batches of one epoch in an order drawn from ``rng``; the last may be smaller."""
     order = torch.randperm(size_of(examples), generator=rng)
     for rows in torch.split(order, batch_size):
         yield gather(examples, rows)
 
 
 def in_order(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every example once, in order."""
+    """Yields batches that cover every example once, in the data set's order."""
     for rows in torch.split(torch.arange(size_of(examples)), batch_size):
         yield gather(examples, rows)
 
 
 def split(examples: Examples, holdout: float, seed: int) -> tuple[Examples, Examples]:
-    """Splits off a random share, at least one example of each part where there are two.
+    """Splits off a random share of the examples, fixed by ``seed``.
+
+    With two or more examples and ``holdout`` above 0, each part gets at least one.
 
     Returns:
-        What stays, and what is held out (empty when ``holdout`` is 0).
+        The examples to keep, and the holdout (empty when ``holdout`` is 0).
     """
     count = size_of(examples)
     held = min(max(round(count * holdout), 1 if holdout else 0), max(count - 1, 0))

@@ -1,4 +1,4 @@
-"""How far the work on one message may go: asked before it begins and between its steps."""
+"""Limits on the work for one message: time, steps and memory, checked before and between steps."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fedcore.observability.words import counted
 
 _STATM = Path("/proc/self/statm")
 _LOOK_S = 0.2
-"""How often the process's memory is looked at, at most."""
+"""Minimum seconds between two reads of the process's memory."""
 
 
 def never() -> str | None:
-    """No reason to stop."""
+    """Returns None: no reason to stop."""
     return None
 
 
 class Bounds:
-    """What bounds the work on one message; its time begins when this is made.
+    """Limits on the work for one message; the clock starts at construction.
 
-    A single step is not interrupted: work ends at the first step that begins too late.
+    A running step is never interrupted: work ends before the first step that starts past a limit.
     """
 
     def __init__(
@@ -39,16 +39,17 @@ class Bounds:
         clock: Callable[[], float] = time.monotonic,
         resident: Callable[[], int | None] | None = None,
     ) -> None:
-        """Begins to count.
+        """Starts the clock and records the memory in use.
 
         Args:
-            limits_s: Seconds that the work may take, by what bounds them.
-            steps: Most steps of the optimiser.
-            memory_bytes: By so much this process may grow.
-            file: What the owner's file is called.
-            stopped: Says why work is to end now; None while it may go on.
-            clock: Seconds, which no change of the time of day moves.
-            resident: Bytes of memory that this process holds; None where the system does not tell.
+            limits_s: Time limits in seconds, by the name of their source.
+            steps: Maximum number of optimiser steps.
+            memory_bytes: Maximum growth of this process's memory.
+            file: Name of the owner's file, for error messages.
+            stopped: Returns the reason to stop now, or None to continue.
+            clock: Monotonic time in seconds.
+            resident: Returns this process's resident memory in bytes; None where the system doesn't
+                report it.
         """
         self._limits_s = dict(limits_s or {})
         self._steps = steps
@@ -62,19 +63,20 @@ class Bounds:
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left; infinite without a limit."""
+        """Seconds left until the nearest time limit; infinite without one."""
         return min(self._limits_s.values(), default=math.inf) - (self._clock() - self._began_s)
 
     def admit(self, steps: int, *, step_s: Callable[[], float] | None = None) -> None:
-        """Refuses work before it begins, by its number of steps.
+        """Checks the requested number of steps against the limits before work begins.
 
         Args:
-            steps: How many are asked for.
-            step_s: Gives the seconds that one takes, measured without the data; called only where
-                the time is bounded.
+            steps: Requested optimiser steps.
+            step_s: Returns the seconds for one step, measured without the data; called only under a
+                time limit.
 
         Raises:
-            OwnerLimit: there are more than the owner allows, or they would take too long.
+            OwnerLimit: There are more steps than the owner allows, they would take too long, or
+                work must already stop.
         """
         if self._steps is not None and steps > self._steps:
             raise OwnerLimit(
@@ -96,13 +98,14 @@ class Bounds:
             )
 
     def check(self, *, memory: bool = True) -> None:
-        """Ends work that has gone on for too long or grown too large, between two steps.
+        """Checks the limits between two steps.
 
         Args:
-            memory: Whether to look at memory, which may depend on the data.
+            memory: Whether to check memory, whose use may depend on the data.
 
         Raises:
-            OwnerLimit: it is to end.
+            OwnerLimit: Work must end: a time or memory limit is exceeded, or ``stopped`` gives a
+                reason.
         """
         if self.left_s <= 0:
             raise OwnerLimit(f"training: {self._nearest()} is over. {_DROPPED}")
@@ -128,7 +131,7 @@ _DROPPED = "The work was dropped between two steps, and no update was sent; what
 
 
 def unbounded() -> Bounds:
-    """Work that nothing bounds."""
+    """Returns `Bounds` without limits."""
     return Bounds()
 
 
@@ -139,13 +142,13 @@ def bounds_of(
     hours_left_s: float | None = None,
     stopped: Callable[[], str | None] = never,
 ) -> Bounds:
-    """The bounds of one message that comes now.
+    """Returns the bounds for one message, whose clock starts now.
 
     Args:
-        owner: Their limits on time, steps and memory.
-        deadline_s: How long the server waits for the reply at most.
-        hours_left_s: Until the owner's hours end.
-        stopped: Says why work is to end now; None while it may go on.
+        owner: The owner's limits on time, steps and memory.
+        deadline_s: Longest time that the server waits for the reply.
+        hours_left_s: Time until the owner's permitted hours end.
+        stopped: Returns the reason to stop now, or None to continue.
     """
     limits_s = {
         "the owner's max_round_s": owner.max_round_s,
@@ -162,7 +165,7 @@ def bounds_of(
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process; None where the system does not tell."""
+    """Returns this process's resident memory in bytes; None where the system doesn't report it."""
     try:
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

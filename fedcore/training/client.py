@@ -1,4 +1,4 @@
-"""One client: what it is made of, and how it trains when it is asked to."""
+"""One client and its local training: `learn` turns an instruction into an update."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ log = logging.getLogger("fedcore.device")
 
 _LARGEST_WEIGHT = 1e6
 _LARGEST_STATISTIC = 1e12
-"""What a server may send where examples are protected: nothing larger comes of training."""
+"""Largest values accepted from a server under example-level privacy; training never gets there."""
 
 
 def log_skipped(name: str, count: int) -> None:
-    """Says in the device's own log that examples counted as zero; how many is private."""
+    """Logs on the device how many examples counted as zero; the count is private."""
     log.warning("%s", skipped_text(name, count))
 
 
 def skipped_text(name: str, count: int) -> str:
-    """What is said of places in a client's batches that counted as zero."""
+    """Returns the log message for examples in a client's batches that counted as zero."""
     return (
         f"client {name!r}: {counted(count, 'example')} of its batches had no finite "
         "gradient at the server's weights or could not be read, and counted as zero"
@@ -59,44 +59,45 @@ def skipped_text(name: str, count: int) -> str:
 
 @dataclass(frozen=True)
 class Client:
-    """What a client is made of: the task and the limits it runs within."""
+    """A client's fixed parts: task, run settings, owner's limits and source of randomness."""
 
     task: Task
     run: RunConfig
     owner: OwnerPolicy
     randomness: Randomness
     others: OtherRuns = NO_OTHER_RUNS
-    """What other runs have spent on the same data."""
+    """Charges of other runs on the same data."""
     on_skipped: Callable[[str, int], None] = log_skipped
-    """Hears a client's name, and how many places in its batches counted as zero: private."""
+    """Callback with the client's name and the number of batch positions that counted as zero;
+    private."""
     bounds: Callable[[], Bounds] = unbounded
-    """What bounds the work on a message that comes now."""
+    """Returns the limits for the work on a message that arrives now."""
 
     @cached_property
     def folder(self) -> Folder:
-        """Where its data is: where the owner says, or ``FEDCORE_DATA``."""
+        """The data folder: the owner's setting, else ``FEDCORE_DATA``."""
         return self.owner.data_folder or data_folder()
 
     @cached_property
     def way(self) -> GradientMethod:
-        """How per-example gradients are taken, found on made-up examples and fresh weights."""
+        """The per-example gradient method, chosen on synthetic examples and fresh weights."""
         model = build_model(self.task, self.run).to(available(self.run.client.device))
-        with self.randomness.library_streams("way"):  # or the first message would draw otherwise
+        with self.randomness.library_streams("way"):  # else the first message's draws would differ
             return find_way(self.task, model)
 
     @property
     def protects(self) -> bool:
-        """Whether what this client sends is to say nothing of single examples."""
+        """Whether this client's updates must be private at example level."""
         return self.run.private and self.is_real
 
     @property
     def is_real(self) -> bool:
-        """Whether this is a device, and no client of a simulation."""
+        """Whether this client is a device rather than part of a simulation."""
         return self.randomness.origin == "system"
 
     @cached_property
     def resident(self) -> Resident:
-        """The model, built with the first message that needs it."""
+        """The model, built for the first message that needs it."""
         return Resident(build_model(self.task, self.run))
 
 
@@ -108,26 +109,28 @@ def learn(
     *,
     on_spend: Callable[[Ledger], None],
 ) -> Update:
-    """One client's local training, whatever its messages travel by.
+    """Trains one client locally and returns its update, whatever the transport.
+
+    Under client-level privacy, an error that the data may have caused yields an unchanged update.
 
     Args:
-        client: The task and the limits.
-        name: Whose data is trained on.
-        instruction: What the server asks for.
-        ledger: What the client has spent; looked at under privacy alone.
-        on_spend: Gets the charged ledger before anything is trained.
+        client: The task, the settings and the limits.
+        name: Name of the client whose data is used.
+        instruction: The server's request.
+        ledger: The client's privacy ledger; read only under example-level privacy.
+        on_spend: Callback with the charged ledger, before any training.
 
     Raises:
-        FedcoreError: whatever stops it; what was spent stays spent.
+        FedcoreError: Training was refused or failed; charges stay in the ledger.
     """
     try:
         return _learn(client, name, instruction, ledger, on_spend)
     except BaseException as error:
-        # Whatever a half-trained model holds, the next message begins without it.
+        # The model may be half-trained: the next message builds a new one.
         client.__dict__.pop("resident", None)
         if not (client.run.client_private and _is_of_data(error)):
             raise
-        # Neither who answers nor whether a round has its quorum is to show what data are like.
+        # Which clients reply, and whether a round reaches its quorum, must not depend on the data.
         log.error(
             "client %r answers that nothing changed, as client-level privacy asks: %s: %s",
             name,
@@ -138,7 +141,7 @@ def learn(
 
 
 def _is_of_data(error: BaseException) -> bool:
-    """Whether a client's data may have decided that this was raised."""
+    """Returns whether a client's data may have caused this error."""
     if isinstance(error, FedcoreError):
         return isinstance(error, TrainingDiverged | DataError)
     return isinstance(error, Exception | SystemExit)
@@ -214,7 +217,7 @@ def _train_private(
     settings: Settings,
     bounds: Bounds,
 ) -> float:
-    """DP-SGD behind a charged ledger; returns the epsilon spent so far, this round included."""
+    """Trains by DP-SGD after charging the ledger; returns the total epsilon, with this round."""
     run, number = client.run, instruction.round
     check_instruction(instruction, model)
     way = client.way
@@ -223,7 +226,7 @@ def _train_private(
     memory_bytes = min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2)
     bounds.admit(
         planned.charge.steps,
-        # As large a batch as the settings ask for: the data decide nothing but their number.
+        # The expected batch size, which depends only on the settings and the number of examples.
         step_s=partial(
             step_seconds,
             client.task,
@@ -248,7 +251,7 @@ def _train_private(
         draws=client.randomness.draws(device, number, name),
         proximal_mu=instruction.proximal_mu,
         memory_bytes=memory_bytes,
-        between=partial(bounds.check, memory=False),  # what it takes may depend on the examples
+        between=partial(bounds.check, memory=False),  # memory use may depend on the examples
     )
     if skipped:
         client.on_skipped(name, skipped)
@@ -256,13 +259,13 @@ def _train_private(
 
 
 def check_instruction(instruction: Instruction, model: FullModel) -> None:
-    """Refuses numbers of a server that no training leads to, whatever the examples are.
+    """Rejects numbers from a server that no honest training produces, whatever the examples are.
 
     Raises:
-        InvalidUpdate: a weight, a statistic of the preprocessing or FedProx's weight is not finite,
-            or larger than training leads to.
+        InvalidUpdate: A weight, a preprocessing statistic or FedProx's ``mu`` is not finite or too
+            large, or the weights are not float32.
     """
-    if instruction.weights.dtype != np.float32:  # of the least whole number, abs is negative
+    if instruction.weights.dtype != np.float32:  # abs() of the smallest integer is negative
         raise InvalidUpdate(
             f"round {instruction.round}: the server's weights are {instruction.weights.dtype}, "
             "expected float32. Nothing was trained or charged; server and client must run the same "
@@ -275,7 +278,7 @@ def check_instruction(instruction: Instruction, model: FullModel) -> None:
         *(("statistic of inputs", _largest(t), _LARGEST_STATISTIC) for t in statistics),
     ]
     for what, largest, limit in found:
-        if not largest <= limit:  # holds for NaN, too
+        if not largest <= limit:  # also true for NaN
             raise InvalidUpdate(
                 f"round {instruction.round}: the server sent a {what} of {largest:g}, expected at "
                 f"most {limit:g}. Nothing was trained or charged; the server's model has diverged, "
@@ -289,11 +292,11 @@ def _largest(values: Tensor) -> float:
 
 
 def settings_of(client: Client, instruction: Instruction) -> Settings:
-    """What a client trains with in this round: the run's settings, and what its server changed.
+    """Returns the client settings for this round: the run's, with the server's overrides.
 
     Raises:
-        InvalidUpdate: what it changed is out of bounds, or may not change under privacy. Nothing
-            was trained or charged.
+        InvalidUpdate: An override is out of bounds, or may not change under privacy. Nothing was
+            trained or charged.
     """
     try:
         asked = instruction.settings
@@ -314,10 +317,10 @@ def spend(
     *,
     round: int,
 ) -> tuple[PrivatePlan, Ledger]:
-    """How a client trains in this round with ``settings``, and its ledger with that charged.
+    """Returns the plan of this round's private training, and the ledger with that charge added.
 
     Raises:
-        BudgetExhausted: its budget does not allow it; nothing may be trained then.
+        BudgetExhausted: The charge would exceed the budget; the client must not train.
     """
     run = client.run
     participations = run.privacy.participations or run.federation.rounds
@@ -341,10 +344,10 @@ def spend(
 
 
 def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
-    """What the client trains on, and what it holds back.
+    """Returns the client's training examples and its holdout.
 
     Raises:
-        DataError: it cannot be read, or is empty.
+        DataError: The data cannot be read, or are empty.
     """
     folder = client.folder
     examples = read_examples(
@@ -357,10 +360,10 @@ def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
 
 
 def model_of(client: Client, instruction: Instruction) -> FullModel:
-    """The model that a server's message carries, in the task's own code.
+    """Returns the local model with the server's weights loaded.
 
     Raises:
-        TaskError: the server's weights are of another model.
+        TaskError: The server's weights belong to another model.
     """
     layout = client.resident.layout
     if layout.digest != instruction.layout:

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Selects the torch device to compute on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fedcore.errors import ConfigError
 
 
 def available(choice: DeviceChoice) -> torch.device:
-    """The device for a choice: CUDA, else MPS, else CPU when it is ``auto``.
+    """Returns the torch device for a setting; ``auto`` prefers CUDA, then MPS, then CPU.
 
     Raises:
-        ConfigError: the device that was asked for is not there.
+        ConfigError: This machine does not have the requested device.
     """
     has = {
         "cuda": torch.cuda.is_available(),

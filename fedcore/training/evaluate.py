@@ -1,4 +1,4 @@
-"""How good a model is on a data set."""
+"""Evaluates a model on a data set: its outputs, and metrics over all examples."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ BATCH_SIZE = 512
 def outputs_of(
     module: nn.Module, examples: Examples, *, between: Callable[[], None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU.
+    """Returns the model's outputs ``(N, ...)`` and the targets ``(N, ...)``, both on the CPU.
 
-    ``between`` is called before each batch; what it raises ends the work.
+    Runs in evaluation mode. ``between`` is called before each batch; an exception from it ends the
+    work.
 
     Raises:
-        DataError: there are no examples.
+        DataError: There are no examples.
     """
     if not size_of(examples):
         raise DataError(
@@ -46,7 +47,7 @@ def outputs_of(
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             with views:
                 found = module(inputs)
-            outputs.append(found.cpu().contiguous())  # metrics may view them as they like
+            outputs.append(found.cpu().contiguous())  # so that metrics may call view()
             targets.append(target)
     module.train(was_training)
     return torch.cat(outputs), torch.cat(targets)
@@ -59,6 +60,12 @@ def evaluate(
     *,
     between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Each metric over all examples, by name; ``between`` is as in `outputs_of`."""
+    """Returns each metric over all examples, by name.
+
+    ``between`` is called before each batch; an exception from it ends the work.
+
+    Raises:
+        DataError: There are no examples.
+    """
     outputs, targets = outputs_of(module, examples, between=between)
     return {metric.name: metric.compute(outputs, targets) for metric in metrics}

@@ -1,4 +1,4 @@
-"""Training without privacy: the loop that clients, pruning and cloud processes share."""
+"""Training without example-level privacy: the loop that clients, pruning and the cloud share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedcore.training.order import ViewsOfAnyMemory, for_images
 
 
 class OptimizerSettings(Protocol):
-    """What ``[client]`` and ``[finetune]`` have in common."""
+    """Optimiser settings that ``[client]`` and ``[finetune]`` share."""
 
     @property
     def optimizer(self) -> str: ...
@@ -30,14 +30,14 @@ class OptimizerSettings(Protocol):
 
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimiser that a section of the configuration names."""
+    """Returns the configured optimiser for a module's trainable parameters."""
     return optimizer_of([p for p in module.parameters() if p.requires_grad], settings)
 
 
 def optimizer_of(
     parameters: Sequence[Tensor], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """The same, for parameters that are no module's."""
+    """Returns the configured optimiser for the given parameters."""
     if settings.optimizer == "adam":
         return torch.optim.Adam(
             parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -65,18 +65,19 @@ def train(
     """Trains ``module`` in place and returns the mean loss over the last epoch.
 
     Args:
-        module: On the device to train on.
+        module: The model, on the device to train on.
         examples: Local data.
         loss: Mean loss over a batch.
-        settings: The optimiser's.
+        settings: Optimiser settings.
         epochs: Passes over the data.
-        batch_size: Examples a step.
-        rng: Fixes the order of examples.
-        penalty: Added to each batch's loss, as FedProx's proximal term.
-        between: Called before each step; what it raises ends the work.
+        batch_size: Examples per step.
+        rng: Generator for the order of examples.
+        penalty: Term added to each batch's loss, such as FedProx's proximal term.
+        between: Callback before each step; an exception from it ends the work.
 
     Raises:
-        TrainingDiverged: a batch's loss is not finite; ``module`` is then not to be used.
+        TrainingDiverged: The mean loss of an epoch is not finite; ``module`` must then be
+            discarded.
     """
     device = next(module.parameters()).device
     optimizer = make_optimizer(module, settings)
@@ -100,7 +101,7 @@ def train(
                 optimizer.step()
                 total += value.detach() * len(targets)
                 count += len(targets)
-            mean = (total / count).item()  # one synchronisation an epoch, not one a batch
+            mean = (total / count).item()  # one device synchronisation per epoch, not per batch
             check_loss(mean, epoch=epoch, learning_rate=settings.learning_rate)
     return mean
 
@@ -112,7 +113,7 @@ def check_loss(value: float, *, epoch: int, learning_rate: float) -> None:
 
 
 def diverged(value: float, *, epoch: int, learning_rate: float) -> TrainingDiverged:
-    """What a loss that is not finite comes to."""
+    """Returns the error for a loss that is not finite."""
     return TrainingDiverged(
         f"training: the loss was {value} in local epoch {epoch + 1} at learning_rate "
         f"{learning_rate}. No update was made; lower the learning rate, or look for inputs "
@@ -121,7 +122,7 @@ def diverged(value: float, *, epoch: int, learning_rate: float) -> TrainingDiver
 
 
 def proximal(module: nn.Module, mu: float) -> Callable[[nn.Module], Tensor]:
-    """FedProx's penalty ``mu/2 * ||w - w_global||^2`` around the current weights.
+    """Returns FedProx's penalty ``mu/2 * ||w - w_global||^2`` around the module's current weights.
 
     Source:
         Li et al. 2020, arXiv:1812.06127, Algorithm 2.

@@ -1,4 +1,4 @@
-"""Whether training fits into memory, asked before it starts."""
+"""Checks before training whether it fits into memory, and reports failed allocations."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from fedcore.config.run import ClientConfig, Privacy
 from fedcore.errors import InsufficientMemory
 
 _FLOAT_BYTES = 4
-_SMALL_BYTES = 64 << 20  # what needs less fits, or nothing else would run either
+_SMALL_BYTES = 64 << 20  # less than this fits, else nothing would run at all
 
 
 _PRIVATE_COPIES = 10
-"""Under privacy, in numbers for each parameter: weights at the start, the gradient, sums and their
-scaled copy in float64, the sum of one physical batch, one example's gradient and what it is made
-of. More examples at once take what `fedcore.training.private.train_private` is given for them."""
+"""Private training's memory in float32 values per parameter: initial weights, the gradient, float64
+sums and their scaled copy, one physical batch's sum, one example's gradient and its intermediates.
+Larger physical batches use the separate budget of `fedcore.training.private.train_private`."""
 
 
 def needed_bytes(model: nn.Module, client: ClientConfig, privacy: Privacy) -> int:
-    """The least that local training takes beyond the model, activations not counted.
+    """Returns the minimum memory of local training beyond the model, without activations.
 
-    Gradients and the optimiser's state, and under privacy what a sum of clipped gradients needs.
-    No batch size counts: private training takes as many examples at once as memory allows.
+    Counts gradients and optimiser state and, under example-level privacy, the buffers for summing
+    clipped gradients. Batch size does not count: private training adapts its physical batch to
+    memory.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = {"adam": 2, "sgd": 1 if client.momentum else 0}[client.optimizer]
@@ -35,7 +36,7 @@ def needed_bytes(model: nn.Module, client: ClientConfig, privacy: Privacy) -> in
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, or None where the system does not tell."""
+    """Returns a device's free memory in bytes; None where the system doesn't report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -56,10 +57,10 @@ def check_memory(
     *,
     owner_limit_bytes: int | None,
 ) -> None:
-    """Refuses training that cannot fit.
+    """Refuses training that cannot fit into memory.
 
     Raises:
-        InsufficientMemory: it needs more than is free, or than the device's owner allows.
+        InsufficientMemory: Training needs more than is free, or than the device's owner allows.
     """
     needed = needed_bytes(model, client, privacy)
     limits = {"the owner's limit": owner_limit_bytes}
@@ -76,7 +77,7 @@ def check_memory(
 
 @contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Turns an allocation that failed after all into `InsufficientMemory`."""
+    """Converts allocation failures within the context to `InsufficientMemory`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -88,7 +89,7 @@ def memory_errors(what: str) -> Iterator[None]:
 
 
 def _out_of_memory(what: str, error: Exception) -> InsufficientMemory:
-    told = next(iter(str(error).splitlines()), type(error).__name__)  # Python's own says nothing
+    told = next(iter(str(error).splitlines()), type(error).__name__)  # MemoryError has no message
     return InsufficientMemory(
         f"{what}: memory ran out ({told}). The work was dropped; make client.batch_size or the "
         "model smaller."

@@ -1,4 +1,4 @@
-"""What clients run around their training, where a strategy needs it."""
+"""Flower mods that some strategies need around a client's training."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ _MODS: Mapping[str, Mod] = {
 
 
 def client_mods(strategy: str) -> Sequence[Mod]:
-    """Flower's mods for clients of the strategy of that name."""
+    """Returns the Flower client mods for the strategy of this name."""
     return [_MODS[strategy]] if strategy in _MODS else []

@@ -1,4 +1,4 @@
-"""Has a model run in the order and memory in which it is fastest; what it computes stays."""
+"""Speeds up convolutional models by layer order and memory layout, with unchanged outputs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def for_images(module: nn.Module) -> Iterator[bool]:
-    """Makes a model with convolutions faster while it is used; says whether it has any.
+    """Speeds up a convolutional model within the context; yields whether it has convolutions.
 
-    Weights lie in channels-last memory, in which convolutions and pooling run two to three times as
-    fast on a CPU. An `nn.Sequential` that is called as a whole runs a ReLU before a max-pooling
-    behind it, where it has a quarter of the numbers to look at: the largest of the positive parts
-    is the positive part of the largest. Layers stay where they are, for whoever names, indexes or
-    iterates over them; those with hooks run where they are. Both end with the context.
+    Weights are in channels-last memory, in which convolutions and pooling run two to three times as
+    fast on a CPU. An `nn.Sequential` that is called as a whole runs a ReLU after the max-pooling
+    that follows it: the two commute, and pooling leaves fewer values. The layers keep their
+    positions for naming, indexing and iteration; layers with hooks are not moved. Both changes end
+    with the context.
 
     Guarantee:
-        Outputs and gradients are the same bits as in the other order of ReLU and pooling: where the
-        largest is positive both choose the same element, and elsewhere both gradients are zero.
-        Under `ViewsOfAnyMemory`, ``Tensor.view`` works where it would on memory in usual order.
+        Outputs and gradients are bit-identical to those of the original order: where the largest
+        value is positive both orders choose the same element, elsewhere both gradients are zero.
+        Under `ViewsOfAnyMemory`, ``Tensor.view`` works wherever it would on contiguous memory.
     """
     if not any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
         yield False
@@ -43,14 +43,14 @@ def for_images(module: nn.Module) -> Iterator[bool]:
     finally:
         for layers in reordered:
             layers.__class__ = nn.Sequential
-        # With weights in channels-last memory, what is evaluated later would have views fail.
+        # With channels-last weights, views would fail in later evaluation.
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 class _PoolingFirst(nn.Sequential):
-    """An `nn.Sequential` whose call runs a max-pooling ahead of the ReLU that stands before it.
+    """An `nn.Sequential` that runs each max-pooling before the ReLU that precedes it.
 
-    A class rather than a ``forward`` of one instance: a copy of it runs its own layers.
+    It is a class, not a ``forward`` on one instance, so that a copy runs its own layers.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ _Layer = Callable[[Tensor], Tensor]
 
 
 def _order(layers: nn.Sequential) -> list[_Layer]:
-    """The layers in the order in which they run fastest."""
+    """Returns the layers in the order in which they run fastest."""
     order: list[_Layer] = list(layers)
     for place in range(len(order) - 1):
         first, second = order[place], order[place + 1]
@@ -75,9 +75,9 @@ def _order(layers: nn.Sequential) -> list[_Layer]:
 
 
 def _relu(x: Tensor) -> Tensor:
-    """ReLU whose way back looks at what it was given, and not at its result.
+    """ReLU whose backward pass needs its input, not its output.
 
-    A layer behind the pooling may overwrite that, as nothing in the usual order needs it.
+    A layer after the pooling may overwrite that output, which nothing needs in the original order.
     """
     return functional.threshold(x, 0.0, 0.0)
 
@@ -87,8 +87,7 @@ def _is_movable_relu(layer: _Layer, before: _Layer | None) -> bool:
         return True
     if type(layer) is not nn.ReLU or not _is_plain(layer):
         return False
-    # In place it changes what it is given, which nobody must see: a layer makes that again, and
-    # hands it to nobody else.
+    # An in-place ReLU overwrites its input. That must be a fresh tensor that nothing else reads.
     return not layer.inplace or _makes_new(before)
 
 
@@ -101,7 +100,7 @@ def _is_plain_pooling(layer: _Layer) -> bool:
 
 
 def _is_plain(layer: _Layer) -> bool:
-    """Whether a layer does what its class does, and no hook looks at what goes in and out."""
+    """Returns whether a layer runs its class's ``forward`` and has no hooks."""
     own = vars(layer)
     return "forward" not in own and not any(own.get(hooks) for hooks in _HOOKS)
 
@@ -110,9 +109,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class ViewsOfAnyMemory(TorchFunctionMode):
-    """Copies what ``Tensor.view`` cannot take only for the memory that it lies in.
+    """Torch function mode in which ``Tensor.view`` works on any memory layout, by a copy if needed.
 
-    A model that flattens by ``x.view(x.size(0), -1)`` is right, and would fail behind a
+    A model that flattens with ``x.view(x.size(0), -1)`` is valid, but would fail after a
     convolution with channels-last weights.
     """
 

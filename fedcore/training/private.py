@@ -1,4 +1,4 @@
-"""Training with example-level differential privacy: DP-SGD."""
+"""DP-SGD: training with example-level differential privacy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
 from fedcore.training.per_example.ways import GradientMethod, trained
 
 MEMORY_BYTES = 512 << 20
-"""What the gradients of one physical batch may take."""
+"""Memory for the gradients of one physical batch."""
 _LARGEST_WEIGHT = 1e30
 
 
@@ -38,29 +38,29 @@ def train_private(
 
     Guarantee:
         Each step is one subsampled Gaussian mechanism on a sum of sensitivity ``plan.clip_norm``
-        (see `clipped_sum`): Poisson sampling at ``plan.charge``'s rate, noise of its multiplier. An
-        empty batch is a step too: it releases noise alone. Whatever the examples are, the same
-        number of steps is taken, nothing is raised that depends on them, and the weights are
-        finite afterwards. Nothing but the trained parameters changes.
+        (see `clipped_sum`): Poisson sampling at the rate of ``plan.charge``, and noise of its
+        multiplier. An empty batch is a step, too: it releases pure noise. Whatever the examples
+        are, the number of steps is the same, no exception depends on them, and the final weights
+        are finite. Only the trained parameters change.
 
     Args:
-        preprocess: Runs before the model, on each example alone, and is not trained.
-        model: On the device to train on.
+        preprocess: Runs before the model, on each example separately; not trained.
+        model: The model, on the device to train on.
         examples: The client's data; their number is public.
-        loss: Mean loss over a batch; it is called on batches of one.
-        settings: The optimiser's.
+        loss: Mean loss over a batch; called on batches of one.
+        settings: Optimiser settings.
         plan: From `fedcore.privacy.planning.plan`.
         way: From `fedcore.training.per_example.trial.find_way`, for this model and loss.
-        draws: Batches and noise.
-        proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it
-            is added behind the noise and costs no privacy.
-        memory_bytes: What the gradients of one physical batch may take.
-        between: Called before each step; what it raises ends the work. It must look at nothing that
-            the examples decide but the time that has passed.
+        draws: Source of batches and noise.
+        proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it is
+            added after the noise and costs no privacy.
+        memory_bytes: Memory for the gradients of one physical batch.
+        between: Callback before each step; an exception from it ends the work. It may depend on
+            elapsed time, but on nothing else that the examples influence.
 
     Returns:
-        How many places in batches counted as zero, as the example there had no finite gradient or
-        could not be read. It is private.
+        Number of batch positions that counted as zero because the example had no finite gradient or
+        could not be read. Private.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
@@ -101,19 +101,19 @@ def train_private(
         for parameter, first in zip(parameters, start, strict=True):
             parameter.grad = None
             _make_finite(parameter, first)
-        for module, name, tensor, before in untrained:  # they would leave without noise
+        for module, name, tensor, before in untrained:  # else released without noise
             tensor.copy_(before)
-            setattr(module, name, tensor)  # the model may have put another one in its place
+            setattr(module, name, tensor)  # the model may have assigned another tensor
     return skipped
 
 
 def noise_deviation(plan: PrivatePlan) -> float:
-    """The standard deviation of the noise that is added to a sum of clipped gradients."""
+    """Returns the standard deviation of the noise added to a sum of clipped gradients."""
     return plan.charge.noise_multiplier * plan.clip_norm * (1 + FLOAT_MARGIN)
 
 
 def _untrained(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Buffers and frozen parameters: whose they are, their names, themselves and their copies."""
+    """Returns buffers and frozen parameters, each with its module, its name and a copy."""
     return [
         (module, name, tensor, tensor.detach().clone())
         for module in model.modules()
@@ -124,7 +124,7 @@ def _untrained(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
 
 
 def _make_finite(parameter: nn.Parameter, start: Tensor) -> None:
-    """Puts the start's value where a weight has run away: decided by the noised weights alone."""
+    """Resets diverged weights to their initial values, by looking only at the noised weights."""
     with torch.no_grad():
         runaway = ~(parameter.abs() <= _LARGEST_WEIGHT)
         parameter.copy_(torch.where(runaway, start, parameter))

@@ -1,4 +1,4 @@
-"""A model that a client keeps in memory from message to message."""
+"""Keeps a client's model in memory across messages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fedcore.updates.pack import layout_of, unpack
 
 
 class Resident:
-    """A model that stays in memory from message to message, and begins each one as if new."""
+    """A model that stays in memory across messages, with its state reset for each."""
 
     def __init__(self, model: FullModel) -> None:
         self.model = model
         self.layout = layout_of(model.model)
-        # What does not travel: counters, and buffers that are kept out of the state dict.
+        # State that messages don't carry: counters, and buffers that the state dict omits.
         self._kept = {
             name: buffer.clone()
             for name, buffer in model.model.named_buffers()
@@ -22,7 +22,7 @@ class Resident:
         self._preprocess: bytes | None = None
 
     def load(self, instruction: Instruction) -> FullModel:
-        """The model with the weights that a server sent, and nothing of the message before."""
+        """Returns the model with the server's weights and preprocessing, and no earlier state."""
         if instruction.preprocess != self._preprocess:
             load_preprocess(instruction.preprocess, self.model)
             self._preprocess = instruction.preprocess

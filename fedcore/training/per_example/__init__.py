@@ -1,1 +1,1 @@
-"""Each example's own gradient, clipped and summed; read `clipped_sum` first."""
+"""Clipped sums of per-example gradients, for DP-SGD; start with `clipped_sum`, then `ways`."""

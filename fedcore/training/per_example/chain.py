@@ -1,4 +1,9 @@
-"""A model as a chain of products, which many clients can run through at once."""
+"""A model as a chain of matrix products that many clients' batches run through at once.
+
+`fedcore.training.per_example.graph.find_chain` builds a `Chain` from a model. A `Run` computes its
+output and each layer's part of the backward pass. Shapes start with ``K`` clients and ``B``
+examples.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Dense:
-    """One dense layer: names of its weight ``(out, in)`` and bias ``(out,)`` in the model."""
+    """A dense layer: the names in the model of its weight ``(out, in)`` and bias ``(out,)``."""
 
     weight: str
     bias: str | None
@@ -27,17 +32,17 @@ class Dense:
 
 @dataclass(frozen=True)
 class Conv(Dense):
-    """One convolution, its weight ``(out, C, kh, kw)``, with the pooling behind it."""
+    """A convolution with weight ``(out, C, kh, kw)``, and the pooling that follows it."""
 
     window: ConvolutionWindow
     channels: int
-    """Of images that it takes: C."""
+    """Channels of the input images: C."""
     outs: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """Applies ``apply`` to results of earlier steps (a `Place` among the arguments)."""
+    """Applies ``apply`` to results of earlier steps; each `Place` among the arguments names one."""
 
     apply: Dense | Elementwise
     args: tuple[Any, ...]
@@ -46,75 +51,77 @@ class Step:
 
 @dataclass(frozen=True)
 class Place:
-    """Stands for the result of a step among a step's arguments."""
+    """A reference, among a step's arguments, to an earlier step's result."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A model as steps; the input is place 0, step ``i`` gives place ``i + 1``."""
+    """A model as steps; the input has index 0, the result of step ``i`` index ``i + 1``."""
 
     steps: tuple[Step, ...]
     output: int
     numbers: int = 0
-    """The most that a layer is given or makes of one example."""
+    """Size of the largest layer input or output for one example, in elements."""
 
     @property
     def layers(self) -> tuple[Dense, ...]:
-        """The layers with weights, in the order in which they run."""
+        """The layers with weights, in execution order."""
         return tuple(step.apply for step in self.steps if isinstance(step.apply, Dense))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a run through the chain leaves for the way back.
+    """A forward pass through the chain, with the tensors that the backward pass needs.
 
-    A dense layer has one row an example, a convolution several.
+    A dense layer has one row per example, a convolution several.
     """
 
     output: Tensor
-    """``(K, B, ...)``."""
+    """Shape ``(K, B, ...)``."""
     inputs: Sequence[Tensor]
-    """What each layer's weights were multiplied with, ``(K, B, in)`` or ``(K, B, R, in)``."""
+    """The factor that each layer's weights multiply, ``(K, B, in)`` or ``(K, B, R, in)``."""
     products: Sequence[Tensor]
-    """What that gave, ``(K, B, out)`` or ``(K, B, R, out)``."""
+    """Each layer's products, ``(K, B, out)`` or ``(K, B, R, out)``."""
     results: Sequence[Tensor]
-    """With the bias, and pooled: ``(K, B, out)`` or ``(K, B, P, out)``."""
+    """Each layer's results with bias and pooling: ``(K, B, out)`` or ``(K, B, P, out)``."""
 
 
 Share = tuple[Tensor, Tensor, Tensor]
-"""Of one layer: what its weights were multiplied with, the slopes of what that gave, and those of
-its results, with the bias, summed up over some of their rows or not; shapes as in a `Pass`."""
+"""One layer's factors of its gradient: inputs of its product, gradients of the products, and
+gradients of the results (with bias), which may be summed over some of their rows. Shapes as in
+`Pass`."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A layer's gradient over each client's whole batch."""
+    """A layer's gradient, summed over each client's whole batch."""
 
     weight: Tensor
-    """``(K, out, in)``, see `matrix`."""
+    """Shape ``(K, out, in)``; see `matrix`."""
     bias: Tensor
-    """``(K, out)``; of no use to a layer without one."""
+    """Shape ``(K, out)``; meaningless for a layer without bias."""
 
 
 @dataclass(frozen=True)
 class Each:
-    """A layer's gradient of each example."""
+    """A layer's per-example gradients."""
 
     weight: Tensor
-    """``(K, B, out, in)``, see `matrix`; the last two may lie in memory the other way round."""
+    """Shape ``(K, B, out, in)``, see `matrix`; the last two dimensions may be transposed in
+    memory."""
     bias: Tensor
-    """``(K, B, out)``; of no use to a layer without one."""
+    """Shape ``(K, B, out)``; meaningless for a layer without bias."""
 
 
 Back = Callable[[Tensor], Iterable[Share | Made | Each]]
-"""From the slopes of a chain's output to each layer's part, in their order; to be called once.
-Where examples are left apart no part is `Made`."""
+"""Maps gradients of a chain's output to each layer's part, in layer order; call it only once. If
+examples are kept separate, no part is `Made`."""
 
 
 def left_apart(part: Share | Made | Each) -> Share | Each:
-    """A layer's part of a run that leaves examples apart."""
+    """Narrows the type of a layer's part from a run that keeps examples separate."""
     assert not isinstance(part, Made)
     return part
 
@@ -124,12 +131,12 @@ Run = Callable[[Weights, Tensor], tuple[Tensor, Back]]
 
 
 def flattened(x: Tensor) -> Tensor:
-    """``(K, B, ...)`` with a row an example."""
+    """Flattens ``(K, B, ...)`` to one row per example."""
     return x.flatten(2)
 
 
 def by_torch(chain: Chain) -> Run:
-    """Runs any chain anywhere."""
+    """Returns a run of the chain by torch operations, for any chain and device."""
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         passed = run_chain(chain, weights, x)
@@ -147,7 +154,7 @@ def _back(passed: Pass, slopes: Tensor) -> Iterable[Share]:
 
 
 def stacked(chain: Chain, weights: Weights, clients: int) -> Weights:
-    """A copy of the weights for each of ``clients``, in the memory that `matrix` needs."""
+    """Returns ``clients`` copies of the weights, in the memory layout that `matrix` needs."""
     copies = {}
     convolutions = {one.weight for one in chain.layers if isinstance(one, Conv)}
     for name, tensor in weights.items():
@@ -160,19 +167,19 @@ def stacked(chain: Chain, weights: Weights, clients: int) -> Weights:
 
 
 def _repeated(tensor: Tensor, clients: int) -> Tensor:
-    """Copies, never the tensor itself: one client's would be, if it were only stretched."""
+    """Returns stacked copies that share no memory with the tensor, even for one client."""
     return tensor.new_empty((clients, *tensor.shape)).copy_(tensor)
 
 
 def matrix(layer: Dense, weight: Tensor) -> Tensor:
-    """A layer's stacked weights ``(K, ...)`` as the matrices of its products, ``(K, out, in)``."""
+    """Views a layer's stacked weights ``(K, ...)`` as its product matrices, ``(K, out, in)``."""
     if isinstance(layer, Conv):
         return weight.permute(0, 1, 3, 4, 2).view(*weight.shape[:2], -1)
     return weight
 
 
 def like_weight(layer: Dense, products: Tensor, weight: Tensor) -> Tensor:
-    """Matrices ``(K, out, in)`` in the shape of a layer's stacked weights; undoes `matrix`."""
+    """Reshapes matrices ``(K, out, in)`` to a layer's stacked weights; the inverse of `matrix`."""
     if isinstance(layer, Conv):
         clients, out, channels, high, wide = weight.shape
         return products.view(clients, out, high, wide, channels).permute(0, 1, 4, 2, 3)
@@ -184,8 +191,8 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
 
     Args:
         chain: From `fedcore.training.per_example.graph.find_chain`.
-        weights: From `stacked`, by their names in the model; no gradient reaches them.
-        x: ``(K, B, ...)``.
+        weights: From `stacked`, by their names in the model; they receive no gradients.
+        x: Shape ``(K, B, ...)``.
     """
     places: list[Tensor] = [x]
     inputs: list[Tensor] = []
@@ -212,11 +219,11 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
     return Pass(places[chain.output], inputs, products, results)
 
 
-_IMAGE = (0, 1, 4, 2, 3)  # of results (K, B, H, W, C)
+_IMAGE = (0, 1, 4, 2, 3)  # from (K, B, H, W, C) to (K, B, C, H, W)
 
 
 def _dense(layer: Dense, weights: Weights, a: Tensor) -> Tensor:
-    """``(K, B, in)`` through a dense layer: ``(K, B, out)``, from which slopes flow."""
+    """Applies a dense layer to ``(K, B, in)``; returns ``(K, B, out)``, which tracks gradients."""
     weight = weights[layer.weight].transpose(1, 2)
     if layer.bias is None:
         return _anchored(torch.bmm(a, weight))
@@ -224,10 +231,10 @@ def _dense(layer: Dense, weights: Weights, a: Tensor) -> Tensor:
 
 
 def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(K, B, C, H, W)`` through a convolution: what was looked at, products, results.
+    """Applies a convolution to ``(K, B, C, H, W)``; returns input patches, products and results.
 
-    The bias comes behind the pooling, where fewer numbers are left for it: rounding keeps order, so
-    the largest sum is that of the largest.
+    The bias is added after pooling, to fewer values: rounding is monotonic, so the largest sum is
+    the sum of the largest product.
     """
     window, weight = layer.window, matrix(layer, weights[layer.weight])
     window.check(*image.shape[3:])
@@ -246,9 +253,10 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
 
 
 def products(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows ``(K, B, R, F)`` times weights ``(K, out, F)``: ``(K, B, R, out)``.
+    """Multiplies rows ``(K, B, R, F)`` by weights ``(K, out, F)``; returns ``(K, B, R, out)``.
 
-    One client's examples are taken one by one on a CPU: each then stays in a core's cache.
+    On a CPU, a single client's examples are multiplied one by one, so that each stays in a core's
+    cache.
     """
     if len(rows) == 1 and not rows.is_cuda:
         each = weight.transpose(1, 2).expand(rows.shape[1], -1, -1)
@@ -257,7 +265,7 @@ def products(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _anchored(z: Tensor) -> Tensor:
-    """``z`` as something that slopes flow back to."""
+    """Makes ``z`` require gradients, if gradients are enabled."""
     if not z.requires_grad and torch.is_grad_enabled():
         z.requires_grad_()
     return z

@@ -1,4 +1,4 @@
-"""The sum of clipped per-example gradients over a batch: what DP-SGD adds noise to."""
+"""The sum of clipped per-example gradients over a batch, to which DP-SGD adds noise."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from fedcore.training.per_example.clipping import shares_of
 from fedcore.training.per_example.ways import GradientMethod, Kind, Part, one_by_one, zero_totals
 
 _MOST_ROWS = 256
-"""Examples that are read, and taken, at once: what one of them is like decides little memory."""
+"""Maximum number of examples read, or processed, at once, so that one example's size has little
+effect on memory."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one batch that have one shape and dtype, each in its own place.
+    """Examples of equal shape and dtype, each at its own position in a batch.
 
-    A place that holds no usable example holds a copy of another one, which counts nothing.
+    A position without a usable example contains a copy of another one, which does not count.
     """
 
     inputs: Tensor
-    """``(B, ...)``."""
+    """Shape ``(B, ...)``."""
     targets: Tensor
-    """``(B, ...)``."""
+    """Shape ``(B, ...)``."""
     counted: Tensor
-    """Whether the example at a place counts, bool, ``(B,)``."""
+    """Whether the example at each position counts, bool, ``(B,)``."""
     seed: int
-    """What dropout and the like draw from, at the first place: each place has its own stream, which
-    does not depend on what the others do."""
+    """Seed of dropout and other randomness at the first position. Position ``i`` uses ``seed + i``,
+    so its stream does not depend on the other examples."""
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The places from ``start`` to before ``stop``."""
+        """Returns the positions from ``start`` up to, but not including, ``stop``."""
         part = slice(start, stop)
         return Batch(self.inputs[part], self.targets[part], self.counted[part], self.seed + start)
 
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """What one batch comes to."""
+    """The sum of clipped gradients over a batch, and the number of skipped examples."""
 
     sums: list[Tensor]
-    """A tensor for each trained parameter, in the order of the model, in float64 where the device
-    has it."""
+    """One tensor for each trained parameter, in the model's order, in float64 where the device
+    supports it."""
     skipped: int
-    """Examples that counted as zero. Private: it must not leave the device."""
+    """Number of examples that counted as zero. Private: it must not leave the device."""
 
 
 def clipped_sum(
@@ -63,25 +64,24 @@ def clipped_sum(
     clip_norm: float,
     physical: int,
 ) -> ClippedSum:
-    """The sum over examples of their gradients, each scaled to an L2 norm of ``clip_norm`` at most.
+    """Returns the sum of per-example gradients, each scaled to an L2 norm of at most ``clip_norm``.
 
     Guarantee:
-        Replacing one example by one that counts as zero changes the sum by at most
-        ``clip_norm * (1 + 1e-4)`` in L2 norm, whatever the examples, the weights, the model and the
-        loss are. Each example's gradient is that of a batch of one, up to float32 rounding. An
-        example whose gradient is not finite, or whose forward or backward pass fails, counts as
-        zero, and never ends the work. The others keep their places in the physical batches then, so
-        that their gradients are the same bits, and rounding tells nothing of it either.
+        Replacing one example by a null record, which counts as zero, changes the sum by at most
+        ``clip_norm * (1 + 1e-4)`` in L2 norm, for any examples, weights, model and loss. Each
+        example's gradient is that of a batch of one, up to float32 rounding. An example whose
+        gradient is not finite, or whose forward or backward pass fails, counts as zero and never
+        aborts the work. The other examples then keep their positions in the physical batches, so
+        that their gradients are bit-identical and rounding reveals nothing about the failed one.
 
     Args:
-        way: How gradients are taken, from `find_way`.
-        preprocess: Runs before the model, on each example alone.
-        model: At whose weights gradients are taken; not changed.
+        way: The gradient method, from `find_way`.
+        preprocess: Runs before the model, on each example separately.
+        model: The model at whose weights gradients are computed; not changed.
         loss: Mean loss over a batch, called on batches of one.
         batches: From `read_batch`.
         clip_norm: L2 bound on one example's gradient over all trained parameters, > 0.
-        physical: How many examples are taken at once; the result does not depend on it but for
-            rounding.
+        physical: Examples processed at once; it affects the result only by rounding.
 
     Source:
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
@@ -104,9 +104,9 @@ def _add_part(
     clip_norm: float,
     totals: Sequence[Tensor],
 ) -> int:
-    """Adds one physical batch to the totals; how many of its examples counted as zero.
+    """Adds one physical batch to the totals; returns how many of its examples counted as zero.
 
-    What is done with an example is decided by that example alone.
+    How an example is processed depends only on that example.
     """
 
     def taken(way: GradientMethod, batch: Batch) -> Part | None:
@@ -141,11 +141,12 @@ def _add_clipped(part: Part, batch: Batch, clip_norm: float, totals: Sequence[Te
 def _taken(
     way: GradientMethod, preprocess: nn.Module, model: nn.Module, batch: Batch
 ) -> Part | None:
-    """The gradients of one physical batch; None where they fail, for want of memory, too.
+    """Returns the gradients of one physical batch; None where computing them fails.
 
-    What an example makes of its values, memory to take among it, must not end the work. A number
-    that Python or NumPy draws while examples are taken together is one for all of them: they are
-    taken one by one then, each with its own.
+    Nothing that an example's values cause, running out of memory included, may abort the work. A
+    number drawn from Python's or NumPy's random stream would be shared by all examples in a
+    vectorised pass: None then, too, so that the caller processes examples one by one, each with its
+    own stream.
     """
     try:
         with global_streams(batch.seed):
@@ -154,12 +155,12 @@ def _taken(
             return found if way.name == "alone" or drawn_outside_torch() == before else None
     except KeyboardInterrupt:  # the user's, or SIGTERM
         raise
-    except BaseException:  # the task's code, on values that nobody looked at
+    except BaseException:  # the task's code, on unchecked values
         return None
 
 
 def _without(batch: Batch, counted: Tensor) -> Batch:
-    """The same places, with the first example that counts in all that do not."""
+    """Replaces each position that does not count by a copy of the first one that does."""
     if not bool(counted.any()):
         return replace(batch, counted=counted)
     first = counted.nonzero()[0, 0]
@@ -175,21 +176,22 @@ def read_batch(
     seed: int,
     usual: Kind | None = None,
 ) -> Iterator[Batch]:
-    """The examples of some rows, on a device, ready to be summed over.
+    """Reads the examples at ``rows`` and yields them on ``device`` as batches for `clipped_sum`.
 
-    A row that cannot be read, or is no pair of tensors, is left out and counts as zero. Where
-    shapes or dtypes differ, rows with inputs of the usual kind come in a batch for each kind of
-    target, in which the others' places are filled. Any other row comes alone, and so does one with
-    a far larger target: a batch that is filled with rows of a shape nobody planned for may take
-    more memory than there is. Rows that are no slices of two tensors are read a few at a time.
+    A row that cannot be read, or is no pair of tensors, is omitted and counts as zero. Where shapes
+    or dtypes differ, rows with inputs of the usual kind form one batch per kind of target, with the
+    other positions filled. Every other row forms a batch of its own, as does a row with a far
+    larger target: a batch filled with copies of an unexpected shape could exceed memory. A data set
+    that is not a `TensorDataset` of two tensors, or a subset of one, is read in chunks.
 
     Args:
         examples: A client's data.
         rows: Row numbers, int64, ``(B,)``.
-        device: Where to train.
-        seed: What random numbers of data sets and models begin at, place by place.
-        usual: Shape and dtype of the task's example, not of the data's; without it, the rows of
-            each kind come together.
+        device: The device to train on.
+        seed: Seed of the data set's and model's randomness at the first row; each further row adds
+            1.
+        usual: Shape and dtype of the task's example input, which do not depend on the data. With
+            None, rows of each kind form one batch.
     """
     if not len(rows):
         return
@@ -206,7 +208,7 @@ def read_batch(
 
 
 def _gathered(examples: Examples, rows: Tensor) -> _Pair | None:
-    """Rows that are slices of two tensors; None where they are not, or some cannot be read."""
+    """Returns the rows as slices of two tensors; None for other data, or if reading fails."""
     whole = examples
     while isinstance(whole, Subset):
         whole = whole.dataset
@@ -214,7 +216,7 @@ def _gathered(examples: Examples, rows: Tensor) -> _Pair | None:
         return None
     try:
         return gather(examples, rows)
-    except Exception:  # an index that is none: its row counts as zero, read by itself
+    except Exception:  # a bad index: reading rows singly makes only that row count as zero
         return None
 
 
@@ -233,7 +235,7 @@ def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
 
 
 def _plain(part: object) -> Tensor:
-    """A batch of one as a tensor that others can be stacked with."""
+    """Returns the example in a batch of one as a dense tensor that can be stacked with others."""
     if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_quantized:
         raise TypeError("no plain tensor")
     if part.is_nested or part.is_meta:
@@ -242,7 +244,7 @@ def _plain(part: object) -> Tensor:
 
 
 def _large(one: Tensor) -> int:
-    """More numbers than a target has beside such an input, in whatever task it is."""
+    """Returns a size that no task's target exceeds, in elements, for an input of this size."""
     return 16 * one.numel() + 4096
 
 

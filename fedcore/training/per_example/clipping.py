@@ -1,8 +1,8 @@
-"""Each example's own gradient of a layer, for DP-SGD: its norm, and a weighted sum over examples.
+"""Norms and weighted sums of a layer's per-example gradients, for DP-SGD.
 
-A server chooses the weights that gradients are taken at, and may choose them so that float32
-overflows, underflows or cancels. A norm that comes out too small would let one example move a sum
-by more than the clip norm. So each way states for which examples its norm is to be believed.
+A server chooses the weights at which gradients are computed, and may choose them so that float32
+overflows, underflows or cancels. A norm that is too small would let one example change a sum by
+more than the clip norm. Therefore each method states for which examples its norm is reliable.
 """
 
 from __future__ import annotations
@@ -19,54 +19,55 @@ from fedcore.training.per_example.chain import Each, Share
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of one layer, for the first ``k`` clients."""
+    """A layer's gradient for the first ``k`` clients, with the weight's part in two factors."""
 
     left: Tensor
-    """``(k, N, p)``."""
+    """Shape ``(k, N, p)``."""
     right: Tensor
-    """``(k, N, q)``: that of the weight is ``left^T right``, read as the weight's matrix."""
+    """Shape ``(k, N, q)``; the weight matrix's gradient is ``left^T right``."""
     bias: Tensor
-    """``(k, out)``; of no use to a layer without one."""
+    """Shape ``(k, out)``; meaningless for a layer without bias."""
 
 
 _LARGEST = 1e12
-"""Factors of a gradient (activations, gradients by outputs) with larger norms are not believed:
-what underflows beside them is then below 1e-9."""
+"""Maximum norm of a gradient's factors (activations, output gradients) for a reliable norm. Values
+that underflow next to such factors then contribute less than 1e-9."""
 _CANCELLED = 32.0
-"""Rows of one example that cancel by more than this factor are not believed. Over `EXACT_ROWS`
-examples partial sums are up to so many times as long as their sum, and are rounded to that: with
-one example more or less each row of the others may be rounded the other way."""
-_SMALLEST = torch.finfo(torch.float32).tiny  # below, a share may be rounded up to twice itself
-_PIECE = 4096  # of a long vector, whose norm is taken in float32
+"""Maximum factor by which one example's rows may cancel for a reliable norm. Partial sums over
+`EXACT_ROWS` examples can exceed their total by this factor, and are rounded accordingly: adding or
+removing an example may flip the rounding of each of the others' rows."""
+_SMALLEST = torch.finfo(torch.float32).tiny  # below, a factor may round up to its double
+_PIECE = 4096  # elements of a long vector whose norm is computed in float32
 
 
 @dataclass(frozen=True)
 class ExampleGradients:
-    """Each example's own gradient of one layer."""
+    """The per-example gradients of one layer."""
 
     squares: Tensor
-    """Squared L2 norms over weight and bias, ``(K, B)``, float64 where the device has it."""
+    """Squared L2 norms over weight and bias, ``(K, B)``, in float64 where the device supports
+    it."""
     usable: Tensor
-    """Whether the norm is to be believed, ``(K, B)``; elsewhere the share must be zero, and the
-    inputs must be replaced, as zero times infinity is no number."""
+    """Whether the norm is reliable, ``(K, B)``. Otherwise the scale factor must be zero and the
+    inputs must be replaced, as zero times infinity is NaN."""
     weighted: Callable[[Tensor, slice], Gradient]
-    """The sum of some of each client's, each times its share, ``(K, B)``, float32."""
+    """Sums a slice of each client's gradients, each times its scale factor, ``(K, B)``, float32."""
 
 
 def example_gradients(part: Share | Each, *, bias: bool) -> ExampleGradients:
-    """Those of a layer, by the way that takes the least work.
+    """Returns a layer's per-example gradients by the cheapest method.
 
     Guarantee:
-        For a usable example the L2 norm of what ``weighted`` adds for it, at share 1, is at most
-        the root of its square up to float32 rounding, whatever the values are.
+        For a usable example, the L2 norm of what ``weighted`` adds at scale factor 1 is at most the
+        root of its entry in ``squares``, up to float32 rounding, for any values.
 
     Args:
-        part: What a chain's way back leaves of the layer.
-        bias: Whether the layer has one.
+        part: The layer's part of a chain's backward pass.
+        bias: Whether the layer has a bias.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799 (dense layers); Bu et al. 2022, arXiv:2205.10683 (when a
-        convolution's norm is had without its gradient).
+        convolution's norm is computed without its gradient).
     """
     if isinstance(part, Each):
         (squares, usable, product), of_bias = _given(part.weight), part.bias
@@ -90,7 +91,7 @@ def example_gradients(part: Share | Each, *, bias: bool) -> ExampleGradients:
 
 
 def without(part: Share | Each, usable: Tensor) -> Share | Each:
-    """A layer's part with zeros in place of all examples that are not usable, ``(B,)``; K is 1."""
+    """Returns a layer's part with unusable examples, ``(B,)``, set to zero; requires K = 1."""
 
     def kept(one: Tensor) -> Tensor:
         mask = usable.view(1, -1, *[1] * (one.dim() - 2))
@@ -103,30 +104,36 @@ def without(part: Share | Each, usable: Tensor) -> Share | Each:
 
 
 def shares_of(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
-    """What to multiply gradients with so that none is longer than ``clip_norm``, float32.
+    """Returns float32 scale factors that bound each gradient's norm by ``clip_norm``.
 
     Args:
         squares: Squared norms over all layers.
         clip_norm: The bound; broadcast against ``squares``.
 
     Source:
-        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; the added 1e-6 is that of Opacus.
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; the added 1e-6 is from Opacus.
     """
     shares: Tensor = clip_norm / (squares.sqrt() + 1e-6)
     return functional.threshold(shares.clamp(max=1).to(torch.float32), _SMALLEST, 0.0)
 
 
 def batch_gradient(inputs: Tensor, slopes: Tensor, of_results: Tensor) -> Gradient:
-    """That of a layer over whole batches, whose slopes are weighted already; shapes as above."""
+    """Returns a layer's gradient over whole batches, from already weighted output gradients.
+
+    Args:
+        inputs: The factor of the layer's weights, ``(K, B, in)`` or ``(K, B, R, in)``.
+        slopes: Weighted gradients of the products, ``(K, B, out)`` or ``(K, B, R, out)``.
+        of_results: Weighted gradients of the results, ``(K, B, out)`` or ``(K, B, P, out)``.
+    """
     left, right = slopes.flatten(1, -2), inputs.flatten(1, -2)
     return Gradient(left, right, of_results.flatten(1, -2).sum(dim=1))
 
 
 def norms(vectors: Tensor) -> Tensor:
-    """L2 norms along the last dimension, in float64 where there is one, so squares fit.
+    """Returns L2 norms along the last dimension, in float64 (so that squares fit) if supported.
 
-    Long vectors are taken in pieces: torch adds up squares in float32, and over 8 million equal
-    entries that comes out 0.7 % too small. Over a piece it is at most 2e-5.
+    Long vectors are split into pieces: torch sums squares in float32, which is 0.7 % too small over
+    8 million equal entries. Over a piece the error is at most 2e-5.
     """
     wide = torch.float32 if vectors.device.type == "mps" else torch.float64
     whole = vectors.shape[-1] // _PIECE * _PIECE
@@ -139,7 +146,7 @@ def norms(vectors: Tensor) -> Tensor:
 
 
 def _outer(inputs: Tensor, slopes: Tensor, bias: bool) -> ExampleGradients:
-    """One row an example: the norm of an outer product is the product of norms."""
+    """Handles one row per example: the norm of an outer product is the product of the norms."""
     of_inputs, of_slopes = norms(inputs), norms(slopes)
     squares = of_slopes.square() * (of_inputs.square() + bias)
     usable = (of_inputs <= _LARGEST) & (of_slopes <= _LARGEST)
@@ -152,14 +159,14 @@ def _outer(inputs: Tensor, slopes: Tensor, bias: bool) -> ExampleGradients:
 
 
 _Factors = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""From the shares of some examples, and which they are, to the factors of their sum."""
+"""Maps scale factors and a slice of examples to the two factors of their weighted sum."""
 
 
 def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
-    """Few rows, many weights: norms from the products of the rows with each other.
+    """Handles few rows and many weights: computes norms from inner products between the rows.
 
-    These products cancel, and so do the rows when they are summed up: the products are taken in
-    float64, and an example whose rows cancel almost wholly is not used.
+    These products cancel, as do the rows when summed. So the products are float64, and an example
+    whose rows cancel almost entirely is unusable.
     """
     of_inputs, of_slopes = norms(inputs), norms(slopes)
     a, s = (one.flatten(0, 1).to(of_inputs.dtype) for one in (inputs, slopes))
@@ -178,10 +185,10 @@ def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
 
 
 def _made(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
-    """Many rows, few weights: each gradient is made, and the sum of them costs little then.
+    """Handles many rows and few weights: materialises each gradient, which makes the sum cheap.
 
-    The narrower of the two factors stands first: the other way round takes up to four times as long
-    where one has few columns, and the sum over examples is turned round instead.
+    The narrower factor comes first: with few columns in one factor, the other order takes up to
+    four times as long. The sum over examples is transposed instead.
     """
     turned = inputs.shape[3] < slopes.shape[3]
     first, second = (inputs, slopes) if turned else (slopes, inputs)
@@ -191,7 +198,7 @@ def _made(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
 
 
 def _given(each: Tensor) -> tuple[Tensor, Tensor, _Factors]:
-    """From the gradients themselves, ``(K, B, out, in)``."""
+    """Handles materialised gradients, ``(K, B, out, in)``."""
     turned = not each.is_contiguous()
     kept = each.transpose(2, 3) if turned else each
     flat = kept.flatten(2)

@@ -1,7 +1,7 @@
-"""A chain of convolutions without branches, run forth and back by compiled kernels.
+"""Runs a straight chain of convolutions on the CPU, forward and backward, by compiled kernels.
 
-What autograd would keep of each operation, and call one by one on the way back, is written out here
-for whole layers: rows, product, pooling, bias, and the ReLU behind them.
+Where autograd stores every operation and replays each one, this code handles whole layers: patches,
+product, pooling, bias and the ReLU that follows.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from fedcore.training.per_example.graph import is_relu
 
 
 def by_kernels(chain: Chain, *, apart: bool) -> Run | None:
-    """Runs a chain with float32 weights on the CPU; None where that is better left to torch.
+    """Returns a run of the chain by float32 kernels on the CPU; None where torch is better.
 
-    So it is without convolutions, and where a result is used twice.
+    That is the case without convolutions, with very large pooling blocks, and where a result is
+    used twice.
 
     Args:
         chain: From `fedcore.training.per_example.graph.find_chain`.
-        apart: Whether examples are left apart on the way back, for each one's own gradient.
+        apart: Whether the backward pass keeps examples separate, for per-example gradients.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
     few = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
@@ -70,14 +71,14 @@ def _back(undos: Sequence[Undo], slopes: Tensor) -> Sequence[Share | Made | Each
 
 
 def _is_straight(chain: Chain) -> bool:
-    """Whether each step is given what the one before it gave, and that alone."""
+    """Returns whether each step reads the previous step's result, and no other."""
     given = [[one for one in step.args if isinstance(one, Place)] for step in chain.steps]
     in_turn = all(places == [Place(number)] for number, places in enumerate(given))
     return in_turn and chain.output == len(chain.steps)
 
 
 def _links(steps: Sequence[Step], *, apart: bool) -> Iterator[Link]:
-    """Layers with the ReLU behind them, and whatever else there is; the first is a layer."""
+    """Yields the steps as links, each layer with the ReLU that follows; a layer must come first."""
     behind = [*(is_relu(step.apply) for step in steps[1:]), False]
     taken = False
     for place, (step, relu) in enumerate(zip(steps, behind, strict=True)):
@@ -101,7 +102,7 @@ def _applied(step: Step, x: Tensor) -> Tensor:
 
 
 def _any(step: Step) -> Link:
-    """Has autograd find the way back."""
+    """Returns a link whose backward pass comes from autograd."""
 
     def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         with torch.enable_grad():

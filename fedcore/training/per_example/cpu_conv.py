@@ -1,7 +1,9 @@
-"""One convolution of a chain with its pooling and ReLU, forth and back by compiled loops.
+"""Runs a convolution with its pooling and ReLU, forward and backward, by compiled loops.
 
-Clients go one after the other, so that what their images are spread out to stays in a core's cache:
-between one layer and the next only what a layer gives is kept, and which of its results were taken.
+Clients run one after the other, so that each one's patches stay in a core's cache. Between layers
+only each layer's results are kept, and the position of the maximum in each pooling block.
+
+Shapes: ``K`` clients, ``B`` examples, ``R`` patches per example of ``F`` numbers each.
 """
 
 from __future__ import annotations
@@ -31,24 +33,24 @@ from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_k
 from fedcore.training.per_example.chain import Conv, Each, Made, Share, Weights, matrix
 
 Undo = Callable[[Tensor], tuple[Tensor, Share | Made | Each | None]]
-"""From slopes of what a link gave: those of what it was given, and its layer's part in them. To be
-called once, and of a chain's first layer only its part counts."""
+"""Maps gradients of a link's result to those of its input, and to the layer's part. Call it only
+once; for a chain's first layer only the part is valid."""
 Link = Callable[[Weights, Tensor], tuple[Tensor, Undo]]
-"""Runs a part of a chain: what it gives, and the way back."""
+"""Runs one part of a chain; returns its result and its backward pass."""
 
-_SHORT = 16  # numbers: where a kernel's line has fewer, columns are laid quicker than rows
-_FEW = 8  # channels: with fewer, tiles cost more than they save
+_SHORT = 16  # numbers per kernel row; with fewer, filling columns is faster than filling rows
+_FEW = 8  # channels; with fewer, tiles cost more than they save
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
 
 
 def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
-    """Runs a convolution with its pooling.
+    """Returns a link that runs a convolution with its pooling.
 
     Args:
         layer: The convolution.
-        relu: Whether one follows.
-        first: Whether nobody asks for slopes of what it is given.
-        apart: Whether examples are left apart on the way back, or else its part is `Made`.
+        relu: Whether a ReLU follows.
+        first: Whether it is the chain's first layer, whose input needs no gradients.
+        apart: Whether the backward pass keeps examples separate; otherwise its part is `Made`.
     """
     inside = replace(layer.window, padding=(0, 0))
     loops = direct(inside, layer.channels, layer.outs) if first else None
@@ -59,7 +61,7 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
         bias = x.new_zeros((len(x), layer.outs)) if layer.bias is None else weights[layer.bias]
         x = x.permute(_CHANNELS_LAST)
         layer.window.check(*x.shape[2:4])
-        if x.shape[4] != layer.channels:  # before a loop reads or writes what other images need
+        if x.shape[4] != layer.channels:  # before a loop reads or writes out of bounds
             raise ValueError(
                 f"images of {x.shape[4]} channels, and the layer takes {layer.channels}"
             )
@@ -73,7 +75,7 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
 
 
 def _padded(window: ConvolutionWindow, x: Tensor) -> Tensor:
-    """``(K, B, H, W, C)`` in one run of memory."""
+    """Pads ``(K, B, H, W, C)`` and makes it contiguous."""
     down, across = window.padding
     if down or across:
         x = functional.pad(x, (0, 0, across, across, down, down))
@@ -90,12 +92,12 @@ def _directly(
     relu: bool,
     apart: bool,
 ) -> tuple[Tensor, Undo]:
-    """By loops that read images as they are; ``x`` is ``(K, B, H, W, C)``, as below."""
+    """Runs ``x``, ``(K, B, H, W, C)``, by loops that read images directly, without patches."""
     cells = window.cells(*x.shape[2:4])
     x = _padded(window, x)
     size = (x.shape[2], x.shape[3], *cells)
     result = x.new_empty((*x.shape[:2], *cells, weight.shape[1]))
-    kernels = weight.transpose(1, 2).contiguous()  # an output beside the other
+    kernels = weight.transpose(1, 2).contiguous()  # outputs adjacent in memory
     images, found = _flat(x), _lines(result)
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
     loops.ahead(images, kernels.numpy(), bias.numpy(), found, places, size, relu)
@@ -105,7 +107,7 @@ def _directly(
         of_result = slopes.permute(_CHANNELS_LAST).contiguous()
         of_kernels = kernels.new_empty((*each, *kernels.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
-        parts = math.prod(each)  # of what a gradient is asked for
+        parts = math.prod(each)  # number of gradients
         loops.back(
             images.reshape(parts, -1),
             of_kernels.view(parts, *kernels.shape[1:]).numpy(),
@@ -129,7 +131,10 @@ def _by_taken(
     relu: bool,
     apart: bool,
 ) -> tuple[Tensor, Undo]:
-    """Forth by the fewest products, back from the results that were taken."""
+    """Runs ``x``, ``(K, B, H, W, C)``, with a backward pass only through each block's maximum.
+
+    The forward pass uses Winograd tiles where these are faster, and patches elsewhere.
+    """
     (height, width), (above, beside) = x.shape[2:4], window.padding
     cells = window.cells(height, width)
     x = _padded(window, x)
@@ -144,7 +149,7 @@ def _by_taken(
         of_weight = weight.new_empty((*each, *weight.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
         of_images = torch.empty_like(x)
-        parts = math.prod(each)  # of what a gradient is asked for
+        parts = math.prod(each)  # number of gradients
         back(
             x.view(parts, -1).numpy(),
             of_images.view(parts, -1).numpy(),
@@ -171,7 +176,7 @@ def _by_rows(
     first: bool,
     apart: bool,
 ) -> tuple[Tensor, Undo]:
-    """By products of rows, forth and back."""
+    """Runs ``x``, ``(K, B, H, W, C)``, by matrix products with patches, forward and backward."""
     x = x.contiguous()
     clients, batch, height, width, channels = x.shape
     outs = weight.shape[1]
@@ -188,7 +193,7 @@ def _by_rows(
         of_images = torch.empty_like(x)
         gradient = torch.empty_like(weight)
         for client in range(clients):
-            place = client if apart else 0  # nobody reads the products again
+            place = client if apart else 0  # otherwise products are not needed again
             one = of_result[client], places[client], of_products[place]
             unpool(*one, _lines(of_bias)[client], blocks)
             if not apart:
@@ -214,19 +219,19 @@ def _rows_ahead(
     keep: bool,
     apart: bool = False,
 ) -> tuple[Tensor, Any, Tensor, Tensor]:
-    """By a product of all that it looks at, each place in a row.
+    """Runs the forward pass by a matrix product, with each patch in a row.
 
     Args:
-        window: Of the convolution.
-        weight: ``(K, out, F)``.
-        bias: ``(K, out)``.
-        x: ``(K, B, H, W, C)``, in one run of memory.
-        relu: Whether one follows.
-        keep: Whether somebody reads the rows again, or else there is room for one client's.
-        apart: The same of products.
+        window: The convolution's window.
+        weight: Shape ``(K, out, F)``.
+        bias: Shape ``(K, out)``.
+        x: Shape ``(K, B, H, W, C)``, contiguous.
+        relu: Whether a ReLU follows.
+        keep: Whether to keep every client's patches; otherwise clients share one buffer.
+        apart: Whether to keep every client's products; otherwise clients share one buffer.
 
     Returns:
-        What is found, its places, rows and products.
+        Pooled results, the positions of the maxima in their blocks, patches and products.
     """
     clients, batch, height, width, channels = x.shape
     outs, numbers = weight.shape[1:]
@@ -253,7 +258,7 @@ def _rows_ahead(
 
 
 def _multiply(rows: Tensor, weight: Tensor, products: Tensor) -> None:
-    """``(B, R, F)`` and ``(out, F)``: ``(B, R, out)``; one product, where rows are rows."""
+    """Multiplies ``(B, R, F)`` by ``(out, F)`` to ``(B, R, out)``; one product if contiguous."""
     if rows.is_contiguous():
         torch.mm(rows.flatten(0, 1), weight.t(), out=products.flatten(0, 1))
     else:
@@ -261,7 +266,7 @@ def _multiply(rows: Tensor, weight: Tensor, products: Tensor) -> None:
 
 
 def _multiply_back(rows: Tensor, slopes: Tensor, gradient: Tensor) -> None:
-    """``(B, R, F)`` and ``(B, R, out)``: ``(out, F)``."""
+    """Multiplies ``(B, R, F)`` and ``(B, R, out)`` to the weight's gradient ``(out, F)``."""
     if rows.is_contiguous():
         torch.mm(slopes.flatten(0, 1).t(), rows.flatten(0, 1), out=gradient)
     else:
@@ -269,7 +274,7 @@ def _multiply_back(rows: Tensor, slopes: Tensor, gradient: Tensor) -> None:
 
 
 def _tiled(window: ConvolutionWindow, x: Tensor, outs: int) -> bool:
-    """Whether tiles are the quicker way, and have room."""
+    """Returns whether Winograd tiles fit the convolution and the buffers, and are faster."""
     _, _, height, width, channels = x.shape
     fits = (window.kernel, window.stride, window.pool) == ((3, 3), (1, 1), (2, 2))
     across = window.cells(height, width)[1]
@@ -280,7 +285,11 @@ def _tiled(window: ConvolutionWindow, x: Tensor, outs: int) -> bool:
 def _tiles_ahead(
     window: ConvolutionWindow, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
 ) -> tuple[Tensor, Any]:
-    """By Winograd's tiles, each of which is what pooling looks at: what is found, its places."""
+    """Runs the forward pass by Winograd tiles, one per pooling block.
+
+    Returns:
+        Pooled results, and the positions of the maxima in their blocks.
+    """
     clients, batch, height, width, channels = x.shape
     outs = weight.shape[1]
     down, across = window.cells(height, width)
@@ -291,7 +300,7 @@ def _tiles_ahead(
     images, found, biases = _flat(x), _lines(result), bias.numpy()
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
     lanes = x.new_empty(PARTS * LANE)
-    most = min(batch * down, LANE // (across * channels))  # rows of tiles at once
+    most = min(batch * down, LANE // (across * channels))  # tile rows per product
     products = x.new_empty(PARTS * most * across * outs)
     for client, kernel in enumerate(kernels.transpose(2, 3)):
         for first, rows, taken in _row_blocks(batch * down, most, across):
@@ -305,7 +314,7 @@ def _tiles_ahead(
 
 
 def _row_blocks(rows: int, most: int, across: int) -> list[tuple[int, int, slice]]:
-    """Rows of tiles in blocks that have room: the first, how many, and their tiles."""
+    """Returns blocks of tile rows that fit the buffers: first row, number of rows, tile slice."""
     blocks = []
     for first in range(0, rows, most):
         last = min(rows, first + most)
@@ -314,10 +323,10 @@ def _row_blocks(rows: int, most: int, across: int) -> list[tuple[int, int, slice
 
 
 def _flat(tensor: Tensor) -> Any:
-    """``(K, ...)`` with a line a client."""
+    """Views ``(K, ...)`` as one flat NumPy row per client."""
     return tensor.view(len(tensor), -1).numpy()
 
 
 def _lines(tensor: Tensor) -> Any:
-    """``(K, ..., out)`` as ``(K, N, out)``."""
+    """Views ``(K, ..., out)`` as a NumPy array ``(K, N, out)``."""
     return tensor.view(len(tensor), -1, tensor.shape[-1]).numpy()

@@ -1,4 +1,4 @@
-"""Finds in a model a chain of products, by tracing it."""
+"""Finds the chain of products in a model, by tracing it with torch.fx."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MODULES = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
 )
-"""Layers that treat each number alone, so that a further dimension changes nothing."""
+"""Elementwise layers, which work unchanged on tensors with an additional dimension."""
 _FUNCTIONS = (
     *(torch.relu, torch.tanh, torch.sigmoid, torch.sin, torch.abs, torch.square),
     *(functional.relu, functional.tanh, functional.sigmoid, functional.gelu, functional.silu),
@@ -37,20 +37,19 @@ _FUNCTIONS = (
 )
 _METHODS = ("relu", "tanh", "sigmoid", "abs", "square")
 _POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-"""Layers that treat each image alone."""
+"""Layers that process each image separately."""
 _RELU = (functional.relu, torch.relu, Tensor.relu)
 
 
 def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
-    """The chain that ``model`` is, or None when it is anything else.
+    """Returns the model as a chain, or None where the model is not one.
 
-    A chain holds dense layers and convolutions, each used once, and between them only pooling and
-    functions that treat each number alone. What is found is run beside the model on ``example`` and
-    must answer the same.
+    A chain consists of dense layers and convolutions, each used once, with only pooling and
+    elementwise functions between them. The chain must give the model's output on ``example``.
 
     Args:
         model: On any device.
-        example: A batch behind preprocessing, shape ``(B, ...)``, on the model's device.
+        example: A preprocessed batch, ``(B, ...)``, on the model's device.
     """
     chain = _traced(model)
     if chain is None:
@@ -59,7 +58,7 @@ def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
     named = dict(model.named_parameters())
     used = [name for one in chain.layers for name in (one.weight, one.bias) if name is not None]
     if sorted(used) != sorted(named) or list(model.buffers()):
-        return None  # shared, unused or other weights
+        return None  # shared or unused weights, or some outside the chain
     try:
         with torch.no_grad():
             weights = stacked(chain, {name: p.detach() for name, p in named.items()}, 1)
@@ -67,7 +66,7 @@ def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
             passed = run_chain(chain, weights, example.unsqueeze(0))
             found = passed.output.squeeze(0)
     except (RuntimeError, TypeError, ValueError, IndexError):
-        return None  # the model will say what is wrong when it is trained by itself
+        return None  # training the model itself will report the cause
     same = found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
     if not same:
         return None
@@ -88,12 +87,12 @@ class _EachImage:
 
 def _traced(model: nn.Module) -> Chain | None:
     prefix = None
-    if isinstance(model, nn.Linear | nn.Conv2d):  # tracing a layer looks inside it
+    if isinstance(model, nn.Linear | nn.Conv2d):  # the tracer would trace into a single layer
         model = nn.Sequential(model)
         prefix = ""
     try:
         graph = fx.Tracer().trace(model)
-    except Exception:  # the user's code, run on stand-ins for tensors: anything can happen
+    except Exception:  # the user's code, run on proxies: it may raise anything
         return None
     modules = dict(model.named_modules())
     places: dict[fx.Node, int] = {}
@@ -148,7 +147,7 @@ def _step(
 
 
 def _divides(node: fx.Node) -> bool:
-    """Whether a node divides by a number: nought by nought, in rows of padding, would spread."""
+    """Returns whether a node divides by a constant; 0 / 0 in padding rows would spread NaN."""
     return (
         _calls(node, operator.truediv, torch.div)
         and len(node.args) == 2
@@ -158,7 +157,7 @@ def _divides(node: fx.Node) -> bool:
 
 
 def _flattens(node: fx.Node) -> bool:
-    """Whether a node makes each example one row, in one of the ways in which that is written."""
+    """Returns whether a node flattens each example to one row, in any of the usual spellings."""
     if _calls(node, torch.flatten, "flatten"):
         dims = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
         return {"end_dim": -1} | dims == {"start_dim": 1, "end_dim": -1}
@@ -169,17 +168,17 @@ def _flattens(node: fx.Node) -> bool:
         shape = tuple(shape[0])
     if len(shape) != 2 or not isinstance(shape[1], int):
         return False
-    # A number of columns other than an example's shows when the chain is run beside the model.
+    # Running the chain against the model detects a wrong number of columns.
     return _is_batch_size(shape[0]) or bool(shape[0] == -1)
 
 
 def _calls(node: fx.Node, *wanted: object) -> bool:
-    """Whether a node calls one of these functions, or a tensor's method of such a name."""
+    """Returns whether a node calls one of these functions, or a tensor method of such a name."""
     return node.op in ("call_function", "call_method") and node.target in wanted
 
 
 def _asks_for_shape(node: Any) -> bool:
-    """Whether a node is a tensor's shape or a part of it."""
+    """Returns whether a node is a tensor's shape or a part of one."""
     if not isinstance(node, fx.Node):
         return False
     if _calls(node, operator.getitem):
@@ -188,18 +187,18 @@ def _asks_for_shape(node: Any) -> bool:
 
 
 def _is_batch_size(node: Any) -> bool:
-    """Whether a node is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``."""
+    """Returns whether a node is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``."""
     if not _asks_for_shape(node) or node.kwargs:
         return False
     shape, *which = node.args
-    if _calls(node, operator.getitem):  # of the whole shape, not of a part of it
+    if _calls(node, operator.getitem):  # indexes the whole shape, not a part of it
         whole = _calls(shape, getattr) or (_calls(shape, "size") and len(shape.args) == 1)
         return which == [0] and whole and not shape.kwargs
     return _calls(node, "size") and which == [0]
 
 
 def _is_read_elsewhere(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether what a node overwrites is read by another one, be it through a view of it."""
+    """Returns whether another node reads what this node overwrites, directly or through a view."""
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         if sum(not _asks_for_shape(reader) for reader in node.users) > 1:
@@ -233,7 +232,7 @@ def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:
 
 
 def _window(layer: nn.Conv2d) -> ConvolutionWindow | None:
-    """What a convolution looks at; None where that is no plain rectangle."""
+    """Returns a convolution's window; None for groups, dilation or other than zero padding."""
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     if not plain or isinstance(layer.padding, str):
         return None
@@ -241,9 +240,10 @@ def _window(layer: nn.Conv2d) -> ConvolutionWindow | None:
 
 
 def _with_pooling(chain: Chain) -> Chain:
-    """Has convolutions do the pooling behind them, with a ReLU between the two moved behind both.
+    """Fuses each max-pooling into the convolution before it; a ReLU between them runs after both.
 
-    What is thrown away is then not computed. See `fedcore.training.order` for why ReLU may move.
+    Results outside whole pooling blocks are then not computed, and the ReLU has fewer values to
+    process. `fedcore.training.order` explains why it may move.
     """
     steps = list(chain.steps)
     readers: dict[int, list[int]] = {}
@@ -254,7 +254,7 @@ def _with_pooling(chain: Chain) -> Chain:
     readers.setdefault(chain.output, []).append(len(steps))
 
     def reader(place: int) -> int | None:
-        """The only step that reads what step ``place`` gives."""
+        """Returns the only step that reads the result of step ``place``, if exactly one does."""
         found = readers.get(place + 1, [])
         return found[0] if len(found) == 1 and found[0] < len(steps) else None
 
@@ -275,12 +275,12 @@ def _with_pooling(chain: Chain) -> Chain:
 
 
 def is_relu(apply: Dense | Elementwise) -> bool:
-    """Whether a step is a ReLU, in any of the ways in which that is written."""
+    """Returns whether a step is a ReLU, in any of its spellings."""
     return type(apply) is nn.ReLU or any(apply is one for one in _RELU)
 
 
 def _block(apply: Dense | Elementwise) -> Pair | None:
-    """The blocks of which a max-pooling keeps the largest; None where it is anything else."""
+    """Returns the block size of a non-overlapping max-pooling; None for anything else."""
     layer = apply.layer if isinstance(apply, _EachImage) else None
     if type(layer) is not nn.MaxPool2d or layer.ceil_mode or _pair(layer.dilation) != (1, 1):
         return None
@@ -293,7 +293,7 @@ def _pair(value: Any) -> Pair:
 
 
 def _pure(layer: nn.Module) -> Elementwise:
-    """The layer, never in place: what went in is needed on the way back."""
+    """Returns the layer in its out-of-place form, as the backward pass needs its input."""
     layer = copy.copy(layer)
     if getattr(layer, "inplace", False):
         layer.__dict__["inplace"] = False

@@ -1,7 +1,10 @@
-"""Convolutions over many clients' batches as products, and the pooling behind them.
+"""Convolutions over many clients' batches as matrix products, and the pooling that follows them.
 
-A convolution is one product once each place that it looks at lies in a row of its own. The products
-of a client's whole batch keep a processor twice as busy as direct convolutions of ten images do.
+A convolution is one matrix product once each input patch is laid out as a row. The product over a
+client's whole batch keeps a processor twice as busy as direct convolutions of ten images do.
+
+In all shapes, pooling has ``P`` blocks of ``q`` convolution results each, and a patch ``F`` numbers
+in the order (kernel's height, its width, channel).
 """
 
 from __future__ import annotations
@@ -17,23 +20,23 @@ from torch.nn.grad import conv2d_input
 
 from fedcore.kernels.window import ConvolutionWindow
 
-_FEW_CHANNELS = 8  # rows of fewer are too short to be copied one by one
+_FEW_CHANNELS = 8  # with fewer, rows are too short to copy efficiently
 
 
 def patches(x: Tensor, window: ConvolutionWindow) -> Tensor:
-    """What a convolution looks at, a row for each result that is wanted.
+    """Returns a convolution's input patches, one row for each result that pooling needs.
 
     Args:
-        x: ``(K, B, C, H, W)``; fastest where channels lie innermost, or are few.
-        window: Of the convolution.
+        x: Shape ``(K, B, C, H, W)``; fastest where channels are innermost in memory, or few.
+        window: The convolution's window.
 
     Returns:
-        ``(K, B, q * P, F)``: ``q`` places in a block times ``P`` blocks, and ``F`` numbers each, in
-        the order (kernel's height, its width, channel).
+        Shape ``(K, B, q * P, F)``: ``q`` places in a block times ``P`` blocks, and ``F`` numbers
+        each, in the order (kernel's height, its width, channel).
     """
     x = _padded(x, window)
     clients, batch, channels = x.shape[:3]
-    if channels < _FEW_CHANNELS:  # long runs along the image, then seen from the other side
+    if channels < _FEW_CHANNELS:  # copies long runs along the image, then transposes
         rows = _looked_at(x, window).permute(0, 6, 7, 8, 1, 2, 3, 4, 5)
         numbers = rows.shape[1] * rows.shape[2] * rows.shape[3]
         return rows.reshape(clients, numbers, batch, -1).permute(0, 2, 3, 1)
@@ -44,18 +47,18 @@ def patches(x: Tensor, window: ConvolutionWindow) -> Tensor:
 
 
 def convolved(x: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor | None:
-    """What `patches` times the weights gives, by torch's own convolution where that is quicker.
+    """Returns the products of `patches` and weights by torch's convolution, where that is faster.
 
-    It is for one client on a CPU, whose products torch's library takes at half the speed, unless
-    images have few channels: putting results in order then takes longer.
+    That is for one client on a CPU, for which torch's matrix library takes twice as long, unless
+    images have few channels: reordering the results then takes longer.
 
     Args:
-        x: ``(1, B, C, H, W)``.
-        weight: ``(1, out, F)``.
-        window: Of the convolution.
+        x: Shape ``(1, B, C, H, W)``.
+        weight: Shape ``(1, out, F)``.
+        window: The convolution's window.
 
     Returns:
-        ``(1, B, q * P, out)``; None where products are quicker.
+        Shape ``(1, B, q * P, out)``; None where matrix products are faster.
     """
     batch, channels = x.shape[1:3]
     if len(x) > 1 or x.is_cuda or channels < _FEW_CHANNELS:
@@ -69,24 +72,24 @@ def convolved(x: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor | 
 
 
 def back_to_image(x: Tensor, z: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor:
-    """``z``, with the way back from its slopes to those of ``x``.
+    """Returns ``z`` with a backward pass from its gradients to those of ``x``.
 
     Args:
-        x: What a convolution was given, ``(K, B, C, H, W)``.
-        z: What its products gave, ``(K, B, q * P, out)``, which have no way back.
-        weight: ``(K, out, F)``.
-        window: Of the convolution.
+        x: The convolution's input, ``(K, B, C, H, W)``.
+        z: Its products, ``(K, B, q * P, out)``, without a backward pass.
+        weight: Shape ``(K, out, F)``.
+        window: The convolution's window.
     """
     found: Tensor = _BackToImage.apply(x, z, weight, window)  # type: ignore[no-untyped-call]
     return found
 
 
 def largest(z: Tensor, axis: int) -> Tensor:
-    """The largest along an axis; where several are, slopes go back to the first, as torch has it.
+    """Returns the maximum along an axis; gradients of ties go to the first one, as in torch.
 
     Args:
         z: Any shape.
-        axis: Short: each place on it is looked at by itself.
+        axis: A short axis: the code loops over its places.
     """
     if z.shape[axis] == 1:
         return z.squeeze(axis)
@@ -100,10 +103,10 @@ def _padded(x: Tensor, window: ConvolutionWindow) -> Tensor:
 
 
 def _looked_at(x: Tensor, window: ConvolutionWindow) -> Tensor:
-    """A view of ``x``, padded: ``(K, B, q down, q across, P down, P across, kh, kw, C)``.
+    """Returns a view of padded ``x``: ``(K, B, q down, q across, P down, P across, kh, kw, C)``.
 
-    The block's height and width stand before the blocks, so that what is compared by pooling lies
-    in runs as long as an image has blocks.
+    The places in a block come before the blocks, so that the values that pooling compares form runs
+    as long as an image has blocks.
     """
     client, example, channel, down, across = x.stride()
     (high, wide), (step_down, step_across) = window.pool, window.stride
@@ -134,21 +137,21 @@ class _BackToImage(torch.autograd.Function):
         if len(weight) == 1 and not weight.is_cuda:
             one = slopes_of_one(slopes[0], weight, ctx.window, ctx.shape)
             return one, None, None, None
-        at_once = ctx.shape[0] if weight.is_cuda else 1  # more would not stay in a core's cache
+        at_once = ctx.shape[0] if weight.is_cuda else 1  # more would exceed a core's cache
         return slopes_of_image(slopes[0], weight, ctx.window, ctx.shape, at_once), None, None, None
 
 
 def slopes_of_image(
     slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int], at_once: int
 ) -> Tensor:
-    """Each place of the kernel by itself: its products lie as the image does, and are added.
+    """Returns the input's gradients: per kernel element, one product added to a shifted image.
 
     Args:
-        slopes: Of a convolution's results, ``(K, B, q * P, out)``.
-        weight: ``(K, out, F)``.
-        window: Of the convolution.
-        shape: Of what it was given, ``(K, B, C, H, W)``; so is what comes out.
-        at_once: Clients whose products are computed together.
+        slopes: Gradients of the convolution's products, ``(K, B, q * P, out)``.
+        weight: Shape ``(K, out, F)``.
+        window: The convolution's window.
+        shape: Shape of the input and the result, ``(K, B, C, H, W)``.
+        at_once: Number of clients whose products are computed together.
     """
     clients, batch, channels, height, width = shape
     kernel, (down, across), cells = window.kernel, window.padding, window.cells(height, width)
@@ -175,13 +178,13 @@ def slopes_of_image(
 def slopes_of_one(
     slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int]
 ) -> Tensor:
-    """The same for one client, by torch's own convolution, which is quicker for so few.
+    """Returns one client's input gradients by torch's convolution, which is faster for few images.
 
     Args:
-        slopes: Of a convolution's results, ``(1, B, q * P, out)``.
-        weight: ``(1, out, F)``.
-        window: Of the convolution.
-        shape: Of what it was given, ``(1, B, C, H, W)``; so is what comes out.
+        slopes: Gradients of the convolution's products, ``(1, B, q * P, out)``.
+        weight: Shape ``(1, out, F)``.
+        window: The convolution's window.
+        shape: Shape of the input and the result, ``(1, B, C, H, W)``.
     """
     _, batch, channels, height, width = shape
     down, across = replace(window, pool=(1, 1)).cells(height, width)
@@ -213,7 +216,11 @@ class _Largest(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        """Each place takes what those before it have left, where it holds the largest."""
+        """Gives each gradient to the first of the places with the maximum.
+
+        Each place takes the gradient where its value is the maximum, and passes the rest to the
+        next one.
+        """
         z, found = ctx.saved_tensors
         given, left = torch.empty_like(z), slopes[0]
         parts, shares = z.unbind(ctx.axis), given.unbind(ctx.axis)
@@ -226,10 +233,10 @@ class _Largest(torch.autograd.Function):
 
 
 def _where_equal(slopes: Tensor, z: Tensor, found: Tensor, out: Tensor) -> None:
-    """Slopes where ``z``, which nowhere exceeds ``found``, equals it; 0 elsewhere.
+    """Writes ``slopes`` where ``z`` equals its upper bound ``found``, and 0 elsewhere, to ``out``.
 
-    Two passes over floats: comparing and choosing take five times as long. Whatever is less than
-    float32's smallest normal number apart counts as equal.
+    Two passes over floats: comparing and selecting takes five times as long. Values that differ by
+    less than float32's smallest normal number count as equal.
     """
     gap = torch.sub(z, found)
     torch.ops.aten.threshold_backward.grad_input(slopes, gap, _BELOW_ZERO, grad_input=out)

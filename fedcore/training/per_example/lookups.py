@@ -1,7 +1,7 @@
-"""Per-example gradients of models with embeddings, without a table for each example.
+"""Per-example gradients of models with embeddings, without a table-sized gradient per example.
 
-An example looks at a few rows of a table, and has a gradient in those rows alone. So gradients are
-taken by what was looked up, and rows that an example looked at more than once are added up.
+An example reads few rows of an embedding table, and its gradient is zero in all others. So
+gradients are computed per lookup, and repeated lookups of a row by one example are added up.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from fedcore.training.per_example.ways import (
 )
 
 _LARGE = 4
-"""A table is taken by its lookups where it holds more than so many times the numbers that one
-example looks up. Sorting them took a quarter longer than copies of a table 1.5 times as large."""
+"""Minimum ratio of a table's size to the numbers that one example looks up, for handling the table
+by its lookups. Sorting these took a quarter longer than copying a table 1.5 times as large."""
 Taps = Mapping[str, Sequence[Tensor]]
-"""By a layer's name, a tensor for each time that it is called in one forward pass."""
+"""Maps a layer's name to one tensor per call of that layer in a forward pass."""
 
 
 def find_tables(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers whose tables need not be copied for each example.
+    """Returns the names of the embedding layers whose gradients can be computed by lookup.
 
-    Left out are tables that are tied or frozen, and settings that change rows as they are read or
-    scale them by how often they are.
+    Excludes tied and frozen tables, and settings that modify rows on reading (``max_norm``), scale
+    gradients by frequency, or make them sparse.
     """
     used: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -56,17 +56,18 @@ def find_tables(model: nn.Module) -> tuple[str, ...]:
 
 
 def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> GradientMethod | None:
-    """For models with large embeddings that torch can vectorise; None for those without.
+    """Returns the method for vectorisable models with large embeddings; None for other models.
 
     Guarantee:
-        The norm of an example is that of what ``weighted`` adds for it, up to float32 rounding. A
-        use of a table beside its layer gives no gradient here: it must be found by comparing.
+        An example's norm is that of the gradient that ``add`` adds for it, up to float32 rounding.
+        Uses of a table outside its layer get no gradient here: the caller must detect them by
+        comparing methods.
 
     Args:
         model: On the device to train on.
-        behind: Inputs behind preprocessing, ``(B, ...)``, to see how much is looked up.
+        behind: Preprocessed inputs, ``(B, ...)``, to count lookups.
         loss: Mean loss over a batch, called on batches of one.
-        why: What keeps the model from being a chain.
+        why: Why the model is not a chain.
     """
     looked_up = _no_taps(fresh(model)[0], find_tables(model), behind[:1])
     looked_up = {name: taps for name, taps in looked_up.items() if _is_large(model, name, taps)}
@@ -113,13 +114,13 @@ def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> Gra
 
 
 def _is_large(model: nn.Module, name: str, taps: Sequence[Tensor]) -> bool:
-    """Whether a table is worth the sorting: copies of a small one take less time."""
+    """Returns whether a table is worth the sorting; copies of a small one are faster."""
     table = model.get_submodule(name).weight
     return table.numel() > _LARGE * sum(tap.numel() for tap in taps)  # type: ignore[operator]
 
 
 def _no_taps(model: nn.Module, names: Sequence[str], behind: Tensor) -> Taps:
-    """Zeros of the shape of what each layer gives for one example, ``(1, ..., numbers a row)``."""
+    """Returns zeros of the shape of each layer's output for one example, ``(1, ..., row size)``."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def see(name: str) -> Any:
@@ -137,7 +138,7 @@ def _no_taps(model: nn.Module, names: Sequence[str], behind: Tensor) -> Taps:
 
 @contextmanager
 def _tapped(model: nn.Module, taps: Taps) -> Iterator[dict[str, list[Tensor]]]:
-    """Adds each tap to what its layer gives, and notes the row numbers that it was given."""
+    """Adds each tap to its layer's output, and records the row numbers that the layer received."""
     rows: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def tap(name: str) -> Any:
@@ -158,7 +159,7 @@ def _tapped(model: nn.Module, taps: Taps) -> Iterator[dict[str, list[Tensor]]]:
 def _of_table(
     layer: nn.Module, rows: Sequence[Tensor], slopes: Sequence[Tensor], table: Tensor
 ) -> Part:
-    """The gradients of one table, from the numbers of the rows and the slopes of what they gave."""
+    """Returns one table's gradients from row numbers and the gradients of the looked-up values."""
     index = torch.cat([one.flatten(1).long() for one in rows], dim=1)
     each = torch.cat([one.reshape(len(one), -1, table.shape[1]) for one in slopes], dim=1)
     if isinstance(layer.padding_idx, int):
@@ -169,7 +170,7 @@ def _of_table(
     each = where(usable, each)
 
     def add(share: Tensor, totals: Sequence[Tensor]) -> None:
-        (total,) = totals  # wide enough for the sum of all
+        (total,) = totals  # wide enough to sum all examples
         shared = each * share[:, None, None]
         total.index_add_(0, index.flatten(), shared.flatten(0, 1).to(total.dtype))
 
@@ -177,15 +178,15 @@ def _of_table(
 
 
 def added_up(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
-    """What one example has for equal row numbers, added up in one place.
+    """Adds up an example's entries with equal row numbers in one position.
 
     Args:
         index: Row numbers, int64, ``(B, L)``.
-        each: ``(B, L, numbers a row)``.
+        each: Shape ``(B, L, row size)``.
 
     Returns:
-        The same shapes: no row number stands twice in an example but for some of places that are
-        left over, which hold zeros.
+        Row numbers and sums in the same shapes. Each row number appears once per example; leftover
+        positions contain zeros, and may repeat row 0.
     """
     index, order = index.sort(dim=1, stable=True)
     new = torch.zeros_like(index)
@@ -198,7 +199,7 @@ def added_up(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _together(model: nn.Module, parts: Mapping[str, Part]) -> Part:
-    """The part of all parameters, in the order of the model; those without a part are not used."""
+    """Combines the parts of all parameters, in the model's order; skips parameters without one."""
     squares = torch.stack([part.squares for part in parts.values()]).sum(dim=0)
     usable = torch.stack([part.usable for part in parts.values()]).all(dim=0)
 

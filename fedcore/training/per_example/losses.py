@@ -1,4 +1,4 @@
-"""How the loss of many clients' batches changes with their outputs."""
+"""Per-example losses and their gradients with respect to the outputs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fedcore.training.per_example.mapping import vmap
 
 
 def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example's own loss, and its derivative by the outputs.
+    """Returns each example's own loss and its gradient with respect to the outputs.
 
-    A loss is the mean over a batch, so an example's own is that of a batch of one.
+    A loss is the mean over a batch, so an example's own loss is that of a batch of one.
 
     Args:
         loss: Mean loss over a batch.
-        outputs: ``(K, B, ...)``, detached or not; nothing flows back through this function.
-        targets: ``(K, B, ...)``.
+        outputs: Shape ``(K, B, ...)``, detached or not; no gradients flow through this function.
+        targets: Shape ``(K, B, ...)``.
 
     Returns:
-        Losses ``(K, B)`` and slopes of the outputs' shape.
+        Losses ``(K, B)``, and gradients of the outputs' shape.
     """
     if is_cross_entropy(loss) and targets.dtype == torch.long and outputs.dim() == 3:
         return _cross_entropy(outputs.detach(), targets)
@@ -29,13 +29,14 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
         single = vmap(vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0))))
         losses = single(leaf, targets.clone())
         (slopes,) = torch.autograd.grad(losses.sum(), [leaf])
-    return losses.detach(), slopes.contiguous()  # of a sum they are one number, stretched
+    return losses.detach(), slopes.contiguous()  # for a sum they are one expanded value
 
 
 def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:
-    """Whether a batch's loss is the mean of its examples' own, ``(B, ...)``.
+    """Returns whether a batch's loss is the mean of its examples' own losses.
 
-    None where it is not finite, and nobody can tell.
+    Outputs and targets have shape ``(B, ...)``. Returns None if the batch's loss is not finite,
+    which leaves the question open.
     """
     with torch.no_grad():
         whole = loss(outputs, targets)
@@ -46,8 +47,11 @@ def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:
 
 
 def is_cross_entropy(loss: Loss) -> bool:
-    """Whether it is torch's own, with nothing set that a class or a target could be treated by."""
-    if type(loss) is nn.CrossEntropyLoss:  # one that is made from it may be anything
+    """Returns whether a loss is torch's cross-entropy over plain classes.
+
+    Plain means without class weights, label smoothing or an ignored class, and with mean reduction.
+    """
+    if type(loss) is nn.CrossEntropyLoss:  # a subclass may do anything
         plain = loss.weight is None and loss.label_smoothing == 0 and loss.ignore_index < 0
         return plain and loss.reduction == "mean"
     return loss is nn.functional.cross_entropy

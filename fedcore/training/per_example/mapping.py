@@ -1,8 +1,8 @@
-"""torch's vmap, without what it prints of itself.
+"""torch's vmap without its performance warnings.
 
-An operation for which torch has no batching rule is run once for each example: attention, LSTMs and
-bags of tokens are. That is right and a little slower, and torch says so with a page of its own
-sources each time, which tells nobody what to do.
+Where torch has no batching rule for an operation (such as attention, LSTMs and bags of tokens),
+vmap runs it once per example. The result is correct and slightly slower, but torch warns each time
+with internal source code that gives the user nothing to act on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def vmap(
     *,
     randomness: str = "error",
 ) -> Callable[..., Any]:
-    """As `torch.func.vmap`; see the module."""
+    """Returns `torch.func.vmap` of a function, with the fallback warning off during each call."""
     mapped = func.vmap(function, in_dims=in_dims, randomness=randomness)
 
     @wraps(mapped)
@@ -35,7 +35,7 @@ def vmap(
 
 @contextmanager
 def _without_notes() -> Iterator[None]:
-    """Torch's own switch for this one warning: other warnings are shown as ever."""
+    """Turns off torch's vmap fallback warning within the context; other warnings stay on."""
     switch = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
     switch(False)
     try:

@@ -1,4 +1,4 @@
-"""How long a step of private training takes, found without the data."""
+"""Times a step of private training without the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedcore.training.per_example.trial import made_up
 from fedcore.training.per_example.ways import GradientMethod
 
 _MOST_ROWS = 64
-"""Examples that are timed; a larger batch takes as much longer as it is larger."""
+"""Maximum number of examples timed; a larger batch's time is extrapolated linearly."""
 
 
 def step_seconds(
@@ -29,21 +29,22 @@ def step_seconds(
     memory_bytes: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds that one step takes on this machine: the gradients of a batch of made-up examples.
+    """Returns the seconds that one step takes on this machine, measured on synthetic examples.
 
-    What it comes to depends on the task, the settings and the machine, and on nobody's data.
+    The result depends on the task, the settings and the machine, but on nobody's data. It is 0
+    where no synthetic targets fit the loss.
     """
     rows = max(1, min(batch_size, _MOST_ROWS))
     with kept_streams():
         tried = made_up(task, model, rows)
         targets = tried.targets
-        if targets is None:  # the loss takes none of the usual kinds: nothing can be timed
+        if targets is None:  # no usual kind of target fits the loss, so nothing can be timed
             return 0.0
         device = tried.inputs.device
         counted = torch.ones(rows, dtype=torch.bool, device=device)
         batch = Batch(tried.inputs, targets, counted, 0)
         taken_s = []
-        for _ in range(2):  # the first one pays for what is set up once
+        for _ in range(2):  # the first run includes one-time setup
             began_s = clock()
             clipped_sum(
                 way,

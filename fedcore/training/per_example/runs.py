@@ -1,4 +1,4 @@
-"""What runs a chain the quickest on this machine."""
+"""Selects the fastest way to run a chain on this machine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from fedcore.training.per_example.chain import Chain, Conv, Run
 
 
 def compiled_run(chain: Chain, model: nn.Module, *, apart: bool) -> Run | None:
-    """Runs a chain by compiled loops; None where it is better left to torch.
+    """Returns a run of the chain by compiled loops; None where torch is the better choice.
 
-    So it is on GPUs, without convolutions, and where a result is used twice.
+    That is the case on GPUs, for other types than float32, without convolutions, and where a result
+    is used twice.
 
     Args:
         chain: From `fedcore.training.per_example.graph.find_chain`.
-        model: That the chain was found in.
-        apart: Whether examples are left apart on the way back.
+        model: The model of the chain.
+        apart: Whether the backward pass keeps examples separate.
     """
     plain = all(p.dtype == torch.float32 and p.is_cpu for p in model.parameters())
     if not plain or not any(isinstance(layer, Conv) for layer in chain.layers):

@@ -1,6 +1,6 @@
-"""Which way a model's per-example gradients are taken, tried on made-up examples.
+"""Chooses a model's per-example gradient method by trying it on synthetic examples.
 
-Made up, because a refusal that depends on real examples would tell of them.
+Synthetic, because a refusal that depended on real examples would reveal something about them.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ _FIXED_DRAWS = (
     "aten::_scaled_dot_product",
     "aten::_cudnn_rnn",
 )
-"""How the names of dropout's operations begin: as many numbers as places, whatever stands there."""
-_SAME = 1e-4  # relative; float32 sums in another order differ by about 1e-6
+"""Name prefixes of dropout operations, which draw one number per element, whatever its value."""
+_SAME = 1e-4  # relative; reordered float32 sums differ by about 1e-6
 
 
 @dataclass(frozen=True)
 class MadeUp:
-    """Examples that look like a task's, and are nobody's."""
+    """Synthetic examples with the shapes and dtypes of a task's."""
 
     inputs: Tensor
-    """``(B, *example_input.shape)``."""
+    """Shape ``(B, *example_input.shape)``."""
     targets: Tensor | None
-    """What the loss takes for targets; None where none of the usual kinds fits."""
+    """Targets that the loss accepts; None where none of the usual kinds fits."""
 
 
 def find_way(task: Task, model: FullModel) -> GradientMethod:
-    """The quickest way that gives the gradients of batches of one, for one task's model.
+    """Returns the fastest method that matches the gradients of batches of one for a task's model.
 
     Args:
-        task: Its loss, kind and example; its data are not looked at.
-        model: A fresh model, on the device to train on. Copies of it are run.
+        task: Provides loss, kind and example input; its data are not read.
+        model: A fresh model, on the device to train on; only copies of it run.
 
     Raises:
-        UnsupportedLayer: the model's output for one example depends on others of its batch or
-            before it, running it changes its buffers, or it takes no batches of one.
-        PrivacyError: the loss is no mean over examples.
+        UnsupportedLayer: The model's output for an example depends on other examples of the batch
+            or on earlier ones, running it changes its buffers, or it rejects batches of one.
+        PrivacyError: The loss is not a mean over examples.
     """
     check_layers(model.preprocess)
     check_layers(model.model)
-    with warnings.catch_warnings():  # of made-up examples; training says what holds for real ones
+    with warnings.catch_warnings():  # about synthetic examples; training warns about real ones
         warnings.simplefilter("ignore", UserWarning)
         return _tried(task, task.loss_of, model)
 
@@ -89,13 +89,13 @@ def _tried(task: Task, loss: Loss, model: FullModel) -> GradientMethod:
         behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
         _check_apart(model.model, behind, "model")
     _check_moves_nothing(given, model.train(), tried)
-    (model,) = fresh(given)  # a copy that holds no parameters of its own from here on
+    (model,) = fresh(given)  # from here on a copy that shares the parameters
     model.train()
     for part, inputs, what in (
         (model.preprocess, tried.inputs, "preprocess"),
         (model.model, behind, "model"),
     ):
-        if _repeats(part, inputs):  # otherwise chance decides what it gives
+        if _repeats(part, inputs):  # random outputs can't be compared
             _check_apart(part, inputs, what)
     if tried.targets is not None:
         _check_mean(loss, model, tried)
@@ -115,14 +115,14 @@ def _quickest(
     if not mapped:
         return one_by_one(loss, why="torch cannot map the preprocessing over examples")
     drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
-    if drawn:  # how many numbers it takes may depend on an example, and shift those of the next;
-        # and what is not torch's draws one number for all examples that are taken together
+    if drawn:  # the count may depend on one example and shift the next one's numbers, and draws
+        # outside torch are shared by all examples of a vectorised pass
         return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
     why = "the model is no chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
     elif not _has_hooks(model.model):
-        (network,) = fresh(model.model)  # tracing leaves stand-ins for tensors in attributes
+        (network,) = fresh(model.model)  # tracing leaves proxies in attributes
         chain = find_chain(network, behind)
         if chain is not None:
             run = compiled_run(chain, network, apart=True) or by_torch(chain)
@@ -138,7 +138,7 @@ def _quickest(
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which operations draw random numbers."""
+    """Records which operations draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,7 +151,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
-    """By what one example draws random numbers when it is trained on."""
+    """Returns the names of the random sources that training on one example draws from."""
     assert tried.targets is not None
     model.train()
     before, network, judge = fresh(model.preprocess, model.model, loss)
@@ -163,19 +163,19 @@ def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
 
 
 def _agree(way: GradientMethod, alone: GradientMethod, model: FullModel, made: MadeUp) -> str:
-    """Why a way does not give the gradients of batches of one; empty when it does."""
+    """Returns why a method does not match batches of one; empty if it does."""
     assert made.targets is not None
     share = torch.linspace(0.5, 1, len(made.inputs), device=made.inputs.device)
     examples = (model.preprocess, model.model, made.inputs, made.targets)
     try:
         model.train()
-        way.take(*examples)  # chance included
+        way.take(*examples)  # with dropout
         with _without_chance(model):
             found, right = way.take(*examples), alone.take(*examples)
             sums = [zero_totals(model.model) for _ in range(2)]
             found.add(share, sums[0])
             right.add(share, sums[1])
-    except Exception as error:  # the task's code, run as it is run nowhere else
+    except Exception as error:  # the task's code, run in an unusual way
         said = str(error).partition("\n")[0][:120]
         return f"torch cannot take all gradients at once ({type(error).__name__}: {said})"
     if all(_close(one, other) for one, other in zip(*sums, strict=True)):
@@ -190,14 +190,14 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> MadeUp:
-    """Random examples of the shape and dtype of a task's example, fixed by a seed."""
+    """Returns random examples, from a fixed seed, in the shape and dtype of the task's."""
     rng = torch.Generator().manual_seed(1)
     device = next(model.parameters()).device
     inputs = _inputs(task.example_input, model.model, count, rng).to(device)
     try:
         with torch.no_grad(), _without_chance(model):
             outputs = model(inputs)
-    except Exception:  # this model takes no such inputs: those of the example itself are left
+    except Exception:  # the model rejects random inputs: use the task's example
         inputs = torch.stack([task.example_input] * count).to(device)
         with torch.no_grad(), _without_chance(model):
             outputs = model(inputs)
@@ -208,11 +208,11 @@ def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> MadeUp:
 
 
 def _takes(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
-    """Whether a loss takes such targets, for a batch and for a batch of one."""
+    """Returns whether a loss accepts these targets, for a batch and for a batch of one."""
     try:
         with torch.no_grad():
             values = loss(outputs, targets), loss(outputs[:1], targets[:1])
-    except Exception:  # it takes others
+    except Exception:  # the loss expects other targets
         return False
     return all(value.ndim == 0 for value in values) and bool(torch.isfinite(values[0]))
 
@@ -229,11 +229,11 @@ def _inputs(example: Tensor, model: nn.Module, count: int, rng: torch.Generator)
 
 
 def _targets(kind: Kind, outputs: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
-    """Targets of the usual forms for outputs ``(B, ...)``."""
+    """Yields targets of the usual forms for outputs ``(B, ...)``."""
     count, device = len(outputs), outputs.device
     classes = outputs.shape[-1] if outputs.dim() > 1 else 2
     draws: list[Callable[[], Tensor]] = [
-        lambda: torch.arange(count) % classes,  # more than one class, in any case
+        lambda: torch.arange(count) % classes,  # always more than one class
         lambda: torch.randint(classes, tuple(outputs.shape[:-1]), generator=rng),
         lambda: torch.randn(tuple(outputs.shape), generator=rng),
         lambda: torch.randn((count,), generator=rng),
@@ -248,10 +248,10 @@ def _targets(kind: Kind, outputs: Tensor, rng: torch.Generator) -> Iterator[Tens
 
 
 def _copied(model: FullModel, loss: Loss) -> FullModel:
-    """A copy; refuses what cannot be copied, as each example is taken with copies of its own."""
+    """Returns a copy; refuses objects that can't be copied, as each example needs fresh copies."""
     try:
         copied, _ = copy.deepcopy((model, loss))
-    except Exception as error:  # whatever the task's objects raise
+    except Exception as error:  # the task's objects may raise anything
         raise UnsupportedLayer(
             "model: example-level privacy takes each example with a copy of preprocessing, model "
             f"and loss, and copying fails: {type(error).__name__}: {str(error)[:200]}. Nothing was "
@@ -262,7 +262,7 @@ def _copied(model: FullModel, loss: Loss) -> FullModel:
 
 
 def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
-    """Refuses a module whose output for one example depends on the others, in the mode it is in."""
+    """Refuses a module whose output for one example depends on others, in its current mode."""
     with torch.no_grad():
         alone = torch.cat([_of_one(fresh(module)[0], one, what) for one in inputs])
         together = fresh(module)[0](inputs)
@@ -277,7 +277,7 @@ def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
 
 
 def _of_one(module: nn.Module, one: Tensor, what: str) -> Tensor:
-    """What a module gives for a batch of one; refuses a module that takes none."""
+    """Returns a module's output for a batch of one; refuses a module that fails on it."""
     try:
         found: Tensor = module(one.unsqueeze(0))
     except Exception as error:
@@ -291,7 +291,7 @@ def _of_one(module: nn.Module, one: Tensor, what: str) -> Tensor:
 
 
 def _repeats(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether a module gives the same whatever random numbers it draws; a coin may fall alike."""
+    """Returns whether two seeds give the same output; by coincidence, random outputs may agree."""
     given, outside = [], False
     for seed in (1, 2):
         with torch.no_grad(), global_streams(seed):
@@ -302,9 +302,9 @@ def _repeats(module: nn.Module, inputs: Tensor) -> bool:
 
 
 def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
-    """Refuses what carries something from one example to the next, as it is trained.
+    """Refuses a model or loss that carries state from one example to the next in training.
 
-    Copies of the modules for each example would hide it, and train another model than the task's.
+    Fresh copies for each example would hide such state, and train another model than the task's.
     """
     assert tried.targets is not None
     pairs = list(zip(tried.inputs, tried.targets, strict=True))
@@ -336,7 +336,7 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
 
 
 def _check_moves_nothing(given: FullModel, copied: FullModel, tried: MadeUp) -> None:
-    """Refuses a model that changes its parameters or buffers as it is run, the copy of one here."""
+    """Refuses a model that changes its parameters or buffers when run; runs only the copy."""
     with torch.no_grad():
         for one in tried.inputs:
             _of_one(copied.model, _of_one(copied.preprocess, one, "preprocess")[0], "model")
@@ -356,19 +356,19 @@ def _state(model: FullModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN stays NaN
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN equals NaN
 
 
 def _check_mean(loss: Loss, model: FullModel, tried: MadeUp) -> None:
     assert tried.targets is not None
     with torch.no_grad(), _without_chance(model):
         outputs = model(tried.inputs)
-    # One far outlier: a root or a ratio over the batch is close to a mean where all are alike.
+    # Add an outlier: over similar examples, a root or ratio over the batch resembles a mean.
     if tried.targets.is_floating_point():
         tried.targets[0] *= 100
     try:
         mean = is_mean(loss, outputs, tried.targets)
-    except Exception:  # it takes no batch of one
+    except Exception:  # it rejects a batch of one
         mean = False
     if mean is False:
         raise PrivacyError(
@@ -388,7 +388,7 @@ def _has_hooks(model: nn.Module) -> bool:
 
 @contextmanager
 def _without_chance(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, in which dropout and the like draw nothing."""
+    """Switches to evaluation mode, in which dropout and similar layers draw nothing."""
     modes = {name: one.training for name, one in module.named_modules()}
     module.eval()
     try:

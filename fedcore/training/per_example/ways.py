@@ -1,9 +1,9 @@
-"""Three ways to take each example's own gradient, from the quickest to the most general.
+"""Methods for per-example gradients: by a chain of layers (fastest), by vmap, and one by one.
 
-Each takes the gradient of a batch of one: the loss of one example behind preprocessing and model.
-What a model or a loss does across a batch can therefore not couple examples. Each runs copies of
-the modules, so that what these keep of one example (counters, running means, caches, in buffers or
-in plain attributes) never meets the next one.
+Each method computes the gradient of a batch of one: the loss of a single example after
+preprocessing and model. Operations across the batch therefore cannot couple examples. Each method
+runs copies of the modules, so that state which these keep of one example (counters, running means,
+caches, in buffers or plain attributes) never reaches the next example.
 """
 
 from __future__ import annotations
@@ -29,58 +29,58 @@ Name = Literal["chain", "vmap", "alone"]
 
 @dataclass(frozen=True)
 class Part:
-    """Each example's own gradient over all trained parameters, for some examples."""
+    """Per-example gradients over all trained parameters, for a group of examples."""
 
     squares: Tensor
     """Squared L2 norms, ``(B,)``."""
     usable: Tensor
-    """Whether the norm is to be believed, ``(B,)``; see `ExampleGradients.usable`."""
+    """Whether the norm is reliable, ``(B,)``; see `ExampleGradients.usable`."""
     add: Callable[[Tensor, Sequence[Tensor]], None]
-    """Adds all that are usable, each times its share ``(B,)``, to a total for each trained
-    parameter. What is added is finite whatever the others are. At most `EXACT_ROWS` of them are
-    summed up in float32."""
+    """Adds the usable gradients, each times its scale factor ``(B,)``, to one total per trained
+    parameter. The added values are finite even if other gradients are not. At most `EXACT_ROWS`
+    gradients are summed in float32."""
 
 
 Kind = tuple[torch.Size, torch.dtype]
-"""Of one input, without the batch dimension."""
+"""Shape and dtype of one input, without the batch dimension."""
 Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], Part]
-"""From preprocessing, model, inputs ``(B, ...)`` and targets ``(B, ...)`` to their gradients."""
+"""Maps preprocessing, model, inputs ``(B, ...)`` and targets ``(B, ...)`` to their gradients."""
 
 
 @dataclass(frozen=True)
 class GradientMethod:
-    """How per-example gradients of one model and loss are taken."""
+    """A method to compute per-example gradients of one model and loss."""
 
     name: Name
     take: Take
     bytes_per_example: int
-    """What one more example of a physical batch takes, beside its activations."""
+    """Additional memory for each example of a physical batch, without activations."""
     why: str = ""
-    """What keeps a quicker way from being taken; empty for the quickest."""
+    """Why no faster method applies; empty for the fastest."""
     usual: Kind | None = None
-    """That of the task's example, for which the way was found."""
+    """Shape and dtype of the task's example input, for which the method was chosen."""
 
     def rows(self, memory_bytes: int) -> int:
-        """The physical batch: how many examples are taken at once within ``memory_bytes``."""
+        """Returns the physical batch size: how many examples fit into ``memory_bytes`` at once."""
         if self.name == "alone":
             return 1
         return max(1, memory_bytes // max(1, self.bytes_per_example))
 
 
 EXACT_ROWS = 32
-"""Examples that are summed up in float32; their sums are added in float64. Where one example lifts
-the sum of the others past a power of two, each of them may be rounded the other way: of so many
-that is at most 3e-5 of the clip norm, below the margin that noise is drawn larger by."""
+"""Examples summed in float32; such partial sums are added in float64. An example that lifts the sum
+past a power of two can flip the rounding of every other one: over this many examples that is at
+most 3e-5 of the clip norm, which the noise margin covers."""
 
 
 def exact_rows(count: int) -> Iterator[slice]:
-    """Examples in parts that may be summed up in float32."""
+    """Yields slices of examples, each small enough to be summed in float32."""
     for start in range(0, count, EXACT_ROWS):
         yield slice(start, min(count, start + EXACT_ROWS))
 
 
 def zero_totals(model: nn.Module) -> list[Tensor]:
-    """A total for each trained parameter, in float64 where the device has it."""
+    """Returns a zero total for each trained parameter, in float64 where the device supports it."""
     return [
         torch.zeros_like(one, dtype=_wide(one), requires_grad=False)
         for one in trained(model).values()
@@ -92,15 +92,15 @@ def _wide(one: Tensor) -> torch.dtype:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training moves, tied ones once, by name."""
+    """Returns the trainable parameters by name; tied parameters appear once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def fresh(*parts: Any) -> tuple[Any, ...]:
-    """Copies of modules that share their parameters; whatever is no module is left as it is.
+    """Returns copies of modules that share the originals' parameters; other objects are not copied.
 
     Args:
-        parts: Model, preprocessing and loss; what two of them share, their copies share.
+        parts: Model, preprocessing and loss; what the originals share, the copies share, too.
     """
     modules = [part for part in parts if isinstance(part, nn.Module)]
     shared = {id(p): p for module in modules for p in module.parameters()}
@@ -109,13 +109,14 @@ def fresh(*parts: Any) -> tuple[Any, ...]:
 
 
 def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
-    """For chains of dense layers and convolutions: products of what went in and came back.
+    """Returns the method for chains of dense and convolutional layers.
 
-    No gradient of a dense layer is ever made, and one pass back serves the whole batch.
+    It multiplies layer inputs with output gradients: no dense layer's per-example gradient is
+    materialised, and one backward pass serves the whole batch.
 
     Args:
-        chain: Of the whole model, all of it trained.
-        run: Runs it, and leaves examples apart.
+        chain: The chain of the whole model, all of whose parameters are trained.
+        run: Runs the chain and keeps examples separate.
         loss: Mean loss over a batch, called on batches of one.
 
     Source:
@@ -156,12 +157,12 @@ def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
 
 
 def by_vmap(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
-    """For whatever torch can vectorise: the gradient of a batch of one, mapped over examples.
+    """Returns the method for models that torch can vectorise: a batch-of-one gradient under vmap.
 
     Args:
-        parameters: How many numbers are trained.
+        parameters: Number of trained values.
         loss: Mean loss over a batch, called on batches of one.
-        why: What keeps the model from being a chain.
+        why: Why the model is not a chain.
     """
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
@@ -178,12 +179,12 @@ def by_vmap(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
         with own_states(network):
             return of_gradients(list(mapped(values, inputs, targets).values()))
 
-    return GradientMethod("vmap", take, 12 * parameters, why)  # a gradient, and what it is made of
+    return GradientMethod("vmap", take, 12 * parameters, why)  # a gradient and its intermediates
 
 
 @contextmanager
 def own_states(model: nn.Module) -> Iterator[None]:
-    """Gives recurrent layers an initial state for each example: theirs is one for all of vmap's."""
+    """Gives recurrent layers an initial state per example, in place of one for the whole vmap."""
 
     def give(layer: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = len(args) > 1 or kwargs.get("hx") is not None
@@ -206,13 +207,13 @@ def own_states(model: nn.Module) -> Iterator[None]:
 
 
 def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
-    """For every model that takes a batch of one: an ordinary backward pass for each example."""
+    """Returns the method for any model that accepts a batch of one: a backward pass per example."""
 
     def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
         parameters = trained(model).values()
         each = [parameter.new_zeros(len(inputs), *parameter.shape) for parameter in parameters]
         for place, (one, target) in enumerate(zip(inputs, targets, strict=True)):
-            # Parameters, too: a model that overwrites its own must not move those of the others.
+            # Copies parameters, too: one example must not see another's overwrite of them.
             before, network, judge = copy.deepcopy((preprocess, model, loss))
             found = own_gradient(before, network, judge, one, target)
             for gradients, gradient in zip(each, found, strict=True):
@@ -225,13 +226,13 @@ def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
 def own_gradient(
     preprocess: nn.Module, model: nn.Module, loss: Loss, one: Tensor, target: Tensor
 ) -> list[Tensor]:
-    """The gradient of a batch of one for each trained parameter; runs the modules themselves."""
+    """Returns a batch of one's gradient per trained parameter; runs the modules, not copies."""
     parameters = list(trained(model).values())
     with torch.no_grad():
         behind = preprocess(one.unsqueeze(0))
-    _clear(model)  # a backward pass would add to the step's before
+    _clear(model)  # a backward pass would add to the previous step's
     try:
-        with torch.enable_grad():  # not autograd.grad, which reentrant checkpoints do not bear
+        with torch.enable_grad():  # reentrant checkpoints reject autograd.grad
             torch.autograd.backward(loss(model(behind), target.unsqueeze(0)))
         return [
             torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense()
@@ -247,7 +248,7 @@ def _clear(model: nn.Module) -> None:
 
 
 def of_gradients(each: Sequence[Tensor]) -> Part:
-    """From gradients as they are, ``(B, ...)`` for each parameter."""
+    """Returns the `Part` for materialised gradients, ``(B, ...)`` for each parameter."""
     flat = [_exact(one.detach().flatten(1)) for one in each]
     squares = torch.stack([norms(one) for one in flat]).square().sum(dim=0)
     usable = torch.isfinite(squares)
@@ -264,23 +265,23 @@ def of_gradients(each: Sequence[Tensor]) -> Part:
 
 
 def where(usable: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``(B, ...)``, with zeros in place of those that are not usable."""
+    """Returns rows ``(B, ...)`` with zeros in place of those that are not usable."""
     return torch.where(usable.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros_like(rows))
 
 
 def _exact(one: Tensor) -> Tensor:
-    """Numbers of 16 bits in 32, in which norms and sums are what they are to be."""
+    """Returns 16-bit floats as float32, for accurate norms and sums."""
     return one.float() if one.dtype in (torch.float16, torch.bfloat16) else one
 
 
 def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor:
-    """Inputs behind preprocessing, each run through it as a batch of one.
+    """Returns preprocessed inputs, each run through preprocessing as a batch of one.
 
     Args:
         preprocess: Not trained.
-        inputs: ``(B, ...)``.
-        mapped: Whether torch's vmap takes it, from `is_mappable`. Decided beforehand: what one
-            example does must not change how the others are rounded.
+        inputs: Shape ``(B, ...)``.
+        mapped: Whether to use torch's vmap, from `is_mappable`. Decided beforehand: one example
+            must not change the rounding of the others.
     """
     if type(preprocess) is nn.Identity:
         return inputs
@@ -293,9 +294,9 @@ def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor
 
 
 def is_mappable(preprocess: nn.Module, inputs: Tensor) -> bool:
-    """Whether torch's vmap takes a preprocessing, tried on made-up inputs ``(B, ...)``."""
+    """Returns whether torch's vmap accepts a preprocessing, tried on inputs ``(B, ...)``."""
     try:
         each_alone(preprocess, inputs, mapped=True)
-    except Exception:  # the task's code, run as it is run nowhere else
+    except Exception:  # the task's code, run in an unusual way
         return False
     return True
