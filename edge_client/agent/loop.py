@@ -89,7 +89,7 @@ class _Run:
 
     name: str
     digest: str
-    """Digest of the run's settings and instance; a stored reply counts only under its own digest."""
+    """Digest of the run's settings and instance; a stored reply is reused only if it matches."""
     app: ClientApp
     context: Context
     ledger: DeviceLedger | None
