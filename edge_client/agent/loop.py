@@ -110,7 +110,7 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
     Raises:
         TrustError: the server has never admitted this device, or the certificate has expired.
         DeviceError: the server rejects the device's version of protocol, app or task; the message
-            says what to install. Or the folder belongs to another identity.
+            states what to install. Or the folder belongs to another identity.
     """
     instance = device.instance
     link = FleetLink(
@@ -241,7 +241,7 @@ def _answer(
     run_id = found.message.metadata.run_id
     try:
         run = runs.get(run_id) or _open(device, link, signals, run_id)
-        if run.ledger is not None and run.ledger.look():  # other charges may count for new files
+        if run.ledger is not None and run.ledger.look():  # new files: more charges may count
             run = _open(device, link, signals, run_id)
         message = link.fetch(found, limit_bytes=run.most_bytes)
     except FedcoreError as error:

@@ -33,7 +33,7 @@ def told_to_stop(loading: threading.Event) -> Iterator[Callable[[], bool]]:
     ``loading`` is set, the first signal exits at once with code 0: an interrupt during torch's
     import would abort the process.
 
-    Outside the main thread, which alone receives signals, the handlers stay unchanged.
+    Called outside the main thread, it changes nothing: only the main thread receives signals.
 
     Args:
         loading: Set by the caller while torch is imported.

@@ -80,7 +80,7 @@ class Judged:
         return self.at - self.now > _SLACK
 
     def said_later(self) -> datetime | None:
-        """Returns an earlier reading that is over 10 minutes ahead of the clock now, or None."""
+        """Returns the latest earlier reading if it is 10 minutes ahead of the clock, or None."""
         latest = self.floor.latest
         return latest if latest and latest - self.now > _SLACK else None
 

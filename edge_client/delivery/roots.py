@@ -83,7 +83,7 @@ def check_awaited(start: Anchor, trust: Path) -> None:
 
 
 def pin(trust: Path, start: Anchor, newest: int, history: Path) -> None:
-    """Pins the newest root of the chain: the next update starts there.
+    """Pins the newest root of the chain, from which the next update starts.
 
     Args:
         trust: Folder of the trusted state.

@@ -46,7 +46,7 @@ def folder_source(repository: Path) -> Source:
 def _open(inside: Path, name: str, offset: int) -> BinaryIO:
     try:
         path = (inside / name).resolve()
-    except RuntimeError as error:  # how Python 3.11 reports links that lead round in a circle
+    except RuntimeError as error:  # how Python 3.11 reports a loop of links
         raise TrustError(f"{inside / name}: its symbolic links form a loop. {_UNREAD}") from error
     if not path.is_relative_to(inside):
         raise TrustError(

@@ -171,8 +171,8 @@ def _refreshed(source: Source, trust: Path, start: Anchor, view: _View) -> tuple
     """Verifies root, timestamp, snapshot and targets; returns the updater and the time used.
 
     If a root rotation has replaced keys of timestamp or snapshot, discards what the old keys
-    signed and repeats: a thief of those keys may have signed version numbers so high that the
-    owner never reaches them (step 5.3.11 of the TUF specification).
+    signed and repeats: with stolen keys, an attacker may have signed version numbers so high that
+    the owner never reaches them (step 5.3.11 of the TUF specification).
     """
     failure: Exception | None = None
     for forgetting in (True, False):

@@ -4,8 +4,8 @@ Each run's state contains its charges, and is written with the reply that they p
 ``ledger.json``, next to the states, is a copy of the charges of all runs. Two marks record the
 number of charges and each run's latest: ``ledger.mark`` in the kit's folder, and ``ledger.count``
 elsewhere on the machine. A state that was removed or restored from a backup is repaired from the
-copy. If the copy is gone too, or a second copy of the device has trained, the marks reveal it, and
-the device trains nothing.
+copy. If the copy is missing too, or a second copy of the device has trained, the marks reveal it,
+and the device trains nothing.
 """
 
 from __future__ import annotations
