@@ -1,5 +1,5 @@
-"""A device: trains when it is asked to, and serves what its owner has installed.
+"""The device side: trains on the server's request, and serves released models.
 
-Read `edge_client.agent.loop` for a device at work, and `edge_client.delivery.update` for how a
-released model comes to serve.
+Start with `edge_client.agent.loop` for training, and with `edge_client.delivery.update` for how a
+release is fetched, verified and installed.
 """

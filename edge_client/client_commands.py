@@ -1,4 +1,4 @@
-"""``fedcore client``: what a machine does to take part in a project."""
+"""The commands ``fedcore client enrol | install | start``: join a project and train."""
 
 from __future__ import annotations
 

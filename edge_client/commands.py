@@ -1,4 +1,4 @@
-"""``fedcore device``: what the owner of a device does."""
+"""The commands ``fedcore device update | infer | status | bench``, for a device's owner."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _serving(store: Path, model: str) -> Installed:
-    """The version that serves; that it is not the active one is said aloud."""
+    """Returns the version that serves; warns on standard error if it is not the active one."""
     version = installed.serving(store, model)
     if version.damage:
         say(

@@ -1,4 +1,13 @@
-"""What a device keeps on its own disk: each run's state, and replies that were not yet sent."""
+"""A training device's folder on disk: the state of each run, and the latest replies.
+
+::
+
+    identity.json           whose folder this is
+    state/RUN.state         Flower's context state of a run, with its privacy charges
+    spool/KEY.reply         finished replies, by a digest of the message they answer
+
+`edge_client.ledger` keeps further files here.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +41,16 @@ _MAX_STATE_BYTES = 64 * 2**20
 _MAX_REPLY_BYTES = 8 * 2**30
 _ANSWERED, _KEYS, _DIGESTS = "fedcore.answered", "keys", "sha256"
 _SPOOLED = 4
-"""Replies that are kept; a server asks again for the last one of a run, or for none."""
+"""Number of replies kept; a server asks again only for the last reply of a run."""
 IDENTITY = "identity.json"
 _MAX_IDENTITY_BYTES = 1 << 10
 _UNREADABLE = "unreadable"
 
 
 class _Identity(Section):
-    """``identity.json``: whose folder this is, from when the server first let it in.
+    """``identity.json``: whose folder this is, noted when the server first admits the device.
 
-    One more lies in ``spool``: whose replies those are.
+    A second file, in ``spool``, states whose replies are stored.
     """
 
     format: Literal["fedcore.device/1"] = "fedcore.device/1"
@@ -50,36 +59,39 @@ class _Identity(Section):
 
 @dataclass(frozen=True)
 class DeviceFolder:
-    """A folder that one process at a time owns (see `own`)."""
+    """A device's folder, used by one process at a time (see `own`)."""
 
     path: Path
 
     def let_in_before(self, public: bytes) -> bool:
-        """Whether a server has let the identity with the key ``public`` in, out of this folder.
+        """Returns whether a server has admitted the identity with the key ``public`` before.
 
-        A folder with states of runs that does not say whose it is dates from before that was
-        written down, and is taken for this identity's.
+        Versions of fedcore without ``identity.json`` left states of runs and no owner: such a
+        folder counts as this identity's, unless its replies belong to another one.
+
+        Args:
+            public: The identity's public key, as `fedcore.crypto.keys.public_bytes` gives it.
 
         Raises:
-            DeviceError: the folder is another identity's: its replies would be sent, and what it
-                has spent be counted, as this one's.
+            DeviceError: the folder belongs to another identity, whose replies and privacy charges
+                would pass for this one's.
         """
         if not self.belongs_to(public, so="Nothing was started"):
             return bool(self.runs()) and _holder(self._replies_of) in (None, sha256_hex(public))
         return True
 
     def belongs_to(self, public: bytes, *, so: str) -> bool:
-        """Whether this is noted as the folder of the identity with the key ``public``.
+        """Returns whether this folder belongs to the identity with the key ``public``.
 
         Args:
-            public: The key.
-            so: What follows where it is another's, for the error.
+            public: The identity's public key.
+            so: Consequence of a mismatch, for the error.
 
         Returns:
-            False where it is nobody's yet.
+            False if the folder belongs to no identity yet.
 
         Raises:
-            DeviceError: it is another identity's.
+            DeviceError: the folder belongs to another identity.
         """
         path, own_sha256 = self.path / IDENTITY, sha256_hex(public)
         found = _holder(path)
@@ -97,10 +109,10 @@ class DeviceFolder:
         )
 
     def note_let_in(self, public: bytes) -> None:
-        """Makes this the folder of the identity with the key ``public``, if it is nobody's yet.
+        """Assigns the folder to the identity with the key ``public``, if it belongs to none yet.
 
-        Replies that another key is known to have answered for, this one may not sign. Their own
-        note outlives the folder's, which is removed to take a folder over.
+        Removes stored replies of another identity, which this one must not sign. ``spool`` has an
+        ``identity.json`` of its own for that: an owner removes only the folder's to take it over.
 
         Raises:
             DiskFull: there is no room.
@@ -118,7 +130,11 @@ class DeviceFolder:
             write_atomic(self.path / IDENTITY, raw, mode=0o600)
 
     def state(self, run: str) -> RecordDict:
-        """The state of a run, its ledger in it; empty before the first round."""
+        """Reads the state of a run, including its privacy charges; empty before the first round.
+
+        Raises:
+            DataError: the file is damaged.
+        """
         path = self._state_path(run)
         raw = read_if_there(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
         if raw is None:
@@ -133,10 +149,19 @@ class DeviceFolder:
             ) from None
 
     def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
-        """Writes a reply and the run's state after it, durably: before any of it may leave.
+        """Writes a reply and then the run's state durably, before the reply is sent.
 
-        The reply counts once the state is there: whatever this process dies of, each reply that
-        can ever leave was charged.
+        The reply becomes valid only with the state that lists its digest. So every reply that can
+        ever be sent has been charged, even if this process dies at any point.
+
+        Args:
+            run: Name of the run.
+            state: The run's state; the digest of the reply is added to it.
+            key: Digest of the message that the reply answers.
+            reply: Content of the reply.
+
+        Raises:
+            DiskFull: there is no room.
         """
         raw = record_bytes(reply)
         kept = [(one, digest) for one, digest in _answered(state).items() if one != key]
@@ -148,11 +173,11 @@ class DeviceFolder:
         self._drop_old()
 
     def keep_state(self, run: str, state: RecordDict) -> None:
-        """Writes a run's state, durably, where there is no reply to go with it."""
+        """Writes a run's state durably, without a reply."""
         write_atomic(self._state_path(run), record_bytes(state), mode=0o600)
 
     def drop_state(self, run: str) -> None:
-        """Forgets a run, and what it answered.
+        """Removes a run's state, which invalidates its stored replies.
 
         Raises:
             ResourceError: the file may not be removed.
@@ -161,21 +186,25 @@ class DeviceFolder:
             remove(self._state_path(run))
 
     def runs(self) -> list[str]:
-        """The runs that have a state."""
+        """Returns the names of the runs that have a state, sorted."""
         return sorted(path.stem for path in (self.path / "state").glob("[!.]*.state"))
 
     def runs_by_age(self) -> list[str]:
-        """The runs that have a state, the one that was written longest ago first."""
+        """Returns the names of the runs that have a state, least recently written first."""
         return sorted(self.runs(), key=lambda run: self._state_path(run).lstat().st_mtime_ns)
 
     def reply(self, key: str, state: RecordDict) -> RecordDict | None:
-        """The reply that was made to an instruction, with its state; None when none was kept.
+        """Returns the stored reply to a message, or None.
 
-        One that is not, to the bit, what the state's charge has paid for is put aside, as
-        `spool/*.damaged`: what it answers is to be done again, and charged again.
+        A reply whose SHA-256 differs from the one in ``state``, where its charge is, is renamed to
+        ``spool/*.damaged``. The caller then has to do the work, and charge for it, again.
+
+        Args:
+            key: Digest of the message.
+            state: The run's state.
 
         Raises:
-            ResourceError: it cannot be put aside.
+            ResourceError: a damaged reply cannot be renamed.
         """
         path, digest = self._reply_path(key), _answered(state).get(key)
         if digest is None:
@@ -203,7 +232,7 @@ class DeviceFolder:
             return None
 
     def _put_aside(self, path: Path) -> Path:
-        """Renames what lies in a reply's place; one such thing is kept, the latest."""
+        """Renames a damaged reply, and returns its new path; only the latest one is kept."""
         aside = path.with_suffix(".damaged")
         with disk_errors(path):
             for old in aside.parent.glob("*.damaged"):
@@ -212,9 +241,9 @@ class DeviceFolder:
         return aside
 
     def _drop_old(self) -> None:
-        """Drops all replies but the newest few."""
+        """Removes all replies except the newest few."""
         spool = self.path / "spool"
-        # Of the link itself: one that leads in a circle has a time, too.
+        # lstat: a symbolic link, even one in a loop, has a time of its own.
         kept = sorted(spool.glob("*.reply"), key=lambda one: one.lstat().st_mtime_ns)
         with disk_errors(spool):
             for old in kept[:-_SPOOLED]:
@@ -232,7 +261,7 @@ class DeviceFolder:
 
 
 def _holder(path: Path) -> str | None:
-    """The SHA-256 of the key that a note is about; None where there is no note."""
+    """Returns the key's SHA-256 in an ``identity.json``; None if no such file exists."""
     raw = read_if_there(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
     if raw is None:
         return None
@@ -243,10 +272,10 @@ def _holder(path: Path) -> str | None:
 
 
 def _answered(state: RecordDict) -> dict[str, str]:
-    """The instructions whose cost the state accounts for, the latest last, and what was answered.
+    """Returns the SHA-256 of each stored reply by the digest of its message, oldest first.
 
-    What was answered is told by the SHA-256 of the reply's file. It stands here, not there: a reply
-    that was made again must not be taken for the one before, which another charge has paid for.
+    The state lists the replies that its charges cover. A reply made again has another charge, so
+    its file must not pass for the one before.
     """
     record = state.get(_ANSWERED)
     if not isinstance(record, ConfigRecord):
@@ -259,10 +288,10 @@ def _answered(state: RecordDict) -> dict[str, str]:
 
 @contextmanager
 def own(path: Path) -> Iterator[DeviceFolder]:
-    """Keeps other processes out of a device's folder.
+    """Locks a device's folder for this process, and creates it if it is missing.
 
     Raises:
-        DeviceError: one is at work in it.
+        DeviceError: another process uses the folder.
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -272,7 +301,7 @@ def own(path: Path) -> Iterator[DeviceFolder]:
     )
     with held_alone(path, refused):
         with disk_errors(path):
-            for name in ("state", "spool"):  # earlier versions left them open to all
+            for name in ("state", "spool"):  # earlier versions made them readable for all users
                 (path / name).mkdir(exist_ok=True, mode=0o700)
                 (path / name).chmod(0o700)
         yield DeviceFolder(path)

@@ -1,4 +1,4 @@
-"""What `fedcore doctor` looks at on a device."""
+"""Checks of ``fedcore doctor`` for a device: kit, proxy, server, clock, wake-up port and store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_HEAD_BYTES = 1 << 15
 
 
 def examine(options: argparse.Namespace) -> Iterator[Finding]:
-    """A device's findings."""
+    """Yields findings about the device's kit and store, as far as the options name them."""
     if options.kit is not None:
         yield from _kit(options)
     if options.store is not None:
@@ -38,7 +38,7 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def _kit(options: argparse.Namespace) -> Iterator[Finding]:
-    """The kit, and the connection that it is for."""
+    """Yields findings about the kit, its disk and the connection to the kit's servers."""
     try:
         kit = load_kit(options.kit)
     except FedcoreError as error:
@@ -56,7 +56,7 @@ def _kit(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def _connection(kit: Kit) -> Iterator[Finding]:
-    """The proxy, the server's addresses, the clock, and the port that wakes."""
+    """Yields findings about the proxy, the server's addresses, the clock and the wake-up port."""
     try:
         check_proxies(os.environ)
     except ConfigError as error:
@@ -67,18 +67,18 @@ def _connection(kit: Kit) -> Iterator[Finding]:
     dates = list[datetime]()
     found = [(server, _server(kit, server, dates)) for server in kit.servers]
     reached = [server for server, finding in found if finding.verdict == "ok"]
-    for _, finding in found:  # devices go to another address where one does not lead to the server
+    for _, finding in found:  # one address that works is enough: devices try them all
         yield replace(finding, verdict="warn") if reached and finding.verdict != "ok" else finding
     if dates:
         yield _clock(dates[0])
     for server in reached:
         host, port = _target(server)
-        if port + 1 < 2**16:  # else the server's own command line names it, and devices learn it
+        if port + 1 < 2**16:  # otherwise the operator sets the port, and the server announces it
             yield _wake_up(kit, host, port + 1, proxy_for(server, os.environ))
 
 
 def _proxies(kit: Kit) -> Finding:
-    """The way to each address, once where all are alike."""
+    """Reports the proxy to each address, or a single one if all are the same."""
     ways = {server: proxy_for(server, os.environ) for server in kit.servers}
     told = {server: shown(way) if way else "none" for server, way in ways.items()}
     if len(set(told.values())) == 1:
@@ -87,7 +87,7 @@ def _proxies(kit: Kit) -> Finding:
 
 
 def _server(kit: Kit, server: str, dates: list[datetime]) -> Finding:
-    """What answers at an address; adds the time that it tells to ``dates``."""
+    """Checks that a server answers at an address; appends its ``Date`` header to ``dates``."""
     (host, port), proxy = _target(server), proxy_for(server, os.environ)
     try:
         status, date = _ask(kit, host, port, proxy)
@@ -136,7 +136,7 @@ def _clock(theirs: datetime) -> Finding:
 
 
 def _releases_clock(store: Path, now: datetime | None = None) -> Finding:
-    """The clock against what releases say of the time, and how long they are signed still."""
+    """Compares the clock with the store's time floor, and checks that its metadata is current."""
     judged = Judged(now or datetime.now(UTC), read_floor(store / "trust"))
     floor, remedy = judged.floor, "set the clock; NTP keeps it right (timedatectl set-ntp true)"
     if floor.at is None:
@@ -171,7 +171,7 @@ def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> F
 
 
 def _ask(kit: Kit, host: str, port: int, proxy: str | None) -> tuple[int, datetime | None]:
-    """The status and the time of the server's answer to a call that asks it for nothing."""
+    """Sends ``GET /`` over mutual TLS; returns the status code and the ``Date`` header, if any."""
     with (
         _connect(host, port, proxy) as plain,
         client_context(kit).wrap_socket(plain, server_hostname=host) as secure,
@@ -188,10 +188,10 @@ def _ask(kit: Kit, host: str, port: int, proxy: str | None) -> tuple[int, dateti
 
 
 def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
-    """A connection, by an HTTP proxy where there is one.
+    """Connects to a host, through an HTTP proxy (``CONNECT``) if one is given.
 
     Raises:
-        OSError: there is none to be had.
+        OSError: the host or the proxy cannot be reached, or the proxy refuses.
     """
     if proxy is None:
         return socket.create_connection((host, port), timeout=_TIMEOUT_S)
@@ -216,7 +216,7 @@ def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
 def _read_head(connection: socket.socket) -> str:
     head = b""
     while b"\r\n\r\n" not in head and len(head) < _MAX_HEAD_BYTES:
-        # One byte at a time through a proxy: what follows its answer belongs to TLS.
+        # One byte at a time: after a proxy's answer, the next bytes belong to TLS.
         piece = connection.recv(1)
         if not piece:
             raise ConnectionError("closed without an answer")

@@ -1,4 +1,7 @@
-"""Enrolment: the key is made on the device and stays; a request goes out, a kit comes back."""
+"""Enrolment in a project: makes a machine's key and signing request, and installs its kit.
+
+The private key never leaves the machine; the operator answers the request with the kit.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,26 @@ from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
 
 @dataclass(frozen=True)
 class Enrolled:
-    """A request that waits for its kit."""
+    """Result of `enrol`: a signing request to send to the operator."""
 
     request: Path
+    """File of the request."""
     fingerprint: str
-    """Of the key: the operator can compare it with what `fedcore provision list` shows."""
+    """SHA-256 of the public key, to compare with the output of ``fedcore provision list``."""
 
 
 def enrol(folder: Path, name: str) -> Enrolled:
-    """Makes a key and a signing request in a folder; a key that is there is never replaced.
+    """Makes a key and a signing request in a folder. Never replaces an existing key.
 
-    Run again before the kit has come, it makes the request again over the same key.
+    A second call before the kit is installed makes a new request for the same key.
+
+    Args:
+        folder: The kit's folder; created if missing.
+        name: The machine's name, unique in the project.
 
     Raises:
-        ConfigError: a kit is installed there already, or the name is none.
-        CertificateRefused: the key that is there is open to others, or is no key.
+        ConfigError: a kit is installed in the folder already, or the name is not valid.
+        CertificateRefused: other users can read the existing key, or the file is not a key.
         DiskFull: there was no room.
     """
     if is_there(folder / KIT):
@@ -59,20 +67,20 @@ def enrol(folder: Path, name: str) -> Enrolled:
 
 
 def install(folder: Path, file: Path, *, authority_sha256: str | None, now: datetime) -> Certified:
-    """Takes a kit for the key in a folder, the first one or a renewed one.
+    """Installs a kit for the key in a folder: the first kit, or a renewed one.
 
     Args:
-        folder: As `enrol` left it.
-        file: The kit.
-        authority_sha256: The authority's fingerprint, told by the operator on another way than
-            the kit came; unchecked when None.
-        now: UTC.
+        folder: Folder in which `enrol` made the key.
+        file: The kit from the operator.
+        authority_sha256: The authority's fingerprint, which the operator gives over another channel
+            than the kit; unchecked when None.
+        now: The current time, UTC.
 
     Raises:
-        DataError: there is no kit, or no key to which it could belong.
-        CertificateRefused: the kit is not in force, is for another key, of another authority than
-            the one told or the one before, or older than the one installed. What was installed
-            before stays.
+        DataError: the kit or the key is missing.
+        CertificateRefused: the kit is not in force, is for another key or role, is from another
+            authority than ``authority_sha256`` or the installed kit, or is older than the
+            installed kit, which stays in place.
     """
     raw = read_bytes(file, max_bytes=MAX_KIT_BYTES, what="a kit")
     kit = parse_kit(raw, now=now, where=str(file))
@@ -106,7 +114,11 @@ def install(folder: Path, file: Path, *, authority_sha256: str | None, now: date
 
 
 def _check_successor(new: Certified, folder: Path, *, where: str) -> None:
-    """Refuses a kit that does not follow the installed one, which may have expired by now."""
+    """Checks that a kit renews the installed one, which may have expired.
+
+    Raises:
+        CertificateRefused: it has another authority or subject, or an earlier start of validity.
+    """
     path = folder / KIT
     raw = read_bytes(path, max_bytes=MAX_KIT_BYTES, what="the installed kit")
     old = parse_kit_file(raw, where=str(path))
@@ -125,5 +137,5 @@ def _check_successor(new: Certified, folder: Path, *, where: str) -> None:
 
 
 def _plain(sha256: str) -> str:
-    """A fingerprint as `certificate_sha256` writes it; OpenSSL puts colons and capitals."""
+    """Normalizes a fingerprint to lower-case hex digits; OpenSSL prints capitals and colons."""
     return sha256.replace(":", "").strip().lower()

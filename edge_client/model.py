@@ -1,4 +1,4 @@
-"""A model that a device has installed, opened from Python. Imports neither torch nor Flower."""
+"""Python interface to a device's installed models. Imports neither torch nor Flower."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Inputs = AnyArray | Sequence[Any]
 
 @dataclass(frozen=True)
 class EdgeModel:
-    """An installed, verified version of a model; `fedcore.open_model` opens one.
+    """An installed, verified version of a model, opened by `fedcore.open_model`.
 
-    An ONNX file is a program, so every call runs it in a process of its own, with limits on time
-    and memory, and checks the digest of the file there. Starting that takes some tenths of a
-    second whatever the number of inputs: ask for many at once.
+    An ONNX file is a program, so every call checks its digest and runs it in a new process with
+    limits on time and memory. The process takes some tenths of a second to start, whatever the
+    number of inputs: pass many at once.
 
     Example::
 
@@ -42,13 +42,13 @@ class EdgeModel:
 
     installed: Installed = field(repr=False)
     threads: int = field(default=Serving().threads, repr=False)
-    """Of one inference."""
+    """Threads of one inference."""
     limits: ModelLimits = field(default_factory=ModelLimits, repr=False)
-    """What the model may take in one call."""
+    """Time and memory that one call may use."""
 
     @property
     def manifest(self) -> Manifest:
-        """The signed statement of what the model is, where it comes from and what it cost."""
+        """The signed manifest: the model's inputs and outputs, lineage and privacy cost."""
         return self.installed.manifest
 
     @property
@@ -63,30 +63,30 @@ class EdgeModel:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the outputs; empty where they have none."""
+        """Names of the classes, in the order of the outputs; empty if the classes have no names."""
         return self.manifest.labels
 
     @property
     def damage(self) -> str | None:
-        """Why an older version answers in place of the active one; None where the active does."""
+        """Why an older version answers in place of the active one; None if the active one does."""
         return self.installed.damage
 
     def predict(self, x: Inputs) -> FloatArray:
-        """The model's outputs for one input or a batch.
+        """Returns the model's outputs for one input or a batch.
 
         Args:
-            x: Raw inputs, as the task's clients have them: shape ``input_shape`` for one, or
-                ``(B, *input_shape)``, whole numbers or floats.
+            x: Raw inputs without preprocessing, integers or floats: shape ``input_shape`` for one
+                input, ``(B, *input_shape)`` for a batch.
 
         Returns:
-            Outputs of one input, or ``(B, ...)`` of a batch.
+            Outputs of the one input, or ``(B, ...)`` for a batch.
 
         Raises:
-            DataError: the shape is neither, or a number is not finite or does not fit the model's
-                type.
-            LimitExceeded: the model took more time or memory than it may.
-            DeviceError: onnxruntime cannot run it, or an update has replaced the version since it
-                was opened; open the model again then.
+            DataError: ``x`` has another shape, or a number is not finite or does not fit the
+                model's type.
+            LimitExceeded: the model exceeded its limits on time or memory.
+            DeviceError: onnxruntime cannot run the model; or an update has replaced the version
+                since it was opened, and the model must be opened again.
             ResourceError: no process could be started.
         """
         batch, alone = self._batch(x)
@@ -96,17 +96,19 @@ class EdgeModel:
         return outputs[0] if alone else outputs
 
     def predict_labels(self, x: Inputs) -> str | list[str]:
-        """The name of the most likely class of one input, or of each of a batch.
+        """Returns the name of the most likely class, for one input or each input of a batch.
 
         Args:
-            x: As for `predict`.
+            x: Raw inputs: shape ``input_shape`` for one input, ``(B, *input_shape)`` for a batch.
 
         Returns:
-            A name, or as many as inputs; the class's number where classes have no names.
+            One name, or a list of B names; the class's index as text if classes have no names.
 
         Raises:
-            DeviceError: the model is no classifier.
-            FedcoreError: as `predict`.
+            DeviceError: the model is not a classifier, or cannot be run (see `predict`).
+            DataError: the inputs are not valid (see `predict`).
+            LimitExceeded: the model exceeded its limits on time or memory.
+            ResourceError: no process could be started.
         """
         if self.manifest.kind != "classification":
             raise DeviceError(
@@ -118,7 +120,7 @@ class EdgeModel:
         return found[0] if alone else found
 
     def _batch(self, x: Inputs) -> tuple[AnyArray, bool]:
-        """Inputs as a batch, and whether it is of one that was given alone."""
+        """Returns the inputs as a batch, and whether ``x`` was a single input."""
         shape = list(self.manifest.input_shape)
         expected = f"input: expected one of shape {shape} or a batch of shape [B, *{shape}]"
         try:
@@ -136,9 +138,9 @@ def open_model(
     threads: int = Serving().threads,
     limits: ModelLimits | None = None,
 ) -> EdgeModel:
-    """Opens an installed model, once every byte of it has been checked.
+    """Opens an installed model, after checking every byte of it.
 
-    Needs the base package alone: neither torch nor Flower is imported.
+    Needs only the base package: imports neither torch nor Flower.
 
     Example::
 
@@ -146,18 +148,19 @@ def open_model(
         outputs = model.predict(x)  # one input or a batch, as an array or nested lists
 
     Args:
-        store: The device's folder, which ``fedcore device update`` installs to.
+        store: The store that ``fedcore device update`` installs to.
         name: The model's name.
-        threads: Of one inference.
-        limits: What it may take in one call; 120 seconds, and memory by its size, when None.
+        threads: Threads of one inference.
+        limits: Time and memory that one call may use; when None, 120 seconds, and memory by the
+            size of the model.
 
     Returns:
-        The active version, or the one before it where the active one is damaged (``damage`` says
-        so). It stays the version that was opened, whatever is installed later.
+        The active version; if it is damaged, the previous one, with the reason in ``damage``. The
+        object keeps its version when a later one is installed.
 
     Raises:
-        ConfigError: ``name`` is no model's name.
+        ConfigError: ``name`` is not a valid name.
         DeviceError: no version is installed.
-        DigestMismatch: what is installed is damaged, and there is nothing whole to fall back to.
+        DigestMismatch: the active version is damaged, and no intact previous version exists.
     """
     return EdgeModel(serving(Path(store), name), threads, limits or ModelLimits())

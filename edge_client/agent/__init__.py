@@ -1,5 +1,6 @@
-"""The warm process that trains: calls of the server in, signed replies out.
+"""The training process of a device: the server's messages in, signed replies out.
 
-Read `loop` first: it pulls a message, asks `policy` whether the owner allows it now, has the
-installed app answer, and keeps `state` and reply on disk before the reply leaves.
+`policy` runs a session whenever the owner's policy allows it. Start with `loop`, which is that
+session: it pulls a message, has the installed app answer it, and writes the run's state and the
+reply to disk before it sends the reply.
 """

@@ -1,7 +1,7 @@
-"""Telling the server that this device is back, before torch and the task have been loaded.
+"""Early authentication: announces a starting device before torch and the task are loaded.
 
-Importing torch takes seconds. A server counts a device as gone until its process has
-authenticated, and a round that is going on waits for it no longer than a few.
+Importing torch takes seconds. A server counts a device as offline until its process has
+authenticated, and a running round waits for it no longer than a few seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedcore.rpc.hello import declared_name, hello_of
 log = logging.getLogger("fedcore.device")
 
 _LONGEST_S = 15.0
-"""How long a busy server is asked again."""
+"""How long a request to a busy server is retried."""
 
 
 def announce(
@@ -32,22 +32,23 @@ def announce(
     instance: str,
     passed: Callable[[int], None] | None = None,
 ) -> None:
-    """Authenticates this process with the server, if that can be done at once, and stays in touch.
+    """Activates this process with the server and opens a stream, if the server answers soon.
 
-    From then on the server sees at once when this process dies, and counts on it until then.
-    Whatever is not as it should be, the device's own loop meets again, and says.
+    From then on the server counts the device as online, and notices at once if this process dies.
+    Other failures are only logged: the training session meets them again and reports them. Does
+    nothing if the task file computes its name: only running the file would reveal it.
 
     Args:
         kit: The device's identity.
         task: The task file that is installed here.
-        folder: What this device keeps.
-        instance: How this process calls itself, now and later.
-        passed: Told how many bytes each call, and the stream, have moved; it may wait.
+        folder: The device's folder.
+        instance: Name of this process, which its first training session must use too.
+        passed: Callback with the bytes transferred; may block to limit bandwidth.
 
     Raises:
         DataError: the task file cannot be read.
-        TrustError: the server does not let this device in.
-        DeviceError: the folder is another identity's.
+        TrustError: the server does not admit this device.
+        DeviceError: the folder belongs to another identity.
     """
     name = declared_name(task)
     if name is None:
@@ -60,7 +61,7 @@ def announce(
         let_in_before=folder.let_in_before(kit.public),
         passed=passed,
     )
-    # A server that is busy again and again must not keep this device from loading what it needs.
+    # A server that stays busy must not keep this device from loading torch.
     ending = threading.Timer(_LONGEST_S, late.set)
     ending.daemon = True
     ending.start()

@@ -1,4 +1,4 @@
-"""``fedcore client start``: the device at work."""
+"""The command ``fedcore client start``: runs a device until it is stopped."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def _start(options: argparse.Namespace) -> int:
         except BaseException as error:
             if not told():
                 raise
-            if not isinstance(error, KeyboardInterrupt):  # an import makes another error of it
+            if not isinstance(error, KeyboardInterrupt):  # an import may turn it into another error
                 log.info("stopped, and met: %s: %s", type(error).__name__, error)
     return 0
 
 
 def _work(options: argparse.Namespace, loading: threading.Event) -> None:
-    """Takes part until this process is told to stop; sets ``loading`` while torch is imported."""
+    """Runs the device until a signal interrupts it; sets ``loading`` while torch is imported."""
     kit = load_kit(options.kit)
     if kit.role != "device":
         raise CertificateRefused(
@@ -90,7 +90,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     quiet_core()
     from fedcore.observability.lines import log_lines
 
-    with loading_told():  # on standard error: Flower would take a logger's place that is made first
+    with loading_told():  # on standard error: Flower would replace a logger set up before it
         from edge_client.agent.announce import announce
         from edge_client.agent.policy import RateLimit, check_task, reason_to_rest, take_part
         from edge_client.device_folder import own
@@ -102,10 +102,10 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     rate = owner.max_bandwidth_bytes_per_s
     passed = RateLimit(rate).passed if rate else None
     with own(options.state or options.kit / "device") as folder:
-        folder.belongs_to(kit.public, so="Nothing was started")  # also while its owner lets it rest
+        folder.belongs_to(kit.public, so="Nothing was started")  # even if the policy pauses it now
         instance = secrets.token_hex(16)
         if reason_to_rest(owner) is None:
-            # Before torch is imported: that takes long.
+            # Before torch is imported, which takes seconds: a running round soon gives up waiting.
             announce(kit, options.task, folder, instance, passed)
         log.info("loading torch, and its compiler with it: some seconds, more the first time")
         loading.set()
@@ -125,7 +125,7 @@ def _sessions(
     instance: str,
     passed: Callable[[int], None] | None,
 ) -> Callable[[Signals], None]:
-    """What a device does while its owner lets it; ``instance`` names the first session."""
+    """Returns a function that runs one training session; ``instance`` names the first session."""
     from edge_client.agent.loop import DeviceSetup, run_device
     from edge_client.agent.policy import free_gpu, limit_gpu
     from fedcore.task.definition import load_task

@@ -1,4 +1,4 @@
-"""How much a server may ask of a device: the size of a message, and when work on one ends."""
+"""Limits on a server's demands: the size of a message, and when to abort work on one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from fedcore.task.model import build_model
 log = logging.getLogger("fedcore.device")
 
 GONE_S = 120.0
-"""A server that has not been heard of for so long gets no more work done."""
+"""Work on a message is aborted when the server has been unreachable for this long."""
 _COPIES = 4
-"""So many times the bytes of the model a message may have; a strategy may send state of its own."""
+"""Size limit of a message, in copies of the model: a strategy may send state in addition to it."""
 _ROOM_BYTES = 4 << 20
-"""Beside those: names, settings, statistics of the preprocessing."""
+"""Added to that limit for names, settings and statistics of the preprocessing."""
 _UNKNOWN_BYTES = 256 << 20
-"""What a message may have where the task's model cannot be built: training says why."""
+"""Size limit of a message if the task's model cannot be built; training reports the reason."""
 
 
 def message_limit_bytes(task: Task, run: RunConfig, owner: OwnerPolicy) -> int:
-    """Most bytes of one message from the server: what the installed model and the owner allow."""
+    """Returns the size limit in bytes of one message from the server.
+
+    It is a multiple of the installed model's size, or less if the owner's limits on bytes or memory
+    are lower.
+    """
     try:
         state = build_model(task, run).state_dict().values()
         model_bytes = sum(max(one.element_size(), 4) * one.numel() for one in state)
         usual_bytes = _COPIES * model_bytes + _ROOM_BYTES
-    except FedcoreError as error:  # told to the server once the message is worked on
+    except FedcoreError as error:  # training reports it to the server
         log.debug("the size of messages is not known: %s", error)
         usual_bytes = _UNKNOWN_BYTES
     limits = (usual_bytes, owner.max_round_bytes, owner.max_memory_bytes)
@@ -38,7 +42,7 @@ def message_limit_bytes(task: Task, run: RunConfig, owner: OwnerPolicy) -> int:
 
 
 def reason_to_stop(signals: Signals) -> str | None:
-    """Why the work on a message is to end now; None while it may go on."""
+    """Returns why the work on a message must be aborted now; None while it may continue."""
     if signals.stop.is_set():
         return "this device takes part no longer, by its owner's hours or battery"
     lost = signals.lost

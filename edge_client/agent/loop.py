@@ -1,4 +1,4 @@
-"""A device at work: pulls what the server asks, does it with the installed app, answers."""
+"""A device's training session: pulls messages, runs the installed app, sends signed replies."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ from fedcore.updates.seal import run_digest, sign_reply
 log = logging.getLogger("fedcore.device")
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S, _REFUSED_PAUSE_S = 0.2, 30.0, 600.0
-"""Pauses between two attempts: the first, and the longest where the server cannot be reached, or
-refuses this device."""
+"""Pauses between two attempts: the first, the longest while the server is unreachable, and the
+longest while the server refuses this device."""
 _LAST_S = 1.0
-"""How long a device that ends waits for its stream's end, and for each step of its last call."""
+"""Timeout at shutdown: for the stream's thread to end, and for each step of the last request."""
 _LOOK_S = 60.0
-"""How often messages are looked for without any call; a stream that lost one costs no more."""
+"""Longest time between two pulls: the delay if the stream loses a wake-up call."""
 MESSAGE_S, MESSAGE_BURST = 0.02, 1000
-"""How often a message is answered in the long run, and how often at once."""
+"""Rate limit on answers to messages: seconds per message in the long run, and burst size."""
 NEW_RUN_S, NEW_RUN_BURST = 900.0, 64
-"""How often a private run that this device has no charge of is opened, and how often at once. A
-ledger forgets nothing: ever new runs would fill it, and nothing could be charged any more."""
+"""Rate limit on private runs without a charge so far: seconds per run in the long run, and burst
+size. The ledger keeps every run forever: without a limit, new runs would fill it for good."""
 IDLE_MESSAGES = 50
-"""As so many counts one that was no work: declined, failed, or answered before. A server could
-have a device decline as fast as the two can talk, and no limit on work bounds that."""
+"""How many messages one without work counts as: declined, failed or answered before. A server
+could make a device decline messages in a tight loop, which no limit on training bounds."""
 
 
 @dataclass(frozen=True)
 class DeviceSetup:
-    """What a device is made of."""
+    """Everything that a training session needs: identity, task, owner's policy and folder."""
 
     kit: Kit
     task: Task
@@ -74,43 +74,43 @@ class DeviceSetup:
     folder: DeviceFolder
     randomness: Randomness = field(default_factory=SystemEntropy)
     instance: str = field(default_factory=lambda: secrets.token_hex(16))
-    """Names this process, or this session of it, to the server."""
+    """Random name by which the server recognizes this session."""
     passed: Callable[[int], None] | None = None
-    """Hears how many bytes each call has moved, and may wait."""
+    """Callback after each transfer with its bytes; may block to limit bandwidth."""
     between_rounds: Callable[[], None] | None = None
-    """Called when nothing is left to answer, after the run's model has been let go."""
+    """Callback when no message is left to answer, after the run's model is released."""
     new_runs: Ceiling = field(default_factory=lambda: Ceiling(NEW_RUN_S, NEW_RUN_BURST))
-    """Grants private runs that nothing was charged in yet."""
+    """Rate limit on private runs without a charge so far."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that the server asks this device to take part in."""
+    """An open run: the app with its model and data, and the privacy ledger."""
 
     name: str
     digest: str
-    """Of its settings and instance: a reply that was made under others is no reply."""
+    """Digest of the run's settings and instance; a stored reply is reused only if it matches."""
     app: ClientApp
     context: Context
     ledger: DeviceLedger | None
-    """None where nothing is charged."""
+    """None in a run without differential privacy."""
     durable: DurableLedger | None
-    """None where nothing is charged."""
+    """None in a run without differential privacy."""
     most_bytes: int
-    """Of one message."""
+    """Upper bound on the size of one message."""
 
 
 def run_device(device: DeviceSetup, signals: Signals) -> None:
-    """Takes part until ``signals.stop`` is set.
+    """Answers the server's messages until ``signals.stop`` is set.
 
-    A server that cannot be reached is tried again forever, with pauses that grow to 30 s. So is
-    one that no longer proves what it is, once it has let this device in; and one that refuses it
-    since, with pauses that grow to 10 minutes.
+    Retries forever while the server is unreachable, with pauses that grow to 30 s. Once the server
+    has admitted this device, the same applies if the server can no longer prove its identity; if
+    it refuses the device, the pauses grow to 10 minutes.
 
     Raises:
-        TrustError: the server has never let this device in, or its certificate has expired.
-        DeviceError: it has not, as versions of protocol, app or task differ; the message says what
-            to install. Or the folder is another identity's.
+        TrustError: the server has never admitted this device, or the certificate has expired.
+        DeviceError: the server rejects the device's version of protocol, app or task; the message
+            states what to install. Or the folder belongs to another identity.
     """
     instance = device.instance
     link = FleetLink(
@@ -142,14 +142,14 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
 
 
 def warm_up() -> None:
-    """Has torch import what a first step of training imports, before the server waits for it."""
+    """Runs a tiny training step: torch imports modules lazily, and no round should wait for it."""
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.sum().backward()  # type: ignore[no-untyped-call]
     torch.optim.SGD([weight]).step()
 
 
 def _persist(work: Callable[[], None], signals: Signals) -> None:
-    """Does ``work`` until the server has been reached for it, or this process is to end."""
+    """Calls ``work`` until it succeeds in reaching the server, or ``signals.stop`` is set."""
     failures, told = Counter[float](), set[type[Exception]]()
     while not signals.stop.is_set():
         last_s = _LAST_PAUSE_S
@@ -165,8 +165,8 @@ def _persist(work: Callable[[], None], signals: Signals) -> None:
             told.add(type(error))
             if refused:
                 last_s = _REFUSED_PAUSE_S
-            signals.work.set()  # what it was at is asked for again
-        failures[last_s] += 1  # counted apart: a refusal after a long outage is the first one
+            signals.work.set()  # pull the unfinished message again
+        failures[last_s] += 1  # counted apart: a refusal after a long outage retries soon
         longest = min(last_s, _FIRST_PAUSE_S * 1.25 ** min(failures[last_s], 100))
         signals.stop.wait(spread_s(longest, 0.5, 1.0))
     return None
@@ -183,7 +183,7 @@ def _activate(link: FleetLink, signals: Signals) -> None:
 def _turn(
     device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], messages: Ceiling
 ) -> None:
-    """Waits for a call, and answers every message that there is, no faster than ``messages``."""
+    """Waits for a wake-up call, then answers all messages, at most at the rate of ``messages``."""
     signals.work.wait(_LOOK_S)
     if signals.stop.is_set():
         return
@@ -201,7 +201,7 @@ def _turn(
         if device.between_rounds is not None and runs:
             runs.clear()
             device.between_rounds()
-    except InvalidUpdate as error:  # its round is over: there is nothing to mend here
+    except InvalidUpdate as error:  # its round has ended: no retry can help
         log.info("not taken: %s", error)
         signals.stop.wait(max(_FIRST_PAUSE_S, messages.wait_s(IDLE_MESSAGES)))
         signals.work.set()
@@ -210,12 +210,12 @@ def _turn(
 def _answer_or_say_why(
     device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
 ) -> bool:
-    """Answers; where the server does not take it, tells it not to wait for this device.
+    """Answers a message; if the server rejects the reply, sends an error in its place.
 
-    A message that is left unanswered would come again with the next pull.
+    Without an answer, the next pull would return the message again.
 
     Returns:
-        Whether work was done for it, and taken.
+        Whether the app ran and succeeded, and the server accepted the reply.
     """
     try:
         return _answer(device, link, signals, runs, found)
@@ -229,27 +229,27 @@ def _answer_or_say_why(
 def _answer(
     device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
 ) -> bool:
-    """Does what a message asks, or finds that it was done before, signs the reply and sends it.
+    """Runs the app on a message, or finds the stored reply; signs the reply and sends it.
 
-    The state, with what was spent in it, is on disk before the reply is, and the reply before any
-    of it leaves.
+    Guarantee:
+        Privacy charges, then the reply with the new state, are on disk before a reply is sent.
 
     Returns:
-        Whether work was done for it.
+        Whether the app ran and succeeded.
     """
     kind, started = found.message.metadata.message_type, time.monotonic()
     run_id = found.message.metadata.run_id
     try:
         run = runs.get(run_id) or _open(device, link, signals, run_id)
-        if run.ledger is not None and run.ledger.look():  # what was spent on new files counts now
+        if run.ledger is not None and run.ledger.look():  # new files: more charges may count
             run = _open(device, link, signals, run_id)
         message = link.fetch(found, limit_bytes=run.most_bytes)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise
         log.warning("run %d: takes no part: %s", run_id, error)
-        # The server hears more of its own settings alone: the rest is of files, which may name
-        # people, of what was spent, and of what the owner allows.
+        # Only errors about the server's own settings go to it in full. Others may quote file names
+        # (which may name people), the privacy spent or the owner's policy.
         hide = not isinstance(error, ConfigError)
         reply = Message(Error(*error_of(device.kit.name, error, hide=hide)), reply_to=found.message)
         link.answer(reply)
@@ -261,11 +261,11 @@ def _answer(
     if content is None:
         reply, again = _by_app(device, run, message), False
         _keep(device, run, key, reply)
-        if run.ledger is not None and run.ledger.look():  # some came while it trained
+        if run.ledger is not None and run.ledger.look():  # files were added during training
             runs.clear()
     else:
         reply = Message(content, reply_to=message)
-    if reply.has_error():  # told before it is sent: the server may be gone
+    if reply.has_error():  # logged before it is sent: sending may fail
         log.info("%s %s: declined or failed: %s", run.name, kind, reply.error.reason)
     else:
         sign_reply(
@@ -285,10 +285,10 @@ def _answer(
 
 
 def _by_app(device: DeviceSetup, run: _Run, message: Message) -> Message:
-    """What the app answers; what it does not catch itself refuses one message, and ends nothing.
+    """Returns the app's reply to a message, or an error reply if the app raises.
 
-    The app answers for the task's failures. What is left are mods that a strategy has run around
-    it: they believe the numbers of a server's message. What was charged meanwhile is in the state.
+    The app itself handles failures of the task. A strategy's mods around it do not check a server's
+    numbers, so they may raise anything. Charges made until then remain in the state.
     """
     try:
         reply = run.app(message, run.context)
@@ -307,12 +307,12 @@ def _by_app(device: DeviceSetup, run: _Run, message: Message) -> Message:
 
 
 def _tell_room(run: _Run, kind: str) -> None:
-    """Says how many more rounds the budget has room for, once the reply is on its way."""
+    """Logs how many more training rounds fit in the privacy budget; does nothing without one."""
     if run.ledger is None or run.durable is None or kind != MessageType.TRAIN:
         return
     try:
         room = run.ledger.room(run.context.state, run.durable.others)
-    except (FedcoreError, ArithmeticError, ValueError) as error:  # it is told, and decides nothing
+    except (FedcoreError, ArithmeticError, ValueError) as error:  # informative only
         log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
         return
     if room is not None:
@@ -320,19 +320,19 @@ def _tell_room(run: _Run, kind: str) -> None:
 
 
 def _keep(device: DeviceSetup, run: _Run, key: str, reply: Message) -> None:
-    """Has a reply on disk, before it may leave. What it cost is there since before it was made."""
+    """Writes a reply to disk before it is sent. Its charge was written before training started."""
     state = run.context.state
     if not reply.has_error():
         device.folder.keep(run.name, state, key, reply.content)
-    elif run.ledger is not None:  # what kept the charge from the disk before ends the device now
+    elif run.ledger is not None:  # raises if the charge still cannot be written
         run.ledger.keep(state)
 
 
 def read_settings(told: str) -> RunConfig:
-    """The run that a server tells of, as JSON.
+    """Parses the settings of a run, JSON from the server.
 
     Raises:
-        ConfigError: it is none that this version knows.
+        ConfigError: this version of fedcore cannot read them.
     """
     try:
         return RunConfig.model_validate_json(told.encode(errors="replace"))
@@ -344,7 +344,7 @@ def read_settings(told: str) -> RunConfig:
 
 
 def _open(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int) -> _Run:
-    """The app for a run, built once: model, data and accelerator stay warm between rounds."""
+    """Builds the app for a run, once: model, data and accelerator stay loaded between rounds."""
     told = link.settings(run_id)
     config = read_settings(told.get(SETTINGS, ""))
     assume_identity(run_id)

@@ -1,4 +1,7 @@
-"""What the owner's policy says of this moment: whether this device takes part now."""
+"""Enforcement of the owner's policy: task, hours, power, bandwidth and GPU.
+
+Start with `take_part`, which runs training sessions whenever the policy allows it.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ log = logging.getLogger("fedcore.device")
 
 POWER = Path("/sys/class/power_supply")
 _LOOK_S = 10.0
-"""How often the clock and the battery are looked at."""
+"""Interval between two checks of the clock and the battery."""
 _MAX_TASK_BYTES = 16 << 20
 _MAX_POWER_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where a device looks for what its policy depends on."""
+    """Sources of the time and the power state that a policy depends on; tests replace them."""
 
     clock: Callable[[], datetime] = datetime.now
-    """Local time, as owners think of hours."""
+    """Returns local time: owners state hours in it."""
     power: Path = POWER
     look_s: float = _LOOK_S
 
@@ -42,24 +45,28 @@ HERE = Surroundings()
 
 @dataclass(frozen=True)
 class Power:
-    """What feeds a device."""
+    """Power state of a device."""
 
     on_battery: bool
     percent: int | None
-    """Of the fullest battery; None where there is none that tells."""
+    """Charge of the fullest battery; None if no battery reports its charge."""
 
 
 def read_power(folder: Path) -> Power:
-    """What Linux tells of the power supply; mains where it tells nothing, as in most servers.
+    """Reads the power state from Linux's sysfs.
 
-    A supply that is online (mains, USB) counts as mains, whatever the battery does.
+    A connected mains or USB supply counts as mains, even if the battery discharges. So does a
+    machine that reports no supply at all, which most servers do.
+
+    Args:
+        folder: ``/sys/class/power_supply``, or a folder laid out like it.
     """
     online, discharging, percents = False, False, []
     for supply in sorted(folder.iterdir()) if folder.is_dir() else []:
         kind = _value(supply / "type")
         if kind in ("Mains", "USB"):
             online |= _value(supply / "online") == "1"
-        elif kind == "Battery" and _value(supply / "scope") != "Device":  # not a mouse's
+        elif kind == "Battery" and _value(supply / "scope") != "Device":  # a mouse has that scope
             discharging |= _value(supply / "status") == "Discharging"
             percent = _value(supply / "capacity")
             percents += [int(percent)] if percent.isdecimal() else []
@@ -67,7 +74,7 @@ def read_power(folder: Path) -> Power:
 
 
 def _value(path: Path) -> str:
-    """A value of sysfs; empty where there is none."""
+    """Reads a sysfs value; empty if the file cannot be read."""
     try:
         with path.open("rb") as stream:
             return stream.read(_MAX_POWER_BYTES).decode(errors="replace").strip()
@@ -76,11 +83,11 @@ def _value(path: Path) -> str:
 
 
 def check_task(owner: OwnerPolicy, path: Path) -> None:
-    """Refuses a task that the owner does not allow; its code has not run then.
+    """Checks that the owner allows a task file, by its SHA-256 and without running it.
 
     Raises:
-        ConfigError: it is none of ``owner.tasks``.
-        DataError: it cannot be read.
+        ConfigError: the digest is not in ``owner.tasks``.
+        DataError: the file cannot be read.
     """
     if owner.tasks is None:
         return
@@ -97,7 +104,7 @@ def check_task(owner: OwnerPolicy, path: Path) -> None:
 
 
 def reason_to_rest(owner: OwnerPolicy, around: Surroundings = HERE) -> str | None:
-    """Why this device takes no part now; None when it does."""
+    """Returns why the policy forbids training now; None if it allows it."""
     if owner.hours is not None:
         now = around.clock()
         if not any(_within(hours, now) for hours in owner.hours):
@@ -113,7 +120,10 @@ def reason_to_rest(owner: OwnerPolicy, around: Surroundings = HERE) -> str | Non
 
 
 def _within(hours: str, now: datetime) -> bool:
-    """Whether a moment is in ``HH:MM-HH:MM``, which may go past midnight; its end is outside."""
+    """Returns whether ``now`` is within ``HH:MM-HH:MM``.
+
+    The end is exclusive, and may lie after midnight. An interval from a time to itself is all day.
+    """
     start, _, end = hours.partition("-")
     text = f"{now:%H:%M}"
     if start <= end:
@@ -122,7 +132,7 @@ def _within(hours: str, now: datetime) -> bool:
 
 
 def hours_left_s(owner: OwnerPolicy, around: Surroundings = HERE) -> float | None:
-    """Seconds until the owner's hours end; None where they never do."""
+    """Returns the seconds until the owner's hours end, 0 outside them; None if they never end."""
     if owner.hours is None:
         return None
     now = around.clock()
@@ -140,10 +150,17 @@ def take_part(
     stop: threading.Event | None = None,
     around: Surroundings = HERE,
 ) -> None:
-    """Runs ``session`` whenever the owner's policy allows, until ``stop`` is set.
+    """Runs ``session`` whenever the owner's policy allows it, until ``stop`` is set.
 
-    A session is told to end when the policy allows no more: it gives up what it has begun between
-    two steps, says goodbye, so that no round waits for this device, and begins again when it may.
+    When the policy no longer allows training, the session's ``stop`` signal is set. The session
+    then aborts its work between two steps and deactivates this device, so that no round waits for
+    it. A new session starts when the policy allows it again.
+
+    Args:
+        session: Trains until ``stop`` of its signals is set.
+        owner: The policy.
+        stop: Ends everything; never set when None.
+        around: Sources of time and power state.
     """
     stop = stop or threading.Event()
     while not stop.is_set():
@@ -159,7 +176,7 @@ def take_part(
 
 @contextmanager
 def _watched(owner: OwnerPolicy, stop: threading.Event, around: Surroundings) -> Iterator[Signals]:
-    """Signals for a session, which end it when the policy or ``stop`` does."""
+    """Yields a session's signals; sets their ``stop`` when the policy or ``stop`` demands it."""
     signals = Signals()
 
     def look() -> None:
@@ -178,31 +195,31 @@ def _watched(owner: OwnerPolicy, stop: threading.Event, around: Surroundings) ->
 
 
 _SMALL_BYTES = 1 << 14
-"""Calls that carry no part of a model, and what passes on a stream at a time."""
+"""Transfers up to this size count as small: requests without model data, and reads of a stream."""
 _SOON_S = 1e-3
-"""What is paid for so soon is not waited for."""
+"""A remaining wait up to this long is skipped."""
 
 
 @dataclass
 class RateLimit:
-    """Keeps what passes to and from the server below a rate, over a transfer as a whole.
+    """Limits the average rate of all traffic to and from the server. Thread-safe.
 
-    What is small shares half of the rate, and waits for nothing else: behind a piece of a model,
-    which is paid for in many seconds, no sign of life would leave in time, and a server would take
-    the device for gone. What is large waits until everything is paid for.
+    A small transfer waits only for small ones, at half of the rate: behind part of a model, which
+    takes many seconds, a heartbeat would be late and the server would count the device as offline.
+    A large transfer waits until the rate covers everything.
     """
 
     bytes_per_s: float
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     _free_s: float = field(default=0.0, init=False)
-    """When what has passed so far is paid for."""
+    """When all traffic so far is within the rate, on ``clock``."""
     _small_free_s: float = field(default=0.0, init=False)
-    """When the small of it is, at half of the rate."""
+    """When all small transfers so far are within half of the rate, on ``clock``."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def passed(self, count: int) -> None:
-        """Waits for as long as ``count`` bytes that have just passed take at that rate."""
+        """Counts ``count`` bytes just transferred, and blocks until the rate allows more."""
         took_s, small = count / self.bytes_per_s, count <= _SMALL_BYTES
         with self._lock:
             now = self.clock()
@@ -214,14 +231,16 @@ class RateLimit:
                 wait_s = self._free_s - now
         self.sleep(wait_s)
         while not small and (wait_s := self._free_s - self.clock()) > _SOON_S:
-            self.sleep(wait_s)  # something small has passed meanwhile
+            self.sleep(wait_s)  # small transfers during the sleep have added to the wait
 
 
 def limit_gpu(owner: OwnerPolicy) -> None:
-    """Bounds this process's share of each GPU's memory, and says where the owner asks for none.
+    """Applies the owner's ``max_gpu_fraction`` to each CUDA device, and checks ``device``.
+
+    Logs a warning where a fraction is set and torch finds no CUDA device.
 
     Raises:
-        ConfigError: the owner pins a device that is not there.
+        ConfigError: torch does not find the device that the owner sets.
     """
     import torch
 
@@ -250,7 +269,7 @@ def limit_gpu(owner: OwnerPolicy) -> None:
 
 
 def free_gpu() -> None:
-    """Gives back what nothing refers to any more."""
+    """Collects garbage, and returns torch's unused GPU memory to the driver."""
     import torch
 
     gc.collect()

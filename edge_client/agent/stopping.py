@@ -1,4 +1,4 @@
-"""A device that is told to stop does so, whatever it is at and whatever its server does."""
+"""Prompt shutdown of a device on SIGINT or SIGTERM, whatever its code or its server is doing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedcore.errors import INTERRUPTED
 log = logging.getLogger("fedcore.device")
 
 _STOP_S = 4.0
-"""How long a device may take over it; what it keeps is whole at any moment."""
+"""Time for a clean shutdown before the process exits; its files are consistent at any moment."""
 _TELL_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OVER = b"\0"  # no signal has this number
@@ -24,19 +24,22 @@ _OVER = b"\0"  # no signal has this number
 
 @contextmanager
 def told_to_stop(loading: threading.Event) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM came.
+    """Handles SIGINT and SIGTERM; yields a function that returns whether one was received.
 
-    The first one interrupts what is going on, and ends the process with exit code 0 after a few
-    seconds if that did not: imports and finalizers swallow interrupts, threads of a task outlive
-    them, and one call into a library (a step of training over as many examples as a server asked
-    for, a name that nobody resolves) lets no handler run until it returns. The second one ends it
-    at once, with exit code 130. So does the first, with 0, while ``loading`` is set: an interrupt
-    in the midst of torch's import would abort the process.
+    The first signal raises `KeyboardInterrupt`. If the process still runs a few seconds later, it
+    exits with code 0: imports and finalizers swallow interrupts, a task's threads outlive them, and
+    a long call into a library (a training step over many examples, a DNS lookup without an answer)
+    runs no Python handler until it returns. A second signal exits at once with code 130. While
+    ``loading`` is set, the first signal exits at once with code 0: an interrupt during torch's
+    import would abort the process.
 
-    Outside the main thread, where no signals arrive, they go on doing what they did.
+    Called outside the main thread, it changes nothing: only the main thread receives signals.
+
+    Args:
+        loading: Set by the caller while torch is imported.
 
     Raises:
-        KeyboardInterrupt: at the first one, from wherever the program is.
+        KeyboardInterrupt: on the first signal, at any point of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -51,19 +54,19 @@ def told_to_stop(loading: threading.Event) -> Iterator[Callable[[], bool]]:
             os._exit(0)
         raise KeyboardInterrupt
 
-    # Python's handlers run in the main thread, between two of its instructions. The number of a
-    # signal is written here at once, wherever that thread is.
+    # Python runs handlers in the main thread, between two instructions. The wake-up descriptor
+    # receives a signal's number at once, even while that thread is inside a library.
     heard, numbers = socket.socketpair()
     numbers.setblocking(False)
     before = signal.set_wakeup_fd(numbers.fileno(), warn_on_full_buffer=False)
-    # Begun here: a handler that starts a thread may find the lock for that held by what it broke.
+    # Started here: in a handler, the interrupted code might hold the lock for starting threads.
     insisting = threading.Thread(target=_insist, args=[heard, loading], name="stop", daemon=True)
     insisting.start()
     kept = {each: signal.signal(each, handle) for each in _SIGNALS}
     try:
         yield came.is_set
     finally:
-        if not came.is_set():  # else both hold until the process has ended
+        if not came.is_set():  # else handlers and thread stay in force until the process exits
             signal.set_wakeup_fd(before)
             for each, handler in kept.items():
                 signal.signal(each, handler)
@@ -74,7 +77,7 @@ def told_to_stop(loading: threading.Event) -> Iterator[Callable[[], bool]]:
 
 
 def _insist(heard: socket.socket, loading: threading.Event) -> None:
-    """Ends the process some seconds after a signal, and at once at a second one."""
+    """Exits the process `_STOP_S` after a signal, or at once on a second one."""
     if not _next(heard):
         return
     if loading.is_set():
@@ -85,7 +88,7 @@ def _insist(heard: socket.socket, loading: threading.Event) -> None:
             os._exit(INTERRUPTED)
         return
     text = f"stopped: what it was at did not end within {_STOP_S:.0f} s"
-    # Beside: what it was at may be a log that nobody reads.
+    # In another thread: the main thread may be blocked writing to a log that nobody reads.
     telling = threading.Thread(target=log.warning, args=[text], daemon=True)
     telling.start()
     telling.join(_TELL_S)
@@ -93,7 +96,7 @@ def _insist(heard: socket.socket, loading: threading.Event) -> None:
 
 
 def _next(heard: socket.socket) -> bool:
-    """Waits for a signal; False where none is to be waited for any more."""
+    """Waits for a signal; returns False when the handlers were removed and none can follow."""
     while number := heard.recv(1):
         if number[0] in _SIGNALS:
             return True

@@ -1,4 +1,8 @@
-"""How a device learns that work awaits it: the server's stream, or asking, where there is none."""
+"""Wake-up calls: a gRPC stream from the server, or polling where no stream can be opened.
+
+`watch` runs in a thread of its own, and sets the events of `Signals` for the training session. All
+rates are limited here, so that a server cannot occupy the device or its connection.
+"""
 
 from __future__ import annotations
 
@@ -27,88 +31,87 @@ from fedcore.rpc.wake_pb2_grpc import WakeStub
 log = logging.getLogger("fedcore.device")
 
 _CONNECT_S = 2.5
-"""How long an attempt at a stream may take."""
+"""Longest time to connect a stream."""
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # 60 s unless set, whatever the one above says
+    ("grpc.http2.ping_timeout_ms", 5_000),  # 60 s by default, despite keepalive_timeout_ms
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", int(_CONNECT_S * 1000)),  # also bounds an attempt: 20 s else
     ("grpc.max_receive_message_length", 64),  # a call has 2 bytes
     ("grpc.max_metadata_size", 8192),
-    ("grpc.enable_retries", 0),  # of a stream that a server had not begun: there is no second way
+    ("grpc.enable_retries", 0),  # a retry would need a new connection, and the relay has only one
 )
 _FAST_S, _BUSY_S, _SLOW_S = 0.5, 1.0, 12.0
-"""How often a device without a stream asks: while a round is on, while it trains, when it idles."""
+"""Polling intervals without a stream: during a round, while a message is answered, when idle."""
 _ROUND_S = 30.0
-"""How long after its last message a device takes a round to be on."""
+"""Time after the last message for which a device assumes that the round still runs."""
 _AGAIN_S = 30.0
-"""Longest pause between two attempts at a stream."""
+"""Longest pause between two attempts to open a stream."""
 _CANCEL_S = 2.0
-"""How long after its connection's end a stream may last."""
+"""How long a stream stays open after its connection has ended, to read what came before."""
 _LOOK_S = 0.5
-"""How often that is looked for."""
+"""Interval between two checks whether a stream's connection has ended."""
 CALL_S, CALL_BURST = 0.05, 200
-"""How often a server may call in the long run, and how often at once: the rest is read later, and
-where that is full, the server waits."""
+"""Rate limit on wake-up calls: seconds per call in the long run, and burst size. Further calls stay
+unread until the flow-control window is full; then the server waits."""
 STREAM_S, STREAM_BURST = 2.0, 20
-"""How often a stream is tried in the long run, and how often at once, whatever the server does."""
+"""Rate limit on attempts to open a stream: seconds per attempt in the long run, and burst size."""
 BYTES_PER_S, BURST_BYTES = 8192, 1 << 18
-"""What passes on streams in the long run, and at once: handshakes, calls of some 60 bytes, pings.
-The rest is read later, and the server waits."""
+"""Rate limit on bytes of streams (handshakes, calls of some 60 bytes, pings): bytes per second in
+the long run, and burst size. Further bytes are read later, and the server waits."""
 _PIECE_BYTES = 64
-"""What a shorter piece counts there: each costs a few switches between threads."""
+"""Least that one read counts toward `BYTES_PER_S`: each read costs a few thread switches."""
 ASK_S, ASK_BURST = 0.25, 40
-"""How often the server is asked in place of a stream in the long run, and how often at once,
-whatever it answers."""
+"""Rate limit on polls in place of a stream: seconds per poll in the long run, and burst size."""
 EARLY_S = 300.0
-"""How long the stream may last that a process opens before it has loaded what it works with."""
+"""Longest life of the stream that a process opens before it has loaded torch and the task."""
 _STEADY_S = 10.0
-"""A stream that ends sooner did not last: the next one is tried later each time."""
+"""A stream that ends sooner counts as a failure: the pause before the next attempt grows."""
 
 
 @dataclass
 class Signals:
-    """What the threads of a device tell each other."""
+    """Events and state that the threads of a training session share."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     work: threading.Event = field(default_factory=threading.Event)
     """Set when messages should be pulled."""
     activate: threading.Event = field(default_factory=threading.Event)
-    """Set when the server does not know this process."""
+    """Set when the server does not recognize this process, which then has to activate again."""
     reconnect: threading.Event = field(default_factory=threading.Event)
-    """Set when the server has let this process in: a stream may open at once."""
+    """Set when the server has activated this process: a stream may open at once."""
     last_message: float = float("-inf")
-    """When the last message came, on the monotonic clock."""
+    """When the last message was received or answered, on the monotonic clock."""
     busy: bool = False
     """Whether a message is being answered."""
     lost: float | None = None
-    """Since when the server has not been heard of, on the monotonic clock; None while it is."""
+    """When the server became unreachable, on the monotonic clock; None while it is reachable."""
 
     def pause_s(self) -> float:
-        """How long to wait before asking again, where no stream is open."""
+        """Returns the jittered pause before the next poll, where no stream is open."""
         on = time.monotonic() - self.last_message < _ROUND_S
         return spread_s(_FAST_S if on else _BUSY_S if self.busy else _SLOW_S, 0.5, 1.0)
 
 
 @dataclass
 class Ceiling:
-    """Grants ``burst`` at once, and one in ``every_s`` seconds in the long run."""
+    """Token bucket: grants ``burst`` units at once, and one per ``every_s`` seconds on average."""
 
     every_s: float
     burst: int
     clock: Callable[[], float] = time.monotonic
     _free_s: float = field(default=float("-inf"), init=False)
-    """When what was granted is paid for, at one in ``every_s``."""
+    """When the units granted so far are used up at one per ``every_s``, on ``clock``."""
 
     def wait_s(self, count: int = 1) -> float:
-        """Takes so many; returns the seconds until they may be used."""
+        """Takes ``count`` units, and returns the seconds to wait before using them."""
         now, saved_s = self.clock(), self.burst * self.every_s
         self._free_s = max(self._free_s, now - saved_s) + count * self.every_s
         return max(self._free_s - now, 0.0)
 
     def take(self) -> bool:
-        """Takes one if it is granted now; False, and nothing is taken, if it is not."""
+        """Takes a unit if one is available now; returns whether it did."""
         before_s = self._free_s
         granted = self.wait_s() == 0.0
         if not granted:
@@ -119,20 +122,20 @@ class Ceiling:
 def watch(
     instance: str, link: FleetLink, signals: Signals, passed: Callable[[int], None] | None = None
 ) -> None:
-    """Keeps a stream open until ``signals.stop``, and asks where there is none.
+    """Keeps a stream open until ``signals.stop`` is set, and polls while none can be opened.
 
-    Runs in a thread of its own, so that a device that trains is still seen to be there.
+    Runs in a thread of its own, so that the server sees a training device as online.
 
     Guarantee:
-        Whatever the server sends, no more than one call in `CALL_S` seconds, one stream in
-        `STREAM_S` and `BYTES_PER_S` of anything are taken, beside what may be saved up; every byte
-        counts in ``passed``.
+        Whatever the server sends, the device reads at most one call per `CALL_S` seconds, opens at
+        most one stream per `STREAM_S` and transfers at most `BYTES_PER_S`, plus the bursts.
+        ``passed`` counts every byte.
 
     Args:
-        instance: Names this process to the server.
-        link: To the server.
-        signals: What the threads of this device tell each other.
-        passed: Hears how many bytes have passed, and may wait.
+        instance: Name of this session, as it was activated.
+        link: Connection to the server.
+        signals: Shared with the thread that answers messages.
+        passed: Callback with the bytes transferred; may block to limit bandwidth.
     """
     failures, next_try = 0, 0.0
     streams, calls = Ceiling(STREAM_S, STREAM_BURST), Ceiling(CALL_S, CALL_BURST)
@@ -145,11 +148,11 @@ def watch(
         if link.wake_port and time.monotonic() >= next_try:
             if signals.stop.wait(streams.wait_s()):
                 return
-            with suppress(TrustError):  # it has expired: the main thread meets that, and ends
+            with suppress(TrustError):  # expired: the main thread gets the same error and raises it
                 link.renew()
             began, opened = time.monotonic(), False
             with (
-                suppress(OSError),  # nobody is there
+                suppress(OSError),  # unreachable
                 _channel(link.kit, link.address(failures), link.wake_port, count) as (
                     channel,
                     gone,
@@ -171,14 +174,18 @@ def watch(
 def hold_stream(
     link: FleetLink, instance: str, passed: Callable[[int], None] | None = None
 ) -> None:
-    """Keeps a stream open, in a thread of its own, until this process opens its next one.
+    """Opens a stream in a background thread, for a process that does not run `watch` yet.
 
-    It is over after `EARLY_S` at the latest.
+    The stream shows the server that the process is online, and breaks at once if it dies. The
+    server closes it when the process opens its next stream; it lasts `EARLY_S` at most.
 
-    So a server sees at once when a process dies that has not got as far as `watch`.
+    Args:
+        link: An activated connection to the server.
+        instance: Name of this session, as it was activated.
+        passed: Callback with the bytes transferred; may block to limit bandwidth.
     """
     signals = Signals()
-    # A server that does not end it when the next one opens could send on it forever.
+    # Limits a server that leaves it open after the next stream, and keeps sending.
     ending = threading.Timer(EARLY_S, signals.stop.set)
     ending.daemon = True
     ending.start()
@@ -195,7 +202,7 @@ def hold_stream(
 
 
 def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callable[[int], None]:
-    """A function that is told of bytes on streams, and waits until more may come."""
+    """Returns a callback for bytes on streams, which blocks to stay within `BYTES_PER_S`."""
     ceiling = Ceiling(1 / BYTES_PER_S, BURST_BYTES)
 
     def hear(count: int) -> None:
@@ -210,7 +217,9 @@ def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callabl
 def _channel(
     kit: Kit, server: str, wake_port: int, count: Callable[[int], None]
 ) -> Iterator[tuple[grpc.Channel, threading.Event]]:
-    """A channel whose every byte is counted, and an event that is set once it leads nowhere.
+    """Yields a channel, and an event that is set once its connection has ended.
+
+    All bytes of the channel pass through a local relay, which calls ``count`` with their number.
 
     Raises:
         OSError: the server cannot be reached.
@@ -220,7 +229,7 @@ def _channel(
     )
     host = urlsplit(server).hostname or ""
     there = f"[{host}]:{wake_port}" if ":" in host else f"{host}:{wake_port}"
-    # Its core would read other variables than HTTP clients do.
+    # gRPC's core would read other environment variables than HTTP clients do.
     proxy = proxy_for(f"https://{there}", os.environ)
     options = (
         ("grpc.enable_http_proxy", 0),
@@ -241,9 +250,10 @@ def _listen(
     ceiling: Ceiling,
     gone: threading.Event,
 ) -> bool:
-    """Reads the stream to its end, no faster than ``ceiling``; True when it was open.
+    """Reads a stream to its end, no faster than ``ceiling``; returns whether it was open.
 
-    It ends with ``gone``, too: gRPC may wait for another connection, which there is none of.
+    Cancels the stream after ``gone`` is set: gRPC would wait for another connection, and the relay
+    offers only one.
     """
     opened, over = False, threading.Event()
     calls = WakeStub(channel).Watch(WatchRequest(instance=instance))  # type: ignore[no-untyped-call]
@@ -251,7 +261,7 @@ def _listen(
     def cancel() -> None:
         ended_s = 0.0
         while not signals.stop.wait(_LOOK_S) and not over.is_set() and ended_s < _CANCEL_S:
-            ended_s += _LOOK_S * gone.is_set()  # what came before its end is read first
+            ended_s += _LOOK_S * gone.is_set()  # calls received before the end are read first
         channel.close()  # cancelling a call that gRPC is about to begin again does not end it
 
     threading.Thread(target=cancel, daemon=True).start()
@@ -262,7 +272,7 @@ def _listen(
             opened = True
             signals.lost = None
             signals.work.set()
-            signals.stop.wait(ceiling.wait_s())  # unread, it fills a window, and the server waits
+            signals.stop.wait(ceiling.wait_s())  # unread calls fill the window: the server waits
     except grpc.RpcError as error:
         code = error.code()
         if code == grpc.StatusCode.UNAUTHENTICATED:
@@ -275,9 +285,12 @@ def _listen(
 
 
 def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
-    """One call in place of the stream, and a look for messages.
+    """Sends one heartbeat in place of a stream, and has messages pulled.
 
-    ``again_s`` is the seconds within which the next one follows, or a stream opens.
+    Args:
+        link: Connection to the server; does nothing before it is activated.
+        signals: Shared with the thread that answers messages.
+        again_s: Seconds within which the next heartbeat follows, or a stream opens.
     """
     if not link.node_id or signals.stop.is_set():
         return
@@ -287,7 +300,7 @@ def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
     except NotActivated:
         signals.lost = None
         signals.activate.set()
-    except (FedcoreError, Unreachable) as error:  # the main thread meets it, too, and decides
+    except (FedcoreError, Unreachable) as error:  # the main thread gets it too, and handles it
         log.debug("asking: %s", error)
         if signals.lost is None:
             signals.lost = time.monotonic()

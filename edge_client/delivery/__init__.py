@@ -1,5 +1,5 @@
-"""From a repository of signed releases to an installed model. Nothing here imports torch or Flower.
+"""Installs models from a repository of signed releases. Imports neither torch nor Flower.
 
-Read `update` first: it fetches (`source`, `fetch`), believes what is signed (`trust`, `roots`,
-`clock`), tests, and installs (`store`).
+Start with `update`: it verifies the release's signatures (`trust`, `roots`, `clock`), fetches its
+files (`source`, `fetch`), runs the self-test, and installs the model (`store`).
 """

@@ -1,15 +1,15 @@
-"""The earliest that it can be: a floor of time that a device keeps, for judging what has expired.
+"""Time floor: a lower bound on the current time, by which a device judges expiry.
 
-A device's clock may be wrong, by a flat battery or by someone who would have it take an old
-repository for a current one. Two kinds of time are kept in ``trust/clock.json``, apart from what
-may be wiped:
+A device's clock may be wrong: its battery is flat, or an attacker set it back to pass an old
+repository off as current. ``trust/clock.json`` therefore keeps two kinds of time, apart from the
+models, which may be wiped:
 
-* what verified metadata and manifests say of when they were signed, and
-* what this device's clock has said, up to the expiry of the newest timestamp that it has verified.
+* signing times in verified metadata and manifests, and
+* readings of the clock, up to the expiry of the newest verified timestamp.
 
-The clock's own word is bounded so because that is all that is needed of it: a repository that has
-once been seen to have expired stays so, wherever the clock is set to. A clock that was ahead for a
-while does no lasting harm: whatever is signed next expires later than the floor, and is taken.
+The bound on readings is enough for the purpose: a repository once seen as expired stays expired,
+wherever the clock is set. A clock that was ahead for a while does no lasting harm: metadata signed
+later expires after the floor, and is accepted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     Root,
     Timestamp,
 )
@@ -30,66 +30,67 @@ from fedcore.files import read_if_there, write_atomic
 
 _MAX_BYTES = 1024
 _SLACK = timedelta(minutes=10)
-"""Clocks that differ by less are not spoken of."""
+"""Smaller differences between clocks are ignored."""
 _LONG = timedelta(days=90)
 
 
 class Floor(BaseModel):
-    """What a device knows of the time."""
+    """A device's time floor and the readings behind it: the content of ``clock.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     signed: AwareDatetime | None = None
-    """The latest moment at which something verified says that it was signed."""
+    """The latest signing time in verified metadata and manifests."""
     clock: AwareDatetime | None = None
     """The latest reading of this device's clock, never after ``until``."""
     until: AwareDatetime | None = None
-    """When the newest timestamp that was verified expires; None before the first."""
+    """Expiry of the newest verified timestamp; None before the first."""
     latest: AwareDatetime | None = None
-    """The latest reading at all: it judges nothing, and helps to say what is wrong."""
+    """The latest reading of all, used only to explain errors."""
 
     @property
     def at(self) -> datetime | None:
-        """The floor; None on a device that has verified nothing yet."""
+        """The floor: the later of ``signed`` and ``clock``; None before the first update."""
         return max(filter(None, (self.signed, self.clock)), default=None)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The time by which expiry is judged in one update, and what the clock says."""
+    """The clock's reading and the floor in one update, and what follows from them."""
 
     now: datetime
+    """Reading of the device's clock."""
     floor: Floor
-    """What was known before this update."""
+    """The floor before this update."""
 
     @property
     def at(self) -> datetime:
-        """The clock's reading, or the floor where that is later."""
+        """The time by which expiry is judged: the clock's reading, or the floor if later."""
         return max(self.now, self.floor.at or self.now)
 
     @property
     def behind(self) -> bool:
-        """Whether the clock says less than what was signed, by more than clocks differ."""
+        """Whether the clock is behind a signing time by more than 10 minutes."""
         signed = self.floor.signed
         return signed is not None and signed - self.now > _SLACK
 
     @property
     def held(self) -> bool:
-        """Whether expiry is judged by a later time than the clock's, by more than clocks differ."""
+        """Whether the floor is ahead of the clock by more than 10 minutes."""
         return self.at - self.now > _SLACK
 
     def said_later(self) -> datetime | None:
-        """What the clock has said before, where that is later than what it says now."""
+        """Returns the latest earlier reading if it is 10 minutes ahead of the clock, or None."""
         latest = self.floor.latest
         return latest if latest and latest - self.now > _SLACK else None
 
     def jumped(self) -> bool:
-        """Whether the clock has moved on by more than a device is likely to have been off."""
+        """Returns whether the clock has advanced by over 90 days, longer than a usual downtime."""
         latest = self.floor.latest
         return latest is not None and self.now - latest > _LONG
 
     def complaint(self) -> str | None:
-        """What is wrong with the clock; None where nothing is known to be."""
+        """Returns what is wrong with the clock, for the owner; None if no fault is known."""
         if self.behind and self.floor.signed is not None:
             return (
                 f"this device's clock says {shown(self.now)}, which is behind: it is "
@@ -106,10 +107,10 @@ class Judged:
 
 
 def read_floor(trust: Path) -> Floor:
-    """What this device knows of the time; nothing on its first update.
+    """Reads the time floor from the folder of the trusted state; empty before the first update.
 
     Raises:
-        DataError: it does not hold what was written there.
+        DataError: the file is damaged.
     """
     path = _path(trust)
     raw = read_if_there(path, max_bytes=_MAX_BYTES, what="the floor of time")
@@ -126,7 +127,7 @@ def read_floor(trust: Path) -> Floor:
 
 
 def write_floor(trust: Path, floor: Floor) -> None:
-    """Makes it durable.
+    """Writes the time floor durably to the folder of the trusted state.
 
     Raises:
         DiskFull: there was no room.
@@ -135,7 +136,7 @@ def write_floor(trust: Path, floor: Floor) -> None:
 
 
 def looked(floor: Floor, now: datetime) -> Floor:
-    """The floor once the clock has been read."""
+    """Returns the floor after a reading ``now`` of the clock."""
     latest = max(now, floor.latest or now)
     if floor.until is None:
         return floor.model_copy(update={"latest": latest})
@@ -146,17 +147,17 @@ def looked(floor: Floor, now: datetime) -> Floor:
 def learned(
     floor: Floor, now: datetime, *, root: Root, timestamp: Timestamp, created: datetime | None
 ) -> Floor:
-    """The floor once an update was verified.
+    """Returns the floor after an update has verified its metadata.
 
-    Nothing that is signed is dated after it expires, nor after the root that vouches for it does:
-    the keys that stay online cannot lift the floor above that.
+    Signing times count only up to the expiry of timestamp and root: a stolen online key cannot
+    raise the floor beyond that.
 
     Args:
-        floor: As it was.
-        now: What the clock says.
-        root: In force.
-        timestamp: In force, and so not expired.
-        created: When a manifest says that its release was made.
+        floor: The floor before.
+        now: Reading of the device's clock.
+        root: The verified root, in force.
+        timestamp: The verified timestamp, not expired.
+        created: Creation time in the release's manifest, if it states one.
     """
     times = (signed_at(timestamp.unrecognized_fields), signed_at(root.unrecognized_fields), created)
     most = min(timestamp.expires, root.expires) - timedelta(seconds=1)
@@ -168,17 +169,17 @@ def learned(
         }
     )
     after = looked(known, now)
-    # That the clock was ahead is said once; what it says now is right, as far as can be told.
+    # Report once that the clock was ahead: unless it is behind, its reading now counts as right.
     return after if Judged(now, known).behind else after.model_copy(update={"latest": now})
 
 
 def forgotten(root: Root) -> Floor:
-    """The floor after keys were rotated: nothing that the old ones said counts any more."""
+    """Returns the floor after a key rotation: times signed with the old keys no longer count."""
     return Floor(signed=signed_at(root.unrecognized_fields))
 
 
 def shown(moment: datetime) -> str:
-    """A moment as errors and findings show it."""
+    """Formats a moment in UTC, for errors and findings."""
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 

@@ -1,4 +1,4 @@
-"""Fetching the bytes of a release: bounded, resumable, believed only when their digest fits."""
+"""Fetch of a release's files: resumable, bounded in size and checked against a signed digest."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 def fetch(source: Source, location: str, entry: FileEntry, incoming: Path) -> Path:
-    """Fetches one file into ``incoming``, going on where an interrupted fetch stopped.
+    """Fetches one file into ``incoming``, and resumes an interrupted fetch.
 
     Guarantee:
-        The file returned has the entry's length and SHA-256. Never more than the entry's length,
-        plus one chunk, is read, and never more than its length is written.
+        The file returned has the entry's length and SHA-256. At most the entry's length plus one
+        chunk is read, and at most the length is written.
 
     Args:
         source: The repository.
-        location: Where in it the bytes are.
-        entry: The length and digest that were signed.
-        incoming: A folder for unfinished files, named by digest.
+        location: Path of the bytes in the repository.
+        entry: The signed length and digest.
+        incoming: Folder for unfinished files, named by digest; created if missing.
 
     Raises:
-        DigestMismatch: the bytes differ from what was signed; they are gone again.
-        DataError: the repository lacks the file.
-        DiskFull: there was no room; nothing is left.
+        DigestMismatch: the bytes differ from what was signed, and are discarded; or the repository
+            has only the first part of them, which is kept for a later fetch.
+        DataError: the file is missing from the repository.
+        DiskFull: there was no room; the unfinished file is removed.
     """
     incoming.mkdir(parents=True, exist_ok=True)
     partial = incoming / f"{entry.sha256}.part"
     resumed = os.path.lexists(partial)
     if resumed and not stat.S_ISREG(os.lstat(partial).st_mode):
-        remove(partial)  # no fetch of ours left a pipe, a folder or a link there
+        remove(partial)  # a pipe, folder or link: not from a fetch
     try:
         _append(source, location, entry, partial)
     except DigestMismatch:
         if not resumed:
             raise
-        _append(source, location, entry, partial)  # what lay here was wrong; the source may not be
+        _append(source, location, entry, partial)  # only the old part may have been wrong
     return partial
 
 
 def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> None:
-    """Brings ``partial`` to its full length and compares its digest."""
+    """Appends the missing bytes to ``partial``, and checks length and digest."""
     digest, length = _begun(partial, entry.length)
     with disk_errors(partial):
         try:
@@ -65,7 +66,7 @@ def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> N
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-    if length < entry.length:  # kept: the rest may come later
+    if length < entry.length:  # kept: a later fetch resumes here
         raise DigestMismatch(
             f"{entry.path}: expected {entry.length} bytes, the repository has the first {length}. "
             "The version before keeps serving; run the update again when the repository is whole."
@@ -81,7 +82,7 @@ def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> N
 
 
 def _begun(partial: Path, most_bytes: int) -> tuple[hashlib._Hash, int]:
-    """The running digest and the length of what an interrupted fetch left."""
+    """Returns the running digest and the length of an unfinished file; empty if it is too long."""
     digest = hashlib.sha256()
     if not partial.exists():
         return digest, 0

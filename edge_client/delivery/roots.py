@@ -1,9 +1,9 @@
-"""Which root a device trusts: its owner's, and whatever root that one's signers put in its place.
+"""Trusted root of a device: the owner's root, or the newest one reached by signed rotations.
 
 ::
 
-    trust/pinned.root.json    the newest root that the chain of signatures has led to
-    trust/roots.json          digests of all roots on the way there, as `--root` may name any
+    trust/pinned.root.json    the newest root in the chain of rotations
+    trust/roots.json          digests of all roots in the chain: `--root` may name any of them
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuf.api import exceptions as tuf
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     Metadata,
     Root,
 )
@@ -31,23 +31,27 @@ _AFTER = "Nothing was installed; the version before keeps serving."
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where the chain of roots starts in this update."""
+    """Root from which an update follows the chain of rotations."""
 
     raw: bytes = field(repr=False)
     root: Root = field(repr=False)
     pinned: bool
-    """Whether an update has succeeded with it before."""
+    """Whether an earlier update pinned it."""
     awaited: str | None = None
-    """The digest of a newer root that the owner gives: the chain must lead to it."""
+    """SHA-256 of a newer root that the owner gives: the chain must lead to it."""
 
 
 def anchor(trust: Path, given: bytes | None) -> Anchor:
-    """The root to start from: the one pinned earlier, else the one that the owner gives.
+    """Returns the root to start from: the pinned one, or before the first update the owner's.
+
+    Args:
+        trust: Folder of the trusted state.
+        given: The owner's ``root.json``, or None.
 
     Raises:
-        ConfigError: nothing is pinned yet and none is given.
-        TrustError: the one given is none that this device has trusted, or is no root.
-        DataError: what was pinned is damaged.
+        ConfigError: no root is pinned yet and none is given.
+        TrustError: the given root is not valid, or neither in the chain nor newer than the pin.
+        DataError: the pinned root is damaged.
     """
     if not is_there(_pin(trust)):
         if given is None:
@@ -73,19 +77,19 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
 
 
 def check_awaited(start: Anchor, trust: Path) -> None:
-    """Raises `TrustError` where the chain of roots has not led to the one that the owner gave."""
+    """Raises `TrustError` if the chain of rotations does not contain the root the owner gave."""
     if start.awaited is not None and start.awaited not in _known(trust):
         raise _foreign(trust)
 
 
 def pin(trust: Path, start: Anchor, newest: int, history: Path) -> None:
-    """Keeps the root that the chain has led to; from now on it is where the chain starts.
+    """Pins the newest root of the chain, from which the next update starts.
 
     Args:
-        trust: The folder of the trusted state.
-        start: Where the chain started.
-        newest: The version that it led to.
-        history: python-tuf's folder of roots, by version; each was verified by the one before.
+        trust: Folder of the trusted state.
+        start: The root from which this update started.
+        newest: Version of the newest root in the chain.
+        history: python-tuf's folder of roots by version, each verified with the one before.
     """
     if start.pinned and newest == start.root.version:
         return
@@ -95,17 +99,17 @@ def pin(trust: Path, start: Anchor, newest: int, history: Path) -> None:
     kept = list(digests)[-_MAX_KNOWN:]
     write_atomic(_path(trust), (json.dumps({"sha256": kept}) + "\n").encode())
     write_atomic(_pin(trust), roots[-1])
-    for path in history.glob("*.root.json"):  # the chain starts after them now
+    for path in history.glob("*.root.json"):  # no update needs roots before the pin
         version = path.name.partition(".")[0]
         if version.isdecimal() and int(version) < newest:
             path.unlink()
 
 
 def parse_root(raw: bytes) -> Root:
-    """Root metadata that its own keys have signed.
+    """Parses root metadata, and checks that its own keys have signed it.
 
     Raises:
-        TrustError: it is none.
+        TrustError: it is not root metadata, or its signatures do not reach the threshold.
     """
     try:
         metadata: Metadata[Root] = Metadata.from_bytes(raw)
@@ -121,7 +125,7 @@ def parse_root(raw: bytes) -> Root:
 
 
 def rotated(before: Root, after: Root, roles: Iterable[str]) -> bool:
-    """Whether a key that was trusted for one of the roles is trusted no more."""
+    """Returns whether ``after`` no longer trusts a key that ``before`` trusts for a role."""
     return any(set(before.roles[role].keyids) - set(after.roles[role].keyids) for role in roles)
 
 
@@ -134,7 +138,7 @@ def _foreign(trust: Path) -> TrustError:
 
 
 def _known(trust: Path) -> list[str]:
-    """The digests of the roots on the way to the pinned one."""
+    """Returns the SHA-256 digests of all roots in the chain up to the pinned one."""
     path = _path(trust)
     raw = read_if_there(path, max_bytes=_MAX_KNOWN_BYTES, what="the digests of trusted roots")
     if raw is None:

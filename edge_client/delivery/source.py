@@ -1,4 +1,4 @@
-"""Where a device reads a repository from."""
+"""Byte sources for a release repository."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import BinaryIO
 from fedcore.errors import DataError, TrustError
 
 Source = Callable[[str, int], Iterator[bytes]]
-"""Reads a file of a repository, named relative to it, from a byte offset on, in chunks.
+"""Function ``(name, offset)`` that yields a repository file in chunks, from a byte offset on.
 
-Raises `FileNotFoundError` where there is none. Nothing that it yields is trusted: whoever reads
-knows the length and the digest beforehand, or checks a signature after.
+``name`` is relative to the repository. Raises `FileNotFoundError` if no such file exists. The bytes
+are untrusted: the caller checks them against a known length and digest, or verifies a signature.
 """
 
-CHUNK_BYTES = 1 << 20  # 1 MiB: at most so much is fetched again after an interruption
+CHUNK_BYTES = 1 << 20  # 1 MiB: an interruption loses at most this much
 _UNREAD = "It was not read; the version before keeps serving."
 
 
 def folder_source(repository: Path) -> Source:
-    """A repository in a folder: a disk, a mounted share, a medium that was carried over.
+    """Returns a source for a repository in a folder: a local disk, a share or removable media.
+
+    The source reads regular files only, and refuses symbolic links that lead out of the folder.
 
     Raises:
-        DataError: there is no repository in the folder.
+        DataError: the folder contains no repository.
     """
     if not (repository / "metadata").is_dir():
         raise DataError(
@@ -44,7 +46,7 @@ def folder_source(repository: Path) -> Source:
 def _open(inside: Path, name: str, offset: int) -> BinaryIO:
     try:
         path = (inside / name).resolve()
-    except RuntimeError as error:  # how Python 3.11 reports links that lead round in a circle
+    except RuntimeError as error:  # how Python 3.11 reports a loop of links
         raise TrustError(f"{inside / name}: its symbolic links form a loop. {_UNREAD}") from error
     if not path.is_relative_to(inside):
         raise TrustError(
@@ -52,7 +54,7 @@ def _open(inside: Path, name: str, offset: int) -> BinaryIO:
             "the repository has to look into this."
         )
     try:
-        # Without O_NONBLOCK a pipe laid there would hang the device.
+        # Without O_NONBLOCK, opening a planted pipe would hang.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except PermissionError:
         raise DataError(f"{path}: this user may not read it. {_UNREAD}") from None

@@ -1,13 +1,13 @@
-"""What a device has installed.
+"""On-disk store of a device's installed models.
 
 ::
 
     models/MODEL/VERSION/{manifest.json,model.onnx,golden.safetensors}
-    models/MODEL/EPOCH.VERSION/...    likewise, where the epoch is not 0
+    models/MODEL/EPOCH.VERSION/...    the same files, if the epoch is not 0
     models/MODEL/active      the version that serves, and the digest of its manifest
-    models/MODEL/previous    the one that served before, to fall back to
+    models/MODEL/previous    the version that served before: the fallback
     incoming/                unfinished fetches
-    trust/                   what this device believes (`edge_client.delivery.trust`)
+    trust/                   trusted state (`edge_client.delivery.trust`)
 
 A version is complete before ``active`` names it, and ``active`` is replaced atomically.
 """
@@ -50,7 +50,7 @@ _REPAIR = "`fedcore device update` fetches it again."
 
 
 class Record(BaseModel):
-    """Which version serves, and the digest that its manifest must have."""
+    """Content of ``active`` and ``previous``: a version, and the SHA-256 of its manifest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -61,25 +61,25 @@ class Record(BaseModel):
 
     @property
     def folder(self) -> str:
-        """The name of the folder that holds it: two epochs may each have a version 3."""
+        """Name of the version's folder, with the epoch: two epochs may each have a version 3."""
         return f"{self.epoch}.{self.version}" if self.epoch else str(self.version)
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A version in the store, every byte of which was checked a moment ago."""
+    """A version in the store whose every byte was checked when it was read."""
 
     manifest: Manifest
     record: Record
     path: Path
-    """The model's file, which an update may take away at any time."""
+    """The ONNX file, which an update may remove at any time."""
     golden: bytes = field(repr=False)
     damage: str | None = None
-    """Why the active version does not serve and this older one does; None when it is active."""
+    """Why this older version serves in place of the active one; None if it is the active one."""
 
 
 def check_name(model: str) -> None:
-    """Raises `ConfigError` unless ``model`` is a model's name: it becomes a folder's."""
+    """Raises `ConfigError` unless ``model`` is a valid name, as it becomes a folder's name."""
     try:
         TypeAdapter(Name).validate_python(model)
     except ValidationError:
@@ -91,11 +91,11 @@ def check_name(model: str) -> None:
 
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
-    """Keeps a second update out of the store; the kernel gives the lock back when we end.
+    """Locks the store for one update; the kernel releases the lock when the process ends.
 
     Raises:
-        DeviceError: another update is at work.
-        DataError: something else than a file has the name of the lock.
+        DeviceError: another update is running.
+        DataError: the lock's path is not a regular file.
     """
     store.mkdir(parents=True, exist_ok=True)
     busy = DeviceError(
@@ -107,16 +107,17 @@ def locked(store: Path) -> Iterator[None]:
 
 
 def models(store: Path) -> list[str]:
-    """The names of the models of which anything is installed, be it whole or not."""
+    """Returns the names of all installed models, intact or damaged."""
     return sorted(path.name for path in (store / "models").glob("*") if _parts(path))
 
 
 def serving(store: Path, model: str) -> Installed:
-    """The version to serve: the active one, or the one before where the active is damaged.
+    """Returns the version to serve: the active one, or the previous one if that is damaged.
 
     Raises:
-        DeviceError: nothing is installed.
-        DigestMismatch: what is installed is damaged, and there is nothing whole to fall back to.
+        ConfigError: ``model`` is not a valid name.
+        DeviceError: no version is installed.
+        DigestMismatch: the active version is damaged, and no intact previous version exists.
     """
     check_name(model)
     if not _parts(_folder(store, model)):
@@ -138,10 +139,10 @@ def serving(store: Path, model: str) -> Installed:
 
 
 def read_record(store: Path, model: str, slot: Slot) -> Record:
-    """Which version a slot names.
+    """Reads which version a slot names.
 
     Raises:
-        DataError: the slot is empty, or does not hold what was written there.
+        DataError: the slot is empty or damaged.
     """
     path = _slot(store, model, slot)
     raw = read_bytes(path, max_bytes=_MAX_RECORD_BYTES, what=f"the record of the {slot} version")
@@ -155,15 +156,16 @@ def read_record(store: Path, model: str, slot: Slot) -> Record:
 
 
 def read(store: Path, model: str, slot: Slot) -> Installed:
-    """Reads the version that a slot names.
+    """Reads and checks the version that a slot names.
 
     Guarantee:
-        Every byte is what was installed: the manifest has the recorded digest, and the other files
-        have those of the manifest.
+        Every byte is as installed: the manifest has the digest of the record, and the other files
+        have the digests of the manifest.
 
     Raises:
-        DataError: a file is missing.
+        DataError: the slot is empty or damaged, or a file is missing.
         DigestMismatch: a file has changed since it was installed.
+        TrustError: the manifest cannot be read.
     """
     record = read_record(store, model, slot)
     folder = _folder(store, model) / record.folder
@@ -172,30 +174,30 @@ def read(store: Path, model: str, slot: Slot) -> Installed:
     _check_digest(path, raw, record.manifest_sha256)
     manifest = parse_manifest(raw)
     onnx = folder / "model.onnx"
-    _read_file(onnx, manifest.onnx, MAX_MODEL_BYTES)  # checked here, and read where it runs
+    _read_file(onnx, manifest.onnx, MAX_MODEL_BYTES)  # only checked: the child process reads it
     golden = _read_file(folder / "golden.safetensors", manifest.golden, MAX_GOLDEN_BYTES)
     return Installed(manifest, record, onnx, golden)
 
 
 @contextmanager
 def staged(store: Path, model: str, manifest: bytes, onnx: Path, golden: Path) -> Iterator[Path]:
-    """Puts fetched files together in a folder that goes away again unless it is activated.
+    """Assembles a version in a temporary folder, which is removed unless `activate` renames it.
 
     Args:
         store: Locked by the caller.
-        model: Whose version it is.
-        manifest: The manifest as signed.
-        onnx: A fetched and verified file; it is moved.
-        golden: Likewise.
+        model: The model's name.
+        manifest: The manifest's bytes as signed.
+        onnx: A fetched and verified ONNX file; moved into the folder.
+        golden: A fetched and verified golden file; moved into the folder.
 
     Raises:
-        DiskFull: there was no room; nothing is left.
+        DiskFull: there was no room; the folder is removed.
     """
     place = _folder(store, model)
     place.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=place, prefix=".staged-"))
     try:
-        folder.chmod(0o755)  # whoever serves need not be whoever updates
+        folder.chmod(0o755)  # another user may serve the model
         write_atomic(folder / "manifest.json", manifest)
         onnx.rename(folder / "model.onnx")
         golden.rename(folder / "golden.safetensors")
@@ -207,21 +209,21 @@ def staged(store: Path, model: str, manifest: bytes, onnx: Path, golden: Path) -
 
 
 def activate(store: Path, model: str, folder: Path, record: Record, before: Record | None) -> None:
-    """Makes a staged version the one that serves, and removes all but the one before.
+    """Makes a staged version the active one, and removes all others except ``before``.
 
     Args:
         store: Locked by the caller.
-        model: Whose version it is.
-        folder: As `staged` yields it; checked and self-tested.
-        record: What ``active`` will say.
-        before: The version that serves until now; it is what `serving` falls back to.
+        model: The model's name.
+        folder: Folder from `staged`, checked and self-tested; renamed to its final place.
+        record: The new content of ``active``.
+        before: The version that served until now, kept as the fallback; None if there was none.
 
     Raises:
-        DiskFull: there was no room; the version before keeps serving.
+        DiskFull: there was no room; the version before continues to serve.
     """
     place = _folder(store, model)
     final = place / record.folder
-    if is_there(final):  # left by an activation that was interrupted, or damaged
+    if is_there(final):  # damaged, or left by an interrupted activation
         final.rename(place / f".replaced-{folder.name}")
     folder.rename(final)
     sync_folder(place)
@@ -249,7 +251,7 @@ def _check_digest(path: Path, raw: bytes, expected: str) -> None:
 
 
 def _parts(folder: Path) -> list[str]:
-    """What a model's folder holds, but for what an interrupted update has left in it."""
+    """Lists a model's folder, without the hidden leftovers of interrupted updates."""
     if not folder.is_dir():
         return []
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]

@@ -1,7 +1,7 @@
-"""What a device believes: the owner's root, and the newest signed metadata it has seen.
+"""Verification of a repository with The Update Framework (TUF), and the trusted state for it.
 
-This state lives in a folder of its own, apart from the models, so that a device whose models were
-wiped still refuses to go back.
+The trusted state (root, newest metadata, time floor) has a folder of its own, apart from the
+models: a device whose models were wiped still refuses older releases. Start with `current_offer`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from datetime import datetime
 from pathlib import Path
 
 from tuf.api import exceptions as tuf
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # re-exported unsaid
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     Metadata,
     Root,
     TargetFile,
     Timestamp,
 )
-from tuf.ngclient import (  # type: ignore[attr-defined]  # likewise
+from tuf.ngclient import (  # type: ignore[attr-defined]  # implicit re-export
     FetcherInterface,
     Updater,
     UpdaterConfig,
@@ -46,7 +46,7 @@ from fedcore.observability.foreign import foreign
 _AFTER = "Nothing was installed; the version before keeps serving."
 _SET_CLOCK = "Set the clock; NTP keeps it right (timedatectl set-ntp true)."
 _MAX_ROOTS = 100_000
-"""Rotations that a device may have been off for. Each was signed by the keys before it."""
+"""Most root rotations that one update follows; each is signed by the keys before it."""
 
 
 _METADATA = "metadata that this device has verified"
@@ -56,50 +56,49 @@ _MAX_CACHED_BYTES = 16_384  # bytes: what python-tuf's updater allows a timestam
 
 @dataclass(frozen=True)
 class Offer:
-    """The current release of a model, as its repository signed it."""
+    """The verified current release of a model."""
 
     manifest: Manifest
     manifest_raw: bytes = field(repr=False)
     locations: dict[str, str] = field(repr=False)
-    """Where in the repository each target path's bytes are."""
+    """Path of the bytes in the repository, by target path."""
     epoch: int
-    """Of the model's versions, as the offline keys state it."""
+    """Epoch of the model's versions, signed with the offline keys."""
     clock: str | None
-    """What is wrong with this device's clock; None where nothing is known to be."""
+    """What is wrong with this device's clock; None if no fault is known."""
 
 
 def current_offer(
     source: Source, *, trust: Path, start: Anchor, model: str, now: datetime
 ) -> Offer:
-    """Asks a repository what the current release of a model is, and believes only what is signed.
+    """Reads and verifies the current release of a model in a repository.
 
     Guarantee:
-        The manifest is named, with its digest, by metadata that is signed by the keys that
-        ``start`` trusts, or that its keys have put in their place; it has not expired, and is no
-        older than any seen with this ``trust`` since those keys were last changed. So is each file
-        that the manifest names.
+        The digests of the manifest and of each file it names are in metadata signed with the keys
+        of ``start``, or of a root reached from it by signed rotations. The metadata has not
+        expired, and is no older than any in ``trust`` since the last rotation of its keys.
 
     Args:
         source: The repository.
-        trust: The folder of the trusted state; it is brought up to date and made durable.
-        start: The root that is trusted; the newest that it leads to is pinned.
-        model: The name to ask for, valid as `fedcore.config.run.Name`.
-        now: What this device's clock says. Expiry is judged by no earlier time than it has seen.
+        trust: Folder of the trusted state; updated durably.
+        start: The trusted root; the newest root in its chain is pinned.
+        model: The model's name, valid as `fedcore.config.run.Name`.
+        now: Reading of the device's clock. Expiry is judged by it, or by the time floor if later.
 
     Raises:
-        SignatureInvalid: the metadata is signed by others, or has expired; the text tells a
-            repository that may be frozen from a clock that is behind, or may be ahead.
-        RollbackRefused: the metadata is older than what was seen before.
+        SignatureInvalid: the metadata is signed with other keys, or has expired. The message
+            distinguishes a frozen repository from a clock that is behind or ahead.
+        RollbackRefused: the metadata is older than what this device has verified before.
         DigestMismatch: a file differs from what was signed.
-        TrustError: the metadata, or the manifest, is not what it should be, or the roots do not
-            lead to the one that the owner gave.
-        DataError: the repository lacks a file or the model.
+        TrustError: the metadata or manifest is malformed or inconsistent, or the chain of rotations
+            does not lead to the root that the owner gave.
+        DataError: a file or the model is missing from the repository.
         DiskFull: there was no room.
     """
     metadata = trust / "metadata"
     _check_cache(metadata)
     cached, floor = _cached_timestamp(metadata), read_floor(trust)
-    if floor.until is None and cached is not None:  # verified before this device kept a floor
+    if floor.until is None and cached is not None:  # verified by a version without a time floor
         floor = floor.model_copy(update={"until": cached.expires})
     view = _View(metadata, Judged(now, floor), cached.version if cached else None)
     with _explained(f"model {model!r}", view), disk_errors(metadata):
@@ -128,16 +127,16 @@ def current_offer(
         judged.floor, now, root=updater.root, timestamp=updater.timestamp, created=created
     )
     write_floor(trust, known)
-    if not start.pinned:  # it has just vouched for a release
+    if not start.pinned:  # pinned only now: it has led to a valid release
         pin(trust, start, updater.root.version, metadata / "root_history")
     said = Judged(now, known.model_copy(update={"latest": judged.floor.latest}))
     return Offer(manifest, raw, locations, epoch, said.complaint())
 
 
 class _Updater(Updater):
-    """python-tuf's updater, which judges expiry by a time of ours, and tells what it has verified.
+    """python-tuf's updater with a settable reference time and access to verified metadata.
 
-    Both need one attribute of its that is nobody's API.
+    Relies on the private attribute ``_trusted_set``.
     """
 
     def judge_at(self, moment: datetime) -> None:
@@ -149,7 +148,7 @@ class _Updater(Updater):
 
     @property
     def timestamp(self) -> Timestamp:
-        """The newest whose signatures fit, be it expired or not."""
+        """The newest correctly signed timestamp, expired or not."""
         return self._trusted_set.timestamp
 
     @property
@@ -159,26 +158,26 @@ class _Updater(Updater):
 
 @dataclass
 class _View:
-    """What explains a refusal."""
+    """State of a verification, from which its errors are explained."""
 
     metadata: Path
     judged: Judged
     seen_version: int | None
-    """Of the newest timestamp before this update."""
+    """Version of the newest timestamp verified before this update."""
     updater: _Updater | None = None
 
 
 def _refreshed(source: Source, trust: Path, start: Anchor, view: _View) -> tuple[_Updater, Judged]:
-    """An updater that has followed root, timestamp, snapshot and targets; and by what time.
+    """Verifies root, timestamp, snapshot and targets; returns the updater and the time used.
 
-    Where the keys of timestamp or snapshot were changed, what the old ones signed is forgotten
-    first: whoever stole them may have signed versions that the owner never reaches (step 5.3.11 of
-    the specification).
+    If a root rotation has replaced keys of timestamp or snapshot, discards what the old keys
+    signed and repeats: with stolen keys, an attacker may have signed version numbers so high that
+    the owner never reaches them (step 5.3.11 of the TUF specification).
     """
     failure: Exception | None = None
     for forgetting in (True, False):
         floor, failure = view.judged.floor, None
-        if floor.until is not None:  # remembered whether or not this update succeeds
+        if floor.until is not None:  # kept even if this update fails
             write_floor(trust, looked(floor, view.judged.now))
         updater = view.updater = _Updater(
             str(view.metadata),
@@ -209,7 +208,7 @@ def _refreshed(source: Source, trust: Path, start: Anchor, view: _View) -> tuple
 
 
 class _Fetcher(FetcherInterface):
-    """Hands python-tuf's updater the bytes of a source; the updater bounds and verifies them."""
+    """Adapts a `Source` to python-tuf's fetcher; the updater limits and verifies the bytes."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -223,7 +222,7 @@ class _Fetcher(FetcherInterface):
 
 @contextmanager
 def _explained(what: str, view: _View) -> Iterator[None]:
-    """Turns what python-tuf raises into errors that say what it means for this device."""
+    """Turns errors of python-tuf into fedcore's, with the consequence for this device."""
     try:
         yield
     except tuf.ExpiredMetadataError as error:
@@ -260,12 +259,12 @@ def _explained(what: str, view: _View) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """python-tuf's own words, which may quote what was delivered."""
+    """Escapes and shortens python-tuf's message, which may quote untrusted bytes."""
     return foreign(error, 300)
 
 
 def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
-    """What run-out signatures mean: a frozen repository, or a clock that is wrong."""
+    """Explains an expired signature: a frozen repository, or a clock that is wrong."""
     judged, updater = view.judged, view.updater
     told = f"{whose} signatures have run out ({_said(error)})"
     clock = f"this device's clock says {shown(judged.now)}"
@@ -300,7 +299,7 @@ def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
 
 
 def _epochs(source: Source, updater: Updater) -> Epochs:
-    """The epochs of models, which the offline targets keys sign; none where they say nothing."""
+    """Reads the models' epochs, signed with the offline targets keys; empty if none are signed."""
     info = updater.get_targetinfo(EPOCHS)
     if info is None:
         return Epochs()
@@ -308,10 +307,10 @@ def _epochs(source: Source, updater: Updater) -> Epochs:
 
 
 def _check_cache(metadata: Path) -> None:
-    """Sees that the updater, which opens what it finds there, finds files and folders alone.
+    """Checks that the folder which python-tuf reads contains only files and folders.
 
     Raises:
-        DataError: it would find a pipe, whose other end it would wait for.
+        DataError: it contains something else, such as a pipe, on which python-tuf would hang.
     """
     for path in (metadata, *metadata.rglob("*")):
         if path.exists() and not (path.is_dir() or path.is_file()):
@@ -319,7 +318,7 @@ def _check_cache(metadata: Path) -> None:
 
 
 def _cached_timestamp(metadata: Path) -> Timestamp | None:
-    """The newest timestamp that was verified, as it lies there; None where none does."""
+    """Returns the newest verified timestamp; None if the file is missing or unreadable."""
     try:
         raw = read_bytes(metadata / "timestamp.json", max_bytes=_MAX_CACHED_BYTES, what="it")
         cached: Metadata[Timestamp] = Metadata.from_bytes(raw)
@@ -342,7 +341,7 @@ def _read_target(source: Source, info: TargetFile, most_bytes: int, what: str) -
 def _agreed(
     updater: Updater, entry: FileEntry, manifest: Manifest, name: str, model: str
 ) -> TargetFile:
-    """The signed metadata of a file, which must say what the manifest says."""
+    """Returns a file's signed metadata, after checking that it agrees with the manifest."""
     expected = f"models/{model}/{manifest.version}/{name}"
     if manifest.model != model or entry.path != expected:
         raise TrustError(
@@ -369,7 +368,7 @@ def _location(info: TargetFile) -> str:
 
 
 def _make_durable(folder: Path) -> None:
-    """The updater renames without fsync; a power cut must not make this device forget."""
+    """Syncs a folder to disk: python-tuf renames files without fsync, so a power cut loses them."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)

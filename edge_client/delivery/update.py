@@ -1,4 +1,4 @@
-"""The device's way from an offer to a model that serves."""
+"""Update of an installed model: verifies, fetches, tests and activates the current release."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fedcore.files import disk_errors, remove, sha256_hex
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update did."""
+    """Result of an update."""
 
     model: str
     version: int
-    """The version that serves now."""
+    """The version that is active now."""
     previous: int | None
-    """The version that served before; None on the first, and when nothing changed."""
+    """The version that served before; None on the first update, and when nothing changed."""
     changed: bool
     golden_error: float | None
-    """Largest difference in the self-test; None when nothing changed."""
+    """Largest absolute difference in the self-test; None when nothing changed."""
     clock: str | None = None
-    """What is wrong with this device's clock; None where nothing is known to be."""
+    """What is wrong with this device's clock; None if no fault is known."""
     damage: str | None = None
-    """What was damaged of the version that should have served until now; None where none was."""
+    """What is damaged in the version that was active before; None if nothing is."""
 
 
 def update(
@@ -46,25 +46,26 @@ def update(
     limits: ModelLimits | None = None,
     now: datetime | None = None,
 ) -> UpdateResult:
-    """Fetches the current release of a model, verifies it, tests it, and makes it serve.
+    """Fetches the current release of a model, verifies it, tests it, and activates it.
 
-    Whatever fails, the version that served before serves on.
+    Guarantee:
+        If any step fails, the version that served before continues to serve.
 
     Args:
         source: The repository.
-        store: This device's folder.
-        model: The name to ask for.
-        root: Trusted root metadata; needed on the first update, pinned by it.
-        threads: Of one inference, in the self-test.
-        limits: What the model may take in the self-test; `ModelLimits()` when None.
-        now: What this device's clock says; it is asked when None.
+        store: The device's store of installed models; created if missing.
+        model: The model's name.
+        root: Trusted root metadata (``root.json``). The first update needs it, and pins it.
+        threads: Threads of one inference in the self-test.
+        limits: Time and memory for the self-test; `ModelLimits()` when None.
+        now: Time to judge expiry by; the device's clock when None.
 
     Raises:
         ConfigError: the name is not valid, or no root is trusted yet.
-        TrustError: the release, or who offers it, cannot be trusted (see `current_offer`).
-        DataError: the repository lacks something.
-        SelfTestFailed: the model answers differently here, cannot run, or passes its limits.
-        DeviceError: another update is at work.
+        TrustError: a signature, digest or version is not acceptable (see `current_offer`).
+        DataError: the repository or the store is incomplete or damaged.
+        SelfTestFailed: the model answers differently here, cannot run, or exceeds its limits.
+        DeviceError: another update of this store is running.
         ResourceError: the store cannot be written, or (`DiskFull`) has no room.
     """
     installed.check_name(model)
@@ -123,7 +124,7 @@ def update(
 
 
 def _before(store: Path, model: str) -> tuple[Record | None, str | None]:
-    """The version that answers now, if any does; and what is damaged of the one that should."""
+    """Returns the version that serves now, or None, and any damage to the active version."""
     try:
         found = installed.serving(store, model)
     except DeviceError:
@@ -134,7 +135,7 @@ def _before(store: Path, model: str) -> tuple[Record | None, str | None]:
 
 
 def _active(store: Path, model: str) -> Record | None:
-    """The version that should answer, be it damaged or not."""
+    """Returns the active version, damaged or not; None if there is none or its record is bad."""
     try:
         return installed.read_record(store, model, "active")
     except DataError:
@@ -142,7 +143,12 @@ def _active(store: Path, model: str) -> Record | None:
 
 
 def _refuse_older(offered: Record, active: Record | None, model: str) -> None:
-    """A version never goes back, and what a version is never changes."""
+    """Checks that an offer is no rollback, and that no version has changed its content.
+
+    Raises:
+        RollbackRefused: the offer is older than the active version.
+        DigestMismatch: the offer is the active version with another manifest.
+    """
     if active is None:
         return
     if (offered.epoch, offered.version) < (active.epoch, active.version):

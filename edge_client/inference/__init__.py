@@ -1,4 +1,6 @@
-"""From inputs to answers of an installed model. Nothing here imports torch or Flower.
+"""Inference with installed models, in a process with limits. Imports neither torch nor Flower.
 
-Read `session` first, which opens a model, and `confined`, which runs one that nobody has seen run.
+Start with `confined`, which runs a model in a child process; `confined_child` is that process.
+`inputs` parses what goes in, `answers` formats what comes out, and `selftest` and `bench` test and
+time a model.
 """

@@ -1,4 +1,4 @@
-"""What a model's outputs say, in words."""
+"""Model outputs as text: labels, numbers or tokens, one line per input, or JSON."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fedcore.observability.foreign import foreign
 from fedcore.observability.words import counted
 
 MAX_PRINTED = 4_000_000
-"""Numbers that one answer may have: 100 MB of text."""
+"""Most numbers in one answer: 100 MB of text."""
 _PIECE = 1 << 16
 
 
 def answers(manifest: Manifest, outputs: FloatArray) -> Iterable[str]:
-    """One line an input: the class, the values, or the most likely token at each position.
+    """Returns one line per input: the class, the values, or the likeliest token at each position.
 
-    A line is made when it is asked for: a byte of output can be 20 of text and 50 in lists.
+    Lines are made lazily: a byte of output can take 20 bytes as text, and 50 in Python lists.
 
     Args:
-        manifest: Of the model.
+        manifest: The model's manifest.
         outputs: Shape ``(B, ...)``.
 
     Raises:
-        DeviceError: they have not the shape of this kind of answer.
-        LimitExceeded: there are more than `MAX_PRINTED` numbers to print.
+        DeviceError: the outputs' shape does not fit the kind of model.
+        LimitExceeded: more than `MAX_PRINTED` numbers would be printed.
     """
     _check_shape(manifest, outputs)
     if manifest.kind == "classification":
@@ -41,12 +41,17 @@ def answers(manifest: Manifest, outputs: FloatArray) -> Iterable[str]:
 
 
 def answer_lines(manifest: Manifest, outputs: FloatArray) -> Iterator[str]:
-    """Lines that make one JSON object: the model, its version, and all outputs.
+    """Yields the lines of one JSON object: model, version, outputs, and a classifier's labels.
 
-    Of a classification the labels, too. Few numbers are in memory as text at a time.
+    Converts a limited number of outputs to text at a time, to save memory.
+
+    Args:
+        manifest: The model's manifest.
+        outputs: Shape ``(B, ...)``.
 
     Raises:
-        DeviceError, LimitExceeded: as `answers`; nothing was given then.
+        DeviceError: the outputs' shape does not fit the kind of model; nothing was yielded.
+        LimitExceeded: there are more than `MAX_PRINTED` numbers; nothing was yielded.
     """
     _check_shape(manifest, outputs)
     _check_size(manifest, outputs)
@@ -91,15 +96,15 @@ def _check_size(manifest: Manifest, shown: FloatArray) -> None:
 
 
 def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
-    """The name of the most likely class of each row; its number where classes have no names.
+    """Returns the name of each row's most likely class, or its index if classes have no names.
 
     Args:
-        manifest: Of a classification.
+        manifest: A classifier's manifest.
         outputs: Shape ``(B, C)``.
 
     Raises:
-        DeviceError: they have another shape.
-        LimitExceeded: there are more than `MAX_PRINTED`.
+        DeviceError: the outputs have another shape.
+        LimitExceeded: there are more than `MAX_PRINTED` rows.
     """
     _check_shape(manifest, outputs)
     classes = outputs.argmax(axis=-1)
@@ -109,7 +114,7 @@ def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
 
 
 def _check_shape(manifest: Manifest, outputs: FloatArray) -> None:
-    """A model may answer some inputs in a shape that its golden ones did not show."""
+    """Checks the outputs' shape, which for some inputs may differ from the self-test's."""
     dimensions = {"classification": 2, "next_token": 3}.get(manifest.kind)
     if dimensions is None or (outputs.ndim == dimensions and outputs.shape[-1] > 0):
         return

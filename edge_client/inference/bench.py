@@ -1,4 +1,4 @@
-"""Timing inference where a model may do no harm: in a process of its own, with limits."""
+"""Latency of single inferences, measured in a child process with limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedcore.artifacts.manifest import Manifest
 
 @dataclass(frozen=True)
 class InferenceTiming:
-    """Wall-clock time of one inference at batch 1 on one thread, measured beside the model."""
+    """Wall-clock latency at batch size 1 on one thread, measured in the model's own process."""
 
     p50_us: float
     p99_us: float
@@ -21,18 +21,20 @@ class InferenceTiming:
 def bench(
     manifest: Manifest, onnx: Path, inputs: AnyArray, *, runs: int, limits: ModelLimits
 ) -> InferenceTiming:
-    """Times single inferences over ``inputs`` in turn.
+    """Times single inferences, cycling through ``inputs``.
 
     Args:
-        manifest: Of the model.
-        onnx: Its file.
+        manifest: The model's manifest.
+        onnx: The model's file.
         inputs: Shape ``(N, *input_shape)``, N >= 1.
-        runs: Timed inferences, after a warm-up.
-        limits: What the model may take, all runs together.
+        runs: Number of timed inferences, after a warm-up.
+        limits: Time and memory for all runs together.
 
     Raises:
-        LimitExceeded: it took more.
-        DataError, DeviceError, ResourceError: as `edge_client.inference.confined.predict`.
+        DataError: the inputs have another shape or type.
+        LimitExceeded: the model exceeded its limits.
+        DeviceError: onnxruntime cannot run the model, or failed.
+        ResourceError: no process could be started.
     """
     p50_us, p99_us = time_runs(manifest, onnx, inputs, runs=runs, limits=limits)
     return InferenceTiming(float(p50_us), float(p99_us))

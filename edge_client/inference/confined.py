@@ -1,8 +1,8 @@
-"""Running a model that nobody has seen run: in a process of its own, with limits.
+"""Runs an untrusted model in a child process with limits on time and memory.
 
-An ONNX file is a program. It may loop forever, take all memory, or bring onnxruntime down; what it
-does here happens to a child process that holds no lock, no key and no open file, and that dies with
-its parent.
+An ONNX file is a program: it may loop forever, use all memory, or crash onnxruntime. Here that
+affects only a child process without locks, keys or open files, which dies with its parent. Start
+with `predict`; `edge_client.inference.confined_child` is the child's side.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from fedcore.observability.foreign import foreign
 MIN_SECONDS, MAX_SECONDS = 1.0, 86_400.0
 MIN_MEMORY_BYTES, MAX_MEMORY_BYTES = 256 << 20, 1 << 40
 _BASE_BYTES = 1 << 30
-"""Address space of Python and onnxruntime (150 MB), and of activations."""
+"""Default address space for Python and onnxruntime (150 MB) and for activations."""
 _THREAD_BYTES = 160 << 20
-"""Address space that a thread reserves: its stack, and what the allocator sets aside for it."""
+"""Default address space per thread: its stack, and its arena of the allocator."""
 _COPIES = 6
-"""Of the weights, while onnxruntime reads a file, optimises it, and packs it for the processor."""
+"""Copies of the weights while onnxruntime loads a file, optimizes it and packs it for the CPU."""
 _MAX_OUTPUT_BYTES = 256 << 20
 MAX_RUNS = 10_000_000
-"""Inferences that may be timed at once."""
+"""Most inferences that one call may time."""
 _MAX_HEAD_BYTES = 4096
 _PROCESSOR_MARGIN_S = 10
-"""Above what the limit of time allows: it ends a child whose parent was stopped and looks at no
-clock."""
+"""CPU time beyond the time limit. The CPU limit ends the child if the parent is suspended, and so
+cannot enforce the time limit itself."""
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from edge_client.inference.confined_child import main; main()"
@@ -50,19 +50,19 @@ _KEPT = ("LD_LIBRARY_PATH", "LANG", "LC_ALL")
 _SET = {
     "OMP_NUM_THREADS": "1",  # onnxruntime has threads of its own
     "OPENBLAS_NUM_THREADS": "1",
-    "ORT_DISABLE_TELEMETRY": "1",  # it would open a database and connections while it loads
+    "ORT_DISABLE_TELEMETRY": "1",  # telemetry would open a database and connections at load time
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What a model may take on this device while it is tried."""
+    """Time and memory that one call may use to run a model."""
 
     seconds: float = 120.0
-    """From its start to its last answer, `MIN_SECONDS` to `MAX_SECONDS`."""
+    """Wall-clock time from start to last output, `MIN_SECONDS` to `MAX_SECONDS`."""
     memory_bytes: int | None = None
-    """Address space, `MIN_MEMORY_BYTES` to `MAX_MEMORY_BYTES`; None: 1 GiB, 160 MiB a thread, and
-    six times the size of the model's file."""
+    """Address space, `MIN_MEMORY_BYTES` to `MAX_MEMORY_BYTES`. None: 1 GiB, plus 160 MiB per
+    thread, six times the model's file and four times the inputs."""
 
     def __post_init__(self) -> None:
         if not MIN_SECONDS <= self.seconds <= MAX_SECONDS:
@@ -85,27 +85,27 @@ def predict(
     limits: ModelLimits,
     one_at_a_time: bool = False,
 ) -> FloatArray:
-    """A model's outputs, computed by a child process.
+    """Computes a model's outputs in a child process.
 
     Guarantee:
-        It returns or raises within ``limits.seconds`` and a moment. The child has ended by then,
-        and ends when this process does, however that happens.
+        The call returns or raises within little more than ``limits.seconds``. The child has ended
+        by then; it also ends when this process does, for whatever reason.
 
     Args:
-        manifest: Of the model.
-        onnx: Its file; not run unless it has the manifest's digest.
+        manifest: The model's manifest.
+        onnx: The model's file; run only if it has the manifest's digest.
         inputs: Shape ``(B, *manifest.input_shape)``, dtype ``manifest.input_dtype``, B >= 1.
-        threads: Of one inference.
-        limits: What the child may take.
-        one_at_a_time: Each input is a batch of its own.
+        threads: Threads of one inference.
+        limits: Time and memory for the child.
+        one_at_a_time: Whether each input is a batch of its own.
 
     Returns:
         Outputs ``(B, ...)``.
 
     Raises:
-        DataError: the inputs are of another shape or type.
-        LimitExceeded: the model took more than it may.
-        DeviceError: onnxruntime cannot run the model, or failed.
+        DataError: the inputs have another shape or type.
+        LimitExceeded: the model exceeded its limits, or its outputs are too large.
+        DeviceError: onnxruntime cannot run the model, or failed; or the file has changed.
         ResourceError: no process could be started.
     """
     how = {"one_at_a_time": one_at_a_time}
@@ -115,23 +115,27 @@ def predict(
 def time_runs(
     manifest: Manifest, onnx: Path, inputs: AnyArray, *, runs: int, limits: ModelLimits
 ) -> FloatArray:
-    """How long single inferences take on one thread, by the clock of the child that does them.
+    """Times single inferences on one thread in a child process, by the child's clock.
 
     Guarantee:
-        As `predict`: whatever the model does, it ends within ``limits``.
+        The call returns or raises within little more than ``limits.seconds``. The child has ended
+        by then; it also ends when this process does, for whatever reason.
 
     Args:
-        manifest: Of the model.
-        onnx: Its file; not run unless it has the manifest's digest.
+        manifest: The model's manifest.
+        onnx: The model's file; run only if it has the manifest's digest.
         inputs: Shape ``(B, *manifest.input_shape)``; each in turn is a batch of its own.
-        runs: Timed inferences, 1 to `MAX_RUNS`, after a warm-up.
-        limits: What the child may take, the warm-up included.
+        runs: Number of timed inferences, 1 to `MAX_RUNS`, after a warm-up.
+        limits: Time and memory for the child, including the warm-up.
 
     Returns:
-        Their median and 99th percentile, shape ``(2,)``, microseconds.
+        Median and 99th percentile, shape ``(2,)``, microseconds.
 
     Raises:
-        DataError, LimitExceeded, DeviceError, ResourceError: as `predict`.
+        DataError: the inputs have another shape or type.
+        LimitExceeded: the model exceeded its limits.
+        DeviceError: onnxruntime cannot run the model, or failed; or the file has changed.
+        ResourceError: no process could be started.
     """
     if not 1 <= runs <= MAX_RUNS:
         raise ValueError(f"runs: expected 1 to {MAX_RUNS}, got {runs}")
@@ -151,12 +155,19 @@ def _asked(
     limits: ModelLimits,
     how: Mapping[str, int],
 ) -> FloatArray:
-    """What a child answers that is asked ``how`` of the inputs: an array of ``rows`` rows.
+    """Runs a child process on the inputs, and returns the array that it answers with.
 
-    There is one an input where ``rows`` is None.
+    Args:
+        manifest: The model's manifest.
+        onnx: The model's file.
+        inputs: Shape ``(B, *manifest.input_shape)``.
+        rows: Expected length of the array; B when None.
+        threads: Threads of one inference.
+        limits: Time and memory for the child.
+        how: Further fields of the request (see `edge_client.inference.confined_child.main`).
 
     Raises:
-        DataError, LimitExceeded, DeviceError, ResourceError: as `predict`.
+        DataError, LimitExceeded, DeviceError, ResourceError: see `predict`.
     """
     of = _named(manifest)
     _check_inputs(manifest, inputs, of)
@@ -228,7 +239,7 @@ def _start(request: IO[bytes], of: str) -> subprocess.Popen[bytes]:
     path = [ours, *(place for place in sys.path if Path(place).is_absolute())]
     try:
         return subprocess.Popen(  # noqa: S603 - this interpreter, and a fixed program
-            # Without site and its hooks: a third of the time to start.
+            # -S skips `site` and its hooks: start-up takes a third of the time.
             [sys.executable, "-I", "-S", "-c", _START, json.dumps(path)],
             stdin=request,
             stdout=subprocess.PIPE,
@@ -236,7 +247,7 @@ def _start(request: IO[bytes], of: str) -> subprocess.Popen[bytes]:
             cwd="/",
             env=_SET | {name: os.environ[name] for name in _KEPT if name in os.environ},
             close_fds=True,
-            start_new_session=True,  # what is typed at this process's terminal is not for it
+            start_new_session=True,  # keeps Ctrl-C at the terminal from reaching the child
         )
     except OSError as error:
         raise ResourceError(
@@ -246,7 +257,7 @@ def _start(request: IO[bytes], of: str) -> subprocess.Popen[bytes]:
 
 
 def _read(child: subprocess.Popen[bytes], deadline: float) -> bytearray | None:
-    """All that the child writes, a byte above the limit at most; None when time is up."""
+    """Reads the child's output, up to one byte beyond the limit; None if the deadline passes."""
     assert child.stdout is not None
     poll = select.poll()
     poll.register(child.stdout, select.POLLIN | select.POLLHUP)
@@ -264,7 +275,10 @@ def _read(child: subprocess.Popen[bytes], deadline: float) -> bytearray | None:
 def _outputs(
     raw: bytes | bytearray, status: int, of: str, memory_bytes: int, rows: int
 ) -> FloatArray:
-    """What the child says, believed in no more than an array of numbers."""
+    """Parses the child's answer as an array of numbers, or raises the error that it reports.
+
+    The model may have taken over the child, so nothing in the answer is trusted.
+    """
     if status != 0:
         _explain_end(status, of, memory_bytes)
     end = raw.find(b"\n", 0, _MAX_HEAD_BYTES + 1)

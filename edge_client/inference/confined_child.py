@@ -1,8 +1,8 @@
-"""The other side of `edge_client.inference.confined`: a process that runs a model, and little else.
+"""The child process of `edge_client.inference.confined`: runs one model and writes its outputs.
 
-It imports NumPy, onnxruntime and nothing of ours but `edge_client.inference.session`, so that it
-starts in a tenth of a second. What it needs is read before the limits fall; after that no file and
-no connection can be opened, and nothing written but the answer.
+Imports only NumPy, onnxruntime and `edge_client.inference.session`, to start in a tenth of a
+second. Reads the request and the model before it sets its own resource limits; after that it can
+open no file or connection, and write nothing except the answer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from edge_client.inference.session import open_session
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # prctl.h
 _WARM_UP_RUNS = 50
-_MAX_TEXT = 500  # characters of onnxruntime's own words
+_MAX_TEXT = 500  # characters of onnxruntime's error message
 _NO_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "bad allocation")
 
 
 def main() -> None:
-    """Reads a request on standard input and answers it on standard output.
+    """Reads a request from standard input, and writes the answer to standard output.
 
-    A request is one line of JSON, then the inputs' bytes. An answer is one line of JSON, then the
-    outputs' bytes where there are any; the times', where ``runs`` are asked for.
+    A request is one line of JSON, then the bytes of the inputs. An answer is one line of JSON, then
+    the bytes of the outputs, or of the median and 99th percentile if the request has ``runs``. A
+    line with ``fault`` reports an error, and no bytes follow it.
     """
     request = json.loads(sys.stdin.buffer.readline())
     _die_with(request["parent"])
@@ -47,14 +48,14 @@ def main() -> None:
     _confine(request["memory_bytes"], request["processor_s"])
     try:
         session = open_session(onnx, threads=request["threads"])
-    except Exception as error:  # onnxruntime's errors share no class of their own
+    except Exception as error:  # onnxruntime's errors have no common base class
         _fail("load", error)
     try:
         if "runs" in request:
             outputs = _times_us(session, inputs, runs=request["runs"])
         else:
             outputs = _outputs(session, inputs, one_at_a_time=request["one_at_a_time"])
-    except Exception as error:  # likewise
+    except Exception as error:  # onnxruntime's errors have no common base class
         _fail("run", error)
     if outputs.dtype.kind not in "fiub":
         _answer({"fault": "run", "text": f"its outputs are of type {outputs.dtype}, no numbers"})
@@ -64,14 +65,14 @@ def main() -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Has the system kill this process when its parent dies, at whatever it is then."""
+    """Makes the kernel kill this process when its parent dies, and first when memory runs out."""
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        with contextlib.suppress(OSError):  # if memory runs out, this process goes first
+        with contextlib.suppress(OSError):  # first victim of the OOM killer
             Path("/proc/self/oom_score_adj").write_text("1000")
-    if os.getppid() != parent:  # it died before this was asked for
+    if os.getppid() != parent:  # it died before prctl took effect
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -79,7 +80,7 @@ def _confine(memory_bytes: int, processor_s: int) -> None:
     for limit, soft, hard in (
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
         (resource.RLIMIT_CPU, processor_s, processor_s + 1),  # SIGXCPU, then SIGKILL
-        (resource.RLIMIT_NOFILE, 3, 3),  # standard streams: a new descriptor has no number left
+        (resource.RLIMIT_NOFILE, 3, 3),  # the standard streams use up all descriptors
         (resource.RLIMIT_FSIZE, 0, 0),
         (resource.RLIMIT_CORE, 0, 0),
     ):
@@ -91,13 +92,13 @@ def _confine(memory_bytes: int, processor_s: int) -> None:
 
 def _outputs(session: Any, inputs: Any, *, one_at_a_time: bool) -> Any:
     name = session.get_inputs()[0].name
-    # One at a time is how golden outputs were made: dynamic int8 takes its scale from the batch.
+    # Golden outputs were made one at a time: dynamic int8 derives its scale from the whole batch.
     batches = [inputs[n : n + 1] for n in range(len(inputs))] if one_at_a_time else [inputs]
     return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
 
 
 def _times_us(session: Any, inputs: Any, *, runs: int) -> Any:
-    """The median and the 99th percentile of ``runs`` inferences, each of one input in turn."""
+    """Returns median and 99th percentile in microseconds of ``runs`` single inferences."""
     name = session.get_inputs()[0].name
     feeds = [{name: inputs[row : row + 1]} for row in range(len(inputs))]
     for run in range(_WARM_UP_RUNS):
@@ -108,7 +109,7 @@ def _times_us(session: Any, inputs: Any, *, runs: int) -> Any:
         start_ns = time.perf_counter_ns()
         session.run(None, feed)
         times_us[run] = (time.perf_counter_ns() - start_ns) / 1e3
-    # `np.percentile` would import a module with its first call, which no file can be opened for.
+    # `np.percentile` imports a module on its first call, but no file can be opened any more.
     return np.interp([0.5 * (runs - 1), 0.99 * (runs - 1)], np.arange(runs), np.sort(times_us))
 
 
@@ -119,7 +120,7 @@ def _fail(step: str, error: Exception) -> NoReturn:
 
 
 def _answer(head: dict[str, Any], raw: bytes = b"") -> NoReturn:
-    """Writes the answer and ends at once: a model has no say in how."""
+    """Writes the answer and exits at once: the model must not influence the exit."""
     with os.fdopen(1, "wb", closefd=False) as stream:
         stream.write(json.dumps(head).encode() + b"\n" + raw)
     os._exit(0)

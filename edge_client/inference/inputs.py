@@ -1,4 +1,4 @@
-"""Reading inputs that a person or a program hands over as JSON."""
+"""Inference inputs from JSON or arrays, checked against a model's manifest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_INPUT_BYTES = 64 << 20  # 64 MiB of JSON
 
 
 def read_text(where: str) -> bytes:
-    """The bytes of a file, or of standard input for ``-``.
+    """Reads a file, or standard input if ``where`` is ``-``.
 
     Raises:
-        DataError: the file does not exist, or there is more than `MAX_INPUT_BYTES`.
+        DataError: the file does not exist, or there are more than `MAX_INPUT_BYTES`.
     """
     if where != "-":
         return read_bytes(Path(where), max_bytes=MAX_INPUT_BYTES, what="a JSON list of inputs")
@@ -34,18 +34,19 @@ def read_text(where: str) -> bytes:
 
 
 def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
-    """A batch of inputs.
+    """Parses a batch of inputs from JSON.
 
     Args:
-        raw: JSON: a list of inputs, each nested lists of numbers.
-        manifest: Of the model that they are for.
-        where: What to call them in an error.
+        raw: A JSON list of inputs, each given as nested lists of numbers.
+        manifest: The model's manifest.
+        where: Source of the inputs, for errors.
 
     Returns:
         Shape ``(B, *input_shape)``, dtype ``input_dtype``.
 
     Raises:
-        DataError: they are no list of such inputs, or a number is not finite.
+        DataError: the JSON is malformed or of another shape, or a number is not finite or does not
+            fit the type.
     """
     expected = f"expected a JSON list of inputs of shape {list(manifest.input_shape)}"
     try:
@@ -56,18 +57,19 @@ def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
 
 
 def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
-    """Numbers in the type that a model takes.
+    """Checks a batch of inputs, and converts it to the model's input type.
 
     Args:
-        batch: Shape ``(B, *input_shape)``, whole numbers or floats.
-        manifest: Of the model that they are for.
-        expected: Where they are from and what they should be, which an error begins with.
+        batch: Shape ``(B, *input_shape)``, integers or floats.
+        manifest: The model's manifest.
+        expected: Start of an error: the source of the inputs and what was expected.
 
     Returns:
-        The same shape, dtype ``input_dtype``.
+        Shape ``(B, *input_shape)``, dtype ``input_dtype``.
 
     Raises:
-        DataError: they are of another shape, or one is not finite or does not fit the type.
+        DataError: the batch is empty or of another shape, or a number is not finite or does not
+            fit the type.
     """
     if batch.ndim == 0 or len(batch) == 0 or batch.shape[1:] != manifest.input_shape:
         raise DataError(f"{expected}, got shape {list(batch.shape)}. Nothing was answered.")
@@ -83,7 +85,7 @@ def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
 
 
 def _represents(converted: AnyArray, batch: AnyArray) -> bool:
-    """Whether no number was lost; floats may be rounded, but not to infinity."""
+    """Returns whether a conversion kept all values; floats may be rounded, but must be finite."""
     if converted.dtype.kind == "f":
         return bool(np.isfinite(converted).all())
     return bool(np.array_equal(converted, batch))

@@ -1,4 +1,4 @@
-"""The self-test: this device must get the answers that the cloud got."""
+"""Self-test of a model on this device: its outputs must match the golden outputs of the cloud."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fedcore.errors import DataError, DeviceError, SelfTestFailed
 def self_test(
     manifest: Manifest, onnx: Path, golden: bytes, *, threads: int, limits: ModelLimits
 ) -> float:
-    """Runs the golden inputs in a process with limits, and compares with the golden outputs.
+    """Runs the model on its golden inputs in a child process, and compares the outputs.
 
     Args:
-        manifest: Of the model to test.
-        onnx: Its file; the digest has been checked.
-        golden: Inputs ``(N, ...)`` and outputs ``(N, ...)``, as delivered with it.
-        threads: Of one inference.
-        limits: What the model may take.
+        manifest: The model's manifest.
+        onnx: The model's file, whose digest has been checked.
+        golden: The release's golden file: inputs ``(N, ...)`` and outputs ``(N, ...)``.
+        threads: Threads of one inference.
+        limits: Time and memory for the child process.
 
     Returns:
         The largest absolute difference, at most ``manifest.golden_tolerance``.
 
     Raises:
-        TrustError: ``golden`` is no golden file.
-        SelfTestFailed: the model does not run, takes more than its limits, fails on the golden
-            inputs, or answers differently.
+        TrustError: ``golden`` is not a valid golden file.
+        SelfTestFailed: there are no golden inputs; or the model cannot run, exceeds its limits,
+            fails on the inputs, or answers differently.
         ResourceError: no process could be started.
     """
     inputs, expected = parse_golden(golden)

@@ -1,4 +1,4 @@
-"""One way to open a model in onnxruntime, for whichever process it is to run in."""
+"""onnxruntime sessions with the settings for inference on a device."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 import onnxruntime
 
-_SILENT = 4  # onnxruntime's severity "fatal": what goes wrong arrives as an exception
+_SILENT = 4  # onnxruntime's severity "fatal": errors arrive as exceptions anyway
 
 
 def open_session(onnx: bytes, *, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession` on the processor.
+    """Opens a model as an `onnxruntime.InferenceSession` on the CPU.
 
     Args:
-        onnx: The model.
-        threads: Of one inference. Above 1, idle threads sleep rather than spin.
+        onnx: The content of the model's file.
+        threads: Threads of one inference. If more than 1, idle threads sleep instead of spinning.
 
     Raises:
-        Exception: onnxruntime cannot run the model; its errors share no class of their own.
-        ValueError: it does not have one input and one output.
+        Exception: onnxruntime cannot load the model; its errors have no common base class.
+        ValueError: the model does not have exactly one input and one output.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT

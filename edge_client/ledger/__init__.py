@@ -1,5 +1,5 @@
-"""What a device has spent of its owner's privacy budget: charges in, epsilon out.
+"""Privacy ledger of a device: records each round's charge, and computes the epsilon spent.
 
-Read `ledger` first, which charges; `book` is what lies on disk, and `view` shows it and changes
-nothing.
+Start with `ledger`, which records charges. `book` defines the files on disk, `contents`
+distinguishes data sets, and `view` reads a ledger without changing it.
 """

@@ -1,9 +1,9 @@
-"""What a device writes down of its charges, and where; read without changing anything.
+"""Files of a device's privacy ledger: their formats, and how they are read, merged and compared.
 
-Four places tell of them: the states of the runs, ``ledger.json`` beside them, ``ledger.mark`` in
-the folder of the kit, and ``ledger.count`` on the machine, which belongs to neither. The first two
-hold every charge; the others say how many there are and which is the latest, so that what is put
-back as it was before, or goes on in a second copy, is noticed.
+Four places record charges: the states of the runs, ``ledger.json`` next to them, ``ledger.mark`` in
+the kit's folder, and ``ledger.count`` elsewhere on the machine. The first two contain every charge.
+The other two record only how many there are and each run's latest, which reveals a restored backup
+or a second copy of the device. Nothing here writes a file.
 """
 
 from __future__ import annotations
@@ -29,57 +29,57 @@ from fedcore.privacy.ledger import ledger_in
 
 LEDGER, MARK, COUNT = "ledger.json", "ledger.mark", "ledger.count"
 MAX_RUNS = 1 << 12
-"""Most runs with charges on a device: one a day for eleven years. Each costs a file, a place in the
-mark, and time at every start."""
+"""Most runs with charges on a device: one a day for eleven years. Each costs a file, an entry in
+the marks, and time at every start."""
 MAX_CHARGES = 8 * MAX_RUNS
 """Most charges over all runs: a round each hour for almost four years."""
 _MAX_LEDGER_BYTES = MAX_CHARGES << 11
 _MAX_MARK_BYTES = MAX_RUNS << 12
-"""What is read: several times what the longest entries take, so whatever is written can be read."""
+"""Size limits for reading: several times the longest entries, so every written file is readable."""
 _RECORD, _TERMS = "fedcore.charged", "terms"
 _File = TypeVar("_File", bound=Section)
 
 
 class Spent(Section):
-    """One charge, and what it was made on."""
+    """One charge as stored: the parameters of a round's mechanism, and the terms it was made on."""
 
     round: int
     noise_multiplier: Annotated[float, Field(gt=0)]
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=0)]
     target_delta: Fraction
-    """What its run counted it at."""
+    """The run's delta when the charge was made."""
     data: str
-    """The named data, as `edge_client.ledger.contents` labels them; anything else counts against
-    all data."""
+    """Label of the named data set, from `edge_client.ledger.contents.label_of`; any other text
+    counts against all data."""
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")] = ""
-    """Tells it from a charge that another copy of this device made; empty in old ones."""
+    """Random id, by which charges of a second copy of this device differ; empty in old ledgers."""
 
     @property
     def charge(self) -> Charge:
-        """What is composed."""
+        """The part that an accountant composes."""
         return Charge(self.round, self.noise_multiplier, self.sample_rate, self.steps)
 
 
 class Book(Section):
-    """``ledger.json``."""
+    """Content of ``ledger.json``: all charges, by run."""
 
     format: Literal["fedcore.ledger/1"] = "fedcore.ledger/1"
     runs: dict[str, tuple[Spent, ...]]
 
 
 class Mark(Section):
-    """``ledger.mark``, and ``ledger.count``."""
+    """Content of ``ledger.mark`` and ``ledger.count``: a summary of all charges."""
 
     format: Literal["fedcore.mark/1"] = "fedcore.mark/1"
     charges: Annotated[int, Field(ge=0)]
     latest: dict[str, str] = Field(default_factory=dict)
-    """The id of each run's latest charge, where it has one."""
+    """Id of each run's latest charge, by run; without runs whose latest charge has no id."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a charge was made on, as it is noted in the state of its run."""
+    """Delta, data label and id of a charge, as stored in the state of its run."""
 
     target_delta: float
     data: str
@@ -90,17 +90,18 @@ Runs = Mapping[str, Sequence[Spent]]
 
 
 def count_path(public: bytes, environ: Mapping[str, str]) -> Path | None:
-    """Where this machine counts the charges of a device, outside its kit and its state.
+    """Returns the path of a device's ``ledger.count``, outside its kit and its folder.
 
     Args:
-        public: The device's key, as `fedcore.crypto.keys.public_bytes` gives it.
-        environ: ``XDG_STATE_HOME`` names the folder; ``$HOME/.local/state`` when unset.
+        public: The device's public key, as `fedcore.crypto.keys.public_bytes` gives it.
+        environ: Environment variables: ``XDG_STATE_HOME`` sets the base folder, by default
+            ``$HOME/.local/state``.
 
     Returns:
-        The file; None where the machine has no such place.
+        The path; None if neither variable is an absolute path.
     """
     home, base = environ.get("HOME", ""), environ.get("XDG_STATE_HOME", "")
-    if not base.startswith("/"):  # the XDG specification has relative ones passed over
+    if not base.startswith("/"):  # the XDG specification ignores relative paths
         if not home.startswith("/"):
             return None
         base = f"{home}/.local/state"
@@ -108,25 +109,29 @@ def count_path(public: bytes, environ: Mapping[str, str]) -> Path | None:
 
 
 def read_book(folder: Path) -> Book | None:
-    """``ledger.json`` of a device's folder; None where there is none.
+    """Reads ``ledger.json`` in a device's folder; None if it does not exist.
 
     Raises:
-        PrivacyError: it cannot be read.
+        PrivacyError: the file cannot be read.
     """
     return _read(folder / LEDGER, Book, _MAX_LEDGER_BYTES)
 
 
 def read_mark(path: Path) -> Mark | None:
-    """A mark or count; None where there is none.
+    """Reads a ``ledger.mark`` or ``ledger.count``; None if it does not exist.
 
     Raises:
-        PrivacyError: it cannot be read.
+        PrivacyError: the file cannot be read.
     """
     return _read(path, Mark, _MAX_MARK_BYTES)
 
 
 def spent_in(state: RecordDict, otherwise: Terms) -> tuple[Spent, ...]:
-    """The charges in a state; those without terms were made on those that are given."""
+    """Returns the charges in a state, with ``otherwise`` as the terms of charges without any.
+
+    Raises:
+        PrivacyError: the charges cannot be read.
+    """
     charges, terms = ledger_in(state).charges, terms_in(state)
     terms = terms[: len(charges)] + [otherwise] * (len(charges) - len(terms))
     try:
@@ -139,7 +144,11 @@ def spent_in(state: RecordDict, otherwise: Terms) -> tuple[Spent, ...]:
 
 
 def terms_in(state: RecordDict) -> list[Terms]:
-    """The terms of each charge in a state, as far as they are noted."""
+    """Returns the terms stored in a state, in the order of its charges; there may be fewer.
+
+    Raises:
+        PrivacyError: the terms cannot be read.
+    """
     record = state.get(_RECORD)
     if not isinstance(record, ConfigRecord):
         return []
@@ -151,23 +160,23 @@ def terms_in(state: RecordDict) -> list[Terms]:
 
 
 def put_terms(state: RecordDict, terms: Sequence[Terms]) -> None:
-    """Notes the terms of each charge in a state."""
+    """Stores the terms of each charge in a state."""
     noted = [[one.target_delta, one.data, *([one.id] if one.id else [])] for one in terms]
     state[_RECORD] = ConfigRecord({_TERMS: json.dumps(noted)})
 
 
 def new_terms(target_delta: float, data: str) -> Terms:
-    """The terms of a charge that is being made."""
+    """Returns the terms of a new charge, with a random id."""
     return Terms(target_delta, data, secrets.token_hex(8))
 
 
 def count(runs: Runs) -> int:
-    """How many charges there are."""
+    """Returns the number of charges over all runs."""
     return sum(map(len, runs.values()))
 
 
 def mark_of(runs: Runs) -> Mark:
-    """What is marked elsewhere of all charges."""
+    """Returns the mark of a ledger: the number of charges, and the id of each run's latest."""
     latest = {run: spent[-1].id for run, spent in runs.items() if spent and spent[-1].id}
     return Mark(charges=count(runs), latest=latest)
 
@@ -175,15 +184,15 @@ def mark_of(runs: Runs) -> Mark:
 def merged(
     copied: Runs, states: Mapping[str, tuple[Sequence[Spent], int]], where: Path
 ) -> dict[str, tuple[Spent, ...]]:
-    """Every charge that a copy or a state tells of.
+    """Merges the charges in ``ledger.json`` and in states; for each run the longer list wins.
 
     Args:
-        copied: As ``ledger.json`` has it.
-        states: The charges of each state, and to how many of them the state notes terms.
+        copied: The charges in ``ledger.json``, by run.
+        states: The charges in each run's state, and how many of them have stored terms.
         where: The device's folder, for errors.
 
     Raises:
-        PrivacyError: the two tell of one charge differently.
+        PrivacyError: a charge differs between the two.
     """
     book = dict(copied)
     for run, (spent, noted) in states.items():
@@ -206,7 +215,7 @@ def _check_copy(
 
 
 def check_marks(where: Path, runs: Runs, marks: Mapping[Path, Mark | None]) -> None:
-    """Refuses a ledger that lacks what was marked elsewhere.
+    """Checks a ledger against its marks; see `against_marks`.
 
     Raises:
         PrivacyError: charges are missing, or another copy of this device has made one.
@@ -218,7 +227,16 @@ def check_marks(where: Path, runs: Runs, marks: Mapping[Path, Mark | None]) -> N
 def against_marks(
     where: Path, runs: Runs, marks: Mapping[Path, Mark | None]
 ) -> Iterator[PrivacyError]:
-    """What is wrong with a ledger by what was marked elsewhere."""
+    """Yields an error for each contradiction between a ledger and its marks.
+
+    A ledger must have at least as many charges as a mark counts, and contain the latest charge of
+    each run in the mark.
+
+    Args:
+        where: The device's folder, for errors.
+        runs: All charges, by run.
+        marks: The marks by path; None for a missing file, which is not an error.
+    """
     found, more, strange = count(runs), dict[Path, int](), dict[str, list[Path]]()
     for path, mark in marks.items():
         if mark is not None and found < mark.charges:
@@ -251,7 +269,7 @@ def _names(paths: Iterable[Path]) -> str:
 
 
 def _strange(runs: Runs, mark: Mark) -> str:
-    """A run whose latest charge is not among those that are known; empty where there is none."""
+    """Returns a run whose latest charge in ``mark`` is not in ``runs``; empty if there is none."""
     for run, latest in mark.latest.items():
         if latest not in {one.id for one in runs.get(run, ())}:
             return run
@@ -261,7 +279,16 @@ def _strange(runs: Runs, mark: Mark) -> str:
 def states_of(
     names: Sequence[str], state: Callable[[str], RecordDict], otherwise: Terms
 ) -> dict[str, tuple[tuple[Spent, ...], int]]:
-    """The charges of each state, and to how many of them the state notes terms."""
+    """Reads the charges in each run's state, and how many of them have stored terms.
+
+    Args:
+        names: Names of the runs.
+        state: Returns the state of a run.
+        otherwise: Terms of charges without stored ones.
+
+    Raises:
+        PrivacyError: the charges of a state cannot be read.
+    """
     held = ((name, state(name)) for name in names)
     return {name: (spent_in(one, otherwise), len(terms_in(one))) for name, one in held}
 

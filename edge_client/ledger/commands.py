@@ -1,4 +1,4 @@
-"""``fedcore privacy show | verify | export``: a device's ledger, looked at and never changed."""
+"""Commands ``fedcore privacy show | verify | export``: read-only access to a device's ledger."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fedcore.observability.words import counted, epsilon_floor_text, epsilon_tex
 if TYPE_CHECKING:
     from edge_client.ledger.view import Found, RunView, Total, View
 
-_MOST_SAID = 2000  # characters of what is wrong with a ledger
+_MOST_SAID = 2000  # characters of one problem with a ledger
 _SHOWN_ROUNDS = 12
-"""Charges of a run that a table shows, the first and the last ones: composing takes time."""
+"""Charges per run in a table, the first and last ones: composing each takes time."""
 
 
 def _where(parser: argparse.ArgumentParser) -> None:
@@ -74,11 +74,11 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _find(options: argparse.Namespace) -> Found:
-    """The ledger that the options name.
+    """Reads the ledger that the options specify.
 
     Raises:
-        ConfigError: they name none.
-        DataError: there is no such folder.
+        ConfigError: neither ``--state`` nor ``--kit`` is given.
+        DataError: the folder does not exist.
     """
     if options.state is None and options.kit is None:
         raise ConfigError(
@@ -121,7 +121,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _ended(found: Found) -> int:
-    """The exit code; what is wrong stands with the figures, and that something is, here as well."""
+    """Returns the exit code; if the ledger is damaged, reports so on standard error as well."""
     if not found.problems:
         return 0
     say(
@@ -215,7 +215,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _agreed(found: Found) -> str:
-    """Whether the places that tell of charges agree."""
+    """Describes whether the files that record charges agree."""
     if found.problems:
         return "can be read, and others may be missing"
     if found.behind:

@@ -1,9 +1,9 @@
-"""Which named data a charge was made on: by name for good, and by content across names.
+"""Which named data set a charge was made on, tracked by its name and by the content of its files.
 
-A name's charges add up whatever becomes of its files. Two names that ever held a file of the same
-content count as one: data that are copied, moved or renamed take what was spent on them along. The
-contents of each name, as they were at its charges, lie in ``contents.json``; where that is lost, or
-is not what a charge was made on, the name counts against all data.
+The charges of a name add up, however its files change. Two names that ever had a file of the same
+content count as one data set, so copied, moved or renamed data keep their privacy cost.
+``contents.json`` records the file digests of each name at its charges. If it is lost, or does not
+match a charge, the charges of that name count against all data.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ from fedcore.files import open_regular, read_if_there, sha256_hex, write_atomic
 
 CONTENTS = "contents.json"
 MAX_FILES, MAX_BYTES = 200_000, 1 << 40
-"""Most files of a data set, and most bytes in them: what is larger is not named."""
+"""Most files and bytes of a named data set; training on a larger one is refused."""
 _MAX_CONTENTS_BYTES = 256 << 20
 _DIGEST_CHARACTERS = 16
-"""Two files whose digests begin alike count as the same: 64 bits err one way only."""
+"""Length of truncated digests. A collision of 64 bits only makes two data sets count as one."""
 _PIECE_BYTES = 1 << 20
 _LABEL = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9]{1,9}):([0-9a-f]{64})")
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Contents(Section):
-    """``contents.json``: the digests of the files that each name ever held, in order of coming."""
+    """``contents.json``: digests of all files each name ever had, in the order of discovery."""
 
     format: Literal["fedcore.contents/1"] = "fedcore.contents/1"
     names: dict[str, tuple[Digest, ...]] = Field(default_factory=dict)
 
 
 def read_contents(folder: Path) -> Contents:
-    """The contents that a device has seen; none where it has seen none, or cannot tell."""
+    """Reads ``contents.json`` in the device's folder; empty if it is missing or unreadable."""
     path = folder / CONTENTS
     try:
         raw = read_if_there(path, max_bytes=_MAX_CONTENTS_BYTES, what="the contents of data sets")
         return Contents() if raw is None else Contents.model_validate_json(raw)
     except (DataError, ValidationError):
-        return Contents()  # every name in it is in doubt then, and counts against all data
+        return Contents()  # safe: every name then counts against all data
 
 
 def note_contents(folder: Path, name: str, data: Path) -> str:
-    """Looks at the files of a data set, writes down what is new, and gives its label.
+    """Adds new files of a data set to ``contents.json``, and returns the data set's label.
 
     Args:
-        folder: The device's own.
-        name: Of the data set.
-        data: Where its files are; links are followed.
+        folder: The device's folder.
+        name: The data set's name.
+        data: Folder of its files; symbolic links are followed.
 
     Returns:
-        What a charge on these data is marked with; empty where there are no files to tell them by.
+        The label for charges on these data; empty if no file was ever found.
 
     Raises:
-        PrivacyError: there are more files, or bytes in them, than can be looked at.
+        PrivacyError: there are more than `MAX_FILES` files or `MAX_BYTES`.
         DataError: a file cannot be read.
         DiskFull: there is no room.
     """
@@ -79,14 +79,23 @@ def note_contents(folder: Path, name: str, data: Path) -> str:
 
 
 def label_of(name: str, digests: Collection[str]) -> str:
-    """Names the data, and what they were when this was written; empty where nothing is known."""
+    """Returns a label: name, number of files and a digest of their digests; empty for no files."""
     if not digests:
         return ""
     return f"{name}:{len(digests)}:{sha256_hex(' '.join(digests).encode())}"
 
 
 def digests_of(name: str, data: Path) -> Iterator[str]:
-    """A digest of each file that is not empty, wherever below ``data`` it lies."""
+    """Yields a truncated SHA-256 of each non-empty file below ``data``.
+
+    Args:
+        name: The data set's name, for errors.
+        data: Folder of its files; symbolic links are followed.
+
+    Raises:
+        PrivacyError: there are more than `MAX_FILES` files or `MAX_BYTES`.
+        DataError: a file or folder cannot be read.
+    """
     files = left = 0
     for path, found in _files(data):
         files, left = files + 1, left + found.st_size
@@ -103,7 +112,7 @@ def digests_of(name: str, data: Path) -> Iterator[str]:
 
 
 def _files(data: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Regular files in the order of their names; a folder that links lead to twice is seen once."""
+    """Yields regular files, sorted by name in each folder; visits a folder once, despite links."""
     seen: set[tuple[int, int]] = set()
     for at, folders, names in os.walk(data, followlinks=True, onerror=_unreadable):
         here = Path(at).stat()
@@ -117,8 +126,8 @@ def _files(data: Path) -> Iterator[tuple[Path, os.stat_result]]:
             try:
                 found = path.stat()
             except FileNotFoundError:
-                continue  # a link to nowhere, or it went away
-            except OSError as error:  # a link to itself, a folder that may not be looked into
+                continue  # a dangling link, or removed meanwhile
+            except OSError as error:  # a link to itself, or a folder without permission
                 _unreadable(error)
                 continue
             if stat.S_ISREG(found.st_mode):
@@ -134,10 +143,10 @@ def _unreadable(error: OSError) -> None:
 
 @lru_cache(maxsize=MAX_FILES)
 def _digest(path: str, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> str:
-    """The beginning of the SHA-256 of a file, a piece at a time, once a process and file.
+    """Returns a file's truncated SHA-256, cached for the life of the process.
 
-    What else names the file here tells one that was changed: nobody but the machine's owner can
-    set the time of a file's last change of state.
+    Size, times and inode are part of the cache's key, so a changed file is read again: ctime cannot
+    be set except by the machine's administrator.
     """
     digest = hashlib.sha256()
     try:
@@ -153,21 +162,25 @@ def _digest(path: str, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> s
 
 
 def name_in(label: str) -> str:
-    """The name in a label; empty where it is none."""
+    """Returns the name in a label; empty if the label is malformed or empty."""
     found = _LABEL.fullmatch(label)
     return found[1] if found else ""
 
 
 def counted_with(name: str, labels: Collection[str], contents: Contents) -> set[str] | None:
-    """The names whose charges count against data of the name ``name``, itself among them.
+    """Returns the names whose charges count against the data set ``name``, including itself.
+
+    These are the names connected to it by shared files, directly or through other names, and every
+    name with a charge whose contents are unknown.
 
     Args:
-        name: Empty for data without a name.
-        labels: Of all charges.
-        contents: What each name ever held.
+        name: The data set's name; empty for data without a name.
+        labels: Labels of all charges.
+        contents: File digests of each name.
 
     Returns:
-        The names; None for all charges there are, whatever their label.
+        The names; None if every charge counts, whatever its label: ``name`` is empty, or its
+        contents now or at a charge are unknown.
     """
     held = {one: set(digests) for one, digests in contents.names.items()}
     doubtful = {name_in(label) for label in labels if not _holds(label, contents.names)} - {""}
@@ -183,7 +196,7 @@ def counted_with(name: str, labels: Collection[str], contents: Contents) -> set[
 
 
 def _holds(label: str, names: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether the contents are known that a charge with this label was made on."""
+    """Returns whether ``names`` still lists the digests that a charge's label was made from."""
     found = _LABEL.fullmatch(label)
     if found is None:
         return False

@@ -1,7 +1,7 @@
-"""A ledger for an auditor: every charge and what they come to, under the device's signature.
+"""Signed export of a privacy ledger for an auditor: every charge, and the epsilons they result in.
 
-The signature says that this device wrote it, not that the device told everything; what the charges
-come to, whoever holds the file can compute again.
+The signature proves that this device wrote the export, not that the export is complete. Anyone with
+the file can recompute the epsilons.
 """
 
 from __future__ import annotations
@@ -29,36 +29,39 @@ from fedcore.privacy.accounting import Accountant, epsilon_of
 MAX_EXPORT_BYTES = 128 << 20
 _DOMAIN = b"fedcore ledger export\x00"
 _TOLERANCE = 1e-6
-"""By so much, relative, may a recomputed epsilon differ: other machines round otherwise."""
+"""Relative tolerance for a recomputed epsilon: machines round differently."""
 
 
 class _Composed(Section):
-    """What charges come to."""
+    """Epsilon of composed charges at a delta."""
 
     target_delta: Fraction
     epsilon: Annotated[float, Field(ge=0)]
 
 
 class Exported(Section):
-    """What is signed."""
+    """The signed part of an export."""
 
     format: Literal["fedcore.ledger-export/1"] = "fedcore.ledger-export/1"
     made_at: str
-    """By the device's clock, ISO 8601 in UTC."""
+    """Time of the export by the device's clock, ISO 8601 in UTC."""
     accountant: Accountant
     runs: dict[str, tuple[Spent, ...]]
     composed: dict[str, _Composed]
-    """By run."""
+    """Epsilon of each run with charges."""
     device: _Composed
-    """Over all runs."""
+    """Epsilon over all runs."""
     max_epsilon: float | None
-    """What the owner allows the device; None without a limit."""
+    """The owner's budget for the device; None without a limit."""
     problems: tuple[str, ...]
-    """What is wrong with the files that this was read from."""
+    """Faults of the ledger's files at the time of the export."""
 
 
 class _File(Section):
-    """The file: what was exported, the key in PEM, and its signature in base 64."""
+    """Content of an export file: the ledger, the public key in PEM, and the signature in base64.
+
+    Key and signature are empty in an unsigned export.
+    """
 
     ledger: Exported
     key: Annotated[str, Field(max_length=MAX_KEY_BYTES)] = ""
@@ -67,25 +70,31 @@ class _File(Section):
 
 @dataclass(frozen=True)
 class Checked:
-    """An export that holds what it says."""
+    """An export whose signature and epsilons have been verified."""
 
     ledger: Exported
     signer: str
-    """The SHA-256 of the key that signed it; empty where nobody did."""
+    """SHA-256 of the public key that verifies the signature; empty if the export is unsigned."""
 
     @property
     def charges(self) -> int:
-        """How many it holds."""
+        """Number of charges over all runs."""
         return sum(map(len, self.ledger.runs.values()))
 
 
 def export_bytes(
     found: Found, view: View, key: EllipticCurvePrivateKey | None, *, now: datetime
 ) -> bytes:
-    """A ledger as a file, signed where there is a key.
+    """Returns the content of an export file, signed if there is a key.
+
+    Args:
+        found: The ledger.
+        view: The same ledger, composed.
+        key: The device's private key (ECDSA on P-384), or None.
+        now: Time of the export.
 
     Raises:
-        PrivacyError: its charges come to no number.
+        PrivacyError: an epsilon is infinite.
     """
     whole = view.totals[0]
     if not all(map(math.isfinite, (whole.epsilon, *(run.epsilon for run in view.runs)))):
@@ -118,16 +127,17 @@ def export_bytes(
 
 
 def check_export(raw: bytes, *, where: str, expected: bytes | None = None) -> Checked:
-    """An export whose signature holds, and whose charges come to what it says.
+    """Verifies an export: checks its signature, and recomputes its epsilons from the charges.
 
     Args:
-        raw: The file.
-        where: It is, for errors.
-        expected: The public key of the device that should have signed it, in PEM.
+        raw: Content of the file.
+        where: Path of the file, for errors.
+        expected: Public key, in PEM, of the device that must have signed; any key, or no
+            signature, is accepted when None.
 
     Raises:
-        SignatureInvalid: it is not signed by that key, or was changed since.
-        PrivacyError: it is no export, or its charges come to something else.
+        SignatureInvalid: the signature does not fit the content, or is not from ``expected``.
+        PrivacyError: the file is not an export, or its epsilons are not those of its charges.
     """
     try:
         file = _File.model_validate_json(raw)
@@ -190,7 +200,7 @@ def _check_sums(ledger: Exported, where: str) -> None:
                 target_delta=said.target_delta,
                 accountant=ledger.accountant,
             )
-        except PrivacyError:  # numbers that no training has
+        except PrivacyError:  # parameters that no training produces
             found = math.inf
         if not (math.isfinite(found) and abs(found - said.epsilon) <= _TOLERANCE * max(1.0, found)):
             raise PrivacyError(
@@ -201,6 +211,6 @@ def _check_sums(ledger: Exported, where: str) -> None:
 
 
 def _signed(values: Mapping[str, Any]) -> bytes:
-    """The bytes under the signature: one text for one value, however the file is laid out."""
+    """Returns the bytes to sign: canonical JSON, so the file's layout does not matter."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return _DOMAIN + text.encode()

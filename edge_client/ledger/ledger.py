@@ -1,10 +1,11 @@
-"""What a device has spent over all runs: a server that renames its run gets no new budget.
+"""Privacy charges of a device over all runs: a server that renames its run gets no new budget.
 
-The state of a run holds its charges and becomes durable together with the reply that they pay for.
-``ledger.json`` beside the states is a copy of all of them. ``ledger.mark`` in the folder of the kit
-and ``ledger.count``, on the machine but outside both, say how many there are and which was the
-latest. A state that was removed, or put back as it was before, is mended from the copy; where both
-are gone, or a second copy of the device has gone on, a mark shows it, and nothing is trained.
+Each run's state contains its charges, and is written with the reply that they pay for.
+``ledger.json``, next to the states, is a copy of the charges of all runs. Two marks record the
+number of charges and each run's latest: ``ledger.mark`` in the kit's folder, and ``ledger.count``
+elsewhere on the machine. A state that was removed or restored from a backup is repaired from the
+copy. If the copy is missing too, or a second copy of the device has trained, the marks reveal it,
+and the device trains nothing.
 """
 
 from __future__ import annotations
@@ -59,34 +60,37 @@ from fedcore.privacy.ledger import FULL, Ledger, OtherRuns, Room, ledger_in, put
 log = logging.getLogger("fedcore.device")
 
 IDLE_RUNS = 256
-"""Runs without charges whose states are kept: all that is lost with one is what it had answered."""
+"""Most states kept of runs without charges: removing one loses only its stored replies."""
 
 
 @dataclass(frozen=True)
 class DeviceLedger:
-    """What one run spends on a device, among all the others."""
+    """The charges of one run, counted together with those of the device's other runs."""
 
     folder: DeviceFolder
     mark: Path
-    """A file that does not lie in ``folder``, so that the two are not lost or put back together."""
+    """Path of ``ledger.mark``: outside ``folder``, so the two are not lost or restored together."""
     counted: Path | None
-    """One that lies with neither ``folder`` nor ``mark``; None where the machine has no place."""
+    """Path of ``ledger.count``, outside ``folder`` and the kit; None if there is no such place."""
     run: RunConfig
-    """As its server has it."""
+    """The run's settings from the server, before the owner's limits."""
     owner: OwnerPolicy
     data: Path | None
-    """The folder of the data; None where the task itself knows where they are."""
+    """Folder of the training data; None if the task itself locates them."""
 
     def open(self, state: RecordDict) -> OtherRuns:
-        """What other runs have spent on the same data; mends ``state``, this run's, and the copies.
+        """Returns the charges of other runs on the same data; repairs ``state`` and the copies.
 
-        All data count as the same, but those that the owner names.
+        Data sets count as different only if the owner names them and they share no file.
+
+        Args:
+            state: This run's state; missing charges are restored from ``ledger.json``.
 
         Raises:
-            PrivacyError: what was spent cannot be read, charges are missing, or copies differ.
-            LedgerFull: this run has no charge yet, and there are as many runs as there may be.
+            PrivacyError: charges cannot be read, are missing, or differ between copies.
+            LedgerFull: this run has no charge yet, and the ledger has its maximum of runs.
             DataError: the state of a run, or a file of a named data set, cannot be read.
-            ResourceError: the ledger or the mark may not be written.
+            ResourceError: the ledger or a mark cannot be written.
         """
         named = self.owner.data_set(self.data)
         name = named.name if named else ""
@@ -117,11 +121,14 @@ class DeviceLedger:
         )
 
     def look(self) -> bool:
-        """Notes the files of the data set that the owner names; says whether any is new.
+        """Records the files of the owner's named data set; returns whether any is new.
+
+        Returns:
+            False if the owner names no data set for this run's data.
 
         Raises:
-            PrivacyError: there are more than can be looked at.
-            DataError: one cannot be read.
+            PrivacyError: the data set has too many files or bytes.
+            DataError: a file cannot be read.
             DiskFull: there is no room.
         """
         named = self.owner.data_set(self.data)
@@ -131,13 +138,13 @@ class DeviceLedger:
         return note_contents(self.folder.path, named.name, named.folder) != before
 
     def keep(self, state: RecordDict) -> None:
-        """Has the charges in ``state`` on disk, there and in the copies; before anything trains.
+        """Writes the charges in ``state`` durably to the state's file and the copies.
 
-        A run without charges leaves nothing behind.
+        Call it before training. Does nothing for a run without charges.
 
         Raises:
-            PrivacyError: the ledger has become unreadable meanwhile, or another copy of this device
-                has trained.
+            PrivacyError: the ledger has become unreadable, or another copy of this device has
+                trained.
             DiskFull: there is no room.
         """
         noted, made = terms_in(state), len(ledger_in(state).charges)
@@ -152,15 +159,16 @@ class DeviceLedger:
             self._mend(state, only_own=True)
 
     def room(self, state: RecordDict, others: OtherRuns) -> Room | None:
-        """How many more rounds like the latest fit."""
+        """Returns how many more rounds like the latest fit in the privacy budget, if limited."""
         return room(ledger_in(state), self._privacy, owner=self._here, others=others)
 
     def _mend(self, state: RecordDict, *, only_own: bool = False) -> Runs:
-        """Every charge of every run; what lacks one on disk gets it.
+        """Returns all charges of all runs, and writes them wherever on disk one is missing.
 
         Args:
-            state: Of this run.
-            only_own: Whether the copy is believed as for the other runs, where it is whole.
+            state: This run's state; missing charges are restored in it.
+            only_own: Whether to trust ``ledger.json`` for the other runs, if it is complete,
+                instead of reading all their states.
         """
         name, terms = self.run.name, self._terms
         copied = read_book(self.folder.path)
@@ -224,7 +232,7 @@ class DeviceLedger:
 
     @property
     def _terms(self) -> Terms:
-        """What a charge is made on now."""
+        """Delta and data label of a charge made now; the id is empty."""
         named = self.owner.data_set(self.data)
         label = ""
         if named is not None:
@@ -234,7 +242,7 @@ class DeviceLedger:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps a second copy of this device, where there is one, from counting meanwhile."""
+        """Locks the ledger against a second copy of this device on this machine."""
         if self.counted is None or not _made(self.counted.parent):
             yield
             return
@@ -247,14 +255,16 @@ class DeviceLedger:
 
 
 def drop_idle(folder: DeviceFolder, *, before: str) -> None:
-    """Removes the oldest states of runs without charges, where a server has opened very many.
+    """Removes the oldest states of runs without charges, beyond `IDLE_RUNS`.
+
+    A server that opens run after run must not fill the disk.
 
     Args:
-        folder: The device's.
-        before: The run that is opened; nothing is done where it has a state already.
+        folder: The device's folder.
+        before: The run about to be opened; nothing is removed if it already has a state.
 
     Raises:
-        ResourceError: one may not be removed.
+        ResourceError: a state cannot be removed.
     """
     known = folder.runs()
     if len(known) <= IDLE_RUNS or before in known:
@@ -262,14 +272,14 @@ def drop_idle(folder: DeviceFolder, *, before: str) -> None:
     try:
         book = read_book(folder.path)
     except PrivacyError:
-        book = None  # each state is looked at, then
+        book = None  # then each state is read below
     charged = book.runs if book is not None else {}
     idle = [run for run in folder.runs_by_age() if run not in charged]
     for run in idle[:-IDLE_RUNS]:
         try:
             spent = ledger_in(folder.state(run)).charges
         except (DataError, PrivacyError):
-            continue  # what it charged is not known
+            continue  # keep it: it may contain charges
         if not spent:
             folder.drop_state(run)
 
@@ -277,7 +287,7 @@ def drop_idle(folder: DeviceFolder, *, before: str) -> None:
 def ledger_of(
     folder: DeviceFolder, kit: Kit, owner: OwnerPolicy, run: RunConfig, data: Path | None
 ) -> DeviceLedger:
-    """The ledger of a run on a device, with its marks where they belong."""
+    """Returns the ledger of a run on a device, with the paths of its marks."""
     counted = count_path(kit.public, os.environ)
     return DeviceLedger(folder, kit.folder / MARK, counted, run, owner, data)
 
@@ -286,5 +296,5 @@ def _made(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
-        return False  # writing there will say so
+        return False  # writing the count reports it
     return True

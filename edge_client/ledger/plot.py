@@ -1,4 +1,4 @@
-"""Epsilon by round, as a picture; needs matplotlib, which a device need not have."""
+"""Plot of epsilon by round. Needs matplotlib, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from edge_client.ledger.view import View
 
 _MOST_NAMED = 8
-"""Runs that a legend has a line for."""
+"""Most runs in a plot with a legend."""
 
 
 def check_plot(path: Path) -> None:
-    """Sees, before charges are composed, that a plot can be drawn into ``path``.
+    """Checks that a plot can be written to ``path``, before the slow composition of charges.
 
     Raises:
-        ConfigError: its name does not end like a picture's.
-        ResourceError: matplotlib is not installed here, or the file may not be written.
+        ConfigError: the path's suffix is not an image format.
+        ResourceError: matplotlib is not installed, or the file cannot be written.
         DiskFull: there is no room.
     """
     check_picture(path, option="--plot")
@@ -36,10 +36,14 @@ def check_plot(path: Path) -> None:
 
 
 def plot_ledger(view: View, path: Path) -> None:
-    """Draws a curve for each run, and the owner's budget as a line; see `check_plot`.
+    """Draws a curve per run, with the device's epsilon and the owner's budget as lines.
+
+    Args:
+        view: The composed ledger.
+        path: Image file, which has passed `check_plot`.
 
     Raises:
-        ResourceError: the file may not be written.
+        ResourceError: the file cannot be written.
         DiskFull: there is no room.
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,7 @@
-"""A device's ledger as people look at it: read as it lies there, composed, and never changed."""
+"""Read-only view of a device's privacy ledger: reads the files, and computes epsilons for display.
+
+`find_ledger` reads and compares the files; `view_of` composes the charges.
+"""
 
 from __future__ import annotations
 
@@ -37,69 +40,70 @@ from fedcore.privacy.accounting import Accountant, epsilon_of
 from fedcore.privacy.ledger import Room, room_for
 
 _OLD = Terms(Privacy().target_delta, "")
-"""Of charges from before terms were noted."""
+"""Terms of charges by versions of fedcore that stored none."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A device's ledger, as its files tell of it."""
+    """A device's ledger as read from its files."""
 
     folder: Path
     runs: Runs
-    """Every charge that any of them tells of."""
+    """Every charge in any of the files."""
     problems: tuple[str, ...]
-    """For which the device trains nothing with privacy."""
+    """Faults that keep the device from training with privacy."""
     notes: tuple[str, ...]
-    """What cannot be compared."""
+    """Files that could not be compared, and why."""
     behind: tuple[str, ...] = ()
-    """What is behind the rest, and the next start of the device mends, in a few words each."""
+    """Files that are out of date, which the device's next start repairs."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One charge, and what its run had spent with it."""
+    """One charge, and its run's epsilon so far."""
 
     place: int
-    """Among the charges of its run, from 1 on."""
+    """Position among the charges of its run, from 1 on."""
     spent: Spent
     epsilon: float
+    """Epsilon of all charges of the run up to this one."""
 
 
 @dataclass(frozen=True)
 class RunView:
-    """What one run has spent."""
+    """Privacy spent in one run."""
 
     name: str
     target_delta: float
-    """The least that any of its charges was counted at."""
+    """The least delta of any of its charges."""
     lines: tuple[Line, ...]
-    """All, or the first and the last of them: composing takes time."""
+    """All charges, or only the first and last ones: composing each takes time."""
     room: Room | None
-    """How many more rounds like its latest the owner's budget has room for; None without one, and
-    where the ledger is damaged."""
+    """How many more rounds like the latest fit in the owner's budget; None without a budget, or if
+    the ledger is damaged."""
 
     @property
     def epsilon(self) -> float:
-        """All of it."""
+        """Epsilon of all charges of the run."""
         return self.lines[-1].epsilon if self.lines else 0.0
 
 
 @dataclass(frozen=True)
 class Total:
-    """What was spent on one kind of data, over all runs."""
+    """Privacy spent on one data set, or on the whole device, over all runs."""
 
     name: str
-    """Of the data set; empty for the device as a whole, and for data without a name."""
+    """Name of the data set; empty for the whole device, which includes data without a name."""
     target_delta: float
     epsilon: float
     max_epsilon: float | None
-    """What the owner allows; None without a limit."""
+    """The owner's budget; None without a limit."""
     whole: bool = True
-    """False where the ledger is damaged: charges may be missing, and epsilon is the least."""
+    """False if the ledger is damaged: charges may be missing, so epsilon is a lower bound."""
 
     @property
     def left(self) -> float | None:
-        """Epsilon that may still be spent; None without a limit, and where it is not known."""
+        """Epsilon left in the budget; None without a limit, or if the ledger is damaged."""
         if self.max_epsilon is None or not self.whole:
             return None
         return max(0.0, self.max_epsilon - self.epsilon)
@@ -107,18 +111,19 @@ class Total:
 
 @dataclass(frozen=True)
 class View:
-    """A ledger that was composed."""
+    """A ledger with its charges composed to epsilons."""
 
     accountant: Accountant
     runs: tuple[RunView, ...]
     totals: tuple[Total, ...]
-    """The device's, and that of each data set which the owner names."""
+    """The whole device's first, then one for each data set in the owner's policy."""
     problems: tuple[str, ...] = ()
-    """Of the ledger: where there are any, figures are the least that was spent."""
+    """Faults of the ledger; if there are any, all epsilons are lower bounds."""
     notes: tuple[str, ...] = ()
+    """Files that could not be compared, and why."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; an epsilon that is no number, as no training has, stands as null."""
+        """Returns the view for JSON; an infinite epsilon, from an altered file, becomes null."""
         return {
             "accountant": self.accountant,
             "runs": [
@@ -150,17 +155,17 @@ def _number(epsilon: float) -> float | None:
 
 
 def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> Found:
-    """Reads the ledger in a device's folder and compares the places that tell of it.
+    """Reads the ledger in a device's folder, and compares all files that record charges.
 
     Args:
-        folder: Where the device keeps its states.
-        kit: The folder of its kit, for the mark and the count; None to leave these out.
-        environ: As `edge_client.ledger.book.count_path` takes it.
+        folder: The device's folder.
+        kit: Folder of the device's kit, to find the marks; None skips them.
+        environ: Environment variables (see `edge_client.ledger.book.count_path`).
 
     Raises:
-        DeviceError: the folder is noted as that of another kit.
-        DataError: the kit's folder holds no key.
-        CertificateRefused: others may read its key, or it is none.
+        DeviceError: the folder belongs to the identity of another kit.
+        DataError: the kit's folder contains no key.
+        CertificateRefused: other users can read the key, or the file is not a key.
     """
     problems, notes, behind = list[str](), list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
@@ -200,11 +205,11 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
 
 
 def public_of(kit: Path) -> bytes:
-    """The public key of the device whose kit is in a folder.
+    """Reads the public key of the device whose kit is in a folder.
 
     Raises:
-        DataError: there is no key.
-        CertificateRefused: others may read it, or it is none.
+        DataError: the folder contains no key.
+        CertificateRefused: other users can read the key, or the file is not a key.
     """
     if not (kit / KEY).is_file():
         raise DataError(
@@ -215,7 +220,14 @@ def public_of(kit: Path) -> bytes:
 
 
 def mark_paths(kit: Path, environ: Mapping[str, str], notes: list[str]) -> list[Path]:
-    """The mark in a kit, and the count for its key; ``notes`` hears what has no place."""
+    """Returns the paths of ``ledger.mark`` and ``ledger.count`` for a kit.
+
+    If the machine has no place for ``ledger.count``, leaves it out and adds a note to ``notes``.
+
+    Raises:
+        DataError: the kit's folder contains no key.
+        CertificateRefused: other users can read the key, or the file is not a key.
+    """
     counted = count_path(public_of(kit), environ)
     if counted is None:
         notes.append(
@@ -239,18 +251,17 @@ def _behind(name: str, copied: Book | None, spent: Sequence[Spent]) -> list[str]
 def view_of(
     found: Found, owner: OwnerPolicy, accountant: Accountant, *, most_lines: int | None = None
 ) -> View:
-    """Composes a ledger, by run and over all of them.
+    """Composes the charges of a ledger to epsilons, by run, by data set and for the device.
 
-    Where the ledger is damaged, whatever comes out is the least that was spent.
-
-    Epsilon of a run is at the least delta that any of its charges was counted at; totals are at the
-    owner's, or, where it sets none, at the least of all.
+    If the ledger is damaged, all epsilons are lower bounds. A run's epsilon is at the least delta
+    of its charges; a total is at the owner's delta or, without one, at the least delta of its
+    charges.
 
     Args:
         found: The ledger.
-        owner: Whose budget holds.
-        accountant: How charges are composed.
-        most_lines: Of a run; all of them when None.
+        owner: Policy with the budgets.
+        accountant: Method of composition.
+        most_lines: Most charges to list per run; all of them when None.
     """
     totals = tuple(
         _total(found, owner, name, accountant)
@@ -295,7 +306,7 @@ def _total(found: Found, owner: OwnerPolicy, name: str, accountant: Accountant) 
 
 
 def _counted(found: Found, name: str) -> list[Spent]:
-    """The charges that count against data of a name; all of them for data without one."""
+    """Returns the charges that count against a data set; all charges for data without a name."""
     every = [one for spent in found.runs.values() for one in spent]
     names = _names(found, name)
     if names is None:
