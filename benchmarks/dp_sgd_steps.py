@@ -22,7 +22,7 @@ from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel
 from fedcore.training.local import train
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
-from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.trial import choose_method
 from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import MEMORY_BYTES, train_private
 
@@ -46,7 +46,7 @@ def steps_of(system: str, setting: Setting, model: nn.Module) -> Steps:
 
 def way_of(setting: Setting, model: nn.Module) -> GradientMethod:
     """How fedcore takes the gradients of a model."""
-    return find_way(setting.task, FullModel(nn.Identity(), model))
+    return choose_method(setting.task, FullModel(nn.Identity(), model))
 
 
 def fedcore_sum(setting: Setting, model: nn.Module) -> Tensor:

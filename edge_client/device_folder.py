@@ -25,10 +25,10 @@ from fedcore.config.run import Section
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import (
     disk_errors,
-    held_alone,
     is_there,
+    lock_folder,
     read_bytes,
-    read_if_there,
+    read_if_exists,
     remove,
     sha256_hex,
     write_atomic,
@@ -136,7 +136,7 @@ class DeviceFolder:
             DataError: the file is damaged.
         """
         path = self._state_path(run)
-        raw = read_if_there(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
+        raw = read_if_exists(path, max_bytes=_MAX_STATE_BYTES, what="the device's state")
         if raw is None:
             return RecordDict()
         try:
@@ -262,7 +262,7 @@ class DeviceFolder:
 
 def _holder(path: Path) -> str | None:
     """Returns the key's SHA-256 in an ``identity.json``; None if no such file exists."""
-    raw = read_if_there(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
+    raw = read_if_exists(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
     if raw is None:
         return None
     try:
@@ -299,7 +299,7 @@ def own(path: Path) -> Iterator[DeviceFolder]:
         f"{path}: another process of this device is at work in this folder. Nothing was started; "
         "stop that one, or give this one a folder and an identity of its own."
     )
-    with held_alone(path, refused):
+    with lock_folder(path, refused):
         with disk_errors(path):
             for name in ("state", "spool"):  # earlier versions made them readable for all users
                 (path / name).mkdir(exist_ok=True, mode=0o700)

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from edge_client.delivery.clock import Judged, read_floor
+from edge_client.delivery.clock import ClockReading, read_floor
 from edge_client.delivery.clock import shown as shown_time
 from fedcore.crypto.kit import Kit, client_context, load_kit
 from fedcore.doctor import Finding, disk, expiry, guarded
@@ -137,7 +137,7 @@ def _clock(theirs: datetime) -> Finding:
 
 def _releases_clock(store: Path, now: datetime | None = None) -> Finding:
     """Compares the clock with the store's time floor, and checks that its metadata is current."""
-    judged = Judged(now or datetime.now(UTC), read_floor(store / "trust"))
+    judged = ClockReading(now or datetime.now(UTC), read_floor(store / "trust"))
     floor, remedy = judged.floor, "set the clock; NTP keeps it right (timedatectl set-ntp true)"
     if floor.at is None:
         remedy = "`fedcore device update --root` fetches the first release"

@@ -18,7 +18,7 @@ from fedcore.crypto.kit import (
     KIT,
     MAX_KIT_BYTES,
     REQUEST,
-    Certified,
+    VerifiedKit,
     parse_kit,
     parse_kit_file,
     write_kit,
@@ -66,7 +66,9 @@ def enrol(folder: Path, name: str) -> Enrolled:
     return Enrolled(folder / REQUEST, fingerprint(public_bytes(key)))
 
 
-def install(folder: Path, file: Path, *, authority_sha256: str | None, now: datetime) -> Certified:
+def install(
+    folder: Path, file: Path, *, authority_sha256: str | None, now: datetime
+) -> VerifiedKit:
     """Installs a kit for the key in a folder: the first kit, or a renewed one.
 
     Args:
@@ -113,7 +115,7 @@ def install(folder: Path, file: Path, *, authority_sha256: str | None, now: date
     return kit
 
 
-def _check_successor(new: Certified, folder: Path, *, where: str) -> None:
+def _check_successor(new: VerifiedKit, folder: Path, *, where: str) -> None:
     """Checks that a kit renews the installed one, which may have expired.
 
     Raises:

@@ -202,7 +202,7 @@ def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") ->
     return raw
 
 
-def read_if_there(path: Path, *, max_bytes: int, what: str, otherwise: str = "") -> bytes | None:
+def read_if_exists(path: Path, *, max_bytes: int, what: str, otherwise: str = "") -> bytes | None:
     """Reads a file of at most ``max_bytes``; returns None if nothing has that name.
 
     Raises:
@@ -315,7 +315,7 @@ def lock_file(path: Path, otherwise: FedcoreError | None = None) -> Iterator[Non
 
 
 @contextmanager
-def held_alone(folder: Path, otherwise: FedcoreError) -> Iterator[None]:
+def lock_folder(folder: Path, otherwise: FedcoreError) -> Iterator[None]:
     """Holds an exclusive lock on an existing folder; the end of the process releases it.
 
     Raises:

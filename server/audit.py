@@ -122,7 +122,7 @@ class Audit:
         os.close(self._file)
 
 
-def check_audit(path: Path, *, begun_loose: bool = False) -> int:
+def verify_audit(path: Path, *, begun_loose: bool = False) -> int:
     """Verifies the hash chain and the log's length; returns the number of lines.
 
     Args:

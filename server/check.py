@@ -26,7 +26,7 @@ from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import gather
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
-from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import train_private
 from server.compression.export import export_onnx
 from server.compression.runtime import answer, open_session
@@ -265,7 +265,7 @@ def _strategy(state: _State) -> str:
 def _privacy(state: _State) -> str:
     """Runs one private step, even if privacy is off, so that enabling it later can't surprise."""
     model, run = build_model(state.task, state.run), state.run
-    way = find_way(state.task, model)
+    way = choose_method(state.task, model)
     if run.private:  # rejects a delta that protects nobody on a client of this size
         count = size_of(cast(Examples, state.examples))
         plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)

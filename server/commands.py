@@ -17,7 +17,7 @@ from fedcore.config.run import RunConfig
 from fedcore.config.settings import load_run
 from fedcore.errors import INTERRUPTED, ReleaseError, TaskError
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import FIRST_STEP, LOADING, loading_told, told_if_slow
+from fedcore.observability.patience import FIRST_STEP, LOADING, note_if_slow, report_loading
 from server.options import run_options
 from server.release.commands import release
 
@@ -64,7 +64,7 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     run = load_run(options.config, options.overrides)  # before torch: errors show at once
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    with loading_told():
+    with report_loading():
         from fedcore.observability.console import choose
         from server.api.simulation import simulated
         from server.report.folder import CHECKPOINT
@@ -111,7 +111,7 @@ def _replay(options: argparse.Namespace, run: RunConfig, owner: OwnerPolicy) -> 
     out = sys.stdout
     with redirect_stdout(sys.stderr):
         task = load_task(run.path(run.task))
-        with told_if_slow(FIRST_STEP) if run.private else nullcontext():
+        with note_if_slow(FIRST_STEP) if run.private else nullcontext():
             prepared = prepare(run, task, owner, options.runs / run.name)
         asked = (options.replay, run, task, owner, prepared, options.runs, out)
         return replay(*asked, json=options.json)
@@ -144,7 +144,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    with told_if_slow(LOADING):
+    with note_if_slow(LOADING):
         from server.api.checking import check as checked
         from server.check import CheckFinding
 

@@ -16,7 +16,7 @@ from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
 from fedcore.observability.words import counted, is_or_are
 from fedcore.rpc.proxy import proxy_for, shown
-from server.audit import AUDIT, MARK, check_audit
+from server.audit import AUDIT, MARK, verify_audit
 from server.live.operators.drained import read_drained, unknown
 
 _SOON_DAYS = 14
@@ -104,7 +104,7 @@ def _roster(identity: ServerIdentity) -> Finding:
 
 
 def _log(path: Path) -> Finding:
-    lines = counted(check_audit(path, begun_loose=True), "line")
+    lines = counted(verify_audit(path, begun_loose=True), "line")
     return Finding("authority", "ok", f"{lines} in its audit log, each follows the last")
 
 
@@ -119,11 +119,11 @@ def _drained(identity: ServerIdentity) -> Finding:
 
 
 def _ports(identity: ServerIdentity) -> Finding:
-    from server.live.operators.client import ask_here
+    from server.live.operators.client import ask_local
 
     wanted = tuple(range(identity.port, min(identity.port + 2, 2**16)))
     try:
-        said = ask_here(identity.kit.folder, {"verb": "status"})
+        said = ask_local(identity.kit.folder, {"verb": "status"})
         told = f"a server is running: {said['run']} on {said['listens']}, wakes on {said['wakes']}"
         return Finding("ports", "ok", told)
     except ResourceError:
@@ -156,5 +156,5 @@ def _audit(folder: Path) -> Finding:
             remedy = "put it back, or look who may write here: the next server begins a new log"
             return Finding("audit", "fail", told, remedy)
         return Finding("audit", "ok", "no server has run with this identity yet")
-    lines = check_audit(folder / AUDIT)
+    lines = verify_audit(folder / AUDIT)
     return Finding("audit", "ok", f"{counted(lines, 'line')}, each follows the one before")

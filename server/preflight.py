@@ -19,7 +19,7 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Examples, Folder, Task, check_inputs, data_folder, read_examples
 from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
-from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.trial import choose_method
 from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, read_cloud_data
 from server.release.publish import check_publishable
@@ -108,7 +108,7 @@ def check_rounds(
         check_outside(run.path(run.federation.initial), folder)
         warm_start(run, model)
     if run.private:
-        find_way(task, model)
+        choose_method(task, model)
     check_strategy(run, model, clients=clients, strategy=strategy)
 
 

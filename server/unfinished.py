@@ -9,11 +9,11 @@ from server.live.journal.head import is_begun
 from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, is_complete
 
 
-def drop_all(folder: Path) -> None:
+def allow_drop(folder: Path) -> None:
     """Permits everything in the folder to be dropped: the check for ``--fresh``."""
 
 
-def refuse_to_drop(folder: Path) -> None:
+def require_no_progress(folder: Path) -> None:
     """Rejects starting a run over if that would drop the progress of an interrupted one.
 
     A simulation without a finished round has no progress to lose, and a complete run may be
@@ -34,10 +34,10 @@ def refuse_to_drop(folder: Path) -> None:
             "complete; starting this one would drop it. Nothing was run; choose another `name`, "
             "or begin again with --fresh."
         )
-    refuse_to_drop_simulated(folder)
+    require_no_simulated_progress(folder)
 
 
-def refuse_to_drop_simulated(folder: Path) -> None:
+def require_no_simulated_progress(folder: Path) -> None:
     """Rejects starting a run over if that would drop the progress of an interrupted simulation.
 
     Raises:

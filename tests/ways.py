@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fedcore.task.definition import Kind, Loss, Task
 from fedcore.task.model import FullModel
-from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import GradientMethod, Part, zero_totals
+from fedcore.training.per_example.trial import choose_method
+from fedcore.training.per_example.ways import GradientMethod, GradientPart, zero_totals
 
 
 def task_of(model: nn.Module, loss: Loss, example: Tensor, kind: Kind = "classification") -> Task:
@@ -38,7 +38,7 @@ def way_of(
     *,
     preprocess: nn.Module | None = None,
 ) -> GradientMethod:
-    """What `find_way` finds for a model, on whatever device it is; the model is not changed.
+    """What `choose_method` finds for a model, on whatever device it is; the model is not changed.
 
     Args:
         model: Takes batches ``(B, *example.shape)`` behind preprocessing.
@@ -48,10 +48,10 @@ def way_of(
         preprocess: Runs before the model; nothing when None.
     """
     task = task_of(model, loss, example, kind)
-    return find_way(task, FullModel(preprocess or nn.Identity(), model))
+    return choose_method(task, FullModel(preprocess or nn.Identity(), model))
 
 
-def weighted(part: Part, model: nn.Module, share: Tensor) -> list[Tensor]:
+def weighted(part: GradientPart, model: nn.Module, share: Tensor) -> list[Tensor]:
     """The sum of a part's gradients, each times its share: a tensor for each trained parameter."""
     totals = zero_totals(model)
     part.add(share, totals)

@@ -14,14 +14,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_client.agent.stopping import told_to_stop
+from edge_client.agent.stopping import stop_on_signals
 from fedcore.cli import Command
 from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, load_owner
 from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
-from fedcore.observability.patience import loading_told
+from fedcore.observability.patience import report_loading
 from fedcore.rpc.proxy import check_proxies
-from fedcore.rpc.tls import only_tls_1_3, quiet_core
+from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
 
 if TYPE_CHECKING:
     from edge_client.agent.wake import Signals
@@ -65,7 +65,7 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _start(options: argparse.Namespace) -> int:
     loading = threading.Event()
-    with told_to_stop(loading) as told:
+    with stop_on_signals(loading) as told:
         try:
             _work(options, loading)
         except BaseException as error:
@@ -87,12 +87,12 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     check_proxies(os.environ)
     only_tls_1_3()  # before Flower, which imports grpc
-    quiet_core()
+    silence_grpc_core()
     from fedcore.observability.lines import log_lines
 
-    with loading_told():  # on standard error: Flower would replace a logger set up before it
+    with report_loading():  # on standard error: Flower would replace a logger set up before it
         from edge_client.agent.announce import announce
-        from edge_client.agent.policy import RateLimit, check_task, reason_to_rest, take_part
+        from edge_client.agent.policy import RateLimit, check_task, reason_to_pause, run_sessions
         from edge_client.device_folder import own
         from fedcore.flower.quiet import quiet
 
@@ -104,17 +104,17 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     with own(options.state or options.kit / "device") as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # even if the policy pauses it now
         instance = secrets.token_hex(16)
-        if reason_to_rest(owner) is None:
+        if reason_to_pause(owner) is None:
             # Before torch is imported, which takes seconds: a running round soon gives up waiting.
             announce(kit, options.task, folder, instance, passed)
         log.info("loading torch, and its compiler with it: some seconds, more the first time")
         loading.set()
-        with loading_told(log.info):
+        with report_loading(log.info):
             import edge_client.agent.loop
 
             edge_client.agent.loop.warm_up()
         loading.clear()
-        take_part(_sessions(kit, owner, options.task, folder, instance, passed), owner)
+        run_sessions(_sessions(kit, owner, options.task, folder, instance, passed), owner)
 
 
 def _sessions(

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from edge_client.agent.demands import message_limit_bytes, reason_to_stop
 from edge_client.agent.policy import hours_left_s
-from edge_client.agent.wake import Ceiling, Signals, watch
+from edge_client.agent.wake import Signals, TokenBucket, watch
 from edge_client.device_folder import DeviceFolder
 from edge_client.ledger.ledger import DeviceLedger, drop_idle, ledger_of
 from fedcore.client_app import DurableLedger, client_app, error_of
@@ -31,7 +31,7 @@ from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate, TooManyRuns
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Refused, Unreachable
-from fedcore.flower.fleet_pull import Announced
+from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.observability.faults import first_fault
 from fedcore.privacy.ledger import ledger_in
@@ -79,7 +79,7 @@ class DeviceSetup:
     """Callback after each transfer with its bytes; may block to limit bandwidth."""
     between_rounds: Callable[[], None] | None = None
     """Callback when no message is left to answer, after the run's model is released."""
-    new_runs: Ceiling = field(default_factory=lambda: Ceiling(NEW_RUN_S, NEW_RUN_BURST))
+    new_runs: TokenBucket = field(default_factory=lambda: TokenBucket(NEW_RUN_S, NEW_RUN_BURST))
     """Rate limit on private runs without a charge so far."""
 
 
@@ -124,13 +124,13 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
         target=watch, args=(instance, link, signals, device.passed), name="wake", daemon=True
     )
     runs: dict[int, _Run] = {}
-    messages = Ceiling(MESSAGE_S, MESSAGE_BURST)
+    messages = TokenBucket(MESSAGE_S, MESSAGE_BURST)
     try:
-        _persist(lambda: _activate(link, signals), signals)
+        _retry(lambda: _activate(link, signals), signals)
         device.folder.note_let_in(device.kit.public)
         watcher.start()
         while not signals.stop.is_set():
-            _persist(lambda: _turn(device, link, signals, runs, messages), signals)
+            _retry(lambda: _answer_messages(device, link, signals, runs, messages), signals)
     finally:
         signals.stop.set()
         signals.work.set()
@@ -148,7 +148,7 @@ def warm_up() -> None:
     torch.optim.SGD([weight]).step()
 
 
-def _persist(work: Callable[[], None], signals: Signals) -> None:
+def _retry(work: Callable[[], None], signals: Signals) -> None:
     """Calls ``work`` until it succeeds in reaching the server, or ``signals.stop`` is set."""
     failures, told = Counter[float](), set[type[Exception]]()
     while not signals.stop.is_set():
@@ -180,8 +180,12 @@ def _activate(link: FleetLink, signals: Signals) -> None:
     signals.work.set()
 
 
-def _turn(
-    device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], messages: Ceiling
+def _answer_messages(
+    device: DeviceSetup,
+    link: FleetLink,
+    signals: Signals,
+    runs: dict[int, _Run],
+    messages: TokenBucket,
 ) -> None:
     """Waits for a wake-up call, then answers all messages, at most at the rate of ``messages``."""
     signals.work.wait(_LOOK_S)
@@ -194,7 +198,7 @@ def _turn(
         while not signals.stop.is_set() and (found := link.announced()) is not None:
             signals.last_message, signals.busy = time.monotonic(), True
             try:
-                worked = _answer_or_say_why(device, link, signals, runs, found)
+                worked = _answer_or_reject(device, link, signals, runs, found)
             finally:
                 signals.last_message, signals.busy = time.monotonic(), False
             signals.stop.wait(messages.wait_s(1 if worked else IDLE_MESSAGES))
@@ -207,8 +211,12 @@ def _turn(
         signals.work.set()
 
 
-def _answer_or_say_why(
-    device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+def _answer_or_reject(
+    device: DeviceSetup,
+    link: FleetLink,
+    signals: Signals,
+    runs: dict[int, _Run],
+    found: AnnouncedMessage,
 ) -> bool:
     """Answers a message; if the server rejects the reply, sends an error in its place.
 
@@ -227,7 +235,11 @@ def _answer_or_say_why(
 
 
 def _answer(
-    device: DeviceSetup, link: FleetLink, signals: Signals, runs: dict[int, _Run], found: Announced
+    device: DeviceSetup,
+    link: FleetLink,
+    signals: Signals,
+    runs: dict[int, _Run],
+    found: AnnouncedMessage,
 ) -> bool:
     """Runs the app on a message, or finds the stored reply; signs the reply and sends it.
 

@@ -1,6 +1,6 @@
 """Enforcement of the owner's policy: task, hours, power, bandwidth and GPU.
 
-Start with `take_part`, which runs training sessions whenever the policy allows it.
+Start with `run_sessions`, which runs training sessions whenever the policy allows it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_POWER_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class PolicyInputs:
     """Sources of the time and the power state that a policy depends on; tests replace them."""
 
     clock: Callable[[], datetime] = datetime.now
@@ -40,7 +40,7 @@ class Surroundings:
     look_s: float = _LOOK_S
 
 
-HERE = Surroundings()
+HERE = PolicyInputs()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def check_task(owner: OwnerPolicy, path: Path) -> None:
         )
 
 
-def reason_to_rest(owner: OwnerPolicy, around: Surroundings = HERE) -> str | None:
+def reason_to_pause(owner: OwnerPolicy, around: PolicyInputs = HERE) -> str | None:
     """Returns why the policy forbids training now; None if it allows it."""
     if owner.hours is not None:
         now = around.clock()
@@ -131,7 +131,7 @@ def _within(hours: str, now: datetime) -> bool:
     return text >= start or text < end
 
 
-def hours_left_s(owner: OwnerPolicy, around: Surroundings = HERE) -> float | None:
+def hours_left_s(owner: OwnerPolicy, around: PolicyInputs = HERE) -> float | None:
     """Returns the seconds until the owner's hours end, 0 outside them; None if they never end."""
     if owner.hours is None:
         return None
@@ -144,11 +144,11 @@ def hours_left_s(owner: OwnerPolicy, around: Surroundings = HERE) -> float | Non
     return None
 
 
-def take_part(
+def run_sessions(
     session: Callable[[Signals], None],
     owner: OwnerPolicy,
     stop: threading.Event | None = None,
-    around: Surroundings = HERE,
+    around: PolicyInputs = HERE,
 ) -> None:
     """Runs ``session`` whenever the owner's policy allows it, until ``stop`` is set.
 
@@ -164,24 +164,24 @@ def take_part(
     """
     stop = stop or threading.Event()
     while not stop.is_set():
-        reason = reason_to_rest(owner, around)
+        reason = reason_to_pause(owner, around)
         if reason is None:
             with _watched(owner, stop, around) as signals:
                 session(signals)
             continue
         log.info("rests: %s", reason)
-        while not stop.wait(around.look_s) and reason_to_rest(owner, around) is not None:
+        while not stop.wait(around.look_s) and reason_to_pause(owner, around) is not None:
             continue
 
 
 @contextmanager
-def _watched(owner: OwnerPolicy, stop: threading.Event, around: Surroundings) -> Iterator[Signals]:
+def _watched(owner: OwnerPolicy, stop: threading.Event, around: PolicyInputs) -> Iterator[Signals]:
     """Yields a session's signals; sets their ``stop`` when the policy or ``stop`` demands it."""
     signals = Signals()
 
     def look() -> None:
         while not signals.stop.wait(around.look_s):
-            if stop.is_set() or reason_to_rest(owner, around) is not None:
+            if stop.is_set() or reason_to_pause(owner, around) is not None:
                 signals.stop.set()
                 signals.work.set()
 

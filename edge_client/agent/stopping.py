@@ -23,7 +23,7 @@ _OVER = b"\0"  # no signal has this number
 
 
 @contextmanager
-def told_to_stop(loading: threading.Event) -> Iterator[Callable[[], bool]]:
+def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
     """Handles SIGINT and SIGTERM; yields a function that returns whether one was received.
 
     The first signal raises `KeyboardInterrupt`. If the process still runs a few seconds later, it

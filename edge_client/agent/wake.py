@@ -95,7 +95,7 @@ class Signals:
 
 
 @dataclass
-class Ceiling:
+class TokenBucket:
     """Token bucket: grants ``burst`` units at once, and one per ``every_s`` seconds on average."""
 
     every_s: float
@@ -138,8 +138,8 @@ def watch(
         passed: Callback with the bytes transferred; may block to limit bandwidth.
     """
     failures, next_try = 0, 0.0
-    streams, calls = Ceiling(STREAM_S, STREAM_BURST), Ceiling(CALL_S, CALL_BURST)
-    asks = Ceiling(ASK_S, ASK_BURST)
+    streams, calls = TokenBucket(STREAM_S, STREAM_BURST), TokenBucket(CALL_S, CALL_BURST)
+    asks = TokenBucket(ASK_S, ASK_BURST)
     count = _counting(signals, passed)
     while not signals.stop.is_set():
         if signals.reconnect.is_set():
@@ -196,14 +196,14 @@ def hold_stream(
             suppress(OSError),
             _channel(link.kit, link.address(0), link.wake_port, count) as (channel, gone),
         ):
-            _listen(channel, instance, signals, Ceiling(CALL_S, CALL_BURST), gone)
+            _listen(channel, instance, signals, TokenBucket(CALL_S, CALL_BURST), gone)
 
     threading.Thread(target=hold, name="early wake", daemon=True).start()
 
 
 def _counting(signals: Signals, passed: Callable[[int], None] | None) -> Callable[[int], None]:
     """Returns a callback for bytes on streams, which blocks to stay within `BYTES_PER_S`."""
-    ceiling = Ceiling(1 / BYTES_PER_S, BURST_BYTES)
+    ceiling = TokenBucket(1 / BYTES_PER_S, BURST_BYTES)
 
     def hear(count: int) -> None:
         if passed is not None:
@@ -247,7 +247,7 @@ def _listen(
     channel: grpc.Channel,
     instance: str,
     signals: Signals,
-    ceiling: Ceiling,
+    ceiling: TokenBucket,
     gone: threading.Event,
 ) -> bool:
     """Reads a stream to its end, no faster than ``ceiling``; returns whether it was open.

@@ -26,7 +26,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-expo
 
 from fedcore.artifacts.statements import signed_at
 from fedcore.errors import DataError
-from fedcore.files import read_if_there, write_atomic
+from fedcore.files import read_if_exists, write_atomic
 
 _MAX_BYTES = 1024
 _SLACK = timedelta(minutes=10)
@@ -34,7 +34,7 @@ _SLACK = timedelta(minutes=10)
 _LONG = timedelta(days=90)
 
 
-class Floor(BaseModel):
+class TimeFloor(BaseModel):
     """A device's time floor and the readings behind it: the content of ``clock.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,12 +55,12 @@ class Floor(BaseModel):
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClockReading:
     """The clock's reading and the floor in one update, and what follows from them."""
 
     now: datetime
     """Reading of the device's clock."""
-    floor: Floor
+    floor: TimeFloor
     """The floor before this update."""
 
     @property
@@ -106,18 +106,18 @@ class Judged:
         return None
 
 
-def read_floor(trust: Path) -> Floor:
+def read_floor(trust: Path) -> TimeFloor:
     """Reads the time floor from the folder of the trusted state; empty before the first update.
 
     Raises:
         DataError: the file is damaged.
     """
     path = _path(trust)
-    raw = read_if_there(path, max_bytes=_MAX_BYTES, what="the floor of time")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the floor of time")
     if raw is None:
-        return Floor()
+        return TimeFloor()
     try:
-        return Floor.model_validate_json(raw)
+        return TimeFloor.model_validate_json(raw)
     except ValidationError:
         raise DataError(
             f"{path}: it does not hold the times that were written; the disk may be failing. "
@@ -126,7 +126,7 @@ def read_floor(trust: Path) -> Floor:
         ) from None
 
 
-def write_floor(trust: Path, floor: Floor) -> None:
+def write_floor(trust: Path, floor: TimeFloor) -> None:
     """Writes the time floor durably to the folder of the trusted state.
 
     Raises:
@@ -135,7 +135,7 @@ def write_floor(trust: Path, floor: Floor) -> None:
     write_atomic(_path(trust), floor.model_dump_json().encode() + b"\n")
 
 
-def looked(floor: Floor, now: datetime) -> Floor:
+def looked(floor: TimeFloor, now: datetime) -> TimeFloor:
     """Returns the floor after a reading ``now`` of the clock."""
     latest = max(now, floor.latest or now)
     if floor.until is None:
@@ -145,8 +145,8 @@ def looked(floor: Floor, now: datetime) -> Floor:
 
 
 def learned(
-    floor: Floor, now: datetime, *, root: Root, timestamp: Timestamp, created: datetime | None
-) -> Floor:
+    floor: TimeFloor, now: datetime, *, root: Root, timestamp: Timestamp, created: datetime | None
+) -> TimeFloor:
     """Returns the floor after an update has verified its metadata.
 
     Signing times count only up to the expiry of timestamp and root: a stolen online key cannot
@@ -170,12 +170,12 @@ def learned(
     )
     after = looked(known, now)
     # Report once that the clock was ahead: unless it is behind, its reading now counts as right.
-    return after if Judged(now, known).behind else after.model_copy(update={"latest": now})
+    return after if ClockReading(now, known).behind else after.model_copy(update={"latest": now})
 
 
-def forgotten(root: Root) -> Floor:
+def forgotten(root: Root) -> TimeFloor:
     """Returns the floor after a key rotation: times signed with the old keys no longer count."""
-    return Floor(signed=signed_at(root.unrecognized_fields))
+    return TimeFloor(signed=signed_at(root.unrecognized_fields))
 
 
 def shown(moment: datetime) -> str:

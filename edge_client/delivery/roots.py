@@ -20,7 +20,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-expo
 )
 
 from fedcore.errors import ConfigError, DataError, TrustError
-from fedcore.files import is_there, read_bytes, read_if_there, sha256_hex, write_atomic
+from fedcore.files import is_there, read_bytes, read_if_exists, sha256_hex, write_atomic
 from fedcore.observability.foreign import foreign
 
 MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
@@ -140,7 +140,7 @@ def _foreign(trust: Path) -> TrustError:
 def _known(trust: Path) -> list[str]:
     """Returns the SHA-256 digests of all roots in the chain up to the pinned one."""
     path = _path(trust)
-    raw = read_if_there(path, max_bytes=_MAX_KNOWN_BYTES, what="the digests of trusted roots")
+    raw = read_if_exists(path, max_bytes=_MAX_KNOWN_BYTES, what="the digests of trusted roots")
     if raw is None:
         return []
     try:

@@ -27,7 +27,7 @@ from tuf.ngclient import (  # type: ignore[attr-defined]  # implicit re-export
 )
 
 from edge_client.delivery.clock import (
-    Judged,
+    ClockReading,
     forgotten,
     learned,
     looked,
@@ -100,7 +100,7 @@ def current_offer(
     cached, floor = _cached_timestamp(metadata), read_floor(trust)
     if floor.until is None and cached is not None:  # verified by a version without a time floor
         floor = floor.model_copy(update={"until": cached.expires})
-    view = _View(metadata, Judged(now, floor), cached.version if cached else None)
+    view = _View(metadata, ClockReading(now, floor), cached.version if cached else None)
     with _explained(f"model {model!r}", view), disk_errors(metadata):
         updater, judged = _refreshed(source, trust, start, view)
         pointer = f"models/{model}/release.json"
@@ -129,7 +129,7 @@ def current_offer(
     write_floor(trust, known)
     if not start.pinned:  # pinned only now: it has led to a valid release
         pin(trust, start, updater.root.version, metadata / "root_history")
-    said = Judged(now, known.model_copy(update={"latest": judged.floor.latest}))
+    said = ClockReading(now, known.model_copy(update={"latest": judged.floor.latest}))
     return Offer(manifest, raw, locations, epoch, said.complaint())
 
 
@@ -161,13 +161,15 @@ class _View:
     """State of a verification, from which its errors are explained."""
 
     metadata: Path
-    judged: Judged
+    judged: ClockReading
     seen_version: int | None
     """Version of the newest timestamp verified before this update."""
     updater: _Updater | None = None
 
 
-def _refreshed(source: Source, trust: Path, start: Anchor, view: _View) -> tuple[_Updater, Judged]:
+def _refreshed(
+    source: Source, trust: Path, start: Anchor, view: _View
+) -> tuple[_Updater, ClockReading]:
     """Verifies root, timestamp, snapshot and targets; returns the updater and the time used.
 
     If a root rotation has replaced keys of timestamp or snapshot, discards what the old keys
@@ -196,7 +198,7 @@ def _refreshed(source: Source, trust: Path, start: Anchor, view: _View) -> tuple
         for role in ("timestamp", "snapshot"):
             (view.metadata / f"{role}.json").unlink(missing_ok=True)
         sync_folder(view.metadata)
-        view.judged = Judged(view.judged.now, forgotten(updater.root))
+        view.judged = ClockReading(view.judged.now, forgotten(updater.root))
         view.seen_version = None
         if start.pinned:
             write_floor(trust, view.judged.floor)

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from fedcore.config.run import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
-from fedcore.files import read_if_there
+from fedcore.files import read_if_exists
 from fedcore.observability.faults import first_fault
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
@@ -40,7 +40,7 @@ _RECORD, _TERMS = "fedcore.charged", "terms"
 _File = TypeVar("_File", bound=Section)
 
 
-class Spent(Section):
+class StoredCharge(Section):
     """One charge as stored: the parameters of a round's mechanism, and the terms it was made on."""
 
     round: int
@@ -61,14 +61,14 @@ class Spent(Section):
         return Charge(self.round, self.noise_multiplier, self.sample_rate, self.steps)
 
 
-class Book(Section):
+class LedgerFile(Section):
     """Content of ``ledger.json``: all charges, by run."""
 
     format: Literal["fedcore.ledger/1"] = "fedcore.ledger/1"
-    runs: dict[str, tuple[Spent, ...]]
+    runs: dict[str, tuple[StoredCharge, ...]]
 
 
-class Mark(Section):
+class LedgerMark(Section):
     """Content of ``ledger.mark`` and ``ledger.count``: a summary of all charges."""
 
     format: Literal["fedcore.mark/1"] = "fedcore.mark/1"
@@ -78,7 +78,7 @@ class Mark(Section):
 
 
 @dataclass(frozen=True)
-class Terms:
+class ChargeTerms:
     """Delta, data label and id of a charge, as stored in the state of its run."""
 
     target_delta: float
@@ -86,7 +86,7 @@ class Terms:
     id: str = ""
 
 
-Runs = Mapping[str, Sequence[Spent]]
+Runs = Mapping[str, Sequence[StoredCharge]]
 
 
 def count_path(public: bytes, environ: Mapping[str, str]) -> Path | None:
@@ -108,25 +108,25 @@ def count_path(public: bytes, environ: Mapping[str, str]) -> Path | None:
     return Path(base) / "fedcore" / "devices" / fingerprint(public)[:32] / COUNT
 
 
-def read_book(folder: Path) -> Book | None:
+def read_book(folder: Path) -> LedgerFile | None:
     """Reads ``ledger.json`` in a device's folder; None if it does not exist.
 
     Raises:
         PrivacyError: the file cannot be read.
     """
-    return _read(folder / LEDGER, Book, _MAX_LEDGER_BYTES)
+    return _read(folder / LEDGER, LedgerFile, _MAX_LEDGER_BYTES)
 
 
-def read_mark(path: Path) -> Mark | None:
+def read_mark(path: Path) -> LedgerMark | None:
     """Reads a ``ledger.mark`` or ``ledger.count``; None if it does not exist.
 
     Raises:
         PrivacyError: the file cannot be read.
     """
-    return _read(path, Mark, _MAX_MARK_BYTES)
+    return _read(path, LedgerMark, _MAX_MARK_BYTES)
 
 
-def spent_in(state: RecordDict, otherwise: Terms) -> tuple[Spent, ...]:
+def spent_in(state: RecordDict, otherwise: ChargeTerms) -> tuple[StoredCharge, ...]:
     """Returns the charges in a state, with ``otherwise`` as the terms of charges without any.
 
     Raises:
@@ -136,14 +136,14 @@ def spent_in(state: RecordDict, otherwise: Terms) -> tuple[Spent, ...]:
     terms = terms[: len(charges)] + [otherwise] * (len(charges) - len(terms))
     try:
         return tuple(
-            Spent(**asdict(charge), **asdict(noted))
+            StoredCharge(**asdict(charge), **asdict(noted))
             for charge, noted in zip(charges, terms, strict=True)
         )
     except ValidationError as error:
         raise _unreadable(error) from None
 
 
-def terms_in(state: RecordDict) -> list[Terms]:
+def terms_in(state: RecordDict) -> list[ChargeTerms]:
     """Returns the terms stored in a state, in the order of its charges; there may be fewer.
 
     Raises:
@@ -154,20 +154,22 @@ def terms_in(state: RecordDict) -> list[Terms]:
         return []
     try:
         noted = json.loads(str(record[_TERMS]))
-        return [Terms(float(delta), str(data), *map(str, more)) for delta, data, *more in noted]
+        return [
+            ChargeTerms(float(delta), str(data), *map(str, more)) for delta, data, *more in noted
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(error) from None
 
 
-def put_terms(state: RecordDict, terms: Sequence[Terms]) -> None:
+def put_terms(state: RecordDict, terms: Sequence[ChargeTerms]) -> None:
     """Stores the terms of each charge in a state."""
     noted = [[one.target_delta, one.data, *([one.id] if one.id else [])] for one in terms]
     state[_RECORD] = ConfigRecord({_TERMS: json.dumps(noted)})
 
 
-def new_terms(target_delta: float, data: str) -> Terms:
+def new_terms(target_delta: float, data: str) -> ChargeTerms:
     """Returns the terms of a new charge, with a random id."""
-    return Terms(target_delta, data, secrets.token_hex(8))
+    return ChargeTerms(target_delta, data, secrets.token_hex(8))
 
 
 def count(runs: Runs) -> int:
@@ -175,15 +177,15 @@ def count(runs: Runs) -> int:
     return sum(map(len, runs.values()))
 
 
-def mark_of(runs: Runs) -> Mark:
+def mark_of(runs: Runs) -> LedgerMark:
     """Returns the mark of a ledger: the number of charges, and the id of each run's latest."""
     latest = {run: spent[-1].id for run, spent in runs.items() if spent and spent[-1].id}
-    return Mark(charges=count(runs), latest=latest)
+    return LedgerMark(charges=count(runs), latest=latest)
 
 
 def merged(
-    copied: Runs, states: Mapping[str, tuple[Sequence[Spent], int]], where: Path
-) -> dict[str, tuple[Spent, ...]]:
+    copied: Runs, states: Mapping[str, tuple[Sequence[StoredCharge], int]], where: Path
+) -> dict[str, tuple[StoredCharge, ...]]:
     """Merges the charges in ``ledger.json`` and in states; for each run the longer list wins.
 
     Args:
@@ -202,7 +204,7 @@ def merged(
 
 
 def _check_copy(
-    where: Path, run: str, copied: Sequence[Spent], spent: Sequence[Spent], noted: int
+    where: Path, run: str, copied: Sequence[StoredCharge], spent: Sequence[StoredCharge], noted: int
 ) -> None:
     for place, (one, other) in enumerate(zip(copied, spent, strict=False)):
         if one.charge != other.charge or (place < noted and one != other):
@@ -214,7 +216,7 @@ def _check_copy(
             )
 
 
-def check_marks(where: Path, runs: Runs, marks: Mapping[Path, Mark | None]) -> None:
+def check_marks(where: Path, runs: Runs, marks: Mapping[Path, LedgerMark | None]) -> None:
     """Checks a ledger against its marks; see `against_marks`.
 
     Raises:
@@ -225,7 +227,7 @@ def check_marks(where: Path, runs: Runs, marks: Mapping[Path, Mark | None]) -> N
 
 
 def against_marks(
-    where: Path, runs: Runs, marks: Mapping[Path, Mark | None]
+    where: Path, runs: Runs, marks: Mapping[Path, LedgerMark | None]
 ) -> Iterator[PrivacyError]:
     """Yields an error for each contradiction between a ledger and its marks.
 
@@ -268,7 +270,7 @@ def _names(paths: Iterable[Path]) -> str:
     return " and ".join(path.name for path in paths)
 
 
-def _strange(runs: Runs, mark: Mark) -> str:
+def _strange(runs: Runs, mark: LedgerMark) -> str:
     """Returns a run whose latest charge in ``mark`` is not in ``runs``; empty if there is none."""
     for run, latest in mark.latest.items():
         if latest not in {one.id for one in runs.get(run, ())}:
@@ -277,8 +279,8 @@ def _strange(runs: Runs, mark: Mark) -> str:
 
 
 def states_of(
-    names: Sequence[str], state: Callable[[str], RecordDict], otherwise: Terms
-) -> dict[str, tuple[tuple[Spent, ...], int]]:
+    names: Sequence[str], state: Callable[[str], RecordDict], otherwise: ChargeTerms
+) -> dict[str, tuple[tuple[StoredCharge, ...], int]]:
     """Reads the charges in each run's state, and how many of them have stored terms.
 
     Args:
@@ -303,7 +305,7 @@ def _unreadable(error: Exception) -> PrivacyError:
 
 def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
     try:
-        raw = read_if_there(path, max_bytes=max_bytes, what="the ledger")
+        raw = read_if_exists(path, max_bytes=max_bytes, what="the ledger")
         return None if raw is None else kind.model_validate_json(raw)
     except DataError as error:
         reason = str(error)

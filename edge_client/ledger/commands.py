@@ -22,7 +22,7 @@ from fedcore.observability.foreign import foreign, say
 from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
-    from edge_client.ledger.view import Found, RunView, Total, View
+    from edge_client.ledger.view import LedgerFiles, RunView, Total, View
 
 _MOST_SAID = 2000  # characters of one problem with a ledger
 _SHOWN_ROUNDS = 12
@@ -73,7 +73,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _find(options: argparse.Namespace) -> Found:
+def _find(options: argparse.Namespace) -> LedgerFiles:
     """Reads the ledger that the options specify.
 
     Raises:
@@ -90,12 +90,12 @@ def _find(options: argparse.Namespace) -> Found:
             f"{folder}: there is no such folder, so no ledger to look at. Nothing was read; name "
             "the device's with --state, as its `fedcore client start` has it."
         )
-    from edge_client.ledger.view import find_ledger
+    from edge_client.ledger.view import read_ledger_files
 
-    return find_ledger(folder, options.kit, os.environ)
+    return read_ledger_files(folder, options.kit, os.environ)
 
 
-def _view(options: argparse.Namespace, found: Found, most_lines: int | None = None) -> View:
+def _view(options: argparse.Namespace, found: LedgerFiles, most_lines: int | None = None) -> View:
     from edge_client.ledger.view import view_of
 
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
@@ -120,7 +120,7 @@ def _show(options: argparse.Namespace) -> int:
     return _ended(found)
 
 
-def _ended(found: Found) -> int:
+def _ended(found: LedgerFiles) -> int:
     """Returns the exit code; if the ledger is damaged, reports so on standard error as well."""
     if not found.problems:
         return 0
@@ -214,7 +214,7 @@ def _verify(options: argparse.Namespace) -> int:
     return _ended(found)
 
 
-def _agreed(found: Found) -> str:
+def _agreed(found: LedgerFiles) -> str:
     """Describes whether the files that record charges agree."""
     if found.problems:
         return "can be read, and others may be missing"
@@ -227,7 +227,7 @@ def _agreed(found: Found) -> str:
 
 
 def _verify_export(options: argparse.Namespace) -> int:
-    from edge_client.ledger.export import MAX_EXPORT_BYTES, check_export
+    from edge_client.ledger.export import MAX_EXPORT_BYTES, verify_export
     from edge_client.ledger.view import public_of
 
     otherwise = "Nothing was verified; name the file that `fedcore privacy export --out` wrote."
@@ -238,7 +238,7 @@ def _verify_export(options: argparse.Namespace) -> int:
         otherwise=otherwise,
     )
     expected = public_of(options.kit) if options.kit else None
-    checked = check_export(raw, where=str(options.export), expected=expected)
+    checked = verify_export(raw, where=str(options.export), expected=expected)
     ledger = checked.ledger
     told = {
         "made_at": ledger.made_at,

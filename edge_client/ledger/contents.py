@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from fedcore.config.run import Section
 from fedcore.errors import DataError, PrivacyError
-from fedcore.files import open_regular, read_if_there, sha256_hex, write_atomic
+from fedcore.files import open_regular, read_if_exists, sha256_hex, write_atomic
 
 CONTENTS = "contents.json"
 MAX_FILES, MAX_BYTES = 200_000, 1 << 40
@@ -45,7 +45,7 @@ def read_contents(folder: Path) -> Contents:
     """Reads ``contents.json`` in the device's folder; empty if it is missing or unreadable."""
     path = folder / CONTENTS
     try:
-        raw = read_if_there(path, max_bytes=_MAX_CONTENTS_BYTES, what="the contents of data sets")
+        raw = read_if_exists(path, max_bytes=_MAX_CONTENTS_BYTES, what="the contents of data sets")
         return Contents() if raw is None else Contents.model_validate_json(raw)
     except (DataError, ValidationError):
         return Contents()  # safe: every name then counts against all data

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePri
 from cryptography.hazmat.primitives.hashes import SHA384
 from pydantic import Field, ValidationError
 
-from edge_client.ledger.book import Spent
-from edge_client.ledger.view import Found, View
+from edge_client.ledger.book import StoredCharge
+from edge_client.ledger.view import LedgerFiles, View
 from fedcore.config.run import Fraction, Section
 from fedcore.crypto.keys import MAX_KEY_BYTES, fingerprint, parse_public, public_bytes
 from fedcore.errors import CertificateRefused, PrivacyError, SignatureInvalid
@@ -46,7 +46,7 @@ class Exported(Section):
     made_at: str
     """Time of the export by the device's clock, ISO 8601 in UTC."""
     accountant: Accountant
-    runs: dict[str, tuple[Spent, ...]]
+    runs: dict[str, tuple[StoredCharge, ...]]
     composed: dict[str, _Composed]
     """Epsilon of each run with charges."""
     device: _Composed
@@ -69,7 +69,7 @@ class _File(Section):
 
 
 @dataclass(frozen=True)
-class Checked:
+class VerifiedExport:
     """An export whose signature and epsilons have been verified."""
 
     ledger: Exported
@@ -83,7 +83,7 @@ class Checked:
 
 
 def export_bytes(
-    found: Found, view: View, key: EllipticCurvePrivateKey | None, *, now: datetime
+    found: LedgerFiles, view: View, key: EllipticCurvePrivateKey | None, *, now: datetime
 ) -> bytes:
     """Returns the content of an export file, signed if there is a key.
 
@@ -126,7 +126,7 @@ def export_bytes(
     return file.model_dump_json(indent=1).encode() + b"\n"
 
 
-def check_export(raw: bytes, *, where: str, expected: bytes | None = None) -> Checked:
+def verify_export(raw: bytes, *, where: str, expected: bytes | None = None) -> VerifiedExport:
     """Verifies an export: checks its signature, and recomputes its epsilons from the charges.
 
     Args:
@@ -155,7 +155,7 @@ def check_export(raw: bytes, *, where: str, expected: bytes | None = None) -> Ch
             "the device export it with --kit."
         )
     _check_sums(file.ledger, where)
-    return Checked(file.ledger, signer)
+    return VerifiedExport(file.ledger, signer)
 
 
 def _reason(error: Exception) -> str:

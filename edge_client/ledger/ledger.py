@@ -25,10 +25,10 @@ from edge_client.ledger.book import (
     MARK,
     MAX_CHARGES,
     MAX_RUNS,
-    Book,
-    Mark,
+    ChargeTerms,
+    LedgerFile,
+    LedgerMark,
     Runs,
-    Terms,
     check_marks,
     count,
     count_path,
@@ -53,9 +53,17 @@ from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import Privacy, RunConfig
 from fedcore.crypto.kit import Kit
 from fedcore.errors import DataError, DiskFull, LedgerFull, PrivacyError, ResourceError
-from fedcore.files import held_alone, write_atomic
+from fedcore.files import lock_folder, write_atomic
 from fedcore.observability.words import counted
-from fedcore.privacy.ledger import FULL, Ledger, OtherRuns, Room, ledger_in, put_ledger, room
+from fedcore.privacy.ledger import (
+    FULL,
+    Ledger,
+    OtherRuns,
+    RemainingRounds,
+    ledger_in,
+    put_ledger,
+    room,
+)
 
 log = logging.getLogger("fedcore.device")
 
@@ -158,7 +166,7 @@ class DeviceLedger:
         with self._alone():
             self._mend(state, only_own=True)
 
-    def room(self, state: RecordDict, others: OtherRuns) -> Room | None:
+    def room(self, state: RecordDict, others: OtherRuns) -> RemainingRounds | None:
         """Returns how many more rounds like the latest fit in the privacy budget, if limited."""
         return room(ledger_in(state), self._privacy, owner=self._here, others=others)
 
@@ -192,9 +200,9 @@ class DeviceLedger:
                 LEDGER,
             )
             put_ledger(state, Ledger(tuple(one.charge for one in own)))
-            put_terms(state, [Terms(one.target_delta, one.data, one.id) for one in own])
+            put_terms(state, [ChargeTerms(one.target_delta, one.data, one.id) for one in own])
         if copied is None or copied.runs != book:
-            raw = Book(runs={run: tuple(spent) for run, spent in book.items()})
+            raw = LedgerFile(runs={run: tuple(spent) for run, spent in book.items()})
             where = self.folder.path / LEDGER
             write_atomic(where, raw.model_dump_json().encode() + b"\n", mode=0o600)
         for path, mark in marks.items():
@@ -202,7 +210,7 @@ class DeviceLedger:
                 self._write_mark(path, mark_of(book), new=mark is None)
         return book
 
-    def _write_mark(self, path: Path, mark: Mark, *, new: bool) -> None:
+    def _write_mark(self, path: Path, mark: LedgerMark, *, new: bool) -> None:
         try:
             write_atomic(path, mark.model_dump_json().encode() + b"\n", mode=0o600)
         except DiskFull:
@@ -231,14 +239,14 @@ class DeviceLedger:
         return tighten(self.run, self._here).privacy
 
     @property
-    def _terms(self) -> Terms:
+    def _terms(self) -> ChargeTerms:
         """Delta and data label of a charge made now; the id is empty."""
         named = self.owner.data_set(self.data)
         label = ""
         if named is not None:
             digests = read_contents(self.folder.path).names.get(named.name, ())
             label = label_of(named.name, digests)
-        return Terms(self._privacy.target_delta, label)
+        return ChargeTerms(self._privacy.target_delta, label)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -250,7 +258,7 @@ class DeviceLedger:
             f"{self.counted.parent}: another process with this device's key is at its ledger. "
             "Nothing was sent; stop one of the two."
         )
-        with held_alone(self.counted.parent, busy):
+        with lock_folder(self.counted.parent, busy):
             yield
 
 

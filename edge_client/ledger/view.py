@@ -1,6 +1,6 @@
 """Read-only view of a device's privacy ledger: reads the files, and computes epsilons for display.
 
-`find_ledger` reads and compares the files; `view_of` composes the charges.
+`read_ledger_files` reads and compares the files; `view_of` composes the charges.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from edge_client.ledger.book import (
     COUNT,
     LEDGER,
     MARK,
-    Book,
-    Mark,
+    ChargeTerms,
+    LedgerFile,
+    LedgerMark,
     Runs,
-    Spent,
-    Terms,
+    StoredCharge,
     against_marks,
     count,
     count_path,
@@ -37,14 +37,14 @@ from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
 from fedcore.errors import DataError, FedcoreError, PrivacyError
 from fedcore.privacy.accounting import Accountant, epsilon_of
-from fedcore.privacy.ledger import Room, room_for
+from fedcore.privacy.ledger import RemainingRounds, room_for
 
-_OLD = Terms(Privacy().target_delta, "")
+_OLD = ChargeTerms(Privacy().target_delta, "")
 """Terms of charges by versions of fedcore that stored none."""
 
 
 @dataclass(frozen=True)
-class Found:
+class LedgerFiles:
     """A device's ledger as read from its files."""
 
     folder: Path
@@ -59,12 +59,12 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Line:
+class ChargeView:
     """One charge, and its run's epsilon so far."""
 
     place: int
     """Position among the charges of its run, from 1 on."""
-    spent: Spent
+    spent: StoredCharge
     epsilon: float
     """Epsilon of all charges of the run up to this one."""
 
@@ -76,9 +76,9 @@ class RunView:
     name: str
     target_delta: float
     """The least delta of any of its charges."""
-    lines: tuple[Line, ...]
+    lines: tuple[ChargeView, ...]
     """All charges, or only the first and last ones: composing each takes time."""
-    room: Room | None
+    room: RemainingRounds | None
     """How many more rounds like the latest fit in the owner's budget; None without a budget, or if
     the ledger is damaged."""
 
@@ -154,7 +154,7 @@ def _number(epsilon: float) -> float | None:
     return epsilon if math.isfinite(epsilon) else None
 
 
-def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> Found:
+def read_ledger_files(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> LedgerFiles:
     """Reads the ledger in a device's folder, and compares all files that record charges.
 
     Args:
@@ -168,7 +168,7 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
         CertificateRefused: other users can read the key, or the file is not a key.
     """
     problems, notes, behind = list[str](), list[str](), list[str]()
-    device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[Spent, ...]]()
+    device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[StoredCharge, ...]]()
     if kit is not None:
         device.belongs_to(public_of(kit), so="Nothing was looked at")
     try:
@@ -185,7 +185,7 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
             continue
         behind += _behind(name, copied, states[name][0])
         runs = whole
-    marks = dict[Path, Mark | None]()
+    marks = dict[Path, LedgerMark | None]()
     if kit is None:
         notes.append(f"{MARK} and {COUNT} were not compared: --kit names the device's kit.")
     for path in mark_paths(kit, environ, notes) if kit else ():
@@ -201,7 +201,7 @@ def find_ledger(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> F
             if mark != mark_of(runs) and (count(runs) or mark is not None)
         ]
     said = tuple(dict.fromkeys(problems))
-    return Found(folder, runs, said, tuple(notes), tuple(behind))
+    return LedgerFiles(folder, runs, said, tuple(notes), tuple(behind))
 
 
 def public_of(kit: Path) -> bytes:
@@ -237,7 +237,7 @@ def mark_paths(kit: Path, environ: Mapping[str, str], notes: list[str]) -> list[
     return [kit / MARK, *([counted] if counted else [])]
 
 
-def _behind(name: str, copied: Book | None, spent: Sequence[Spent]) -> list[str]:
+def _behind(name: str, copied: LedgerFile | None, spent: Sequence[StoredCharge]) -> list[str]:
     held = len(copied.runs.get(name, ())) if copied else 0
     if held < len(spent):
         lacks = f"{LEDGER} lacks {len(spent) - held} of the charges of run {name!r}"
@@ -249,7 +249,7 @@ def _behind(name: str, copied: Book | None, spent: Sequence[Spent]) -> list[str]
 
 
 def view_of(
-    found: Found, owner: OwnerPolicy, accountant: Accountant, *, most_lines: int | None = None
+    found: LedgerFiles, owner: OwnerPolicy, accountant: Accountant, *, most_lines: int | None = None
 ) -> View:
     """Composes the charges of a ledger to epsilons, by run, by data set and for the device.
 
@@ -277,15 +277,15 @@ def view_of(
 
 def _run(
     name: str,
-    spent: Sequence[Spent],
-    found: Found,
+    spent: Sequence[StoredCharge],
+    found: LedgerFiles,
     owner: OwnerPolicy,
     accountant: Accountant,
     most_lines: int,
 ) -> RunView:
     delta = min(one.target_delta for one in spent)
     lines = tuple(
-        Line(place, one, _epsilon(spent[:place], delta, accountant))
+        ChargeView(place, one, _epsilon(spent[:place], delta, accountant))
         for place, one in enumerate(spent, 1)
         if place <= most_lines // 2 or place > len(spent) - -(-most_lines // 2)
     )
@@ -298,14 +298,14 @@ def _run(
     return RunView(name, delta, lines, left)
 
 
-def _total(found: Found, owner: OwnerPolicy, name: str, accountant: Accountant) -> Total:
+def _total(found: LedgerFiles, owner: OwnerPolicy, name: str, accountant: Accountant) -> Total:
     there = _counted(found, name)
     delta = _delta(there, owner)
     limit = _limit(found, owner, name)
     return Total(name, delta, _epsilon(there, delta, accountant), limit, not found.problems)
 
 
-def _counted(found: Found, name: str) -> list[Spent]:
+def _counted(found: LedgerFiles, name: str) -> list[StoredCharge]:
     """Returns the charges that count against a data set; all charges for data without a name."""
     every = [one for spent in found.runs.values() for one in spent]
     names = _names(found, name)
@@ -314,7 +314,7 @@ def _counted(found: Found, name: str) -> list[Spent]:
     return [one for one in every if not name_in(one.data) or name_in(one.data) in names]
 
 
-def _names(found: Found, name: str) -> set[str] | None:
+def _names(found: LedgerFiles, name: str) -> set[str] | None:
     labels = {one.data for spent in found.runs.values() for one in spent}
     contents = read_contents(found.folder)
     if name and not contents.names.get(name):
@@ -322,17 +322,17 @@ def _names(found: Found, name: str) -> set[str] | None:
     return counted_with(name, labels, contents)
 
 
-def _limit(found: Found, owner: OwnerPolicy, name: str) -> float | None:
+def _limit(found: LedgerFiles, owner: OwnerPolicy, name: str) -> float | None:
     names = _names(found, name)
     return owner.budget({"", *(one.name for one in owner.datasets)} if names is None else names)
 
 
-def _delta(there: Sequence[Spent], owner: OwnerPolicy) -> float:
+def _delta(there: Sequence[StoredCharge], owner: OwnerPolicy) -> float:
     least = min((one.target_delta for one in there), default=Privacy().target_delta)
     return owner.target_delta or least
 
 
-def _epsilon(there: Sequence[Spent], delta: float, accountant: Accountant) -> float:
+def _epsilon(there: Sequence[StoredCharge], delta: float, accountant: Accountant) -> float:
     charges = [one.charge for one in there]
     return epsilon_of(charges, target_delta=delta, accountant=accountant)
 

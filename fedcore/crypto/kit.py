@@ -59,7 +59,7 @@ class KitFile(Section):
 
 
 @dataclass(frozen=True)
-class Certified:
+class VerifiedKit:
     """A kit whose certificate has been checked against its authority."""
 
     file: KitFile
@@ -110,7 +110,7 @@ def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
         ) from None
 
 
-def parse_kit(raw: bytes, *, now: datetime, where: str) -> Certified:
+def parse_kit(raw: bytes, *, now: datetime, where: str) -> VerifiedKit:
     """Parses a kit and checks its certificate against its authority.
 
     A kit cannot prove that its authority is the right one: the person who installs it compares the
@@ -124,10 +124,10 @@ def parse_kit(raw: bytes, *, now: datetime, where: str) -> Certified:
     certificate = parse_certificate(file.certificate.encode(), where=f"{where}: certificate")
     check_authority(authority, now=now, where=f"{where}: authority")
     subject = check_certificate(certificate, authority, now=now, where=f"{where}: certificate")
-    return Certified(file, subject, certificate, authority)
+    return VerifiedKit(file, subject, certificate, authority)
 
 
-def read_kit(path: Path, *, now: datetime) -> Certified:
+def read_kit(path: Path, *, now: datetime) -> VerifiedKit:
     """Reads a kit and checks its certificate against its authority, see `parse_kit`.
 
     Raises:

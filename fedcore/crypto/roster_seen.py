@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from fedcore.config.run import Section
 from fedcore.errors import RollbackRefused, TrustError
-from fedcore.files import read_if_there, write_atomic
+from fedcore.files import read_if_exists, write_atomic
 
 SEEN = "roster.seen"
 _MAX_SEEN_BYTES = 1 << 10
@@ -39,7 +39,7 @@ def read_seen(path: Path) -> Seen:
         RollbackRefused: the list that was in force is lost, see `note_lost`.
         TrustError: the file is malformed.
     """
-    raw = read_if_there(
+    raw = read_if_exists(
         path,
         max_bytes=_MAX_SEEN_BYTES,
         what="the version of the roster",

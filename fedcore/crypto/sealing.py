@@ -27,12 +27,12 @@ _SALT, _NONCE = 16, 12
 _COST = 1 << 17  # N
 
 
-def is_sealed(raw: bytes) -> bool:
-    """Returns whether bytes begin as the output of `seal` does."""
+def is_encrypted(raw: bytes) -> bool:
+    """Returns whether bytes begin as the output of `encrypt` does."""
     return raw.startswith(MAGIC)
 
 
-def seal(data: bytes, passphrase: str) -> bytes:
+def encrypt(data: bytes, passphrase: str) -> bytes:
     """Encrypts and authenticates ``data`` with a passphrase.
 
     Raises:
@@ -48,15 +48,15 @@ def seal(data: bytes, passphrase: str) -> bytes:
     return head + nonce + AESGCM(_derive(passphrase, head)).encrypt(nonce, data, head)
 
 
-def unseal(raw: bytes, passphrase: str, *, where: str) -> bytes:
-    """Decrypts the output of `seal`.
+def decrypt(raw: bytes, passphrase: str, *, where: str) -> bytes:
+    """Decrypts the output of `encrypt`.
 
     Raises:
         TrustError: the bytes are not sealed, altered or cut short, or the passphrase is wrong.
     """
     head, rest = raw[: len(MAGIC) + _SALT], raw[len(MAGIC) + _SALT :]
     try:
-        if not is_sealed(raw) or len(raw) < OVERHEAD_BYTES:
+        if not is_encrypted(raw) or len(raw) < OVERHEAD_BYTES:
             raise InvalidTag
         return AESGCM(_derive(passphrase, head)).decrypt(rest[:_NONCE], rest[_NONCE:], head)
     except InvalidTag:

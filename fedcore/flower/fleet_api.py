@@ -57,7 +57,7 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Large:
+class FileResponse:
     """A response that is sent from a file, in pieces: ``head``, then all of ``file``."""
 
     head: bytes
@@ -74,7 +74,7 @@ Body = bytes | BinaryIO
 class Route:
     """One call of the Fleet API."""
 
-    answer: Callable[[Fleet, Caller, Body], Message | Large]
+    answer: Callable[[Fleet, Caller, Body], Message | FileResponse]
     max_bytes: int
     """Most bytes of its request."""
 
@@ -140,7 +140,7 @@ def _get_run(fleet: Fleet, caller: Caller, body: Body) -> Message:
     return fleet_handlers.get_run(request, fleet.state)
 
 
-def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | Large:
+def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | FileResponse:
     request = _parse(PullObjectRequest, body)
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
@@ -158,7 +158,7 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | Large:
     # Protobuf's encoding of these fields; the content comes last, and is in the file.
     head = PullObjectResponse(object_found=True, object_available=True).SerializeToString()
     head += bytes((_CONTENT_TAG,)) + _varint(size_bytes)
-    return Large(head, file, len(head) + size_bytes)
+    return FileResponse(head, file, len(head) + size_bytes)
 
 
 _CONTENT_TAG = PullObjectResponse.DESCRIPTOR.fields_by_name["object_content"].number << 3 | 2
@@ -327,7 +327,7 @@ def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
         return Upload(message_id, min(asked.payload_bytes, objects * CHUNK_BYTES))
 
 
-def call(fleet: Fleet, caller: Caller, route: Route, body: Body) -> bytes | Large:
+def call(fleet: Fleet, caller: Caller, route: Route, body: Body) -> bytes | FileResponse:
     """Answers one call of the Fleet API.
 
     Raises:
@@ -337,6 +337,6 @@ def call(fleet: Fleet, caller: Caller, route: Route, body: Body) -> bytes | Larg
     """
     try:
         answer = route.answer(fleet, caller, body)
-        return answer if isinstance(answer, Large) else bytes(answer.SerializeToString())
+        return answer if isinstance(answer, FileResponse) else bytes(answer.SerializeToString())
     except FlowerError as error:
         raise InvalidUpdate(f"client {caller.name!r}: {error.message}. Refused.") from None

@@ -18,9 +18,9 @@ from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_asked import PendingMessage
-from fedcore.flower.fleet_store import LARGE_BYTES, Cut
+from fedcore.flower.fleet_store import LARGE_BYTES, StoredChunk
 from fedcore.updates.cuts import CUT_BYTES, cut_head
-from fedcore.updates.pieces import Joined
+from fedcore.updates.pieces import CutFile
 
 BEGINNING_BYTES = 1024
 """Bytes of a request's beginning that suffice to recognise a large chunk: the fields before the
@@ -33,7 +33,7 @@ _LENGTH_DELIMITED, _VARINT = 2, 0
 
 
 @dataclass(frozen=True)
-class Beginning:
+class RequestHead:
     """The parsed beginning of a request with a large chunk."""
 
     fields: bytes
@@ -45,7 +45,7 @@ class Beginning:
     body_bytes: int
 
 
-def beginning_of(raw: bytes) -> Beginning | None:
+def beginning_of(raw: bytes) -> RequestHead | None:
     """Parses the first bytes of a request to push an object.
 
     Returns None unless a chunk of more than `LARGE_BYTES` and at most `CUT_BYTES` follows: the
@@ -72,7 +72,7 @@ def beginning_of(raw: bytes) -> Beginning | None:
         return None
     if raw[at:end] != cut_head(body_bytes):
         return None
-    return Beginning(raw[:start], end, raw[at:end], body_bytes)
+    return RequestHead(raw[:start], end, raw[at:end], body_bytes)
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
     return 0, -1
 
 
-class Arrival:
+class ChunkUpload:
     """One chunk that is arriving.
 
     Everything but its digest and its session is checked before the first byte is written. If the
@@ -98,7 +98,7 @@ class Arrival:
     All methods are called from the network thread.
     """
 
-    def __init__(self, fleet: Fleet, node_id: int, name: str, begun: Beginning) -> None:
+    def __init__(self, fleet: Fleet, node_id: int, name: str, begun: RequestHead) -> None:
         """Checks the request and opens the file.
 
         Raises:
@@ -150,12 +150,12 @@ class Arrival:
                 )
             self._asked.ends[above] = end
             with disk_errors(fleet.store.folder):
-                joined = self._asked.files.get(above) or Joined(fleet.store.folder)
+                joined = self._asked.files.get(above) or CutFile(fleet.store.folder)
                 self._descriptor = os.open(joined.path, os.O_WRONLY | os.O_CLOEXEC)
             self._asked.files[above] = joined
             self._asked.came_bytes = came_bytes
             self._asked.arriving[self.object_id] = self
-        self._cut = Cut(joined, place, begun.body_bytes)
+        self._cut = StoredChunk(joined, place, begun.body_bytes)
         self._at, self._left = place * CUT_BYTES, begun.body_bytes
         self._hash = hashlib.sha256(begun.head)
         self._unwritten, self._after = bytearray(), bytearray()

@@ -10,7 +10,7 @@ from typing import Protocol
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
-from fedcore.updates.pieces import Joined
+from fedcore.updates.pieces import CutFile
 
 
 class Arriving(Protocol):
@@ -41,7 +41,7 @@ class PendingMessage:
     """The current writer of each object that is arriving: the latest if there are several."""
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Parent and index below it, for each object of the reply without children."""
-    files: dict[str, Joined] = field(default_factory=dict)
+    files: dict[str, CutFile] = field(default_factory=dict)
     """The files that receive chunks, by the id of the chunks' parent."""
     ends: dict[str, int] = field(default_factory=dict)
     """Upper bounds of the lengths of these files, also after failed writes."""

@@ -43,7 +43,7 @@ from fedcore.flower.fleet_errors import (
     is_distrust,
     refusals,
 )
-from fedcore.flower.fleet_pull import Announced, BoundedClient, read_content
+from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, read_content
 from fedcore.rpc.hello import WAKE_PORT, again_in
 from fedcore.rpc.jitter import spread_s
 
@@ -163,7 +163,7 @@ class FleetLink:
             told = run_from_proto(answer.run).override_config
         return {key: str(value) for key, value in told.items()}
 
-    def announced(self) -> Announced | None:
+    def announced(self) -> AnnouncedMessage | None:
         """Returns the next message for this node, without its content; None if there is none."""
         answer = self._call(FleetHttpClient.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list or not answer.message_object_trees:
@@ -171,9 +171,9 @@ class FleetLink:
         with _readable():
             metadata = message_from_proto(answer.messages_list[0]).metadata
         message = make_message(metadata=metadata, content=RecordDict())
-        return Announced(message, answer.message_object_trees[0])
+        return AnnouncedMessage(message, answer.message_object_trees[0])
 
-    def fetch(self, announced: Announced, *, limit_bytes: int) -> Message:
+    def fetch(self, announced: AnnouncedMessage, *, limit_bytes: int) -> Message:
         """Fetches a message with its content.
 
         Raises:

@@ -21,7 +21,7 @@ _LOOK_S = 0.25
 """Seconds between checks for devices that have been disconnected too long."""
 
 
-class Stopped(Exception):
+class ServerStopped(Exception):
     """The server stops, and the caller of the grid must end, too."""
 
 
@@ -75,7 +75,7 @@ class FleetGrid(OwnGrid):
             presence: The connected devices.
             inspector: Provides the check for each reply.
             consumed: Callback with each message id whose reply is processed or no longer awaited.
-            stopping: Once set, calls of the grid raise `Stopped`; also call ``fleet.wake()`` then.
+            stopping: Once set, calls of the grid raise `ServerStopped`; call ``fleet.wake()``, too.
         """
         super().__init__(fleet.run_id)
         self._fleet = fleet
@@ -193,4 +193,4 @@ class FleetGrid(OwnGrid):
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
-            raise Stopped("the server stops")
+            raise ServerStopped("the server stops")

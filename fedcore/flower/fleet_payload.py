@@ -23,7 +23,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 
 from fedcore.files import disk_errors
 from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
-from fedcore.updates.pieces import FileArray, Joined, JoinedArray
+from fedcore.updates.pieces import CutFile, CutFileArray, FileArray
 
 MAX_PLAIN_BYTES = 16 << 20
 """Most bytes of an object without array data: parsed, it takes up to 65 times as much memory. The
@@ -35,7 +35,7 @@ _CHUNK = "ArrayChunk"
 
 
 def read_message(
-    store: FleetStore, tree: ObjectTree, *, limit_bytes: int, own: Collection[Joined] = ()
+    store: FleetStore, tree: ObjectTree, *, limit_bytes: int, own: Collection[CutFile] = ()
 ) -> tuple[RecordDict | None, Error | None]:
     """Returns the content of a message whose objects are all in ``store``, or its error.
 
@@ -164,7 +164,7 @@ class _StoreReader(ObjectReader):
     """Parses a message and assembles large arrays in files."""
 
     def __init__(
-        self, store: FleetStore, known: frozenset[str], limit_bytes: int, own: Collection[Joined]
+        self, store: FleetStore, known: frozenset[str], limit_bytes: int, own: Collection[CutFile]
     ) -> None:
         super().__init__(store.get, known, limit_bytes)
         self._store, self._own = store, own
@@ -175,7 +175,7 @@ class _StoreReader(ObjectReader):
         joined = self._store.joined(chunks, self._own) if known else None
         if joined is None:
             return super()._filled(form, chunks)
-        array = JoinedArray(form.dtype, form.shape, form.stype, joined, chunks)
+        array = CutFileArray(form.dtype, form.shape, form.stype, joined, chunks)
         self._left_bytes -= array.size_bytes
         if self._left_bytes < 0:
             raise self._overflow()

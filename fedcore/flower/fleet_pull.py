@@ -43,7 +43,7 @@ LEAST_BYTES_PER_S = 4096
 
 
 @dataclass(frozen=True)
-class Announced:
+class AnnouncedMessage:
     """A pending message, of which only the metadata and object tree have been read."""
 
     message: Message
@@ -196,7 +196,7 @@ def read_bounded(
 
 
 def read_content(
-    announced: Announced, pull: Callable[[str, int], bytes], *, limit_bytes: int
+    announced: AnnouncedMessage, pull: Callable[[str, int], bytes], *, limit_bytes: int
 ) -> RecordDict:
     """Fetches the content of a message, within ``limit_bytes`` of memory.
 

@@ -13,16 +13,16 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 
 from fedcore.files import disk_errors
 from fedcore.updates.cuts import CUT_BYTES, cut_head
-from fedcore.updates.pieces import Joined
+from fedcore.updates.pieces import CutFile
 
 LARGE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
-class Cut:
+class StoredChunk:
     """A verified chunk at its position in an array's file."""
 
-    joined: Joined
+    joined: CutFile
     place: int
     """Its index in the array; valid because Flower cuts all chunks but the last to one size."""
     size_bytes: int
@@ -44,9 +44,9 @@ class FleetStore(InMemoryObjectStore):
         """Makes an empty store over an empty folder."""
         super().__init__()
         self.folder = folder
-        self._cuts: dict[str, Cut] = {}
+        self._cuts: dict[str, StoredChunk] = {}
 
-    def lay(self, object_id: str, cut: Cut) -> None:
+    def lay(self, object_id: str, cut: StoredChunk) -> None:
         """Registers a chunk's bytes in an array's file for the next `put` without content.
 
         The caller has verified the chunk's digest.
@@ -54,14 +54,14 @@ class FleetStore(InMemoryObjectStore):
         with self.lock_store:
             self._cuts.setdefault(object_id, cut)
 
-    def lift(self, object_id: str, cut: Cut) -> None:
+    def lift(self, object_id: str, cut: StoredChunk) -> None:
         """Reverts `lay`, if no `put` has followed."""
         with self.lock_store:
             entry = self.store.get(object_id)
             if self._cuts.get(object_id) is cut and not (entry and entry.is_available):
                 del self._cuts[object_id]
 
-    def joined(self, chunks: Sequence[str], own: Collection[Joined]) -> Joined | None:
+    def joined(self, chunks: Sequence[str], own: Collection[CutFile]) -> CutFile | None:
         """Returns the file of ``own`` that contains exactly these chunks, in order.
 
         A small last chunk arrives in memory, and is now appended to the file. Returns None if there
@@ -79,7 +79,9 @@ class FleetStore(InMemoryObjectStore):
         file = next((one for one in own if cuts and cuts[0] and cuts[0].joined is one), None)
         if file is None and end is not None and not whole:
             file = next((one for one in own if end.joined is one), None)
-        expected = [Cut(file, place, CUT_BYTES) for place in range(len(whole))] if file else []
+        expected = (
+            [StoredChunk(file, place, CUT_BYTES) for place in range(len(whole))] if file else []
+        )
         if file is None or cuts != expected:
             return None
         if end is not None:

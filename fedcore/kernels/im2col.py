@@ -30,7 +30,7 @@ OFF = 255
 """Position of a block's maximum where a ReLU follows and the value is at most 0."""
 
 
-def look_of(window: ConvolutionWindow, height: int, width: int, channels: int) -> Look:
+def conv_geometry(window: ConvolutionWindow, height: int, width: int, channels: int) -> Look:
     """Returns the convolution's geometry for images of this size, as the kernels need it."""
     down, across = window.cells(height, width)
     results = down * window.pool[0], across * window.pool[1]
@@ -48,14 +48,14 @@ _LAY = "void(float32[::1], float32[::1], UniTuple(int64, 11))"
 
 
 @compiled(_LAY, fastmath=set())
-def lay_rows(images: Floats, rows: Floats, look: Look) -> None:
+def im2col_rows(images: Floats, rows: Floats, look: Look) -> None:
     """Writes a convolution's input patches as rows, one per result, in the order of the image.
 
     Args:
         images: Shape ``(N, H, W, C)``, flat.
         rows: Output, ``(N * results, F)``, flat; each row in the order (kernel's height, its width,
             channel).
-        look: From `look_of`.
+        look: From `conv_geometry`.
     """
     height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
     line, run = width * channels, wide * channels
@@ -79,13 +79,13 @@ def lay_rows(images: Floats, rows: Floats, look: Look) -> None:
 
 
 @compiled(_LAY, fastmath=set())
-def lay_columns(images: Floats, columns: Floats, look: Look) -> None:
+def im2col_columns(images: Floats, columns: Floats, look: Look) -> None:
     """Writes a convolution's input patches as columns, in longer runs where rows would be short.
 
     Args:
         images: Shape ``(N, H, W, C)``, flat.
-        columns: Output, ``(N, F, results)``, flat: the transpose of the rows of `lay_rows`.
-        look: From `look_of`.
+        columns: Output, ``(N, F, results)``, flat: the transpose of the rows of `im2col_rows`.
+        look: From `conv_geometry`.
     """
     height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
     line, size = width * channels, height * width * channels
@@ -110,13 +110,13 @@ def lay_columns(images: Floats, columns: Floats, look: Look) -> None:
 
 
 @compiled(_LAY, fastmath=set())
-def fold_rows(rows: Floats, images: Floats, look: Look) -> None:
-    """Computes image gradients from patch gradients: the backward pass of `lay_rows`.
+def col2im(rows: Floats, images: Floats, look: Look) -> None:
+    """Computes image gradients from patch gradients: the backward pass of `im2col_rows`.
 
     Args:
         rows: Patch gradients, ``(N * results, F)``, flat.
         images: Output, ``(N, H, W, C)``, flat: for each number the sum over all patches with it.
-        look: From `look_of`.
+        look: From `conv_geometry`.
     """
     height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
     line, run = width * channels, wide * channels

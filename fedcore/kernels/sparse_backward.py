@@ -2,7 +2,7 @@
 
 In each pooling block at most one result has a nonzero gradient, and none where the ReLU gives 0.
 Only the patches of these results contribute to the gradients of weights and image; dense products
-would mostly multiply by zero. Start with `taken_back`.
+would mostly multiply by zero. Start with `compile_sparse_backward`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _list(
 
 
 @functools.cache
-def taken_back(window: ConvolutionWindow, channels: int) -> Back | None:
+def compile_sparse_backward(window: ConvolutionWindow, channels: int) -> Back | None:
     """Compiles the loop for images of so many channels; None where no full vectors fit.
 
     The first call takes about a second.

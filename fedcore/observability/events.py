@@ -87,7 +87,7 @@ def tee(*sinks: Sink) -> Sink:
 
 
 @contextmanager
-def unhurried(sink: Sink, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Sink]:
+def batched(sink: Sink, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Sink]:
     """Yields a sink that passes short rounds on in batches, every tenth of a second, in order.
 
     Writing an event can take as long as a round of a few milliseconds, and nobody watches more

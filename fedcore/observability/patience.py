@@ -22,7 +22,7 @@ LOADING = "note: loading torch and what else this needs."
 
 
 @contextmanager
-def told_if_slow(text: str, *, after_s: float = _AFTER_S) -> Iterator[None]:
+def note_if_slow(text: str, *, after_s: float = _AFTER_S) -> Iterator[None]:
     """Prints ``text`` on standard error if the block takes longer than ``after_s`` seconds.
 
     Standard output is reserved for results, which a program may read.
@@ -74,7 +74,7 @@ def _to_stderr(text: str) -> None:
 
 
 @contextmanager
-def loading_told(
+def report_loading(
     tell: Callable[[str], None] = _to_stderr, *, modules: int = TORCH_MODULES
 ) -> Iterator[None]:
     """Reports the progress of imports in the block, if they take longer than `SILENT_S`.

@@ -12,7 +12,7 @@ from fedcore.errors import UnsupportedLayer
 def check_layers(module: nn.Module) -> None:
     """Rejects layers that keep statistics of examples, or compute them over a batch.
 
-    `fedcore.training.per_example.trial.find_way` detects all other coupling between examples.
+    `fedcore.training.per_example.trial.choose_method` detects all other coupling between examples.
 
     Raises:
         UnsupportedLayer: Lists each such layer, the reason and the replacement.

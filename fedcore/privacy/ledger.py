@@ -68,7 +68,7 @@ FULL = (
 
 
 @dataclass(frozen=True)
-class Room:
+class RemainingRounds:
     """Number of further rounds that fit into a budget."""
 
     rounds: int
@@ -146,7 +146,7 @@ def room(
     *,
     owner: OwnerPolicy = OPEN_POLICY,
     others: OtherRuns = NO_OTHER_RUNS,
-) -> Room | None:
+) -> RemainingRounds | None:
     """Returns how many more rounds like the latest fit into all budgets; None before the first."""
     if not ledger.charges:
         return None
@@ -158,10 +158,10 @@ def room(
     return found
 
 
-def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
+def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> RemainingRounds:
     """Returns how many more charges like ``new`` fit into ``privacy.max_epsilon``."""
     if not new.steps:
-        return Room(_MOST_ROUNDS, exact=False)
+        return RemainingRounds(_MOST_ROUNDS, exact=False)
     made_by: dict[tuple[float, float], int] = {}  # merged by mechanism: few, however many charges
     for one in charges:
         mechanism = (one.noise_multiplier, one.sample_rate)
@@ -172,7 +172,7 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Room:
     exact = privacy.accountant == "rdp" and most < _MOST_ROUNDS
     if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MOST_STEPS:
         most, exact = _most(other, replace(new, round=0), privacy, near=most), True
-    return Room(max(0, most - made), exact)
+    return RemainingRounds(max(0, most - made), exact)
 
 
 def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | None = None) -> int:

@@ -10,7 +10,7 @@ from fedcore.errors import ResourceError
 _NAME, _SUITES = "GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256"
 
 
-def quiet_core() -> None:
+def silence_grpc_core() -> None:
     """Stops gRPC's core from writing to standard error; call it before grpc is imported.
 
     Callers learn of failures from the errors of their calls. Set ``GRPC_VERBOSITY`` to see more.

@@ -30,7 +30,7 @@ from fedcore.training.device import available
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
 from fedcore.training.per_example.pace import step_seconds
-from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.trial import choose_method
 from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
@@ -83,7 +83,7 @@ class Client:
         """The per-example gradient method, chosen on synthetic examples and fresh weights."""
         model = build_model(self.task, self.run).to(available(self.run.client.device))
         with self.randomness.library_streams("way"):  # else the first message's draws would differ
-            return find_way(self.task, model)
+            return choose_method(self.task, model)
 
     @property
     def protects(self) -> bool:

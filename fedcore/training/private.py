@@ -50,7 +50,7 @@ def train_private(
         loss: Mean loss over a batch; called on batches of one.
         settings: Optimiser settings.
         plan: From `fedcore.privacy.planning.plan`.
-        way: From `fedcore.training.per_example.trial.find_way`, for this model and loss.
+        way: From `fedcore.training.per_example.trial.choose_method`, for this model and loss.
         draws: Source of batches and noise.
         proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it is
             added after the noise and costs no privacy.

@@ -57,7 +57,7 @@ class FileArray(Array):
         yield self.file.fileno()
 
 
-class KeptArray(FileArray):
+class PathArray(FileArray):
     """An array in a file that others own; the file is open only during a read.
 
     Thousands of these need no file descriptors. The path must exist as long as the array is read.
@@ -79,7 +79,7 @@ class KeptArray(FileArray):
             os.close(descriptor)
 
 
-class Joined:
+class CutFile:
     """A file that receives an array's cuts, each at its position; deleted with its last user.
 
     A hard link to it preserves the bytes; after linking, nobody may write to it.
@@ -93,13 +93,13 @@ class Joined:
         weakref.finalize(self, self.path.unlink, missing_ok=True)
 
 
-class JoinedArray(KeptArray):
+class CutFileArray(PathArray):
     """An array that arrived in cuts, in a file of its own; each cut's digest was verified."""
 
     cuts: Sequence[str]
 
     def __init__(
-        self, dtype: str, shape: tuple[int, ...], stype: str, joined: Joined, cuts: Sequence[str]
+        self, dtype: str, shape: tuple[int, ...], stype: str, joined: CutFile, cuts: Sequence[str]
     ) -> None:
         """Makes an array of all bytes of ``joined``; ``cuts`` are the digests of its cuts."""
         super().__init__(dtype, shape, stype, joined.path)

@@ -1,6 +1,6 @@
 """Checks a client's reply against its request before any other code uses it.
 
-All data from clients passes this one trust boundary. `check_legible` ensures that a reply's parts
+All data from clients passes this one trust boundary. `check_structure` ensures that a reply's parts
 can be named, hashed and stored; `read_reply` that it has the requested parts and no others, each
 number within its range. Both are total: they return a value or raise `InvalidUpdate` for every
 input, read no array as a whole, and allocate no memory of a size that a peer declares.
@@ -60,7 +60,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Form:
+class ArraySpec:
     """The expected type and shape of an array."""
 
     dtype: str
@@ -75,7 +75,7 @@ class ReplySpec:
     purpose: str
     """The message's type."""
     metrics: Mapping[str, Range] = field(default_factory=dict)
-    arrays: Mapping[str, Form] = field(default_factory=dict)
+    arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
     """Arrays by name; each is required."""
     every_metric: bool = False
     """Whether each metric is required; otherwise metrics are optional."""
@@ -109,7 +109,7 @@ class Reply:
         return Update(self.values(MODEL), self.num_examples, self.metrics)
 
 
-def check_legible(content: RecordDict, *, where: str) -> None:
+def check_structure(content: RecordDict, *, where: str) -> None:
     """Checks that a reply's parts can be named, hashed and stored, and are not too many.
 
     Raises:
@@ -152,7 +152,7 @@ def read_reply(
     """
     with _one_refusal(where):
         content = reply.content
-        check_legible(content, where=where)
+        check_structure(content, where=where)
         kind = reply.metadata.message_type
         if kind != asked.purpose:
             raise InvalidUpdate(
@@ -271,7 +271,7 @@ def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[st
     return count, values
 
 
-def _arrays(record: object, asked: Mapping[str, Form], where: str) -> dict[str, Array]:
+def _arrays(record: object, asked: Mapping[str, ArraySpec], where: str) -> dict[str, Array]:
     if not isinstance(record, ArrayRecord):
         raise InvalidUpdate(f"{where}: {ARRAYS!r} is no record of arrays. {_NOT_USED}.")
     _check_names(record, set(asked), "array", where)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fedcore.flower.quiet import quiet
-from fedcore.observability.patience import FIRST_STEP, told_if_slow
+from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from server.api.asked import AnyRun, AnyTask, configured, loaded
 from server.check import CheckFinding, TaskCheck, check_task
 
@@ -53,6 +53,6 @@ def check(
     quiet()
 
     def around() -> AbstractContextManager[None]:
-        return told_if_slow(FIRST_STEP) if progress else nullcontext()
+        return note_if_slow(FIRST_STEP) if progress else nullcontext()
 
     return check_task(asked, found, client=client, tell=on_finding, around_first=around)

@@ -16,9 +16,9 @@ from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.flower.quiet import quiet
-from fedcore.observability.events import Sink, tee, unhurried
+from fedcore.observability.events import Sink, batched, tee
 from fedcore.observability.jsonl import json_lines
-from fedcore.observability.patience import FIRST_STEP, told_if_slow
+from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.task.definition import Task
 from server.after_rounds import Completed
 from server.api.asked import (
@@ -38,7 +38,7 @@ from server.rounds.own_strategy import Own
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.resume import pick_up
 from server.simulation.run import run_pipeline
-from server.unfinished import drop_all, refuse_to_drop
+from server.unfinished import allow_drop, require_no_progress
 
 
 def simulate(
@@ -146,12 +146,12 @@ def simulated(
         found = loaded(task, run)
         refuse_elsewhere(run, found, rounds=True)
         quiet()
-        with told_if_slow(FIRST_STEP) if run.private and say_slow else nullcontext():
+        with note_if_slow(FIRST_STEP) if run.private and say_slow else nullcontext():
             prepared = prepare(run, found, owner, base / run.name, strategy=strategy)
         if resume:
             opening = reopen_folder(run, base)
         else:
-            opening = open_folder(run, base, before=drop_all if fresh else refuse_to_drop)
+            opening = open_folder(run, base, before=allow_drop if fresh else require_no_progress)
         with opening as folder:
             resumed = pick_up(folder, run, owner) if resume else None
             with shown(progress) as sink:
@@ -207,7 +207,7 @@ def run_in(
     with (
         json_lines(folder / "metrics.jsonl") as lines,
         tensorboard_events(folder / "tensorboard") as board,
-        unhurried(tee(lines, board, shown)) as emit,
+        batched(tee(lines, board, shown)) as emit,
     ):
         files = tee(lines, board)
         for event in resumed.told if resumed else ():

@@ -39,7 +39,7 @@ from server.release.final_test import reason_to_withhold, statement_of
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
 from server.rounds.judging import clients_judge
-from server.simulation.judging import judge_in_simulation, weigh_in_simulation
+from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
 
 
 def finetune(
@@ -154,7 +154,7 @@ def compress(
         weigh = None
         if clients_judge(asked):
             clients = clients_of(found, asked, data_folder())
-            weigh = weigh_in_simulation(asked, found, owner, clients, story.note)
+            weigh = measure_onnx_in_simulation(asked, found, owner, clients, story.note)
         with story.stage("compress") as said:
             steps = counted_steps(emit, "compress")
             done = make_candidates(asked, found, start, cloud, progress=steps, on_clients=weigh)

@@ -34,7 +34,7 @@ from server.cloud import CloudData
 from server.finetune.job import Job, trained
 from server.finetune.loop import device_of, train_start, unknown_failure
 from server.finetune.worker import work
-from server.process.spawn import script_left_out
+from server.process.spawn import main_script_hidden
 from server.rounds.judging import Judge, Judgement
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
@@ -201,7 +201,7 @@ def _launch(job: Job, processes: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs"), redirects=Std.ALL),
     )
     try:
-        with _quiet(), _signals(), script_left_out():
+        with _quiet(), _signals(), main_script_hidden():
             elastic_launch(config, work)(job)
     except ChildFailedError as failure:
         raise _reason(job, failure) from failure

@@ -16,8 +16,8 @@ from fedcore.config.settings import load_run
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import loading_told
-from fedcore.rpc.tls import only_tls_1_3, quiet_core
+from fedcore.observability.patience import report_loading
+from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
 from server.live.operators.commands import OPERATOR_VERBS
 from server.options import run_options, set_option
 from server.process.memory import loading
@@ -80,8 +80,8 @@ def _start(options: argparse.Namespace) -> int:
         )
     check_server_folder(options.identity)
     only_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
-    quiet_core()
-    with loading_told(), loading():
+    silence_grpc_core()
+    with report_loading(), loading():
         from fedcore.flower.quiet import quiet
         from fedcore.observability.lines import log_lines
         from server.live.deployment import Deployment

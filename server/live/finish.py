@@ -21,7 +21,7 @@ from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golde
 from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
 from fedcore.config.run import RunConfig, Section
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import read_bytes, read_if_there, sha256_hex, write_atomic
+from fedcore.files import read_bytes, read_if_exists, sha256_hex, write_atomic
 from fedcore.observability.events import Sink
 from fedcore.task.definition import Task, data_folder
 from fedcore.task.model import (
@@ -309,7 +309,7 @@ def _origin(model: FullModel, *settings: Section) -> str:
 
 def _noted(path: Path, kind: type[_Note], origin: str) -> _Note | None:
     """Reads the note of a completed step; returns None if there is none for this ``origin``."""
-    raw = read_if_there(path, max_bytes=_MAX_BYTES, what="a note of a step")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="a note of a step")
     if raw is None:
         return None
     try:

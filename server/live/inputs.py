@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import TaskError
-from fedcore.observability.patience import loading_told
+from fedcore.observability.patience import report_loading
 from fedcore.rpc.hello import declared_name
 from server.process.memory import loading
 
@@ -77,7 +77,7 @@ def load_named_task(path: Path) -> Task:
     Raises:
         TaskError: the task cannot be loaded, or its name differs from the one in its file.
     """
-    with loading_told(), loading():
+    with report_loading(), loading():
         import server.rounds.app  # noqa: F401 - the other slow import that rounds need
         from fedcore.task.definition import load_task
 

@@ -13,7 +13,7 @@ from server.live.journal.head import is_begun
 from server.live.journal.journal import Journal, Reached, create, nothing, reopen
 from server.report.folder import JOURNAL_FOLDER, clear, held, is_complete, mark_again, open_folder
 from server.rounds.run_identity import check_same, identity_of
-from server.unfinished import drop_all, refuse_to_drop_simulated
+from server.unfinished import allow_drop, require_no_simulated_progress
 
 AFTER_ROUNDS = (
     *("compression.", "release.", "serving."),
@@ -26,7 +26,7 @@ STEPS = "steps"
 """Subfolder for the results of completed steps after the rounds."""
 
 
-class Complete(Exception):
+class RunComplete(Exception):
     """The run to resume is already complete; the message explains where its results are."""
 
 
@@ -69,7 +69,9 @@ def open_run(
                 finally:
                     found.close()
                 return
-    with open_folder(run, runs, before=drop_all if fresh else refuse_to_drop_simulated) as folder:
+    with open_folder(
+        run, runs, before=allow_drop if fresh else require_no_simulated_progress
+    ) as folder:
         begun = create(folder / JOURNAL_FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
         try:
             yield folder, begun
@@ -98,7 +100,7 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
         check_same(folder / JOURNAL_FOLDER, journal.identity, now, free=free)
         if over:
             what = "results are in summary.json" if released else "model is in global.safetensors"
-            raise Complete(
+            raise RunComplete(
                 f"{folder}: this run is complete: its {what}. Nothing is left to be done; --fresh "
                 "in place of --resume runs it again."
             )

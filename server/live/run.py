@@ -22,7 +22,7 @@ from fedcore.crypto.roster import load_server_identity
 from fedcore.observability.console import choose
 from fedcore.observability.events import Noted, RoundFinished, tee
 from fedcore.observability.jsonl import json_lines
-from fedcore.observability.patience import FIRST_STEP, told_if_slow
+from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.live.deployment import Deployment, LiveRun
@@ -31,10 +31,15 @@ from server.live.journal.journal import Journal, Reached, nothing
 from server.live.network.members import Members, devices_of
 from server.live.network.serve import listen, run_beside
 from server.live.operators.control import Control
-from server.live.operators.endpoint import check_socket, operated, operated_meanwhile, over_network
-from server.live.resume import Complete, has_journal, open_run
+from server.live.operators.endpoint import (
+    check_socket,
+    operator_handler,
+    serve_operators,
+    serve_operators_in_thread,
+)
+from server.live.resume import RunComplete, has_journal, open_run
 from server.live.rounds.settings import device_settings
-from server.process.signals import insistent
+from server.process.signals import interrupt_then_exit
 from server.report.folder import check_outside
 from server.rounds.checkpointing import Peers
 
@@ -77,7 +82,7 @@ def run_deployment(
             if not live.journal.ended and (outcome := asyncio.run(_serve(live))) is None:
                 return False
             return live.run.release.repository is None or _finish(live, outcome)
-    except Complete as over:
+    except RunComplete as over:
         with choose(out, json=deployment.json) as shown:
             shown(Noted(str(over)))
         return True
@@ -98,7 +103,7 @@ def _opened(
     resumes = deployment.resume and has_journal(run, runs)
     name = (declared_name(path) if resumes else None) or inputs.task.name
     if not resumes:
-        with insistent(), told_if_slow(FIRST_STEP) if run.private else nullcontext():
+        with interrupt_then_exit(), note_if_slow(FIRST_STEP) if run.private else nullcontext():
             devices = devices_of(identity.roster()).values()
             inputs.check(runs / run.name, [one.name for one in devices])
     elif run.federation.initial is not None:
@@ -138,13 +143,13 @@ def _opened(
 
 async def _serve(live: LiveRun) -> Outcome | None:
     """Serves devices and runs the remaining rounds; returns None if the rounds were stopped."""
-    operate = over_network(live.control)
+    operate = operator_handler(live.control)
     settings, spool = live.settings, live.spool
     async with (
         listen(
             live.identity, live.hello, live.address, settings=settings, spool=spool, operate=operate
         ) as listening,
-        operated(live.control, live.identity, listening),
+        serve_operators(live.control, live.identity, listening),
     ):
         members = Members(live.identity.roster(), listening.fleet)
         return await run_beside(partial(_rounds, live, members, listening.peers), listening)
@@ -164,7 +169,7 @@ def _finish(live: LiveRun, outcome: Outcome | None) -> bool:
     """
     if live.control.stopped:  # an operator stopped the run during its last round
         return False
-    with operated_meanwhile(live.control, live.identity):
+    with serve_operators_in_thread(live.control, live.identity):
         task = live.inputs.task
         from server.live.finish import finish
         from server.live.judge import JudgeOnDevices

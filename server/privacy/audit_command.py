@@ -15,7 +15,7 @@ from fedcore.cli import Command
 from fedcore.errors import ConfigError, FedcoreError, PrivacyError
 from fedcore.files import check_file, check_folder
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import LOADING, told_if_slow
+from fedcore.observability.patience import LOADING, note_if_slow
 from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _audit(options: argparse.Namespace) -> int:
         check_folder(options.report, option="--report")
         for name in ("report.html", "inversion.png"):
             check_file(options.report / name, option="--report")
-    with told_if_slow(LOADING):
+    with note_if_slow(LOADING):
         statements = _statements(options)
         from fedcore.observability.console import choose
         from fedcore.observability.events import Noted

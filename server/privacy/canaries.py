@@ -25,7 +25,7 @@ from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Examples, Kind, Loss, Task
 from fedcore.task.model import FullModel
-from fedcore.training.per_example.trial import find_way
+from fedcore.training.per_example.trial import choose_method
 from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import train_private
 
@@ -57,7 +57,7 @@ def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
     def train(task: Task, model: FullModel, examples: Examples, settings: ClientConfig) -> None:
         device = next(model.parameters()).device
         if task.name not in ways:
-            ways[task.name] = find_way(task, model)
+            ways[task.name] = choose_method(task, model)
         train_private(
             model.preprocess,
             model.model,

@@ -16,7 +16,7 @@ from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import LOADING, told_if_slow
+from fedcore.observability.patience import LOADING, note_if_slow
 from fedcore.observability.words import counted, epsilon_text
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     if options.plot is not None:
         check_picture(options.plot, option="--plot")
-    with told_if_slow(LOADING):
+    with note_if_slow(LOADING):
         question = _question(options)  # before torch: errors show at once
         from server.privacy.plan import answer
 
@@ -118,7 +118,7 @@ def _of_clients(options: argparse.Namespace) -> int:
             f"--clients = {options.clients}: expected 1 to {MOST_CLIENTS}. Nothing was planned; "
             "name how many clients rounds draw from."
         )
-    with told_if_slow(LOADING):
+    with note_if_slow(LOADING):
         settings = _changed(run.privacy.client, options, _PRIVACY)
         federation = _changed(run.federation, options, {"rounds": "rounds", "cohort": "cohort"})
         privacy = run.privacy.model_copy(

@@ -20,7 +20,7 @@ _AGAIN_S = 0.05  # the interpreter can raise again by then
 
 
 @contextmanager
-def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
+def stop_requested(say: Callable[[], None]) -> Iterator[Asked]:
     """Yields a function that returns whether SIGINT or SIGTERM arrived; a second one interrupts.
 
     Outside the main thread, which can't handle signals, existing handlers stay in place and the
@@ -62,7 +62,7 @@ def asked_to_stop(say: Callable[[], None]) -> Iterator[Asked]:
 
 
 @contextmanager
-def insistent() -> Iterator[None]:
+def interrupt_then_exit() -> Iterator[None]:
     """Makes the first SIGINT or SIGTERM raise, and the second end the process immediately.
 
     For third-party code, which may catch the interrupt.
@@ -74,7 +74,7 @@ def insistent() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if came.is_set():
-            end_at_once()
+            exit_immediately()
         came.set()
         raise KeyboardInterrupt
 
@@ -86,7 +86,7 @@ def insistent() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def end_at_once() -> NoReturn:
+def exit_immediately() -> NoReturn:
     """Ends the process immediately, whatever its threads do, without any clean-up."""
     told = b"Interrupted: ended at once; what was written whole stands.\n"
     with suppress(OSError):
@@ -95,10 +95,10 @@ def end_at_once() -> NoReturn:
 
 
 @contextmanager
-def no_signal() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Blocks SIGINT and SIGTERM; they stay pending until the block ends.
 
-    A process started inside inherits the block until it calls `signals_come`.
+    A process started inside inherits the block until it calls `unblock_signals`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -107,6 +107,6 @@ def no_signal() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def signals_come() -> None:
+def unblock_signals() -> None:
     """Unblocks SIGINT and SIGTERM, in a process that has installed its handlers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

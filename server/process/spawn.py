@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def script_left_out() -> Iterator[None]:
+def main_script_hidden() -> Iterator[None]:
     """Keeps spawned processes from running the main script again.
 
     `multiprocessing` reruns the main script in each process, to find what it defines; a script that

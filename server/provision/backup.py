@@ -28,9 +28,9 @@ from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key, public_bytes
 from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, parse_kit_file
 from fedcore.crypto.roster import ROSTER, RosterFile, parse_roster
 from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_seen
-from fedcore.crypto.sealing import is_sealed, seal, unseal
+from fedcore.crypto.sealing import decrypt, encrypt, is_encrypted
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
-from fedcore.files import disk_errors, held_alone, is_there, read_bytes, sync_folder, write_atomic
+from fedcore.files import disk_errors, is_there, lock_folder, read_bytes, sync_folder, write_atomic
 from server.audit import AUDIT, MARK
 from server.live.operators.drained import DRAINED
 from server.provision.folder import (
@@ -115,7 +115,7 @@ def backup(act: Act, file: Path) -> None:
         created=act.now,
         files={name: base64.b64encode(raw).decode() for name, raw in files.items()},
     )
-    sealed = seal(content.model_dump_json().encode(), passphrase)
+    sealed = encrypt(content.model_dump_json().encode(), passphrase)
     write_atomic(file, sealed, mode=0o600)
 
 
@@ -146,13 +146,13 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
         what="a backup",
         otherwise="Nothing was restored; name a file that `fedcore provision backup` wrote.",
     )
-    files, created = _decode(unseal(sealed, _passphrase(act), where=where), where)
+    files, created = _decode(decrypt(sealed, _passphrase(act), where=where), where)
     authority = _verify(files, act, where=where)
     with ExitStack() as held:
         if occupied and is_there(folder / CERTIFICATE):
             held.enter_context(locked(folder))
         if (folder / SERVER).is_dir():
-            held.enter_context(held_alone(folder / SERVER, _running(folder)))
+            held.enter_context(lock_folder(folder / SERVER, _running(folder)))
         there = _readable(act) if occupied else None
         newer = (
             there is not None
@@ -215,7 +215,7 @@ def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
         )
     certificate = parse_certificate(files[CERTIFICATE], where=f"{where}: {CERTIFICATE}")
     project = check_authority(certificate, now=act.now, where=f"{where}: {CERTIFICATE}")
-    if not is_sealed(files[PRIVATE_KEY]):
+    if not is_encrypted(files[PRIVATE_KEY]):
         key = parse_key(files[PRIVATE_KEY], where=f"{where}: {PRIVATE_KEY}")
         check_pair(key, certificate, where=f"{where}: {PRIVATE_KEY}")
     roster, members = parse_roster(

@@ -34,7 +34,7 @@ from fedcore.crypto.roster import (
     parse_roster,
 )
 from fedcore.crypto.roster_seal import Signer
-from fedcore.crypto.sealing import is_sealed, unseal
+from fedcore.crypto.sealing import decrypt, is_encrypted
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, is_there, lock_file, read_bytes, write_atomic
 from server.audit import AUDIT, Audit
@@ -117,7 +117,7 @@ def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> Au
 def key_is_sealed(folder: Path) -> bool:
     """Returns whether the authority's key is encrypted; raises `DataError` if it is missing."""
     _check_there(folder)
-    return is_sealed(_raw_key(folder))
+    return is_encrypted(_raw_key(folder))
 
 
 def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePrivateKey:
@@ -130,13 +130,13 @@ def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePriva
         CertificateRefused: the file isn't a key, or doesn't match the authority's certificate.
     """
     path, raw = authority.folder / PRIVATE_KEY, _raw_key(authority.folder)
-    if is_sealed(raw):
+    if is_encrypted(raw):
         if passphrase is None:
             raise ConfigError(
                 f"{path}: this key is sealed with a passphrase, and none was given. Nothing was "
                 "signed; name a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
             )
-        raw = unseal(raw, passphrase, where=str(path))
+        raw = decrypt(raw, passphrase, where=str(path))
     key = parse_key(raw, where=str(path))
     check_pair(key, authority.certificate, where=str(path))
     return key

@@ -32,7 +32,7 @@ from fedcore.crypto.keys import fingerprint, new_key, private_bytes, public_byte
 from fedcore.crypto.kit import KEY, KIT, MAX_KIT_BYTES, KitFile, parse_kit_file, write_kit
 from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Member, RosterEntry, RosterFile
 from fedcore.crypto.roster_seal import delegate
-from fedcore.crypto.sealing import seal
+from fedcore.crypto.sealing import encrypt
 from fedcore.errors import ConfigError
 from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
 from server.provision.folder import (
@@ -92,7 +92,7 @@ def initialise(act: Act, project: str) -> x509.Certificate:
         )
     raw = private_bytes(key)
     if act.passphrase is not None:
-        raw = seal(raw, act.passphrase)
+        raw = encrypt(raw, act.passphrase)
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)

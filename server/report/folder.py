@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, held_alone, remove, write_atomic, write_json
+from fedcore.files import disk_errors, lock_folder, remove, write_atomic, write_json
 from server.records import Finished
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -102,7 +102,7 @@ def held(folder: Path) -> Iterator[None]:
         f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or choose "
         "another `name`."
     )
-    with held_alone(folder, refused):
+    with lock_folder(folder, refused):
         yield
 
 

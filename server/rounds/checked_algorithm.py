@@ -34,7 +34,7 @@ class AlgorithmRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Told:
+class RoundSettings:
     """Training settings of a round's clients."""
 
     common: ClientSettings
@@ -65,13 +65,13 @@ class CheckedAlgorithm:
         """Returns the state before the first round."""
         return _state(self._call("initial", _read_only(weights)), "initial")
 
-    def configure(self, number: int, clients: Sequence[str], state: State) -> Told:
+    def configure(self, number: int, clients: Sequence[str], state: State) -> RoundSettings:
         """Returns the settings of a round's clients, checked against the bounds of ``[client]``."""
         shown = () if self.run.client_private else tuple(clients)
-        asked = self._call("configure", self.round(number), shown, _handed(state))
+        asked = self._call("configure", self.round(number), shown, _read_only_copy(state))
         if isinstance(asked, ClientSettings):
             self._check(asked, "configure asks for")
-            return Told(asked, {})
+            return RoundSettings(asked, {})
         if not isinstance(asked, Mapping):
             raise AlgorithmRefused(
                 f"configure returned {_kind(asked)}, expected ClientSettings, or a mapping of "
@@ -89,21 +89,21 @@ class CheckedAlgorithm:
                     f"configure returned {_kind(one)} for client {name!r}, expected ClientSettings"
                 )
             self._check(one, f"configure asks client {name!r} for")
-        return Told(RUN_SETTINGS, {name: asked[name] for name in clients if name in asked})
+        return RoundSettings(RUN_SETTINGS, {name: asked[name] for name in clients if name in asked})
 
     def step(
         self, number: int, weights: Vector, mean: Vector, state: State
     ) -> tuple[Vector, State]:
         """Returns the next weights and state, from the mean of a round's updates."""
         both = (_read_only(weights), _read_only(mean))
-        result = self._call("step", self.round(number), *both, _handed(state))
+        result = self._call("step", self.round(number), *both, _read_only_copy(state))
         return _next(result, weights, "step")
 
     def aggregate(
         self, number: int, weights: Vector, updates: Sequence[ClientUpdate], state: State
     ) -> tuple[Vector, State]:
         """Returns the next weights and state, from all of a round's updates."""
-        given = (_read_only(weights), updates, _handed(state))
+        given = (_read_only(weights), updates, _read_only_copy(state))
         result = self._call("aggregate", self.round(number), *given)
         return _next(result, weights, "aggregate")
 
@@ -185,10 +185,10 @@ def _state(value: Any, method: str) -> State:
                 f"kept: expected a NumPy array or number ({_DTYPES}), or a bool, int, float or str"
             )
         kept[name] = one
-    return _handed(kept)
+    return _read_only_copy(kept)
 
 
-def _handed(state: State) -> State:
+def _read_only_copy(state: State) -> State:
     """Returns a copy of the state to hand to an algorithm, with arrays as read-only views."""
     return {
         name: _read_only(one) if isinstance(one, np.ndarray) else one for name, one in state.items()

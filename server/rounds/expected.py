@@ -10,7 +10,7 @@ from fedcore.config.run import RunConfig
 from fedcore.task.metrics import Metric
 from fedcore.updates.messages import EPSILON, MODEL, STATISTICS, TRAIN_LOSS, UNCLIPPED
 from fedcore.updates.pack import Layout
-from fedcore.updates.replies import Form, Range, ReplySpec
+from fedcore.updates.replies import ArraySpec, Range, ReplySpec
 
 SUM, SQUARES = "sum", "squares"
 """Names of the arrays with a client's sums and sums of squares over its inputs."""
@@ -31,7 +31,7 @@ def asked_to_train(run: RunConfig, layout: Layout) -> ReplySpec:
         metrics[UNCLIPPED] = Range(0.0, 1.0)
     if run.federation.strategy == _ADAPTIVE:  # the strategy's mod on the client reports it
         metrics[_NORM_BIT] = Range(0.0, 1.0)
-    return ReplySpec(MessageType.TRAIN, metrics, {MODEL: Form("float32", (layout.size,))})
+    return ReplySpec(MessageType.TRAIN, metrics, {MODEL: ArraySpec("float32", (layout.size,))})
 
 
 def asked_to_evaluate(metrics: Sequence[Metric]) -> ReplySpec:
@@ -42,5 +42,5 @@ def asked_to_evaluate(metrics: Sequence[Metric]) -> ReplySpec:
 
 def asked_for_sums(shape: tuple[int, ...]) -> ReplySpec:
     """Returns the specification of a reply with sums over inputs of ``shape``."""
-    form = Form("float64", shape)
+    form = ArraySpec("float64", shape)
     return ReplySpec(STATISTICS, arrays={SUM: form, SQUARES: form})

@@ -25,7 +25,7 @@ from server.rounds.inbound import (
     FoldingGrid,
 )
 from server.rounds.norm_bound import is_bounded
-from server.rounds.strategies import Chosen
+from server.rounds.strategies import ChosenStrategy
 
 Judge = Callable[[FullModel], dict[str, float]]
 
@@ -36,7 +36,7 @@ class Federation:
 
     run: RunConfig
     grid: Grid
-    chosen: Chosen
+    chosen: ChosenStrategy
     cohort: int
     metrics: tuple[Metric, ...]
     """Metrics of the task; the first is the primary one."""

@@ -258,7 +258,7 @@ def fold_in_place(
     return folded.mean
 
 
-def carry(mean: Vector, weight: int, instruction: Message) -> Message:
+def mean_as_reply(mean: Vector, weight: int, instruction: Message) -> Message:
     """Returns a mean of updates with their total weight, as a single reply to ``instruction``.
 
     A strategy that uses only the mean computes the same result from it as from the updates.

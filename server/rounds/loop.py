@@ -60,14 +60,14 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     """
     checkpointer, layout = federation.checkpointer, layout_of(model.model)
     start = federation.start
-    progress = _held_once(start.progress if start else _beginning(federation, model))
+    progress = _in_send_buffer(start.progress if start else _beginning(federation, model))
     records = list(start.records) if start else []
     most = _most_of(*(each.epsilon_max for each in records))
     unpack(progress.weights, model.model)
     checkpointer.commit(progress, None)
     while checkpointer.may_continue(progress) and not progress.over:
         started, number = time.monotonic(), progress.round + 1
-        nodes = checkpointer.cohort(MessageType.TRAIN, partial(_drawn, federation, progress))
+        nodes = checkpointer.cohort(MessageType.TRAIN, partial(_draw_cohort, federation, progress))
         tally = Tally(len(nodes))
         checkpointer.begin(nodes)
         try:
@@ -108,17 +108,17 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
 
-def _drawn(federation: Federation, progress: Progress) -> list[int]:
+def _draw_cohort(federation: Federation, progress: Progress) -> list[int]:
     there, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
         return draw(federation.run, progress.protection, there, draws, number=number)
-    there = _willing(there, progress.spent, federation.cohort)
+    there = _unspent_first(there, progress.spent, federation.cohort)
     size = max(federation.cohort, min(federation.asked, len(there)))
     return select(there, size, seed=federation.run.seed, words=("round", number))
 
 
-def _willing(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
+def _unspent_first(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
     """Returns online nodes whose privacy budget is not known to be spent.
 
     Where they are fewer than a cohort, nodes with a spent budget fill it up.
@@ -147,7 +147,7 @@ def _beginning(federation: Federation, model: FullModel) -> Progress:
     )
 
 
-def _held_once(progress: Progress) -> Progress:
+def _in_send_buffer(progress: Progress) -> Progress:
     """Returns the progress with its weights in the buffer that messages are sent from.
 
     The weights are then in memory once, not twice.

@@ -24,7 +24,7 @@ Own = Algorithm | Strategy
 _EXPECTED = "a subclass of fedcore.Algorithm or of flwr.serverapp.strategy.Strategy"
 
 
-def is_own(strategy: str) -> bool:
+def names_user_strategy(strategy: str) -> bool:
     """Whether ``federation.strategy`` names a user's class, in the form ``FILE.py:CLASS``."""
     return ":" in strategy
 

@@ -18,7 +18,7 @@ from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
 from server.rounds.algorithm_strategy import AlgorithmStrategy
 from server.rounds.checked_algorithm import CheckedAlgorithm
-from server.rounds.own_strategy import Own, is_own, own_strategy
+from server.rounds.own_strategy import Own, names_user_strategy, own_strategy
 
 FOLDING = (
     flower.FedAvg,
@@ -46,7 +46,7 @@ _OURS = {"fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenStrategy:
     """A strategy that is ready to run one training, and how the rounds call it."""
 
     strategy: Strategy
@@ -79,7 +79,7 @@ def choose_strategy(
     cohort: int,
     size: int,
     name_of: Callable[[int], str] = str,
-) -> Chosen:
+) -> ChosenStrategy:
     """Returns the strategy of a run: one of Flower's, or the user's own.
 
     Args:
@@ -93,7 +93,7 @@ def choose_strategy(
         ConfigError: the strategy does not exist or does not fit the run. Nothing was run.
     """
     federation = run.federation
-    if given is None and not is_own(federation.strategy):
+    if given is None and not names_user_strategy(federation.strategy):
         return make_strategy(
             federation.strategy, federation.strategy_options, cohort=cohort, size=size
         )
@@ -109,7 +109,7 @@ def choose_strategy(
     notes = [] if folds or not size else [_takes_all(label, cohort, size)]
     if isinstance(own, Algorithm):
         adapted = AlgorithmStrategy(CheckedAlgorithm(own, run), label, name_of=name_of)
-        return Chosen(adapted, folds, False, notes, adapted, label=label)
+        return ChosenStrategy(adapted, folds, False, notes, adapted, label=label)
     if isinstance(own, (*_TREES, *_CLIENT_DP)):
         raise ConfigError(
             f"federation.strategy = {label!r}: it derives from a strategy of Flower's for trees, "
@@ -119,7 +119,7 @@ def choose_strategy(
     for name, value in _ALL_OF_THEM.items():
         if hasattr(own, name):
             setattr(own, name, value)
-    return Chosen(own, folds, False, notes, in_place=False, label=label)
+    return ChosenStrategy(own, folds, False, notes, in_place=False, label=label)
 
 
 _ALL_OF_THEM: Mapping[str, Any] = {
@@ -146,7 +146,9 @@ def strategy_names() -> list[str]:
     )
 
 
-def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: int) -> Chosen:
+def make_strategy(
+    name: str, options: Mapping[str, Any], *, cohort: int, size: int
+) -> ChosenStrategy:
     """Returns the strategy of Flower's that the configuration names.
 
     Args:
@@ -179,7 +181,7 @@ def make_strategy(name: str, options: Mapping[str, Any], *, cohort: int, size: i
     folds = cls in FOLDING
     if not folds and size:
         notes.append(_takes_all(name, cohort, size))
-    return Chosen(_construct(cls, arguments, options), folds, cls in _MEANS, notes)
+    return ChosenStrategy(_construct(cls, arguments, options), folds, cls in _MEANS, notes)
 
 
 def _takes_all(name: str, cohort: int, size: int) -> str:

@@ -33,8 +33,8 @@ from server.rounds.inbound import (
     Tally,
     accepted,
     aggregated,
-    carry,
     fold_in_place,
+    mean_as_reply,
     payload_bytes,
 )
 from server.rounds.instructions import instruction_in_place, instructions, streams
@@ -163,7 +163,7 @@ def _aggregate(
             weights = joined(mean.mean_parts(), layout.size)
         if federation.chosen.means:
             return Released(check_weights(weights, layout, where="aggregate"), protection)
-        updates = [carry(weights, max(mean.weight, 1), collected.instruction)]
+        updates = [mean_as_reply(weights, max(mean.weight, 1), collected.instruction)]
     number = progress.round + 1
     arrays = _aggregated(federation, number, updates, tally)
     weights = progress.weights if arrays is None else aggregated(arrays, layout, number)

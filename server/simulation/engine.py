@@ -17,7 +17,7 @@ from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID, context_of, o
 
 
 @dataclass(frozen=True)
-class Visited:
+class SimulatedClients:
     """State of the virtual clients after a run, by name."""
 
     contexts: Mapping[str, Context]
@@ -25,7 +25,7 @@ class Visited:
     """How often each client was asked to train."""
 
 
-def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Visited:
+def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> SimulatedClients:
     """Runs ``server`` with one virtual node per client; nodes are in the order of ``clients``.
 
     A client's state is created with its first message, so clients that are never selected cost
@@ -50,4 +50,4 @@ def simulate(server: ServerApp, client: ClientApp, clients: Sequence[str]) -> Vi
     nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients))
     with one_thread():
         server(InProcessGrid(RUN_ID, nodes, handle), context_of(SERVER_NODE_ID, "server"))
-    return Visited(contexts, rounds)
+    return SimulatedClients(contexts, rounds)

@@ -50,7 +50,7 @@ def judge_in_simulation(
     return judge
 
 
-def weigh_in_simulation(
+def measure_onnx_in_simulation(
     run: RunConfig,
     task: Task,
     owner: OwnerPolicy,

@@ -50,7 +50,7 @@ from server.simulation.virtual.state import SimulationState
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReplayTarget:
     """The client and round to replay."""
 
     round: int
@@ -100,7 +100,7 @@ def replay(
     return _train_alone(wanted, run, task, owner, prepared, progress, state, out, json=json)
 
 
-def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
+def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> ReplayTarget:
     number, separator, client = text.partition(":")
     if not separator or not (number.isascii() and number.isdigit()):
         raise ConfigError(
@@ -127,7 +127,7 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> Wanted:
             f"--replay {text}: client {client!r} was not asked in round {number}. Nothing was run; "
             f"the {counted(size, 'client')} that were: {asked}{', ...' if size > 5 else ''}."
         )
-    return Wanted(int(number), client, node, cohort)
+    return ReplayTarget(int(number), client, node, cohort)
 
 
 def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoint | None:
@@ -162,7 +162,7 @@ class _Until(NoCheckpoints):
 
 
 def _progress_before(
-    wanted: Wanted,
+    wanted: ReplayTarget,
     run: RunConfig,
     task: Task,
     owner: OwnerPolicy,
@@ -197,7 +197,7 @@ def _progress_before(
 
 
 def _train_alone(
-    wanted: Wanted,
+    wanted: ReplayTarget,
     run: RunConfig,
     task: Task,
     owner: OwnerPolicy,
@@ -266,7 +266,7 @@ def _handler(client: Client, name: str, mods: Sequence[Mod]) -> ClientAppCallabl
 
 
 def _instruction(
-    wanted: Wanted, run: RunConfig, task: Task, prepared: Prepared, progress: Progress
+    wanted: ReplayTarget, run: RunConfig, task: Task, prepared: Prepared, progress: Progress
 ) -> Message:
     """Returns the message that the client was sent."""
     model = build_model(task, run)

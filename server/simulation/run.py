@@ -23,7 +23,7 @@ from fedcore.task.definition import Task
 from fedcore.training.device import available
 from server.after_rounds import Completed, FederatedModel, StageLog, after_rounds
 from server.preflight import Prepared
-from server.process.signals import asked_to_stop
+from server.process.signals import stop_requested
 from server.records import RoundRecord, TrainingRecord
 from server.rounds.app import Listener, Outcome, outcome_of, server_app
 from server.rounds.checkpointing import RoundCheckpointer
@@ -33,7 +33,7 @@ from server.simulation.checkpoint import Checkpoint, Told
 from server.simulation.checkpointer import FileCheckpointer
 from server.simulation.clients import client_records
 from server.simulation.federate import federate
-from server.simulation.judging import judge_in_simulation, weigh_in_simulation
+from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
 from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import Choice, SimulationState
@@ -86,7 +86,7 @@ def run_pipeline(
     if clients_judge(run):
         asked = (run, task, owner, prepared.clients, story.note)
         trained = replace(
-            trained, judge=judge_in_simulation(*asked), weigh=weigh_in_simulation(*asked)
+            trained, judge=judge_in_simulation(*asked), weigh=measure_onnx_in_simulation(*asked)
         )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
@@ -137,7 +137,7 @@ def run_federated_part(
     if resumed and resumed.progress.over:
         outcome = outcome_of(run, task, resumed.start)
     else:
-        with asked_to_stop(_say_stopping) as stopping:
+        with stop_requested(_say_stopping) as stopping:
             checkpointer = FileCheckpointer(
                 folder,
                 identity_of(run, owner),

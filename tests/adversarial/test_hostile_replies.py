@@ -28,7 +28,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.task.metrics import ACCURACY, RMSE
 from fedcore.updates.messages import ARRAYS, METRICS, MODEL, NUM_EXAMPLES, Update, update_content
 from fedcore.updates.pack import Layout
-from fedcore.updates.replies import Reply, ReplySpec, check_legible, read_reply
+from fedcore.updates.replies import Reply, ReplySpec, check_structure, read_reply
 from fedcore.updates.seal import content_digest
 from server.live.journal.journal import create
 from server.live.rounds.journaled import JournalCheckpointer
@@ -218,7 +218,7 @@ def test_a_reply_is_read_or_refused_in_words(
     reply = reply_to(4, content, asked.purpose if kind == "train" else kind)
     said, found = "", None
     try:
-        check_legible(content, where="reply from client 'x'")
+        check_structure(content, where="reply from client 'x'")
     except InvalidUpdate as error:
         said = str(error)
     else:

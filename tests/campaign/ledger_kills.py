@@ -35,11 +35,11 @@ from flwr.proto.message_pb2 import ObjectTree
 from edge_client.agent import loop
 from edge_client.agent.wake import Signals
 from edge_client.device_folder import own
-from edge_client.ledger.view import find_ledger
+from edge_client.ledger.view import read_ledger_files
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.crypto.kit import Kit
-from fedcore.flower.fleet_pull import Announced
+from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.quiet import quiet
 from fedcore.privacy.accounting import Charge, epsilon_of
@@ -115,7 +115,7 @@ class Link:
     def settings(self, run_id: int) -> dict[str, str]:
         return device_settings(self.site.run, instance="first")
 
-    def fetch(self, found: Announced, *, limit_bytes: int) -> Message:
+    def fetch(self, found: AnnouncedMessage, *, limit_bytes: int) -> Message:
         return found.message
 
     def answer(self, reply: Message) -> None:
@@ -146,7 +146,7 @@ def live(site: Site, told: int) -> None:
         )
         while True:
             number = len({one for one, _ in site.released()}) + 1
-            found = Announced(site.instruction(number), ObjectTree())
+            found = AnnouncedMessage(site.instruction(number), ObjectTree())
             loop._answer(device, link, Signals(), runs, found)  # type: ignore[arg-type]
             os.write(told, b"r")
 
@@ -186,7 +186,7 @@ def one_life(site: Site, *, rounds: int, wait_s: float) -> bool:
 
 def recorded_and_released(site: Site) -> tuple[int, int, float, float]:
     """Charges on disk, replies that left, and what each come to; nothing is mended by looking."""
-    found = find_ledger(site.root / "device", site.kit.folder, os.environ)
+    found = read_ledger_files(site.root / "device", site.kit.folder, os.environ)
     if found.problems:
         raise AssertionError("; ".join(found.problems))
     charges = [one.charge for one in found.runs.get("killed", ())]

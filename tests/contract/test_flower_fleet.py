@@ -33,7 +33,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from fedcore.errors import DataError, DiskFull, InvalidUpdate, TrainingError
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import CHUNK_BYTES, ROUTES, Caller, call
-from fedcore.flower.fleet_grid import Check, FleetGrid, Stopped
+from fedcore.flower.fleet_grid import Check, FleetGrid, ServerStopped
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.flower.records import read_record, record_bytes
 from fedcore.updates.messages import weights_record
@@ -390,8 +390,8 @@ def test_a_grid_ends_with_its_server(fleet: Fleet) -> None:
         fleet, Nobody(), inspector=Trusting(), consumed=lambda one: None, stopping=stopping
     )
     stopping.set()
-    with pytest.raises(Stopped):
+    with pytest.raises(ServerStopped):
         list(grid.send_and_receive([ask()]))
-    with pytest.raises(Stopped):
+    with pytest.raises(ServerStopped):
         grid.get_node_ids()
     assert not fleet.asked, "what was sent is forgotten"

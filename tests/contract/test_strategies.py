@@ -24,7 +24,7 @@ from fedcore.updates.pack import Vector, pack
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.app import Outcome
 from server.rounds.federation import Federation
-from server.rounds.inbound import carry
+from server.rounds.inbound import mean_as_reply
 from server.rounds.loop import run_rounds
 from server.rounds.strategies import FOLDING, make_strategy, strategy_names
 
@@ -156,7 +156,7 @@ def test_whose_new_weights_are_the_mean_says_so(name: str, tiny: Task) -> None:
     (asked,) = chosen.strategy.configure_train(
         1, record, ConfigRecord({}), CohortGrid(InProcessGrid(1, [5], lambda m: m), [5])
     )
-    arrays, _ = chosen.strategy.aggregate_train(1, [carry(mean.mean(), mean.weight, asked)])
+    arrays, _ = chosen.strategy.aggregate_train(1, [mean_as_reply(mean.mean(), mean.weight, asked)])
     assert arrays is not None
     same = np.array_equal(arrays[MODEL].numpy(), mean.mean())
     assert same or not chosen.means

@@ -36,7 +36,7 @@ from fedcore.task.model import build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
 from server.cloud import read_cloud_data
 from server.rounds.app import Listener, Outcome, server_app
-from server.simulation.engine import Visited, simulate
+from server.simulation.engine import SimulatedClients, simulate
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +147,7 @@ def flwr_run(environment: Mapping[str, str], runs: Path, run: Path, *, nodes: in
     return done.stdout
 
 
-def in_process(task: Task, run: RunConfig) -> tuple[Outcome, Visited]:
+def in_process(task: Task, run: RunConfig) -> tuple[Outcome, SimulatedClients]:
     """The same run over fedcore's own engine, on one thread, as Ray gives each client one."""
     outcomes: list[Outcome] = []
     randomness = Simulated(run.seed)

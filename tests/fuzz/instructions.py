@@ -15,7 +15,7 @@ from safetensors.torch import save
 from edge_client.agent.loop import read_settings
 from fedcore.config.client_settings import SETTABLE, key_of
 from fedcore.config.owner import OPEN_POLICY
-from fedcore.flower.fleet_pull import Announced, read_content
+from fedcore.flower.fleet_pull import AnnouncedMessage, read_content
 from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated
 from fedcore.training.client import Client, check_instruction, model_of, settings_of
@@ -107,7 +107,7 @@ def read(raw: bytes) -> None:
         read_settings(rest.decode(errors="replace"))
         return
     held, tree = read_objects(rest)
-    announced = Announced(Message(RecordDict(), 7, "train"), tree)
+    announced = AnnouncedMessage(Message(RecordDict(), 7, "train"), tree)
 
     def pull(object_id: str, most_bytes: int) -> bytes:
         return held[object_id][:most_bytes]

@@ -18,7 +18,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.task.metrics import ACCURACY, RMSE
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.pack import Layout
-from fedcore.updates.replies import ReplySpec, check_legible, read_reply
+from fedcore.updates.replies import ReplySpec, check_structure, read_reply
 from fedcore.updates.seal import base_digest, content_digest, sign_reply, verify_reply
 from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
 from server.rounds.inbound import failure_of
@@ -125,7 +125,7 @@ def read(raw: bytes) -> None:
         raise InvalidUpdate(f"client 'edge-0' failed ({code}): {reason}"[:2000])
     assert content is not None
     where = "round 3: reply from 'edge-0'"
-    check_legible(content, where=where)
+    check_structure(content, where=where)
     content_digest(content)
     if signed:
         base = base_digest(RecordDict())

@@ -18,7 +18,7 @@ from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel
 from fedcore.training.local import train
-from fedcore.training.per_example.chain import by_torch
+from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
@@ -82,7 +82,7 @@ def test_without_privacy(way: str, net: str) -> None:
         assert chain is not None
         loss = functional.cross_entropy
         got = train_chained(
-            before, chain, asked, loss, SETTINGS, proximal_mu=0.0, run=by_torch(chain)
+            before, chain, asked, loss, SETTINGS, proximal_mu=0.0, run=torch_run(chain)
         )
     else:
         got = train_cohort(before, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
@@ -108,7 +108,7 @@ def test_with_privacy_and_the_same_noise(net: str) -> None:
         functional.cross_entropy,
         SETTINGS,
         proximal_mu=0.0,
-        run=by_torch(chain),
+        run=torch_run(chain),
     )
     alone = []
     way = way_of(before.model, functional.cross_entropy, torch.zeros(1, 6, 6))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 
-from edge_client.delivery.clock import Floor, Judged, learned, looked, read_floor
+from edge_client.delivery.clock import ClockReading, TimeFloor, learned, looked, read_floor
 from edge_client.delivery.roots import anchor, parse_root
 from edge_client.inference import confined
 from fedcore.artifacts.manifest import parse_manifest
@@ -103,12 +103,12 @@ HOURS = st.floats(-24 * 9000, 24 * 9000, allow_nan=False)
 def test_the_floor_never_falls_and_what_has_expired_once_stays_so(
     steps: list[tuple[bool, float, float]], last: float
 ) -> None:
-    floor, highest, newest = Floor(), None, None
+    floor, highest, newest = TimeFloor(), None, None
     root = Root(expires=T0 + timedelta(days=9999), unrecognized_fields=stamp(T0))
     for verified, clock, signed in steps:
         now, at = T0 + timedelta(hours=clock), T0 + timedelta(hours=signed)
         timestamp = Timestamp(expires=at + EXPIRY, unrecognized_fields=stamp(at))
-        if verified and timestamp.is_expired(Judged(now, floor).at):
+        if verified and timestamp.is_expired(ClockReading(now, floor).at):
             continue  # it would be refused
         if verified:
             floor = learned(floor, now, root=root, timestamp=timestamp, created=None)
@@ -120,7 +120,7 @@ def test_the_floor_never_falls_and_what_has_expired_once_stays_so(
             assert floor.at >= highest
         highest = floor.at
         if newest is not None and newest.is_expired(now):
-            assert newest.is_expired(Judged(T0 + timedelta(hours=last), floor).at)
+            assert newest.is_expired(ClockReading(T0 + timedelta(hours=last), floor).at)
         if highest is not None and newest is not None:
             # Whatever the clock has said, what is signed after the newest is not too old for it.
             assert highest <= max(newest.expires, T0)

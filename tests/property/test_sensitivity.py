@@ -34,14 +34,14 @@ from fedcore.seeds import SystemEntropy, global_streams
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, preprocess_bytes
 from fedcore.training.client import Client, learn
-from fedcore.training.per_example.chain import by_torch
+from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
 from fedcore.training.per_example.clipping import _CANCELLED as CANCELLED
-from fedcore.training.per_example.clipping import example_gradients, norms, shares_of
+from fedcore.training.per_example.clipping import clip_factors, example_gradients, norms
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
-from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import EXACT_ROWS, GradientMethod, by_chain
+from fedcore.training.per_example.trial import choose_method
+from fedcore.training.per_example.ways import EXACT_ROWS, GradientMethod, chain_method
 from fedcore.training.private import train_private
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of, pack
@@ -215,7 +215,7 @@ def test_the_zoo_is_large_and_has_both_kinds() -> None:
 def test_no_example_moves_a_sum_by_more_than_the_clip_norm(case: Case) -> None:
     task = task_of(case)
     full = build_model(task, RUN)
-    way = find_way(task, full)
+    way = choose_method(task, full)
     assert way.name == case.outcome, way.why
     if case.name.startswith("large table"):  # gradients by what was looked up, no table an example
         assert way.bytes_per_example < sum(p.numel() for p in full.parameters())
@@ -261,7 +261,7 @@ def test_the_clip_norm_holds_whatever_its_size(name: str, clip: float) -> None:
     case = case_named(name)
     task = task_of(case)
     full = build_model(task, RUN)
-    way = find_way(task, full)
+    way = choose_method(task, full)
     for _, model in hostile(full.model):
         at = FullModel(full.preprocess, model)
         without = sums(way, task, at, lazily(case, None), clip=clip, steps=1)
@@ -276,7 +276,7 @@ def test_a_data_set_in_memory_is_no_different(name: str) -> None:
     case = case_named(name)
     task = task_of(case)
     full = build_model(task, RUN)
-    way = find_way(task, full)
+    way = choose_method(task, full)
     inputs, targets = data_of(case)
     found = []
     for value in (float("nan"), float("inf"), 3e38, 50.0, 0.0):
@@ -323,9 +323,9 @@ def test_rows_that_cancel_do_not_round_the_other_way_in_great_numbers(compiled: 
 
     chain = find_chain(model, torch.randn(4, 16, 1, 2))
     assert chain is not None
-    run = compiled_run(chain, model, apart=True) if compiled else by_torch(chain)
+    run = compiled_run(chain, model, apart=True) if compiled else torch_run(chain)
     assert run is not None
-    way, unit = by_chain(chain, run, loss), 2.0 ** (math.log2(CANCELLED) - 24)
+    way, unit = chain_method(chain, run, loss), 2.0 ** (math.log2(CANCELLED) - 24)
     rows = torch.zeros(EXACT_ROWS, 16, 1, 2)
     rows[0, 0, 0, 0] = start = math.floor((1 - 8 * unit) / unit) * unit
     with_it, without_it = start, 0.0
@@ -358,7 +358,7 @@ def test_norms_of_long_vectors_of_equal_entries_are_not_short(value: float) -> N
 
 @given(st.floats(-45, 12), st.floats(-20, 30))
 def test_a_share_times_a_length_is_at_most_the_clip_norm(clip: float, length: float) -> None:
-    share = shares_of(torch.tensor([10.0**length], dtype=torch.float64).square(), 10**clip)
+    share = clip_factors(torch.tensor([10.0**length], dtype=torch.float64).square(), 10**clip)
     assert share.dtype == torch.float32
     assert float(share.double()) * 10**length <= 10**clip * (1 + 1e-6)
 
@@ -393,4 +393,4 @@ def test_random_chains(
 def by_chain_of(full: FullModel) -> GradientMethod:
     chain = find_chain(full.model, torch.zeros(2, WIDTH))
     assert chain is not None
-    return by_chain(chain, by_torch(chain), nn.functional.cross_entropy)
+    return chain_method(chain, torch_run(chain), nn.functional.cross_entropy)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedcore.kernels.window import ConvolutionWindow
-from fedcore.training.per_example.images import back_to_image, convolved, largest, patches
+from fedcore.training.per_example.images import convolved, largest, patches, with_input_gradient
 
 Elementwise = Callable[..., Tensor]
 Weights = dict[str, Tensor]
@@ -42,7 +42,7 @@ class Conv(Dense):
 
 @dataclass(frozen=True)
 class Step:
-    """Applies ``apply`` to results of earlier steps; each `Place` among the arguments names one."""
+    """Applies ``apply`` to results of earlier steps, which each `StepResult` argument names."""
 
     apply: Dense | Elementwise
     args: tuple[Any, ...]
@@ -50,7 +50,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Place:
+class StepResult:
     """A reference, among a step's arguments, to an earlier step's result."""
 
     index: int
@@ -72,7 +72,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """A forward pass through the chain, with the tensors that the backward pass needs.
 
     A dense layer has one row per example, a convolution several.
@@ -91,11 +91,11 @@ class Pass:
 Share = tuple[Tensor, Tensor, Tensor]
 """One layer's factors of its gradient: inputs of its product, gradients of the products, and
 gradients of the results (with bias), which may be summed over some of their rows. Shapes as in
-`Pass`."""
+`ForwardPass`."""
 
 
 @dataclass(frozen=True)
-class Made:
+class BatchGradients:
     """A layer's gradient, summed over each client's whole batch."""
 
     weight: Tensor
@@ -105,7 +105,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Each:
+class PerExampleGradients:
     """A layer's per-example gradients."""
 
     weight: Tensor
@@ -115,14 +115,16 @@ class Each:
     """Shape ``(K, B, out)``; meaningless for a layer without bias."""
 
 
-Back = Callable[[Tensor], Iterable[Share | Made | Each]]
+Back = Callable[[Tensor], Iterable[Share | BatchGradients | PerExampleGradients]]
 """Maps gradients of a chain's output to each layer's part, in layer order; call it only once. If
-examples are kept separate, no part is `Made`."""
+examples are kept separate, no part is `BatchGradients`."""
 
 
-def left_apart(part: Share | Made | Each) -> Share | Each:
+def per_example_part(
+    part: Share | BatchGradients | PerExampleGradients,
+) -> Share | PerExampleGradients:
     """Narrows the type of a layer's part from a run that keeps examples separate."""
-    assert not isinstance(part, Made)
+    assert not isinstance(part, BatchGradients)
     return part
 
 
@@ -135,7 +137,7 @@ def flattened(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def by_torch(chain: Chain) -> Run:
+def torch_run(chain: Chain) -> Run:
     """Returns a run of the chain by torch operations, for any chain and device."""
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
@@ -145,7 +147,7 @@ def by_torch(chain: Chain) -> Run:
     return run
 
 
-def _back(passed: Pass, slopes: Tensor) -> Iterable[Share]:
+def _back(passed: ForwardPass, slopes: Tensor) -> Iterable[Share]:
     if not passed.output.requires_grad:
         return zip(passed.inputs, [slopes], [slopes], strict=True)
     anchors = [*passed.products, *passed.results]
@@ -186,7 +188,7 @@ def like_weight(layer: Dense, products: Tensor, weight: Tensor) -> Tensor:
     return products.view(weight.shape)
 
 
-def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
+def run_chain(chain: Chain, weights: Weights, x: Tensor) -> ForwardPass:
     """Runs ``K`` clients' batches through ``K`` copies of the weights.
 
     Args:
@@ -201,7 +203,7 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
     for step in chain.steps:
         layer = step.apply
         if not isinstance(layer, Dense):
-            args = [places[a.index] if isinstance(a, Place) else a for a in step.args]
+            args = [places[a.index] if isinstance(a, StepResult) else a for a in step.args]
             places.append(layer(*args, **step.kwargs))
             continue
         a = places[step.args[0].index]
@@ -216,7 +218,7 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> Pass:
         inputs.append(rows)
         products.append(z)
         results.append(result)
-    return Pass(places[chain.output], inputs, products, results)
+    return ForwardPass(places[chain.output], inputs, products, results)
 
 
 _IMAGE = (0, 1, 4, 2, 3)  # from (K, B, H, W, C) to (K, B, C, H, W)
@@ -243,7 +245,7 @@ def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Te
     if z is None:
         z = products(rows, weight)
     if image.requires_grad:
-        z = back_to_image(image, z, weight, window)
+        z = with_input_gradient(image, z, weight, window)
     z = result = _anchored(z)
     if window.pool != (1, 1):
         result = largest(z.view(*z.shape[:2], math.prod(window.pool), -1, z.shape[3]), 2)

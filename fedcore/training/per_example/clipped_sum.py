@@ -12,8 +12,14 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin_streams
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.batches import gather
-from fedcore.training.per_example.clipping import shares_of
-from fedcore.training.per_example.ways import GradientMethod, Kind, Part, one_by_one, zero_totals
+from fedcore.training.per_example.clipping import clip_factors
+from fedcore.training.per_example.ways import (
+    GradientMethod,
+    GradientPart,
+    Kind,
+    sequential_method,
+    zero_totals,
+)
 
 _MOST_ROWS = 256
 """Maximum number of examples read, or processed, at once, so that one example's size has little
@@ -109,7 +115,7 @@ def _add_part(
     How an example is processed depends only on that example.
     """
 
-    def taken(way: GradientMethod, batch: Batch) -> Part | None:
+    def taken(way: GradientMethod, batch: Batch) -> GradientPart | None:
         return _taken(way, preprocess, model, batch)
 
     part = taken(way, batch)
@@ -124,7 +130,7 @@ def _add_part(
     if part is not None:
         skipped += _add_clipped(part, together, clip_norm, totals)
         batch = replace(batch, counted=batch.counted & ~runs)
-    alone = one_by_one(loss, why="")
+    alone = sequential_method(loss, why="")
     for place in batch.counted.nonzero().flatten().tolist():
         single = batch.rows(place, place + 1)
         part = taken(alone, single)
@@ -132,15 +138,17 @@ def _add_part(
     return skipped
 
 
-def _add_clipped(part: Part, batch: Batch, clip_norm: float, totals: Sequence[Tensor]) -> int:
+def _add_clipped(
+    part: GradientPart, batch: Batch, clip_norm: float, totals: Sequence[Tensor]
+) -> int:
     used = batch.counted & part.usable
-    part.add(torch.where(used, shares_of(part.squares, clip_norm), 0.0), totals)
+    part.add(torch.where(used, clip_factors(part.squares, clip_norm), 0.0), totals)
     return int((batch.counted & ~used).sum())
 
 
 def _taken(
     way: GradientMethod, preprocess: nn.Module, model: nn.Module, batch: Batch
-) -> Part | None:
+) -> GradientPart | None:
     """Returns the gradients of one physical batch; None where computing them fails.
 
     Nothing that an example's values cause, running out of memory included, may abort the work. A

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedcore.training.per_example.chain import Each, Share
+from fedcore.training.per_example.chain import PerExampleGradients, Share
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ExampleGradients:
     """Sums a slice of each client's gradients, each times its scale factor, ``(K, B)``, float32."""
 
 
-def example_gradients(part: Share | Each, *, bias: bool) -> ExampleGradients:
+def example_gradients(part: Share | PerExampleGradients, *, bias: bool) -> ExampleGradients:
     """Returns a layer's per-example gradients by the cheapest method.
 
     Guarantee:
@@ -69,7 +69,7 @@ def example_gradients(part: Share | Each, *, bias: bool) -> ExampleGradients:
         Goodfellow 2015, arXiv:1510.01799 (dense layers); Bu et al. 2022, arXiv:2205.10683 (when a
         convolution's norm is computed without its gradient).
     """
-    if isinstance(part, Each):
+    if isinstance(part, PerExampleGradients):
         (squares, usable, product), of_bias = _given(part.weight), part.bias
     else:
         inputs, slopes, of_results = part
@@ -90,20 +90,20 @@ def example_gradients(part: Share | Each, *, bias: bool) -> ExampleGradients:
     return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
 
 
-def without(part: Share | Each, usable: Tensor) -> Share | Each:
+def without(part: Share | PerExampleGradients, usable: Tensor) -> Share | PerExampleGradients:
     """Returns a layer's part with unusable examples, ``(B,)``, set to zero; requires K = 1."""
 
     def kept(one: Tensor) -> Tensor:
         mask = usable.view(1, -1, *[1] * (one.dim() - 2))
         return torch.where(mask, one, torch.zeros_like(one))
 
-    if isinstance(part, Each):
-        return Each(kept(part.weight), kept(part.bias))
+    if isinstance(part, PerExampleGradients):
+        return PerExampleGradients(kept(part.weight), kept(part.bias))
     inputs, slopes, of_results = part
     return kept(inputs), kept(slopes), kept(of_results)
 
 
-def shares_of(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
+def clip_factors(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
     """Returns float32 scale factors that bound each gradient's norm by ``clip_norm``.
 
     Args:

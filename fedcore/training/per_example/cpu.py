@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from fedcore.kernels.im2col import MOST
 from fedcore.training.per_example.chain import (
     Back,
+    BatchGradients,
     Chain,
     Conv,
     Dense,
-    Each,
-    Made,
-    Place,
+    PerExampleGradients,
     Run,
     Share,
     Step,
+    StepResult,
     Weights,
     flattened,
 )
@@ -30,7 +30,7 @@ from fedcore.training.per_example.cpu_conv import Link, Undo, convolution
 from fedcore.training.per_example.graph import is_relu
 
 
-def by_kernels(chain: Chain, *, apart: bool) -> Run | None:
+def kernel_run(chain: Chain, *, apart: bool) -> Run | None:
     """Returns a run of the chain by float32 kernels on the CPU; None where torch is better.
 
     That is the case without convolutions, with very large pooling blocks, and where a result is
@@ -61,8 +61,10 @@ def by_kernels(chain: Chain, *, apart: bool) -> Run | None:
     return run
 
 
-def _back(undos: Sequence[Undo], slopes: Tensor) -> Sequence[Share | Made | Each]:
-    shares: list[Share | Made | Each] = []
+def _back(
+    undos: Sequence[Undo], slopes: Tensor
+) -> Sequence[Share | BatchGradients | PerExampleGradients]:
+    shares: list[Share | BatchGradients | PerExampleGradients] = []
     for undo in reversed(undos):
         slopes, share = undo(slopes)
         if share is not None:
@@ -72,8 +74,8 @@ def _back(undos: Sequence[Undo], slopes: Tensor) -> Sequence[Share | Made | Each
 
 def _is_straight(chain: Chain) -> bool:
     """Returns whether each step reads the previous step's result, and no other."""
-    given = [[one for one in step.args if isinstance(one, Place)] for step in chain.steps]
-    in_turn = all(places == [Place(number)] for number, places in enumerate(given))
+    given = [[one for one in step.args if isinstance(one, StepResult)] for step in chain.steps]
+    in_turn = all(places == [StepResult(number)] for number, places in enumerate(given))
     return in_turn and chain.output == len(chain.steps)
 
 
@@ -97,7 +99,7 @@ def _links(steps: Sequence[Step], *, apart: bool) -> Iterator[Link]:
 
 def _applied(step: Step, x: Tensor) -> Tensor:
     assert not isinstance(step.apply, Dense)
-    args = [x if isinstance(one, Place) else one for one in step.args]
+    args = [x if isinstance(one, StepResult) else one for one in step.args]
     return step.apply(*args, **step.kwargs)
 
 

@@ -20,19 +20,26 @@ from torch.nn import functional
 from fedcore.kernels.direct import Direct, direct
 from fedcore.kernels.im2col import (
     blocks_of,
-    fold_rows,
-    lay_columns,
-    lay_rows,
-    look_of,
+    col2im,
+    conv_geometry,
+    im2col_columns,
+    im2col_rows,
     pool,
     unpool,
 )
-from fedcore.kernels.sparse_backward import Back, taken_back
+from fedcore.kernels.sparse_backward import Back, compile_sparse_backward
 from fedcore.kernels.window import ConvolutionWindow
 from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_kernels, to_tiles
-from fedcore.training.per_example.chain import Conv, Each, Made, Share, Weights, matrix
+from fedcore.training.per_example.chain import (
+    BatchGradients,
+    Conv,
+    PerExampleGradients,
+    Share,
+    Weights,
+    matrix,
+)
 
-Undo = Callable[[Tensor], tuple[Tensor, Share | Made | Each | None]]
+Undo = Callable[[Tensor], tuple[Tensor, Share | BatchGradients | PerExampleGradients | None]]
 """Maps gradients of a link's result to those of its input, and to the layer's part. Call it only
 once; for a chain's first layer only the part is valid."""
 Link = Callable[[Weights, Tensor], tuple[Tensor, Undo]]
@@ -50,11 +57,11 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
         layer: The convolution.
         relu: Whether a ReLU follows.
         first: Whether it is the chain's first layer, whose input needs no gradients.
-        apart: Whether the backward pass keeps examples separate; otherwise its part is `Made`.
+        apart: Whether the backward pass keeps examples separate, in place of `BatchGradients`.
     """
     inside = replace(layer.window, padding=(0, 0))
     loops = direct(inside, layer.channels, layer.outs) if first else None
-    back = None if first else taken_back(inside, layer.channels)
+    back = None if first else compile_sparse_backward(inside, layer.channels)
 
     def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
         weight = matrix(layer, weights[layer.weight])
@@ -102,7 +109,7 @@ def _directly(
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
     loops.ahead(images, kernels.numpy(), bias.numpy(), found, places, size, relu)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, Made | Each]:
+    def undo(slopes: Tensor) -> tuple[Tensor, BatchGradients | PerExampleGradients]:
         each = slopes.shape[:2] if apart else slopes.shape[:1]
         of_result = slopes.permute(_CHANNELS_LAST).contiguous()
         of_kernels = kernels.new_empty((*each, *kernels.shape[1:]))
@@ -116,7 +123,9 @@ def _directly(
             places.reshape(parts, -1, places.shape[2]),
             size,
         )
-        return slopes, (Each if apart else Made)(of_kernels.transpose(-1, -2), of_bias)
+        return slopes, (PerExampleGradients if apart else BatchGradients)(
+            of_kernels.transpose(-1, -2), of_bias
+        )
 
     return result.permute(_CHANNELS_FIRST), undo
 
@@ -144,7 +153,7 @@ def _by_taken(
     else:
         result, places, _, _ = _rows_ahead(inside, weight, bias, x, relu=relu, keep=False)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, Made | Each]:
+    def undo(slopes: Tensor) -> tuple[Tensor, BatchGradients | PerExampleGradients]:
         each = slopes.shape[:2] if apart else slopes.shape[:1]
         of_weight = weight.new_empty((*each, *weight.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
@@ -161,7 +170,9 @@ def _by_taken(
             (x.shape[2], x.shape[3], *cells),
         )
         found = of_images[:, :, above : above + height, beside : beside + width]
-        return found.permute(_CHANNELS_FIRST), (Each if apart else Made)(of_weight, of_bias)
+        return found.permute(_CHANNELS_FIRST), (PerExampleGradients if apart else BatchGradients)(
+            of_weight, of_bias
+        )
 
     return result.permute(_CHANNELS_FIRST), undo
 
@@ -180,14 +191,14 @@ def _by_rows(
     x = x.contiguous()
     clients, batch, height, width, channels = x.shape
     outs = weight.shape[1]
-    look = look_of(window, height, width, channels)
+    look = conv_geometry(window, height, width, channels)
     blocks = blocks_of(window, height, width)
     result, places, rows, products = _rows_ahead(
         window, weight, bias, x, relu=relu, keep=True, apart=apart
     )
     of_products = _lines(products)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, Share | Made]:
+    def undo(slopes: Tensor) -> tuple[Tensor, Share | BatchGradients]:
         of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
         of_bias = slopes.new_empty((clients, batch, 1, outs))
         of_images = torch.empty_like(x)
@@ -200,10 +211,10 @@ def _by_rows(
                 _multiply_back(rows[client], products[place], gradient[client])
             if not first:
                 back = products[place].flatten(0, 1) @ weight[client]
-                fold_rows(back.view(-1).numpy(), _flat(of_images)[client], look)
-        part: Share | Made = (rows, products, of_bias)
+                col2im(back.view(-1).numpy(), _flat(of_images)[client], look)
+        part: Share | BatchGradients = (rows, products, of_bias)
         if not apart:
-            part = Made(gradient, of_bias.sum(dim=(1, 2)))
+            part = BatchGradients(gradient, of_bias.sum(dim=(1, 2)))
         return of_images.permute(_CHANNELS_FIRST), part
 
     return result.permute(_CHANNELS_FIRST), undo
@@ -235,13 +246,13 @@ def _rows_ahead(
     """
     clients, batch, height, width, channels = x.shape
     outs, numbers = weight.shape[1:]
-    look = look_of(window, height, width, channels)
+    look = conv_geometry(window, height, width, channels)
     blocks = blocks_of(window, height, width)
     count = look[-2] * look[-1]
     short = window.kernel[1] * channels < _SHORT
     kept = clients if keep else 1
     rows = x.new_empty((kept, batch, numbers, count) if short else (kept, batch, count, numbers))
-    lay = lay_columns if short else lay_rows
+    lay = im2col_columns if short else im2col_rows
     images, of_rows = _flat(x), _flat(rows)
     rows = rows.transpose(2, 3) if short else rows
     products = x.new_empty((clients if apart else 1, batch, count, outs))

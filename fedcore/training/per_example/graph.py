@@ -17,8 +17,8 @@ from fedcore.training.per_example.chain import (
     Conv,
     Dense,
     Elementwise,
-    Place,
     Step,
+    StepResult,
     flattened,
     run_chain,
     stacked,
@@ -119,10 +119,10 @@ def _step(
 ) -> Step | None:
     if _flattens(node):
         (source, *_) = node.args
-        return Step(flattened, (Place(places[source]),), {}) if source in places else None  # type: ignore[index]
+        return Step(flattened, (StepResult(places[source]),), {}) if source in places else None  # type: ignore[index]
     if any(isinstance(a, fx.Node) and a not in places for a in node.all_input_nodes):
         return None
-    args = tuple(Place(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
+    args = tuple(StepResult(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
     kwargs = dict(node.kwargs)
     if any(isinstance(value, fx.Node) for value in kwargs.values()):
         return None
@@ -249,7 +249,7 @@ def _with_pooling(chain: Chain) -> Chain:
     readers: dict[int, list[int]] = {}
     for place, step in enumerate(steps):
         for arg in (*step.args, *step.kwargs.values()):
-            if isinstance(arg, Place):
+            if isinstance(arg, StepResult):
                 readers.setdefault(arg.index, []).append(place)
     readers.setdefault(chain.output, []).append(len(steps))
 

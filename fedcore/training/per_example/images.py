@@ -71,7 +71,7 @@ def convolved(x: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor | 
     return blocks.reshape(1, batch, -1, found.shape[1])
 
 
-def back_to_image(x: Tensor, z: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor:
+def with_input_gradient(x: Tensor, z: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor:
     """Returns ``z`` with a backward pass from its gradients to those of ``x``.
 
     Args:
@@ -135,13 +135,13 @@ class _BackToImage(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         if len(weight) == 1 and not weight.is_cuda:
-            one = slopes_of_one(slopes[0], weight, ctx.window, ctx.shape)
+            one = input_gradient_single(slopes[0], weight, ctx.window, ctx.shape)
             return one, None, None, None
         at_once = ctx.shape[0] if weight.is_cuda else 1  # more would exceed a core's cache
-        return slopes_of_image(slopes[0], weight, ctx.window, ctx.shape, at_once), None, None, None
+        return input_gradient(slopes[0], weight, ctx.window, ctx.shape, at_once), None, None, None
 
 
-def slopes_of_image(
+def input_gradient(
     slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int], at_once: int
 ) -> Tensor:
     """Returns the input's gradients: per kernel element, one product added to a shifted image.
@@ -175,7 +175,7 @@ def slopes_of_image(
     return whole[:, :, down : down + height, across : across + width].permute(0, 1, 4, 2, 3)
 
 
-def slopes_of_one(
+def input_gradient_single(
     slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int]
 ) -> Tensor:
     """Returns one client's input gradients by torch's convolution, which is faster for few images.

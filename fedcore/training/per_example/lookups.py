@@ -19,7 +19,7 @@ from fedcore.training.per_example.clipping import norms
 from fedcore.training.per_example.mapping import vmap
 from fedcore.training.per_example.ways import (
     GradientMethod,
-    Part,
+    GradientPart,
     fresh,
     of_gradients,
     own_states,
@@ -55,7 +55,9 @@ def find_tables(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> GradientMethod | None:
+def lookup_method(
+    model: nn.Module, behind: Tensor, loss: Loss, *, why: str
+) -> GradientMethod | None:
     """Returns the method for vectorisable models with large embeddings; None for other models.
 
     Guarantee:
@@ -78,7 +80,9 @@ def by_lookups(model: nn.Module, behind: Tensor, loss: Loss, *, why: str) -> Gra
     others = sum(one.numel() for name, one in trained(model).items() if name not in kept)
     numbers = sum(tap.numel() for taps in looked_up.values() for tap in taps)
 
-    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+    def take(
+        preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
+    ) -> GradientPart:
         values = {name: p.detach() for name, p in trained(model).items()}
         tables = {name: values.pop(name) for name in kept}
         before, network, judge = fresh(preprocess, model, loss)
@@ -158,13 +162,13 @@ def _tapped(model: nn.Module, taps: Taps) -> Iterator[dict[str, list[Tensor]]]:
 
 def _of_table(
     layer: nn.Module, rows: Sequence[Tensor], slopes: Sequence[Tensor], table: Tensor
-) -> Part:
+) -> GradientPart:
     """Returns one table's gradients from row numbers and the gradients of the looked-up values."""
     index = torch.cat([one.flatten(1).long() for one in rows], dim=1)
     each = torch.cat([one.reshape(len(one), -1, table.shape[1]) for one in slopes], dim=1)
     if isinstance(layer.padding_idx, int):
         each = each.masked_fill((index == layer.padding_idx).unsqueeze(2), 0.0)
-    index, each = added_up(index, each)
+    index, each = sum_duplicate_rows(index, each)
     squares = norms(each.flatten(1)).square()
     usable = torch.isfinite(squares)
     each = where(usable, each)
@@ -174,10 +178,10 @@ def _of_table(
         shared = each * share[:, None, None]
         total.index_add_(0, index.flatten(), shared.flatten(0, 1).to(total.dtype))
 
-    return Part(squares, usable, add)
+    return GradientPart(squares, usable, add)
 
 
-def added_up(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+def sum_duplicate_rows(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """Adds up an example's entries with equal row numbers in one position.
 
     Args:
@@ -198,7 +202,7 @@ def added_up(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(index).scatter_(1, place, index), total
 
 
-def _together(model: nn.Module, parts: Mapping[str, Part]) -> Part:
+def _together(model: nn.Module, parts: Mapping[str, GradientPart]) -> GradientPart:
     """Combines the parts of all parameters, in the model's order; skips parameters without one."""
     squares = torch.stack([part.squares for part in parts.values()]).sum(dim=0)
     usable = torch.stack([part.usable for part in parts.values()]).all(dim=0)
@@ -208,4 +212,4 @@ def _together(model: nn.Module, parts: Mapping[str, Part]) -> Part:
             if name in parts:
                 parts[name].add(share, [total])
 
-    return Part(squares, usable & torch.isfinite(squares), add)
+    return GradientPart(squares, usable & torch.isfinite(squares), add)

@@ -22,6 +22,6 @@ def compiled_run(chain: Chain, model: nn.Module, *, apart: bool) -> Run | None:
     plain = all(p.dtype == torch.float32 and p.is_cpu for p in model.parameters())
     if not plain or not any(isinstance(layer, Conv) for layer in chain.layers):
         return None
-    from fedcore.training.per_example.cpu import by_kernels  # compiles on first use
+    from fedcore.training.per_example.cpu import kernel_run  # compiles on first use
 
-    return by_kernels(chain, apart=apart)
+    return kernel_run(chain, apart=apart)

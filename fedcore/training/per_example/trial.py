@@ -21,21 +21,21 @@ from fedcore.privacy.layers import check_layers
 from fedcore.seeds import drawn_outside_torch, global_streams
 from fedcore.task.definition import Kind, Loss, Task
 from fedcore.task.model import FullModel
-from fedcore.training.per_example.chain import by_torch
+from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.graph import find_chain
-from fedcore.training.per_example.lookups import by_lookups
+from fedcore.training.per_example.lookups import lookup_method
 from fedcore.training.per_example.losses import is_mean
 from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.ways import (
     GradientMethod,
-    by_chain,
-    by_vmap,
+    chain_method,
     each_alone,
     fresh,
     is_mappable,
-    one_by_one,
     own_gradient,
+    sequential_method,
     trained,
+    vmap_method,
     zero_totals,
 )
 
@@ -52,7 +52,7 @@ _SAME = 1e-4  # relative; reordered float32 sums differ by about 1e-6
 
 
 @dataclass(frozen=True)
-class MadeUp:
+class SyntheticExamples:
     """Synthetic examples with the shapes and dtypes of a task's."""
 
     inputs: Tensor
@@ -61,7 +61,7 @@ class MadeUp:
     """Targets that the loss accepts; None where none of the usual kinds fits."""
 
 
-def find_way(task: Task, model: FullModel) -> GradientMethod:
+def choose_method(task: Task, model: FullModel) -> GradientMethod:
     """Returns the fastest method that matches the gradients of batches of one for a task's model.
 
     Args:
@@ -106,18 +106,20 @@ def _tried(task: Task, loss: Loss, model: FullModel) -> GradientMethod:
 
 
 def _quickest(
-    loss: Loss, model: FullModel, behind: Tensor, tried: MadeUp, *, mapped: bool
+    loss: Loss, model: FullModel, behind: Tensor, tried: SyntheticExamples, *, mapped: bool
 ) -> GradientMethod:
     parameters = trained(model.model)
-    alone = one_by_one(loss, why="")
+    alone = sequential_method(loss, why="")
     if tried.targets is None:
-        return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
+        return sequential_method(
+            loss, why="the loss takes none of the targets that were tried on it"
+        )
     if not mapped:
-        return one_by_one(loss, why="torch cannot map the preprocessing over examples")
+        return sequential_method(loss, why="torch cannot map the preprocessing over examples")
     drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
     if drawn:  # the count may depend on one example and shift the next one's numbers, and draws
         # outside torch are shared by all examples of a vectorised pass
-        return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
+        return sequential_method(loss, why=f"it draws random numbers by {', '.join(drawn)}")
     why = "the model is no chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
@@ -125,16 +127,16 @@ def _quickest(
         (network,) = fresh(model.model)  # tracing leaves proxies in attributes
         chain = find_chain(network, behind)
         if chain is not None:
-            run = compiled_run(chain, network, apart=True) or by_torch(chain)
-            way = by_chain(chain, run, loss)
+            run = compiled_run(chain, network, apart=True) or torch_run(chain)
+            way = chain_method(chain, run, loss)
             if not _agree(way, alone, model, tried):
                 return way
-    lookups = by_lookups(model.model, behind, loss, why=why)
+    lookups = lookup_method(model.model, behind, loss, why=why)
     if lookups is not None and not _agree(lookups, alone, model, tried):
         return lookups
-    way = by_vmap(sum(p.numel() for p in parameters.values()), loss, why=why)
+    way = vmap_method(sum(p.numel() for p in parameters.values()), loss, why=why)
     problem = _agree(way, alone, model, tried)
-    return one_by_one(loss, why=problem) if problem else way
+    return sequential_method(loss, why=problem) if problem else way
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -150,7 +152,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
+def _drawn(loss: Loss, model: FullModel, tried: SyntheticExamples) -> set[str]:
     """Returns the names of the random sources that training on one example draws from."""
     assert tried.targets is not None
     model.train()
@@ -162,7 +164,9 @@ def _drawn(loss: Loss, model: FullModel, tried: MadeUp) -> set[str]:
     return draws.names | outside
 
 
-def _agree(way: GradientMethod, alone: GradientMethod, model: FullModel, made: MadeUp) -> str:
+def _agree(
+    way: GradientMethod, alone: GradientMethod, model: FullModel, made: SyntheticExamples
+) -> str:
     """Returns why a method does not match batches of one; empty if it does."""
     assert made.targets is not None
     share = torch.linspace(0.5, 1, len(made.inputs), device=made.inputs.device)
@@ -189,7 +193,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale + 1e-30, equal_nan=True)
 
 
-def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> MadeUp:
+def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> SyntheticExamples:
     """Returns random examples, from a fixed seed, in the shape and dtype of the task's."""
     rng = torch.Generator().manual_seed(1)
     device = next(model.parameters()).device
@@ -204,7 +208,7 @@ def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> MadeUp:
     fitting = (
         one for one in _targets(task.kind, outputs, rng) if _takes(task.loss_of, outputs, one)
     )
-    return MadeUp(inputs, next(fitting, None))
+    return SyntheticExamples(inputs, next(fitting, None))
 
 
 def _takes(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
@@ -301,7 +305,7 @@ def _repeats(module: nn.Module, inputs: Tensor) -> bool:
     return not outside and torch.equal(*given)
 
 
-def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
+def _check_keeps_nothing(loss: Loss, model: FullModel, tried: SyntheticExamples) -> None:
     """Refuses a model or loss that carries state from one example to the next in training.
 
     Fresh copies for each example would hide such state, and train another model than the task's.
@@ -335,7 +339,7 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: MadeUp) -> None:
             )
 
 
-def _check_moves_nothing(given: FullModel, copied: FullModel, tried: MadeUp) -> None:
+def _check_moves_nothing(given: FullModel, copied: FullModel, tried: SyntheticExamples) -> None:
     """Refuses a model that changes its parameters or buffers when run; runs only the copy."""
     with torch.no_grad():
         for one in tried.inputs:
@@ -359,7 +363,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN equals NaN
 
 
-def _check_mean(loss: Loss, model: FullModel, tried: MadeUp) -> None:
+def _check_mean(loss: Loss, model: FullModel, tried: SyntheticExamples) -> None:
     assert tried.targets is not None
     with torch.no_grad(), _without_chance(model):
         outputs = model(tried.inputs)

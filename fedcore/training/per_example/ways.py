@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from fedcore.task.definition import Loss
-from fedcore.training.per_example.chain import Chain, Conv, Run, left_apart, like_weight, stacked
+from fedcore.training.per_example.chain import (
+    Chain,
+    Conv,
+    Run,
+    like_weight,
+    per_example_part,
+    stacked,
+)
 from fedcore.training.per_example.clipping import Gradient, example_gradients, norms, without
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.per_example.mapping import vmap
@@ -28,7 +35,7 @@ Name = Literal["chain", "vmap", "alone"]
 
 
 @dataclass(frozen=True)
-class Part:
+class GradientPart:
     """Per-example gradients over all trained parameters, for a group of examples."""
 
     squares: Tensor
@@ -43,7 +50,7 @@ class Part:
 
 Kind = tuple[torch.Size, torch.dtype]
 """Shape and dtype of one input, without the batch dimension."""
-Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], Part]
+Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], GradientPart]
 """Maps preprocessing, model, inputs ``(B, ...)`` and targets ``(B, ...)`` to their gradients."""
 
 
@@ -108,7 +115,7 @@ def fresh(*parts: Any) -> tuple[Any, ...]:
     return tuple(next(copies) if isinstance(part, nn.Module) else part for part in parts)
 
 
-def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
+def chain_method(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
     """Returns the method for chains of dense and convolutional layers.
 
     It multiplies layer inputs with output gradients: no dense layer's per-example gradient is
@@ -123,11 +130,13 @@ def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
         Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038.
     """
 
-    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+    def take(
+        preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
+    ) -> GradientPart:
         weights = stacked(chain, {name: p.detach() for name, p in trained(model).items()}, 1)
         output, back = run(weights, each_alone(preprocess, inputs, mapped=True).unsqueeze(0))
         _, slopes = example_losses(fresh(loss)[0], output, targets.unsqueeze(0))
-        given = [left_apart(part) for part in back(slopes)]
+        given = [per_example_part(part) for part in back(slopes)]
         biases = [layer.bias is not None for layer in chain.layers]
         parts = [example_gradients(one, bias=b) for one, b in zip(given, biases, strict=True)]
         usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
@@ -146,7 +155,7 @@ def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
                         named[layer.bias] += found.bias[0]
 
         squares = torch.stack([part.squares[0] for part in parts]).sum(dim=0)
-        return Part(squares, usable, add)
+        return GradientPart(squares, usable, add)
 
     convolved = sum(
         layer.window.kernel[0] * layer.window.kernel[1] * layer.channels * layer.outs
@@ -156,7 +165,7 @@ def by_chain(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
     return GradientMethod("chain", take, 4 * (convolved + 8 * chain.numbers))
 
 
-def by_vmap(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
+def vmap_method(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
     """Returns the method for models that torch can vectorise: a batch-of-one gradient under vmap.
 
     Args:
@@ -165,7 +174,9 @@ def by_vmap(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
         why: Why the model is not a chain.
     """
 
-    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+    def take(
+        preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
+    ) -> GradientPart:
         values = {name: p.detach() for name, p in trained(model).items()}
         before, network, judge = fresh(preprocess, model, loss)
 
@@ -206,10 +217,12 @@ def own_states(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
+def sequential_method(loss: Loss, *, why: str) -> GradientMethod:
     """Returns the method for any model that accepts a batch of one: a backward pass per example."""
 
-    def take(preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor) -> Part:
+    def take(
+        preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
+    ) -> GradientPart:
         parameters = trained(model).values()
         each = [parameter.new_zeros(len(inputs), *parameter.shape) for parameter in parameters]
         for place, (one, target) in enumerate(zip(inputs, targets, strict=True)):
@@ -247,8 +260,8 @@ def _clear(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def of_gradients(each: Sequence[Tensor]) -> Part:
-    """Returns the `Part` for materialised gradients, ``(B, ...)`` for each parameter."""
+def of_gradients(each: Sequence[Tensor]) -> GradientPart:
+    """Returns the `GradientPart` for materialised gradients, ``(B, ...)`` for each parameter."""
     flat = [_exact(one.detach().flatten(1)) for one in each]
     squares = torch.stack([norms(one) for one in flat]).square().sum(dim=0)
     usable = torch.isfinite(squares)
@@ -261,7 +274,7 @@ def of_gradients(each: Sequence[Tensor]) -> Part:
                 found = torch.mv(one[some].transpose(0, 1), share[some].to(one.dtype))
                 total += found.view(total.shape)
 
-    return Part(squares, usable, add)
+    return GradientPart(squares, usable, add)
 
 
 def where(usable: Tensor, rows: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import DataError
 from fedcore.observability.foreign import foreign
-from fedcore.updates.pieces import KeptArray
+from fedcore.updates.pieces import PathArray
 from server.live.journal.blobs import Blobs
 from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
 from server.live.journal.head import (
@@ -211,7 +211,7 @@ class Journal:
             record = reply.content[name]
             if isinstance(first, str) and isinstance(record, ArrayRecord):
                 path = self._blobs.path(first)
-                record[key] = KeptArray(dtype, tuple(shape), stype, path)
+                record[key] = PathArray(dtype, tuple(shape), stype, path)
         return reply
 
     def holds(self, kind: str, node: int) -> bool:

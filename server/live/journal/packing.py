@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.flower.records import read_record, record_bytes
-from fedcore.updates.pieces import JoinedArray, KeptArray, pieces, size_of
+from fedcore.updates.pieces import CutFileArray, PathArray, pieces, size_of
 from server.live.journal.blobs import Blobs, Pieces
 from server.live.journal.entries import JournalEntry, as_written
 from server.rounds.checkpointing import Progress
@@ -48,7 +48,7 @@ class Packing:
 
     def add_array(self, array: Array) -> list[Any]:
         """Stores an array of a Flower message and returns its place; links a file if it is one."""
-        if isinstance(array, JoinedArray) and array.size_bytes > _INLINE_BYTES:
+        if isinstance(array, CutFileArray) and array.size_bytes > _INLINE_BYTES:
             name = self._blobs.adopt(array.path, array.cuts, array.size_bytes)
             return [name, array.size_bytes]
         return self._add(lambda: pieces(array), size_of(array))
@@ -174,7 +174,7 @@ def _content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDic
     records = {name: ArrayRecord() for name in values["records"]}
     for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
         records[name][key] = (
-            KeptArray(dtype, tuple(shape), stype, blobs.checked(first))
+            PathArray(dtype, tuple(shape), stype, blobs.checked(first))
             if isinstance(first, str)
             else Array(dtype, tuple(shape), stype, entry.data[first:last])
         )

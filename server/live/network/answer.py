@@ -8,7 +8,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
-class Together:
+class CoalescingTransport:
     """Wrapper around one request's transport that delays the response head until the body follows.
 
     uvicorn writes head and body separately. Over TLS that costs two records, two system calls, and

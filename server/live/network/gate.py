@@ -28,8 +28,8 @@ from fedcore.errors import (
 )
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
-from fedcore.flower.fleet_api import ROUTES, Caller, Large, Route, call, upload_of
-from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, Arrival, beginning_of
+from fedcore.flower.fleet_api import ROUTES, Caller, FileResponse, Route, call, upload_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
 from fedcore.observability.foreign import foreign
 from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
 from server.live.network.limits import Limits, PeerLines, Rates, Refusals, Uploads
@@ -39,7 +39,7 @@ from server.live.network.presence import Presence
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Begin = Callable[[bytes], Arrival | None]
+Begin = Callable[[bytes], ChunkUpload | None]
 Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 
 ACTIVATE, DEACTIVATE = "/v1/fleet/activate-node", "/v1/fleet/deactivate-node"
@@ -125,7 +125,7 @@ class Gate:
                     send, 500, b"application/json", json.dumps({"detail": text}).encode()
                 )
         else:
-            if isinstance(answer, Large):
+            if isinstance(answer, FileResponse):
                 await _send_pieces(send, answer, self.limits)
                 return None
             wake = (
@@ -147,7 +147,7 @@ class Gate:
         if wait_s > 0:
             raise _Refusal(429, "too many calls", retry_after_s=wait_s)
 
-    async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | Large:
+    async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | FileResponse:
         path, route = scope["path"], ROUTES.get(scope["path"])
         if path == PING and scope["method"] == "GET":
             self._keep_to_rate(node_id_of(member.public))
@@ -171,7 +171,7 @@ class Gate:
             self.uploads.progress_of(caller.node_id)
             begin = partial(self._begin, caller)
         body = await self._body(headers, scope, receive, route, begin)
-        if isinstance(body, Arrival):
+        if isinstance(body, ChunkUpload):
             self.uploads.progress_of(caller.node_id)
             self.fleet.lack(None)
             with closing(body):
@@ -190,12 +190,12 @@ class Gate:
             await self._before(path, caller, instance, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
 
-    def _begin(self, caller: Caller, raw: bytes) -> Arrival | None:
+    def _begin(self, caller: Caller, raw: bytes) -> ChunkUpload | None:
         """Returns the receiver of the large chunk that starts with ``raw``; None if none does."""
         begun = beginning_of(raw)
         if begun is None:
             return None
-        arrival = Arrival(self.fleet, caller.node_id, caller.name, begun)
+        arrival = ChunkUpload(self.fleet, caller.node_id, caller.name, begun)
         try:
             arrival.write(memoryview(raw)[begun.body_at :])
         except BaseException:
@@ -235,8 +235,8 @@ class Gate:
         receive: Receive,
         route: Route,
         begin: Begin | None,
-    ) -> bytes | BinaryIO | Arrival:
-        """Reads a request's body: bytes if short, else a file, or a chunk's `Arrival`.
+    ) -> bytes | BinaryIO | ChunkUpload:
+        """Reads a request's body: bytes if short, else a file, or a chunk's `ChunkUpload`.
 
         ``begin`` gets the first bytes, and returns the receiver of the rest if they start a chunk.
 
@@ -251,14 +251,14 @@ class Gate:
         try:
             async with asyncio.timeout(self.limits.body_s):
                 read = await _read(receive, route.max_bytes, self.spool, begin)
-                if isinstance(read, Arrival) and not read.is_whole:
+                if isinstance(read, ChunkUpload) and not read.is_whole:
                     await self._rest(read, scope, receive, _length(headers))
                 return read
         except TimeoutError:
             raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
 
     async def _rest(
-        self, arrival: Arrival, scope: Scope, receive: Receive, length: int | None
+        self, arrival: ChunkUpload, scope: Scope, receive: Receive, length: int | None
     ) -> None:
         """Receives the rest of a chunk, in a request whose body has ``length`` bytes if known."""
         divert = divert_of(scope["state"])
@@ -307,7 +307,7 @@ def _length(headers: dict[str, str]) -> int | None:
 
 async def _read(
     receive: Receive, max_bytes: int, spool: Path, begin: Begin | None
-) -> bytes | BinaryIO | Arrival:
+) -> bytes | BinaryIO | ChunkUpload:
     pieces: list[bytes] = []
     size, file = 0, None
     try:
@@ -341,7 +341,7 @@ async def _read(
     return file
 
 
-async def _send_pieces(send: Send, answer: Large, limits: Limits) -> None:
+async def _send_pieces(send: Send, answer: FileResponse, limits: Limits) -> None:
     """Streams a large answer at the peer's pace, with one piece in memory at a time."""
     length = (b"content-length", str(answer.size_bytes).encode())
     head = [(b"content-type", b"application/x-protobuf"), length]

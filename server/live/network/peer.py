@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedcore.crypto.certificates import peer_public
 from fedcore.errors import TrustError
-from server.live.network.answer import Together
+from server.live.network.answer import CoalescingTransport
 from server.live.network.body import Buffers, read_body
 from server.live.network.connections import Connections
 
@@ -233,7 +233,7 @@ class PeerProtocol(HttpToolsProtocol):
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:
-            Together(self.cycle)
+            CoalescingTransport(self.cycle)
 
     def on_message_complete(self) -> None:
         """Completes a streamed body; the next data are headers."""

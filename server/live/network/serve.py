@@ -26,7 +26,7 @@ from uvicorn import Server
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
-from fedcore.flower.fleet_grid import FleetGrid, Stopped
+from fedcore.flower.fleet_grid import FleetGrid, ServerStopped
 from fedcore.flower.identity import assume_identity
 from fedcore.rpc.hello import Hello
 from fedcore.updates.seal import run_digest
@@ -39,7 +39,7 @@ from server.live.network.signatures import DevicePeers, SignatureChecks
 from server.live.network.steady_clock import SteadyClock
 from server.live.network.wake import Wakeups, disconnect_revoked, serve_wakeups
 from server.process.memory import return_freed_blocks
-from server.process.signals import end_at_once
+from server.process.signals import exit_immediately
 
 log = logging.getLogger("fedcore.server")
 
@@ -94,7 +94,7 @@ class Listening:
         )
 
     def stop(self) -> None:
-        """Ends calls that wait on the grid, which then raise `Stopped`."""
+        """Ends calls that wait on the grid, which then raise `ServerStopped`."""
         self.stopping.set()
         self.fleet.wake()
 
@@ -237,7 +237,7 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
         if not works:
             ignore()
         elif before_s is not None and asked_s - before_s > _TOGETHER_S:
-            end_at_once()
+            exit_immediately()
         with suppress(RuntimeError):  # the loop is closed: the server has stopped already
             loop.call_soon_threadsafe(listening.stop)
 
@@ -246,7 +246,7 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
     with ThreadPoolExecutor(1, thread_name_prefix="serverapp") as own:  # not the shared pool
         try:
             return await loop.run_in_executor(own, work, listening.grid())
-        except Stopped:
+        except ServerStopped:
             return None
         finally:
             works = False

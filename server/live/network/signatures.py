@@ -14,7 +14,7 @@ from fedcore.errors import CertificateRefused, InvalidUpdate, TrustError, Update
 from fedcore.flower.fleet_grid import Check
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import ARRAYS
-from fedcore.updates.replies import check_legible
+from fedcore.updates.replies import check_structure
 from fedcore.updates.seal import base_digest, round_of, verify_reply
 from server.live.network.limits import Refusals
 from server.live.network.members import weigh, weights_of
@@ -113,7 +113,7 @@ class SignatureChecks:
     ) -> None:
         where = f"round {expected.round}: reply from {member.name if member else 'a stranger'!r}"
         # Must be first: the signature covers names and numbers, which must be valid to be hashed.
-        check_legible(reply.content, where=where)
+        check_structure(reply.content, where=where)
         if member is None:
             raise CertificateRefused(
                 f"round {expected.round}: node {expected.node_id} is no longer a member of this "

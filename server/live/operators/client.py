@@ -26,7 +26,7 @@ _LONGEST_PATH_BYTES = 100
 """Longest path that fits into a Unix socket's address on every system."""
 
 
-def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def ask_local(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Sends a request to a server on this machine, over its Unix socket, and returns the answer.
 
     Args:
@@ -63,7 +63,7 @@ def ask_here(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return _read(raw, where=str(folder))
 
 
-def ask_there(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
+def ask_remote(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
     """Sends a request to a remote server over TLS and returns the answer.
 
     Args:

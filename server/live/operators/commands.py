@@ -46,14 +46,14 @@ def _backup_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
-    from server.live.operators.client import ask_here, ask_there
+    from server.live.operators.client import ask_local, ask_remote
 
     if options.kit is None:
-        answer = ask_here(options.identity, request)
+        answer = ask_local(options.identity, request)
     else:
         from fedcore.crypto.kit import load_kit
 
-        answer = ask_there(load_kit(options.kit), request)
+        answer = ask_remote(load_kit(options.kit), request)
     say(json.dumps(answer, indent=2) if options.json else shown(answer))
     return 0
 

@@ -18,14 +18,14 @@ from typing import Any, Literal
 from fedcore.config.run import RunConfig
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.errors import ConfigError, FedcoreError, ResourceError, TrustError
-from fedcore.flower.fleet_grid import Stopped
+from fedcore.flower.fleet_grid import ServerStopped
 from fedcore.observability.events import Event, Noted, RoundFinished, StageStarted, json_line
 from server.audit import AUDIT, Audit
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
-from server.live.operators.protocol import LOOKING, Asker, OperatorRequest, named, parse_request
-from server.live.operators.status import shown_devices, shown_status
+from server.live.operators.protocol import LOOKING, OperatorRequest, Requester, named, parse_request
+from server.live.operators.status import devices_answer, status_answer
 from server.live.rounds.steered import SteeredCheckpointer
 from server.rounds.checkpointing import Progress, RoundCheckpointer
 
@@ -167,7 +167,7 @@ class Control:
             finally:
                 self._resting = False
 
-    def answer(self, raw: bytes, asker: Asker, gone: Gone = lambda: False) -> dict[str, Any]:
+    def answer(self, raw: bytes, asker: Requester, gone: Gone = lambda: False) -> dict[str, Any]:
         """Executes a request and returns the answer; errors are returned in it, not raised."""
         with self._changed:
             self._answering += 1
@@ -180,7 +180,7 @@ class Control:
                 self._answering -= 1
                 self._changed.notify_all()
 
-    def _answer(self, request: OperatorRequest, asker: Asker, gone: Gone) -> dict[str, Any]:
+    def _answer(self, request: OperatorRequest, asker: Requester, gone: Gone) -> dict[str, Any]:
         site = self._site
         if site is None:
             raise ResourceError("the server is not up yet. Nothing was done; ask again.")
@@ -211,7 +211,7 @@ class Control:
 
     def _look(self, request: OperatorRequest, site: _Site) -> dict[str, Any]:
         if request.verb == "devices":
-            return {"devices": shown_devices(site.roster, self._drained, site.listening)}
+            return {"devices": devices_answer(site.roster, self._drained, site.listening)}
         with self._changed:
             rounds = list(self._rounds)
         if request.verb == "rounds":
@@ -219,7 +219,7 @@ class Control:
         return self._status(site, rounds)
 
     def _status(self, site: _Site, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return shown_status(
+        return status_answer(
             self._run,
             site.identity,
             site.roster,
@@ -241,7 +241,7 @@ class Control:
             return self._state
 
     def _act(
-        self, request: OperatorRequest, asker: Asker, site: _Site, gone: Gone
+        self, request: OperatorRequest, asker: Requester, site: _Site, gone: Gone
     ) -> Callable[[], dict[str, Any]]:
         """Validates a request and returns the function that executes it, without calling it."""
         listening = site.listening
@@ -318,7 +318,7 @@ class Control:
         return act
 
     def _backup(
-        self, request: OperatorRequest, asker: Asker, site: _Site, gone: Gone
+        self, request: OperatorRequest, asker: Requester, site: _Site, gone: Gone
     ) -> Callable[[], dict[str, Any]]:
         file = Path(request.file or "")
         if not asker.local:
@@ -369,9 +369,9 @@ class Control:
 
     def _check_stopped(self) -> None:
         if self._site is None or self._site.stopping:
-            raise Stopped("the server stops")
+            raise ServerStopped("the server stops")
         if self._stop:
-            raise Stopped("an operator stopped the run")
+            raise ServerStopped("an operator stopped the run")
 
     def _wait_if_paused(self, progress: Progress) -> bool:
         """Blocks while the run is paused or a backup is taken; then returns True.

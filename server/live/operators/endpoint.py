@@ -1,7 +1,8 @@
 """The server's side of administration: a Unix socket for local users, and TLS for remote ones.
 
-`operated` and `operated_meanwhile` serve the socket, `over_network` handles requests that arrive at
-the network port. All authenticate the sender and pass the request to `Control.answer`.
+`serve_operators` and `serve_operators_in_thread` serve the socket, `operator_handler` handles requests
+that arrive at the network port. All authenticate the sender and pass the request to
+`Control.answer`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Any
 
 from fedcore.crypto.roster import Member, ServerIdentity
 from fedcore.errors import ResourceError
-from fedcore.files import held_alone
+from fedcore.files import lock_folder
 from server.live.network.gate import Operate, Receive, Scope, Send
 from server.live.network.serve import Listening
 from server.live.operators.client import OPERATE, SOCKET, reachable
 from server.live.operators.control import Control
-from server.live.operators.protocol import MAX_REQUEST_BYTES, Asker
-from server.process.signals import no_signal
+from server.live.operators.protocol import MAX_REQUEST_BYTES, Requester
+from server.process.signals import signals_blocked
 
 _ASK_S = 10.0
 """Timeout in seconds for receiving a request, and for sending the answer."""
@@ -47,7 +48,7 @@ def sole(folder: Path) -> Iterator[None]:
         "of its run (`fedcore server status`), stop it (`fedcore server stop`), or run another "
         "with a project and an identity of its own."
     )
-    with held_alone(folder, refused):
+    with lock_folder(folder, refused):
         yield
 
 
@@ -63,7 +64,7 @@ def check_socket(identity: ServerIdentity) -> None:
 
 
 @asynccontextmanager
-async def operated(
+async def serve_operators(
     control: Control, identity: ServerIdentity, listening: Listening | None
 ) -> AsyncIterator[None]:
     """Serves the administration socket on this event loop, until exit.
@@ -103,7 +104,7 @@ async def operated(
 
 
 @contextmanager
-def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[None]:
+def serve_operators_in_thread(control: Control, identity: ServerIdentity) -> Iterator[None]:
     """Serves the administration socket in a thread, while the main thread finishes the run.
 
     SIGTERM, SIGINT and an operator's stop then interrupt the main thread.
@@ -119,7 +120,7 @@ def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[N
 
     async def serve() -> None:
         over = asyncio.Event()
-        async with operated(control, identity, None):
+        async with serve_operators(control, identity, None):
             up.set_result((asyncio.get_running_loop(), over))
             await over.wait()
 
@@ -131,8 +132,8 @@ def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[N
                 raise
             up.set_exception(error)
 
-    thread = threading.Thread(target=body, name="operated", daemon=True)
-    with no_signal():  # the new thread blocks signals, so the main thread receives them
+    thread = threading.Thread(target=body, name="serve_operators", daemon=True)
+    with signals_blocked():  # the new thread blocks signals, so the main thread receives them
         thread.start()
     try:
         loop, over = up.result()
@@ -143,7 +144,7 @@ def operated_meanwhile(control: Control, identity: ServerIdentity) -> Iterator[N
         thread.join()
 
 
-def over_network(control: Control) -> Operate:
+def operator_handler(control: Control) -> Operate:
     """Returns the handler for requests of operators and viewers over TLS, for the `Gate`."""
 
     async def operate(scope: Scope, receive: Receive, send: Send, member: Member) -> None:
@@ -162,7 +163,7 @@ def over_network(control: Control) -> Operate:
         if len(raw) > MAX_REQUEST_BYTES:
             return await _respond(send, 413, {"detail": f"more than {MAX_REQUEST_BYTES} bytes"})
         peer = (scope.get("client") or ("?",))[0]
-        asker = Asker(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
+        asker = Requester(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
         loop = asyncio.get_running_loop()
         told = await loop.run_in_executor(control.threads, control.answer, raw, asker)
         return await _respond(send, 200, told)
@@ -204,7 +205,7 @@ def _bind(path: Path) -> socket.socket:
 
 async def _request(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> tuple[bytes, Asker | None] | None:
+) -> tuple[bytes, Requester | None] | None:
     """Reads one request line, and who sent it; returns None if none came in time.
 
     The sender is None if it is not authorized.
@@ -220,7 +221,7 @@ async def _request(
 async def _answer(
     control: Control,
     raw: bytes,
-    asker: Asker | None,
+    asker: Requester | None,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
@@ -254,11 +255,11 @@ async def _watch(reader: asyncio.StreamReader, gone: threading.Event) -> None:
     gone.set()
 
 
-def _asker(connection: socket.socket) -> Asker | None:
+def _asker(connection: socket.socket) -> Requester | None:
     """Identifies the peer by its kernel credentials; returns None if not this user or root."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:  # not Linux: the socket's mode admits only its owner and root
-        return Asker(f"uid {os.getuid()}", "operator", True)
+        return Requester(f"uid {os.getuid()}", "operator", True)
     raw = connection.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)
     if uid not in (0, os.getuid()):
@@ -267,4 +268,4 @@ def _asker(connection: socket.socket) -> Asker | None:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         name = "unknown"
-    return Asker(f"{name} (uid {uid}, pid {pid})", "operator", True)
+    return Requester(f"{name} (uid {uid}, pid {pid})", "operator", True)

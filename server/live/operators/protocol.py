@@ -34,7 +34,7 @@ class OperatorRequest(Section):
 
 
 @dataclass(frozen=True)
-class Asker:
+class Requester:
     """The authenticated sender of a request."""
 
     by: str

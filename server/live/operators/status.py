@@ -12,7 +12,7 @@ from fedcore.flower.fleet import node_id_of
 from server.live.network.serve import Listening
 
 
-def shown_status(
+def status_answer(
     run: RunConfig,
     identity: ServerIdentity,
     roster: Roster,
@@ -39,7 +39,7 @@ def shown_status(
         drained: Names of drained devices.
         up_s: Uptime of the process, in seconds.
     """
-    devices = shown_devices(roster, drained, listening)
+    devices = devices_answer(roster, drained, listening)
     address, kit = listening and listening.address, identity.kit
     return {
         "run": run.name,
@@ -64,7 +64,7 @@ def shown_status(
     }
 
 
-def shown_devices(
+def devices_answer(
     roster: Roster, drained: Collection[str], listening: Listening | None
 ) -> list[dict[str, Any]]:
     """Returns the state of each of the project's devices, sorted by name.

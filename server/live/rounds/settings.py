@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 from fedcore.config.run import FederationConfig, RunConfig
 from fedcore.rpc.hello import INSTANCE, SETTINGS
-from server.rounds.own_strategy import is_own
+from server.rounds.own_strategy import names_user_strategy
 
 
 def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:
@@ -17,7 +17,9 @@ def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:
     device sends a finished update again in the first case, and trains again in the second.
     """
     federation = run.federation.model_copy(update={"initial": None})
-    if is_own(federation.strategy):  # only the server has its file; clients do not need it
+    if names_user_strategy(
+        federation.strategy
+    ):  # only the server has its file; clients do not need it
         plain = FederationConfig()
         options = plain.strategy_options
         federation = federation.model_copy(

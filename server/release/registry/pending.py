@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from fedcore.errors import ReleaseError
-from fedcore.files import is_there, read_if_there, sync_folder, write_atomic, write_json
+from fedcore.files import is_there, read_if_exists, sync_folder, write_atomic, write_json
 
 _NAME = ".pending.json"
 _MAX_BYTES = 4_000_000  # bytes: a root and a timestamp
@@ -43,7 +43,7 @@ def finish(repository: Path) -> None:
     """
     metadata = repository / "metadata"
     path = metadata / _NAME
-    raw = read_if_there(path, max_bytes=_MAX_BYTES, what="metadata that comes into force")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="metadata that comes into force")
     if raw is None:
         return
     try:

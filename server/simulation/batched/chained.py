@@ -19,21 +19,21 @@ from fedcore.task.definition import Loss
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.chain import (
     Back,
+    BatchGradients,
     Chain,
     Dense,
-    Each,
-    Made,
+    PerExampleGradients,
     Run,
     Share,
     Weights,
-    left_apart,
+    per_example_part,
     stacked,
 )
 from fedcore.training.per_example.clipping import (
     Gradient,
     batch_gradient,
+    clip_factors,
     example_gradients,
-    shares_of,
 )
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.private import noise_deviation
@@ -145,10 +145,10 @@ def _walk(
     return torch.where(finite, means, torch.nan).tolist()
 
 
-def _together(part: Share | Made | Each) -> Gradient | Made:
+def _together(part: Share | BatchGradients | PerExampleGradients) -> Gradient | BatchGradients:
     """Returns a layer's gradient summed over whole batches."""
-    assert not isinstance(part, Each)
-    return part if isinstance(part, Made) else batch_gradient(*part)
+    assert not isinstance(part, PerExampleGradients)
+    return part if isinstance(part, BatchGradients) else batch_gradient(*part)
 
 
 def _last_epoch(rows: Rows, epochs: int) -> Tensor:
@@ -179,11 +179,11 @@ def _walk_private(
         back, _, slopes = _ahead(rows, step, run, weights, loss)
         each = []
         for layer, one in zip(layers, back(slopes), strict=True):
-            each.append(example_gradients(left_apart(one), bias=layer.bias is not None))
+            each.append(example_gradients(per_example_part(one), bias=layer.bias is not None))
         if not all(bool(one.usable.all()) for one in each):
             raise DataError("data: some example's gradient is not finite. It is taken alone.")
         squares = torch.stack([one.squares for one in each]).sum(dim=0)
-        scale = shares_of(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
+        scale = clip_factors(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
         descend(clients, [one.weighted(scale, slice(None)) for one in each], draw(clients))
 
 

@@ -10,10 +10,10 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.config.run import ClientConfig
-from fedcore.training.per_example.chain import Dense, Made, Weights, like_weight, matrix
+from fedcore.training.per_example.chain import BatchGradients, Dense, Weights, like_weight, matrix
 from fedcore.training.per_example.clipping import Gradient
 
-Descend = Callable[[int, Sequence[Gradient | Made], Weights | None], None]
+Descend = Callable[[int, Sequence[Gradient | BatchGradients], Weights | None], None]
 """Updates the weights of the first clients. Arguments: the number of clients, the gradient of
 each layer in order, and tensors to add to the gradients, or None."""
 
@@ -53,10 +53,12 @@ def _plain(
     pulled = weights.items() if decay or mu else ()
     matrices = [matrix(layer, weights[layer.weight]) for layer in layers]
 
-    def descend(clients: int, gradients: Sequence[Gradient | Made], extra: Weights | None) -> None:
+    def descend(
+        clients: int, gradients: Sequence[Gradient | BatchGradients], extra: Weights | None
+    ) -> None:
         pulls = {name: _pull(one[:clients], start[name], decay, mu) for name, one in pulled}
         for layer, whole, one in zip(layers, matrices, gradients, strict=True):
-            if isinstance(one, Made):
+            if isinstance(one, BatchGradients):
                 whole[:clients].sub_(one.weight, alpha=rate)
             else:
                 weight = whole[:clients].view(clients, one.left.shape[2], -1)
@@ -86,10 +88,12 @@ def _with_state(
     second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     steps = [torch.zeros(()) for _ in weights]
 
-    def descend(clients: int, given: Sequence[Gradient | Made], extra: Weights | None) -> None:
+    def descend(
+        clients: int, given: Sequence[Gradient | BatchGradients], extra: Weights | None
+    ) -> None:
         gradients: Weights = {}
         for layer, one in zip(layers, given, strict=True):
-            if isinstance(one, Made):
+            if isinstance(one, BatchGradients):
                 products = one.weight
             else:
                 products = torch.bmm(one.left.transpose(1, 2), one.right)

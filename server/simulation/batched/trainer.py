@@ -18,7 +18,7 @@ from fedcore.task.model import FullModel
 from fedcore.training.batches import gather
 from fedcore.training.client import Client
 from fedcore.training.mods import client_mods
-from fedcore.training.per_example.chain import Chain, by_torch
+from fedcore.training.per_example.chain import Chain, torch_run
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.losses import is_cross_entropy, is_mean
 from fedcore.training.per_example.runs import compiled_run
@@ -182,7 +182,7 @@ def _of_chain(
     if linear is not None:
         return linear
     kernels = compiled_run(chain, model.model, apart=private)
-    way = by_torch(chain) if kernels is None else kernels
+    way = torch_run(chain) if kernels is None else kernels
 
     def train(
         model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float

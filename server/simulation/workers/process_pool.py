@@ -17,8 +17,8 @@ from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.identity import assume_identity
 from server.process.memory import reuse_large_blocks
 from server.process.parent import die_with_parent
-from server.process.signals import no_signal, signals_come
-from server.process.spawn import script_left_out
+from server.process.signals import signals_blocked, unblock_signals
+from server.process.spawn import main_script_hidden
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import MakeWorker, gathered, pieces
@@ -54,7 +54,7 @@ class ProcessPool:
                 daemon=False,  # a daemon could not start processes, as a task's loader may
             )
             # Until the process has set its signal handlers.
-            with no_signal(), script_left_out():
+            with signals_blocked(), main_script_hidden():
                 process.start()
             there.close()
             self._connections.append(here)
@@ -163,7 +163,7 @@ def _serve(
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to every process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signals_come()
+    unblock_signals()
     torch.set_num_threads(1)
     if gpu is not None and torch.cuda.is_available():
         torch.cuda.set_device(gpu)

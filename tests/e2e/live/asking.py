@@ -8,11 +8,11 @@ from contextlib import suppress
 from typing import Any
 
 from fedcore.errors import ResourceError
-from server.live.operators.client import ask_here
+from server.live.operators.client import ask_local
 
 
 def status(project: Any) -> dict[str, Any]:
-    return ask_here(project.root / "server", {"verb": "status"})
+    return ask_local(project.root / "server", {"verb": "status"})
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:

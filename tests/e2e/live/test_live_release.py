@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fedcore.errors import INTERRUPTED, ConfigError
-from server.audit import check_audit
-from server.live.operators.client import SOCKET, ask_here
+from server.audit import verify_audit
+from server.live.operators.client import SOCKET, ask_local
 from tests.e2e.live.asking import status, wait_for
 
 CLOUD = '    cloud_data=lambda folder: data("cloud"),\n    example_input'
@@ -151,15 +151,15 @@ def test_what_follows_the_rounds_is_watched_stopped_and_gone_on_with(
         assert told["devices"] == {"members": 1, "there": 0, "drained": 0}
         shown = fedcore(root, "server", "status", "--identity", "server")
         assert "Run:     trial, finishing: fine-tuning; 2 of 2 rounds" in shown.stdout
-        assert len(ask_here(folder, {"verb": "rounds"})["rounds"]) == 2
+        assert len(ask_local(folder, {"verb": "rounds"})["rounds"]) == 2
         for verb in ("pause", "resume", "drain", "backup"):
             with pytest.raises(ConfigError, match=rf"{verb}: the rounds of 'trial' are over, no"):
-                ask_here(folder, {"verb": verb, "device": "edge-0", "file": str(root / "b.tar")})
-        assert ask_here(folder, {"verb": "stop"})["state"] == "stopping"
+                ask_local(folder, {"verb": verb, "device": "edge-0", "file": str(root / "b.tar")})
+        assert ask_local(folder, {"verb": "stop"})["state"] == "stopping"
         assert server.end() == INTERRUPTED, server.log.read_text()
         assert "Traceback" not in server.log.read_text()
         assert not (folder / SOCKET).exists()
-    check_audit(folder / "audit.jsonl")
+    verify_audit(folder / "audit.jsonl")
     lines = [json.loads(line) for line in (folder / "audit.jsonl").open()]
     refused = ["pause", "resume", "drain", "backup"]
     finished = ["finish", *refused, "stop", "end"]

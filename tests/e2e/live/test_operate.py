@@ -19,15 +19,15 @@ import pytest
 
 from fedcore.crypto.kit import client_context
 from fedcore.errors import ConfigError, DataError, ResourceError, TrustError
-from server.audit import check_audit
-from server.live.operators.client import OPERATE, SOCKET, ask_here, ask_there, reachable
+from server.audit import verify_audit
+from server.live.operators.client import OPERATE, SOCKET, ask_local, ask_remote, reachable
 from server.live.operators.protocol import MAX_REQUEST_BYTES
 from tests.e2e.live.asking import status, wait_for
 
 
 def audit(project: Any) -> list[dict[str, Any]]:
     path = project.root / "server" / "audit.jsonl"
-    check_audit(path)
+    verify_audit(path)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -56,30 +56,30 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     assert (said["run"], said["state"], said["rounds"]) == ("trial", "running", 100_000)
     assert said["last"]["cohort"] == 2
 
-    assert ask_here(folder, {"verb": "pause"})["state"] in ("pausing", "paused")
+    assert ask_local(folder, {"verb": "pause"})["state"] in ("pausing", "paused")
     wait_for(lambda: status(project)["state"] == "paused")
     number = status(project)["round"]
     backup = project.root / "b.tar"
-    done = ask_here(folder, {"verb": "backup", "file": str(backup)})
+    done = ask_local(folder, {"verb": "backup", "file": str(backup)})
     with tarfile.open(backup) as tar:
         assert "trial/run.json" in tar.getnames()
         assert len(tar.getnames()) == done["files"]
     time.sleep(0.5)
     assert status(project)["round"] == number, "a paused run began a round"
-    assert ask_here(folder, {"verb": "resume"})["state"] == "running"
+    assert ask_local(folder, {"verb": "resume"})["state"] == "running"
     wait_for(lambda: status(project)["round"] > number)
 
-    assert ask_here(folder, {"verb": "drain", "device": "edge-1"}) == {
+    assert ask_local(folder, {"verb": "drain", "device": "edge-1"}) == {
         "device": "edge-1",
         "drained": True,
     }
-    drained = {one["name"]: one for one in ask_here(folder, {"verb": "devices"})["devices"]}
+    drained = {one["name"]: one for one in ask_local(folder, {"verb": "devices"})["devices"]}
     assert [drained[name]["drained"] for name in names] == [False, True, False]
     assert drained["edge-1"]["there"]
     with pytest.raises(ConfigError, match="1 device would be left, and each round"):
-        ask_here(folder, {"verb": "drain", "device": "edge-2"})
+        ask_local(folder, {"verb": "drain", "device": "edge-2"})
     with pytest.raises(ConfigError, match="no device of this project has this name"):
-        ask_here(folder, {"verb": "drain", "device": "edge-9"})
+        ask_local(folder, {"verb": "drain", "device": "edge-9"})
     # The round that was on may have asked it still; those that follow do not.
     settled = status(project)["round"] + 1
     wait_for(lambda: status(project)["round"] > settled)
@@ -88,9 +88,9 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     wait_for(lambda: status(project)["round"] > settled + 5)
     assert log.read_text().count("trial train") == answered
 
-    rounds = ask_here(folder, {"verb": "rounds"})["rounds"]
+    rounds = ask_local(folder, {"verb": "rounds"})["rounds"]
     assert [one["round"] for one in rounds[:3]] == [1, 2, 3]
-    assert ask_here(folder, {"verb": "stop"})["state"] == "stopping"
+    assert ask_local(folder, {"verb": "stop"})["state"] == "stopping"
     assert server.end() == 130
     told = server.log.read_text()
     assert re.search(r"Stopped after round \d+ of \d+\. Kept in .*--resume` goes", told)
@@ -117,7 +117,7 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     wait_for(lambda: status(project)["devices"]["there"] == 3, 60)
     assert status(project)["round"] == 0
     assert status(project)["devices"]["drained"] == 1
-    ask_here(folder, {"verb": "drain", "device": "edge-1", "undo": True})
+    ask_local(folder, {"verb": "drain", "device": "edge-1", "undo": True})
     wait_for(lambda: not (folder / SOCKET).exists(), 60)
     assert audit(project)[-1]["round"] == 3
 
@@ -128,19 +128,19 @@ def test_over_the_network_viewers_look_and_operators_steer(
     anna, bruno = project.device("anna", role="operator"), project.device("bruno", role="viewer")
     device = project.device("edge-0")
     server = launch_server()
-    assert ask_there(bruno, {"verb": "status"})["state"] == "waiting"
-    assert [one["name"] for one in ask_there(bruno, {"verb": "devices"})["devices"]] == ["edge-0"]
+    assert ask_remote(bruno, {"verb": "status"})["state"] == "waiting"
+    assert [one["name"] for one in ask_remote(bruno, {"verb": "devices"})["devices"]] == ["edge-0"]
     for verb in ("pause", "resume", "stop"):
         with pytest.raises(TrustError, match=f"a viewer may look, and only an operator may {verb}"):
-            ask_there(bruno, {"verb": verb})
+            ask_remote(bruno, {"verb": verb})
     with pytest.raises(ConfigError, match="written on the server's own machine"):
-        ask_there(anna, {"verb": "backup", "file": "/tmp/x.tar"})
+        ask_remote(anna, {"verb": "backup", "file": "/tmp/x.tar"})
     with pytest.raises(TrustError, match="HTTP 404"):
-        ask_there(device, {"verb": "status"})
-    assert ask_there(anna, {"verb": "pause"})["state"] == "pausing"
+        ask_remote(device, {"verb": "status"})
+    assert ask_remote(anna, {"verb": "pause"})["state"] == "pausing"
     project.revoke("anna")
     with pytest.raises(TrustError, match="HTTP 403"):
-        ask_there(anna, {"verb": "resume"})
+        ask_remote(anna, {"verb": "resume"})
     told = [(line["action"], line["by"].split(" ")[0]) for line in audit(project)]
     assert told[1:] == [
         ("pause", "bruno"),
@@ -149,7 +149,7 @@ def test_over_the_network_viewers_look_and_operators_steer(
         ("backup", "anna"),
         ("pause", "anna"),
     ]
-    ask_here(project.root / "server", {"verb": "stop"})  # nothing has begun: it ends at once
+    ask_local(project.root / "server", {"verb": "stop"})  # nothing has begun: it ends at once
     assert server.end() == 130
 
 
@@ -208,7 +208,7 @@ def test_nothing_is_done_unrecorded_and_a_log_that_is_gone_stops_a_server(
     wait_for(lambda: status(project)["state"] == "waiting")
     (folder / "audit.jsonl").unlink()
     with pytest.raises(DataError, match="removed, replaced or cut while the server runs"):
-        ask_here(folder, {"verb": "pause"})
+        ask_local(folder, {"verb": "pause"})
     assert status(project)["state"] == "waiting"
     server.send(signal.SIGTERM)
     assert server.end() == 4

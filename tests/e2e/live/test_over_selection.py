@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_client.ledger.ledger import LEDGER
-from server.live.operators.client import ask_here
+from server.live.operators.client import ask_local
 
 SLOW = """    if client == "edge-2":
         import time
@@ -32,7 +32,7 @@ def test_the_first_updates_make_a_round_and_the_late_one_is_charged_all_the_same
         "privacy.max_epsilon=1000.0",
     )
     devices["edge-2"].wait_for("not taken", 120)
-    ask_here(project.root / "server", {"verb": "stop"})
+    ask_local(project.root / "server", {"verb": "stop"})
     assert server.end(60) == 130, server.log.read_text()
     lines = (project.root / "runs" / "trial" / "metrics.jsonl").read_text().splitlines()
     told = [one for line in lines if (one := json.loads(line))["event"] == "round_finished"]

@@ -12,11 +12,11 @@ import torch
 
 from fedcore.errors import RoundFailed
 from fedcore.files import sha256_hex
-from server.live.operators.client import ask_here
+from server.live.operators.client import ask_local
 
 
 def there(project: Any) -> int:
-    devices = ask_here(project.root / "server", {"verb": "status"})["devices"]
+    devices = ask_local(project.root / "server", {"verb": "status"})["devices"]
     return int(devices["there"])
 
 

@@ -14,7 +14,7 @@ import pytest
 from edge_client.doctor import examine
 from fedcore.crypto.kit import load_kit
 from fedcore.errors import ResourceError
-from server.live.operators.client import ask_there
+from server.live.operators.client import ask_remote
 from tests.e2e.live.asking import status, wait_for
 
 
@@ -110,7 +110,7 @@ def test_operators_and_the_doctor_go_through_it_too(
     anna, folder = project.device("anna", role="operator"), project.root / "edge-0"
     project.device("edge-0")
     monkeypatch.setenv("https_proxy", proxy.url)
-    assert ask_there(anna, {"verb": "status"})["run"] == "trial"
+    assert ask_remote(anna, {"verb": "status"})["run"] == "trial"
     findings = {one.check: one for one in examine(type("O", (), {"kit": folder, "store": None})())}
     assert proxy.url.removeprefix("http://") in findings["proxy"].detail
     assert findings["server"].verdict == "ok"
@@ -118,7 +118,7 @@ def test_operators_and_the_doctor_go_through_it_too(
     assert proxy.asked.count(f"CONNECT 127.0.0.1:{project.port}") == 2
     proxy.close()
     with pytest.raises(ResourceError, match="cannot be reached"):
-        ask_there(load_kit(project.root / "anna"), {"verb": "status"})
+        ask_remote(load_kit(project.root / "anna"), {"verb": "status"})
     findings = {one.check: one for one in examine(type("O", (), {"kit": folder, "store": None})())}
     assert findings["server"].verdict == "fail"
     assert "through 127.0.0.1" in findings["server"].detail

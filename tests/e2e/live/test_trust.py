@@ -31,7 +31,7 @@ from fedcore.rpc.hello import hello_of
 from server.live.network.limits import Limits, Refusals, Uploads
 from server.live.network.presence import Presence
 from server.live.network.wake import Wakeups, serve_wakeups
-from server.live.operators.client import ask_there
+from server.live.operators.client import ask_remote
 from tests.e2e.live.stranger import stranger
 
 
@@ -250,7 +250,7 @@ def test_a_proxy_that_cannot_be_used_is_no_traceback(
     project.device("edge-0")
     anna = project.device("anna", role="operator")
     with pytest.raises(ConfigError, match=name) as caught:
-        ask_there(anna, {"verb": "status"})
+        ask_remote(anna, {"verb": "status"})
     assert "secret" not in str(caught.value)
     done = subprocess.run(
         [

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from fedcore.errors import ConfigError, FedcoreError
-from server.audit import check_audit
-from server.live.operators.client import SOCKET, ask_here, reachable
+from server.audit import verify_audit
+from server.live.operators.client import SOCKET, ask_local, reachable
 from server.live.operators.control import Control
-from server.live.operators.protocol import Asker
+from server.live.operators.protocol import Requester
 from server.rounds.checkpointing import NoCheckpoints, Progress
 from server.rounds.strategy_state import StrategyState
 from tests.e2e.live.asking import status, wait_for
@@ -27,7 +27,7 @@ from tests.e2e.live.asking import status, wait_for
 
 def audit(project: Any) -> list[tuple[str, str]]:
     path = project.root / "server" / "audit.jsonl"
-    check_audit(path)
+    verify_audit(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [(line["action"], line["outcome"].partition(":")[0]) for line in lines]
 
@@ -75,7 +75,7 @@ def test_a_backup_that_waits_is_alone_and_ends_with_whoever_asked_or_the_run(
 ) -> None:
     run = project.run()
     control = Control(run, identity=project.root / "server", results=project.root / "runs")
-    me, weights = Asker("me", "operator", True), np.zeros(3, np.float32)
+    me, weights = Requester("me", "operator", True), np.zeros(3, np.float32)
 
     def ask(verb: str, gone: threading.Event | None = None, **more: str) -> Any:
         line = json.dumps({"verb": verb, **more}).encode()
@@ -119,12 +119,12 @@ def test_a_backup_that_waits_when_the_server_ends_is_answered_before_the_audit_i
         progress = Progress(0, False, weights, weights, 0, 0, StrategyState(None, ()), b"")
         control.steered(NoCheckpoints()).may_continue(progress)
         line = json.dumps({"verb": "backup", "file": str(project.root / "a.tar")}).encode()
-        waits = control.threads.submit(control.answer, line, Asker("me", "operator", True))
+        waits = control.threads.submit(control.answer, line, Requester("me", "operator", True))
         wait_for(lambda: audit(project)[-1] == ("backup", "accepted"))
         control.close()
         assert waits.result(0)["error"] == "ResourceError"
     assert audit(project)[1:] == [("backup", "accepted"), ("backup", "refused"), ("end", "done")]
-    told = control.answer(line, Asker("me", "operator", True))
+    told = control.answer(line, Requester("me", "operator", True))
     assert "not up" in told["message"]
 
 
@@ -135,11 +135,11 @@ def test_a_backup_is_taken_and_a_stop_obeyed_while_a_round_lacks_devices(
     device.send(signal.SIGKILL)
     device.end()
     folder = project.root / "server"
-    done = ask_here(folder, {"verb": "backup", "file": str(project.root / "b.tar")})
+    done = ask_local(folder, {"verb": "backup", "file": str(project.root / "b.tar")})
     assert Path(done["file"]).stat().st_size == done["bytes"]
     assert status(project)["state"] == "running"
     began = time.monotonic()
-    ask_here(folder, {"verb": "stop"})
+    ask_local(folder, {"verb": "stop"})
     assert server.end() == 130
     assert time.monotonic() - began < 10, "the deadline is 60 s"
     assert "RoundFailed" not in server.log.read_text()
@@ -153,15 +153,15 @@ def test_a_later_round_that_finds_too_few_devices_is_stopped(
     device = launch_device("edge-0")
     folder = project.root / "server"
     wait_for(lambda: status(project)["round"] >= 2, 60)
-    ask_here(folder, {"verb": "pause"})
+    ask_local(folder, {"verb": "pause"})
     wait_for(lambda: status(project)["state"] == "paused")
     device.send(signal.SIGTERM)
     assert device.end() == 0
-    ask_here(folder, {"verb": "resume"})
+    ask_local(folder, {"verb": "resume"})
     wait_for(lambda: status(project)["state"] == "running")
-    ask_here(folder, {"verb": "backup", "file": str(project.root / "b.tar")})
+    ask_local(folder, {"verb": "backup", "file": str(project.root / "b.tar")})
     began = time.monotonic()
-    ask_here(folder, {"verb": "stop"})
+    ask_local(folder, {"verb": "stop"})
     assert server.end() == 130
     assert time.monotonic() - began < 5
 
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_written_is_answered_and_noted(
         ("b" * 300, FedcoreError),
     ):
         with pytest.raises(kind, match=r"backup|no folder|whole path"):
-            ask_here(folder, {"verb": "backup", "file": str(project.root / name)})
+            ask_local(folder, {"verb": "backup", "file": str(project.root / name)})
         assert audit(project)[-1] == ("backup", "refused")
     assert "Traceback" not in server.log.read_text()
 

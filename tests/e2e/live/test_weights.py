@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Message
 
 from fedcore.crypto.roster import Roster
-from fedcore.flower.fleet_grid import GRACE_S, Stopped
+from fedcore.flower.fleet_grid import GRACE_S, ServerStopped
 from fedcore.seeds import Simulated
 from fedcore.task.definition import load_task
 from server.live.journal.journal import Journal, create, reopen
@@ -63,7 +63,7 @@ def federating(project: Any, served: Any, run: Any, journal: Journal) -> Any:
     grid.noted = {}
 
     def body() -> None:
-        with suppress(Stopped):
+        with suppress(ServerStopped):
             app(grid, None)  # type: ignore[arg-type]
 
     thread = threading.Thread(target=body)

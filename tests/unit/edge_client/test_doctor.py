@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.delivery.clock import Floor, write_floor
+from edge_client.delivery.clock import TimeFloor, write_floor
 from edge_client.doctor import _releases_clock, examine
 from fedcore import doctor
 from fedcore.errors import ConfigError
@@ -19,15 +19,15 @@ DAY = timedelta(days=1)
 @pytest.mark.parametrize(
     ("floor", "verdict", "told"),
     [
-        (Floor(), "warn", "no release has been verified here yet"),
-        (Floor(signed=NOW - DAY, until=NOW + DAY), "ok", "not before 2026-04-30 00:00 UTC"),
-        (Floor(signed=NOW + DAY, until=NOW + 8 * DAY), "fail", "is behind: it is 2026-05-02"),
-        (Floor(signed=NOW - DAY, latest=NOW + DAY), "warn", "it was ahead, or is behind now"),
-        (Floor(signed=NOW - 9 * DAY, until=NOW - DAY), "warn", "was signed until 2026-04-30"),
+        (TimeFloor(), "warn", "no release has been verified here yet"),
+        (TimeFloor(signed=NOW - DAY, until=NOW + DAY), "ok", "not before 2026-04-30 00:00 UTC"),
+        (TimeFloor(signed=NOW + DAY, until=NOW + 8 * DAY), "fail", "is behind: it is 2026-05-02"),
+        (TimeFloor(signed=NOW - DAY, latest=NOW + DAY), "warn", "it was ahead, or is behind now"),
+        (TimeFloor(signed=NOW - 9 * DAY, until=NOW - DAY), "warn", "was signed until 2026-04-30"),
     ],
 )
 def test_the_clock_is_compared_with_what_was_signed(
-    tmp_path: Path, floor: Floor, verdict: str, told: str
+    tmp_path: Path, floor: TimeFloor, verdict: str, told: str
 ) -> None:
     write_floor(tmp_path / "trust", floor)
     found = _releases_clock(tmp_path, NOW)

@@ -31,7 +31,7 @@ from fedcore.updates.messages import (
     weights_record,
 )
 from fedcore.updates.pack import Vector, layout_of, pack
-from fedcore.updates.replies import Form, Range, ReplySpec, read_reply
+from fedcore.updates.replies import ArraySpec, Range, ReplySpec, read_reply
 
 COUNT = 40
 
@@ -115,7 +115,7 @@ def update_of(reply: Message, task: Task, run: RunConfig) -> Update:
     assert not reply.has_error(), reply.error
     layout = layout_of(build_model(task, run).model)
     metrics = dict.fromkeys((TRAIN_LOSS, EPSILON, UNCLIPPED), Range())
-    asked = ReplySpec("train", metrics, {MODEL: Form("float32", (layout.size,))})
+    asked = ReplySpec("train", metrics, {MODEL: ArraySpec("float32", (layout.size,))})
     return read_reply(reply, asked, where="update").update()
 
 

@@ -19,7 +19,7 @@ from fedcore.files import (
     lock_file,
     open_regular,
     read_bytes,
-    read_if_there,
+    read_if_exists,
     remove,
     sha256_hex,
     write_atomic,
@@ -211,7 +211,7 @@ def _in_place(path: Path, what: str) -> None:
 def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, what: str) -> None:
     path = tmp_path / "file"
     _in_place(path, what)
-    for read in (read_bytes, read_if_there):
+    for read in (read_bytes, read_if_exists):
         with pytest.raises(
             DataError, match=r"^/.*/file: it (cannot be read|leads nowhere).* So\.$"
         ):
@@ -223,7 +223,7 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, what: st
     assert is_there(path)
     remove(path)
     assert not is_there(path)
-    assert read_if_there(path, max_bytes=10, what="it") is None
+    assert read_if_exists(path, max_bytes=10, what="it") is None
 
 
 @pytest.mark.timeout(20)

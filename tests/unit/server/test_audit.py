@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import DataError, DiskFull
-from server.audit import AUDIT, MARK, Audit, check_audit
+from server.audit import AUDIT, MARK, Audit, verify_audit
 
 
 def log(path: Path) -> Audit:
@@ -44,7 +44,7 @@ def test_the_chain_goes_on_in_the_next_process(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     for count in (1, 3, 2):
         write(path, count)
-    assert check_audit(path) == 6
+    assert verify_audit(path) == 6
 
 
 def test_several_threads_write_one_chain(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_several_threads_write_one_chain(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     audit.close()
-    assert check_audit(path) == 40
+    assert verify_audit(path) == 40
 
 
 def changed(lines: list[str]) -> list[str]:
@@ -85,7 +85,7 @@ def test_what_was_changed_later_shows(tmp_path: Path, tamper: object) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join(tamper(lines)) + "\n")  # type: ignore[operator]
     with pytest.raises(DataError, match=r"line [12] does not follow"):
-        check_audit(path)
+        verify_audit(path)
 
 
 @pytest.mark.parametrize("kept", [1, 60, -1])
@@ -98,10 +98,10 @@ def test_a_line_that_a_power_cut_left_unfinished_spoils_no_other(tmp_path: Path,
     path.write_bytes(first + second[:kept])
     mark.write_bytes(marked)  # it tells of no line that is not on disk
     write(path, 2)
-    assert check_audit(path) == 4
+    assert verify_audit(path) == 4
     path.write_bytes(path.read_bytes().replace(b'"number": 0', b'"number": 7'))
     with pytest.raises(DataError, match="does not follow"):
-        check_audit(path)
+        verify_audit(path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
@@ -110,18 +110,18 @@ def test_a_log_that_was_cut_shows_and_is_not_gone_on_with(tmp_path: Path, kept: 
     write(path, 4)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
     with pytest.raises(DataError, match=r"was cut or changed.*put the whole log back"):
-        check_audit(path)
+        verify_audit(path)
     with pytest.raises(DataError, match="was cut or changed"):
         log(path)
     path.unlink()
     with pytest.raises(DataError, match=r"is gone; audit\.mark beside it"):
-        check_audit(path)
+        verify_audit(path)
     with pytest.raises(DataError, match="is gone"):
         log(path)
     assert not path.exists()
     (tmp_path / "audit.mark").unlink()  # both were put away: a new log begins
     write(path, 1)
-    assert check_audit(path) == 1
+    assert verify_audit(path) == 1
 
 
 @pytest.mark.parametrize("lines", [1, 2])
@@ -133,16 +133,16 @@ def test_a_kill_between_a_line_and_its_mark_is_no_cut(tmp_path: Path, lines: int
     mark.unlink()
     if before is not None:
         mark.write_bytes(before)
-    assert check_audit(path) == lines
+    assert verify_audit(path) == lines
     write(path, 1)
-    assert check_audit(path) == lines + 1
+    assert verify_audit(path) == lines + 1
 
 
 def test_a_mark_that_says_nothing_is_told_of(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     write(path, 1)
     (tmp_path / "audit.mark").write_text("{}")
-    for look in (check_audit, log):
+    for look in (verify_audit, log):
         with pytest.raises(DataError, match=r"audit\.mark: this does not tell how far"):
             look(path)
 
@@ -176,7 +176,7 @@ def test_nothing_is_done_once_the_log_was_taken_away(tmp_path: Path, tamper: obj
 def test_a_log_that_is_no_file_is_refused_at_once(tmp_path: Path, make: object) -> None:
     path = tmp_path / "audit.jsonl"
     make(path)  # type: ignore[operator]
-    for look in (check_audit, log):
+    for look in (verify_audit, log):
         with pytest.raises(DataError, match="expected the audit log, found a folder, a pipe"):
             look(path)
 
@@ -187,7 +187,7 @@ def test_a_line_longer_than_what_is_read_at_once_is_followed(tmp_path: Path) -> 
     audit.record(by="x", action="drain", outcome="refused: " + "y" * 200_000)
     audit.close()
     write(path, 1)
-    assert check_audit(path) == 2
+    assert verify_audit(path) == 2
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_line(
@@ -209,7 +209,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_line(
     assert path.read_bytes() == before
     audit.record(by="x", action="stop", outcome="accepted")
     audit.close()
-    assert check_audit(path) == 2
+    assert verify_audit(path) == 2
 
 
 @pytest.mark.timeout(60)
@@ -218,10 +218,10 @@ def test_a_log_without_end_is_not_read_to_it(tmp_path: Path) -> None:
     with closing(Audit(path)) as audit:
         audit.record(by="anna", action="pause")
     os.truncate(path, 1 << 40)  # takes no room
-    for read in (check_audit, Audit):
+    for read in (verify_audit, Audit):
         with pytest.raises(DataError, match="was cut or changed"):
             read(path)
     (tmp_path / MARK).unlink()
-    for read in (check_audit, Audit):
+    for read in (verify_audit, Audit):
         with pytest.raises(DataError, match="look who may write"):
             read(path)

@@ -34,7 +34,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from fedcore.crypto.keys import load_key
 from fedcore.crypto.kit import Kit, client_context
 from fedcore.flower.fleet import node_id_of
-from fedcore.flower.fleet_grid import Stopped
+from fedcore.flower.fleet_grid import ServerStopped
 from fedcore.rpc.hello import hello_of
 from fedcore.updates.seal import run_digest, sign_reply
 from server.live.rounds.settings import device_settings
@@ -162,7 +162,7 @@ def ask() -> Callable[..., tuple[threading.Thread, list[Message]]]:
         grid = served.listening.grid()
 
         def collect() -> None:
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(ServerStopped):
                 answers.extend(grid.send_and_receive([message], timeout=timeout))
 
         thread = threading.Thread(target=collect)

@@ -15,7 +15,7 @@ from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedcore.updates.messages import weights_record
-from fedcore.updates.pieces import JoinedArray
+from fedcore.updates.pieces import CutFileArray
 from server.live.network.limits import Limits
 
 FLEET = "/v1/fleet"
@@ -84,7 +84,7 @@ def begun(served: Any, rogue: Any, ask: Any) -> Iterator[Update]:
     thread.join(10)
     (answer,) = answers
     array = answer.content["arrays"]["model"]
-    assert isinstance(array, JoinedArray)
+    assert isinstance(array, CutFileArray)
     assert array.data[128:] == VALUES.tobytes()
 
 

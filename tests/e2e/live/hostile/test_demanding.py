@@ -17,7 +17,7 @@ from flwr.proto.message_pb2 import PullObjectResponse
 
 from fedcore.errors import DeviceError
 from fedcore.flower import fleet_api
-from fedcore.flower.fleet_api import Caller, Large, Route
+from fedcore.flower.fleet_api import Caller, FileResponse, Route
 from fedcore.updates.messages import REFUSED, instruction_config, weights_record
 from server.live.network import gate
 
@@ -25,20 +25,20 @@ PULL = "/v1/fleet/pull-object"
 OWNER = "max_memory_bytes = 200000000\n"
 
 
-def huge(fleet: Any, caller: Caller, body: Any) -> Large:
+def huge(fleet: Any, caller: Caller, body: Any) -> FileResponse:
     """One object of 6 GB, from a file that takes no room."""
     size_bytes = 6 << 30
     file = tempfile.TemporaryFile()  # noqa: SIM115 - whoever sends it closes it
     file.truncate(size_bytes)
     head = PullObjectResponse(object_found=True, object_available=True).SerializeToString()
     head += bytes((fleet_api._CONTENT_TAG,)) + fleet_api._varint(size_bytes)
-    return Large(head, file, len(head) + size_bytes)
+    return FileResponse(head, file, len(head) + size_bytes)
 
 
 def bomb(fleet: Any, caller: Caller, body: Any) -> Any:
     """An array that says it is made of its first chunk, very many times."""
     answer = fleet_api._pull_object(fleet, caller, body)
-    if isinstance(answer, Large) or not answer.object_content.startswith(b"Array "):
+    if isinstance(answer, FileResponse) or not answer.object_content.startswith(b"Array "):
         return answer
     head, _, described = answer.object_content.partition(b"\x00")
     raw = json.dumps(json.loads(described) | {"arraychunk_ids": [0] * 4000}).encode()

@@ -30,7 +30,7 @@ from flwr.app import (
 
 from fedcore.crypto.keys import new_key
 from fedcore.updates.messages import weights_record
-from fedcore.updates.replies import Form, Range, ReplySpec
+from fedcore.updates.replies import ArraySpec, Range, ReplySpec
 from server.live.network.limits import Limits
 from server.rounds.inbound import Intake, Tally, accepted
 
@@ -41,7 +41,9 @@ PATIENCE_S = 60.0 + COUNT
 pytestmark = pytest.mark.timeout(300 + COUNT)
 BATCH = 8
 SIZE = 7
-INTAKE = Intake(ReplySpec("train", {"train_loss": Range()}, {"model": Form("float32", (SIZE,))}))
+INTAKE = Intake(
+    ReplySpec("train", {"train_loss": Range()}, {"model": ArraySpec("float32", (SIZE,))})
+)
 WIDE = Limits(calls_per_s=1e6, burst=10**6)
 
 Forge = Callable[[Any, Message, RecordDict, random.Random], None]

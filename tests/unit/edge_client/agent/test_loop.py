@@ -14,7 +14,7 @@ from edge_client.device_folder import own
 from edge_client.ledger.book import read_book
 from fedcore.config.owner import OPEN_POLICY, DataSet, OwnerPolicy
 from fedcore.errors import InvalidUpdate
-from fedcore.flower.fleet_pull import Announced
+from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.privacy.ledger import ledger_in
 from fedcore.updates.messages import REFUSED
@@ -42,8 +42,8 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
         device = loop.DeviceSetup(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
         for number, norm in ((1, wrong), (2, 0.5)):
             message = instruction(task, run, number, clipping_norm=norm)
-            found = Announced(message, ObjectTree())
-            loop._answer_or_say_why(device, cast(Any, link), Signals(), runs, found)
+            found = AnnouncedMessage(message, ObjectTree())
+            loop._answer_or_reject(device, cast(Any, link), Signals(), runs, found)
             charged = len(ledger_in(folder.state("run")).charges)
             assert charged == (number if privacy else 0)
     refused, done = link.answers
@@ -74,8 +74,8 @@ def test_files_that_come_to_a_named_data_set_in_mid_run_count_at_once(tmp_path: 
         for number in (1, 2, 3, 4):
             if number == 3:
                 (other / "b.csv").rename(ward / "b.csv")
-            found = Announced(instruction(task, run, number), ObjectTree())
-            loop._answer_or_say_why(device, cast(Any, link), Signals(), runs, found)
+            found = AnnouncedMessage(instruction(task, run, number), ObjectTree())
+            loop._answer_or_reject(device, cast(Any, link), Signals(), runs, found)
             opened.append(runs[RUN_ID])
         assert opened[0] is opened[1] is not opened[2] is opened[3]
         charges = read_book(folder.path)

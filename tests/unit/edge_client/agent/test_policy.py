@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from edge_client.agent.policy import (
+    PolicyInputs,
     Power,
     RateLimit,
-    Surroundings,
     check_task,
     hours_left_s,
     limit_gpu,
     read_power,
-    reason_to_rest,
-    take_part,
+    reason_to_pause,
+    run_sessions,
 )
 from edge_client.agent.wake import Signals
 from fedcore.config.owner import OwnerPolicy, load_owner
@@ -38,8 +38,8 @@ def laptop(folder: Path, *, mains: bool, percent: int) -> Path:
     return folder
 
 
-def at(hour: int, minute: int = 0) -> Surroundings:
-    return Surroundings(clock=lambda: datetime(2026, 5, 1, hour, minute))
+def at(hour: int, minute: int = 0) -> PolicyInputs:
+    return PolicyInputs(clock=lambda: datetime(2026, 5, 1, hour, minute))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def at(hour: int, minute: int = 0) -> Surroundings:
     ],
 )
 def test_the_owners_hours(hours: tuple[str, ...], moment: tuple[int, int], within: bool) -> None:
-    reason = reason_to_rest(OwnerPolicy(hours=hours), at(*moment))
+    reason = reason_to_pause(OwnerPolicy(hours=hours), at(*moment))
     assert (reason is None) == within
     if reason:
         assert f"{moment[0]:02}:{moment[1]:02}" in reason
@@ -113,16 +113,16 @@ def test_power_is_read_as_linux_tells_it(tmp_path: Path) -> None:
 
 
 def test_a_battery_below_what_the_owner_wants_rests(tmp_path: Path) -> None:
-    low = Surroundings(power=laptop(tmp_path / "low", mains=False, percent=39))
-    enough = Surroundings(power=laptop(tmp_path / "enough", mains=False, percent=40))
-    charging = Surroundings(power=laptop(tmp_path / "charging", mains=True, percent=5))
+    low = PolicyInputs(power=laptop(tmp_path / "low", mains=False, percent=39))
+    enough = PolicyInputs(power=laptop(tmp_path / "enough", mains=False, percent=40))
+    charging = PolicyInputs(power=laptop(tmp_path / "charging", mains=True, percent=5))
     owner = OwnerPolicy(min_battery_percent=40)
-    assert "39 %" in (reason_to_rest(owner, low) or "")
-    assert reason_to_rest(owner, enough) is None
-    assert reason_to_rest(owner, charging) is None
-    assert "mains" in (reason_to_rest(OwnerPolicy(on_mains_only=True), enough) or "")
-    assert reason_to_rest(OwnerPolicy(on_mains_only=True), charging) is None
-    assert reason_to_rest(OwnerPolicy(), low) is None
+    assert "39 %" in (reason_to_pause(owner, low) or "")
+    assert reason_to_pause(owner, enough) is None
+    assert reason_to_pause(owner, charging) is None
+    assert "mains" in (reason_to_pause(OwnerPolicy(on_mains_only=True), enough) or "")
+    assert reason_to_pause(OwnerPolicy(on_mains_only=True), charging) is None
+    assert reason_to_pause(OwnerPolicy(), low) is None
 
 
 def test_only_tasks_that_the_owner_allows_are_run(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_only_tasks_that_the_owner_allows_are_run(tmp_path: Path) -> None:
 
 def test_a_device_leaves_when_its_hours_end_and_comes_back_when_they_begin() -> None:
     hour = [12]
-    around = Surroundings(clock=lambda: datetime(2026, 5, 1, hour[0]), look_s=0.01)
+    around = PolicyInputs(clock=lambda: datetime(2026, 5, 1, hour[0]), look_s=0.01)
     owner, stop = OwnerPolicy(hours=("12:00-13:00",)), threading.Event()
     events: list[str] = []
 
@@ -150,7 +150,7 @@ def test_a_device_leaves_when_its_hours_end_and_comes_back_when_they_begin() -> 
         events.append("ends")
         threading.Timer(0.05, lambda: hour.__setitem__(0, 12)).start()
 
-    take_part(session, owner, stop, around)
+    run_sessions(session, owner, stop, around)
     assert events == ["begins", "ends"] * 3 or events == ["begins", "ends"] * 2 + events[4:]
     assert len(events) >= 4
 

@@ -166,7 +166,7 @@ def test_a_refusal_after_a_long_outage_is_the_first_one(monkeypatch: pytest.Monk
         if (error := next(left, None)) is not None:
             raise error
 
-    loop._persist(work, Signals())
+    loop._retry(work, Signals())
     assert longest[29] == 30.0
     assert longest[30:32] == pytest.approx([0.25, 0.3125])
     assert longest[32] == 30.0

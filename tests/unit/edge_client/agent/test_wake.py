@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from edge_client.agent import wake
-from edge_client.agent.wake import CALL_BURST, CALL_S, Ceiling, Signals
+from edge_client.agent.wake import CALL_BURST, CALL_S, Signals, TokenBucket
 from fedcore.flower.fleet_errors import NotActivated
 from fedcore.rpc.relay import relayed
 from fedcore.rpc.wake_pb2 import Call
@@ -59,7 +59,7 @@ def floods(context: Any) -> Iterator[Call]:
         yield Call(kind=Call.WORK)
 
 
-class Counting(Ceiling):
+class Counting(TokenBucket):
     """A ceiling that says how much was taken until a device is to stop; then nothing waits."""
 
     taken = 0
@@ -78,7 +78,7 @@ def stopped_after(seconds: float) -> Signals:
 
 def test_a_ceiling_grants_a_burst_and_then_one_at_a_time() -> None:
     now = [0.0]
-    ceiling = Ceiling(2.0, 3, clock=lambda: now[0])
+    ceiling = TokenBucket(2.0, 3, clock=lambda: now[0])
     assert [ceiling.wait_s() for _ in range(5)] == [0, 0, 0, 2, 4]
     now[0] += 1000.0  # a pause saves up no more than the burst
     assert [ceiling.wait_s() for _ in range(4)] == [0, 0, 0, 2]
@@ -113,7 +113,7 @@ def test_what_comes_by_the_stream_waits_for_the_owners_bandwidth(
 
     count = wake._counting(signals, passed)
     with serving(floods) as port, channel_to(port, count) as (channel, gone):
-        wake._listen(channel, "a", signals, Ceiling(0.0, 1), gone)
+        wake._listen(channel, "a", signals, TokenBucket(0.0, 1), gone)
     took_s = time.monotonic() - began
     rate, burst = (20_000, 0) if owner else (wake.BYTES_PER_S, 10_000)
     assert 10_000 < sum(counted) < burst + 1.1 * rate * took_s + 20_000
@@ -222,7 +222,7 @@ def test_a_server_that_says_it_goes_away_holds_no_thread() -> None:
         thread.start()
         with channel_to(listener.getsockname()[1]) as (channel, gone):
             began = time.monotonic()
-            assert not wake._listen(channel, "a", Signals(), Ceiling(CALL_S, CALL_BURST), gone)
+            assert not wake._listen(channel, "a", Signals(), TokenBucket(CALL_S, CALL_BURST), gone)
             assert time.monotonic() - began < 8.0
         thread.join()
 

@@ -8,8 +8,8 @@ import pytest
 from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 
 from edge_client.delivery.clock import (
-    Floor,
-    Judged,
+    ClockReading,
+    TimeFloor,
     forgotten,
     learned,
     looked,
@@ -31,52 +31,52 @@ def root(at: datetime = T0) -> Root:
     return Root(expires=at + 365 * DAY, unrecognized_fields=stamp(at))
 
 
-def updated(floor: Floor, now: datetime, at: datetime, **more: Any) -> Floor:
+def updated(floor: TimeFloor, now: datetime, at: datetime, **more: Any) -> TimeFloor:
     """The floor after an update at which a repository was signed ``at`` some time."""
     return learned(looked(floor, now), now, root=root(), timestamp=timestamp(at), created=None)
 
 
 def test_a_first_look_judges_nothing() -> None:
-    floor = looked(Floor(), T0 + 1000 * DAY)
+    floor = looked(TimeFloor(), T0 + 1000 * DAY)
     assert floor.at is None
-    assert Judged(T0, floor).at == T0
+    assert ClockReading(T0, floor).at == T0
 
 
 def test_what_was_signed_is_past() -> None:
-    floor = updated(Floor(), T0 - 20_000 * DAY, T0)
+    floor = updated(TimeFloor(), T0 - 20_000 * DAY, T0)
     assert floor.at == T0
-    judged = Judged(T0 - 20_000 * DAY, floor)
+    judged = ClockReading(T0 - 20_000 * DAY, floor)
     assert judged.at == T0
     assert judged.behind
     assert "is behind: it is 2026-05-01 00:00 UTC at least" in (judged.complaint() or "")
 
 
 def test_a_clock_set_back_is_judged_by_what_it_has_said() -> None:
-    floor = updated(Floor(), T0, T0)
+    floor = updated(TimeFloor(), T0, T0)
     floor = looked(floor, T0 + 20 * DAY)  # the repository has expired, and was refused
-    back = Judged(T0 + DAY, floor)
+    back = ClockReading(T0 + DAY, floor)
     assert back.at == T0 + 7 * DAY == timestamp(T0).expires  # expired, wherever the clock goes
     assert back.held
     assert not back.behind  # for all that is known, it was ahead then
 
 
 def test_a_clock_that_was_ahead_locks_nobody_out() -> None:
-    floor = updated(Floor(), T0, T0)
+    floor = updated(TimeFloor(), T0, T0)
     floor = looked(floor, T0 + 4000 * DAY)
-    right = Judged(T0 + DAY, floor)
+    right = ClockReading(T0 + DAY, floor)
     assert not timestamp(T0 + DAY).is_expired(right.at)  # what is signed next is taken
     floor = updated(floor, T0 + DAY, T0 + DAY)
     assert floor.at is not None
     assert floor.at <= T0 + 8 * DAY
     assert "has said 2037-04-13 00:00 UTC before" in (right.complaint() or "")
     floor = updated(floor, T0 + 8 * DAY, T0 + 8 * DAY)
-    assert Judged(T0 + 8 * DAY, floor).complaint() is None  # said once
+    assert ClockReading(T0 + 8 * DAY, floor).complaint() is None  # said once
 
 
 def test_the_clock_is_spoken_of_only_where_it_is_off_by_minutes() -> None:
-    floor = updated(Floor(), T0, T0)
-    assert Judged(T0 - timedelta(minutes=9), floor).complaint() is None
-    assert Judged(T0 - timedelta(minutes=11), floor).complaint() is not None
+    floor = updated(TimeFloor(), T0, T0)
+    assert ClockReading(T0 - timedelta(minutes=9), floor).complaint() is None
+    assert ClockReading(T0 - timedelta(minutes=11), floor).complaint() is not None
 
 
 @pytest.mark.parametrize("created", [None, T0 + 3 * DAY, T0 + 9999 * DAY])
@@ -85,7 +85,7 @@ def test_signed_times_cannot_lift_the_floor_beyond_the_offline_root(
 ) -> None:
     far = T0 + 100_000 * DAY
     stolen = Timestamp(expires=far + DAY, unrecognized_fields=stamp(far))
-    floor = learned(Floor(), T0, root=root(), timestamp=stolen, created=created)
+    floor = learned(TimeFloor(), T0, root=root(), timestamp=stolen, created=created)
     assert floor.at is not None
     assert not root().is_expired(floor.at)
     assert forgotten(root(T0 + 2 * DAY)).at == T0 + 2 * DAY
@@ -94,7 +94,7 @@ def test_signed_times_cannot_lift_the_floor_beyond_the_offline_root(
 def test_a_manifest_dates_a_release_too() -> None:
     bare = timestamp(T0, fields={"other": 1})
     old = Root(expires=T0 + 365 * DAY)
-    floor = learned(Floor(), T0 - 9 * DAY, root=old, timestamp=bare, created=T0 - DAY)
+    floor = learned(TimeFloor(), T0 - 9 * DAY, root=old, timestamp=bare, created=T0 - DAY)
     assert floor.signed == T0 - DAY
 
 
@@ -114,14 +114,14 @@ def test_a_manifest_dates_a_release_too() -> None:
 def test_times_that_are_none_are_not_believed(said: Any) -> None:
     odd = timestamp(T0, fields={"signed_at": said})
     old = Root(expires=T0 + 365 * DAY, unrecognized_fields={"signed_at": said})
-    floor = learned(Floor(), T0, root=old, timestamp=odd, created=None)
+    floor = learned(TimeFloor(), T0, root=old, timestamp=odd, created=None)
     assert floor.signed is None
     assert floor.at == T0
 
 
 def test_it_is_kept_and_read_back(tmp_path: Path) -> None:
-    assert read_floor(tmp_path) == Floor()
-    floor = updated(Floor(), T0, T0)
+    assert read_floor(tmp_path) == TimeFloor()
+    floor = updated(TimeFloor(), T0, T0)
     write_floor(tmp_path, floor)
     assert read_floor(tmp_path) == floor
 

@@ -10,7 +10,7 @@ import pytest
 
 from edge_client.ledger import commands as ledger_commands
 from edge_client.ledger.book import LEDGER
-from edge_client.ledger.export import check_export
+from edge_client.ledger.export import verify_export
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, FedcoreError, PrivacyError, SignatureInvalid
 from tests.unit.edge_client.ledger.sites import DELTA, Site, epsilon
@@ -24,7 +24,7 @@ def test_an_export_is_signed_and_can_be_computed_again(
     words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp", "--out", out)
     assert site.run(ledger_commands.export, *words) == 0
     assert {path: raw for path, raw in site.files().items() if path != out} == before
-    checked = check_export(out.read_bytes(), where="export", expected=site.public)
+    checked = verify_export(out.read_bytes(), where="export", expected=site.public)
     assert checked.signer == fingerprint(site.public)
     assert checked.ledger.device.epsilon == pytest.approx(epsilon(3, 1.2, DELTA, more=20))
     assert checked.ledger.composed["digits"].epsilon == pytest.approx(epsilon(3, 1.2))
@@ -42,23 +42,23 @@ def test_an_export_that_was_changed_is_refused(
     raw = capsys.readouterr().out
     other = Site(tmp_path_factory.mktemp("other"))
     with pytest.raises(SignatureInvalid, match="It is not this device's ledger"):
-        check_export(raw.encode(), where="export", expected=other.public)
+        verify_export(raw.encode(), where="export", expected=other.public)
     for was, is_now in (('"steps": 10', '"steps": 9'), ('"round": 1', '"round": 2')):
         with pytest.raises(SignatureInvalid, match="the signature does not hold"):
-            check_export(raw.replace(was, is_now, 1).encode(), where="export")
+            verify_export(raw.replace(was, is_now, 1).encode(), where="export")
     unsigned = json.loads(raw) | {"key": "", "signature": ""}
-    assert check_export(json.dumps(unsigned).encode(), where="export").signer == ""
+    assert verify_export(json.dumps(unsigned).encode(), where="export").signer == ""
     with pytest.raises(SignatureInvalid, match="signed by nobody"):
-        check_export(json.dumps(unsigned).encode(), where="export", expected=site.public)
+        verify_export(json.dumps(unsigned).encode(), where="export", expected=site.public)
     unsigned["ledger"]["device"]["epsilon"] /= 2
     with pytest.raises(PrivacyError, match="the charges of the device come to epsilon"):
-        check_export(json.dumps(unsigned).encode(), where="export")
+        verify_export(json.dumps(unsigned).encode(), where="export")
     del unsigned["ledger"]["composed"]["digits"]
     with pytest.raises(PrivacyError, match="are not those that were composed"):
-        check_export(json.dumps(unsigned).encode(), where="export")
+        verify_export(json.dumps(unsigned).encode(), where="export")
     for nonsense in (b"", b"{}", b"[]", b"\xff"):
         with pytest.raises(PrivacyError, match="no whole ledger that"):
-            check_export(nonsense, where="export")
+            verify_export(nonsense, where="export")
 
 
 def _unsigned(raw: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:

@@ -14,15 +14,15 @@ from flwr.proto.message_pb2 import ObjectTree
 import edge_client.ledger.ledger as ledger_module
 from edge_client import device_folder as state_module
 from edge_client.agent import loop
-from edge_client.agent.wake import Ceiling, Signals
+from edge_client.agent.wake import Signals, TokenBucket
 from edge_client.device_folder import DeviceFolder, own
 from edge_client.ledger import book as ledger_book
 from edge_client.ledger.book import (
     MAX_CHARGES,
     MAX_RUNS,
-    Book,
-    Spent,
-    Terms,
+    ChargeTerms,
+    LedgerFile,
+    StoredCharge,
     count,
     mark_of,
     put_terms,
@@ -34,7 +34,7 @@ from edge_client.ledger.ledger import IDLE_RUNS, drop_idle
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
 from fedcore.errors import PrivacyError
-from fedcore.flower.fleet_pull import Announced
+from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.records import record_bytes
 from fedcore.privacy.accounting import MOST_KEPT, Charge
@@ -62,8 +62,8 @@ class Site:
         """The device's answer to an instruction of the run of that name."""
         run = run_of(name, privacy=PRIVATE if private else {})
         link = Link(run)
-        found = Announced(instruction(self.task, run, number), ObjectTree())
-        loop._answer_or_say_why(self.device, cast(Any, link), Signals(), {}, found)
+        found = AnnouncedMessage(instruction(self.task, run, number), ObjectTree())
+        loop._answer_or_reject(self.device, cast(Any, link), Signals(), {}, found)
         return link.answers[-1]
 
     def charges(self) -> dict[str, int]:
@@ -106,7 +106,7 @@ def test_a_server_cannot_fill_a_ledger_with_runs_as_fast_as_it_can_ask(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [0.0]
-    site.device = replace(site.device, new_runs=Ceiling(900.0, 2, clock=lambda: now[0]))
+    site.device = replace(site.device, new_runs=TokenBucket(900.0, 2, clock=lambda: now[0]))
     assert not site.ask("one", private=True).has_error()
     assert not site.ask("two", private=True).has_error()
     before = site.files()
@@ -190,7 +190,7 @@ def test_the_longest_ledger_that_may_be_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name"):
         RunConfig(name=names[0] + "0", task="task.py")
     label = f"{'d' * 64}:{'9' * 9}:{'f' * 64}"
-    one = Spent(
+    one = StoredCharge(
         round=MOST_ROUNDS,
         noise_multiplier=number,
         sample_rate=number,
@@ -202,7 +202,7 @@ def test_the_longest_ledger_that_may_be_can_be_read(tmp_path: Path) -> None:
     runs = dict.fromkeys(names, (one,) * (MAX_CHARGES // MAX_RUNS))
     assert count(runs) == MAX_CHARGES
 
-    book = Book(runs=runs).model_dump_json().encode() + b"\n"
+    book = LedgerFile(runs=runs).model_dump_json().encode() + b"\n"
     assert 2 * len(book) < ledger_book._MAX_LEDGER_BYTES
     (tmp_path / "ledger.json").write_bytes(book)
     read = read_book(tmp_path)
@@ -216,7 +216,7 @@ def test_the_longest_ledger_that_may_be_can_be_read(tmp_path: Path) -> None:
 
     state = RecordDict()
     put_ledger(state, Ledger((one.charge,) * MAX_CHARGES))  # all of them in one run
-    put_terms(state, [Terms(one.target_delta, label, one.id)] * MAX_CHARGES)
+    put_terms(state, [ChargeTerms(one.target_delta, label, one.id)] * MAX_CHARGES)
     state["fedcore.answered"] = ConfigRecord({"keys": ["f" * 64] * 4, "sha256": ["f" * 64] * 4})
     assert 2 * len(record_bytes(state)) < state_module._MAX_STATE_BYTES
 

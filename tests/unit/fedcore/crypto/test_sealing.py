@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from fedcore.crypto.sealing import MIN_PASSPHRASE, OVERHEAD_BYTES, is_sealed, seal, unseal
+from fedcore.crypto.sealing import MIN_PASSPHRASE, OVERHEAD_BYTES, decrypt, encrypt, is_encrypted
 from fedcore.errors import ConfigError, TrustError
 
 PASSPHRASE = "fünf zufällige Wörter"
@@ -14,16 +14,16 @@ PASSPHRASE = "fünf zufällige Wörter"
 
 @pytest.fixture(scope="module")
 def sealed() -> bytes:
-    return seal(b"secret" * 10, PASSPHRASE)
+    return encrypt(b"secret" * 10, PASSPHRASE)
 
 
 def test_what_is_sealed_comes_back(sealed: bytes) -> None:
-    assert is_sealed(sealed)
+    assert is_encrypted(sealed)
     assert len(sealed) == 60 + OVERHEAD_BYTES
     assert b"secret" not in sealed
     decomposed = unicodedata.normalize("NFD", PASSPHRASE)  # as another keyboard types it
     assert decomposed != PASSPHRASE
-    assert unseal(sealed, decomposed, where="file") == b"secret" * 10
+    assert decrypt(sealed, decomposed, where="file") == b"secret" * 10
 
 
 def test_a_guess_costs_what_is_said(sealed: bytes) -> None:
@@ -34,12 +34,12 @@ def test_a_guess_costs_what_is_said(sealed: bytes) -> None:
 
 
 def test_no_two_are_alike(sealed: bytes) -> None:
-    assert seal(b"secret" * 10, PASSPHRASE)[17:45] != sealed[17:45]
+    assert encrypt(b"secret" * 10, PASSPHRASE)[17:45] != sealed[17:45]
 
 
 def test_another_passphrase_opens_nothing(sealed: bytes) -> None:
     with pytest.raises(TrustError, match="file: this cannot be opened: the passphrase is not"):
-        unseal(sealed, PASSPHRASE + " ", where="file")
+        decrypt(sealed, PASSPHRASE + " ", where="file")
 
 
 @pytest.mark.parametrize("place", [20, 40, 50, -1], ids=["salt", "nonce", "text", "tag"])
@@ -47,17 +47,17 @@ def test_no_changed_byte_goes_unnoticed(sealed: bytes, place: int) -> None:
     changed = bytearray(sealed)
     changed[place] ^= 1
     with pytest.raises(TrustError, match="altered or cut short"):
-        unseal(bytes(changed), PASSPHRASE, where="file")
+        decrypt(bytes(changed), PASSPHRASE, where="file")
 
 
 def test_what_is_not_sealed_is_not_tried(sealed: bytes) -> None:
     for raw in (b"", b"garbage", sealed[:-30][:60], b"x" + sealed[1:]):
         with pytest.raises(TrustError, match="cannot be opened"):
-            unseal(raw, PASSPHRASE, where="file")
-    assert not is_sealed(b"-----BEGIN PRIVATE KEY-----")
+            decrypt(raw, PASSPHRASE, where="file")
+    assert not is_encrypted(b"-----BEGIN PRIVATE KEY-----")
 
 
 def test_a_short_passphrase_is_refused() -> None:
     assert MIN_PASSPHRASE == 12
     with pytest.raises(ConfigError, match="it has 11 characters, expected 12 or more"):
-        seal(b"", "12345678901")
+        encrypt(b"", "12345678901")

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
-from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, Arrival, beginning_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.cuts import CUT_BYTES, cut_head, cuts_of
 from fedcore.updates.messages import weights_record
-from fedcore.updates.pieces import FileArray, JoinedArray, pieces
+from fedcore.updates.pieces import CutFileArray, FileArray, pieces
 
 WEIGHTS = 3 * CUT_BYTES // 4 + 1000  # four chunks, the last one short
 Push = Callable[[bytes], None]
@@ -97,11 +97,11 @@ class Sender:
     def chunks(self) -> list[str]:
         return [one for one, raw in self.objects.items() if len(raw) > 2**16]
 
-    def arrival(self, raw: bytes, *, node: int | None = None) -> tuple[Arrival, bytes]:
+    def arrival(self, raw: bytes, *, node: int | None = None) -> tuple[ChunkUpload, bytes]:
         """One that has begun, and what is to follow."""
         begun = beginning_of(raw[:BEGINNING_BYTES])
         assert begun is not None
-        one = Arrival(self.fleet, node or self.caller.node_id, self.caller.name, begun)
+        one = ChunkUpload(self.fleet, node or self.caller.node_id, self.caller.name, begun)
         return one, raw[begun.body_at :]
 
     def push(self, raw: bytes, *, step: int = 2**16) -> bool:
@@ -143,7 +143,7 @@ def test_an_update_lies_in_one_file_and_is_hashed_as_it_comes(fleet: Fleet) -> N
         assert one.push(one.request(object_id), step=100_003)
     assert fleet.next_answered(0.0) == one.message_id
     array = one.taken()
-    assert isinstance(array, JoinedArray)
+    assert isinstance(array, CutFileArray)
     assert [path for path in spooled(fleet) if path.name.startswith("joined")] == [array.path]
     assert b"".join(pieces(array, 128)) == one.values.tobytes()
     known = array.cuts
@@ -200,7 +200,7 @@ def test_chunks_of_another_size_are_put_together(
     one.announce()
     one.push_all()
     array = one.taken()
-    assert not isinstance(array, JoinedArray)
+    assert not isinstance(array, CutFileArray)
     assert b"".join(pieces(array, 128)) == one.values.tobytes()
     assert len(one.objects[one.chunks[0]]) == len(cut_head(CUT_BYTES - 4)) + CUT_BYTES - 4
 

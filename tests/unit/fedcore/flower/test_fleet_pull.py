@@ -21,7 +21,7 @@ from fedcore.flower import fleet_errors
 from fedcore.flower.fleet_payload import MAX_PLAIN_BYTES
 from fedcore.flower.fleet_pull import (
     ANSWER_BYTES,
-    Announced,
+    AnnouncedMessage,
     BoundedClient,
     read_bounded,
     read_content,
@@ -50,9 +50,9 @@ def message(weights: int = WEIGHTS) -> Message:
     return Message(content, 2, "train")
 
 
-def served(whole: Message) -> tuple[Announced, dict[str, bytes]]:
+def served(whole: Message) -> tuple[AnnouncedMessage, dict[str, bytes]]:
     objects = {key: one.deflate() for key, one in get_all_nested_objects(whole).items()}
-    return Announced(Message(RecordDict(), 2, "train"), get_object_tree(whole)), objects
+    return AnnouncedMessage(Message(RecordDict(), 2, "train"), get_object_tree(whole)), objects
 
 
 def puller(objects: Mapping[str, bytes]) -> Callable[[str, int], bytes]:
@@ -186,7 +186,7 @@ def test_an_error_is_no_message_that_a_device_is_sent() -> None:
 
 def test_a_tree_of_very_many_objects_is_refused_before_one_is_fetched() -> None:
     tree = ObjectTree(children=[ObjectTree(object_id=str(each)) for each in range(5000)])
-    announced = Announced(Message(RecordDict(), 2, "train"), tree)
+    announced = AnnouncedMessage(Message(RecordDict(), 2, "train"), tree)
     with pytest.raises(InvalidUpdate, match="more than 4096 objects"):
         read_content(announced, lambda *_: pytest.fail("fetched"), limit_bytes=LIMIT_BYTES)
 

@@ -19,10 +19,10 @@ from torch.nn import functional
 from fedcore.kernels.im2col import (
     Floats,
     blocks_of,
-    fold_rows,
-    lay_columns,
-    lay_rows,
-    look_of,
+    col2im,
+    conv_geometry,
+    im2col_columns,
+    im2col_rows,
     pool,
     unpool,
 )
@@ -73,18 +73,18 @@ def test_rows_forth_and_back(
         return
     images = numbers(seed, 2, *size, channels).requires_grad_()
     expected = laid(images, window)
-    look = look_of(window, *size, channels)
+    look = conv_geometry(window, *size, channels)
     flat = images.detach().view(-1).numpy()
     rows = torch.full(expected.shape, NAN)  # whatever lay there before
-    lay_rows(flat, rows.view(-1).numpy(), look)
+    im2col_rows(flat, rows.view(-1).numpy(), look)
     assert torch.equal(rows, expected)
     columns = torch.full(expected.transpose(1, 2).shape, NAN)
-    lay_columns(flat, columns.view(-1).numpy(), look)
+    im2col_columns(flat, columns.view(-1).numpy(), look)
     assert torch.equal(columns, expected.transpose(1, 2))
     slopes = numbers(seed + 1, *expected.shape)
     (back,) = torch.autograd.grad([expected], [images], [slopes])
     found = torch.full(images.shape, NAN)
-    fold_rows(slopes.view(-1).numpy(), found.view(-1).numpy(), look)
+    col2im(slopes.view(-1).numpy(), found.view(-1).numpy(), look)
     assert torch.equal(found, back)
 
 
@@ -157,9 +157,9 @@ def test_what_is_no_finite_number_comes_through_as_in_torch(
 
 
 def test_other_numbers_than_float32_are_refused() -> None:
-    look = look_of(ConvolutionWindow((1, 1), (1, 1), (0, 0)), 2, 2, 1)
+    look = conv_geometry(ConvolutionWindow((1, 1), (1, 1), (0, 0)), 2, 2, 1)
     with pytest.raises(TypeError, match="No matching definition"):
-        lay_rows(np.zeros(4), np.zeros(4), look)  # type: ignore[arg-type]
+        im2col_rows(np.zeros(4), np.zeros(4), look)  # type: ignore[arg-type]
 
 
 MODULE = """

@@ -12,9 +12,9 @@ from fedcore.observability.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
+    batched,
     json_line,
     tee,
-    unhurried,
 )
 
 
@@ -65,7 +65,7 @@ def test_short_rounds_are_handed_on_together_and_anything_else_at_once() -> None
     now = [0.0]
     short = [RoundFinished({"round": n, "seconds": 0.001}) for n in range(4)]
     long, note = RoundFinished({"round": 9, "seconds": 1.0}), Noted("something")
-    with unhurried(seen.append, clock=lambda: now[0]) as sink:
+    with batched(seen.append, clock=lambda: now[0]) as sink:
         sink(short[0])
         sink(short[1])
         assert seen == []
@@ -84,7 +84,7 @@ def test_short_rounds_are_handed_on_together_and_anything_else_at_once() -> None
 def test_what_waits_is_handed_on_when_the_run_fails() -> None:
     seen: list[Event] = []
     event = RoundFinished({"round": 1, "seconds": 0.001})
-    with unhurried(seen.append) as sink:
+    with batched(seen.append) as sink:
         sink(event)
         with pytest.raises(KeyError):
             _ = {}["a run that fails"]

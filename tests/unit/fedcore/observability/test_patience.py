@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 
 from fedcore.observability import patience
-from fedcore.observability.patience import Reminder, loading_told, told_if_slow
+from fedcore.observability.patience import Reminder, note_if_slow, report_loading
 
 
 def test_what_takes_long_is_told_while_it_lasts(capsys: pytest.CaptureFixture[str]) -> None:
-    with told_if_slow("note: at it", after_s=0.01):
+    with note_if_slow("note: at it", after_s=0.01):
         until = time.monotonic() + 5.0
         said = ""
         while not said and time.monotonic() < until:
@@ -22,7 +22,7 @@ def test_what_takes_long_is_told_while_it_lasts(capsys: pytest.CaptureFixture[st
 
 
 def test_what_is_quick_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    with told_if_slow("note: at it", after_s=0.2):
+    with note_if_slow("note: at it", after_s=0.2):
         pass
     time.sleep(0.3)
     told = capsys.readouterr()
@@ -30,7 +30,7 @@ def test_what_is_quick_is_not(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_fails_is_not_told_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="no"), told_if_slow("note: at it", after_s=0.2):
+    with pytest.raises(ValueError, match="no"), note_if_slow("note: at it", after_s=0.2):
         raise ValueError("no")
     time.sleep(0.3)
     assert capsys.readouterr().err == ""
@@ -52,7 +52,7 @@ def test_imports_that_take_long_are_told_of_with_what_is_left(
 ) -> None:
     monkeypatch.setattr(patience, "SILENT_S", 0.1)
     told: list[str] = []
-    with loading_told(told.append, modules=len(sys.modules) + 100):
+    with report_loading(told.append, modules=len(sys.modules) + 100):
         for number in range(50):
             monkeypatch.setitem(sys.modules, f"made_up_{number}", ModuleType("made_up"))
         time.sleep(0.4)
@@ -64,6 +64,6 @@ def test_imports_that_take_long_are_told_of_with_what_is_left(
 
 def test_imports_that_are_quick_are_not_told_of() -> None:
     told: list[str] = []
-    with loading_told(told.append):
+    with report_loading(told.append):
         pass
     assert not told

@@ -14,7 +14,7 @@ from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import (
     Ledger,
     OtherRuns,
-    Room,
+    RemainingRounds,
     charge,
     owners_budget,
     read_ledger,
@@ -104,7 +104,7 @@ def test_the_room_that_is_told_is_what_is_let_through(
 ) -> None:
     privacy = PRIVACY.model_copy(update={"accountant": accountant})
     ledger, more = made(1, privacy, owner, others, Charge(1, 1.0, 1 / 16, 16))
-    assert room(ledger, privacy, owner=owner, others=others) == Room(more, exact=True)
+    assert room(ledger, privacy, owner=owner, others=others) == RemainingRounds(more, exact=True)
     said = f"{more} more round{'' if more == 1 else 's'}"
     assert str(room(ledger, privacy, owner=owner, others=others)) == said
 

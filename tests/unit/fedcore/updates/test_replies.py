@@ -16,21 +16,21 @@ from fedcore.errors import InvalidUpdate, ResourceError
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, METRICS, MODEL, NUM_EXAMPLES, Update, update_content
 from fedcore.updates.pack import Vector
-from fedcore.updates.pieces import PIECE_BYTES, FileArray, KeptArray
+from fedcore.updates.pieces import PIECE_BYTES, FileArray, PathArray
 from fedcore.updates.replies import (
     LARGEST,
     MAX_ENTRIES,
-    Form,
+    ArraySpec,
     Range,
     Reply,
     ReplySpec,
-    check_legible,
+    check_structure,
     read_reply,
 )
 
 WEIGHTS = np.array([1.0, -2.0, 3.0], np.float32)
 RANGES = {"train_loss": Range(), "epsilon": Range(0.0, 8.0)}
-ASKED = ReplySpec("train", RANGES, {MODEL: Form("float32", (3,))})
+ASKED = ReplySpec("train", RANGES, {MODEL: ArraySpec("float32", (3,))})
 SURROGATE = "a\ud800"
 
 
@@ -166,7 +166,7 @@ def in_file(array: Array) -> Array:
 
 
 LENGTH = PIECE_BYTES // 4 + 3
-LONG = ReplySpec("train", RANGES, {MODEL: Form("float32", (LENGTH,))})
+LONG = ReplySpec("train", RANGES, {MODEL: ArraySpec("float32", (LENGTH,))})
 
 
 def long_reply(values: Vector, *, version: tuple[int, int] = (1, 0)) -> Message:
@@ -215,10 +215,10 @@ def test_the_distance_to_the_weights_that_were_sent_is_measured() -> None:
     assert read(reply(records())).distance is None
 
 
-def kept(tmp_path: Path, array: Array) -> KeptArray:
+def kept(tmp_path: Path, array: Array) -> PathArray:
     path = tmp_path / "value"
     path.write_bytes(array.data)
-    return KeptArray(array.dtype, array.shape, array.stype, path)
+    return PathArray(array.dtype, array.shape, array.stype, path)
 
 
 def test_a_file_that_cannot_be_read_is_this_machines_fault(tmp_path: Path) -> None:
@@ -327,10 +327,10 @@ def test_what_was_not_asked_for_is_refused_in_words_that_can_be_printed(name: st
 def test_a_record_has_so_many_entries_at_most(count: int) -> None:
     content = RecordDict({METRICS: MetricRecord({f"m{place}": 1 for place in range(count)})})
     if count <= MAX_ENTRIES:
-        check_legible(content, where="here")
+        check_structure(content, where="here")
     else:
         with pytest.raises(InvalidUpdate, match="has 257 entries, expected at most 256"):
-            check_legible(content, where="here")
+            check_structure(content, where="here")
 
 
 @pytest.mark.parametrize("value", [LARGEST, -LARGEST])

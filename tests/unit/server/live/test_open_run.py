@@ -11,7 +11,7 @@ import pytest
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from server.live.journal.head import HEAD, JOURNAL, RECORDS
-from server.live.resume import STEPS, Complete, has_journal, open_run
+from server.live.resume import STEPS, RunComplete, has_journal, open_run
 from server.report.folder import JOURNAL_FOLDER
 from server.rounds.checkpointing import Progress
 from server.rounds.strategy_state import StrategyState
@@ -67,7 +67,7 @@ def test_a_complete_run_is_not_resumed_and_may_be_run_again(tmp_path: Path) -> N
     complete(tmp_path)
     before = sorted((tmp_path / "runs" / "orchard").iterdir())
     with pytest.raises(
-        Complete, match=r"its results are in summary\.json\. Nothing is left .*--fre"
+        RunComplete, match=r"its results are in summary\.json\. Nothing is left .*--fre"
     ):
         opened(tmp_path, run, resume=True)
     assert sorted((tmp_path / "runs" / "orchard").iterdir()) == before
@@ -80,7 +80,7 @@ def test_a_complete_run_is_not_resumed_and_may_be_run_again(tmp_path: Path) -> N
 def test_a_run_without_a_release_is_complete_with_its_rounds(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     over(tmp_path, run)
-    with pytest.raises(Complete, match=r"its model is in global\.safetensors"):
+    with pytest.raises(RunComplete, match=r"its model is in global\.safetensors"):
         opened(tmp_path, run, resume=True)
     begin_step(tmp_path)
     assert opened(tmp_path, run_of(tmp_path, **RELEASE), resume=True), "it may be released later"

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from server.process.signals import asked_to_stop, no_signal, signals_come
+from server.process.signals import signals_blocked, stop_requested, unblock_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_insists(number: signal.Signals) -> None:
     said: list[str] = []
     before = signal.getsignal(number)
-    with asked_to_stop(lambda: said.append("stopping")) as stopping:
+    with stop_requested(lambda: said.append("stopping")) as stopping:
         assert not stopping()
         os.kill(os.getpid(), number)
         assert stopping()
@@ -30,7 +30,7 @@ def test_one_that_insists_where_nothing_can_be_raised_comes_again() -> None:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with asked_to_stop(lambda: None):
+    with stop_requested(lambda: None):
         Freed()
         Freed()
         with pytest.raises(KeyboardInterrupt):
@@ -45,7 +45,7 @@ def test_what_else_cannot_be_raised_is_told_as_before() -> None:
     told: list[object] = []
     before, sys.unraisablehook = sys.unraisablehook, lambda lost: told.append(lost.exc_type)
     try:
-        with asked_to_stop(lambda: None):
+        with stop_requested(lambda: None):
             Freed()
         Freed()
     finally:
@@ -55,14 +55,14 @@ def test_what_else_cannot_be_raised_is_told_as_before() -> None:
 
 def test_a_process_hears_of_signals_once_it_lets_them_through() -> None:
     read, write = os.pipe()
-    with asked_to_stop(lambda: None) as stopping:
-        with no_signal():
+    with stop_requested(lambda: None) as stopping:
+        with signals_blocked():
             child = os.fork()
             if not child:
                 os.kill(os.getpid(), signal.SIGTERM)  # would ask this process's copy to stop
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.write(write, b"n" if not stopping() else b"y")
-                signals_come()
+                unblock_signals()
                 os._exit(0)
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # others let it through
             assert not stopping()
@@ -77,7 +77,7 @@ def test_in_another_thread_nothing_is_changed() -> None:
     found: list[object] = []
 
     def run() -> None:
-        with asked_to_stop(lambda: None) as stopping:
+        with stop_requested(lambda: None) as stopping:
             found.extend([stopping(), signal.getsignal(signal.SIGINT)])
 
     before = signal.getsignal(signal.SIGINT)

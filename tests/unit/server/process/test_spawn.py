@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.process.spawn import script_left_out
+from server.process.spawn import main_script_hidden
 
 SCRIPT = """
 import multiprocessing, os
@@ -45,7 +45,7 @@ def test_what_names_the_script_is_back_whatever_happens(
     told: dict[str, object] = {}
 
     def fails() -> None:
-        with script_left_out():
+        with main_script_hidden():
             told.update(multiprocessing.spawn.get_preparation_data("x"))
             raise KeyError
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedcore.crypto.roster import load_server_identity
 from fedcore.crypto.roster_seen import SEEN, read_seen
-from fedcore.crypto.sealing import seal, unseal
+from fedcore.crypto.sealing import decrypt, encrypt
 from fedcore.errors import (
     CertificateRefused,
     ConfigError,
@@ -21,7 +21,7 @@ from fedcore.errors import (
     RollbackRefused,
     TrustError,
 )
-from server.audit import Audit, check_audit
+from server.audit import Audit, verify_audit
 from server.doctor import _roster
 from server.live.operators.drained import read_drained, write_drained
 from server.live.operators.endpoint import sole
@@ -161,7 +161,7 @@ def test_what_a_server_has_seen_outlives_a_damaged_authority(
     with pytest.raises(RollbackRefused, match="version 4 of the roster was in force"):
         load_server_identity(folder, now=act.now).roster()
     assert read_drained(folder) == {"edge-2"}
-    assert check_audit(folder / "audit.jsonl") == 1
+    assert verify_audit(folder / "audit.jsonl") == 1
     revoke(act, "edge-1")  # what the caution says
     (folder / "roster.seen").unlink()
     assert load_server_identity(folder, now=act.now).roster().version == 5
@@ -224,13 +224,13 @@ def test_a_damaged_authority_is_not_backed_up(act: Act, tmp_path: Path) -> None:
 
 def altered(file: Path, **files: str | None) -> None:
     """Seals the backup again with some of its files changed or left out."""
-    content = json.loads(unseal(file.read_bytes(), PASSPHRASE, where="file"))
+    content = json.loads(decrypt(file.read_bytes(), PASSPHRASE, where="file"))
     for name, text in files.items():
         if text is None:
             del content["files"][name]
         else:
             content["files"][name] = text
-    file.write_bytes(seal(json.dumps(content).encode(), PASSPHRASE))
+    file.write_bytes(encrypt(json.dumps(content).encode(), PASSPHRASE))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_keys_of_two_authorities_are_not_mixed(
     other = type(desk)(tmp_path / "other").begin()
     other_file = tmp_path / "other.sealed"
     backup(replace(other.act, passphrase=PASSPHRASE), other_file)
-    content = json.loads(unseal(other_file.read_bytes(), PASSPHRASE, where="file"))["files"]
+    content = json.loads(decrypt(other_file.read_bytes(), PASSPHRASE, where="file"))["files"]
     for name, refused in (
         ("authority.key", "not the key of the authority's certificate"),
         ("server/kit.json", "not issued by the authority"),
@@ -354,6 +354,6 @@ def test_the_key_that_signs_rosters_comes_back_with_them(
     assert done.roster == "folder"
     revoke(act, "edge-1")
     assert [bool(one.revoked_at) for one in listing(act).members] == [True, False]
-    assert check_audit(act.folder / "audit.jsonl") == len(
+    assert verify_audit(act.folder / "audit.jsonl") == len(
         (act.folder / "audit.jsonl").read_text().splitlines()
     )

@@ -11,7 +11,7 @@ import pytest
 from fedcore.crypto.keys import new_key, save_key
 from fedcore.crypto.roster import ROSTER, RosterFile, load_server_identity
 from fedcore.errors import CertificateRefused, DataError, RollbackRefused, SignatureInvalid
-from server.audit import check_audit
+from server.audit import verify_audit
 from server.doctor import _log, _roster
 from server.provision.folder import read_authority
 from server.provision.issue import listing, revoke, sign_roster
@@ -94,21 +94,21 @@ def test_a_project_that_was_begun_before_rosters_were_signed_is_signed_once(revo
 def test_the_authoritys_log_is_chained_and_a_cut_one_is_noticed(revoked: Any) -> None:
     log = revoked.folder / "audit.jsonl"
     whole = log.read_bytes()
-    assert check_audit(log) == 5
+    assert verify_audit(log) == 5
     assert _log(log).verdict == "ok"
     lines = whole.splitlines(keepends=True)
     log.write_bytes(whole.replace(b'"edge-1"', b'"edge-9"', 1))
     with pytest.raises(DataError, match="does not follow"):
-        check_audit(log)
+        verify_audit(log)
     for cut in (b"".join(lines[:-1]), b""):
         log.write_bytes(cut)
         with pytest.raises(DataError, match="cut or changed"):
-            check_audit(log)
+            verify_audit(log)
         with pytest.raises(DataError, match="cut or changed"):
             revoke(revoked.act, "edge-2")
     log.write_bytes(whole)
     revoke(revoked.act, "edge-2")
-    assert check_audit(log) == 6
+    assert verify_audit(log) == 6
 
 
 def test_a_log_that_was_begun_without_a_chain_goes_on_with_one(revoked: Any) -> None:
@@ -120,9 +120,9 @@ def test_a_log_that_was_begun_without_a_chain_goes_on_with_one(revoked: Any) -> 
     log.write_text("\n".join(loose) + "\n")
     (revoked.folder / "audit.mark").unlink()
     revoke(revoked.act, "edge-2")
-    assert check_audit(log, begun_loose=True) == 6
+    assert verify_audit(log, begun_loose=True) == 6
     with pytest.raises(DataError, match="does not follow"):
-        check_audit(log)
+        verify_audit(log)
     log.write_text(log.read_text().replace("edge-1", "edge-9"))
     with pytest.raises(DataError):
-        check_audit(log, begun_loose=True)
+        verify_audit(log, begun_loose=True)

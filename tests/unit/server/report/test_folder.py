@@ -15,7 +15,7 @@ from server.report.folder import CHECKPOINT, clear, config_json, reopen_folder, 
 from server.report.folder import open_folder as opening
 from server.simulation.checkpoint import Checkpoint, write_checkpoint
 from server.simulation.virtual.state import SimulationState
-from server.unfinished import refuse_to_drop
+from server.unfinished import require_no_progress
 from tests.unit.server.simulation.test_checkpoint import PROGRESS
 
 RUN = RunConfig(name="demo", task="task.py", seed=7)
@@ -159,7 +159,7 @@ def test_what_an_interrupted_simulation_has_learnt_is_not_dropped(tmp_path: Path
     run = RUN.model_copy(update={"base": tmp_path})
     with (
         pytest.raises(ConfigError, match=r"interrupted after round 3.*--resume.*--fresh"),
-        opening(RUN, tmp_path, before=refuse_to_drop),
+        opening(RUN, tmp_path, before=require_no_progress),
     ):
         pass
     assert (folder / CHECKPOINT).is_file()
@@ -172,7 +172,7 @@ def test_what_an_interrupted_simulation_has_learnt_is_not_dropped(tmp_path: Path
         assert not (folder / CHECKPOINT).exists()
     with (
         pytest.raises(ConfigError, match=r"`fedcore server start` began this run over devices"),
-        opening(RUN, tmp_path, before=refuse_to_drop),
+        opening(RUN, tmp_path, before=require_no_progress),
     ):
         pass
 
@@ -180,9 +180,9 @@ def test_what_an_interrupted_simulation_has_learnt_is_not_dropped(tmp_path: Path
 def test_a_simulation_that_is_complete_or_has_learnt_nothing_is_replaced(tmp_path: Path) -> None:
     folder = open_folder(RUN, tmp_path)
     interrupted(folder, 0)
-    with opening(RUN, tmp_path, before=refuse_to_drop):
+    with opening(RUN, tmp_path, before=require_no_progress):
         assert not (folder / CHECKPOINT).exists()
     interrupted(folder, 3)
     (folder / "summary.json").write_text("{}")
-    with opening(RUN, tmp_path, before=refuse_to_drop):
+    with opening(RUN, tmp_path, before=require_no_progress):
         assert not (folder / CHECKPOINT).exists()

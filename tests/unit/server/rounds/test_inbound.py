@@ -23,7 +23,7 @@ from fedcore.flower.identity import assume_identity
 from fedcore.updates.cuts import cuts_of
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
-from fedcore.updates.pieces import FileArray, Joined, JoinedArray
+from fedcore.updates.pieces import CutFile, CutFileArray, FileArray
 from server.live.journal.journal import create, reopen
 from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.aggregation.exact_mean import ExactMean
@@ -188,9 +188,9 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
     spool.mkdir()
     message = reply(4)
     array = message.content[ARRAYS][MODEL]  # type: ignore[index]
-    joined, cuts = Joined(spool), cuts_of(array)
+    joined, cuts = CutFile(spool), cuts_of(array)
     joined.path.write_bytes(array.data)
-    message.content[ARRAYS][MODEL] = JoinedArray(  # type: ignore[index]
+    message.content[ARRAYS][MODEL] = CutFileArray(  # type: ignore[index]
         array.dtype, array.shape, array.stype, joined, cuts
     )
     journal = create(tmp_path / "journal", {})

@@ -10,13 +10,13 @@ from flwr.serverapp.strategy import Strategy
 from fedcore.errors import ConfigError
 from fedcore.privacy.unsound import SUMMED
 from fedcore.training.mods import client_mods
-from server.rounds.strategies import FOLDING, Chosen, make_strategy, strategy_names
+from server.rounds.strategies import FOLDING, ChosenStrategy, make_strategy, strategy_names
 
 FIXED = "DifferentialPrivacyServerSideFixedClipping"
 CLIPPING = {"noise_multiplier": 0.5, "clipping_norm": 1.0}
 
 
-def make(name: str, *, cohort: int = 8, size: int = 1000, **options: Any) -> Chosen:
+def make(name: str, *, cohort: int = 8, size: int = 1000, **options: Any) -> ChosenStrategy:
     return make_strategy(name, options, cohort=cohort, size=size)
 
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from fedcore.task.definition import Examples, Loss
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum, read_batch
-from fedcore.training.per_example.trial import find_way
-from fedcore.training.per_example.ways import GradientMethod, by_vmap, one_by_one
+from fedcore.training.per_example.trial import choose_method
+from fedcore.training.per_example.ways import GradientMethod, sequential_method, vmap_method
 from tests.unit.fedcore.clients import make_task
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_an_example_does_not_change_how_the_others_are_rounded() -> None:
     below = [1 - 2.0**-10] * 127
     rest = [value for _ in range(63) for value in (half, -half - step)]
     rows = torch.tensor([1 - 2.0**-12, *below, 127.5 - sum(below), *rest]).unsqueeze(1)
-    way = by_vmap(1, loss, why="")
+    way = vmap_method(1, loss, why="")
     targets = torch.ones(len(rows), 1)
     counted = torch.ones(len(rows), dtype=torch.bool)
     whole = summed(way, Scale(), rows, targets, loss=loss, clip=1.0)
@@ -116,12 +116,12 @@ DRAWS: dict[str, Callable[[], float]] = {
 def test_a_number_drawn_outside_torch_is_each_examples_own(draw: Callable[[], float]) -> None:
     model = Coin(draw)
     inputs, targets = torch.randn(COUNT, 4), torch.arange(COUNT) % 3
-    together = by_vmap(15, LOSS, why="")
+    together = vmap_method(15, LOSS, why="")
     found = summed(together, model, inputs, targets)
-    alone = summed(one_by_one(LOSS, why=""), model, inputs, targets, physical=1)
+    alone = summed(sequential_method(LOSS, why=""), model, inputs, targets, physical=1)
     assert torch.allclose(found, alone)
     task = make_task(model=lambda: Coin(draw), example_input=torch.zeros(4))
-    way = find_way(task, FullModel(nn.Identity(), Coin(draw)))
+    way = choose_method(task, FullModel(nn.Identity(), Coin(draw)))
     assert (way.name, way.why) == (
         "alone",
         "it draws random numbers by Python's or NumPy's random",

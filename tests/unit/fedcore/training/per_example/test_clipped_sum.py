@@ -15,7 +15,12 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from fedcore.seeds import global_streams, torch_rng
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.per_example.clipped_sum import Batch, ClippedSum, clipped_sum, read_batch
-from fedcore.training.per_example.ways import GradientMethod, by_vmap, one_by_one, trained
+from fedcore.training.per_example.ways import (
+    GradientMethod,
+    sequential_method,
+    trained,
+    vmap_method,
+)
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network
 from tests.ways import way_of
 
@@ -350,10 +355,12 @@ def test_a_loss_that_ends_the_process_counts_as_zero() -> None:
 
     _, model, _ = prepared("dense")
     inputs, targets = NETWORKS["dense"].examples(COUNT)
-    way = one_by_one(leaving, why="")
+    way = sequential_method(leaving, why="")
     found = summed(way, model, batch(inputs, targets), loss=leaving, physical=1)
     counted = targets != 2
-    expected = summed(one_by_one(LOSS, why=""), model, batch(inputs, targets, counted), physical=1)
+    expected = summed(
+        sequential_method(LOSS, why=""), model, batch(inputs, targets, counted), physical=1
+    )
     assert found.skipped == int((~counted).sum())
     assert is_same(found, expected)
 
@@ -364,7 +371,7 @@ def test_what_is_asked_of_the_person_at_the_keyboard_is_not_swallowed() -> None:
 
     _, model, _ = prepared("dense")
     with pytest.raises(KeyboardInterrupt):
-        summed(one_by_one(interrupted, why=""), model, batch(*NETWORKS["dense"].examples(2)))
+        summed(sequential_method(interrupted, why=""), model, batch(*NETWORKS["dense"].examples(2)))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 8 TB")])
@@ -375,7 +382,7 @@ def test_an_example_that_asks_for_more_memory_than_there_is_counts_as_zero(
         raise error
 
     _, model, _ = prepared("dense")
-    way = by_vmap(1, hungry, why="")
+    way = vmap_method(1, hungry, why="")
     found = summed(way, model, batch(*NETWORKS["dense"].examples(COUNT)), loss=hungry)
     assert found.skipped == COUNT
     assert not flat(found).any()
@@ -389,7 +396,7 @@ def test_one_example_of_each_batch_is_taken_where_torch_cannot_take_them_togethe
 
     network, model, _ = prepared("dense")
     examples = network.examples(COUNT)
-    found = summed(by_vmap(1, looking, why=""), model, batch(*examples), loss=looking)
-    expected = summed(one_by_one(looking, why=""), model, batch(*examples), physical=1)
+    found = summed(vmap_method(1, looking, why=""), model, batch(*examples), loss=looking)
+    expected = summed(sequential_method(looking, why=""), model, batch(*examples), physical=1)
     assert found.skipped == 0
     assert (flat(found) - flat(expected)).abs().max() <= 1e-6 * flat(expected).abs().max()

@@ -12,8 +12,8 @@ from fedcore.training.per_example.clipping import (
     _by_rows,
     _made,
     batch_gradient,
+    clip_factors,
     example_gradients,
-    shares_of,
 )
 
 K, B, IN, OUT = 2, 5, 6, 4
@@ -153,13 +153,13 @@ def test_what_is_believed_adds_no_more_than_its_norm_whatever_the_scale() -> Non
 
 def test_shares_scale_to_the_clip_norm_and_never_up() -> None:
     squares = torch.tensor([0.0, 0.25, 1.0, 4.0, 1e30], dtype=torch.float64)
-    shares = shares_of(squares, 1.0)
+    shares = clip_factors(squares, 1.0)
     assert shares.dtype == torch.float32
     assert shares[:2].tolist() == [1.0, 1.0]
     scaled = shares.double() * squares.sqrt()
     assert (scaled <= 1 + 1e-6).all()
     assert scaled[3:].tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
-    each = shares_of(squares.unsqueeze(0), torch.tensor([[0.5]]))
+    each = clip_factors(squares.unsqueeze(0), torch.tensor([[0.5]]))
     assert torch.allclose(
         each[0].double() * squares.sqrt(), squares.sqrt().clamp(max=0.5), rtol=1e-5
     )

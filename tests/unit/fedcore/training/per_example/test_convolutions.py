@@ -7,10 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedcore.training.per_example.chain import by_torch
+from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
-from fedcore.training.per_example.ways import GradientMethod, Part, by_chain, one_by_one
+from fedcore.training.per_example.ways import (
+    GradientMethod,
+    GradientPart,
+    chain_method,
+    sequential_method,
+)
 from tests.ways import weighted
 
 LOSS = functional.cross_entropy
@@ -42,14 +47,14 @@ each_model = pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def way(request: pytest.FixtureRequest, model: nn.Module) -> GradientMethod:
     chain = find_chain(model, torch.zeros(1, 1, 13, 13))
     assert chain is not None
-    run = by_torch(chain) if request.param == "torch" else compiled_run(chain, model, apart=True)
+    run = torch_run(chain) if request.param == "torch" else compiled_run(chain, model, apart=True)
     assert run is not None
-    return by_chain(chain, run, LOSS)
+    return chain_method(chain, run, LOSS)
 
 
 def taken(
     way: GradientMethod, model: nn.Module, value: float | None = None, places: int = 6
-) -> Part:
+) -> GradientPart:
     """The gradients of made-up examples, or of some with one value all over the first."""
     rng = torch.Generator().manual_seed(0)
     inputs = torch.randn(places, 1, 13, 13, generator=rng)
@@ -63,7 +68,7 @@ def taken(
 def test_gradients_are_those_of_a_backward_pass(
     model: nn.Module, way: GradientMethod, places: int
 ) -> None:
-    alone = one_by_one(LOSS, why="")
+    alone = sequential_method(LOSS, why="")
     found, right = (taken(one, model, places=places) for one in (way, alone))
     torch.testing.assert_close(found.squares, right.squares.double(), rtol=1e-5, atol=0)
     share = torch.linspace(0.2, 1, places)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcore.kernels.direct import direct
-from fedcore.kernels.sparse_backward import taken_back
+from fedcore.kernels.sparse_backward import compile_sparse_backward
 from fedcore.kernels.window import ConvolutionWindow
 from fedcore.kernels.winograd import LANE
-from fedcore.training.per_example.chain import Conv, Each, Made, stacked
-from fedcore.training.per_example.cpu import by_kernels
+from fedcore.training.per_example.chain import BatchGradients, Conv, PerExampleGradients, stacked
+from fedcore.training.per_example.cpu import kernel_run
 from fedcore.training.per_example.cpu_conv import convolution
 from fedcore.training.per_example.graph import find_chain
 
@@ -105,9 +105,9 @@ def test_forth_and_back(
         of_leaves = torch.autograd.grad([expected], [image, *leaves], [slopes[client].double()])
         back = [one.float() for one in of_leaves]
         assert first or torch.equal(of_x[client], back[0])
-        if isinstance(part, Made):
+        if isinstance(part, BatchGradients):
             weight, bias = part.weight[client], part.bias[client]
-        elif isinstance(part, Each):
+        elif isinstance(part, PerExampleGradients):
             weight, bias = part.weight[client].sum(0), part.bias[client].sum(0)
             of_last = torch.autograd.grad(
                 [by_torch(window, leaves[0], leaves[1] if biased else None, image[-1:], relu=relu)],
@@ -124,7 +124,7 @@ def test_forth_and_back(
         assert torch.equal(weight, matrix)
         if biased:
             assert torch.equal(bias, back[2])
-    assert isinstance(part, Made) == (not apart)
+    assert isinstance(part, BatchGradients) == (not apart)
 
 
 def weights_of(layer: Conv, rng: torch.Generator, clients: int) -> dict[str, Tensor]:
@@ -176,13 +176,13 @@ def test_images_that_go_in_parts(
     window, size, channels, outs = case
     rng = torch.Generator().manual_seed(0)
     layer = Conv("w", "b", window, channels, outs)
-    assert taken_back(replace(window, padding=(0, 0)), channels) is not None
+    assert compile_sparse_backward(replace(window, padding=(0, 0)), channels) is not None
     weights = weights_of(layer, rng, 2)
     x = whole(rng, 2, 9, channels, *size)
     found, undo = convolution(layer, relu=relu, first=False, apart=False)(weights, x)
     slopes = whole(rng, *found.shape)
     of_x, part = undo(slopes)
-    assert isinstance(part, Made)
+    assert isinstance(part, BatchGradients)
     for client in range(2):
         leaves = [one[client].double().requires_grad_() for one in (x, *weights.values())]
         expected = by_torch(window, leaves[1], leaves[2], leaves[0], relu=relu)
@@ -230,9 +230,9 @@ def test_a_first_convolution_that_would_be_long_code_goes_by_rows(
 def test_loops_are_compiled_once() -> None:
     window = ConvolutionWindow((3, 3), (1, 1), (0, 0), (2, 2))
     assert direct(window, 1, 32) is direct(window, 1, 32)
-    assert taken_back(window, 32) is taken_back(window, 32)
-    assert taken_back(window, 12) is None  # channels that fill no vector
-    assert taken_back(ConvolutionWindow((9, 9), (1, 1), (0, 0)), 16) is None
+    assert compile_sparse_backward(window, 32) is compile_sparse_backward(window, 32)
+    assert compile_sparse_backward(window, 12) is None  # channels that fill no vector
+    assert compile_sparse_backward(ConvolutionWindow((9, 9), (1, 1), (0, 0)), 16) is None
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -245,7 +245,7 @@ def test_images_that_the_layer_does_not_take_are_refused_and_nothing_is_overrun(
     net = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
     chain = find_chain(net, torch.randn(2, channels, 6, 6))
     assert chain is not None
-    run = by_kernels(chain, apart=private)
+    run = kernel_run(chain, apart=private)
     assert run is not None
     weights = stacked(chain, {name: p.detach() for name, p in net.named_parameters()}, 1)
     assert run(weights, torch.randn(1, 2, channels, 6, 6))[0].shape == (1, 2, 8, 2, 2)

@@ -18,8 +18,8 @@ from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
 from fedcore.task.model import FullModel
-from fedcore.training.per_example.chain import Chain, Conv, Run, by_torch
-from fedcore.training.per_example.cpu import by_kernels
+from fedcore.training.per_example.chain import Chain, Conv, Run, torch_run
+from fedcore.training.per_example.cpu import kernel_run
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
@@ -140,7 +140,7 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", [by_torch, partial(by_kernels, apart=True)])
+@pytest.mark.parametrize("way", [torch_run, partial(kernel_run, apart=True)])
 @pytest.mark.parametrize("name", [*FLAT, *MEANS])
 def test_what_is_found_learns_what_the_model_does(
     name: str, way: Callable[[Chain], Run | None]

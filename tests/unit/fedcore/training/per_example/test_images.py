@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcore.kernels.window import ConvolutionWindow
-from fedcore.training.per_example.images import back_to_image, largest, patches, slopes_of_image
+from fedcore.training.per_example.images import (
+    input_gradient,
+    largest,
+    patches,
+    with_input_gradient,
+)
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -22,7 +27,7 @@ def convolved(x: Tensor, weight: Tensor, window: ConvolutionWindow) -> Tensor:
     matrix = weight.permute(0, 2, 3, 1).flatten(1).unsqueeze(0)
     rows = patches(x.detach(), window)
     z = torch.matmul(rows, matrix.transpose(1, 2))
-    z = back_to_image(x, z, matrix, window)
+    z = with_input_gradient(x, z, matrix, window)
     return largest(z.view(*z.shape[:2], math.prod(window.pool), -1, z.shape[3]), 2)
 
 
@@ -86,9 +91,9 @@ def test_clients_at_once_or_one_by_one_are_the_same() -> None:
     down, across = window.cells(7, 6)
     slopes = torch.randn(3, 2, 2 * down * across, 5, generator=rng)
     weight = torch.randn(3, 5, 6 * 4, generator=rng)
-    one_by_one = slopes_of_image(slopes, weight, window, shape, 1)
+    one_by_one = input_gradient(slopes, weight, window, shape, 1)
     assert one_by_one.shape == shape
-    assert torch.allclose(slopes_of_image(slopes, weight, window, shape, 3), one_by_one, atol=1e-5)
+    assert torch.allclose(input_gradient(slopes, weight, window, shape, 3), one_by_one, atol=1e-5)
 
 
 def test_images_too_small_for_a_kernel_and_its_pooling_are_refused() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedcore.training.per_example.lookups import added_up, by_lookups, find_tables
-from fedcore.training.per_example.ways import one_by_one
+from fedcore.training.per_example.lookups import find_tables, lookup_method, sum_duplicate_rows
+from fedcore.training.per_example.ways import sequential_method
 from tests.ways import weighted
 
 LOSS = functional.cross_entropy
@@ -59,10 +59,10 @@ def batch() -> tuple[Tensor, Tensor]:
 def both_ways(model: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Squared lengths and weighted sums of gradients, by lookups and then by whole tables."""
     inputs, targets = batch()
-    way = by_lookups(model, inputs, LOSS, why="a test")
+    way = lookup_method(model, inputs, LOSS, why="a test")
     assert way is not None
     share = torch.linspace(0, 1, len(inputs))
-    for one in (way, one_by_one(LOSS, why="")):
+    for one in (way, sequential_method(LOSS, why="")):
         part = one.take(nn.Identity(), model, inputs, targets)
         yield part.squares, weighted(part, model, share)
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_whole_tables(width: int, padding: int | None, ca
 def test_what_is_added_for_an_example_is_as_long_as_is_said() -> None:
     torch.manual_seed(0)
     model, (inputs, targets) = Words(), batch()
-    way = by_lookups(model, inputs, LOSS, why="")
+    way = lookup_method(model, inputs, LOSS, why="")
     assert way is not None
     part = way.take(nn.Identity(), model, inputs, targets)
     for place in range(len(inputs)):
@@ -93,7 +93,7 @@ def test_what_is_added_for_an_example_is_as_long_as_is_said() -> None:
 def test_other_examples_are_the_same_bits_when_one_is_replaced() -> None:
     torch.manual_seed(0)
     model, (inputs, targets) = Words(), batch()
-    way = by_lookups(model, inputs, LOSS, why="")
+    way = lookup_method(model, inputs, LOSS, why="")
     assert way is not None
     other = inputs.clone()
     other[0] = torch.arange(7)
@@ -114,7 +114,7 @@ def test_an_example_that_is_not_finite_is_not_usable() -> None:
         model.words.weight[10] = torch.nan
     inputs[inputs == 10] = 9
     inputs[2, 0] = 10
-    way = by_lookups(model, inputs, LOSS, why="")
+    way = lookup_method(model, inputs, LOSS, why="")
     assert way is not None
     usable = way.take(nn.Identity(), model, inputs, targets).usable
     assert usable.tolist() == [True, True, False, True, True, True]
@@ -123,7 +123,7 @@ def test_an_example_that_is_not_finite_is_not_usable() -> None:
 def test_equal_row_numbers_are_added_up_in_one_place() -> None:
     index = torch.tensor([[3, 1, 3, 3], [2, 0, 5, 4]])
     each = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]]).unsqueeze(2)
-    places, total = added_up(index, each)
+    places, total = sum_duplicate_rows(index, each)
     assert places[0, :2].tolist() == [1, 3]
     assert total.squeeze(2).tolist() == [[2.0, 13.0, 0.0, 0.0], [2.0, 1.0, 8.0, 4.0]]
     assert places[1].tolist() == [0, 2, 4, 5]
@@ -143,8 +143,8 @@ def test_tables_that_must_be_whole_are_left_alone() -> None:
     ):
         assert find_tables(nn.Sequential(layer)) == ()
     small = nn.Sequential(nn.Embedding(11, 5), nn.Flatten(), nn.Linear(35, 3))
-    assert by_lookups(small, batch()[0], LOSS, why="") is None
-    assert by_lookups(nn.Linear(2, 2), torch.zeros(1, 2), LOSS, why="") is None
+    assert lookup_method(small, batch()[0], LOSS, why="") is None
+    assert lookup_method(nn.Linear(2, 2), torch.zeros(1, 2), LOSS, why="") is None
 
 
 def test_a_table_that_is_used_beside_its_layer_differs_and_so_is_found() -> None:

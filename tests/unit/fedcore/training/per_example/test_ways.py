@@ -9,17 +9,17 @@ import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from fedcore.training.per_example.chain import by_torch
+from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.ways import (
     GradientMethod,
-    by_chain,
-    by_vmap,
+    chain_method,
     each_alone,
     is_mappable,
-    one_by_one,
+    sequential_method,
     trained,
+    vmap_method,
 )
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network
 from tests.ways import way_of, weighted
@@ -77,12 +77,12 @@ def test_all_ways_agree(name: str) -> None:
     network = NETWORKS[name]
     model = network.build()
     expected = by_hand(network, model)
-    ways = [one_by_one(network.loss, why=""), by_vmap(1, network.loss, why="")]
+    ways = [sequential_method(network.loss, why=""), vmap_method(1, network.loss, why="")]
     if network.way == "chain":
         chain = find_chain(model, network.examples(2)[0])
         assert chain is not None
-        runs = [by_torch(chain), compiled_run(chain, model, apart=True)]
-        ways += [by_chain(chain, run, network.loss) for run in runs if run is not None]
+        runs = [torch_run(chain), compiled_run(chain, model, apart=True)]
+        ways += [chain_method(chain, run, network.loss) for run in runs if run is not None]
     for way in ways:
         check_same(way, network, model, expected)
 
@@ -103,7 +103,7 @@ def test_opacus_agrees(name: str) -> None:
 def test_a_gradient_of_a_parameter_that_is_not_used_is_zero() -> None:
     network = NETWORKS["unused"]
     model = network.build()
-    for way in (one_by_one(network.loss, why=""), by_vmap(1, network.loss, why="")):
+    for way in (sequential_method(network.loss, why=""), vmap_method(1, network.loss, why="")):
         part = way.take(nn.Identity(), model, *network.examples(COUNT))
         found = dict(zip(trained(model), weighted(part, model, torch.ones(COUNT)), strict=True))
         assert not found["other.weight"].any()
@@ -134,7 +134,7 @@ def test_dropout_draws_for_each_example_by_itself() -> None:
         return outputs.mean()
 
     inputs = torch.ones(2, 6)
-    way = by_vmap(1, of_outputs, why="")
+    way = vmap_method(1, of_outputs, why="")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         part = way.take(nn.Identity(), model.train(), inputs, torch.zeros(2))
@@ -174,7 +174,7 @@ def test_preprocessing_runs_on_each_example_alone(preprocess: nn.Module) -> None
 
 
 def test_rows_of_a_physical_batch_follow_the_memory() -> None:
-    way = by_vmap(1000, nn.functional.cross_entropy, why="")
+    way = vmap_method(1000, nn.functional.cross_entropy, why="")
     assert way.rows(way.bytes_per_example * 7) == 7
     assert way.rows(1) == 1
-    assert one_by_one(nn.functional.cross_entropy, why="").rows(1 << 40) == 1
+    assert sequential_method(nn.functional.cross_entropy, why="").rows(1 << 40) == 1

@@ -11,15 +11,15 @@ import pytest
 
 from fedcore.errors import DataError, DiskFull
 from fedcore.updates.cuts import cuts_of
-from fedcore.updates.pieces import Joined, JoinedArray
+from fedcore.updates.pieces import CutFile, CutFileArray
 from server.live.journal.blobs import Blobs
 from server.live.journal.packing import Packing
 
 
-def joined(folder: Path, values: np.ndarray) -> JoinedArray:
-    file = Joined(folder)
+def joined(folder: Path, values: np.ndarray) -> CutFileArray:
+    file = CutFile(folder)
     file.path.write_bytes(values.tobytes())
-    array = JoinedArray("float32", values.shape, "numpy.ndarray", file, ())
+    array = CutFileArray("float32", values.shape, "numpy.ndarray", file, ())
     array.cuts = None  # type: ignore[assignment]
     array.cuts = cuts_of(array)
     return array

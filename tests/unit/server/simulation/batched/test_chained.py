@@ -19,8 +19,8 @@ from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Kind, Loss
 from fedcore.task.model import FullModel
 from fedcore.training.local import proximal, train
-from fedcore.training.per_example.chain import Chain, Run, by_torch
-from fedcore.training.per_example.cpu import by_kernels
+from fedcore.training.per_example.chain import Chain, Run, torch_run
+from fedcore.training.per_example.cpu import kernel_run
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
@@ -154,11 +154,11 @@ SPOILT = (float("nan"), float("inf"))
 
 
 def torchs(chain: Chain, settings: ClientConfig, private: bool) -> Run | None:
-    return by_torch(chain)
+    return torch_run(chain)
 
 
 def kernels(chain: Chain, settings: ClientConfig, private: bool) -> Run | None:
-    return by_kernels(chain, apart=private)
+    return kernel_run(chain, apart=private)
 
 
 WAYS = [(name, torchs) for name in CASES] + [(name, kernels) for name in STRAIGHT]
@@ -345,4 +345,4 @@ def test_kernels_leave_what_branches_or_has_no_convolution_to_torch(name: str) -
     net, make, _ = CASES[name]
     chain = find_chain(net, make(1, torch_rng(0))[0][0].unsqueeze(0))
     assert chain is not None
-    assert by_kernels(chain, apart=False) is None
+    assert kernel_run(chain, apart=False) is None

@@ -18,7 +18,7 @@ from fedcore.task.model import FullModel
 from fedcore.training.client import Client
 from fedcore.training.per_example import cpu
 from fedcore.training.per_example.chain import Chain, Run
-from fedcore.training.per_example.cpu import by_kernels
+from fedcore.training.per_example.cpu import kernel_run
 from fedcore.updates.pack import pack
 from server.simulation.batched import trainer as together
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
@@ -132,9 +132,9 @@ def test_convolutions_are_trained_the_same_without_their_kernels(
 
     def noting(chain: Chain, *, apart: bool) -> Run | None:
         asked.append(chain)
-        return by_kernels(chain, apart=apart)
+        return kernel_run(chain, apart=apart)
 
-    monkeypatch.setattr(cpu, "by_kernels", noting)
+    monkeypatch.setattr(cpu, "kernel_run", noting)
     compiled = find_trainer(client, client.resident, work[0], client.run.client)
     assert len(asked) == 1
     monkeypatch.setattr(together, "compiled_run", nothing)
