@@ -22,8 +22,8 @@ from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel
 from fedcore.training.local import train
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
+from fedcore.training.per_example.gradient_methods import GradientMethod
 from fedcore.training.per_example.trial import choose_method
-from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import MEMORY_BYTES, train_private
 
 Steps = Callable[[int], None]

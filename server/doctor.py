@@ -16,8 +16,8 @@ from fedcore.doctor import Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
 from fedcore.observability.words import counted, is_or_are
 from fedcore.rpc.proxy import proxy_for, shown
-from server.audit import AUDIT, MARK, verify_audit
 from server.live.operators.drained import read_drained, unknown
+from server.operator_log import AUDIT, MARK, verify_audit
 
 _SOON_DAYS = 14
 AUTHORITY = "authority.pem"

@@ -24,11 +24,11 @@ from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, read_cloud_data
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
-from server.rounds.algorithm_strategy import rehearse
 from server.rounds.client_privacy import protect
-from server.rounds.own_strategy import Own
-from server.rounds.strategies import choose_strategy
-from server.rounds.strategy_state import strategy_state_of
+from server.rounds.strategies.algorithm import rehearse
+from server.rounds.strategies.flower import choose_strategy
+from server.rounds.strategies.own import Own
+from server.rounds.strategies.state import strategy_state_of
 
 _REHEARSED = 1000
 """Maximum number of client names used to rehearse a strategy; a task may have millions."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fedcore.task.definition import Kind, Loss, Task
 from fedcore.task.model import FullModel
+from fedcore.training.per_example.gradient_methods import GradientMethod, GradientPart, zero_totals
 from fedcore.training.per_example.trial import choose_method
-from fedcore.training.per_example.ways import GradientMethod, GradientPart, zero_totals
 
 
 def task_of(model: nn.Module, loss: Loss, example: Tensor, kind: Kind = "classification") -> Task:

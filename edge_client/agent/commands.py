@@ -126,8 +126,9 @@ def _sessions(
     passed: Callable[[int], None] | None,
 ) -> Callable[[Signals], None]:
     """Returns a function that runs one training session; ``instance`` names the first session."""
-    from edge_client.agent.loop import DeviceSetup, run_device
+    from edge_client.agent.loop import run_device
     from edge_client.agent.policy import free_gpu, limit_gpu
+    from edge_client.agent.run import DeviceSetup
     from fedcore.task.definition import load_task
 
     limit_gpu(owner)

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 
 import torch
-from flwr.app import Context, Error, Message, MessageType
-from flwr.clientapp import ClientApp
-from pydantic import ValidationError
+from flwr.app import Error, Message, MessageType
 
-from edge_client.agent.demands import message_limit_bytes, reason_to_stop
-from edge_client.agent.policy import hours_left_s
+from edge_client.agent.run import DeviceSetup, OpenRun, open_run
 from edge_client.agent.wake import Signals, TokenBucket, watch
-from edge_client.device_folder import DeviceFolder
-from edge_client.ledger.ledger import DeviceLedger, drop_idle, ledger_of
-from fedcore.client_app import DurableLedger, client_app, error_of
-from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import RunConfig
+from fedcore.client_app import error_of
 from fedcore.crypto.keys import load_key
-from fedcore.crypto.kit import Kit
-from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate, TooManyRuns
+from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import NotActivated, Refused, Unreachable
 from fedcore.flower.fleet_pull import AnnouncedMessage
-from fedcore.flower.identity import assume_identity
-from fedcore.observability.faults import first_fault
-from fedcore.privacy.ledger import ledger_in
-from fedcore.rpc.hello import SETTINGS, hello_of
+from fedcore.rpc.hello import hello_of
 from fedcore.rpc.jitter import spread_s
-from fedcore.seeds import Randomness, SystemEntropy
-from fedcore.task.definition import Task, data_folder
-from fedcore.training.bounds import bounds_of
-from fedcore.training.mods import client_mods
 from fedcore.updates.messages import REFUSED
-from fedcore.updates.seal import run_digest, sign_reply
+from fedcore.updates.seal import sign_reply
 
 log = logging.getLogger("fedcore.device")
 
@@ -55,49 +36,9 @@ _LOOK_S = 60.0
 """Longest time between two pulls: the delay if the stream loses a wake-up call."""
 MESSAGE_S, MESSAGE_BURST = 0.02, 1000
 """Rate limit on answers to messages: seconds per message in the long run, and burst size."""
-NEW_RUN_S, NEW_RUN_BURST = 900.0, 64
-"""Rate limit on private runs without a charge so far: seconds per run in the long run, and burst
-size. The ledger keeps every run forever: without a limit, new runs would fill it for good."""
 IDLE_MESSAGES = 50
 """How many messages one without work counts as: declined, failed or answered before. A server
 could make a device decline messages in a tight loop, which no limit on training bounds."""
-
-
-@dataclass(frozen=True)
-class DeviceSetup:
-    """Everything that a training session needs: identity, task, owner's policy and folder."""
-
-    kit: Kit
-    task: Task
-    task_path: Path
-    owner: OwnerPolicy
-    folder: DeviceFolder
-    randomness: Randomness = field(default_factory=SystemEntropy)
-    instance: str = field(default_factory=lambda: secrets.token_hex(16))
-    """Random name by which the server recognizes this session."""
-    passed: Callable[[int], None] | None = None
-    """Callback after each transfer with its bytes; may block to limit bandwidth."""
-    between_rounds: Callable[[], None] | None = None
-    """Callback when no message is left to answer, after the run's model is released."""
-    new_runs: TokenBucket = field(default_factory=lambda: TokenBucket(NEW_RUN_S, NEW_RUN_BURST))
-    """Rate limit on private runs without a charge so far."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """An open run: the app with its model and data, and the privacy ledger."""
-
-    name: str
-    digest: str
-    """Digest of the run's settings and instance; a stored reply is reused only if it matches."""
-    app: ClientApp
-    context: Context
-    ledger: DeviceLedger | None
-    """None in a run without differential privacy."""
-    durable: DurableLedger | None
-    """None in a run without differential privacy."""
-    most_bytes: int
-    """Upper bound on the size of one message."""
 
 
 def run_device(device: DeviceSetup, signals: Signals) -> None:
@@ -123,7 +64,7 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
     watcher = threading.Thread(
         target=watch, args=(instance, link, signals, device.passed), name="wake", daemon=True
     )
-    runs: dict[int, _Run] = {}
+    runs: dict[int, OpenRun] = {}
     messages = TokenBucket(MESSAGE_S, MESSAGE_BURST)
     try:
         _retry(lambda: _activate(link, signals), signals)
@@ -184,7 +125,7 @@ def _answer_messages(
     device: DeviceSetup,
     link: FleetLink,
     signals: Signals,
-    runs: dict[int, _Run],
+    runs: dict[int, OpenRun],
     messages: TokenBucket,
 ) -> None:
     """Waits for a wake-up call, then answers all messages, at most at the rate of ``messages``."""
@@ -215,7 +156,7 @@ def _answer_or_reject(
     device: DeviceSetup,
     link: FleetLink,
     signals: Signals,
-    runs: dict[int, _Run],
+    runs: dict[int, OpenRun],
     found: AnnouncedMessage,
 ) -> bool:
     """Answers a message; if the server rejects the reply, sends an error in its place.
@@ -238,7 +179,7 @@ def _answer(
     device: DeviceSetup,
     link: FleetLink,
     signals: Signals,
-    runs: dict[int, _Run],
+    runs: dict[int, OpenRun],
     found: AnnouncedMessage,
 ) -> bool:
     """Runs the app on a message, or finds the stored reply; signs the reply and sends it.
@@ -252,9 +193,9 @@ def _answer(
     kind, started = found.message.metadata.message_type, time.monotonic()
     run_id = found.message.metadata.run_id
     try:
-        run = runs.get(run_id) or _open(device, link, signals, run_id)
+        run = runs.get(run_id) or open_run(device, link, signals, run_id)
         if run.ledger is not None and run.ledger.look():  # new files: more charges may count
-            run = _open(device, link, signals, run_id)
+            run = open_run(device, link, signals, run_id)
         message = link.fetch(found, limit_bytes=run.most_bytes)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
@@ -296,7 +237,7 @@ def _answer(
     return not again and not reply.has_error()
 
 
-def _by_app(device: DeviceSetup, run: _Run, message: Message) -> Message:
+def _by_app(device: DeviceSetup, run: OpenRun, message: Message) -> Message:
     """Returns the app's reply to a message, or an error reply if the app raises.
 
     The app itself handles failures of the task. A strategy's mods around it do not check a server's
@@ -318,7 +259,7 @@ def _by_app(device: DeviceSetup, run: _Run, message: Message) -> Message:
         return Message(Error(*error_of(device.kit.name, refused, hide=hide)), reply_to=message)
 
 
-def _tell_room(run: _Run, kind: str) -> None:
+def _tell_room(run: OpenRun, kind: str) -> None:
     """Logs how many more training rounds fit in the privacy budget; does nothing without one."""
     if run.ledger is None or run.durable is None or kind != MessageType.TRAIN:
         return
@@ -331,72 +272,13 @@ def _tell_room(run: _Run, kind: str) -> None:
         log.info("%s: the budget has room for %s like the latest", run.name, room)
 
 
-def _keep(device: DeviceSetup, run: _Run, key: str, reply: Message) -> None:
+def _keep(device: DeviceSetup, run: OpenRun, key: str, reply: Message) -> None:
     """Writes a reply to disk before it is sent. Its charge was written before training started."""
     state = run.context.state
     if not reply.has_error():
         device.folder.keep(run.name, state, key, reply.content)
     elif run.ledger is not None:  # raises if the charge still cannot be written
         run.ledger.keep(state)
-
-
-def read_settings(told: str) -> RunConfig:
-    """Parses the settings of a run, JSON from the server.
-
-    Raises:
-        ConfigError: this version of fedcore cannot read them.
-    """
-    try:
-        return RunConfig.model_validate_json(told.encode(errors="replace"))
-    except ValidationError as error:
-        raise ConfigError(
-            f"run: the server's settings cannot be read ({first_fault(error)}). This device takes "
-            "no part; install the server's version of fedcore on it."
-        ) from None
-
-
-def _open(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int) -> _Run:
-    """Builds the app for a run, once: model, data and accelerator stay loaded between rounds."""
-    told = link.settings(run_id)
-    config = read_settings(told.get(SETTINGS, ""))
-    assume_identity(run_id)
-    state, ledger, durable = device.folder.state(config.name), None, None
-    data = device.owner.data_folder or data_folder()
-    if config.private:
-        ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
-        if not (ledger_in(state).charges or device.new_runs.take()):
-            raise TooManyRuns(
-                f"run {config.name!r} is new, and its server has had this device open "
-                f"{NEW_RUN_BURST} new private runs, and one in {NEW_RUN_S / 60:.0f} minutes. A "
-                "server that begins run after run would fill this device's ledger. Nothing was "
-                "charged; the run is taken when it is asked for later."
-            )
-        durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
-    else:
-        drop_idle(device.folder, before=config.name)
-    context = Context(
-        run_id=run_id,
-        node_id=link.node_id,
-        node_config={"client": device.kit.name},
-        state=state,
-        run_config={},
-    )
-    app = client_app(
-        device.task,
-        config,
-        owner=device.owner.on(data),
-        randomness=device.randomness,
-        mods=client_mods(config.federation.strategy),
-        durable=durable,
-        bounds=lambda: bounds_of(
-            device.owner,
-            deadline_s=config.federation.deadline_s,
-            hours_left_s=hours_left_s(device.owner),
-            stopped=lambda: reason_to_stop(signals),
-        ),
-    )
-    most_bytes = message_limit_bytes(device.task, config, device.owner)
-    return _Run(config.name, run_digest(told), app, context, ledger, durable, most_bytes)
 
 
 def _goodbye(link: FleetLink) -> None:

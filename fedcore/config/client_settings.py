@@ -26,6 +26,10 @@ class ClientSettings:
     Each has the bounds of the setting with its name in ``[client]``; a device rejects other
     values. Under example-level privacy ``epochs`` and ``batch_size`` must stay the run's: noise and
     charges were planned for them.
+
+    Example::
+
+        fedcore.ClientSettings(learning_rate=0.1 / round.number, epochs=2)
     """
 
     learning_rate: float | None = None

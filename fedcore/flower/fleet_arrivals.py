@@ -19,7 +19,7 @@ from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_asked import PendingMessage
 from fedcore.flower.fleet_store import LARGE_BYTES, StoredChunk
-from fedcore.updates.cuts import CUT_BYTES, cut_head
+from fedcore.updates.piece_digests import CUT_BYTES, cut_head
 from fedcore.updates.pieces import CutFile
 
 BEGINNING_BYTES = 1024

@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 from fedcore.files import disk_errors
-from fedcore.updates.cuts import CUT_BYTES, cut_head
+from fedcore.updates.piece_digests import CUT_BYTES, cut_head
 from fedcore.updates.pieces import CutFile
 
 LARGE_BYTES = 2**16

@@ -23,7 +23,12 @@ State = Mapping[str, "NDArray[Any] | np.generic | bool | int | float | str"]
 
 @dataclass(frozen=True)
 class Round:
-    """The progress of a run, as an argument of an algorithm's methods."""
+    """The progress of a run, as an argument of an algorithm's methods.
+
+    Example::
+
+        rate = round.client.learning_rate * (1 - round.progress)
+    """
 
     number: int
     """The round's number, from 1."""
@@ -43,7 +48,12 @@ class Round:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One client's contribution to a round."""
+    """One client's contribution to a round.
+
+    Example::
+
+        mean = sum(one.num_examples * one.weights for one in updates) / total
+    """
 
     client: str
     """The client's name."""

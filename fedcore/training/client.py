@@ -29,9 +29,9 @@ from fedcore.training.bounds import Bounds, unbounded
 from fedcore.training.device import available
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
+from fedcore.training.per_example.gradient_methods import GradientMethod
 from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import choose_method
-from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update

@@ -13,7 +13,7 @@ from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.task.definition import Examples, Loss, size_of
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
-from fedcore.training.per_example.ways import GradientMethod, trained
+from fedcore.training.per_example.gradient_methods import GradientMethod, trained
 
 MEMORY_BYTES = 512 << 20
 """Memory for the gradients of one physical batch."""

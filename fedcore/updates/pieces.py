@@ -24,7 +24,7 @@ class FileArray(Array):
     """
 
     cuts: Sequence[str] | None = None
-    """Digests of its cuts (see `fedcore.updates.cuts`), if they were computed on arrival."""
+    """Digests of its cuts, if computed on arrival, see `fedcore.updates.piece_digests`."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, file: IO[bytes]) -> None:
         """Takes ownership of ``file``, whose whole content is the array's bytes."""

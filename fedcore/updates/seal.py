@@ -12,8 +12,8 @@ from fedcore.crypto.envelope import Envelope, open_envelope, seal_update
 from fedcore.errors import SignatureInvalid
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import INSTANCE, SETTINGS
-from fedcore.updates.cuts import cuts_of
 from fedcore.updates.messages import ARRAYS, CONFIG
+from fedcore.updates.piece_digests import cuts_of
 from fedcore.updates.pieces import size_of
 
 ENVELOPE = "envelope"

@@ -22,7 +22,7 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Task, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.training.device import available
-from server.rounds.own_strategy import Own, check_own, label_of
+from server.rounds.strategies.own import Own, check_own, label_of
 
 _UNNAMED = re.compile(r"[^a-z0-9_-]+")  # characters that a run's name can't contain
 _MOST_NAMED = 64

@@ -34,7 +34,7 @@ from server.api.result import Result
 from server.preflight import Prepared, prepare
 from server.report.folder import open_folder, reopen_folder, write_results
 from server.report.tensorboard import tensorboard_events
-from server.rounds.own_strategy import Own
+from server.rounds.strategies.own import Own
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.resume import pick_up
 from server.simulation.run import run_pipeline

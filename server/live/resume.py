@@ -49,7 +49,7 @@ def open_run(
         reached: Called at each of the journal's `POINTS`.
 
     Raises:
-        Complete: ``resume`` is set, and the run is complete.
+        RunComplete: ``resume`` is set, and the run is complete.
         ConfigError: there is an unfinished run, and neither ``resume`` nor ``fresh`` is set; the
             run to resume has other settings; or another process is running it.
         DataError: the journal is damaged, and no copy is left to repair it from.

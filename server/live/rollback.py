@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
-from server.audit import AUDIT, Audit
 from server.live.journal.journal import reopen
+from server.operator_log import AUDIT, Audit
 from server.report.folder import JOURNAL_FOLDER, held
 
 

@@ -25,8 +25,8 @@ from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Examples, Kind, Loss, Task
 from fedcore.task.model import FullModel
+from fedcore.training.per_example.gradient_methods import GradientMethod
 from fedcore.training.per_example.trial import choose_method
-from fedcore.training.per_example.ways import GradientMethod
 from fedcore.training.private import train_private
 
 Train = Callable[[Task, FullModel, Examples, ClientConfig], None]

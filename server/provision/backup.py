@@ -31,8 +31,8 @@ from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_s
 from fedcore.crypto.sealing import decrypt, encrypt, is_encrypted
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
 from fedcore.files import disk_errors, is_there, lock_folder, read_bytes, sync_folder, write_atomic
-from server.audit import AUDIT, MARK
 from server.live.operators.drained import DRAINED
+from server.operator_log import AUDIT, MARK
 from server.provision.folder import (
     CERTIFICATE,
     MAX_AUDIT_BYTES,

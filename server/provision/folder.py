@@ -37,7 +37,7 @@ from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import decrypt, is_encrypted
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, is_there, lock_file, read_bytes, write_atomic
-from server.audit import AUDIT, Audit
+from server.operator_log import AUDIT, Audit
 
 CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
 ROSTER_KEY = "roster.key"

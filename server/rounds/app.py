@@ -34,9 +34,9 @@ from server.rounds.checkpointing import (
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
-from server.rounds.own_strategy import Own
-from server.rounds.strategies import choose_strategy
-from server.rounds.strategy_state import restore_strategy
+from server.rounds.strategies.flower import choose_strategy
+from server.rounds.strategies.own import Own
+from server.rounds.strategies.state import restore_strategy
 
 _POLL_S = 0.2
 

@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedcore.updates.pack import Vector
 from server.records import RoundRecord
 from server.rounds.protection import Protection
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 
 
 @dataclass(frozen=True)

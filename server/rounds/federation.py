@@ -25,7 +25,7 @@ from server.rounds.inbound import (
     FoldingGrid,
 )
 from server.rounds.norm_bound import is_bounded
-from server.rounds.strategies import ChosenStrategy
+from server.rounds.strategies.flower import ChosenStrategy
 
 Judge = Callable[[FullModel], dict[str, float]]
 

@@ -32,7 +32,7 @@ from server.rounds.inbound import (
     Tally,
 )
 from server.rounds.protection import Protection
-from server.rounds.strategy_state import strategy_state_of
+from server.rounds.strategies.state import strategy_state_of
 from server.rounds.training import train_round
 
 

@@ -11,7 +11,7 @@ from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
-from server.rounds.own_strategy import file_of
+from server.rounds.strategies.own import file_of
 
 _MAX_FILE_BYTES = 64 << 20  # of a task, strategy or trace file
 TASK, STRATEGY, TRACE = "task file", "strategy file", "trace"

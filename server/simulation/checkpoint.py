@@ -26,7 +26,7 @@ from fedcore.privacy.ledger import Ledger
 from server.records import RoundRecord, VirtualRecord
 from server.rounds.checkpointing import Progress, Start
 from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 from server.simulation.virtual.state import Choice, SimulationState
 
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB and six vectors of a strategy

@@ -30,7 +30,7 @@ class SimulatedGrid(OwnGrid):
     def __init__(
         self,
         clients: Sequence[str],
-        staff: WorkerScheduler,
+        scheduler: WorkerScheduler,
         state: SimulationState,
         *,
         first: int | None = None,
@@ -39,7 +39,7 @@ class SimulatedGrid(OwnGrid):
 
         Args:
             clients: Clients' names.
-            staff: Provides the workers.
+            scheduler: Provides the workers.
             state: State of the clients between rounds; updated in place.
             first: Number of updates that ends a round on the virtual clock, if more are asked; None
                 to wait for all.
@@ -47,7 +47,7 @@ class SimulatedGrid(OwnGrid):
         super().__init__(RUN_ID)
         self._first = first
         self._clients = clients
-        self._staff = staff
+        self._scheduler = scheduler
         self._waiting: dict[str, Message] = {}
         self._told: set[str] = set()
         self._state = state
@@ -122,8 +122,8 @@ class SimulatedGrid(OwnGrid):
         if training:
             order = replace(order, clock_s=self._state.clock_s, deadline_s=deadline_s)
             self._state.rounds.update(one.name for one in asked)
-        crew, order = self._staff.crew_for(order, asked)
-        answers, total = crew.carry_out(order, asked)
+        executor, order = self._scheduler.executor_for(order, asked)
+        answers, total = executor.run_task(order, asked)
         for answer in answers:
             self._tell(answer)
             if answer.ledger is not None:

@@ -40,8 +40,8 @@ from server.rounds.federation import Federation
 from server.rounds.inbound import payload_bytes
 from server.rounds.instructions import instructions
 from server.rounds.run_identity import TASK, changes, check_same, identity_of
-from server.rounds.strategies import choose_strategy
-from server.rounds.strategy_state import restore_strategy
+from server.rounds.strategies.flower import choose_strategy
+from server.rounds.strategies.state import restore_strategy
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
 from server.simulation.run import run_simulated_rounds

@@ -71,7 +71,8 @@ def main() -> int:
     with state.own(options.folder) as folder:
         instance = secrets.token_hex(16)
         announce(kit, options.task, folder, instance)  # as the product does, before torch
-        from edge_client.agent.loop import DeviceSetup, run_device
+        from edge_client.agent.loop import run_device
+        from edge_client.agent.run import DeviceSetup
         from edge_client.agent.wake import Signals
         from fedcore.config.owner import OPEN_POLICY
         from fedcore.seeds import Simulated

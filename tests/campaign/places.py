@@ -34,13 +34,13 @@ from fedcore.task.definition import load_task
 from fedcore.task.model import build_model
 from fedcore.updates.messages import Update, update_content
 from fedcore.updates.pack import layout_of
-from server.audit import AUDIT, Audit
 from server.live.journal.journal import create
 from server.live.operators.drained import write_drained
+from server.operator_log import AUDIT, Audit
 from server.report.folder import mark_again
 from server.rounds.run_identity import identity_of
-from server.rounds.strategies import make_strategy
-from server.rounds.strategy_state import strategy_state_of
+from server.rounds.strategies.flower import make_strategy
+from server.rounds.strategies.state import strategy_state_of
 from tests.adversarial.conftest import World, initialised
 from tests.campaign.harms import Command
 from tests.e2e.live.conftest import TASK, Project

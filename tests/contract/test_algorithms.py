@@ -15,7 +15,7 @@ import fedcore
 from fedcore import Algorithm, ClientSettings, ClientUpdate, Round
 from fedcore.config.run import DeviceClass
 from fedcore.updates.pack import Vector
-from server.rounds.checked_algorithm import CheckedAlgorithm
+from server.rounds.strategies.checked import CheckedAlgorithm
 from tests.contract.own_strategies import (
     EXAMPLES,
     NAMES,

@@ -48,7 +48,7 @@ from fedcore.updates.messages import (
     REFUSED,
     STATISTICS,
 )
-from server.rounds import strategies
+from server.rounds.strategies import flower as strategies
 
 ROOT = Path(__file__).parents[2]
 NODE = SERVER_NODE_ID + 1
@@ -64,7 +64,7 @@ GIVEN = {
     *("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"),
     *("weighted_by_key", "arrayrecord_key", "configrecord_key"),
 }
-"""What `server.rounds.strategies.make_strategy` gives to a strategy that is no DP wrapper."""
+"""What `server.rounds.strategies.flower.make_strategy` gives to what is no DP wrapper."""
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +278,7 @@ def test_a_decorator_of_a_client_app_returns_the_function() -> None:
 @pytest.mark.parametrize("mod", [fixedclipping_mod, adaptiveclipping_mod])
 def test_a_mod_stands_around_the_function(mod: Callable[..., Message]) -> None:
     assert len(parameters(mod)) == 3, (
-        f"{mod} takes {parameters(mod)}: see server/rounds/strategies.py"
+        f"{mod} takes {parameters(mod)}: see server/rounds/strategies/flower.py"
     )
 
 
@@ -324,7 +324,7 @@ def test_a_grid_has_the_methods_that_ours_have() -> None:
         assert methods == wanted, f"{cls.__name__} differs from what Flower's Grid asks for"
 
 
-# --- strategies: server/rounds/strategies.py ------------------------------------------------------
+# --- strategies: server/rounds/strategies/flower.py ---------------------------------------------
 
 
 def plain_strategies() -> list[type[Strategy]]:
@@ -343,7 +343,7 @@ def test_the_strategies_are_the_ones_that_were_looked_at() -> None:
             "DifferentialPrivacyServerSideAdaptiveClipping",
             "DifferentialPrivacyServerSideFixedClipping",
         ]
-    ), "decide in server/rounds/strategies.py whether a new strategy folds, and what it is given"
+    ), "server/rounds/strategies/flower.py decides whether a new strategy folds, and what it gets"
 
 
 @pytest.mark.parametrize("cls", plain_strategies())
@@ -362,7 +362,7 @@ def test_no_parameter_that_fedcore_sets_itself_is_gone() -> None:
     taken = {name for n in strategies.strategy_names() for name in parameters(getattr(flower, n))}
     gone = strategies._OURS - taken
     assert not gone, (
-        f"server/rounds/strategies.py keeps {gone} from the user; Flower has no such parameter"
+        f"server/rounds/strategies/flower.py reserves {gone}; Flower has no such parameter"
     )
 
 

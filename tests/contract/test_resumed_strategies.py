@@ -26,8 +26,8 @@ from server.records import RoundRecord
 from server.rounds.checkpointing import NoCheckpoints, Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
-from server.rounds.strategies import choose_strategy, strategy_names
-from server.rounds.strategy_state import restore_strategy
+from server.rounds.strategies.flower import choose_strategy, strategy_names
+from server.rounds.strategies.state import restore_strategy
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.virtual.state import SimulationState
 from tests.contract.own_strategies import EXAMPLES

@@ -26,7 +26,7 @@ from server.rounds.app import Outcome
 from server.rounds.federation import Federation
 from server.rounds.inbound import mean_as_reply
 from server.rounds.loop import run_rounds
-from server.rounds.strategies import FOLDING, make_strategy, strategy_names
+from server.rounds.strategies.flower import FOLDING, make_strategy, strategy_names
 
 TREES = ["FedXgbBagging", "FedXgbCyclic"]
 NETWORKS = [name for name in strategy_names() if name not in TREES]

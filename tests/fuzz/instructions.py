@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Array, Message, RecordDict
 from safetensors.torch import save
 
-from edge_client.agent.loop import read_settings
+from edge_client.agent.run import read_settings
 from fedcore.config.client_settings import SETTABLE, key_of
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.flower.fleet_pull import AnnouncedMessage, read_content

@@ -38,10 +38,10 @@ from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
 from fedcore.training.per_example.clipping import _CANCELLED as CANCELLED
 from fedcore.training.per_example.clipping import clip_factors, example_gradients, norms
+from fedcore.training.per_example.gradient_methods import EXACT_ROWS, GradientMethod, chain_method
 from fedcore.training.per_example.graph import find_chain
 from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.per_example.trial import choose_method
-from fedcore.training.per_example.ways import EXACT_ROWS, GradientMethod, chain_method
 from fedcore.training.private import train_private
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of, pack

@@ -20,7 +20,7 @@ from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.draws import FLOAT_MARGIN, Draws, SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.training.per_example.ways import GradientMethod
+from fedcore.training.per_example.gradient_methods import GradientMethod
 from fedcore.training.private import train_private
 from tests.ways import way_of
 

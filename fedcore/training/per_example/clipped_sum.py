@@ -13,11 +13,11 @@ from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.batches import gather
 from fedcore.training.per_example.clipping import clip_factors
-from fedcore.training.per_example.ways import (
+from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     GradientPart,
     Kind,
-    sequential_method,
+    one_by_one,
     zero_totals,
 )
 
@@ -81,7 +81,7 @@ def clipped_sum(
         that their gradients are bit-identical and rounding reveals nothing about the failed one.
 
     Args:
-        way: The gradient method, from `find_way`.
+        way: The gradient method, from `choose_method`.
         preprocess: Runs before the model, on each example separately.
         model: The model at whose weights gradients are computed; not changed.
         loss: Mean loss over a batch, called on batches of one.
@@ -130,7 +130,7 @@ def _add_part(
     if part is not None:
         skipped += _add_clipped(part, together, clip_norm, totals)
         batch = replace(batch, counted=batch.counted & ~runs)
-    alone = sequential_method(loss, why="")
+    alone = one_by_one(loss, why="")
     for place in batch.counted.nonzero().flatten().tolist():
         single = batch.rows(place, place + 1)
         part = taken(alone, single)

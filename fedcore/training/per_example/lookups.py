@@ -16,8 +16,7 @@ from torch.func import functional_call, grad
 
 from fedcore.task.definition import Loss
 from fedcore.training.per_example.clipping import norms
-from fedcore.training.per_example.mapping import vmap
-from fedcore.training.per_example.ways import (
+from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     GradientPart,
     fresh,
@@ -26,6 +25,7 @@ from fedcore.training.per_example.ways import (
     trained,
     where,
 )
+from fedcore.training.per_example.mapping import vmap
 
 _LARGE = 4
 """Minimum ratio of a table's size to the numbers that one example looks up, for handling the table

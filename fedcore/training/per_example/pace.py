@@ -12,8 +12,8 @@ from fedcore.seeds import kept_streams
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
+from fedcore.training.per_example.gradient_methods import GradientMethod
 from fedcore.training.per_example.trial import made_up
-from fedcore.training.per_example.ways import GradientMethod
 
 _MOST_ROWS = 64
 """Maximum number of examples timed; a larger batch's time is extrapolated linearly."""

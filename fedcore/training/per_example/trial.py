@@ -22,22 +22,22 @@ from fedcore.seeds import drawn_outside_torch, global_streams
 from fedcore.task.definition import Kind, Loss, Task
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.chain import torch_run
-from fedcore.training.per_example.graph import find_chain
-from fedcore.training.per_example.lookups import lookup_method
-from fedcore.training.per_example.losses import is_mean
-from fedcore.training.per_example.runs import compiled_run
-from fedcore.training.per_example.ways import (
+from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     chain_method,
     each_alone,
     fresh,
     is_mappable,
+    one_by_one,
     own_gradient,
-    sequential_method,
     trained,
     vmap_method,
     zero_totals,
 )
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.lookups import lookup_method
+from fedcore.training.per_example.losses import is_mean
+from fedcore.training.per_example.runs import compiled_run
 
 _EXAMPLES = 8
 _FIXED_DRAWS = (
@@ -109,17 +109,15 @@ def _quickest(
     loss: Loss, model: FullModel, behind: Tensor, tried: SyntheticExamples, *, mapped: bool
 ) -> GradientMethod:
     parameters = trained(model.model)
-    alone = sequential_method(loss, why="")
+    alone = one_by_one(loss, why="")
     if tried.targets is None:
-        return sequential_method(
-            loss, why="the loss takes none of the targets that were tried on it"
-        )
+        return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
     if not mapped:
-        return sequential_method(loss, why="torch cannot map the preprocessing over examples")
+        return one_by_one(loss, why="torch cannot map the preprocessing over examples")
     drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
     if drawn:  # the count may depend on one example and shift the next one's numbers, and draws
         # outside torch are shared by all examples of a vectorised pass
-        return sequential_method(loss, why=f"it draws random numbers by {', '.join(drawn)}")
+        return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
     why = "the model is no chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
@@ -136,7 +134,7 @@ def _quickest(
         return lookups
     way = vmap_method(sum(p.numel() for p in parameters.values()), loss, why=why)
     problem = _agree(way, alone, model, tried)
-    return sequential_method(loss, why=problem) if problem else way
+    return one_by_one(loss, why=problem) if problem else way
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedcore.errors import DataError
 from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
-from fedcore.updates.cuts import cut_digests, digest_of_cuts
+from fedcore.updates.piece_digests import cut_digests, digest_of_cuts
 from fedcore.updates.pieces import PIECE_BYTES
 
 _NEW = ".new"

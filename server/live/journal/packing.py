@@ -20,7 +20,7 @@ from server.live.journal.blobs import Blobs, Pieces
 from server.live.journal.entries import JournalEntry, as_written
 from server.rounds.checkpointing import Progress
 from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 
 _INLINE_BYTES = 2**16
 

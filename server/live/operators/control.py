@@ -20,13 +20,13 @@ from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.errors import ConfigError, FedcoreError, ResourceError, TrustError
 from fedcore.flower.fleet_grid import ServerStopped
 from fedcore.observability.events import Event, Noted, RoundFinished, StageStarted, json_line
-from server.audit import AUDIT, Audit
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
 from server.live.operators.protocol import LOOKING, OperatorRequest, Requester, named, parse_request
 from server.live.operators.status import devices_answer, status_answer
 from server.live.rounds.steered import SteeredCheckpointer
+from server.operator_log import AUDIT, Audit
 from server.rounds.checkpointing import Progress, RoundCheckpointer
 
 _ROUNDS_SHOWN = 1000

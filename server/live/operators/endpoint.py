@@ -1,7 +1,7 @@
 """The server's side of administration: a Unix socket for local users, and TLS for remote ones.
 
-`serve_operators` and `serve_operators_in_thread` serve the socket, `operator_handler` handles requests
-that arrive at the network port. All authenticate the sender and pass the request to
+`serve_operators` and `serve_operators_in_thread` serve the socket, `operator_handler` handles
+requests that arrive at the network port. All authenticate the sender and pass the request to
 `Control.answer`.
 """
 

@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 from fedcore.config.run import FederationConfig, RunConfig
 from fedcore.rpc.hello import INSTANCE, SETTINGS
-from server.rounds.own_strategy import names_user_strategy
+from server.rounds.strategies.own import names_user_strategy
 
 
 def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Executor(Protocol):
     def size(self) -> int:
         """Number of workers that compute at the same time."""
 
-    def carry_out(
+    def run_task(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Runs a task for the clients ``asked``.
@@ -44,12 +44,12 @@ class LocalExecutor:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
-    def carry_out(
+    def run_task(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Runs the task in this process; returns the outcomes and the sum of folded updates."""
         self.worker.begin(order)
-        return self.worker.work(asked), self.worker.hand_in()
+        return self.worker.work(asked), self.worker.take_sum()
 
     def close(self) -> None:
         """Does nothing: there are no processes to stop."""

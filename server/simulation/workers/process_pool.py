@@ -65,7 +65,7 @@ class ProcessPool:
         """Number of processes."""
         return len(self._processes)
 
-    def carry_out(
+    def run_task(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Sends clients to workers in chunks; returns outcomes and the sum of folded updates.
@@ -180,7 +180,7 @@ def _serve(
                 worker = make()
             if order is not None:
                 worker.begin(order)
-            answer: object = worker.work(piece) if piece else worker.hand_in()
+            answer: object = worker.work(piece) if piece else worker.take_sum()
         except FedcoreError as error:
             answer = error
         except Exception:  # the parent raises it

@@ -56,7 +56,7 @@ class RayExecutor:
         """Number of actors."""
         return len(self._actors)
 
-    def carry_out(
+    def run_task(
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Sends clients to actors in chunks; returns outcomes and the sum of folded updates.
@@ -81,7 +81,7 @@ class RayExecutor:
                 answers += ray.get(done)
                 if waiting:
                     busy[actor.work.remote(waiting.pop())] = actor
-            sums = ray.get([actor.hand_in.remote() for actor in self._actors])
+            sums = ray.get([actor.take_sum.remote() for actor in self._actors])
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FedcoreError):
                 raise error.cause from None
@@ -118,5 +118,5 @@ class _Actor:
     def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
         return self._worker.work(asked)
 
-    def hand_in(self) -> ExactMean:
-        return self._worker.hand_in()
+    def take_sum(self) -> ExactMean:
+        return self._worker.take_sum()

@@ -46,27 +46,29 @@ class WorkerScheduler:
         self._gpus = gpus
         self._clock = clock
         self._here = LocalExecutor(make())
-        self._crew: Executor | None = None
+        self._executor: Executor | None = None
         self._state = state
 
-    def crew_for(self, order: RoundTask, asked: Sequence[ClientRef]) -> tuple[Executor, RoundTask]:
+    def executor_for(
+        self, order: RoundTask, asked: Sequence[ClientRef]
+    ) -> tuple[Executor, RoundTask]:
         """Returns the executor for a task, and the task with its training method set."""
         if order.kind != MessageType.TRAIN:
-            return self._crew or self._here, order
+            return self._executor or self._here, order
         choice = self._state.choice
         if choice is None:
             choice = self._state.choice = self._choose(order, asked)
         if choice is None:
             return self._here, order
-        if self._crew is None:
-            self._crew = self._hire(choice, len(asked))
-            self._on_choice(choice, self._crew.size)
-        return self._crew, replace(order, method=choice.method, chosen=True)
+        if self._executor is None:
+            self._executor = self._start_executor(choice, len(asked))
+            self._on_choice(choice, self._executor.size)
+        return self._executor, replace(order, method=choice.method, chosen=True)
 
     def close(self) -> None:
         """Stops the workers."""
-        if self._crew is not None:
-            self._crew.close()
+        if self._executor is not None:
+            self._executor.close()
 
     def _choose(self, order: RoundTask, asked: Sequence[ClientRef]) -> Choice | None:
         """Chooses the training method; None where no client trained, so that none was measured."""
@@ -92,7 +94,7 @@ class WorkerScheduler:
             )
         return choice if why is None else replace(choice, method="loop", reason=why)
 
-    def _hire(self, choice: Choice, cohort: int) -> Executor:
+    def _start_executor(self, choice: Choice, cohort: int) -> Executor:
         if self._settings.engine == "ray":
             from server.simulation.workers.ray_executor import RayExecutor
 

@@ -62,7 +62,7 @@ class Ready:
 class Worker:
     """Trains clients for one task at a time; keeps the model in memory between tasks.
 
-    Of a folded task, it keeps only the sum of updates, until `hand_in`.
+    Of a folded task, it keeps only the sum of updates, until `take_sum`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Worker:
             if found is None or counts(found, deadline_s=order.deadline_s)
         ]
 
-    def hand_in(self) -> ExactMean:
+    def take_sum(self) -> ExactMean:
         """Returns the sum of updates folded since the task began."""
         return self._sum
 

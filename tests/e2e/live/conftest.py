@@ -21,7 +21,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from edge_client.agent.loop import DeviceSetup, run_device
+from edge_client.agent.loop import run_device
+from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
 from edge_client.device_folder import own
 from fedcore.config.owner import OPEN_POLICY

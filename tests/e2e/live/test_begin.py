@@ -14,7 +14,7 @@ import pytest
 from fedcore.errors import INTERRUPTED, ConfigError, ResourceError
 from server.live.resume import open_run
 from server.rounds.checkpointing import Progress
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 
 
 def begun(project: Any, *, ended: bool) -> Path:

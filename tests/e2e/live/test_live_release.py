@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fedcore.errors import INTERRUPTED, ConfigError
-from server.audit import verify_audit
 from server.live.operators.client import SOCKET, ask_local
+from server.operator_log import verify_audit
 from tests.e2e.live.asking import status, wait_for
 
 CLOUD = '    cloud_data=lambda folder: data("cloud"),\n    example_input'

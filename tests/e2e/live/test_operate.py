@@ -19,9 +19,9 @@ import pytest
 
 from fedcore.crypto.kit import client_context
 from fedcore.errors import ConfigError, DataError, ResourceError, TrustError
-from server.audit import verify_audit
 from server.live.operators.client import OPERATE, SOCKET, ask_local, ask_remote, reachable
 from server.live.operators.protocol import MAX_REQUEST_BYTES
+from server.operator_log import verify_audit
 from tests.e2e.live.asking import status, wait_for
 
 

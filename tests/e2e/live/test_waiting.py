@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from fedcore.errors import ConfigError, FedcoreError
-from server.audit import verify_audit
 from server.live.operators.client import SOCKET, ask_local, reachable
 from server.live.operators.control import Control
 from server.live.operators.protocol import Requester
+from server.operator_log import verify_audit
 from server.rounds.checkpointing import NoCheckpoints, Progress
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 from tests.e2e.live.asking import status, wait_for
 
 

@@ -9,6 +9,7 @@ import pytest
 from flwr.proto.message_pb2 import ObjectTree
 
 from edge_client.agent import loop
+from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
 from edge_client.device_folder import own
 from edge_client.ledger.book import read_book
@@ -39,7 +40,7 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
     link, runs = Link(run), dict[int, Any]()
     assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
-        device = loop.DeviceSetup(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
+        device = DeviceSetup(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
         for number, norm in ((1, wrong), (2, 0.5)):
             message = instruction(task, run, number, clipping_norm=norm)
             found = AnnouncedMessage(message, ObjectTree())
@@ -69,7 +70,7 @@ def test_files_that_come_to_a_named_data_set_in_mid_run_count_at_once(tmp_path: 
     assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
         owner = OwnerPolicy(data=str(ward), datasets=sets)
-        device = loop.DeviceSetup(kit, task, tmp_path / "task.py", owner, folder)
+        device = DeviceSetup(kit, task, tmp_path / "task.py", owner, folder)
         opened = []
         for number in (1, 2, 3, 4):
             if number == 3:

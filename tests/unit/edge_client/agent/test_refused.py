@@ -19,7 +19,8 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
 from edge_client.agent import announce, loop
-from edge_client.agent.loop import DeviceSetup, run_device
+from edge_client.agent.loop import run_device
+from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
 from edge_client.device_folder import DeviceFolder, own
 from fedcore.config.owner import OPEN_POLICY

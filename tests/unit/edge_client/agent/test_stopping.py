@@ -13,11 +13,11 @@ from fedcore.errors import INTERRUPTED
 
 PROGRAM = """
 import os, signal, sys, threading
-from edge_client.agent.stopping import told_to_stop
+from edge_client.agent.stopping import stop_on_signals
 loading = threading.Event()
 if sys.argv[1] == "loading":
     loading.set()
-with told_to_stop(loading) as told:
+with stop_on_signals(loading) as told:
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except KeyboardInterrupt:
@@ -35,9 +35,9 @@ def test_what_is_being_loaded_is_not_interrupted_but_ended(at: str, told: str) -
 
 HELD = """
 import ctypes, threading
-from edge_client.agent.stopping import told_to_stop
+from edge_client.agent.stopping import stop_on_signals
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
-with told_to_stop(threading.Event()):
+with stop_on_signals(threading.Event()):
     print("held", flush=True)
     while True:  # the second time, a call that never returns, and that no signal ends
         library.pthread_mutex_lock(mutex)

@@ -14,6 +14,7 @@ from flwr.proto.message_pb2 import ObjectTree
 import edge_client.ledger.ledger as ledger_module
 from edge_client import device_folder as state_module
 from edge_client.agent import loop
+from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals, TokenBucket
 from edge_client.device_folder import DeviceFolder, own
 from edge_client.ledger import book as ledger_book
@@ -55,7 +56,7 @@ class Site:
     """A device, and a server that asks it for whatever it likes."""
 
     folder: DeviceFolder
-    device: loop.DeviceSetup
+    device: DeviceSetup
     task: Task = field(default_factory=make_task)
 
     def ask(self, name: str, *, private: bool, number: int = 1) -> Message:
@@ -80,7 +81,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     assume_identity(RUN_ID)
     with own(tmp_path / "device") as folder:
         task = make_task()
-        device = loop.DeviceSetup(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
+        device = DeviceSetup(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
         yield Site(folder, device, task)
 
 

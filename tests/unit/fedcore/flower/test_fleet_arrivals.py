@@ -28,8 +28,8 @@ from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
 from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
 from fedcore.flower.identity import assume_identity
-from fedcore.updates.cuts import CUT_BYTES, cut_head, cuts_of
 from fedcore.updates.messages import weights_record
+from fedcore.updates.piece_digests import CUT_BYTES, cut_head, cuts_of
 from fedcore.updates.pieces import CutFileArray, FileArray, pieces
 
 WEIGHTS = 3 * CUT_BYTES // 4 + 1000  # four chunks, the last one short

@@ -53,7 +53,7 @@ from fedcore.config.run import Client
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan
-from fedcore.training.per_example.ways import by_vmap
+from fedcore.training.per_example.gradient_methods import by_vmap
 from fedcore.training.private import train_private
 
 def status(name):

@@ -17,7 +17,7 @@ from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, size_of
 from fedcore.training.batches import gather
 from fedcore.training.local import make_optimizer
-from fedcore.training.per_example.ways import sequential_method
+from fedcore.training.per_example.gradient_methods import one_by_one
 from fedcore.training.private import train_private
 from tests.ways import way_of
 
@@ -198,7 +198,7 @@ def test_a_model_that_fails_on_every_example_releases_noise_alone() -> None:
 
     model = nn.Sequential(nn.Linear(6, 3), Broken())
     before = weights(model)
-    private(model, blobs(), multiplier=1.0, clip=1.0, way=sequential_method(LOSS, why=""))
+    private(model, blobs(), multiplier=1.0, clip=1.0, way=one_by_one(LOSS, why=""))
     assert torch.isfinite(weights(model)).all()
     assert not torch.equal(weights(model), before)
 

@@ -12,10 +12,10 @@ import pytest
 from fedcore.config.run import RunConfig
 from fedcore.crypto.kit import KIT
 from fedcore.errors import ConfigError, PrivacyError
-from server.audit import AUDIT
 from server.live.commands import rollback
 from server.live.journal.journal import create, reopen
 from server.live.rollback import RolledBack, roll_back
+from server.operator_log import AUDIT
 from server.report.folder import JOURNAL_FOLDER, held
 from server.rounds.protection import ClientPlan, Protection
 from tests.unit.server.live.journal.journals import IDENTITY, LARGE, progress, record

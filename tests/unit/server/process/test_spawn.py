@@ -11,10 +11,10 @@ from server.process.spawn import main_script_hidden
 
 SCRIPT = """
 import multiprocessing, os
-from server.process.spawn import script_left_out
+from server.process.spawn import main_script_hidden
 
 print("run", __name__)
-with script_left_out():
+with main_script_hidden():
     process = multiprocessing.get_context("spawn").Process(target=os.getpid)
     process.start()
     process.join()

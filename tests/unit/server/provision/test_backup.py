@@ -21,10 +21,10 @@ from fedcore.errors import (
     RollbackRefused,
     TrustError,
 )
-from server.audit import Audit, verify_audit
 from server.doctor import _roster
 from server.live.operators.drained import read_drained, write_drained
 from server.live.operators.endpoint import sole
+from server.operator_log import Audit, verify_audit
 from server.provision.backup import backup, restore
 from server.provision.issue import Act, listing, revoke, sign_roster
 

@@ -11,8 +11,8 @@ import pytest
 from fedcore.crypto.keys import new_key, save_key
 from fedcore.crypto.roster import ROSTER, RosterFile, load_server_identity
 from fedcore.errors import CertificateRefused, DataError, RollbackRefused, SignatureInvalid
-from server.audit import verify_audit
 from server.doctor import _log, _roster
+from server.operator_log import verify_audit
 from server.provision.folder import read_authority
 from server.provision.issue import listing, revoke, sign_roster
 

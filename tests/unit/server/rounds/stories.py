@@ -32,8 +32,8 @@ from server.records import RoundRecord
 from server.rounds.checkpointing import Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
-from server.rounds.strategies import make_strategy
-from server.rounds.strategy_state import strategy_state_of
+from server.rounds.strategies.flower import make_strategy
+from server.rounds.strategies.state import strategy_state_of
 
 NODES = list(range(10, 15))
 Answer = Callable[[int, int, Vector], RecordDict | Error]

@@ -31,7 +31,7 @@ from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.quorum import check_quorum
-from server.rounds.strategies import make_strategy
+from server.rounds.strategies.flower import make_strategy
 
 NODES = range(10, 15)
 Answer = Callable[[int, int, Vector], RecordDict | Error]

@@ -20,9 +20,9 @@ from flwr.app import Error, Message, RecordDict
 from fedcore.config.run import RunConfig
 from fedcore.errors import ResourceError
 from fedcore.flower.identity import assume_identity
-from fedcore.updates.cuts import cuts_of
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
+from fedcore.updates.piece_digests import cuts_of
 from fedcore.updates.pieces import CutFile, CutFileArray, FileArray
 from server.live.journal.journal import create, reopen
 from server.live.rounds.journaled import JournalCheckpointer

@@ -25,7 +25,7 @@ from server.records import RoundRecord
 from server.rounds.checkpointing import NoCheckpoints, Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
-from server.rounds.strategies import make_strategy
+from server.rounds.strategies.flower import make_strategy
 
 NODES = list(range(10, 30))
 Answer = Callable[[int, int, Vector], Vector | Error]

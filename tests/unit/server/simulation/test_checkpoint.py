@@ -17,7 +17,7 @@ from fedcore.privacy.ledger import Ledger
 from server.records import RoundRecord, VirtualRecord
 from server.rounds.checkpointing import Progress
 from server.rounds.protection import ClientPlan, Protection, noise_of
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.checkpointer import FAILED, FileCheckpointer
 from server.simulation.virtual.nodes import FIRST_NODE_ID

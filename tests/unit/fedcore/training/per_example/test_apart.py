@@ -16,8 +16,12 @@ from torch.utils.data import Dataset
 from fedcore.task.definition import Examples, Loss
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum, read_batch
+from fedcore.training.per_example.gradient_methods import (
+    GradientMethod,
+    one_by_one,
+    vmap_method,
+)
 from fedcore.training.per_example.trial import choose_method
-from fedcore.training.per_example.ways import GradientMethod, sequential_method, vmap_method
 from tests.unit.fedcore.clients import make_task
 
 CPU = torch.device("cpu")
@@ -118,7 +122,7 @@ def test_a_number_drawn_outside_torch_is_each_examples_own(draw: Callable[[], fl
     inputs, targets = torch.randn(COUNT, 4), torch.arange(COUNT) % 3
     together = vmap_method(15, LOSS, why="")
     found = summed(together, model, inputs, targets)
-    alone = summed(sequential_method(LOSS, why=""), model, inputs, targets, physical=1)
+    alone = summed(one_by_one(LOSS, why=""), model, inputs, targets, physical=1)
     assert torch.allclose(found, alone)
     task = make_task(model=lambda: Coin(draw), example_input=torch.zeros(4))
     way = choose_method(task, FullModel(nn.Identity(), Coin(draw)))

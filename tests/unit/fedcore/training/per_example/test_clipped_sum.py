@@ -15,9 +15,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from fedcore.seeds import global_streams, torch_rng
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.per_example.clipped_sum import Batch, ClippedSum, clipped_sum, read_batch
-from fedcore.training.per_example.ways import (
+from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
-    sequential_method,
+    one_by_one,
     trained,
     vmap_method,
 )
@@ -355,12 +355,10 @@ def test_a_loss_that_ends_the_process_counts_as_zero() -> None:
 
     _, model, _ = prepared("dense")
     inputs, targets = NETWORKS["dense"].examples(COUNT)
-    way = sequential_method(leaving, why="")
+    way = one_by_one(leaving, why="")
     found = summed(way, model, batch(inputs, targets), loss=leaving, physical=1)
     counted = targets != 2
-    expected = summed(
-        sequential_method(LOSS, why=""), model, batch(inputs, targets, counted), physical=1
-    )
+    expected = summed(one_by_one(LOSS, why=""), model, batch(inputs, targets, counted), physical=1)
     assert found.skipped == int((~counted).sum())
     assert is_same(found, expected)
 
@@ -371,7 +369,7 @@ def test_what_is_asked_of_the_person_at_the_keyboard_is_not_swallowed() -> None:
 
     _, model, _ = prepared("dense")
     with pytest.raises(KeyboardInterrupt):
-        summed(sequential_method(interrupted, why=""), model, batch(*NETWORKS["dense"].examples(2)))
+        summed(one_by_one(interrupted, why=""), model, batch(*NETWORKS["dense"].examples(2)))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 8 TB")])
@@ -397,6 +395,6 @@ def test_one_example_of_each_batch_is_taken_where_torch_cannot_take_them_togethe
     network, model, _ = prepared("dense")
     examples = network.examples(COUNT)
     found = summed(vmap_method(1, looking, why=""), model, batch(*examples), loss=looking)
-    expected = summed(sequential_method(looking, why=""), model, batch(*examples), physical=1)
+    expected = summed(one_by_one(looking, why=""), model, batch(*examples), physical=1)
     assert found.skipped == 0
     assert (flat(found) - flat(expected)).abs().max() <= 1e-6 * flat(expected).abs().max()

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional
 
 from fedcore.training.per_example.chain import torch_run
-from fedcore.training.per_example.graph import find_chain
-from fedcore.training.per_example.runs import compiled_run
-from fedcore.training.per_example.ways import (
+from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     GradientPart,
     chain_method,
-    sequential_method,
+    one_by_one,
 )
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.runs import compiled_run
 from tests.ways import weighted
 
 LOSS = functional.cross_entropy
@@ -68,7 +68,7 @@ def taken(
 def test_gradients_are_those_of_a_backward_pass(
     model: nn.Module, way: GradientMethod, places: int
 ) -> None:
-    alone = sequential_method(LOSS, why="")
+    alone = one_by_one(LOSS, why="")
     found, right = (taken(one, model, places=places) for one in (way, alone))
     torch.testing.assert_close(found.squares, right.squares.double(), rtol=1e-5, atol=0)
     share = torch.linspace(0.2, 1, places)

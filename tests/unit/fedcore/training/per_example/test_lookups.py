@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedcore.training.per_example.gradient_methods import one_by_one
 from fedcore.training.per_example.lookups import find_tables, lookup_method, sum_duplicate_rows
-from fedcore.training.per_example.ways import sequential_method
 from tests.ways import weighted
 
 LOSS = functional.cross_entropy
@@ -62,7 +62,7 @@ def both_ways(model: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
     way = lookup_method(model, inputs, LOSS, why="a test")
     assert way is not None
     share = torch.linspace(0, 1, len(inputs))
-    for one in (way, sequential_method(LOSS, why="")):
+    for one in (way, one_by_one(LOSS, why="")):
         part = one.take(nn.Identity(), model, inputs, targets)
         yield part.squares, weighted(part, model, share)
 

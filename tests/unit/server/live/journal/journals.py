@@ -15,7 +15,7 @@ from fedcore.updates.pack import Vector
 from server.live.journal.journal import Journal, create, reopen
 from server.records import RoundRecord
 from server.rounds.checkpointing import Progress
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 
 IDENTITY = {"run": {"name": "trial"}}
 SMALL, LARGE = 10, 50_000  # elements: beside an entry, and in a file of its own

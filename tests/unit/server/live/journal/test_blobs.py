@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedcore.errors import DataError, DiskFull
-from fedcore.updates.cuts import cuts_of
+from fedcore.updates.piece_digests import cuts_of
 from fedcore.updates.pieces import CutFile, CutFileArray
 from server.live.journal.blobs import Blobs
 from server.live.journal.packing import Packing

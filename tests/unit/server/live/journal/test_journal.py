@@ -28,7 +28,7 @@ from server.live.journal.journal import (
     reopen,
 )
 from server.rounds.protection import ClientPlan, Protection, noise_of
-from server.rounds.strategy_state import StrategyState
+from server.rounds.strategies.state import StrategyState
 from tests.unit.server.live.journal.journals import (
     IDENTITY,
     LARGE,

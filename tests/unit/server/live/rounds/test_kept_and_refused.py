@@ -21,7 +21,7 @@ from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
-from server.rounds.strategies import make_strategy
+from server.rounds.strategies.flower import make_strategy
 
 NODES = (10, 11, 12, 13)
 BAD = {

@@ -271,7 +271,7 @@ def observed() -> nn.Module:
 def test_what_one_look_shows_is_refused(model: Callable[[], nn.Module]) -> None:
     bench = Bench(replace(TASK, model=model), simulation={"training": "vectorised"})
     with pytest.raises(ConfigError, match=r"mixes|depends on|hooks|batch of one|at once"):
-        bench.staff().crew_for(bench.order, bench.asked)
+        bench.staff().executor_for(bench.order, bench.asked)
 
 
 def test_hooks_of_layers_are_called() -> None:
@@ -331,7 +331,7 @@ def test_a_sum_is_no_mean_even_where_clients_have_one_example() -> None:
     task = replace(TASK, loss=summed, client_data=lambda name, folder: data(name, folder, 1))
     bench = Bench(task, simulation={"training": "vectorised"})
     with pytest.raises(ConfigError, match="no mean"):
-        bench.staff().crew_for(bench.order, bench.asked)
+        bench.staff().executor_for(bench.order, bench.asked)
 
 
 def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
     there = bench.worker.reached(bench.order, bench.asked)
     assert [one.name for one in there] == NAMES[4:]
     staff = bench.staff()
-    staff.crew_for(bench.order, bench.asked)
+    staff.executor_for(bench.order, bench.asked)
     choice = staff._state.choice
     assert choice is not None
     assert choice.loop_s is not None
@@ -364,7 +364,7 @@ def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
         replace(TASK, model=Detached), simulation=simulation | {"training": "vectorised"}
     )
     with pytest.raises(ConfigError, match=r"learns something else|depends on"):
-        forced.staff().crew_for(forced.order, forced.asked)
+        forced.staff().executor_for(forced.order, forced.asked)
 
 
 def test_nothing_is_chosen_by_clients_that_fail() -> None:
@@ -373,7 +373,7 @@ def test_nothing_is_chosen_by_clients_that_fail() -> None:
 
     bench = Bench(replace(TASK, client_data=broken), simulation={"training": "vectorised"})
     staff = bench.staff()
-    _, order = staff.crew_for(bench.order, bench.asked)
+    _, order = staff.executor_for(bench.order, bench.asked)
     assert (order.method, staff._state.choice) == ("loop", None)
 
 

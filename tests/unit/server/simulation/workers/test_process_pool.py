@@ -53,10 +53,10 @@ def test_processes_that_are_started_afresh_give_the_bits_of_this_one(tmp_path: P
     asked = [ClientRef(node, str(node), None) for node in range(8)]
     make = partial(worker_elsewhere, path, run, OPEN_POLICY, None)
     assume_identity(RUN_ID)
-    here, total = LocalExecutor(make()).carry_out(order, asked)
+    here, total = LocalExecutor(make()).run_task(order, asked)
     pool = ProcessPool(make, 2, gpus=1)
     try:
-        there, other = pool.carry_out(order, asked)
+        there, other = pool.run_task(order, asked)
     finally:
         pool.close()
     assert there == here

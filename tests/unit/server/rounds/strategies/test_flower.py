@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Strategy
 from fedcore.errors import ConfigError
 from fedcore.privacy.unsound import SUMMED
 from fedcore.training.mods import client_mods
-from server.rounds.strategies import FOLDING, ChosenStrategy, make_strategy, strategy_names
+from server.rounds.strategies.flower import FOLDING, ChosenStrategy, make_strategy, strategy_names
 
 FIXED = "DifferentialPrivacyServerSideFixedClipping"
 CLIPPING = {"noise_multiplier": 0.5, "clipping_norm": 1.0}

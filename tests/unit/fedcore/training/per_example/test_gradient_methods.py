@@ -10,17 +10,17 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from fedcore.training.per_example.chain import torch_run
-from fedcore.training.per_example.graph import find_chain
-from fedcore.training.per_example.runs import compiled_run
-from fedcore.training.per_example.ways import (
+from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     chain_method,
     each_alone,
     is_mappable,
-    sequential_method,
+    one_by_one,
     trained,
     vmap_method,
 )
+from fedcore.training.per_example.graph import find_chain
+from fedcore.training.per_example.runs import compiled_run
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network
 from tests.ways import way_of, weighted
 
@@ -77,7 +77,7 @@ def test_all_ways_agree(name: str) -> None:
     network = NETWORKS[name]
     model = network.build()
     expected = by_hand(network, model)
-    ways = [sequential_method(network.loss, why=""), vmap_method(1, network.loss, why="")]
+    ways = [one_by_one(network.loss, why=""), vmap_method(1, network.loss, why="")]
     if network.way == "chain":
         chain = find_chain(model, network.examples(2)[0])
         assert chain is not None
@@ -103,7 +103,7 @@ def test_opacus_agrees(name: str) -> None:
 def test_a_gradient_of_a_parameter_that_is_not_used_is_zero() -> None:
     network = NETWORKS["unused"]
     model = network.build()
-    for way in (sequential_method(network.loss, why=""), vmap_method(1, network.loss, why="")):
+    for way in (one_by_one(network.loss, why=""), vmap_method(1, network.loss, why="")):
         part = way.take(nn.Identity(), model, *network.examples(COUNT))
         found = dict(zip(trained(model), weighted(part, model, torch.ones(COUNT)), strict=True))
         assert not found["other.weight"].any()
@@ -177,4 +177,4 @@ def test_rows_of_a_physical_batch_follow_the_memory() -> None:
     way = vmap_method(1000, nn.functional.cross_entropy, why="")
     assert way.rows(way.bytes_per_example * 7) == 7
     assert way.rows(1) == 1
-    assert sequential_method(nn.functional.cross_entropy, why="").rows(1 << 40) == 1
+    assert one_by_one(nn.functional.cross_entropy, why="").rows(1 << 40) == 1

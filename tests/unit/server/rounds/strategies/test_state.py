@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 from numpy.typing import NDArray
 
 from fedcore.errors import ConfigError, DataError
-from server.rounds.strategy_state import StrategyState, restore_strategy, strategy_state_of
+from server.rounds.strategies.state import StrategyState, restore_strategy, strategy_state_of
 
 VALUES: list[Any] = [
     None,

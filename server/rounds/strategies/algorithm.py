@@ -23,7 +23,7 @@ from fedcore.updates.messages import (
     weights_record,
 )
 from fedcore.updates.pack import Vector
-from server.rounds.checked_algorithm import AlgorithmRefused, CheckedAlgorithm, State
+from server.rounds.strategies.checked import AlgorithmRefused, CheckedAlgorithm, State
 
 _REHEARSED = 3  # rounds: errors in handling returned state show in the second
 _MADE_UP = 2  # clients with made-up updates

@@ -7,13 +7,13 @@ import pytest
 from flwr.app import Array
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from fedcore.updates.cuts import CUT_BYTES, cut_digests, cuts_of, digest_of_cuts
+from fedcore.updates.piece_digests import CUT_BYTES, cut_digests, cuts_of, digest_of_cuts
 from fedcore.updates.pieces import PIECE_BYTES
 
 
 @pytest.mark.parametrize("size", [0, 1, CUT_BYTES // 4, 3 * CUT_BYTES // 4])
 def test_they_are_what_flower_calls_the_chunks(size: int) -> None:
-    """So a byte that has come in is hashed for the last time. See `fedcore/updates/cuts.py`."""
+    """So a byte that has come in is hashed once. See `fedcore/updates/piece_digests.py`."""
     array = Array(np.random.default_rng(0).random(size, np.float32))
     chunks = [key for key, one in get_all_nested_objects(array).items() if one is not array]
     assert [*cuts_of(array)] == chunks[: len(chunks)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import DataError, DiskFull
-from server.audit import AUDIT, MARK, Audit, verify_audit
+from server.operator_log import AUDIT, MARK, Audit, verify_audit
 
 
 def log(path: Path) -> Audit:

@@ -217,7 +217,7 @@ def own_states(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def sequential_method(loss: Loss, *, why: str) -> GradientMethod:
+def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
     """Returns the method for any model that accepts a batch of one: a backward pass per example."""
 
     def take(

@@ -16,9 +16,9 @@ from fedcore.errors import ConfigError
 from fedcore.privacy.unsound import SUMMED
 from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
-from server.rounds.algorithm_strategy import AlgorithmStrategy
-from server.rounds.checked_algorithm import CheckedAlgorithm
-from server.rounds.own_strategy import Own, names_user_strategy, own_strategy
+from server.rounds.strategies.algorithm import AlgorithmStrategy
+from server.rounds.strategies.checked import CheckedAlgorithm
+from server.rounds.strategies.own import Own, names_user_strategy, own_strategy
 
 FOLDING = (
     flower.FedAvg,
