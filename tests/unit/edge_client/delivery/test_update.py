@@ -115,7 +115,7 @@ def test_a_model_that_was_never_released_is_named(publisher: Any, store: Path) -
     publisher.publish()
     with pytest.raises(DataError, match="'other'"):
         run(publisher, store, root=publisher.root, model="other")
-    with pytest.raises(ConfigError, match="--model"):
+    with pytest.raises(ConfigError, match=r"^model "):
         run(publisher, store, root=publisher.root, model="../digits")
 
 

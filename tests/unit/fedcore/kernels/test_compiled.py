@@ -18,9 +18,9 @@ assert total.tolist() == [7, 7, 7]
 """
 SHAPES = """
 from fedcore.kernels.direct import direct
-from fedcore.kernels.window import Window
+from fedcore.kernels.window import ConvolutionWindow
 for outs in (8, 16):
-    assert direct(Window((2, 2), (1, 1), (0, 0)), 1, outs) is not None
+    assert direct(ConvolutionWindow((2, 2), (1, 1), (0, 0)), 1, outs) is not None
 """
 
 

@@ -49,11 +49,11 @@ PEAK = """
 import gc, re, torch
 from pathlib import Path
 from torch import nn
-from fedcore.config.run import Client
+from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan
-from fedcore.training.per_example.gradient_methods import by_vmap
+from fedcore.training.per_example.gradient_methods import vmap_method
 from fedcore.training.private import train_private
 
 def status(name):
@@ -66,8 +66,8 @@ def steps(width):
     model, loss = nn.Linear(width, width), nn.functional.mse_loss
     train_private(
         nn.Identity(), model, Rows(torch.ones(2, width), torch.ones(2, width)), loss,
-        Client(optimizer="OPTIMIZER"), PrivatePlan(Charge(1, 1.0, 1.0, 2), 1.0),
-        way=by_vmap(width * width, loss, why=""), draws=SystemDraws(), memory_bytes=1,
+        ClientConfig(optimizer="OPTIMIZER"), PrivatePlan(Charge(1, 1.0, 1.0, 2), 1.0),
+        way=vmap_method(width * width, loss, why=""), draws=SystemDraws(), memory_bytes=1,
     )
 
 steps(8)  # whatever is loaded or made once

@@ -102,7 +102,7 @@ def test_keys_that_are_lost_can_be_replaced_but_roots_cannot(publisher: Any, now
 
 
 def test_thresholds_are_kept_until_they_are_changed(tmp_path: Path, now: datetime) -> None:
-    from tests.unit.server.release.registry.conftest import Publisher
+    from tests.unit.server.release.conftest import Publisher
 
     made = Publisher(tmp_path / "r", tmp_path / "k")
     quorums = {"root": Quorum(2, 3), "releases": Quorum(2, 2), "timestamp": Quorum(1, 2)}
