@@ -89,7 +89,8 @@ def test_private_training_takes_what_is_said(optimizer: Literal["sgd", "adam"]) 
     )
     copies = needed_bytes(MODEL, ClientConfig(optimizer=optimizer), PRIVATE) / 4000
     beyond = float(done.stdout) - 1  # the model itself, which is made there, too
-    assert copies - 0.1 <= beyond < copies + 3  # what was loaded before leaves some room
+    # Freed blocks that glibc has not returned yet count in the peak.
+    assert copies - 0.1 <= beyond < copies + 5
 
 
 @pytest.mark.parametrize(
