@@ -147,7 +147,7 @@ def _answer_messages(
             runs.clear()
             device.between_rounds()
     except InvalidUpdate as error:  # its round has ended: no retry can help
-        log.info("not taken: %s", error)
+        log.info("update rejected by server: %s", error)
         signals.stop.wait(max(_FIRST_PAUSE_S, messages.wait_s(IDLE_MESSAGES)))
         signals.work.set()
 
@@ -169,9 +169,9 @@ def _answer_or_reject(
     try:
         return _answer(device, link, signals, runs, found)
     except InvalidUpdate as error:
-        reason = f"client {device.kit.name!r}: its reply was not taken: {error}"
+        reason = f"client {device.kit.name!r}: its reply was rejected by the server: {error}"
         link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=found.message))
-        log.warning("not taken: %s", error)
+        log.warning("update rejected by server: %s", error)
         return False
 
 

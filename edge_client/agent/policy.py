@@ -169,7 +169,7 @@ def run_sessions(
             with _watched(owner, stop, around) as signals:
                 session(signals)
             continue
-        log.info("rests: %s", reason)
+        log.info("paused by owner policy: %s", reason)
         while not stop.wait(around.look_s) and reason_to_pause(owner, around) is not None:
             continue
 

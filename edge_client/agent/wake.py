@@ -152,7 +152,7 @@ def watch(
                 link.renew()
             began, opened = time.monotonic(), False
             with (
-                suppress(OSError),  # unreachable
+                suppress(OSError, FedcoreError),  # unreachable, or its key cannot be read now
                 _channel(link.kit, link.address(failures), link.wake_port, count) as (
                     channel,
                     gone,
@@ -193,7 +193,7 @@ def hold_stream(
     def hold() -> None:
         count = _counting(signals, passed)
         with (
-            suppress(OSError),
+            suppress(OSError, FedcoreError),
             _channel(link.kit, link.address(0), link.wake_port, count) as (channel, gone),
         ):
             _listen(channel, instance, signals, TokenBucket(CALL_S, CALL_BURST), gone)

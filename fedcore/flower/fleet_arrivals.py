@@ -247,9 +247,6 @@ class ChunkUpload:
         if not fleet.state.store_object(request.run_id, request.session_id, self.object_id, b""):
             fleet.store.lift(self.object_id, self._cut)
             return PushObjectResponse(stored=False)
-        # A round waits until its updates are durable: start writing to disk now.
-        descriptor, self._descriptor = self._descriptor, -1
-        fleet.writeback.begin(descriptor, self._at - self._begun.body_bytes, self._begun.body_bytes)
         fleet.state.store_traffic(request.run_id, bytes_sent=0, bytes_recv=self.content_bytes)
         with fleet.lock:
             # Only the push of the last object settles, in whatever order threads get here.
@@ -258,6 +255,9 @@ class ChunkUpload:
             asked.arriving.pop(self.object_id, None)
         if last:
             fleet.settle(self._message_id)
+        # A round waits until its updates are durable: start writing to disk now.
+        descriptor, self._descriptor = self._descriptor, -1
+        fleet.writeback.begin(descriptor, self._at - self._begun.body_bytes, self._begun.body_bytes)
         return PushObjectResponse(stored=True)
 
     def close(self) -> None:

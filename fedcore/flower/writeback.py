@@ -38,8 +38,13 @@ class Writeback:
         with self._lock:
             if self._thread is None:
                 # A daemon: a hanging disk may block it, and must not block the process's exit.
-                self._thread = threading.Thread(target=self._work, name="writeback", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="writeback", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no thread to give; it is only a hint
+                    os.close(descriptor)
+                    return
+                self._thread = thread
             self._waiting.put((descriptor, start, count))
 
     def close(self) -> None:

@@ -29,7 +29,11 @@ def dial(host: str, port: int, timeout_s: float) -> socket.socket:
         share_s = (until_s - time.monotonic()) / (len(found) - place)
         if share_s <= 0:
             raise TimeoutError(f"{host}: none of its addresses answered in time")
-        connection = socket.socket(family, kind, protocol)
+        try:
+            connection = socket.socket(family, kind, protocol)
+        except OSError as error:  # the system has no such family, IPv6 say
+            failed = error
+            continue
         try:
             connection.settimeout(share_s)
             connection.connect(address)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.config.run import RunConfig
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, ResourceError
 from fedcore.observability.words import counted, figure
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
@@ -162,9 +162,17 @@ class Result:
 
         Raises:
             ConfigError: the folder exists already.
+            ResourceError: it cannot be written; nothing of it is left.
         """
         path = Path(folder)
         if path.exists():
             raise ConfigError(f"{path}: it is there already. Nothing was saved; name another.")
-        shutil.copytree(self.folder, path)
+        try:
+            shutil.copytree(self.folder, path)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise ResourceError(
+                f"{path}: it cannot be written ({error}). Nothing was saved; make room, or name a "
+                "folder that this user may write."
+            ) from error
         return path

@@ -71,7 +71,7 @@ def simulate(
             complete run there. When None, a temporary folder that is deleted with the result.
         fresh: Also replace an interrupted run in that subfolder, which is an error otherwise.
         resume: Resume the interrupted run in that subfolder from its last checkpoint. Whether a
-            task made in memory is unchanged isn't checked.
+            task or strategy made in memory is unchanged isn't checked.
         progress: Whether to show progress, on standard error or in the notebook's cell; or a
             callback that receives the events instead.
         strategy: Replaces the run's strategy: an instance or a class of `fedcore.Algorithm` or of

@@ -255,7 +255,7 @@ def _refuse_others(compressed: Compressed, result: Result, tuned: Finetuned | No
     parent = result.origin.parent_sha256
     ours = {parent, result.compressed.source_sha256}
     if tuned is not None and tuned.parent_sha256 == parent:
-        ours.add(sha256_hex(checkpoint_bytes(tuned.model)))
+        ours.add(tuned.model_sha256)
     changed = sha256_hex(checkpoint_bytes(result.federated)) != parent
     if changed or compressed.source_sha256 not in ours:
         of = "result.federated was changed since" if changed else "the candidates are of a model"

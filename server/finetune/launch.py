@@ -72,6 +72,12 @@ class Finetuned:
     """Reason why the requested evaluation by clients failed; empty otherwise."""
     parent_sha256: str = field(kw_only=True)
     """SHA-256 of the checkpoint of the original federated model, for the manifest of a release."""
+    model_sha256: str = field(init=False, repr=False)
+    """SHA-256 of the checkpoint of ``model`` as fine-tuning made it, whatever changes it later."""
+
+    def __post_init__(self) -> None:
+        digest = sha256_hex(checkpoint_bytes(self.model))
+        object.__setattr__(self, "model_sha256", digest)
 
 
 def fine_tune(

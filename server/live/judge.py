@@ -55,12 +55,16 @@ class JudgeOnDevices:
             app(grid, server_context(grid.run.run_id))
             return found[0]
 
+        interrupted: list[int] = []
+
         async def serve() -> Judgement | None:
             async with listen(
                 live.identity, live.hello, live.address, settings=live.settings, spool=live.spool
             ) as listening:
                 listening.presence.drain(live.control.drained)
-                return await run_beside(partial(work, listening.peers), listening)
+                found = await run_beside(partial(work, listening.peers), listening)
+            interrupted.extend(listening.interrupted)  # also while it closed
+            return found
 
         kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -68,7 +72,7 @@ class JudgeOnDevices:
         finally:
             for number, handler in kept.items():
                 signal.signal(number, handler)
-        if judgement is None:
+        if judgement is None or interrupted:
             raise KeyboardInterrupt
         return judgement
 

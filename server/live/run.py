@@ -152,7 +152,10 @@ async def _serve(live: LiveRun) -> Outcome | None:
         serve_operators(live.control, live.identity, listening),
     ):
         members = Members(live.identity.roster(), listening.fleet)
-        return await run_beside(partial(_rounds, live, members, listening.peers), listening)
+        outcome = await run_beside(partial(_rounds, live, members, listening.peers), listening)
+    # Rounds that ended as the signal came are kept; what follows them is left to a resume.
+    ends = listening.interrupted and live.run.release.repository is not None
+    return None if ends else outcome
 
 
 def _rounds(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outcome:

@@ -41,8 +41,10 @@ def instructions(
         raise _failed(federation, number, f"{type(error).__name__}: {error}") from error
     if not messages or any(not isinstance(one, Message) for one in messages):
         raise _failed(federation, number, "configure_train gave no messages, or something else")
-    if not {one.metadata.dst_node_id for one in messages} <= {*nodes}:
-        raise _failed(federation, number, "configure_train asks nodes that are not of this round")
+    if sorted(one.metadata.dst_node_id for one in messages) != sorted(nodes):
+        raise _failed(
+            federation, number, "configure_train must ask each node of the round, and each once"
+        )
     return messages
 
 

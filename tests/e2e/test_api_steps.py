@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import fedcore
 from edge_client.delivery.source import folder_source
 from edge_client.delivery.update import update
-from fedcore.errors import ConfigError, ReleaseError
+from fedcore.errors import ConfigError, ReleaseError, ResourceError
 from fedcore.observability.events import StageFinished
 from fedcore.task.model import checkpoint_bytes
 from server.release.publish import initialise
@@ -114,12 +115,31 @@ def test_a_release_needs_a_line_of_evidence(
     with pytest.raises(ConfigError, match=r"does not come from the rounds.*Nothing was published"):
         fedcore.publish(compressed, result, **places)
     assert fedcore.publish(compressed, result, tuned=other, **places).version == 1
+    with torch.no_grad():  # trained on in a notebook, after fine-tuning
+        next(other.model.parameters()).add_(0.1)
+    changed = fedcore.compress(TASK, result.run, other.model, progress=False)
+    with pytest.raises(ConfigError, match="does not come from the rounds"):
+        fedcore.publish(changed, result, tuned=other, **places)
     twice = fedcore.finetune(TASK, result.run, other.model, progress=False)
     compressed = fedcore.compress(TASK, result.run, twice.model, progress=False)
     with pytest.raises(ConfigError, match="does not come from the rounds"):
         fedcore.publish(compressed, result, tuned=twice, **places)
     with pytest.raises(ConfigError, match=r"release\.keys of run 'corners' is not set"):
         fedcore.publish(result.compressed, result, repository=places["repository"])
+
+
+def test_a_result_that_cannot_be_saved_leaves_nothing(
+    result: fedcore.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "half").write_text("of it")
+        raise shutil.Error([("a", "b", "No space left on device")])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(ResourceError, match=r"cannot be written.*No space.*Nothing was saved"):
+        result.save(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_the_final_test_withholds_is_not_published(

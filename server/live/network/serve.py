@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -82,6 +82,9 @@ class Listening:
     """The bound address, with the ports that the system chose."""
     stopping: threading.Event
     """Set when the server stops; calls that wait on the grid then end."""
+    interrupted: list[int] = field(default_factory=list)
+    """Signals that asked this process to end, in order. Not an event: a handler may run inside
+    another one, and an event's lock would then never be released."""
 
     def grid(self) -> FleetGrid:
         """Returns a Flower `Grid` for the open run."""
@@ -190,6 +193,8 @@ async def _started(http: Server, listener: socket.socket) -> asyncio.Task[None]:
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
+    if serving.done():
+        await serving  # raises why it does not serve
     return serving
 
 
@@ -233,6 +238,7 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
 
     def stop(number: int, frame: object) -> None:
         nonlocal asked_s
+        listening.interrupted.append(number)
         before_s, asked_s = asked_s, time.monotonic()
         if not works:
             ignore()

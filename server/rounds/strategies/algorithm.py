@@ -16,6 +16,7 @@ from fedcore.task.algorithm import ClientUpdate
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
+    EPSILON,
     METRICS,
     MODEL,
     NUM_EXAMPLES,
@@ -142,15 +143,15 @@ class AlgorithmStrategy(Strategy):
             {
                 name: float(value)
                 for name, value in metrics.items()
-                if name != NUM_EXAMPLES and isinstance(value, int | float)
+                if name not in (NUM_EXAMPLES, EPSILON) and isinstance(value, int | float)
             },
         )
 
     def _failed(self, number: int, error: AlgorithmRefused) -> RoundFailed:
         return RoundFailed(
             f"round {number}: federation.strategy = {self._label!r}: {error}. The global model is "
-            f"that of round {number - 1}; mend the strategy and begin again with --fresh, as a run "
-            "only goes on with the one that it was begun with."
+            f"that of round {number - 1}; mend the strategy and begin again with --fresh: a "
+            "resumed run needs the strategy that it began with."
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedcore.config.client_settings import RUN_SETTINGS, ClientSettings, settings_with
 from fedcore.config.run import RunConfig
+from fedcore.files import sha256_hex
 from fedcore.observability.words import a_or_an
 from fedcore.seeds import derive
 from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
@@ -49,7 +50,7 @@ class CheckedAlgorithm:
 
     algorithm: Algorithm
     run: RunConfig
-    _before: dict[str, Any] = field(init=False)
+    _before: dict[str, tuple[Any, object]] = field(init=False)
     """The algorithm's attributes at the start, which no method may change."""
 
     def __post_init__(self) -> None:
@@ -126,7 +127,7 @@ class CheckedAlgorithm:
         changed = [
             name
             for name in now.keys() | self._before.keys()
-            if now.get(name) is not self._before.get(name)
+            if not _same(now.get(name), self._before.get(name))
         ]
         if changed:
             raise AlgorithmRefused(
@@ -136,11 +137,24 @@ class CheckedAlgorithm:
         return result
 
 
-def _attributes(algorithm: Algorithm) -> dict[str, Any]:
-    """Returns an algorithm's attributes, without cached properties of its class."""
+def _same(one: tuple[Any, object] | None, other: tuple[Any, object] | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one[0] is other[0] and one[1] == other[1]
+
+
+def _mark(value: Any) -> object:
+    """Returns what changes with the contents of an array or container; None for other values."""
+    if isinstance(value, np.ndarray):
+        return value.shape, sha256_hex(np.ascontiguousarray(value).tobytes())
+    return repr(value) if isinstance(value, list | dict | set | bytearray) else None
+
+
+def _attributes(algorithm: Algorithm) -> dict[str, tuple[Any, object]]:
+    """Returns an algorithm's attributes and their marks, without cached properties of its class."""
     cls = type(algorithm)
     return {
-        name: value
+        name: (value, _mark(value))
         for name, value in vars(algorithm).items()
         if not isinstance(getattr(cls, name, None), cached_property)
     }

@@ -55,8 +55,16 @@ def own_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
     """
     federation = run.federation
     where = f"federation.strategy = {federation.strategy!r}"
-    if isinstance(given, Strategy):
-        return copy.deepcopy(given)  # it has state, and other runs may use it
+    if isinstance(given, Strategy | Algorithm):
+        if isinstance(given, Algorithm):
+            _check_algorithm(given, where)
+        try:
+            return copy.deepcopy(given)  # other runs may use it, and this one is tried first
+        except Exception as error:  # an attribute may be of any class
+            raise ConfigError(
+                f"{where}: it cannot be copied: {type(error).__name__}: {error}. Nothing was run; "
+                "give its class, with federation.strategy_options."
+            ) from error
     if given is None:
         given = _class(run, where)
         check_own(given, where)
@@ -152,7 +160,6 @@ def _check_algorithm(algorithm: Algorithm, where: str) -> None:
         )
     needed, other = ("step", "aggregate") if folds else ("aggregate", "step")
     if getattr(cls, needed) is getattr(Algorithm, needed):
-        has_other = getattr(cls, other) is not getattr(Algorithm, other)
         has_other = getattr(cls, other) is not getattr(Algorithm, other)
         has = f", and it has {other}" if has_other else ""
         raise ConfigError(

@@ -32,13 +32,18 @@ class StrategyState:
 
 
 def strategy_state_of(strategy: Strategy) -> StrategyState:
-    """Returns the current state of ``strategy``. Arrays are not copied: strategies replace them.
+    """Returns the current state of ``strategy``.
+
+    Arrays of Flower's own strategies are not copied, since these replace them; a user's may change
+    them in place, and are copied.
 
     Raises:
         ConfigError: an attribute cannot be stored. Nothing is left out silently.
     """
     arrays: list[NDArray[Any]] = []
     tree = _taken(strategy, type(strategy).__name__, arrays)
+    if not type(strategy).__module__.startswith("flwr."):
+        arrays = [array.copy() for array in arrays]
     return StrategyState(tree, tuple(arrays))
 
 
@@ -116,11 +121,13 @@ def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> An
     """Returns the value that ``tree`` encodes; ``has`` is the new strategy's value in its place."""
     match tree:
         case {"dict": pairs}:
-            return {key: _made(item, None, arrays, where) for key, item in pairs}
-        case {"list": items}:
-            return [_made(item, None, arrays, where) for item in items]
-        case {"tuple": items}:
-            return tuple(_made(item, None, arrays, where) for item in items)
+            held = has if isinstance(has, dict) else {}
+            return {key: _made(item, held.get(key), arrays, where) for key, item in pairs}
+        case {"list": items} | {"tuple": items}:
+            given = list(has) if isinstance(has, list | tuple) else []
+            given += [None] * (len(items) - len(given))
+            made = [_made(item, given[at], arrays, where) for at, item in enumerate(items)]
+            return made if "list" in tree else tuple(made)
         case {"array": place}:
             return arrays[place].copy()
         case {"scalar": place}:

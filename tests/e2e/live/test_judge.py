@@ -25,6 +25,7 @@ from server.live.operators.control import Control
 from server.live.operators.drained import write_drained
 from server.live.rounds.settings import device_settings
 from server.report.folder import JOURNAL_FOLDER
+from server.rounds.judging import Judgement, judgement
 
 
 @pytest.fixture
@@ -84,4 +85,17 @@ def test_who_is_drained_is_asked_for_nothing(project: Any, start: Any, judging: 
 def test_where_nobody_comes_it_is_said(judging: Any) -> None:
     judge, model = judging()
     with pytest.raises(RoundFailed, match="none of 0 clients"):
+        judge(model, model)
+
+
+def test_a_signal_that_comes_as_the_last_device_answers_is_obeyed(
+    judging: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def signalled(work: object, listening: Any) -> Judgement:
+        listening.interrupted.append(signal.SIGTERM)
+        return judgement([(1, 0.5, 0.5)])
+
+    monkeypatch.setattr(judge_module, "run_beside", signalled)
+    judge, model = judging()
+    with pytest.raises(KeyboardInterrupt):
         judge(model, model)

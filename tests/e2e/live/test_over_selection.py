@@ -31,7 +31,7 @@ def test_the_first_updates_make_a_round_and_the_late_one_is_charged_all_the_same
         *("federation.quorum=1.0", "privacy.unit=example", "privacy.noise_multiplier=1.0"),
         "privacy.max_epsilon=1000.0",
     )
-    devices["edge-2"].wait_for("not taken", 120)
+    devices["edge-2"].wait_for("update rejected by server", 120)
     ask_local(project.root / "server", {"verb": "stop"})
     assert server.end(60) == 130, server.log.read_text()
     lines = (project.root / "runs" / "trial" / "metrics.jsonl").read_text().splitlines()

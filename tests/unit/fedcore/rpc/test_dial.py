@@ -74,3 +74,14 @@ def test_of_thousands_of_addresses_few_are_tried(monkeypatch: pytest.MonkeyPatch
         resolve(monkeypatch, [*[nobody] * 5000, there.getsockname()])
         with pytest.raises(ConnectionRefusedError):
             dial(NAME, 1, 1.0)
+
+
+def test_a_family_that_the_system_lacks_leaves_the_next_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        families = (socket.AF_X25 if hasattr(socket, "AF_X25") else 9, socket.AF_INET)
+        found = [(family, socket.SOCK_STREAM, 6, "", address) for family in families]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: found)
+        dial(NAME, 1, 2.0).close()

@@ -101,3 +101,29 @@ def _other_function() -> FedAvg:
 def test_another_strategy_is_not_reminded(make: Callable[[], FedAvg]) -> None:
     with pytest.raises(DataError, match="another strategy"):
         restore_strategy(make(), strategy_state_of(FedAvg()))
+
+
+class Velocity(FedAvg):
+    """A user's strategy that changes what it remembers in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.velocity = np.ones(3, np.float32)
+        self.parts: list[Any] = [FedAvg(), len]
+        self.by_name = {"loss": max}
+
+
+def test_what_a_users_strategy_changes_later_is_not_in_the_state() -> None:
+    strategy = Velocity()
+    state = strategy_state_of(strategy)
+    strategy.velocity *= 0.5
+    assert [array.tolist() for array in state.arrays] == [[1.0, 1.0, 1.0]]
+
+
+def test_strategies_and_functions_in_containers_come_back() -> None:
+    before, after = Velocity(), Velocity()
+    before.parts[0].fraction_train = 0.25
+    restore_strategy(after, strategy_state_of(before))
+    assert after.parts[0].fraction_train == 0.25
+    assert after.parts[1] is len
+    assert after.by_name == {"loss": max}
