@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,39 +385,4 @@ def test_a_strategy_of_flowers_kind_that_asks_nobody_is_named(tmp_path: Path) ->
     text = "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg):\n    folds = True"
     _plain(tmp_path, text + SENDS_NOTHING)
     with pytest.raises(RoundFailed, match=r"round 1: mine.py:Mine failed .*gave no messages"):
-        train(run_of("mine.py:Mine", base=tmp_path))
-
-
-@pytest.mark.parametrize("change", ["self.v *= 0.9", "self.v[0] = 2", "self.seen.append(1)"])
-def test_an_attribute_that_is_changed_in_place_is_found(tmp_path: Path, change: str) -> None:
-    body = "    def __init__(self):\n        self.v, self.seen = np.ones(75), []\n\n"
-    said = refusal(tmp_path, body + method("step", f"{change}; return mean, state"))
-    assert f"step changed {change.partition(' ')[0].partition('.append')[0][:6]}" in said
-
-
-def test_an_algorithm_from_python_is_tried_on_a_copy() -> None:
-    class Drifts(Algorithm):
-        folds = True
-
-        def __init__(self, held: object = None) -> None:
-            self.seen, self.held = list[int](), held
-
-        def step(self, round: Any, weights: Any, mean: Any, state: Any) -> Any:
-            self.seen.append(round.number)
-            return mean, state
-
-    mine = Drifts()
-    with pytest.raises(ConfigError, match=r"step changed self\.seen"):
-        check(run_of("x:Mine"), strategy=mine)
-    assert mine.seen == []
-    with pytest.raises(ConfigError, match=r"it cannot be copied: TypeError: .*lock.* its class"):
-        check(run_of("x:Mine"), strategy=Drifts(threading.Lock()))
-
-
-def test_a_strategy_of_flowers_kind_that_asks_some_twice_or_not_is_named(tmp_path: Path) -> None:
-    text = "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg):\n    folds = False\n"
-    text += "    def configure_train(self, *given):\n"
-    text += "        return list(super().configure_train(*given))[:-1]\n"
-    _plain(tmp_path, text)
-    with pytest.raises(RoundFailed, match=r"must ask each node of the round, and each once"):
         train(run_of("mine.py:Mine", base=tmp_path))
