@@ -117,7 +117,7 @@ class Algorithm:
                 privacy.
             state: The state before the round.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} folds updates and has no method step")
 
     def aggregate(
         self, round: Round, weights: Weights, updates: Sequence[ClientUpdate], state: State
@@ -130,4 +130,4 @@ class Algorithm:
             updates: The clients' updates, at least one, in an order that the run determines.
             state: The state before the round.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method aggregate")

@@ -53,7 +53,7 @@ def federate(
         fleet: Devices of the clients on a virtual clock; None for a run without one.
         on_choice: Callback with the training method and the number of workers.
     """
-    staff = WorkerScheduler(
+    scheduler = WorkerScheduler(
         partial(_worker, task, run, owner, fleet),
         partial(worker_elsewhere, run.path(run.task), run, owner, fleet),
         run.simulation,
@@ -62,14 +62,14 @@ def federate(
         gpus=torch.cuda.device_count() if _device(run, owner).type == "cuda" else 0,
     )
     first = run.federation.cohort if run.federation.over_selection > 1 else None
-    grid = SimulatedGrid(clients, staff, state, first=first)
+    grid = SimulatedGrid(clients, scheduler, state, first=first)
     assume_identity(RUN_ID)
     reuse_large_blocks()
     try:
         with one_thread(), objects_frozen():
             server(grid, context_of(SERVER_NODE_ID, "server"))
     finally:
-        staff.close()
+        scheduler.close()
 
 
 def _device(run: RunConfig, owner: OwnerPolicy) -> torch.device:

@@ -76,7 +76,7 @@ class Listening:
     fleet: Fleet
     presence: Presence
     uploads: Uploads
-    seals: SignatureChecks
+    checks: SignatureChecks
     peers: DevicePeers
     address: Address
     """The bound address, with the ports that the system chose."""
@@ -91,7 +91,7 @@ class Listening:
         return FleetGrid(
             self.fleet,
             self.presence,
-            inspector=self.seals,
+            inspector=self.checks,
             consumed=self.uploads.released,
             stopping=self.stopping,
         )

@@ -58,13 +58,16 @@ class ChosenStrategy:
     them."""
     notes: Sequence[str]
     """Notes for the user, before the run starts."""
-    own: AlgorithmStrategy | None = None
-    """The same object as ``strategy``, where it is a user's algorithm."""
     in_place: bool = True
     """Whether a grid may add updates up where they are computed: one message, apart from
     settings, then represents all of a round's."""
     label: str = ""
     """Value of ``federation.strategy``, where it is not the name of the strategy's class."""
+
+    @property
+    def own(self) -> AlgorithmStrategy | None:
+        """The adapter of a user's algorithm; None where a strategy of Flower's kind runs."""
+        return self.strategy if isinstance(self.strategy, AlgorithmStrategy) else None
 
     @property
     def name(self) -> str:
@@ -109,7 +112,7 @@ def choose_strategy(
     notes = [] if folds or not size else [_takes_all(label, cohort, size)]
     if isinstance(own, Algorithm):
         adapted = AlgorithmStrategy(CheckedAlgorithm(own, run), label, name_of=name_of)
-        return ChosenStrategy(adapted, folds, False, notes, adapted, label=label)
+        return ChosenStrategy(adapted, folds, False, notes, label=label)
     if isinstance(own, (*_TREES, *_CLIENT_DP)):
         raise ConfigError(
             f"federation.strategy = {label!r}: it derives from a strategy of Flower's for trees, "

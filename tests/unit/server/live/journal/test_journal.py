@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fedcore.errors import DiskFull
-from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import METRICS
 from server.live.journal.entries import Entries, new_entry
 from server.live.journal.head import ASKED, JOURNAL
@@ -42,11 +41,6 @@ from tests.unit.server.live.journal.journals import (
     vector,
     weights_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def _flowers_identity() -> None:
-    assume_identity(1)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from fedcore.errors import DataError
-from fedcore.flower.identity import assume_identity
 from server.live.journal import head as journal_head
 from server.live.journal.entries import Entries, new_entry
 from server.live.journal.head import HEAD, JOURNAL, RECORDS
@@ -31,11 +30,6 @@ from tests.unit.server.live.journal.journals import (
     vector,
     weights_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def _flowers_identity() -> None:
-    assume_identity(1)
 
 
 def flip(path: Path, place: int) -> None:

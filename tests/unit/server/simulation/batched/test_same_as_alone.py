@@ -112,7 +112,7 @@ class Bench:
                 gaps.append(np.linalg.norm(one - other) / np.linalg.norm(one - self.start))
         return float(max(gaps))
 
-    def staff(self) -> WorkerScheduler:
+    def scheduler(self) -> WorkerScheduler:
         state = SimulationState()
         return WorkerScheduler(
             lambda: self.worker,
@@ -271,7 +271,7 @@ def observed() -> nn.Module:
 def test_what_one_look_shows_is_refused(model: Callable[[], nn.Module]) -> None:
     bench = Bench(replace(TASK, model=model), simulation={"training": "vectorised"})
     with pytest.raises(ConfigError, match=r"mixes|depends on|hooks|batch of one|at once"):
-        bench.staff().executor_for(bench.order, bench.asked)
+        bench.scheduler().executor_for(bench.order, bench.asked)
 
 
 def test_hooks_of_layers_are_called() -> None:
@@ -331,7 +331,7 @@ def test_a_sum_is_no_mean_even_where_clients_have_one_example() -> None:
     task = replace(TASK, loss=summed, client_data=lambda name, folder: data(name, folder, 1))
     bench = Bench(task, simulation={"training": "vectorised"})
     with pytest.raises(ConfigError, match="no mean"):
-        bench.staff().executor_for(bench.order, bench.asked)
+        bench.scheduler().executor_for(bench.order, bench.asked)
 
 
 def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
@@ -353,18 +353,18 @@ def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
     bench = Bench(TASK, simulation=simulation)
     there = bench.worker.reached(bench.order, bench.asked)
     assert [one.name for one in there] == NAMES[4:]
-    staff = bench.staff()
-    staff.executor_for(bench.order, bench.asked)
-    choice = staff._state.choice
+    scheduler = bench.scheduler()
+    scheduler.executor_for(bench.order, bench.asked)
+    choice = scheduler._state.choice
     assert choice is not None
     assert choice.loop_s is not None
     assert choice.loop_s > 5e-4
-    staff.close()
+    scheduler.close()
     forced = Bench(
         replace(TASK, model=Detached), simulation=simulation | {"training": "vectorised"}
     )
     with pytest.raises(ConfigError, match=r"learns something else|depends on"):
-        forced.staff().executor_for(forced.order, forced.asked)
+        forced.scheduler().executor_for(forced.order, forced.asked)
 
 
 def test_nothing_is_chosen_by_clients_that_fail() -> None:
@@ -372,9 +372,9 @@ def test_nothing_is_chosen_by_clients_that_fail() -> None:
         raise OSError("its disk is gone")
 
     bench = Bench(replace(TASK, client_data=broken), simulation={"training": "vectorised"})
-    staff = bench.staff()
-    _, order = staff.executor_for(bench.order, bench.asked)
-    assert (order.method, staff._state.choice) == ("loop", None)
+    scheduler = bench.scheduler()
+    _, order = scheduler.executor_for(bench.order, bench.asked)
+    assert (order.method, scheduler._state.choice) == ("loop", None)
 
 
 def test_a_worker_whose_first_client_is_odd_trains_the_others_side_by_side() -> None:
