@@ -17,6 +17,8 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
+from tests.prefork import Prefork  # noqa: E402
+
 # multiprocessing starts these once a process and ends them with it.
 _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
@@ -80,6 +82,14 @@ def _flower_writes_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _devices_count_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("counts"))
+
+
+@pytest.fixture(scope="session")
+def prefork(_flower_writes_elsewhere: None, _devices_count_elsewhere: None) -> Iterator[Prefork]:
+    """Starts command lines without their four seconds of imports."""
+    started = Prefork()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -126,12 +126,12 @@ def test_a_command_line_that_is_wrong_says_what_is(
     ids=["strategy", "trees", "normalisation", "device"],
 )
 def test_a_choice_that_this_task_or_machine_cannot_follow_is_refused(
-    options: list[str], said: str, forked: Fedcore, work: Path
+    options: list[str], said: str, fedcore: Fedcore, work: Path
 ) -> None:
     if "cloud_data" in said:
         replace(work / "task.py", '    cloud_data=lambda folder: parts()["cloud"],\n', "")
     changes = [part for option in options for part in ("--set", option)]
-    done = forked(
+    done = fedcore(
         "simulate", "run.toml", *QUICK, *changes, cwd=work, env={"CUDA_VISIBLE_DEVICES": ""}
     )
     check(done, code=2, kind="ConfigError", said=said)
@@ -193,11 +193,11 @@ TASKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "code", "kind", "said"), TASKS.values(), ids=TASKS.keys())
 def test_a_task_that_is_wrong_ends_the_run(
-    changes: str, code: int, kind: str, said: str, forked: Fedcore, work: Path
+    changes: str, code: int, kind: str, said: str, fedcore: Fedcore, work: Path
 ) -> None:
     add(work / "task.py", f"\n{changes}\n")
     private = ["--set", "privacy.unit=example"] if code == 5 else []
-    done = forked("simulate", "run.toml", *QUICK, *private, cwd=work)
+    done = fedcore("simulate", "run.toml", *QUICK, *private, cwd=work)
     check(done, code=code, kind=kind, said=said)
     check_nothing_half_written(work)
     assert not list(work.rglob("global.safetensors"))
@@ -205,7 +205,7 @@ def test_a_task_that_is_wrong_ends_the_run(
 
 @pytest.mark.slow
 def test_one_client_without_data_is_told_of_and_the_others_train(
-    forked: Fedcore, work: Path
+    fedcore: Fedcore, work: Path
 ) -> None:
     add(
         work / "task.py",
@@ -214,7 +214,7 @@ def test_one_client_without_data_is_told_of_and_the_others_train(
         "    return Subset(parts()[client], []) if client == 'client-3' else parts()[client]\n"
         "task = dataclasses.replace(task, client_data=some)\n",
     )
-    done = forked("simulate", "run.toml", *QUICK, cwd=work)
+    done = fedcore("simulate", "run.toml", *QUICK, cwd=work)
     assert done.returncode == 0, done.stderr
     assert (
         "note: round 1: 1 of 8 clients failed. First: client 'client-3': DataError" in done.stdout
@@ -250,24 +250,24 @@ def test_one_client_without_data_is_told_of_and_the_others_train(
     ids=["budget", "checkpoint", "memory", "keys"],
 )
 def test_a_run_that_cannot_be_done_ends_with_the_reason(
-    options: list[str], code: int, kind: str, said: str, forked: Fedcore, work: Path
+    options: list[str], code: int, kind: str, said: str, fedcore: Fedcore, work: Path
 ) -> None:
     (work / "owner.toml").write_text("max_memory_bytes = 10\n")
     (work / "start.safetensors").write_bytes(b"\x00" * 100)
-    done = forked("simulate", "run.toml", *QUICK, *options, cwd=work)
+    done = fedcore("simulate", "run.toml", *QUICK, *options, cwd=work)
     check(done, code=code, kind=kind, said=said)
     check_nothing_half_written(work)
 
 
-def test_a_data_folder_that_is_not_there_is_named(forked: Fedcore, work: Path) -> None:
-    done = forked("simulate", "run.toml", cwd=work, env={"FEDCORE_DATA": "/nowhere/at/all"})
+def test_a_data_folder_that_is_not_there_is_named(fedcore: Fedcore, work: Path) -> None:
+    done = fedcore("simulate", "run.toml", cwd=work, env={"FEDCORE_DATA": "/nowhere/at/all"})
     check(done, code=4, kind="DataError", said="FEDCORE_DATA = /nowhere/at/all: this folder does n")
 
 
-def test_a_folder_that_no_run_wrote_is_left_alone(forked: Fedcore, work: Path) -> None:
+def test_a_folder_that_no_run_wrote_is_left_alone(fedcore: Fedcore, work: Path) -> None:
     (work / "runs" / "work").mkdir(parents=True)
     (work / "runs" / "work" / "thesis.tex").write_text("years of work")
-    done = forked("simulate", "run.toml", cwd=work)
+    done = fedcore("simulate", "run.toml", cwd=work)
     check(done, code=2, kind="ConfigError", said="this folder was not written by a run")
     assert (work / "runs" / "work" / "thesis.tex").read_text() == "years of work"
 
@@ -275,12 +275,12 @@ def test_a_folder_that_no_run_wrote_is_left_alone(forked: Fedcore, work: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [4_000, 30_000], ids=["candidates", "report"])
 def test_a_full_disk_ends_the_run_and_leaves_no_half_of_a_file(
-    room: int, fedcore: Fedcore, work: Path
+    room: int, fresh_fedcore: Fedcore, work: Path
 ) -> None:
     def no_file_grows_beyond() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # Python ignores SIGXFSZ
 
-    done = fedcore("simulate", "run.toml", *QUICK, cwd=work, preexec_fn=no_file_grows_beyond)
+    done = fresh_fedcore("simulate", "run.toml", *QUICK, cwd=work, preexec_fn=no_file_grows_beyond)
     check(done, code=7, kind="DiskFull", said="the disk has no room for this file")
     check_nothing_half_written(work)
     for path in work.rglob("*.safetensors"):
@@ -315,33 +315,33 @@ def check_nothing_installed(folder: Path, fedcore: Fedcore) -> None:
 
 @pytest.mark.slow
 def test_a_repository_that_someone_else_signed_is_not_trusted(
-    released: Path, forked: Fedcore, tmp_path: Path
+    released: Path, fedcore: Fedcore, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(released, tmp_path / "work")
-    done = update(forked, folder, root="other-keys/root.json")
+    done = update(fedcore, folder, root="other-keys/root.json")
     check(done, code=10, kind="SignatureInvalid", said="")
-    check_nothing_installed(folder, forked)
+    check_nothing_installed(folder, fedcore)
 
 
 @pytest.mark.slow
 def test_a_model_with_one_byte_changed_is_not_used(
-    released: Path, forked: Fedcore, tmp_path: Path
+    released: Path, fedcore: Fedcore, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(released, tmp_path / "work")
     (onnx,) = (folder / "releases").rglob("*.onnx")
     raw = bytearray(onnx.read_bytes())
     raw[len(raw) // 2] ^= 1
     onnx.write_bytes(raw)
-    done = update(forked, folder, root="keys/root.json")
+    done = update(fedcore, folder, root="keys/root.json")
     check(done, code=10, kind="DigestMismatch", said="sha256")
-    check_nothing_installed(folder, forked)
+    check_nothing_installed(folder, fedcore)
 
 
 @pytest.mark.slow
 def test_the_same_repository_untouched_is_trusted(
-    released: Path, forked: Fedcore, tmp_path: Path
+    released: Path, fedcore: Fedcore, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(released, tmp_path / "work")
-    done = update(forked, folder, root="keys/root.json")
+    done = update(fedcore, folder, root="keys/root.json")
     assert done.returncode == 0, done.stderr
     assert "version 1 is active" in done.stdout

@@ -64,12 +64,12 @@ class Door:
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_connection_and_out_again(tmp_path: Path, forked: Fedcore) -> None:
+def test_from_nothing_to_a_connection_and_out_again(tmp_path: Path, fedcore: Fedcore) -> None:
     here = tmp_path / "here"
     here.mkdir()
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = forked(*arguments, cwd=here, env=SECRET)
+        done = fedcore(*arguments, cwd=here, env=SECRET)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done

@@ -31,14 +31,14 @@ def short() -> Iterator[str]:
 
 @pytest.mark.timeout(300)
 def test_two_actors_give_the_bits_of_one_process(
-    fedcore: Fedcore, tmp_path: Path, short: str
+    fresh_fedcore: Fedcore, tmp_path: Path, short: str
 ) -> None:
     pytest.importorskip("ray")
     folder = tmp_path / "cls"
-    assert fedcore("new", folder, cwd=tmp_path).returncode == 0
+    assert fresh_fedcore("new", folder, cwd=tmp_path).returncode == 0
     digests = {}
     for engine, workers in (("local", 1), ("ray", 2)):
-        done = fedcore(
+        done = fresh_fedcore(
             *("simulate", "run.toml", "--runs", engine, "--json", *SHORT),
             *("--set", f"simulation.engine={engine}", "--set", f"simulation.workers={workers}"),
             cwd=folder,

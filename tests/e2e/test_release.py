@@ -35,9 +35,9 @@ def update(world: World, *more: str) -> list[str | Path]:
     return [BIN, "device", "update", *place, *more]
 
 
-def answers(world: World, fedcore: Callable[..., Any]) -> list[list[float]]:
+def answers(world: World, fresh_fedcore: Callable[..., Any]) -> list[list[float]]:
     place = ("--store", world.store, "--model", "digits", "--input", "-", "--json")
-    done = fedcore("device", "infer", *place, cwd=world.folder, input="[[1, 0, 0]]")
+    done = fresh_fedcore("device", "infer", *place, cwd=world.folder, input="[[1, 0, 0]]")
     assert done.returncode == 0, done.stderr
     outputs: list[list[float]] = json.loads(done.stdout)["outputs"]
     return outputs
@@ -69,22 +69,22 @@ def publish_endless(world: World) -> None:
 
 
 def test_a_model_that_never_answers_is_refused_and_the_one_before_serves(
-    world: World, fedcore: Callable[..., Any]
+    world: World, fresh_fedcore: Callable[..., Any]
 ) -> None:
     publish_endless(world)
-    done = fedcore(*update(world, "--max-seconds", "2")[1:], cwd=world.folder)
+    done = fresh_fedcore(*update(world, "--max-seconds", "2")[1:], cwd=world.folder)
     assert done.returncode == 11, done.stderr
     assert "no answer within 2 s, the limit of time" in done.stderr
     assert "Traceback" not in done.stderr
-    assert answers(world, fedcore) == [[1.0, 2.0]]
+    assert answers(world, fresh_fedcore) == [[1.0, 2.0]]
     world.publish(3.0)  # the lock is free, and the next release is taken
-    assert fedcore(*update(world)[1:], cwd=world.folder).returncode == 0
-    assert answers(world, fedcore) == [[3.0, 6.0]]
+    assert fresh_fedcore(*update(world)[1:], cwd=world.folder).returncode == 0
+    assert answers(world, fresh_fedcore) == [[3.0, 6.0]]
 
 
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_an_update_that_is_ended_leaves_no_process_and_no_lock(
-    world: World, fedcore: Callable[..., Any], signal: str
+    world: World, fresh_fedcore: Callable[..., Any], signal: str
 ) -> None:
     import signal as signals
 
@@ -94,7 +94,7 @@ def test_an_update_that_is_ended_leaves_no_process_and_no_lock(
         (child,) = until(lambda: children(at_work.pid))
         # It computes: no handler of its own could run any more.
         until(lambda: int(Path(f"/proc/{child}/stat").read_text().split()[13]) > 30)
-        busy = fedcore(*update(world)[1:], cwd=world.folder)
+        busy = fresh_fedcore(*update(world)[1:], cwd=world.folder)
         assert busy.returncode == 11
         assert "another update is at work" in busy.stderr
         os.kill(at_work.pid, signals.Signals[signal])
@@ -103,31 +103,31 @@ def test_an_update_that_is_ended_leaves_no_process_and_no_lock(
         at_work.kill()
         at_work.wait()
     until(lambda: ended(child), seconds=5)
-    assert answers(world, fedcore) == [[1.0, 2.0]]
+    assert answers(world, fresh_fedcore) == [[1.0, 2.0]]
     world.publish(3.0)
-    assert fedcore(*update(world)[1:], cwd=world.folder).returncode == 0
-    assert answers(world, fedcore) == [[3.0, 6.0]]
+    assert fresh_fedcore(*update(world)[1:], cwd=world.folder).returncode == 0
+    assert answers(world, fresh_fedcore) == [[3.0, 6.0]]
 
 
 def test_keys_are_rotated_under_a_devices_store(
-    tmp_path: Path, fedcore: Callable[..., Any]
+    tmp_path: Path, fresh_fedcore: Callable[..., Any]
 ) -> None:
     world = World(tmp_path)
     places = ("--repository", world.repository, "--keys", world.keys)
 
     def release(verb: str, *more: str) -> None:
-        done = fedcore("release", verb, *places, *more, cwd=tmp_path)
+        done = fresh_fedcore("release", verb, *places, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
     release("init", "--threshold", "root=2/3", "--threshold", "releases=2/2")
     first = (world.keys / "root.json").read_bytes()
     (tmp_path / "first.json").write_bytes(first)
     world.publish(1.0)
-    assert fedcore(*update(world, "--root", "first.json")[1:], cwd=tmp_path).returncode == 0
+    assert fresh_fedcore(*update(world, "--root", "first.json")[1:], cwd=tmp_path).returncode == 0
     for factor in (2.0, 3.0):
         world.publish(factor)
-    assert fedcore(*update(world)[1:], cwd=tmp_path).returncode == 0
-    assert answers(world, fedcore) == [[3.0, 6.0]]
+    assert fresh_fedcore(*update(world)[1:], cwd=tmp_path).returncode == 0
+    assert answers(world, fresh_fedcore) == [[3.0, 6.0]]
 
     # The device is off for all of these.
     release("rotate", "--role", "root", "--role", "online")
@@ -135,12 +135,12 @@ def test_keys_are_rotated_under_a_devices_store(
     release("refresh", "--offline")
     release("rotate", "--last-good", "digits=2")
     for name in ("first.json", "keys/root.json"):
-        done = fedcore(*update(world, "--root", name)[1:], cwd=tmp_path)
+        done = fresh_fedcore(*update(world, "--root", name)[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert answers(world, fedcore) == [[2.0, 4.0]]
+    assert answers(world, fresh_fedcore) == [[2.0, 4.0]]
     world.publish(5.0)
-    done = fedcore(*update(world, "--json")[1:], cwd=tmp_path)
+    done = fresh_fedcore(*update(world, "--json")[1:], cwd=tmp_path)
     assert json.loads(done.stdout)["version"] == 3
-    assert answers(world, fedcore) == [[5.0, 10.0]]
-    looked_at = fedcore("doctor", "--store", world.store, cwd=tmp_path)
+    assert answers(world, fresh_fedcore) == [[5.0, 10.0]]
+    looked_at = fresh_fedcore("doctor", "--store", world.store, cwd=tmp_path)
     assert "OK   store" in looked_at.stdout, looked_at.stdout + looked_at.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,8 @@ import pytest
 from fedcore.seeds import numpy_rng
 from server.report.folder import CHECKPOINT
 from server.simulation.checkpoint import read_checkpoint
+from tests.e2e.conftest import without_waiting
+from tests.prefork import Prefork, Process
 
 pytestmark = pytest.mark.slow
 
@@ -88,34 +88,10 @@ examples_per_s = 100.0
 availability = 0.9
 dropout = 0.1
 """
-# Imports once, then forks a process for each command line: quicker by seconds. Checkpoints
-# are written at every round, so that there is one to lose at any moment.
-_FORKING = """
-import json, os, sys, traceback
-import fedcore.cli
-import server.after_rounds, server.simulation.replay, server.simulation.resume
-import server.report.tensorboard
+# Checkpoints are written at every round, so that there is one to lose at any moment.
+_OFTEN = """
 from server.simulation import checkpointer
 checkpointer._EVERY_S, checkpointer._MOST_OF_TIME = 0.0, 1.0
-for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.setsid()
-        os.chdir(asked["cwd"])
-        os.environ.update(asked["env"])
-        for number, path in enumerate([os.devnull, "out.txt", "err.txt"]):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        try:
-            code = fedcore.cli.main(asked["arguments"])
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print("pid", child, flush=True)
-    print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 _TIMES = {"seconds", "elapsed_s", "clients_per_s", "remaining_s", "memory_bytes"}
 
@@ -123,21 +99,14 @@ _TIMES = {"seconds", "elapsed_s", "clients_per_s", "remaining_s", "memory_bytes"
 class Started:
     """One command line that runs."""
 
-    def __init__(self, forking: subprocess.Popen[str], cwd: Path) -> None:
-        assert forking.stdout is not None
-        self._stdout = forking.stdout
+    def __init__(self, process: Process, cwd: Path) -> None:
+        self._process = process
         self._cwd = cwd
-        self.pid = self._told("pid")
-
-    def _told(self, what: str) -> int:
-        """A number, of the kind that is expected: a test that failed half-way leaves others."""
-        kind, number = self._stdout.readline().split()
-        assert kind == what, f"{kind} {number}: an earlier test left its process"
-        return int(number)
+        self.pid = process.pid
 
     def wait(self) -> int:
         """Its exit code; negative where a signal ended it."""
-        code = self._told("exit")
+        code = self._process.wait(120)
         deadline = time.monotonic() + 10
         while (left := _alive(self.pid)) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -150,7 +119,7 @@ class Started:
 
     @property
     def err(self) -> str:
-        return (self._cwd / "err.txt").read_text()
+        return without_waiting((self._cwd / "err.txt").read_text())
 
     def until(self, text: str) -> None:
         """Waits until it has printed ``text``."""
@@ -175,19 +144,23 @@ def _alive(session: int) -> list[str]:
 class Shell:
     """Runs `fedcore simulate run.toml` in one folder."""
 
-    def __init__(self, forking: subprocess.Popen[str], folder: Path) -> None:
-        self._forking = forking
+    def __init__(self, prefork: Prefork, folder: Path) -> None:
+        self._prefork = prefork
         self.folder = folder
 
     def start(self, *options: str, runs: str = "runs", **env: str) -> Started:
         arguments = ["simulate", "run.toml", "--runs", runs, *options]
-        asked = {"arguments": arguments, "cwd": str(self.folder), "env": env}
-        for name in ("out.txt", "err.txt"):  # of the one before
-            (self.folder / name).write_text("")
-        assert self._forking.stdin is not None
-        self._forking.stdin.write(json.dumps(asked) + "\n")
-        self._forking.stdin.flush()
-        return Started(self._forking, self.folder)
+        kept = {name: value for name, value in os.environ.items() if name != "FEDCORE_DATA"}
+        out, err = (self.folder / name for name in ("out.txt", "err.txt"))
+        with out.open("w") as out_stream, err.open("w") as err_stream:
+            process = self._prefork.start(
+                arguments,
+                cwd=self.folder,
+                env={**kept, "OMP_NUM_THREADS": "1", **env},
+                stdout=out_stream,
+                stderr=err_stream,
+            )
+        return Started(process, self.folder)
 
     def run(self, *options: str, runs: str = "runs", **env: str) -> tuple[int, str, str]:
         started = self.start(*options, runs=runs, **env)
@@ -202,17 +175,9 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     folder = tmp_path_factory.mktemp("work")
     (folder / "task.py").write_text(_TASK)
     (folder / "run.toml").write_text(_RUN)
-    env = {name: value for name, value in os.environ.items() if name != "FEDCORE_DATA"}
-    with subprocess.Popen(
-        [sys.executable, "-c", _FORKING],
-        env={**env, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as forking:
-        yield Shell(forking, folder)
-        assert forking.stdin is not None
-        forking.stdin.close()
+    prefork = Prefork(prepare=_OFTEN)
+    yield Shell(prefork, folder)
+    prefork.close()
 
 
 @pytest.fixture(scope="module")

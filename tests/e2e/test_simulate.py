@@ -17,6 +17,7 @@ import pytest
 from fedcore.config.run import CANDIDATES
 from fedcore.files import sha256_hex
 from tests.e2e.conftest import without_waiting
+from tests.prefork import Process
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +69,9 @@ def check_results(results: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(fedcore: Fedcore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    fedcore: Fedcore, fresh_fedcore: Fedcore, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Two private runs of one classification with the same seed, each published."""
     folder = tmp_path_factory.mktemp("work") / "cls"
     assert fedcore("new", folder, cwd=folder.parent).returncode == 0
@@ -148,7 +151,7 @@ def test_other_kinds_of_tasks_run_through_too(kind: str, fedcore: Fedcore, tmp_p
 def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
     stage: str,
     fedcore: Fedcore,
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[..., Process],
     tmp_path: Path,
 ) -> None:
     assert fedcore("new", "work", cwd=tmp_path).returncode == 0
@@ -181,7 +184,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
 
 
 def test_fine_tuning_does_not_outlive_a_killed_run(
-    fedcore: Fedcore, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    fedcore: Fedcore, start: Callable[..., Process], tmp_path: Path
 ) -> None:
     assert fedcore("new", "work", cwd=tmp_path).returncode == 0
     long = ["--set", "federation.rounds=1", "--set", "finetune.epochs=10000"]

@@ -39,6 +39,7 @@ from fedcore.task.definition import load_task
 from server.live.network.limits import Limits
 from server.live.network.serve import Address, Listening, listen
 from server.live.rounds.settings import device_settings
+from tests.prefork import Prefork, Process
 
 TASK = '''
 import torch
@@ -308,7 +309,7 @@ sys.exit(cli.main(sys.argv[2:]))
 class Program:
     """A verb of the command line in a process of its own, and what it has logged."""
 
-    process: subprocess.Popen[str]
+    process: Process | subprocess.Popen[str]
     log: Path
 
     def wait_for(self, text: str, seconds: float = 90.0, *, times: int = 1) -> float:
@@ -335,20 +336,28 @@ Launch = Callable[..., Program]
 
 
 @pytest.fixture
-def launch(project: Project) -> Iterator[Launch]:
+def launch(project: Project, prefork: Prefork) -> Iterator[Launch]:
     """Starts processes, by the command ``under`` where there is one; each is killed at the end."""
     programs: list[Program] = []
 
     def starting(entry: str, *arguments: str, under: tuple[str, ...] = ()) -> Program:
         log = project.root / f"{len(programs)}.log"
         with log.open("w") as stream:
-            process = subprocess.Popen(
-                [*under, sys.executable, "-c", _RUN_VERB, entry, *arguments],
-                cwd=project.root,
-                stdout=stream,
-                stderr=stream,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            words = (entry, *arguments)
+            process = (
+                subprocess.Popen(
+                    [*under, sys.executable, "-c", _RUN_VERB, *words],
+                    cwd=project.root,
+                    stdout=stream,
+                    stderr=stream,
+                    text=True,
+                    env=env,
+                )
+                if under
+                else prefork.start(
+                    words, cwd=project.root, env=env, stdout=stream, stderr=stream, code=_RUN_VERB
+                )
             )
         programs.append(Program(process, log))
         return programs[-1]

@@ -202,7 +202,7 @@ def test_the_socket_is_its_users_alone_and_a_killed_server_leaves_none_in_the_wa
 
 
 def test_nothing_is_done_unrecorded_and_a_log_that_is_gone_stops_a_server(
-    project: Any, launch_server: Any
+    project: Any, launch_server: Any, fedcore: Any
 ) -> None:
     server, folder = launch_server(), project.root / "server"
     wait_for(lambda: status(project)["state"] == "waiting")
@@ -212,16 +212,7 @@ def test_nothing_is_done_unrecorded_and_a_log_that_is_gone_stops_a_server(
     assert status(project)["state"] == "waiting"
     server.send(signal.SIGTERM)
     assert server.end() == 4
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "fedcore.cli", "server", "start", "run.toml"),
-            "--identity",
-            "server",
-        ],
-        cwd=project.root,
-        capture_output=True,
-        text=True,
-    )
+    done = fedcore("server", "start", "run.toml", "--identity", "server", cwd=project.root)
     assert done.returncode == 4, done.stderr
     assert "the audit log is gone" in done.stderr
     (folder / "audit.mark").unlink()
@@ -230,18 +221,11 @@ def test_nothing_is_done_unrecorded_and_a_log_that_is_gone_stops_a_server(
 
 
 def test_a_second_server_with_the_same_identity_is_refused(
-    project: Any, launch_server: Any
+    project: Any, launch_server: Any, fedcore: Any
 ) -> None:
     launch_server()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "fedcore.cli", "server", "start", "run.toml"),
-            *("--identity", "server", "--listen", "127.0.0.1:0"),
-        ],
-        cwd=project.root,
-        capture_output=True,
-        text=True,
-    )
+    address = ("--identity", "server", "--listen", "127.0.0.1:0")
+    done = fedcore("server", "start", "run.toml", *address, cwd=project.root)
     assert done.returncode == 7, done.stderr
     assert "a server is running with this identity" in done.stderr
     assert status(project)["state"] == "waiting"

@@ -7,8 +7,6 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -242,7 +240,7 @@ def test_the_stream_listens_on_an_address_of_ipv6(project: Any) -> None:
     [("ALL_PROXY", "socks5://u:secret@p:1"), ("HTTPS_PROXY", "http://p:x"), ("http_proxy", "[b")],
 )
 def test_a_proxy_that_cannot_be_used_is_no_traceback(
-    project: Any, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+    project: Any, name: str, value: str, monkeypatch: pytest.MonkeyPatch, fedcore: Any
 ) -> None:
     for one in [one for one in os.environ if one.lower().endswith("_proxy")]:
         monkeypatch.delenv(one)
@@ -252,16 +250,8 @@ def test_a_proxy_that_cannot_be_used_is_no_traceback(
     with pytest.raises(ConfigError, match=name) as caught:
         ask_remote(anna, {"verb": "status"})
     assert "secret" not in str(caught.value)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "fedcore.cli", "client", "start"),
-            *("--kit", "edge-0", "--task", "task.py"),
-        ],
-        cwd=project.root,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    device = ("client", "start", "--kit", "edge-0", "--task", "task.py")
+    done = fedcore(*device, cwd=project.root)
     assert done.returncode == 2
     assert f"environment: {name} = " in done.stderr
     assert "Traceback" not in done.stderr
