@@ -6,7 +6,7 @@ makes it durable: the simulation and the deployment server each have an implemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from flwr.app import Message
 
 from fedcore.updates.pack import Vector
 from server.records import RoundRecord
+from server.rounds.cohort import Cohort
 from server.rounds.protection import Protection
 from server.rounds.strategies.state import StrategyState
 
@@ -74,11 +75,11 @@ class RoundCheckpointer(Protocol):
     def may_continue(self, progress: Progress) -> bool:
         """Blocks while rounds are paused; returns False where they end at ``progress``."""
 
-    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
-        """Returns the nodes that the round sends messages of type ``kind``.
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+        """Returns the cohort that the round sends messages of type ``kind``.
 
-        Returns the nodes selected before an interruption of this round, if there are any. Else
-        calls ``draw``, makes its result durable and returns it.
+        Returns the cohort drawn before an interruption of this round, if there is one. Else calls
+        ``draw``, makes its result durable and returns it.
         """
 
     def begin(self, nodes: Sequence[int]) -> None:
@@ -113,7 +114,7 @@ class NoCheckpoints:
         """Returns True: rounds are never paused or stopped."""
         return True
 
-    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Draws a new cohort."""
         return draw()
 
@@ -137,13 +138,19 @@ class NoCheckpoints:
 
 
 class Peers(Protocol):
-    """Interface that maps node ids to clients' names and is notified of rejected replies."""
+    """Interface that knows clients' names and weights, and is notified of rejected replies."""
 
     def name(self, node_id: int) -> str:
         """Returns a node's display name, safe to print."""
 
     def client(self, node_id: int) -> str:
         """Returns the name under which an algorithm sees the node's client."""
+
+    def weights(self, nodes: Sequence[int]) -> Mapping[int, int] | None:
+        """Returns the weights of the nodes' replies, in examples, by node.
+
+        None where each reply weighs the number of examples that its client reports.
+        """
 
     def said(self, node_id: int, reason: str) -> str:
         """Returns a node's failure reason as one line that names the node."""
@@ -162,6 +169,9 @@ class NumberedPeers:
     def client(self, node_id: int) -> str:
         """Returns ``node <id>``."""
         return f"node {node_id}"
+
+    def weights(self, nodes: Sequence[int]) -> None:
+        """Returns None: each reply weighs what its client reports."""
 
     def said(self, node_id: int, reason: str) -> str:
         """Returns the reason unchanged: virtual clients name themselves in it."""

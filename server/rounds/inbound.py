@@ -162,6 +162,8 @@ class Intake:
     bound: Bound | None = None
     """Bound of client-level privacy on each update; None where the run does not use it."""
     on_note: Callable[[str], None] = lambda text: None
+    weights: Mapping[int, int] | None = None
+    """Weights of the replies, in examples, by node; None where each weighs what it reports."""
     budgets: bool = True
     """Whether clients have privacy budgets; where they have none, a client that declines has
     failed."""
@@ -171,7 +173,7 @@ class Intake:
         return f"{_WHAT[self.asked.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
 
     def read(self, reply: Message) -> Reply:
-        """Returns the checked content of a reply.
+        """Returns the checked content of a reply, with the number of examples that it weighs.
 
         Raises:
             InvalidUpdate: it is not a valid answer to the request.
@@ -180,7 +182,9 @@ class Intake:
         found = read_reply(reply, self.asked, where=where, base=self.base)
         if self.bound is not None:
             self.bound.check(found.parts(), found.metrics, where=where)
-        return found
+        if self.weights is None:
+            return found
+        return replace(found, num_examples=self.weights[reply.metadata.src_node_id])
 
 
 _WHAT = {MessageType.TRAIN: "update from", MessageType.EVALUATE: "metrics from"}

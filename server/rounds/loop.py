@@ -24,7 +24,7 @@ from server.rounds.client_privacy import (
     epsilon,
     protect,
 )
-from server.rounds.cohort import select
+from server.rounds.cohort import Cohort, select
 from server.rounds.endings import end_early, is_over
 from server.rounds.evaluation import is_better, judge_round
 from server.rounds.federation import Federation
@@ -67,11 +67,11 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     checkpointer.commit(progress, None)
     while checkpointer.may_continue(progress) and not progress.over:
         started, number = time.monotonic(), progress.round + 1
-        nodes = checkpointer.cohort(MessageType.TRAIN, partial(_draw_cohort, federation, progress))
-        tally = Tally(len(nodes))
-        checkpointer.begin(nodes)
+        cohort = checkpointer.cohort(MessageType.TRAIN, partial(_draw_cohort, federation, progress))
+        tally = Tally(len(cohort.nodes))
+        checkpointer.begin(cohort.nodes)
         try:
-            released, sent = train_round(federation, progress, records, layout, nodes, tally)
+            released, sent = train_round(federation, progress, records, layout, cohort, tally)
             arrays = sendable(released.weights)
             if tally.over:
                 end_early(federation, number, tally)  # keeps the model of the last round
@@ -108,14 +108,15 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
 
-def _draw_cohort(federation: Federation, progress: Progress) -> list[int]:
+def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
     there, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
-        return draw(federation.run, progress.protection, there, draws, number=number)
+        return Cohort(draw(federation.run, progress.protection, there, draws, number=number))
     there = _unspent_first(there, progress.spent, federation.cohort)
     size = max(federation.cohort, min(federation.asked, len(there)))
-    return select(there, size, seed=federation.run.seed, words=("round", number))
+    nodes = select(there, size, seed=federation.run.seed, words=("round", number))
+    return Cohort(nodes, federation.peers.weights(nodes))
 
 
 def _unspent_first(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:

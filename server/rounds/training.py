@@ -24,6 +24,7 @@ from server.rounds.client_privacy import (
     draws_of,
     release,
 )
+from server.rounds.cohort import Cohort
 from server.rounds.endings import announce
 from server.rounds.expected import asked_to_train
 from server.rounds.federation import Federation
@@ -61,7 +62,7 @@ def train_round(
     progress: Progress,
     records: Sequence[RoundRecord],
     layout: Layout,
-    nodes: Sequence[int],
+    cohort: Cohort,
     tally: Tally,
 ) -> tuple[Released, int]:
     """Trains the weights of ``progress`` for one round on ``nodes``.
@@ -71,7 +72,7 @@ def train_round(
         progress: State before the round.
         records: Of the rounds before.
         layout: Of the weights.
-        nodes: Nodes to ask.
+        cohort: Nodes to ask.
         tally: Counts replies; modified in place.
 
     Returns:
@@ -81,8 +82,9 @@ def train_round(
         RoundFailed: there were fewer updates than the quorum, or the strategy rejected them.
     """
     run, number, protection = federation.run, progress.round + 1, progress.protection
+    nodes = cohort.nodes
     norm = norm_bound(run, progress.weights, live=federation.live, records=records)
-    collected = _collect(federation, progress, layout, nodes, tally, norm)
+    collected = _collect(federation, progress, layout, cohort, tally, norm)
     announce(federation, progress, records, tally, norm)
     others = _others(federation, progress, nodes, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, number, others=others)
@@ -95,13 +97,13 @@ def _collect(
     federation: Federation,
     progress: Progress,
     layout: Layout,
-    nodes: Sequence[int],
+    cohort: Cohort,
     tally: Tally,
     norm: NormBound | None,
 ) -> Collected:
     """Sends the round's instructions and collects the updates, folding them where possible."""
     run, protection, in_place = federation.run, progress.protection, federation.folding
-    uniform, deadline_s = run.uniform, run.federation.deadline_s
+    nodes, uniform, deadline_s = cohort.nodes, run.uniform, run.federation.deadline_s
     # A strategy may record what it sends, so it configures a message even where no node was drawn.
     shown = nodes or federation.nodes()[:1]
     if in_place:
@@ -124,6 +126,7 @@ def _collect(
         base=progress.weights if norm else None,
         bound=bound_of(run, protection, progress.weights) if protection else None,
         on_note=federation.on_note,
+        weights=cohort.weights,
         budgets=run.private,
     )
     enough = len(nodes) if protection else federation.cohort

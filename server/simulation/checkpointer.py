@@ -17,6 +17,7 @@ from server.process.signals import Asked
 from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing import Progress
+from server.rounds.cohort import Cohort
 from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import SimulationState
@@ -96,7 +97,7 @@ class FileCheckpointer:
         """Returns False if the run was asked to stop before the last commit."""
         return not self._stop
 
-    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Draws a new cohort: a simulation resumes at the start of a round."""
         return draw()
 

@@ -14,15 +14,24 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedcore.errors import DataError
 from fedcore.flower.records import read_record, record_bytes
+from fedcore.observability.foreign import foreign
+from fedcore.updates.messages import ENVELOPE
 from fedcore.updates.pieces import CutFileArray, PathArray, pieces, size_of
+from fedcore.updates.seal import ReplySignature
 from server.live.journal.blobs import Blobs, Pieces
-from server.live.journal.entries import JournalEntry, as_written
+from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
+from server.live.journal.head import ASKED, RUN, SIGNATURE
+from server.records import RoundRecord
 from server.rounds.checkpointing import Progress
+from server.rounds.cohort import Cohort
 from server.rounds.protection import noise_of, protection_doc, protection_of
 from server.rounds.strategies.state import StrategyState
 
 _INLINE_BYTES = 2**16
+FORMAT = 2
+"""Version of the journal's format."""
 
 
 class Packing:
@@ -76,11 +85,14 @@ def digests_of(entry: JournalEntry) -> list[str]:
 
 
 def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
-    """Returns the document for a reply's content, and stores its arrays in ``packed``."""
+    """Returns the document for a reply's content, and stores its arrays in ``packed``.
+
+    Leaves out its signature, which has an entry of its own, see `signature_entry`.
+    """
     arrays = {name: one for name, one in content.items() if isinstance(one, ArrayRecord)}
-    rest = RecordDict({name: one for name, one in content.items() if name not in arrays})
+    rest = {name: one for name, one in content.items() if name not in (*arrays, ENVELOPE)}
     start = len(packed.data)
-    packed.data += record_bytes(rest)
+    packed.data += record_bytes(RecordDict(rest))
     return {
         "rest": [start, len(packed.data)],
         "records": list(arrays),
@@ -90,6 +102,28 @@ def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
             for key, array in record.items()
         ],
     }
+
+
+def signature_entry(
+    purpose: str, number: int, node: int, signature: ReplySignature
+) -> JournalEntry:
+    """Returns the entry for the signature of a node's reply in round ``number``."""
+    values = {"signer": signature.signer, "verified_at_s": signature.verified_at_s}
+    return new_entry(SIGNATURE + purpose, number, node, values, signature.envelope)
+
+
+def signature_from(entry: JournalEntry) -> ReplySignature:
+    """Reads the signature that `signature_entry` wrote to ``entry``.
+
+    Raises:
+        DataError: the document is malformed.
+    """
+    values = entry.values
+    with as_written(entry):
+        signer, verified_at_s = values["signer"], values["verified_at_s"]
+        if not isinstance(signer, str) or not isinstance(verified_at_s, float):
+            raise TypeError("it does not tell who signed, and when it was verified")
+    return ReplySignature(entry.data, signer, verified_at_s)
 
 
 def progress_doc(progress: Progress, packed: Packing) -> dict[str, Any]:
@@ -180,3 +214,67 @@ def _content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDic
         )
     content.update(records)
     return content
+
+
+def read_run(entries: Entries) -> dict[str, Any]:
+    """Reads the entry that describes the run, written when it began: its identity and instance.
+
+    Raises:
+        DataError: the document is malformed, or of another format.
+    """
+    entry = entries.one(RUN, 0, 0)
+    if entry is None:
+        raise DataError(f"{entries.path}: no run is in this journal.")
+    values = entry.values
+    with as_written(entry):
+        found = values["format"]
+        if found != FORMAT:
+            raise DataError(
+                f"{entries.path}: format {foreign(found, 40)}, expected {FORMAT}: another version "
+                "of fedcore wrote this journal. Nothing was run; go on with that version."
+            )
+        if not isinstance(values["identity"], dict) or not isinstance(values["instance"], str):
+            raise TypeError("it does not tell which run it is of")
+    return values
+
+
+def record_from(entry: JournalEntry) -> RoundRecord:
+    """Reads the record of a round.
+
+    Raises:
+        DataError: the document is malformed.
+    """
+    with as_written(entry):
+        record = RoundRecord(**entry.values)
+        if type(record.round) is not int or record.round != entry.round:
+            raise ValueError(f"it is of round {record.round!r}")
+        return record
+
+
+def cohort_entry(purpose: str, number: int, cohort: Cohort) -> JournalEntry:
+    """Returns the entry for the cohort that round ``number`` sends messages of type ``purpose``."""
+    weights, nodes = cohort.weights, list(cohort.nodes)
+    values: dict[str, list[int] | None] = {"nodes": nodes, "weights": None}
+    if weights is not None:
+        values["weights"] = [weights[node] for node in nodes]
+    return new_entry(ASKED + purpose, number, 0, values)
+
+
+def cohort_from(entry: JournalEntry) -> Cohort:
+    """Reads the cohort that `cohort_entry` wrote to ``entry``.
+
+    Raises:
+        DataError: the document is malformed.
+    """
+    values = entry.values
+    with as_written(entry):
+        nodes, weights = _numbers(values["nodes"]), values["weights"]
+        if weights is None:
+            return Cohort(nodes)
+        return Cohort(nodes, dict(zip(nodes, _numbers(weights), strict=True)))
+
+
+def _numbers(values: object) -> list[int]:
+    if not isinstance(values, list) or not all(type(one) is int for one in values):
+        raise TypeError("expected a list of whole numbers")
+    return values
