@@ -74,6 +74,7 @@ def server_app(
     awaited: Callable[[], int] = lambda: 1,
     strategy: Own | type[Own] | None = None,
     client_name: Callable[[int], str] | None = None,
+    annotate: Callable[[RoundRecord], RoundRecord] = lambda record: record,
 ) -> ServerApp:
     """Returns a Flower ServerApp that trains ``task`` with the settings of ``run``.
 
@@ -91,6 +92,7 @@ def server_app(
             by then are the cohort; clients that connect after the deadline are not waited for.
         strategy: The user's own, where it was passed in from Python; None where the run names it.
         client_name: Maps a node to its client's name, for an algorithm; ``peers`` does when None.
+        annotate: Adds to a round's record what only the caller knows, such as a virtual time.
     """
     app = ServerApp()
 
@@ -137,6 +139,7 @@ def server_app(
             judge=judge if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
+            annotate=annotate,
             checkpointer=checkpointer or NoCheckpoints(),
             start=start,
             peers=peers or NumberedPeers(),

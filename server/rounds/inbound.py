@@ -1,7 +1,7 @@
 """Incoming replies of clients: check, count and persist each.
 
 `accepted` turns a stream of replies into the accepted ones and counts all of them in a `Tally`.
-`server.rounds.fold` aggregates the updates among them.
+`collect` passes the updates among them to an `Aggregation`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
 from fedcore.updates.replies import Reply, ReplySpec, read_reply
-from server.records import VirtualRecord
-from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.aggregation.interface import Aggregate, Aggregation, WeightedUpdate
+from server.rounds.aggregation.mean import StreamedMean
 from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers, RoundCheckpointer
 
 _MAX_REASON = 1900  # characters of a client's error that are shown
@@ -45,7 +45,7 @@ _MAX_REASON = 1900  # characters of a client's error that are shown
 class Folded:
     """Updates that a grid has added up where they were computed."""
 
-    mean: ExactMean
+    total: StreamedMean
     taken: Sequence[tuple[int, Mapping[str, float]]]
     """Number of examples and metrics of each accepted update, in the order of the cohort."""
     failures: Sequence[tuple[int, str]]
@@ -55,10 +55,6 @@ class Folded:
 @runtime_checkable
 class FoldingGrid(Protocol):
     """Grid that can add updates up where they are computed, as the grid of a simulation does."""
-
-    @property
-    def virtual(self) -> VirtualRecord | None:
-        """The last round on the virtual clock; None where there is no such clock."""
 
     def fold(
         self,
@@ -139,6 +135,11 @@ class Tally:
             return None
         total = math.fsum(loss * count for loss, count in self.losses)
         return total / sum(count for _, count in self.losses)
+
+    def bounded(self, aggregate: Aggregate) -> None:
+        """Takes over what the round's norm bound has done."""
+        self.clipped.extend(aggregate.clipped)
+        self.median_norm = aggregate.median_norm
 
     def failure(self, code: int, reason: str) -> None:
         """Counts a client that replied with an error: declined or failed, by its code."""
@@ -235,17 +236,36 @@ def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
     tally.refuse(reason)
 
 
-def fold_in_place(
+def collect(
+    taken: Iterable[tuple[Message, Reply]],
+    aggregation: Aggregation,
+    tally: Tally,
+    *,
+    uniform: bool,
+) -> None:
+    """Gives accepted updates their weight, and adds each to ``aggregation`` on arrival.
+
+    ``uniform`` gives all the same weight.
+    """
+    for reply, found in taken:
+        weight = 1 if uniform else found.num_examples
+        aggregation.add(WeightedUpdate(reply, found, weight))
+        tally.count(found.num_examples, found.metrics)
+        del reply, found  # or this frame would keep it while the next one is read
+
+
+def collect_in_place(
     grid: FoldingGrid,
     instruction: Message,
     nodes: Sequence[int],
+    aggregation: StreamedMean,
     tally: Tally,
     *,
     configs: Mapping[int, ConfigRecord],
     uniform: bool,
     deadline_s: float,
-) -> ExactMean:
-    """Trains ``nodes`` with updates added up by the grid; returns their sum and counts the replies.
+) -> None:
+    """Trains ``nodes`` with updates added up by the grid; takes in their sum, counts the replies.
 
     Every node gets the content of ``instruction``; nodes in ``configs`` get their own
     configuration.
@@ -259,7 +279,7 @@ def fold_in_place(
     for num_examples, metrics in folded.taken:
         tally.count(num_examples, metrics)
         tally.bytes_up += sent
-    return folded.mean
+    aggregation.merge(folded.total)
 
 
 def mean_as_reply(mean: Vector, weight: int, instruction: Message) -> Message:

@@ -87,7 +87,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
         record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
         most = _most_of(most, record.epsilon_max)
-        record = replace(record, epsilon_max=most, client_epsilon=spent)
+        record = federation.annotate(replace(record, epsilon_max=most, client_epsilon=spent))
         records.append(record)
         federation.on_round(record)
         better = is_better(federation.primary, records, progress.best_round)
@@ -186,6 +186,5 @@ def _record(
         epsilon_max=tally.epsilon_max,
         bytes_up=tally.bytes_up,
         bytes_down=sent,
-        virtual=federation.virtual.virtual if federation.virtual else None,
         median_norm=tally.median_norm,
     )

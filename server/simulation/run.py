@@ -204,6 +204,7 @@ def run_simulated_rounds(
         start=resumed.start if resumed else None,
         strategy=prepared.strategy,
         client_name=lambda node: prepared.clients[node - FIRST_NODE_ID],
+        annotate=state.with_clock,
     )
     fleet = read_fleet(run, prepared.clients)
     federate(

@@ -29,9 +29,9 @@ from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.cohort import Cohort
 from server.rounds.expected import asked_to_train
-from server.rounds.fold import _touched, fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
 from tests.unit.server.live.journal.journals import signed
+from tests.unit.server.rounds.aggregating import fold, hold
 
 SIZE = 1_000_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
@@ -221,24 +221,28 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
             assert array.numpy().tobytes() == weights(4).tobytes()
 
 
-def test_a_large_sum_has_its_memory_before_anything_is_added() -> None:
-    mean, order = ExactMean(5), list[str]()
-    touch = mean.touch
+def test_a_large_sum_has_its_memory_before_anything_is_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order, touch, add = list[str](), ExactMean.touch, ExactMean.add_parts
 
-    def touching() -> None:
+    def touching(mean: ExactMean) -> None:
         time.sleep(0.1)  # the first update is there sooner
-        touch()
+        touch(mean)
         order.append("touched")
 
-    mean.touch = touching  # type: ignore[method-assign]
-    given: Any = [("reply", "first"), ("reply", "second")]
-    for _, found in _touched(iter(given), mean):
-        order.append(str(found))
-    assert order == ["touched", "first", "second"]
+    def adding(mean: ExactMean, *given: Any, **more: Any) -> None:
+        add(mean, *given, **more)
+        order.append("added")
+
+    monkeypatch.setattr(ExactMean, "touch", touching)
+    monkeypatch.setattr(ExactMean, "add_parts", adding)
+    tally = Tally(2)
+    fold(accepted(iter([reply(4), reply(5)]), INTAKE, tally, first=2), LAYOUT, tally, uniform=True)
+    assert order == ["touched", "added", "added"]
 
 
 def test_memory_is_left_in_peace_once_a_round_is_over() -> None:
-    mean = ExactMean(2**20)
-    assert list(_touched(iter(()), mean)) == []
-    mean.add(np.ones(2**20, np.float32), 1)
-    assert mean.mean().tobytes() == np.ones(2**20, np.float32).tobytes()
+    mean = fold([], LAYOUT, Tally(0), uniform=True)
+    mean.add(np.ones(SIZE, np.float32), 1)
+    assert mean.mean().tobytes() == np.ones(SIZE, np.float32).tobytes()
