@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def verify_run(results: Path, identity: Path) -> Evidence:
     with snapshot(results) as copy, closing(Entries(copy / JOURNAL)) as entries:
         told = read_run(entries)
         try:
-            run = RunConfig.model_validate(told["identity"]["run"])
+            run = RunConfig.model_validate_json(json.dumps(told["identity"]["run"]))
         except (KeyError, ValidationError) as error:
             why = first_fault(error) if isinstance(error, ValidationError) else "it has none"
             raise DataError(

@@ -26,8 +26,7 @@ from server.live.journal.head import ASKED, RUN, SIGNATURE
 from server.records import RoundRecord
 from server.rounds.checkpointing import Progress
 from server.rounds.cohort import Cohort
-from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategies.state import StrategyState
+from server.rounds.progress_codec import decode_progress, decode_record, encode_progress
 
 _INLINE_BYTES = 2**16
 FORMAT = 2
@@ -128,21 +127,12 @@ def signature_from(entry: JournalEntry) -> ReplySignature:
 
 def progress_doc(progress: Progress, packed: Packing) -> dict[str, Any]:
     """Returns the document for ``progress``, and stores its arrays in ``packed``."""
-    noise = noise_of(progress.protection)
-    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *noise]
-    vectors += progress.strategy.arrays
-    described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
-    raw = np.frombuffer(progress.preprocess, np.uint8)
-    preprocess = ["|u1", [len(raw)], packed.add(raw)]
-    return {
-        "round": progress.round,
-        "over": progress.over,
-        "best_round": progress.best_round,
-        "most_failed": progress.most_failed,
-        "strategy": progress.strategy.tree,
-        "protection": protection_doc(progress.protection),
-        "arrays": [preprocess, *described],
-    }
+    encoded = encode_progress(progress)
+    arrays = [
+        [name, one.dtype.str, list(one.shape), packed.add(one)]
+        for name, one in encoded.arrays.items()
+    ]
+    return encoded.doc | {"arrays": arrays}
 
 
 def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
@@ -151,41 +141,17 @@ def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
     Raises:
         DataError: the document is malformed, or an array is missing or damaged.
     """
+    values, raw, arrays = entry.values, dict[str, bytes](), dict[str, NDArray[Any]]()
     with as_written(entry):
-        return _progress_from(entry, blobs)
-
-
-def _progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
-    values, raw = entry.values, dict[str, bytes]()
-    for *_, place in values["arrays"]:  # the latest weights may be the best ones: read them once
-        key = json.dumps(place)
-        raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
-    preprocess, weights, best, *rest = [
-        np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
-        for dtype, shape, place in values["arrays"]
-    ]
-    protection = values.get("protection")  # absent in journals of older versions
-    noise = protection["noise"] if protection else 0
-    if not all(_is_vector(one) for one in (weights, best)) or weights.shape != best.shape:
-        raise ValueError("its weights are no float32 vectors of one length")
-    numbers = (values["round"], values["best_round"], values["most_failed"])
-    if {*map(type, numbers)} != {int} or values["round"] != entry.round:
-        raise ValueError("its numbers of rounds are none")
-    return Progress(
-        round=values["round"],
-        over=bool(values["over"]),
-        weights=weights,
-        best=best,
-        best_round=values["best_round"],
-        most_failed=values["most_failed"],
-        strategy=StrategyState(values["strategy"], tuple(rest[noise:])),
-        preprocess=preprocess.tobytes(),
-        protection=protection_of(protection, rest[:noise]),
-    )
-
-
-def _is_vector(values: NDArray[Any]) -> bool:
-    return values.dtype == np.float32 and values.ndim == 1
+        for name, dtype, shape, place in values["arrays"]:
+            key = json.dumps(place)  # the latest weights may be the best ones: read them once
+            if key not in raw:
+                raw[key] = _unpacked(place, entry.data, blobs)
+            arrays[name] = np.frombuffer(raw[key], np.dtype(dtype)).reshape(shape)
+        progress = decode_progress(values, arrays)
+        if progress.round != entry.round:
+            raise ValueError(f"it is of round {progress.round}")
+    return progress
 
 
 def content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDict:
@@ -244,11 +210,12 @@ def record_from(entry: JournalEntry) -> RoundRecord:
     Raises:
         DataError: the document is malformed.
     """
+    values = entry.values
     with as_written(entry):
-        record = RoundRecord(**entry.values)
-        if type(record.round) is not int or record.round != entry.round:
+        record = decode_record(values)
+        if record.round != entry.round:
             raise ValueError(f"it is of round {record.round!r}")
-        return record
+    return record
 
 
 def cohort_entry(purpose: str, number: int, cohort: Cohort) -> JournalEntry:

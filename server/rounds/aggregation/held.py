@@ -14,7 +14,7 @@ from server.rounds.aggregation.norm_bound import NormBound
 
 
 @dataclass(frozen=True)
-class _Held:
+class _HeldUpdate:
     reply: Message
     update: Update
     """With its weights in memory, and its weight as the number of examples."""
@@ -27,14 +27,14 @@ class HeldUpdates:
     def __init__(self, bound: NormBound | None) -> None:
         """Creates an empty one; ``bound`` is None where updates are not clipped."""
         self._bound = bound
-        self._held: list[_Held] = []
+        self._held: list[_HeldUpdate] = []
 
     def add(self, update: WeightedUpdate) -> None:
         """Reads an update into memory, and releases the message's own copy."""
         with update.readable():
             found = update.found.update()
         held = Update(found.weights, update.weight, found.metrics)
-        self._held.append(_Held(update.reply, held, update.found.distance or 0.0))
+        self._held.append(_HeldUpdate(update.reply, held, update.found.distance or 0.0))
         del update.reply.content[ARRAYS]
 
     def merge(self, other: HeldUpdates) -> None:
