@@ -365,9 +365,7 @@ def launch(project: Project) -> Iterator[Launch]:
 def launch_server(project: Project, launch: Launch) -> Callable[..., Program]:
     """Starts ``fedcore server start`` and waits until it listens."""
 
-    def starting(
-        *overrides: str, name: str = "trial", under: tuple[str, ...] = (), resume: bool = False
-    ) -> Program:
+    def starting(*overrides: str, name: str = "trial", under: tuple[str, ...] = ()) -> Program:
         config = project.root / "run.toml"
         config.write_text(
             f'name = "{name}"\ntask = "task.py"\nseed = 1\n'
@@ -379,7 +377,6 @@ def launch_server(project: Project, launch: Launch) -> Callable[..., Program]:
             *("server", "start", str(config), "--identity", str(project.root / "server")),
             *("--listen", f"127.0.0.1:{project.port}", "--wake-port", "0"),
             *("--runs", str(project.root / "runs"), "--json", *sets),
-            *(["--resume"] if resume else []),
             under=under,
         )
         program.wait_for("listening on")

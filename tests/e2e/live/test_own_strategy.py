@@ -8,7 +8,6 @@ from contextlib import closing
 from typing import Any
 
 import numpy as np
-import pytest
 
 from fedcore import cli
 from fedcore.config.owner import OPEN_POLICY
@@ -107,7 +106,7 @@ OVERRIDES = ("federation.strategy=mine.py:Mortal", f"federation.rounds={ROUNDS}"
 
 
 def test_a_killed_server_goes_on_with_its_strategy_as_if_it_had_not_been(
-    project: Any, start: Any, launch_server: Any, capsys: pytest.CaptureFixture[str]
+    project: Any, start: Any, launch: Any, launch_server: Any, capsys: Any
 ) -> None:
     """Per-round settings and the strategy's own state are those of the uninterrupted run."""
     (project.root / "mine.py").write_text(MINE)
@@ -122,7 +121,7 @@ def test_a_killed_server_goes_on_with_its_strategy_as_if_it_had_not_been(
     killed = launch_server(*OVERRIDES)
     assert killed.end(60) == -signal.SIGKILL, killed.log.read_text()
     assert killed.log.read_text().count('"round_finished"') == 2
-    again = launch_server(*OVERRIDES, resume=True)
+    again = launch(*killed.process.args[3:], "--resume")  # the same command once more
     assert again.end(60) == 0, again.log.read_text()
     assert "Resumed after round 2." in again.log.read_text()
 
