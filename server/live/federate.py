@@ -16,7 +16,7 @@ from server.live.network.members import Members
 from server.live.rounds.journaled import REJOIN_S, JournalCheckpointer, JournalGrid
 from server.records import RoundRecord
 from server.rounds.app import Listener, Outcome, server_app
-from server.rounds.checkpointing import Peers
+from server.rounds.peers import Peers
 
 
 def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outcome:

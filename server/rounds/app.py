@@ -24,16 +24,12 @@ from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.records import RoundRecord
-from server.rounds.checkpointing import (
-    NoCheckpoints,
-    NumberedPeers,
-    Peers,
-    RoundCheckpointer,
-    Start,
-)
+from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
+from server.rounds.checkpointing.progress import Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
+from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import Own
 from server.rounds.strategies.state import restore_strategy

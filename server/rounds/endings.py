@@ -9,8 +9,8 @@ from fedcore.errors import BudgetExhausted
 from fedcore.observability.words import counted
 from server.records import RoundRecord
 from server.rounds.aggregation.norm_bound import LEAST, NormBound
-from server.rounds.checkpointing import Progress
-from server.rounds.client_privacy import allows
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.mechanism import allows
 from server.rounds.inbound import Tally
 
 if TYPE_CHECKING:

@@ -14,15 +14,11 @@ from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel
 from server.records import RoundRecord
 from server.rounds.aggregation.norm_bound import is_bounded
-from server.rounds.checkpointing import (
-    NoCheckpoints,
-    NumberedPeers,
-    Peers,
-    RoundCheckpointer,
-    Start,
-)
+from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
+from server.rounds.checkpointing.progress import Start
 from server.rounds.cohort import asked_for
 from server.rounds.inbound import FoldingGrid
+from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import ChosenStrategy
 
 Judge = Callable[[FullModel], dict[str, float]]

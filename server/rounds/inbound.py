@@ -36,7 +36,8 @@ from fedcore.updates.pieces import size_of
 from fedcore.updates.replies import Reply, ReplySpec, read_reply
 from server.rounds.aggregation.interface import Aggregate, Aggregation, WeightedUpdate
 from server.rounds.aggregation.mean import StreamedMean
-from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers, RoundCheckpointer
+from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
+from server.rounds.peers import NumberedPeers, Peers
 
 _MAX_REASON = 1900  # characters of a client's error that are shown
 

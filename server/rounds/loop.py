@@ -17,21 +17,14 @@ from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.messages import sendable
 from fedcore.updates.pack import Vector, layout_of, pack, unpack
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
-from server.rounds.client_privacy import (
-    draw,
-    draws_of,
-    epsilon,
-    protect,
-)
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, protect
+from server.rounds.client_privacy.protection import Protection
 from server.rounds.cohort import Cohort, select
 from server.rounds.endings import end_early, is_over
-from server.rounds.evaluation import is_better, judge_round
+from server.rounds.evaluation.evaluate import is_better, judge_round
 from server.rounds.federation import Federation
-from server.rounds.inbound import (
-    Tally,
-)
-from server.rounds.protection import Protection
+from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
 from server.rounds.training import train_round
 
@@ -112,10 +105,11 @@ def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
     there, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
-        return Cohort(draw(federation.run, progress.protection, there, draws, number=number))
-    there = _unspent_first(there, progress.spent, federation.cohort)
-    size = max(federation.cohort, min(federation.asked, len(there)))
-    nodes = select(there, size, seed=federation.run.seed, words=("round", number))
+        nodes = draw(federation.run, progress.protection, there, draws, number=number)
+    else:
+        there = _unspent_first(there, progress.spent, federation.cohort)
+        size = max(federation.cohort, min(federation.asked, len(there)))
+        nodes = select(there, size, seed=federation.run.seed, words=("round", number))
     return Cohort(nodes, federation.peers.weights(nodes))
 
 

@@ -22,8 +22,8 @@ from server.rounds.aggregation.held import HeldUpdates
 from server.rounds.aggregation.interface import Aggregate, Aggregation
 from server.rounds.aggregation.mean import StreamedMean
 from server.rounds.aggregation.norm_bound import NormBound, norm_bound
-from server.rounds.checkpointing import Progress
-from server.rounds.client_privacy import Released, bound_of, draws_of, release
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.mechanism import Released, bound_of, draws_of, release
 from server.rounds.cohort import Cohort
 from server.rounds.endings import announce
 from server.rounds.expected import asked_to_train

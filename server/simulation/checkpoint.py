@@ -23,8 +23,12 @@ from fedcore.files import read_bytes, write_atomic
 from fedcore.observability.events import Noted, RoundFinished
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
-from server.rounds.checkpointing import Progress, Start
-from server.rounds.progress_codec import decode_progress, decode_record, encode_progress
+from server.rounds.checkpointing.progress import Progress, Start
+from server.rounds.checkpointing.progress_codec import (
+    decode_progress,
+    decode_record,
+    encode_progress,
+)
 from server.simulation.virtual.state import Choice, SimulationState
 
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB and six vectors of a strategy
@@ -39,7 +43,7 @@ class Checkpoint:
     """Everything that the federated part needs to resume and give the same bits."""
 
     identity: Mapping[str, Any]
-    """Identity of the run, see `server.rounds.run_identity`."""
+    """Identity of the run, see `server.rounds.checkpointing.run_identity`."""
     progress: Progress
     told: Sequence[Told]
     """Events that rounds emitted, in order."""

@@ -16,7 +16,7 @@ from fedcore.privacy.ledger import Ledger
 from server.process.signals import Asked
 from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort
 from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
 from server.simulation.virtual.nodes import FIRST_NODE_ID
@@ -60,7 +60,7 @@ class FileCheckpointer:
 
         Args:
             folder: Folder of the run.
-            identity: Identity of the run, see `server.rounds.run_identity`.
+            identity: Identity of the run, see `server.rounds.checkpointing.run_identity`.
             clients: Names, in the order of their nodes.
             state: State of the clients; read at each commit, as rounds change it.
             told: Events that rounds emitted; read at each commit, as rounds append to it.

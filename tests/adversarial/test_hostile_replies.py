@@ -33,7 +33,7 @@ from fedcore.updates.seal import content_digest
 from server.live.journal.journal import create
 from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.aggregation.norm_bound import NormBound
-from server.rounds.checkpointing import NoCheckpoints
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
 from server.rounds.inbound import Intake, Tally, accepted
 from tests.unit.server.live.journal.journals import signed

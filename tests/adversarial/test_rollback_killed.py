@@ -111,7 +111,7 @@ def test_whenever_it_is_killed_one_of_the_two_states_is_found(tmp_path: Path) ->
     back(tmp_path / "last")
     before, after = state(tmp_path / "first"), state(tmp_path / "last")
     assert (before[0], after[0]) == (5, 4)
-    assert before[5] == [4, 7]
+    assert before[5] == Cohort([4, 7], {4: 1, 7: 1})
     assert before[6]
     found = []
     root = tmp_path / "trial"

@@ -38,8 +38,8 @@ from server.live.journal.journal import create
 from server.live.operators.drained import write_drained
 from server.operator_log import AUDIT, Audit
 from server.report.folder import mark_again
+from server.rounds.checkpointing.run_identity import identity_of
 from server.rounds.cohort import Cohort
-from server.rounds.run_identity import identity_of
 from server.rounds.strategies.flower import make_strategy
 from server.rounds.strategies.state import strategy_state_of
 from tests.adversarial.conftest import World, initialised

@@ -23,7 +23,8 @@ from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from server.live.journal.journal import create, reopen
 from server.records import RoundRecord
-from server.rounds.checkpointing import NoCheckpoints, Progress, Start
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
+from server.rounds.checkpointing.progress import Progress, Start
 from server.rounds.cohort import Cohort
 from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds

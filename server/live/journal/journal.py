@@ -56,7 +56,7 @@ from server.live.journal.packing import (
     signature_entry,
 )
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress, Start
+from server.rounds.checkpointing.progress import Progress, Start
 from server.rounds.cohort import Cohort
 
 SELECTING, SELECTED = "selecting", "selected"
@@ -113,7 +113,7 @@ class Journal:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The settings that a resumed run must share, see `server.rounds.run_identity`."""
+        """What a resumed run must share, see `server.rounds.checkpointing.run_identity`."""
         identity: Mapping[str, Any] = self._told["identity"]
         return identity
 

@@ -24,9 +24,13 @@ from server.live.journal.blobs import Blobs, Pieces
 from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
 from server.live.journal.head import ASKED, RUN, SIGNATURE
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.checkpointing.progress_codec import (
+    decode_progress,
+    decode_record,
+    encode_progress,
+)
 from server.rounds.cohort import Cohort
-from server.rounds.progress_codec import decode_progress, decode_record, encode_progress
 
 _INLINE_BYTES = 2**16
 FORMAT = 2

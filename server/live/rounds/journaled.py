@@ -20,7 +20,7 @@ from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
 from server.live.rounds.waiting import Awaited, Tell, so_far
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort
 
 REJOIN_S = 40.0

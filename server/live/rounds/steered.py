@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress, RoundCheckpointer
+from server.rounds.checkpointing.checkpointer import RoundCheckpointer
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort
 
 

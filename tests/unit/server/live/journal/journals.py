@@ -14,7 +14,7 @@ from fedcore.updates.messages import ARRAYS, ENVELOPE, METRICS, weights_record
 from fedcore.updates.pack import Vector
 from server.live.journal.journal import Journal, create, reopen
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort
 from server.rounds.strategies.state import StrategyState
 

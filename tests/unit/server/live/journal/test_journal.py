@@ -25,8 +25,8 @@ from server.live.journal.journal import (
     create,
     reopen,
 )
+from server.rounds.client_privacy.protection import ClientPlan, Protection, noise_of
 from server.rounds.cohort import Cohort
-from server.rounds.protection import ClientPlan, Protection, noise_of
 from server.rounds.strategies.state import StrategyState
 from tests.unit.server.live.journal.journals import (
     IDENTITY,

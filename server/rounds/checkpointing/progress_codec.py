@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.records import RoundRecord, VirtualRecord
-from server.rounds.checkpointing import Progress
-from server.rounds.protection import noise_of, protection_doc, protection_of
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.protection import noise_of, protection_doc, protection_of
 from server.rounds.strategies.state import StrategyState
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -18,11 +18,13 @@ from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights
 from fedcore.updates.pack import Layout, Vector, unpack
 from fedcore.updates.replies import Reply
 from server.records import RoundRecord
-from server.rounds.checkpointing import Peers, Progress, RoundCheckpointer
+from server.rounds.checkpointing.checkpointer import RoundCheckpointer
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort, select
 from server.rounds.expected import asked_to_evaluate
 from server.rounds.inbound import Intake, Tally, accepted
 from server.rounds.outliers import outlying
+from server.rounds.peers import Peers
 
 if TYPE_CHECKING:
     from server.rounds.federation import Federation

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from server.records import VirtualRecord
-from server.rounds.checkpointing import Progress
-from server.rounds.progress_codec import decode_progress, decode_record, encode_progress
-from server.rounds.protection import ClientPlan, Protection, noise_of
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.checkpointing.progress_codec import (
+    decode_progress,
+    decode_record,
+    encode_progress,
+)
+from server.rounds.client_privacy.protection import ClientPlan, Protection, noise_of
 from tests.unit.server.live.journal.journals import progress, record
 
 PROTECTION = Protection(

@@ -23,9 +23,10 @@ from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.pack import layout_of, pack
-from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.cohort import Cohort, select
-from server.rounds.evaluation import ask_to_evaluate
+from server.rounds.evaluation.evaluate import ask_to_evaluate
+from server.rounds.peers import NumberedPeers, Peers
 
 CONFIDENCE = 0.95
 """One-sided confidence of the bound on how much worse a model may be over all clients."""
