@@ -38,8 +38,8 @@ from server.release.publish import Origin, publish
 from server.report.folder import config_json
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
-from server.rounds.client_privacy import statement
-from server.rounds.judging import Judge, Weigh
+from server.rounds.client_privacy.mechanism import statement
+from server.rounds.evaluation.judging import Judge, Weigh
 
 
 @dataclass

@@ -24,7 +24,7 @@ from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, read_cloud_data
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
-from server.rounds.client_privacy import protect
+from server.rounds.client_privacy.mechanism import protect
 from server.rounds.strategies.algorithm import rehearse
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import Own

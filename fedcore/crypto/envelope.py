@@ -161,7 +161,7 @@ def open_envelope(
         DigestMismatch: it covers another payload.
         UpdateExpired: it expired more than `SKEW_S` ago, or its validity is too long.
     """
-    envelope = _verified(raw, public_key, where=f"round {round}: node {node_id}")
+    envelope = read_envelope(raw, public_key, where=f"round {round}: node {node_id}")
     where = f"round {round}: refused update from node {node_id}"
     for what, got, expected in (
         ("run", envelope.run_id, run_id),
@@ -260,8 +260,12 @@ def _encode(envelope: Envelope) -> bytes:
     return bytes((VERSION,)) + texts + fixed
 
 
-def _verified(raw: bytes, public_key: bytes, *, where: str) -> Envelope:
-    """Returns the envelope after verifying its encoding and signature."""
+def read_envelope(raw: bytes, public_key: bytes, *, where: str) -> Envelope:
+    """Returns an envelope after verifying its encoding and signature, and nothing else.
+
+    Raises:
+        SignatureInvalid: the envelope is malformed, or this key did not sign it.
+    """
     body, r, s = _split(raw, where)
     key = parse_public(public_key)
     try:

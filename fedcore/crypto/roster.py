@@ -284,6 +284,15 @@ class Roster:
         member = self._by_fingerprint.get(name)
         return member if member is not None and member.in_force(self._clock()) else None
 
+    def ever(self, identity: str) -> Member | None:
+        """Returns who has or had the key with this fingerprint, also if revoked or expired.
+
+        A member that got a new key is there under each of its keys. None for a key that the
+        authority never certified.
+        """
+        self.refresh()
+        return self._by_fingerprint.get(identity)
+
     def members(self) -> tuple[Member, ...]:
         """Returns all members in force now, in the order of enrolment."""
         self.refresh()

@@ -34,6 +34,8 @@ from fedcore.observability.foreign import foreign
 from fedcore.updates.pack import Layout, Vector
 
 ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
+ENVELOPE = "envelope"
+"""Name of the record with a reply's signature, and of the signature in it."""
 NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
 CLIP_NORM, UNCLIPPED = "clip-norm", "unclipped"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -24,6 +24,7 @@ from fedcore.errors import InvalidUpdate, ResourceError
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import (
     ARRAYS,
+    ENVELOPE,
     HEADER_BYTES,
     METRICS,
     MODEL,
@@ -140,7 +141,7 @@ def read_reply(
     """Checks a reply and returns its content.
 
     Args:
-        reply: The message, without its signature, which was verified before.
+        reply: The message. Its signature, if it has one, was verified before.
         asked: The permitted content.
         where: The sender, for errors.
         base: The sent weights, shape ``(D,)``; if given, the distance to them is measured.
@@ -160,7 +161,7 @@ def read_reply(
                 f"{_NOT_USED}; a client answers what it was asked."
             )
         expected = {METRICS, ARRAYS} if asked.arrays else {METRICS}
-        _check_names(content, expected, "record", where)
+        _check_names([one for one in content if one != ENVELOPE], expected, "record", where)
         count, metrics = _metrics(content.get(METRICS), asked, where)
         arrays: dict[str, Array] = {}
         distance, peaks = None, None
@@ -227,7 +228,7 @@ def _check_entry(value: object, name: str, where: str) -> None:
         )
 
 
-def _check_names(found: Mapping[str, Any], expected: set[str], what: str, where: str) -> None:
+def _check_names(found: Collection[str], expected: set[str], what: str, where: str) -> None:
     for name in sorted(expected - set(found)):
         raise InvalidUpdate(f"{where}: no {what} {name!r} in it. {_NOT_USED}.")
     for name in found:

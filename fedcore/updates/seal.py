@@ -1,25 +1,42 @@
-"""Signs a client's reply and verifies it: the signature covers the content and the request."""
+"""Signs a client's reply and verifies it: the signature covers the content and the request.
+
+A reply carries its signature in a record of its own. `verify_reply` adds to the record who made it
+and when it was verified; `signature_of` reads a verified signature back.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedcore.crypto.envelope import Envelope, open_envelope, seal_update
+from fedcore.crypto.keys import fingerprint
 from fedcore.errors import SignatureInvalid
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import INSTANCE, SETTINGS
-from fedcore.updates.messages import ARRAYS, CONFIG
+from fedcore.updates.messages import ARRAYS, CONFIG, ENVELOPE
 from fedcore.updates.piece_digests import cuts_of
 from fedcore.updates.pieces import size_of
 
-ENVELOPE = "envelope"
-"""Name of the record with the signature, and of the value in it."""
+_SIGNER, _VERIFIED_AT = "signer", "verified-at-s"
 VALIDITY_S = 24 * 3600
 """Seconds that a reply may take to arrive."""
+
+
+@dataclass(frozen=True)
+class ReplySignature:
+    """A verified signature of a reply: proves which key sent which content, for which request."""
+
+    envelope: bytes
+    """The signed description of the reply with its signature, see `fedcore.crypto.envelope`."""
+    signer: str
+    """Fingerprint of the key that made it, see `fedcore.crypto.keys.fingerprint`."""
+    verified_at_s: float
+    """When the server verified it, by the server's clock: seconds since 1970 (UTC)."""
 
 
 def run_digest(told: Mapping[str, str]) -> str:
@@ -130,7 +147,10 @@ def verify_reply(
     public_key: bytes,
     now_s: float,
 ) -> Envelope:
-    """Verifies a reply's signature, removes it from ``content`` and returns it.
+    """Verifies a reply's signature and returns what it describes.
+
+    Adds the signer and ``now_s`` to the signature's record, for `signature_of`, and removes
+    everything else that the sender put there.
 
     Raises:
         SignatureInvalid: it is missing, malformed or made with another key.
@@ -154,5 +174,28 @@ def verify_reply(
         payload_sha256=content_digest(content),
         now_s=now_s,
     )
-    del content[ENVELOPE]
+    content[ENVELOPE] = ConfigRecord(
+        {ENVELOPE: raw, _SIGNER: bytes.fromhex(fingerprint(public_key)), _VERIFIED_AT: float(now_s)}
+    )
     return envelope
+
+
+def signature_of(content: RecordDict, *, where: str) -> ReplySignature:
+    """Returns the signature that `verify_reply` has verified.
+
+    Args:
+        content: The reply.
+        where: The reply, for the error.
+
+    Raises:
+        SignatureInvalid: the reply has no verified signature.
+    """
+    record = content.get(ENVELOPE)
+    found = record if isinstance(record, ConfigRecord) else ConfigRecord()
+    match found.get(ENVELOPE), found.get(_SIGNER), found.get(_VERIFIED_AT):
+        case bytes(raw), bytes(signer), float(verified_at_s):
+            return ReplySignature(raw, signer.hex(), verified_at_s)
+    raise SignatureInvalid(
+        f"{where}: it has no verified signature. It was not accepted, since the journal proves who "
+        "sent each update; a server verifies replies before it keeps them."
+    )

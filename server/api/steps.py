@@ -38,7 +38,7 @@ from server.preflight import clients_of
 from server.release.final_test import reason_to_withhold, statement_of
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
-from server.rounds.judging import clients_judge
+from server.rounds.evaluation.judging import clients_judge
 from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
 
 

@@ -34,7 +34,7 @@ from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, CandidateTiming, time_candidates
 from server.records import CandidateRecord
-from server.rounds.judging import Weigh, drop_of
+from server.rounds.evaluation.judging import Weigh, drop_of
 
 EXACT = 1e-3
 """Tolerance for outputs of float32 models, relative to their largest output; covers rounding in

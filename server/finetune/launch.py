@@ -35,7 +35,7 @@ from server.finetune.job import Job, trained
 from server.finetune.loop import device_of, train_start, unknown_failure
 from server.finetune.worker import work
 from server.process.spawn import main_script_hidden
-from server.rounds.judging import Judge, Judgement
+from server.rounds.evaluation.judging import Judge, Judgement
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 """Loggers that print a traceback per failed or stopped process; the error file replaces them."""

@@ -216,7 +216,37 @@ rollback = Command(
     example="fedcore server rollback 7 run.toml --identity server",
 )
 
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, metavar="DIR", help="the run's folder, as runs/churn")
+    parser.add_argument(
+        "--identity",
+        type=Path,
+        default=Path("authority/server"),
+        metavar="DIR",
+        help="the server's folder, which has the member list (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from server.live.journal.evidence import require_sound
+    from server.live.verify import shown_evidence, verify_run
+
+    evidence = verify_run(options.results, options.identity)
+    say(json.dumps(asdict(evidence), indent=2) if options.json else shown_evidence(evidence))
+    require_sound(evidence, where=options.results)
+    return 0
+
+
+verify = Command(
+    help="check the devices' signatures of all updates that a run has used",
+    arguments=_verify_arguments,
+    run=_verify,
+    example="fedcore server verify runs/churn --identity server",
+)
+
 server = group(
-    {"start": start, "rollback": rollback, **OPERATOR_VERBS},
+    {"start": start, "rollback": rollback, "verify": verify, **OPERATOR_VERBS},
     "Run the server that devices connect to, and steer it.",
 )

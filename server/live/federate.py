@@ -16,7 +16,7 @@ from server.live.network.members import Members
 from server.live.rounds.journaled import REJOIN_S, JournalCheckpointer, JournalGrid
 from server.records import RoundRecord
 from server.rounds.app import Listener, Outcome, server_app
-from server.rounds.checkpointing import Peers
+from server.rounds.peers import Peers
 
 
 def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outcome:
@@ -25,7 +25,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
     Args:
         live: The opened run.
         members: The devices that rounds may select.
-        peers: The devices' names.
+        peers: The devices' names and weights.
         grid: Sends messages to devices.
 
     Raises:
@@ -49,7 +49,6 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         journal,
         report=lambda record: live.emit(finished(record)),
         deadline_s=run.federation.deadline_s,
-        weights=members.weights,
         evaluated=run.federation.evaluate_cohort,
         rejoin_s=rejoin_s,
         waits=live.waiting,

@@ -41,7 +41,7 @@ from server.records import CandidateRecord
 from server.release.publish import Draft, history, publish
 from server.report.folder import write_results
 from server.rounds.app import Outcome
-from server.rounds.judging import Judge, Judgement, Weigh
+from server.rounds.evaluation.judging import Judge, Judgement, Weigh
 
 _MAX_BYTES = 16 << 20
 _FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"

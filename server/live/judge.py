@@ -16,15 +16,15 @@ from fedcore.task.model import FullModel
 from server.live.deployment import LiveRun
 from server.live.network.serve import listen, run_beside
 from server.live.rounds.journaled import REJOIN_S
-from server.rounds.checkpointing import Peers
-from server.rounds.judging import Judgement, judging_app
+from server.rounds.evaluation.judging import Judgement, judging_app
+from server.rounds.peers import Peers
 
 _LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
 class JudgeOnDevices:
-    """A `server.rounds.judging.Judge` that has a run's devices evaluate two models.
+    """A `server.rounds.evaluation.judging.Judge` that has a run's devices evaluate two models.
 
     After the rounds, devices keep trying to reconnect, so they find the server again.
     """

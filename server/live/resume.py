@@ -12,7 +12,7 @@ from fedcore.errors import ConfigError
 from server.live.journal.head import is_begun
 from server.live.journal.journal import Journal, Reached, create, nothing, reopen
 from server.report.folder import JOURNAL_FOLDER, clear, held, is_complete, mark_again, open_folder
-from server.rounds.run_identity import check_same, identity_of
+from server.rounds.checkpointing.run_identity import check_same, identity_of
 from server.unfinished import allow_drop, require_no_simulated_progress
 
 AFTER_ROUNDS = (

@@ -41,7 +41,7 @@ from server.live.resume import RunComplete, has_journal, open_run
 from server.live.rounds.settings import device_settings
 from server.process.signals import interrupt_then_exit
 from server.report.folder import check_outside
-from server.rounds.checkpointing import Peers
+from server.rounds.peers import Peers
 
 if TYPE_CHECKING:
     from server.rounds.app import Outcome
@@ -177,7 +177,7 @@ def _finish(live: LiveRun, outcome: Outcome | None) -> bool:
         from server.live.finish import finish
         from server.live.judge import JudgeOnDevices
         from server.rounds.app import outcome_of
-        from server.rounds.judging import clients_judge
+        from server.rounds.evaluation.judging import clients_judge
 
         if outcome is None:
             assert live.journal.start is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedcore.config.run import RunConfig
 from fedcore.observability.words import counted, epsilon_text
-from server.rounds.client_privacy import allows, epsilon, protect
+from server.rounds.client_privacy.mechanism import allows, epsilon, protect
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,12 @@ from fedcore.training.evaluate import evaluate
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.records import RoundRecord
-from server.rounds.checkpointing import (
-    NoCheckpoints,
-    NumberedPeers,
-    Peers,
-    RoundCheckpointer,
-    Start,
-)
+from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
+from server.rounds.checkpointing.progress import Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
+from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import Own
 from server.rounds.strategies.state import restore_strategy
@@ -74,6 +70,7 @@ def server_app(
     awaited: Callable[[], int] = lambda: 1,
     strategy: Own | type[Own] | None = None,
     client_name: Callable[[int], str] | None = None,
+    annotate: Callable[[RoundRecord], RoundRecord] = lambda record: record,
 ) -> ServerApp:
     """Returns a Flower ServerApp that trains ``task`` with the settings of ``run``.
 
@@ -91,6 +88,7 @@ def server_app(
             by then are the cohort; clients that connect after the deadline are not waited for.
         strategy: The user's own, where it was passed in from Python; None where the run names it.
         client_name: Maps a node to its client's name, for an algorithm; ``peers`` does when None.
+        annotate: Adds to a round's record what only the caller knows, such as a virtual time.
     """
     app = ServerApp()
 
@@ -137,6 +135,7 @@ def server_app(
             judge=judge if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
+            annotate=annotate,
             checkpointer=checkpointer or NoCheckpoints(),
             start=start,
             peers=peers or NumberedPeers(),

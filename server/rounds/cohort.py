@@ -1,9 +1,10 @@
-"""Size of a round's cohort, and the reproducible draw of its nodes."""
+"""A round's cohort: its size, and the reproducible draw of its nodes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed
@@ -11,6 +12,15 @@ from fedcore.observability.words import counted, is_or_are
 from fedcore.seeds import numpy_rng
 
 _ROUNDING = 1e-9  # 100 * 1.1 is slightly more than 110 in floating point
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The nodes that a round sends messages of one type, and what their replies weigh."""
+
+    nodes: Sequence[int]
+    weights: Mapping[int, int] | None = None
+    """Weights of the replies, in examples, by node; None where each weighs what it reports."""
 
 
 def asked_for(run: RunConfig, cohort: int, *, simulated: bool) -> int:

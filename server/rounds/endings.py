@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from fedcore.errors import BudgetExhausted
 from fedcore.observability.words import counted
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
-from server.rounds.client_privacy import allows
+from server.rounds.aggregation.norm_bound import LEAST, NormBound
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.mechanism import allows
 from server.rounds.inbound import Tally
-from server.rounds.norm_bound import LEAST, NormBound
 
 if TYPE_CHECKING:
     from server.rounds.federation import Federation

@@ -13,18 +13,12 @@ from fedcore.seeds import Randomness
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel
 from server.records import RoundRecord
-from server.rounds.checkpointing import (
-    NoCheckpoints,
-    NumberedPeers,
-    Peers,
-    RoundCheckpointer,
-    Start,
-)
+from server.rounds.aggregation.norm_bound import is_bounded
+from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
+from server.rounds.checkpointing.progress import Start
 from server.rounds.cohort import asked_for
-from server.rounds.inbound import (
-    FoldingGrid,
-)
-from server.rounds.norm_bound import is_bounded
+from server.rounds.inbound import FoldingGrid
+from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import ChosenStrategy
 
 Judge = Callable[[FullModel], dict[str, float]]
@@ -45,6 +39,8 @@ class Federation:
     """Evaluates a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
     on_note: Callable[[str], None]
+    annotate: Callable[[RoundRecord], RoundRecord] = lambda record: record
+    """Adds to a round's record what is known outside of the rounds."""
     checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
     start: Start | None = None
     """State to resume from; None to start from the beginning."""
@@ -77,9 +73,4 @@ class Federation:
     @cached_property
     def asked(self) -> int:
         """Number of clients that a round asks if enough are connected, see `asked_for`."""
-        return asked_for(self.run, self.cohort, simulated=self.virtual is not None)
-
-    @cached_property
-    def virtual(self) -> FoldingGrid | None:
-        """The grid, where it may have a virtual clock; else None."""
-        return self.grid if isinstance(self.grid, FoldingGrid) else None
+        return asked_for(self.run, self.cohort, simulated=isinstance(self.grid, FoldingGrid))

@@ -1,7 +1,7 @@
 """Incoming replies of clients: check, count and persist each.
 
 `accepted` turns a stream of replies into the accepted ones and counts all of them in a `Tally`.
-`server.rounds.fold` aggregates the updates among them.
+`collect` passes the updates among them to an `Aggregation`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import Layout, Vector
 from fedcore.updates.pieces import size_of
 from fedcore.updates.replies import Reply, ReplySpec, read_reply
-from server.records import VirtualRecord
-from server.rounds.aggregation.exact_mean import ExactMean
-from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers, RoundCheckpointer
+from server.rounds.aggregation.interface import Aggregate, Aggregation, WeightedUpdate
+from server.rounds.aggregation.mean import StreamedMean
+from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
+from server.rounds.peers import NumberedPeers, Peers
 
 _MAX_REASON = 1900  # characters of a client's error that are shown
 
@@ -45,7 +46,7 @@ _MAX_REASON = 1900  # characters of a client's error that are shown
 class Folded:
     """Updates that a grid has added up where they were computed."""
 
-    mean: ExactMean
+    total: StreamedMean
     taken: Sequence[tuple[int, Mapping[str, float]]]
     """Number of examples and metrics of each accepted update, in the order of the cohort."""
     failures: Sequence[tuple[int, str]]
@@ -55,10 +56,6 @@ class Folded:
 @runtime_checkable
 class FoldingGrid(Protocol):
     """Grid that can add updates up where they are computed, as the grid of a simulation does."""
-
-    @property
-    def virtual(self) -> VirtualRecord | None:
-        """The last round on the virtual clock; None where there is no such clock."""
 
     def fold(
         self,
@@ -140,6 +137,11 @@ class Tally:
         total = math.fsum(loss * count for loss, count in self.losses)
         return total / sum(count for _, count in self.losses)
 
+    def bounded(self, aggregate: Aggregate) -> None:
+        """Takes over what the round's norm bound has done."""
+        self.clipped.extend(aggregate.clipped)
+        self.median_norm = aggregate.median_norm
+
     def failure(self, code: int, reason: str) -> None:
         """Counts a client that replied with an error: declined or failed, by its code."""
         if code in DECLINES:
@@ -162,6 +164,8 @@ class Intake:
     bound: Bound | None = None
     """Bound of client-level privacy on each update; None where the run does not use it."""
     on_note: Callable[[str], None] = lambda text: None
+    weights: Mapping[int, int] | None = None
+    """Weights of the replies, in examples, by node; None where each weighs what it reports."""
     budgets: bool = True
     """Whether clients have privacy budgets; where they have none, a client that declines has
     failed."""
@@ -171,7 +175,7 @@ class Intake:
         return f"{_WHAT[self.asked.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
 
     def read(self, reply: Message) -> Reply:
-        """Returns the checked content of a reply.
+        """Returns the checked content of a reply, with the number of examples that it weighs.
 
         Raises:
             InvalidUpdate: it is not a valid answer to the request.
@@ -180,7 +184,9 @@ class Intake:
         found = read_reply(reply, self.asked, where=where, base=self.base)
         if self.bound is not None:
             self.bound.check(found.parts(), found.metrics, where=where)
-        return found
+        if self.weights is None:
+            return found
+        return replace(found, num_examples=self.weights[reply.metadata.src_node_id])
 
 
 _WHAT = {MessageType.TRAIN: "update from", MessageType.EVALUATE: "metrics from"}
@@ -231,17 +237,36 @@ def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
     tally.refuse(reason)
 
 
-def fold_in_place(
+def collect(
+    taken: Iterable[tuple[Message, Reply]],
+    aggregation: Aggregation,
+    tally: Tally,
+    *,
+    uniform: bool,
+) -> None:
+    """Gives accepted updates their weight, and adds each to ``aggregation`` on arrival.
+
+    ``uniform`` gives all the same weight.
+    """
+    for reply, found in taken:
+        weight = 1 if uniform else found.num_examples
+        aggregation.add(WeightedUpdate(reply, found, weight))
+        tally.count(found.num_examples, found.metrics)
+        del reply, found  # or this frame would keep it while the next one is read
+
+
+def collect_in_place(
     grid: FoldingGrid,
     instruction: Message,
     nodes: Sequence[int],
+    aggregation: StreamedMean,
     tally: Tally,
     *,
     configs: Mapping[int, ConfigRecord],
     uniform: bool,
     deadline_s: float,
-) -> ExactMean:
-    """Trains ``nodes`` with updates added up by the grid; returns their sum and counts the replies.
+) -> None:
+    """Trains ``nodes`` with updates added up by the grid; takes in their sum, counts the replies.
 
     Every node gets the content of ``instruction``; nodes in ``configs`` get their own
     configuration.
@@ -255,7 +280,7 @@ def fold_in_place(
     for num_examples, metrics in folded.taken:
         tally.count(num_examples, metrics)
         tally.bytes_up += sent
-    return folded.mean
+    aggregation.merge(folded.total)
 
 
 def mean_as_reply(mean: Vector, weight: int, instruction: Message) -> Message:

@@ -11,7 +11,7 @@ from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.updates.messages import instruction_config, weights_record
 from fedcore.updates.pack import Layout
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.federation import Federation
 
 

@@ -17,21 +17,14 @@ from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.messages import sendable
 from fedcore.updates.pack import Vector, layout_of, pack, unpack
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
-from server.rounds.client_privacy import (
-    draw,
-    draws_of,
-    epsilon,
-    protect,
-)
-from server.rounds.cohort import select
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, protect
+from server.rounds.client_privacy.protection import Protection
+from server.rounds.cohort import Cohort, select
 from server.rounds.endings import end_early, is_over
-from server.rounds.evaluation import is_better, judge_round
+from server.rounds.evaluation.evaluate import is_better, judge_round
 from server.rounds.federation import Federation
-from server.rounds.inbound import (
-    Tally,
-)
-from server.rounds.protection import Protection
+from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
 from server.rounds.training import train_round
 
@@ -67,11 +60,11 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     checkpointer.commit(progress, None)
     while checkpointer.may_continue(progress) and not progress.over:
         started, number = time.monotonic(), progress.round + 1
-        nodes = checkpointer.cohort(MessageType.TRAIN, partial(_draw_cohort, federation, progress))
-        tally = Tally(len(nodes))
-        checkpointer.begin(nodes)
+        cohort = checkpointer.cohort(MessageType.TRAIN, partial(_draw_cohort, federation, progress))
+        tally = Tally(len(cohort.nodes))
+        checkpointer.begin(cohort.nodes)
         try:
-            released, sent = train_round(federation, progress, records, layout, nodes, tally)
+            released, sent = train_round(federation, progress, records, layout, cohort, tally)
             arrays = sendable(released.weights)
             if tally.over:
                 end_early(federation, number, tally)  # keeps the model of the last round
@@ -87,7 +80,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
         record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
         most = _most_of(most, record.epsilon_max)
-        record = replace(record, epsilon_max=most, client_epsilon=spent)
+        record = federation.annotate(replace(record, epsilon_max=most, client_epsilon=spent))
         records.append(record)
         federation.on_round(record)
         better = is_better(federation.primary, records, progress.best_round)
@@ -108,14 +101,16 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
 
-def _draw_cohort(federation: Federation, progress: Progress) -> list[int]:
+def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
     there, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
-        return draw(federation.run, progress.protection, there, draws, number=number)
-    there = _unspent_first(there, progress.spent, federation.cohort)
-    size = max(federation.cohort, min(federation.asked, len(there)))
-    return select(there, size, seed=federation.run.seed, words=("round", number))
+        nodes = draw(federation.run, progress.protection, there, draws, number=number)
+    else:
+        there = _unspent_first(there, progress.spent, federation.cohort)
+        size = max(federation.cohort, min(federation.asked, len(there)))
+        nodes = select(there, size, seed=federation.run.seed, words=("round", number))
+    return Cohort(nodes, federation.peers.weights(nodes))
 
 
 def _unspent_first(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
@@ -185,6 +180,5 @@ def _record(
         epsilon_max=tally.epsilon_max,
         bytes_up=tally.bytes_up,
         bytes_down=sent,
-        virtual=federation.virtual.virtual if federation.virtual else None,
         median_norm=tally.median_norm,
     )

@@ -22,10 +22,10 @@ from fedcore.training.evaluate import BATCH_SIZE
 from fedcore.updates.messages import CONFIG, STATISTICS
 from fedcore.updates.replies import read_reply
 from server.cloud import CloudData
-from server.rounds.checkpointing import Peers
 from server.rounds.expected import SQUARES, SUM, asked_for_sums
 from server.rounds.inbound import failure_of
 from server.rounds.outliers import DECIDES, FAR, LEAST
+from server.rounds.peers import Peers
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
 """Number of examples, and sum and sum of squares of each feature."""

@@ -1,13 +1,13 @@
 """One round of training: send instructions, collect updates, check the quorum, aggregate.
 
-`train_round` takes the run's progress and the round's nodes, and returns the new global weights.
+`train_round` takes the run's progress and the round's cohort, and returns the new global weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import ArrayRecord, Message
 
@@ -16,42 +16,67 @@ from fedcore.observability.words import counted
 from fedcore.updates.messages import check_weights, joined
 from fedcore.updates.pack import Layout
 from server.records import RoundRecord
+from server.rounds.aggregation.bounded_mean import BoundedMean
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.rounds.checkpointing import Progress
-from server.rounds.client_privacy import (
-    Released,
-    bound_of,
-    draws_of,
-    release,
-)
+from server.rounds.aggregation.held import HeldUpdates
+from server.rounds.aggregation.interface import Aggregate, Aggregation
+from server.rounds.aggregation.mean import StreamedMean
+from server.rounds.aggregation.norm_bound import NormBound, norm_bound
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.mechanism import Released, bound_of, draws_of, release
+from server.rounds.cohort import Cohort
 from server.rounds.endings import announce
 from server.rounds.expected import asked_to_train
 from server.rounds.federation import Federation
-from server.rounds.fold import fold, hold
 from server.rounds.inbound import (
     Intake,
     Tally,
     accepted,
     aggregated,
-    fold_in_place,
+    collect,
+    collect_in_place,
     mean_as_reply,
     payload_bytes,
 )
 from server.rounds.instructions import instruction_in_place, instructions, streams
-from server.rounds.norm_bound import NormBound, norm_bound
 from server.rounds.quorum import check_quorum
 
 
 @dataclass(frozen=True)
-class Collected:
-    """The clients' replies to one round of training."""
+class TrainingRound:
+    """One round: where it starts from, and whom it asks."""
 
-    mean: ExactMean | None
-    """Weighted mean of their updates, where the strategy folds them; else None."""
-    updates: list[Message]
-    """Every update, where the strategy does not fold them; else empty."""
+    federation: Federation
+    progress: Progress
+    """State before the round."""
+    layout: Layout
+    """Layout of the weights."""
+    cohort: Cohort
+    norm: NormBound | None
+    """Bound on the updates; None where they are not clipped."""
+    tally: Tally
+    """Counts replies; modified in place."""
+
+    @property
+    def number(self) -> int:
+        """The round's number; the first is 1."""
+        return self.progress.round + 1
+
+    @property
+    def shown(self) -> Sequence[int]:
+        """The nodes that the strategy configures messages for.
+
+        It may record what it sends, so it configures one even where no node was drawn.
+        """
+        return self.cohort.nodes or self.federation.nodes()[:1]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a round has sent to its cohort."""
+
     instruction: Message
-    """One of the messages sent; a strategy's input is built as a reply to it."""
+    """One of the messages; a strategy's input is built as a reply to it."""
     bytes_down: int
     """Bytes of the arrays that were sent, over all clients."""
 
@@ -61,17 +86,17 @@ def train_round(
     progress: Progress,
     records: Sequence[RoundRecord],
     layout: Layout,
-    nodes: Sequence[int],
+    cohort: Cohort,
     tally: Tally,
 ) -> tuple[Released, int]:
-    """Trains the weights of ``progress`` for one round on ``nodes``.
+    """Trains the weights of ``progress`` for one round on a cohort.
 
     Args:
         federation: Fixed parts of the run.
         progress: State before the round.
         records: Of the rounds before.
         layout: Of the weights.
-        nodes: Nodes to ask.
+        cohort: Nodes to ask.
         tally: Counts replies; modified in place.
 
     Returns:
@@ -80,94 +105,104 @@ def train_round(
     Raises:
         RoundFailed: there were fewer updates than the quorum, or the strategy rejected them.
     """
-    run, number, protection = federation.run, progress.round + 1, progress.protection
+    run, protection = federation.run, progress.protection
     norm = norm_bound(run, progress.weights, live=federation.live, records=records)
-    collected = _collect(federation, progress, layout, nodes, tally, norm)
+    this = TrainingRound(federation, progress, layout, cohort, norm, tally)
+    aggregate, sent = _train_in_place(this) if federation.folding else _train(this)
+    tally.bounded(aggregate)
     announce(federation, progress, records, tally, norm)
-    others = _others(federation, progress, nodes, tally)
-    check_quorum(tally, run.federation.quorum, federation.cohort, number, others=others)
+    others = _others(federation, progress, cohort.nodes, tally)
+    check_quorum(tally, run.federation.quorum, federation.cohort, this.number, others=others)
     if tally.over or (not tally.updates and protection is None):
-        return Released(progress.weights, protection), collected.bytes_down
-    return _aggregate(federation, progress, layout, nodes, tally, collected), collected.bytes_down
+        return Released(progress.weights, protection), sent.bytes_down
+    return _new_weights(this, aggregate, sent), sent.bytes_down
 
 
-def _collect(
-    federation: Federation,
-    progress: Progress,
-    layout: Layout,
-    nodes: Sequence[int],
-    tally: Tally,
-    norm: NormBound | None,
-) -> Collected:
-    """Sends the round's instructions and collects the updates, folding them where possible."""
-    run, protection, in_place = federation.run, progress.protection, federation.folding
-    uniform, deadline_s = run.uniform, run.federation.deadline_s
-    # A strategy may record what it sends, so it configures a message even where no node was drawn.
-    shown = nodes or federation.nodes()[:1]
-    if in_place:
-        first, configs = instruction_in_place(federation, progress, layout, shown)
-        if not nodes:
-            return Collected(ExactMean(layout.size), [], first, 0)
-        mean = fold_in_place(
-            in_place, first, nodes, tally, configs=configs, uniform=uniform, deadline_s=deadline_s
-        )
-        return Collected(mean, [], first, payload_bytes(first) * len(nodes))
-    messages = instructions(federation, progress, layout, shown)
+def _train(this: TrainingRound) -> tuple[Aggregate, Sent]:
+    """Sends each node its instruction, and aggregates the updates as they arrive."""
+    federation, progress, nodes = this.federation, this.progress, this.cohort.nodes
+    run, protection, weights = federation.run, progress.protection, progress.weights
+    aggregation = _aggregation(this)
+    messages = instructions(federation, progress, this.layout, this.shown)
     if not nodes:
-        return Collected(ExactMean(layout.size), [], messages[0], 0)
+        return aggregation.result(), Sent(messages[0], 0)
     messages.sort(key=lambda message: message.metadata.dst_node_id)
-    first, sent = messages[0], sum(payload_bytes(message) for message in messages)
+    sent = Sent(messages[0], sum(payload_bytes(message) for message in messages))
     intake = Intake(
-        asked_to_train(run, layout),
+        asked_to_train(run, this.layout),
         checkpointer=federation.checkpointer,
         peers=federation.peers,
-        base=progress.weights if norm else None,
-        bound=bound_of(run, protection, progress.weights) if protection else None,
+        base=weights if this.norm else None,
+        bound=bound_of(run, protection, weights) if protection else None,
         on_note=federation.on_note,
+        weights=this.cohort.weights,
         budgets=run.private,
     )
     enough = len(nodes) if protection else federation.cohort
-    replies = federation.grid.send_and_receive(messages, timeout=deadline_s)
-    taken = accepted(replies, intake, tally, first=enough)
+    replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
+    taken = accepted(replies, intake, this.tally, first=enough)
     del replies  # releases late replies once enough are accepted
-    if federation.chosen.folds:
-        return Collected(fold(taken, layout, tally, uniform=uniform, bound=norm), [], first, sent)
-    updates = hold(taken, tally, uniform=uniform, bound=norm)
-    return Collected(None, updates, first, sent)
+    collect(taken, aggregation, this.tally, uniform=run.uniform)
+    return aggregation.result(), sent
 
 
-def _aggregate(
-    federation: Federation,
-    progress: Progress,
-    layout: Layout,
-    nodes: Sequence[int],
-    tally: Tally,
-    collected: Collected,
-) -> Released:
+def _aggregation(this: TrainingRound) -> Aggregation:
+    """Returns how the updates that nodes send are aggregated."""
+    if not this.federation.chosen.folds:
+        return HeldUpdates(this.norm)
+    total = StreamedMean.awaiting(this.layout.size)
+    return total if this.norm is None else BoundedMean(total, this.norm)
+
+
+def _train_in_place(this: TrainingRound) -> tuple[Aggregate, Sent]:
+    """Has the grid train the nodes and add their updates up."""
+    federation, nodes, grid = this.federation, this.cohort.nodes, this.federation.folding
+    assert grid is not None
+    first, configs = instruction_in_place(federation, this.progress, this.layout, this.shown)
+    total = StreamedMean(ExactMean(this.layout.size))
+    if nodes:
+        collect_in_place(
+            grid,
+            first,
+            nodes,
+            total,
+            this.tally,
+            configs=configs,
+            uniform=federation.run.uniform,
+            deadline_s=federation.run.federation.deadline_s,
+        )
+    return total.result(), Sent(first, payload_bytes(first) * len(nodes))
+
+
+def _new_weights(this: TrainingRound, aggregate: Aggregate, sent: Sent) -> Released:
     """Returns the weights that follow from a round's updates."""
-    mean, updates, protection = collected.mean, collected.updates, progress.protection
-    if mean is not None:
-        if protection is not None:
-            draws = draws_of(federation.randomness, "client noise", progress.round + 1)
-            released = release(
-                federation.run,
-                protection,
-                progress.weights,
-                mean,
-                nodes=nodes,
-                unclipped=tally.unclipped,
-                draws=draws,
-            )
-            weights, protection = released.weights, released.protection
-        else:
-            weights = joined(mean.mean_parts(), layout.size)
+    federation, progress, layout = this.federation, this.progress, this.layout
+    protection, updates = progress.protection, aggregate.updates
+    if aggregate.mean is not None:
+        found = _mean(this, aggregate.mean)
         if federation.chosen.means:
-            return Released(check_weights(weights, layout, where="aggregate"), protection)
-        updates = [mean_as_reply(weights, max(mean.weight, 1), collected.instruction)]
-    number = progress.round + 1
-    arrays = _aggregated(federation, number, updates, tally)
-    weights = progress.weights if arrays is None else aggregated(arrays, layout, number)
+            return replace(found, weights=check_weights(found.weights, layout, where="aggregate"))
+        weight, protection = max(aggregate.mean.weight, 1), found.protection
+        updates = [mean_as_reply(found.weights, weight, sent.instruction)]
+    arrays = _aggregated(federation, this.number, updates, this.tally)
+    weights = progress.weights if arrays is None else aggregated(arrays, layout, this.number)
     return Released(weights, protection)
+
+
+def _mean(this: TrainingRound, mean: ExactMean) -> Released:
+    """Returns the mean of a round's updates, with noise under client-level privacy."""
+    federation, progress = this.federation, this.progress
+    if progress.protection is None:
+        return Released(joined(mean.mean_parts(), this.layout.size), None)
+    return release(
+        federation.run,
+        progress.protection,
+        progress.weights,
+        mean,
+        nodes=this.cohort.nodes,
+        unclipped=this.tally.unclipped,
+        draws=draws_of(federation.randomness, "client noise", this.number),
+    )
 
 
 def _aggregated(

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from fedcore.files import read_bytes, write_atomic
 from fedcore.observability.events import Noted, RoundFinished
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
-from server.records import RoundRecord, VirtualRecord
-from server.rounds.checkpointing import Progress, Start
-from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategies.state import StrategyState
+from server.rounds.checkpointing.progress import Progress, Start
+from server.rounds.checkpointing.progress_codec import (
+    decode_progress,
+    decode_record,
+    encode_progress,
+)
 from server.simulation.virtual.state import Choice, SimulationState
 
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB and six vectors of a strategy
-_FORMAT = 2
-_DIGEST, _STATE, _EVENTS, _STRATEGY = "sha256", "state", "events", "strategy"
-_NOISE, _PROTECTION = "noise", "protection"
+_FORMAT = 3
+_DIGEST, _STATE, _EVENTS, _PROGRESS = "sha256", "state", "events", "progress"
 Told = Noted | RoundFinished
 Arrays = dict[str, NDArray[Any]]
 
@@ -42,7 +43,7 @@ class Checkpoint:
     """Everything that the federated part needs to resume and give the same bits."""
 
     identity: Mapping[str, Any]
-    """Identity of the run, see `server.rounds.run_identity`."""
+    """Identity of the run, see `server.rounds.checkpointing.run_identity`."""
     progress: Progress
     told: Sequence[Told]
     """Events that rounds emitted, in order."""
@@ -54,7 +55,7 @@ class Checkpoint:
     def start(self) -> Start:
         """State from which the rounds resume."""
         rounds = (event for event in self.told if isinstance(event, RoundFinished))
-        return Start(self.progress, tuple(_record(event.values) for event in rounds))
+        return Start(self.progress, tuple(decode_record(event.values) for event in rounds))
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -63,15 +64,11 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         DiskFull: there is not enough space; an earlier checkpoint is unchanged.
     """
-    progress = checkpoint.progress
+    progress = encode_progress(checkpoint.progress)
     arrays: Arrays = {
-        "weights": progress.weights,
-        "best": progress.best,
-        "preprocess": np.frombuffer(progress.preprocess, np.uint8),
-        _STATE: _json(_state(checkpoint)),
+        **progress.arrays,
+        _STATE: _json(_state(checkpoint) | {_PROGRESS: progress.doc}),
         _EVENTS: _json([_told(event) for event in checkpoint.told]),
-        **{f"{_STRATEGY}/{n}": array for n, array in enumerate(progress.strategy.arrays)},
-        **{f"{_NOISE}/{n}": array for n, array in enumerate(noise_of(progress.protection))},
     }
     arrays[_DIGEST] = _digest(arrays)
     write_atomic(path, save(arrays))
@@ -114,17 +111,11 @@ def _json(value: Any) -> NDArray[np.uint8]:
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:
-    progress, state = checkpoint.progress, checkpoint.state
+    state = checkpoint.state
     return {
         "format": _FORMAT,
         "identity": checkpoint.identity,
         "elapsed_s": checkpoint.elapsed_s,
-        "round": progress.round,
-        "over": progress.over,
-        "best_round": progress.best_round,
-        "most_failed": progress.most_failed,
-        _STRATEGY: progress.strategy.tree,
-        _PROTECTION: protection_doc(progress.protection),
         "ledgers": {
             name: [astuple(charge) for charge in ledger.charges]
             for name, ledger in state.ledgers.items()
@@ -146,17 +137,7 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
     told = json.loads(arrays[_EVENTS].tobytes())
     return Checkpoint(
         identity=held["identity"],
-        progress=Progress(
-            round=held["round"],
-            over=held["over"],
-            weights=arrays["weights"].copy(),  # arrays that were read are read-only
-            best=arrays["best"].copy(),
-            best_round=held["best_round"],
-            most_failed=held["most_failed"],
-            strategy=StrategyState(held[_STRATEGY], _numbered(arrays, _STRATEGY)),
-            preprocess=arrays["preprocess"].tobytes(),
-            protection=protection_of(held[_PROTECTION], _numbered(arrays, _NOISE)),
-        ),
+        progress=decode_progress(held[_PROGRESS], arrays),
         told=[Noted(one) if isinstance(one, str) else RoundFinished(one) for one in told],
         state=SimulationState(
             ledgers={name: _ledger(charges) for name, charges in held["ledgers"].items()},
@@ -168,18 +149,5 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
     )
 
 
-def _numbered(arrays: Arrays, kind: str) -> tuple[NDArray[Any], ...]:
-    """Returns the arrays whose names start with ``kind``, in order."""
-    count = sum(name.startswith(f"{kind}/") for name in arrays)
-    return tuple(arrays[f"{kind}/{n}"] for n in range(count))
-
-
 def _ledger(charges: Iterable[Sequence[Any]]) -> Ledger:
     return Ledger(tuple(Charge(*charge) for charge in charges))
-
-
-def _record(values: Mapping[str, Any]) -> RoundRecord:
-    # Fields added later have a default, and older checkpoints do not have them.
-    own = {field.name: values[field.name] for field in fields(RoundRecord) if field.name in values}
-    virtual = own.get("virtual") and VirtualRecord(**own["virtual"])
-    return RoundRecord(**{**own, "virtual": virtual})

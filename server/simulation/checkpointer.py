@@ -16,7 +16,8 @@ from fedcore.privacy.ledger import Ledger
 from server.process.signals import Asked
 from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.cohort import Cohort
 from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import SimulationState
@@ -59,7 +60,7 @@ class FileCheckpointer:
 
         Args:
             folder: Folder of the run.
-            identity: Identity of the run, see `server.rounds.run_identity`.
+            identity: Identity of the run, see `server.rounds.checkpointing.run_identity`.
             clients: Names, in the order of their nodes.
             state: State of the clients; read at each commit, as rounds change it.
             told: Events that rounds emitted; read at each commit, as rounds append to it.
@@ -96,7 +97,7 @@ class FileCheckpointer:
         """Returns False if the run was asked to stop before the last commit."""
         return not self._stop
 
-    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Draws a new cohort: a simulation resumes at the start of a round."""
         return draw()
 

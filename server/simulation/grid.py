@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from fedcore.flower.grid import OwnGrid
 from fedcore.training.client import skipped_text
 from fedcore.updates.messages import CONFIG
-from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.aggregation.mean import StreamedMean
 from server.rounds.inbound import Folded
 from server.simulation.virtual.devices import Fate, first_of, settle
 from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID
@@ -51,8 +51,6 @@ class SimulatedGrid(OwnGrid):
         self._waiting: dict[str, Message] = {}
         self._told: set[str] = set()
         self._state = state
-        self.virtual: VirtualRecord | None = None
-        """Record of the last round on the virtual clock; None without device classes or a trace."""
 
     def get_node_ids(self) -> Sequence[int]:
         """Returns all nodes as a range, which takes no memory for a million of them."""
@@ -71,7 +69,9 @@ class SimulatedGrid(OwnGrid):
         order = RoundTask(MessageType.TRAIN, content, configs, fold=True, uniform=uniform)
         answers, total = self._carry_out(order, nodes, deadline_s)
         taken = [(one.num_examples, one.metrics) for one in answers if one.num_examples]
-        return Folded(total, taken, [one.error for one in answers if one.error is not None])
+        return Folded(
+            StreamedMean(total), taken, [one.error for one in answers if one.error is not None]
+        )
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Stores messages until their replies are pulled; nothing is computed before."""
@@ -155,8 +155,8 @@ class SimulatedGrid(OwnGrid):
             enough = first_of(updates, self._first, deadline_s=deadline_s)
             if len(enough) < self._first:
                 enough = []  # too few in time: the round waits for all
-        self.virtual = settle(fates, deadline_s=deadline_s, enough=enough).record
-        self._state.clock_s += self.virtual.simulated_s
+        self._state.last = settle(fates, deadline_s=deadline_s, enough=enough).record
+        self._state.clock_s += self._state.last.simulated_s
         if not enough:
             return list(answers)
         names = {one.client for one in enough}

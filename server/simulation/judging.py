@@ -15,7 +15,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from fedcore.training.client import Client, local_data
 from server.compression.runtime import answers, open_session
-from server.rounds.judging import Judge, Judgement, Weigh, judges, judging_app
+from server.rounds.evaluation.judging import Judge, Judgement, Weigh, judges, judging_app
 from server.simulation.federate import federate
 from server.simulation.virtual.state import SimulationState
 

@@ -33,13 +33,14 @@ from fedcore.updates.pack import layout_of
 from fedcore.updates.replies import read_reply
 from server.preflight import Prepared
 from server.report.folder import CHECKPOINT
-from server.rounds.checkpointing import NoCheckpoints, Progress
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.checkpointing.run_identity import TASK, changes, check_same, identity_of
 from server.rounds.cohort import asked_for, select
 from server.rounds.expected import asked_to_train
 from server.rounds.federation import Federation
 from server.rounds.inbound import payload_bytes
 from server.rounds.instructions import instructions
-from server.rounds.run_identity import TASK, changes, check_same, identity_of
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.state import restore_strategy
 from server.simulation.checkpoint import Checkpoint, read_checkpoint

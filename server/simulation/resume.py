@@ -8,7 +8,7 @@ from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from server.report.folder import CHECKPOINT, clear
-from server.rounds.run_identity import check_same, identity_of
+from server.rounds.checkpointing.run_identity import check_same, identity_of
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
 

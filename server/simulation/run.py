@@ -26,9 +26,9 @@ from server.preflight import Prepared
 from server.process.signals import stop_requested
 from server.records import RoundRecord, TrainingRecord
 from server.rounds.app import Listener, Outcome, outcome_of, server_app
-from server.rounds.checkpointing import RoundCheckpointer
-from server.rounds.judging import clients_judge
-from server.rounds.run_identity import identity_of
+from server.rounds.checkpointing.checkpointer import RoundCheckpointer
+from server.rounds.checkpointing.run_identity import identity_of
+from server.rounds.evaluation.judging import clients_judge
 from server.simulation.checkpoint import Checkpoint, Told
 from server.simulation.checkpointer import FileCheckpointer
 from server.simulation.clients import client_records
@@ -204,6 +204,7 @@ def run_simulated_rounds(
         start=resumed.start if resumed else None,
         strategy=prepared.strategy,
         client_name=lambda node: prepared.clients[node - FIRST_NODE_ID],
+        annotate=state.with_clock,
     )
     fleet = read_fleet(run, prepared.clients)
     federate(

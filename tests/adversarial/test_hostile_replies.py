@@ -32,11 +32,12 @@ from fedcore.updates.replies import Reply, ReplySpec, check_structure, read_repl
 from fedcore.updates.seal import content_digest
 from server.live.journal.journal import create
 from server.live.rounds.journaled import JournalCheckpointer
-from server.rounds.checkpointing import NoCheckpoints
+from server.rounds.aggregation.norm_bound import NormBound
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
-from server.rounds.fold import fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
-from server.rounds.norm_bound import NormBound
+from tests.unit.server.live.journal.journals import signed
+from tests.unit.server.rounds.aggregating import fold, hold
 
 REPLIES = int(os.environ.get("FEDCORE_HOSTILE_REPLIES", "10000"))
 """How many replies are drawn; a million takes an hour or so."""
@@ -293,10 +294,10 @@ def _journaled(
             journal,
             report=lambda record: None,
             deadline_s=1.0,
-            weights=lambda nodes: [1] * len(nodes),
         )
         intake = replace(intake, checkpointer=checkpointer)
-        taken = list(accepted(iter(replies), intake, tally, first=len(replies)))
+        arriving = (one if one.has_error() else signed(one) for one in replies)
+        taken = list(accepted(arriving, intake, tally, first=len(replies)))
         accepted_nodes = {reply.metadata.src_node_id for reply, _ in taken}
         for reply in replies:
             node = reply.metadata.src_node_id

@@ -19,6 +19,7 @@ from fedcore.updates.messages import ARRAYS
 from server.live.journal.journal import create, reopen
 from server.live.rollback import roll_back
 from server.report.folder import JOURNAL_FOLDER
+from server.rounds.cohort import Cohort
 from tests.unit.server.live.journal.journals import IDENTITY, LARGE, answer, asked, progress, record
 
 RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})
@@ -45,7 +46,7 @@ def begun(root: Path) -> None:
     with closing(create(folder, IDENTITY)) as journal:
         for number in range(6):
             journal.commit(progress(number, LARGE), record(number) if number else None)
-        journal.ask("train", [4, 7], [1, 1])
+        journal.ask("train", Cohort([4, 7], dict.fromkeys([4, 7], 1)))
         journal.accept(answer(asked(4), 0.5, LARGE))
 
 
@@ -110,7 +111,7 @@ def test_whenever_it_is_killed_one_of_the_two_states_is_found(tmp_path: Path) ->
     back(tmp_path / "last")
     before, after = state(tmp_path / "first"), state(tmp_path / "last")
     assert (before[0], after[0]) == (5, 4)
-    assert before[5] == [4, 7]
+    assert before[5] == Cohort([4, 7], {4: 1, 7: 1})
     assert before[6]
     found = []
     root = tmp_path / "trial"

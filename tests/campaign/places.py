@@ -38,7 +38,8 @@ from server.live.journal.journal import create
 from server.live.operators.drained import write_drained
 from server.operator_log import AUDIT, Audit
 from server.report.folder import mark_again
-from server.rounds.run_identity import identity_of
+from server.rounds.checkpointing.run_identity import identity_of
+from server.rounds.cohort import Cohort
 from server.rounds.strategies.flower import make_strategy
 from server.rounds.strategies.state import strategy_state_of
 from tests.adversarial.conftest import World, initialised
@@ -187,7 +188,7 @@ def _build_server(root: Path) -> None:
     with closing(create(journal, identity_of(run, OPEN_POLICY))) as begun:
         begun.commit(progress(0, size, **same), None)
         for number in (1, 2):
-            begun.ask("train", [5, 6], [7, 7])
+            begun.ask("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
             begun.accept(answer(asked(5), number, size))
             begun.commit(progress(number, size, **same), record(number))
 

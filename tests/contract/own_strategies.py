@@ -89,6 +89,7 @@ class Told:
 def train(run: RunConfig, given: Any = None, task: Task = TASK) -> Told:
     outcomes: list[Outcome] = []
     told = Told(None, [], [], [])  # type: ignore[arg-type]
+    state = SimulationState()
     server = server_app(
         task,
         run,
@@ -97,6 +98,7 @@ def train(run: RunConfig, given: Any = None, task: Task = TASK) -> Told:
         listener=Listener(told.notes.append, told.records.append, outcomes.append),
         strategy=given,
         client_name=lambda node: NAMES[node - FIRST_NODE_ID],
+        annotate=state.with_clock,
     )
     federate(
         server,
@@ -104,7 +106,7 @@ def train(run: RunConfig, given: Any = None, task: Task = TASK) -> Told:
         run,
         OPEN_POLICY,
         NAMES,
-        state=SimulationState(),
+        state=state,
         fleet=read_fleet(run, NAMES),
         on_choice=lambda choice, workers: told.choices.append(choice),
     )

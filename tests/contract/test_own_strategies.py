@@ -19,7 +19,7 @@ from fedcore.errors import ConfigError, RoundFailed
 from fedcore.task.model import build_model
 from server.live.rounds.settings import device_settings
 from server.preflight import check_strategy
-from server.rounds.run_identity import check_same, identity_of
+from server.rounds.checkpointing.run_identity import check_same, identity_of
 from tests.contract.own_strategies import NAMES, PRIVATE, TASK, run_of, start_of, train
 
 

@@ -23,7 +23,9 @@ from fedcore.task.model import build_model
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from server.live.journal.journal import create, reopen
 from server.records import RoundRecord
-from server.rounds.checkpointing import NoCheckpoints, Progress, Start
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
+from server.rounds.checkpointing.progress import Progress, Start
+from server.rounds.cohort import Cohort
 from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
 from server.rounds.strategies.flower import choose_strategy, strategy_names
@@ -135,7 +137,7 @@ def test_a_journal_brings_back_what_a_strategy_remembers(
     with closing(create(tmp_path, {})) as journal:
         journal.commit(half.seen[0], None)
         for progress, record in zip(half.seen[1:], records, strict=True):
-            journal.ask("train", range(10, 16), [1] * 6)
+            journal.ask("train", Cohort(range(10, 16), dict.fromkeys(range(10, 16), 1)))
             journal.commit(progress, RoundRecord(**record))
     journal = reopen(tmp_path)
     assert journal is not None

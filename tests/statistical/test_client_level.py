@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 
 from fedcore.seeds import Simulated, SystemEntropy
-from server.rounds.client_privacy import draw, draws_of, protect
-from tests.unit.server.rounds.test_client_privacy import SIZE, START, released, run_of, summed
+from server.rounds.client_privacy.mechanism import draw, draws_of, protect
+from tests.unit.server.rounds.client_privacy.test_mechanism import (
+    SIZE,
+    START,
+    released,
+    run_of,
+    summed,
+)
 
 
 @pytest.mark.parametrize("origin", [Simulated(3), SystemEntropy()])

@@ -27,6 +27,7 @@ create table if not exists entry (
 ) without rowid
 """
 _TYPES = (str, int, int, str, bytes, str)
+_LAST_ROUND = 2**63 - 1  # the largest integer of SQLite
 _FIELDS = "kind, round, node, doc, data, sha256"
 _UNLIKE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -187,38 +188,45 @@ class Entries:
             new: Entries to add.
             drop: (kind, first round, last round) of entries to delete, bounds included.
         """
+        with self._transaction():
+            for kind, first, last in drop:
+                self._connection.execute(
+                    "delete from entry where kind = ? and round between ? and ?",
+                    (kind, first, last),
+                )
+            for entry in new:
+                self._connection.execute(
+                    f"insert or replace into entry ({_FIELDS}) values (?, ?, ?, ?, ?, ?)",  # noqa: S608
+                    (entry.kind, entry.round, entry.node, entry.doc, entry.data, entry.sha256),
+                )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         with sqlite_errors(self.path):
             self._connection.execute("begin immediate")
             try:
-                for kind, first, last in drop:
-                    self._connection.execute(
-                        "delete from entry where kind = ? and round between ? and ?",
-                        (kind, first, last),
-                    )
-                for entry in new:
-                    self._connection.execute(
-                        f"insert or replace into entry ({_FIELDS}) values (?, ?, ?, ?, ?, ?)",  # noqa: S608
-                        (entry.kind, entry.round, entry.node, entry.doc, entry.data, entry.sha256),
-                    )
+                yield
                 self._connection.execute("commit")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("rollback")
                 raise
 
-    def remove(self, kind: str, number: int, node: int) -> None:
-        """Deletes the entry with this key, if there is one."""
-        with sqlite_errors(self.path):
-            self._connection.execute(
-                "delete from entry where kind = ? and round = ? and node = ?", (kind, number, node)
+    def remove(self, keys: Sequence[tuple[str, int, int]]) -> None:
+        """Deletes the entries with these keys, as far as there are any, in one transaction."""
+        with self._transaction():
+            self._connection.executemany(
+                "delete from entry where kind = ? and round = ? and node = ?", keys
             )
 
-    def of(self, kind: str) -> list[JournalEntry]:
-        """Returns all entries of a kind, ordered by round and node."""
+    def of(self, kind: str, number: int | None = None) -> list[JournalEntry]:
+        """Returns the entries of a kind in a round, or in all rounds; ordered by round and node."""
+        within = (0, _LAST_ROUND) if number is None else (number, number)
         with sqlite_errors(self.path):
             rows = self._connection.execute(
-                f"select {_FIELDS} from entry where kind = ? order by round, node",  # noqa: S608
-                (kind,),
+                f"select {_FIELDS} from entry where kind = ? and round between ? and ? "  # noqa: S608
+                "order by round, node",
+                (kind, *within),
             ).fetchall()
         return [self._entry(row) for row in rows]
 

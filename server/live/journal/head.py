@@ -1,8 +1,8 @@
-"""Second copy of a journal's commits and round records, and repair of a damaged journal from it.
+"""Second copy of what a journal keeps for good, and repair of a damaged journal from it.
 
 The journal keeps only the last commits, so their copy (``head.json``) is rewritten with each. It
-keeps a record of every round, so that copy (``records.jsonl``) is appended to: the cost of a round
-does not grow with the number of rounds.
+keeps the record of every round and the signatures of its replies, so that copy (``records.jsonl``)
+is appended to: the cost of a round does not grow with the number of rounds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ HEAD, RECORDS = "head.json", "records.jsonl"
 JOURNAL = "journal.sqlite"
 RESTORED = "restored"
 """Marker file next to the journal in a backup; removed when a restored run is first resumed."""
-RUN, RECORD, COMMIT, END, ASKED, REPLY = "run", "record", "commit", "end", "asked/", "reply/"
-"""Kinds of entries; the type of the message is appended to the last two."""
+RUN, RECORD, COMMIT, END = "run", "record", "commit", "end"
+ASKED, REPLY, SIGNATURE = "asked/", "reply/", "signature/"
+"""Kinds of entries; the type of the message is appended to these three."""
+PURPOSES = ("train", "evaluate")
+"""The types of message that a round sends."""
+SIGNATURES = tuple(SIGNATURE + purpose for purpose in PURPOSES)
+_HISTORY = (RECORD, *SIGNATURES)
+"""Kinds of entries of which the journal keeps those of every round."""
 _DAMAGED, _NEW = ".damaged", ".new"
 _BESIDE = ("-wal", "-shm")
 """Suffixes of the files that SQLite keeps next to a database, and replays onto it."""
@@ -46,38 +52,37 @@ def is_begun(folder: Path) -> bool:
 @dataclass(frozen=True)
 class _Copy:
     entries: list[JournalEntry]
-    can_grow: bool
-    """Whether ``records.jsonl`` contains exactly the records of ``entries``, so that the next one
-    may be appended. Not so for an older version, which wrote records to ``head.json``."""
+    history: list[JournalEntry]
+    """The entries in ``records.jsonl``, in its order."""
 
 
 def write_head(folder: Path, entries: Entries) -> None:
-    """Rewrites the copy: the run's entry, its commits, its end and all round records.
+    """Rewrites the copy: the run's entry, its commits, its end, all records and signatures.
 
     Raises:
         DiskFull: the disk is full. The previous copy stays.
     """
     # Records first: after a crash the commits must never refer to records that are missing.
-    write_atomic(folder / RECORDS, b"".join(map(_line, entries.of(RECORD))), mode=0o600)
+    write_atomic(folder / RECORDS, b"".join(map(_line, _history(entries))), mode=0o600)
     _write_commits(folder, entries)
 
 
-def add_to_head(folder: Path, entries: Entries, record: JournalEntry | None) -> None:
-    """Appends ``record`` to the copy of the records, and rewrites the copy of the commits.
+def add_to_head(folder: Path, entries: Entries, history: Sequence[JournalEntry]) -> None:
+    """Appends ``history`` to the copy of the records, and rewrites the copy of the commits.
 
     Args:
         folder: Folder of the journal.
         entries: The journal's entries.
-        record: The only record since the copy was last written; None if there is none.
+        history: The round's record and signatures; empty if no round has ended.
 
     Raises:
         DiskFull: the disk is full. The previous copy stays valid.
     """
-    if record is not None:
+    if history:
         path = folder / RECORDS
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         with disk_errors(path), os.fdopen(open_regular(path, flags, what=_COPY), "ab") as stream:
-            stream.write(_line(record))
+            stream.write(b"".join(map(_line, sorted(history, key=_place))))
             stream.flush()
             os.fsync(stream.fileno())
     _write_commits(folder, entries)
@@ -90,6 +95,17 @@ def shorten_head(folder: Path, entries: Entries, last: int) -> None:
     rebuilds a journal that is behind its copy. Records after ``last`` stay; they are ignored.
     """
     _write_commits(folder, entries, last)
+
+
+def _history(entries: Entries) -> list[JournalEntry]:
+    """Returns the entries that ``records.jsonl`` must contain, in order."""
+    last = _last_commit(entries.of(COMMIT))
+    found = [one for kind in _HISTORY for one in entries.of(kind) if one.round <= last]
+    return sorted(found, key=_place)
+
+
+def _place(entry: JournalEntry) -> tuple[int, str, int]:
+    return entry.round, entry.kind, entry.node
 
 
 def _write_commits(folder: Path, entries: Entries, last: int = _NEVER) -> None:
@@ -124,20 +140,19 @@ def _read_head(folder: Path) -> _Copy | None:
         found = _entries(json.loads(raw))
     except (DataError, *_UNREADABLE):
         return None
-    last, added = _last_commit(found), _read_records(folder)
-    if not any(entry.kind == RECORD for entry in found):
-        found += {one.round: one for one in added if one.round <= last}.values()
+    last, history = _last_commit(found), _read_records(folder)
+    found += {_place(one): one for one in history if one.round <= last}.values()
     records = [entry for entry in found if entry.kind == RECORD]
     complete = len(records) == max(last, 0) and all(
         entry.round == number for number, entry in enumerate(records, start=1)
     )
     if not complete or not all(entry.is_intact for entry in found):
         return None
-    return _Copy(found, can_grow=records == added)
+    return _Copy(found, history)
 
 
 def _read_records(folder: Path) -> list[JournalEntry]:
-    """Reads the copy of the records; skips lines that cannot be parsed, such as a truncated one."""
+    """Reads the copy of records and signatures; skips lines that cannot be parsed."""
     path, found = folder / RECORDS, list[JournalEntry]()
     try:
         lines = read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines()
@@ -205,7 +220,7 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
     else:
         if damaged:
             entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
-        if copy is None or copied < kept or not copy.can_grow:
+        if copy is None or copied < kept or copy.history != _history(entries):
             write_head(folder, entries)  # a crash before the copy was written, or a damaged copy
         told = f"{path}: replies were damaged; those nodes are asked again."
         return entries, told if damaged else ""

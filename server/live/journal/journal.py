@@ -16,21 +16,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MessageType
 
 from fedcore.errors import DataError
-from fedcore.observability.foreign import foreign
 from fedcore.updates.pieces import PathArray
+from fedcore.updates.seal import signature_of
 from server.live.journal.blobs import Blobs
-from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
+from server.live.journal.entries import Entries, JournalEntry, new_entry
 from server.live.journal.head import (
     ASKED,
     COMMIT,
     END,
     JOURNAL,
+    PURPOSES,
     RECORD,
     REPLY,
     RUN,
+    SIGNATURE,
+    SIGNATURES,
     add_to_head,
     is_begun,
     open_repaired,
@@ -39,15 +42,22 @@ from server.live.journal.head import (
     write_head,
 )
 from server.live.journal.packing import (
+    FORMAT,
     Packing,
+    cohort_entry,
+    cohort_from,
     content_doc,
     content_from,
     digests_of,
     progress_doc,
     progress_from,
+    read_run,
+    record_from,
+    signature_entry,
 )
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress, Start
+from server.rounds.checkpointing.progress import Progress, Start
+from server.rounds.cohort import Cohort
 
 SELECTING, SELECTED = "selecting", "selected"
 ACCEPTING, ACCEPTED = "accepting", "accepted"
@@ -59,9 +69,9 @@ Reached = Callable[[str], None]
 
 VALUES = "values"
 """Subfolder for values that are too large for the database."""
-_FORMAT = 1
 _FIRST, _LAST = 0, 2**62
-_TRAIN, _EVALUATE = "train", "evaluate"
+_OF_ROUND = tuple(kind + purpose for kind in (ASKED, REPLY) for purpose in PURPOSES)
+"""Kinds of entries that are dropped when their round is committed."""
 
 
 def nothing(point: str) -> None:
@@ -84,7 +94,7 @@ class Journal:
         self._entries = entries
         self._reached = reached
         self._blobs = Blobs(folder / VALUES)
-        self._told = _read_run(entries)
+        self._told = read_run(entries)
         self.mended = mended
         """Description of the damage that was repaired, in a sentence; empty if there was none."""
         self.start = start = self._last_whole()
@@ -103,7 +113,7 @@ class Journal:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The settings that a resumed run must share, see `server.rounds.run_identity`."""
+        """What a resumed run must share, see `server.rounds.checkpointing.run_identity`."""
         identity: Mapping[str, Any] = self._told["identity"]
         return identity
 
@@ -120,10 +130,12 @@ class Journal:
     def end(self) -> None:
         """Records that the rounds have ended and the model has been written."""
         self._entries.write([new_entry(END, 0, 0, {})])
-        add_to_head(self._folder, self._entries, None)
+        add_to_head(self._folder, self._entries, ())
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Makes a round's outcome durable and drops its cohort and replies. Idempotent.
+
+        Keeps the signatures of the replies that the round used.
 
         Args:
             progress: State after the round, or before the first one.
@@ -137,76 +149,79 @@ class Journal:
         packed = Packing(self._blobs)
         doc = progress_doc(progress, packed)
         commit = new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))
-        told = None if record is None else new_entry(RECORD, record.round, 0, asdict(record))
+        history = [] if record is None else self._history(record)
         # Keep the previous commit: the run resumes from it if this one's values are damaged.
         stale = [(COMMIT, _FIRST, progress.round - 2)]
-        stale += [(kind, _FIRST, progress.round) for kind in self._kinds()]
+        stale += [(kind, _FIRST, progress.round) for kind in _OF_ROUND]
+        stale += [(one.kind, one.round, one.round) for one in history]  # those of unused replies
         self._reached(COMMITTING)
-        self._entries.write([commit] if told is None else [commit, told], drop=stale)
+        self._entries.write([commit, *history], drop=stale)
         self._reached(COMMITTED)
-        add_to_head(self._folder, self._entries, told)
+        add_to_head(self._folder, self._entries, history)
         self._reached(COPIED)
         self._begun, self.round, self._over = True, progress.round, progress.over
         self._replies.clear()
         self._sweep()
 
-    def asked(self, kind: str) -> list[int] | None:
-        """Cohort of the current round for messages of ``kind``; None if none was selected yet."""
-        entry = self._entries.one(ASKED + kind, self.round + 1, 0)
-        if entry is None:
-            return None
-        with as_written(entry):
-            return _numbers(entry.values["nodes"])
+    def _history(self, record: RoundRecord) -> list[JournalEntry]:
+        """Returns the entries that stay of a round: its record, and the signatures of its replies.
 
-    def weights(self, kind: str) -> dict[int, int] | None:
-        """Weights of the current cohort's replies to ``kind``, in examples, by node.
-
-        None if there is no cohort yet, or if an older version, without this field, wrote it.
+        The round may hold other replies, of nodes that it selected before it was restarted.
         """
-        entry = self._entries.one(ASKED + kind, self.round + 1, 0)
-        if entry is None or "weights" not in entry.values:
-            return None
-        with as_written(entry):
-            nodes, weights = (_numbers(entry.values[name]) for name in ("nodes", "weights"))
-            return dict(zip(nodes, weights, strict=True))
+        used = [
+            entry
+            for purpose in PURPOSES
+            for entry in self._entries.of(SIGNATURE + purpose, record.round)
+            if self.holds(purpose, entry.node)
+        ]
+        return [new_entry(RECORD, record.round, 0, asdict(record)), *used]
 
-    def ask(self, kind: str, nodes: Sequence[int], weights: Sequence[int]) -> None:
+    def asked(self, kind: str) -> Cohort | None:
+        """Cohort of the current round for messages of ``kind``; None if none was drawn yet."""
+        entry = self._entries.one(ASKED + kind, self.round + 1, 0)
+        return None if entry is None else cohort_from(entry)
+
+    def ask(self, kind: str, cohort: Cohort) -> None:
         """Records the current round's cohort for ``kind``, before any node is sent a message.
 
-        ``weights`` are the weights of their replies, in examples. Fixing them here keeps one rule
-        for the whole round, even if the member list changes meanwhile.
+        Fixes the weights of its replies, too: one rule holds for the whole round, even if the
+        member list changes meanwhile.
         """
-        values = {"nodes": list(nodes), "weights": list(weights)}
         self._reached(SELECTING)
-        self._entries.write([new_entry(ASKED + kind, self.round + 1, 0, values)])
+        self._entries.write([cohort_entry(kind, self.round + 1, cohort)])
         self._reached(SELECTED)
 
     def drop(self) -> None:
         """Drops the current round's cohorts, so that it selects new ones; keeps its replies."""
         number = self.round + 1
-        kinds = [kind for kind in self._kinds() if kind.startswith(ASKED)]
-        self._entries.write(drop=[(kind, number, number) for kind in kinds])
+        self._entries.write(drop=[(ASKED + purpose, number, number) for purpose in PURPOSES])
 
     def accept(self, reply: Message) -> Message:
-        """Makes a verified reply of the current round durable; it has no error. Idempotent.
+        """Makes a verified reply of the current round durable, with its signature. Idempotent.
 
+        The reply is stored unchanged, so that it can be checked against the signature later.
         Returns ``reply``, whose large arrays now refer to the journal's files: the caller may
         delete the files in which they arrived.
 
         Raises:
+            SignatureInvalid: it has no verified signature. It was not recorded.
             DiskFull: the disk is full. The reply was not recorded.
         """
-        metadata, packed = reply.metadata, Packing(self._blobs)
-        if self.holds(metadata.message_type, metadata.src_node_id):
+        purpose, node = reply.metadata.message_type, reply.metadata.src_node_id
+        if self.holds(purpose, node):
             return reply
+        number, packed = self.round + 1, Packing(self._blobs)
+        signature = signature_of(reply.content, where=f"round {number}: reply from node {node}")
         doc = content_doc(reply.content, packed)
         self._reached(ACCEPTING)
-        kind = REPLY + metadata.message_type
         self._entries.write(
-            [new_entry(kind, self.round + 1, metadata.src_node_id, doc, bytes(packed.data))]
+            [
+                new_entry(REPLY + purpose, number, node, doc, bytes(packed.data)),
+                signature_entry(purpose, number, node, signature),
+            ]
         )
         self._reached(ACCEPTED)
-        self._replies.add((metadata.message_type, metadata.src_node_id))
+        self._replies.add((purpose, node))
         for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
             record = reply.content[name]
             if isinstance(first, str) and isinstance(record, ArrayRecord):
@@ -223,33 +238,31 @@ class Journal:
         if not self.holds(kind, node):
             return False
         self._replies.discard((kind, node))
-        self._entries.remove(REPLY + kind, self.round + 1, node)
+        self._entries.remove([(one + kind, self.round + 1, node) for one in (REPLY, SIGNATURE)])
         return True
 
     def reply(self, message: Message) -> Message | None:
         """Returns the accepted reply to ``message`` of the current round.
 
-        None if there is none or it is damaged; the node must then be asked again.
+        None if there is none, or it or its signature is damaged; the node must then be asked again.
         """
-        metadata = message.metadata
-        kind = REPLY + metadata.message_type
-        entry = self._entries.one(kind, self.round + 1, metadata.dst_node_id)
-        if entry is None or not entry.is_intact:
+        purpose, node = message.metadata.message_type, message.metadata.dst_node_id
+        entry, signature = (
+            self._entries.one(kind + purpose, self.round + 1, node) for kind in (REPLY, SIGNATURE)
+        )
+        if entry is None or signature is None or not (entry.is_intact and signature.is_intact):
             return None
         try:
             content = content_from(entry, self._blobs, where=str(self._folder / JOURNAL))
         except DataError:
             return None
-        self._replies.add((metadata.message_type, metadata.dst_node_id))
+        self._replies.add((purpose, node))
         return Message(content, reply_to=message)
-
-    def _kinds(self) -> list[str]:
-        return [start + kind for start in (ASKED, REPLY) for kind in (_TRAIN, _EVALUATE)]
 
     def _last_whole(self) -> Start | None:
         """Returns the state of the last commit whose values are intact; drops later commits."""
         commits = self._entries.of(COMMIT)
-        records = [_record_of(entry) for entry in self._entries.of(RECORD)]
+        records = [record_from(entry) for entry in self._entries.of(RECORD)]
         for entry in reversed(commits):
             try:
                 progress = progress_from(entry, self._blobs)
@@ -298,14 +311,14 @@ class Journal:
     def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)
         shorten_head(self._folder, self._entries, number)
-        self._entries.write(drop=[(kind, *after) for kind in (COMMIT, RECORD, *self._kinds())])
+        kinds = (COMMIT, RECORD, *_OF_ROUND, *SIGNATURES)
+        self._entries.write(drop=[(kind, *after) for kind in kinds])
         write_head(self._folder, self._entries)
 
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
-        entry = self._entries.one(ASKED + _TRAIN, number + 1, 0)
+        entry = self._entries.one(ASKED + MessageType.TRAIN, number + 1, 0)
         if entry is not None:
-            with as_written(entry):
-                return len(_numbers(entry.values["nodes"]))
+            return len(cohort_from(entry).nodes)
         return records[-1].cohort if records else None
 
     def _sweep(self) -> None:
@@ -313,47 +326,16 @@ class Journal:
         self._blobs.keep_only(values_of(self._entries))
 
 
-def _read_run(entries: Entries) -> dict[str, Any]:
-    """Reads and validates the entry that describes the run, written when it began."""
-    entry = entries.one(RUN, 0, 0)
-    assert entry is not None
-    values = entry.values
-    with as_written(entry):
-        found = values["format"]
-        if found != _FORMAT:
-            raise DataError(
-                f"{entries.path}: format {foreign(found, 40)}, expected {_FORMAT}: another version "
-                "of fedcore wrote this journal. Nothing was run; go on with that version."
-            )
-        if not isinstance(values["identity"], dict) or not isinstance(values["instance"], str):
-            raise TypeError("it does not tell which run it is of")
-    return values
-
-
-def _record_of(entry: JournalEntry) -> RoundRecord:
-    with as_written(entry):
-        record = RoundRecord(**entry.values)
-        if type(record.round) is not int or record.round != entry.round:
-            raise ValueError(f"it is of round {record.round!r}")
-        return record
-
-
-def _numbers(values: Sequence[object]) -> list[int]:
-    if not isinstance(values, list) or not all(type(one) is int for one in values):
-        raise TypeError("expected a list of whole numbers")
-    return values
-
-
 def values_of(entries: Entries) -> set[str]:
     """Returns the file names of all values that entries refer to."""
-    kinds = [COMMIT, *(REPLY + kind for kind in (_TRAIN, _EVALUATE))]
+    kinds = [COMMIT, *(REPLY + purpose for purpose in PURPOSES)]
     return {digest for kind in kinds for one in entries.of(kind) for digest in digests_of(one)}
 
 
 def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
     """Creates the journal of a new run in ``folder``, which must not contain one."""
     entries = Entries(folder / JOURNAL)
-    values = {"format": _FORMAT, "identity": identity, "instance": secrets.token_hex(8)}
+    values = {"format": FORMAT, "identity": identity, "instance": secrets.token_hex(8)}
     entries.write([new_entry(RUN, 0, 0, values)])
     write_head(folder, entries)
     return Journal(folder, entries, "", reached=reached)

@@ -14,15 +14,27 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedcore.errors import DataError
 from fedcore.flower.records import read_record, record_bytes
+from fedcore.observability.foreign import foreign
+from fedcore.updates.messages import ENVELOPE
 from fedcore.updates.pieces import CutFileArray, PathArray, pieces, size_of
+from fedcore.updates.seal import ReplySignature
 from server.live.journal.blobs import Blobs, Pieces
-from server.live.journal.entries import JournalEntry, as_written
-from server.rounds.checkpointing import Progress
-from server.rounds.protection import noise_of, protection_doc, protection_of
-from server.rounds.strategies.state import StrategyState
+from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
+from server.live.journal.head import ASKED, RUN, SIGNATURE
+from server.records import RoundRecord
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.checkpointing.progress_codec import (
+    decode_progress,
+    decode_record,
+    encode_progress,
+)
+from server.rounds.cohort import Cohort
 
 _INLINE_BYTES = 2**16
+FORMAT = 2
+"""Version of the journal's format."""
 
 
 class Packing:
@@ -76,11 +88,14 @@ def digests_of(entry: JournalEntry) -> list[str]:
 
 
 def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
-    """Returns the document for a reply's content, and stores its arrays in ``packed``."""
+    """Returns the document for a reply's content, and stores its arrays in ``packed``.
+
+    Leaves out its signature, which has an entry of its own, see `signature_entry`.
+    """
     arrays = {name: one for name, one in content.items() if isinstance(one, ArrayRecord)}
-    rest = RecordDict({name: one for name, one in content.items() if name not in arrays})
+    rest = {name: one for name, one in content.items() if name not in (*arrays, ENVELOPE)}
     start = len(packed.data)
-    packed.data += record_bytes(rest)
+    packed.data += record_bytes(RecordDict(rest))
     return {
         "rest": [start, len(packed.data)],
         "records": list(arrays),
@@ -92,23 +107,36 @@ def content_doc(content: RecordDict, packed: Packing) -> dict[str, Any]:
     }
 
 
+def signature_entry(
+    purpose: str, number: int, node: int, signature: ReplySignature
+) -> JournalEntry:
+    """Returns the entry for the signature of a node's reply in round ``number``."""
+    values = {"signer": signature.signer, "verified_at_s": signature.verified_at_s}
+    return new_entry(SIGNATURE + purpose, number, node, values, signature.envelope)
+
+
+def signature_from(entry: JournalEntry) -> ReplySignature:
+    """Reads the signature that `signature_entry` wrote to ``entry``.
+
+    Raises:
+        DataError: the document is malformed.
+    """
+    values = entry.values
+    with as_written(entry):
+        signer, verified_at_s = values["signer"], values["verified_at_s"]
+        if not isinstance(signer, str) or not isinstance(verified_at_s, float):
+            raise TypeError("it does not tell who signed, and when it was verified")
+    return ReplySignature(entry.data, signer, verified_at_s)
+
+
 def progress_doc(progress: Progress, packed: Packing) -> dict[str, Any]:
     """Returns the document for ``progress``, and stores its arrays in ``packed``."""
-    noise = noise_of(progress.protection)
-    vectors: list[NDArray[Any]] = [progress.weights, progress.best, *noise]
-    vectors += progress.strategy.arrays
-    described = [[one.dtype.str, list(one.shape), packed.add(one)] for one in vectors]
-    raw = np.frombuffer(progress.preprocess, np.uint8)
-    preprocess = ["|u1", [len(raw)], packed.add(raw)]
-    return {
-        "round": progress.round,
-        "over": progress.over,
-        "best_round": progress.best_round,
-        "most_failed": progress.most_failed,
-        "strategy": progress.strategy.tree,
-        "protection": protection_doc(progress.protection),
-        "arrays": [preprocess, *described],
-    }
+    encoded = encode_progress(progress)
+    arrays = [
+        [name, one.dtype.str, list(one.shape), packed.add(one)]
+        for name, one in encoded.arrays.items()
+    ]
+    return encoded.doc | {"arrays": arrays}
 
 
 def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
@@ -117,41 +145,17 @@ def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
     Raises:
         DataError: the document is malformed, or an array is missing or damaged.
     """
+    values, raw, arrays = entry.values, dict[str, bytes](), dict[str, NDArray[Any]]()
     with as_written(entry):
-        return _progress_from(entry, blobs)
-
-
-def _progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
-    values, raw = entry.values, dict[str, bytes]()
-    for *_, place in values["arrays"]:  # the latest weights may be the best ones: read them once
-        key = json.dumps(place)
-        raw[key] = raw.get(key) or _unpacked(place, entry.data, blobs)
-    preprocess, weights, best, *rest = [
-        np.frombuffer(raw[json.dumps(place)], np.dtype(dtype)).reshape(shape)
-        for dtype, shape, place in values["arrays"]
-    ]
-    protection = values.get("protection")  # absent in journals of older versions
-    noise = protection["noise"] if protection else 0
-    if not all(_is_vector(one) for one in (weights, best)) or weights.shape != best.shape:
-        raise ValueError("its weights are no float32 vectors of one length")
-    numbers = (values["round"], values["best_round"], values["most_failed"])
-    if {*map(type, numbers)} != {int} or values["round"] != entry.round:
-        raise ValueError("its numbers of rounds are none")
-    return Progress(
-        round=values["round"],
-        over=bool(values["over"]),
-        weights=weights,
-        best=best,
-        best_round=values["best_round"],
-        most_failed=values["most_failed"],
-        strategy=StrategyState(values["strategy"], tuple(rest[noise:])),
-        preprocess=preprocess.tobytes(),
-        protection=protection_of(protection, rest[:noise]),
-    )
-
-
-def _is_vector(values: NDArray[Any]) -> bool:
-    return values.dtype == np.float32 and values.ndim == 1
+        for name, dtype, shape, place in values["arrays"]:
+            key = json.dumps(place)  # the latest weights may be the best ones: read them once
+            if key not in raw:
+                raw[key] = _unpacked(place, entry.data, blobs)
+            arrays[name] = np.frombuffer(raw[key], np.dtype(dtype)).reshape(shape)
+        progress = decode_progress(values, arrays)
+        if progress.round != entry.round:
+            raise ValueError(f"it is of round {progress.round}")
+    return progress
 
 
 def content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDict:
@@ -180,3 +184,68 @@ def _content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDic
         )
     content.update(records)
     return content
+
+
+def read_run(entries: Entries) -> dict[str, Any]:
+    """Reads the entry that describes the run, written when it began: its identity and instance.
+
+    Raises:
+        DataError: the document is malformed, or of another format.
+    """
+    entry = entries.one(RUN, 0, 0)
+    if entry is None:
+        raise DataError(f"{entries.path}: no run is in this journal.")
+    values = entry.values
+    with as_written(entry):
+        found = values["format"]
+        if found != FORMAT:
+            raise DataError(
+                f"{entries.path}: format {foreign(found, 40)}, expected {FORMAT}: another version "
+                "of fedcore wrote this journal. Nothing was run; go on with that version."
+            )
+        if not isinstance(values["identity"], dict) or not isinstance(values["instance"], str):
+            raise TypeError("it does not tell which run it is of")
+    return values
+
+
+def record_from(entry: JournalEntry) -> RoundRecord:
+    """Reads the record of a round.
+
+    Raises:
+        DataError: the document is malformed.
+    """
+    values = entry.values
+    with as_written(entry):
+        record = decode_record(values)
+        if record.round != entry.round:
+            raise ValueError(f"it is of round {record.round!r}")
+    return record
+
+
+def cohort_entry(purpose: str, number: int, cohort: Cohort) -> JournalEntry:
+    """Returns the entry for the cohort that round ``number`` sends messages of type ``purpose``."""
+    weights, nodes = cohort.weights, list(cohort.nodes)
+    values: dict[str, list[int] | None] = {"nodes": nodes, "weights": None}
+    if weights is not None:
+        values["weights"] = [weights[node] for node in nodes]
+    return new_entry(ASKED + purpose, number, 0, values)
+
+
+def cohort_from(entry: JournalEntry) -> Cohort:
+    """Reads the cohort that `cohort_entry` wrote to ``entry``.
+
+    Raises:
+        DataError: the document is malformed.
+    """
+    values = entry.values
+    with as_written(entry):
+        nodes, weights = _numbers(values["nodes"]), values["weights"]
+        if weights is None:
+            return Cohort(nodes)
+        return Cohort(nodes, dict(zip(nodes, _numbers(weights), strict=True)))
+
+
+def _numbers(values: object) -> list[int]:
+    if not isinstance(values, list) or not all(type(one) is int for one in values):
+        raise TypeError("expected a list of whole numbers")
+    return values

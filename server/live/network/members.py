@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message, MetricRecord
-
 from fedcore.crypto.roster import Member, Roster
 from fedcore.flower.fleet import Fleet, node_id_of
-from fedcore.updates.messages import METRICS, NUM_EXAMPLES
 
 
 def devices_of(roster: Roster) -> dict[int, Member]:
@@ -31,13 +28,6 @@ def weights_of(roster: Roster, nodes: Sequence[int]) -> list[int]:
     return [devices[node].num_examples or 1 if node in devices else 1 for node in nodes]
 
 
-def weigh(reply: Message, weight: int) -> None:
-    """Sets the weight of a reply, in examples; overrides the device's own number."""
-    metrics = reply.content.get(METRICS)
-    if isinstance(metrics, MetricRecord):
-        metrics[NUM_EXAMPLES] = weight
-
-
 @dataclass(frozen=True)
 class Members:
     """The devices of a project that rounds may select."""
@@ -49,10 +39,6 @@ class Members:
         """Registers the members among ``nodes`` with the fleet, and returns them."""
         devices = devices_of(self.roster)
         return {self.fleet.enlist(devices[node].public) for node in nodes if node in devices}
-
-    def weights(self, nodes: Sequence[int]) -> list[int]:
-        """Returns the weight of each node, in examples, see `weights_of`."""
-        return weights_of(self.roster, nodes)
 
     def count(self, *, drained: Collection[str]) -> int:
         """Returns the number of devices that are members and not drained."""

@@ -1,4 +1,4 @@
-"""Verification of devices' replies: signature, replay, and the weight fixed at enrolment."""
+"""Verification of devices' replies: signature and replay; and the devices' names and weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import Message
 
 from fedcore.crypto.envelope import Replays
 from fedcore.crypto.roster import Member, Roster
@@ -17,18 +17,17 @@ from fedcore.updates.messages import ARRAYS
 from fedcore.updates.replies import check_structure
 from fedcore.updates.seal import base_digest, round_of, verify_reply
 from server.live.network.limits import Refusals
-from server.live.network.members import weigh, weights_of
+from server.live.network.members import weights_of
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """The context that the signature of the reply to one message must cover, and its weight."""
+    """The context that the signature of the reply to one message must cover."""
 
     purpose: str
     round: int
     node_id: int
     base_sha256: str
-    weight: int
 
 
 class SignatureChecks:
@@ -46,7 +45,7 @@ class SignatureChecks:
         """Starts without a current round.
 
         Args:
-            roster: The members, and the weights of their updates.
+            roster: The members.
             key_of: Returns the public key of a node; None if there is no such node.
             run_id: Digest of the run's settings, from `fedcore.updates.seal.run_digest`.
             refusals: Log of rejected replies.
@@ -63,14 +62,11 @@ class SignatureChecks:
     def expect(self, messages: Sequence[Message]) -> list[Check]:
         """Returns a check for the reply to each message, in order.
 
-        A check raises if the reply must be rejected, and sets the reply's weight by the current
-        member list, whatever the device reports. A run with a journal then overrides it by the
-        weight recorded with the cohort.
+        A check raises if the reply must be rejected.
         """
-        weights = weights_of(self._roster, [message.metadata.dst_node_id for message in messages])
         bases: dict[int, str] = {}  # messages of a round share their weights
         checks = []
-        for message, weight in zip(messages, weights, strict=True):
+        for message in messages:
             content = message.content
             shared = id(content.get(ARRAYS, content))
             if shared not in bases:
@@ -80,7 +76,6 @@ class SignatureChecks:
                 round=round_of(content),
                 node_id=message.metadata.dst_node_id,
                 base_sha256=bases[shared],
-                weight=weight,
             )
             checks.append(self._check(expected, self._replays_of(expected)))
         return checks
@@ -135,13 +130,11 @@ class SignatureChecks:
                 "was not aggregated; a node answers what it was asked."
             )
         replays.accept(envelope)
-        if expected.purpose in (MessageType.TRAIN, MessageType.EVALUATE):
-            weigh(reply, expected.weight)
 
 
 @dataclass(frozen=True)
 class DevicePeers:
-    """A `Peers` over devices: their names from enrolment, and the log of rejected replies."""
+    """A `Peers` over devices: names and weights from enrolment, and the log of rejected replies."""
 
     roster: Roster
     key_of: Callable[[int], bytes | None]
@@ -156,6 +149,10 @@ class DevicePeers:
         """Returns ``edge-0``, or ``node 17`` if it is no longer a member; unescaped."""
         member = self._member(node_id)
         return member.name if member else f"node {node_id}"
+
+    def weights(self, nodes: Sequence[int]) -> dict[int, int]:
+        """Returns the weights of the nodes' replies, whatever they report, see `weights_of`."""
+        return dict(zip(nodes, weights_of(self.roster, nodes), strict=True))
 
     def _member(self, node_id: int) -> Member | None:
         public = self.key_of(node_id)

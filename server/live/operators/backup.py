@@ -15,7 +15,7 @@ import sqlite3
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -112,18 +112,13 @@ def back_up(
         DiskFull: the disk is full. No partial file is left.
         ResourceError: the journal changed too quickly to be copied.
     """
-    if not (results / JOURNAL_FOLDER / JOURNAL).is_file():
-        raise DataError(f"{results}: there is no such run. Nothing was written.")
     with (
         disk_errors(file),
         tempfile.TemporaryDirectory(dir=file.parent, prefix=".backup.") as made,
-        tempfile.TemporaryDirectory(
-            dir=results, prefix=".backup."
-        ) as held,  # hard links work only within one file system
+        snapshot(results) as held,
     ):
         partial, count = Path(made) / "backup.tar", 0
-        _hold(results / JOURNAL_FOLDER, Path(held))
-        mark = Path(held) / RESTORED
+        mark = held / RESTORED
         mark.write_text(f"{now:%Y-%m-%dT%H:%M:%SZ}\n")
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
@@ -131,7 +126,7 @@ def back_up(
                 name = f"{results.name}/{JOURNAL_FOLDER}/{RESTORED}"
                 count += _add(tar, mark, name, wanted)  # first: a partial restore has it, too
                 mark.unlink()
-                for name, path in (*_files(Path(held), JOURNAL_FOLDER), *_files(results, "")):
+                for name, path in (*_files(held, JOURNAL_FOLDER), *_files(results, "")):
                     count += _add(tar, path, f"{results.name}/{name}", wanted)
             stream.flush()
             os.fsync(stream.fileno())
@@ -139,6 +134,26 @@ def back_up(
         partial.rename(file)
         sync_folder(file.parent)
     return BackedUp(str(file), count, size, f"{now:%Y-%m-%dT%H:%M:%SZ}")
+
+
+@contextmanager
+def snapshot(results: Path) -> Iterator[Path]:
+    """Yields a folder with a consistent copy of a run's journal, also while a server uses it.
+
+    Raises:
+        DataError: there is no such run, or its journal is damaged.
+        DiskFull: the disk is full.
+        ResourceError: the journal changed too quickly to be copied.
+    """
+    if not (results / JOURNAL_FOLDER / JOURNAL).is_file():
+        raise DataError(f"{results}: there is no such run. Nothing was written.")
+    # In the same folder, as hard links work only within one file system.
+    with (
+        disk_errors(results),
+        tempfile.TemporaryDirectory(dir=results, prefix=".backup.") as held,
+    ):
+        _hold(results / JOURNAL_FOLDER, Path(held))
+        yield Path(held)
 
 
 def _hold(journal: Path, held: Path) -> None:

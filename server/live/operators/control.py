@@ -27,7 +27,8 @@ from server.live.operators.protocol import LOOKING, OperatorRequest, Requester, 
 from server.live.operators.status import devices_answer, status_answer
 from server.live.rounds.steered import SteeredCheckpointer
 from server.operator_log import AUDIT, Audit
-from server.rounds.checkpointing import Progress, RoundCheckpointer
+from server.rounds.checkpointing.checkpointer import RoundCheckpointer
+from server.rounds.checkpointing.progress import Progress
 
 _ROUNDS_SHOWN = 1000
 _LOOK_S = 0.25

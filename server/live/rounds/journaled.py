@@ -7,7 +7,7 @@ nodes whose reply is not in the journal yet, and waits for devices that disconne
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from flwr.app import Error, Message, MessageType
 from flwr.serverapp import Grid
@@ -18,10 +18,10 @@ from fedcore.flower.grid import OwnGrid
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
-from server.live.network.members import weigh
 from server.live.rounds.waiting import Awaited, Tell, so_far
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.cohort import Cohort
 
 REJOIN_S = 40.0
 """Seconds after a restart during which the server waits for devices that it asked before. They
@@ -30,8 +30,6 @@ _LOOK_S = 0.2
 Admit = Callable[[Collection[int]], Collection[int]]
 """Registers nodes with the underlying grid, as after a restart they may not have called yet.
 Returns those that are still members."""
-Weights = Callable[[Sequence[int]], Sequence[int]]
-"""Returns the aggregation weight of each node, in examples, by the current member list."""
 _ROUNDS = (MessageType.TRAIN, MessageType.EVALUATE)
 
 
@@ -44,7 +42,6 @@ class JournalCheckpointer:
         *,
         report: Callable[[RoundRecord], None],
         deadline_s: float,
-        weights: Weights,
         evaluated: int = 0,
         rejoin_s: float = 0.0,
         waits: Tell = lambda text: None,
@@ -55,7 +52,6 @@ class JournalCheckpointer:
             journal: The run's journal.
             report: Called with the record of each round once the round is committed.
             deadline_s: Seconds that a round waits for enough devices before it fails.
-            weights: Returns the weights of a cohort, which are recorded with it.
             evaluated: Wanted number of devices to evaluate; at most the number that trained.
             rejoin_s: Seconds from now on during which a draw waits for the wanted number. Later
                 draws wait for `GRACE_S`. After that it uses the devices that are connected.
@@ -65,7 +61,6 @@ class JournalCheckpointer:
         self._report = report
         self._waits = waits
         self._deadline_s = deadline_s
-        self._weights = weights
         self._evaluated = evaluated
         self._rejoin_until = time.monotonic() + rejoin_s
 
@@ -79,22 +74,21 @@ class JournalCheckpointer:
         """Returns True: the journal never pauses a run."""
         return True
 
-    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Returns the current round's cohort: the recorded one, or else a draw, which it records.
 
         Raises:
             RoundFailed: too few devices were connected until the deadline.
         """
         known = self._journal.asked(kind)
-        # An empty cohort to train is a valid draw. Older servers recorded an empty cohort to
-        # evaluate when no device was connected, so that one is drawn again.
-        if known or (known is not None and kind == MessageType.TRAIN):
+        if known is not None:
             return known
-        trained = self._journal.asked(MessageType.TRAIN) or ()
-        wanted = min(self._evaluated, len(trained)) if kind == MessageType.EVALUATE else 0
-        nodes = self._drawn(draw, wanted)
-        self._journal.ask(kind, nodes, self._weights(nodes))
-        return nodes
+        trained = self._journal.asked(MessageType.TRAIN)
+        most = len(trained.nodes) if trained is not None else 0
+        wanted = min(self._evaluated, most) if kind == MessageType.EVALUATE else 0
+        cohort = self._drawn(draw, wanted)
+        self._journal.ask(kind, cohort)
+        return cohort
 
     def begin(self, nodes: Sequence[int]) -> None:
         """Does nothing: `cohort` has recorded the nodes already."""
@@ -115,7 +109,7 @@ class JournalCheckpointer:
     def fail(self, progress: Progress) -> None:
         """Does nothing: earlier rounds and accepted replies stay in the journal."""
 
-    def _drawn(self, draw: Callable[[], list[int]], wanted: int) -> list[int]:
+    def _drawn(self, draw: Callable[[], Cohort], wanted: int) -> Cohort:
         """Repeats ``draw`` until it returns ``wanted`` nodes, or the time to rejoin has passed.
 
         ``draw`` raises `RoundFailed` while there are too few devices; at the deadline that error
@@ -126,9 +120,9 @@ class JournalCheckpointer:
         until = min(end, max(began + GRACE_S, self._rejoin_until))
         while True:
             try:
-                nodes = draw()
-                if len(nodes) >= wanted or time.monotonic() >= until:
-                    return nodes
+                cohort = draw()
+                if len(cohort.nodes) >= wanted or time.monotonic() >= until:
+                    return cohort
                 time.sleep(_LOOK_S)
             except RoundFailed as error:
                 if time.monotonic() > end:
@@ -219,13 +213,10 @@ class JournalGrid(OwnGrid):
             return
         assert len(kinds) <= 1, "a round asks all for the same"
         kind = next(iter(kinds), MessageType.TRAIN)
-        weights = self._journal.weights(kind)
         asked, came = len(waiting), 0
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
-                # If the round failed and selected again, the reply was stored with other weights.
-                _weigh(kept, node, weights)
                 yield kept
                 del kept
                 if self._journal.holds(kind, node):
@@ -242,8 +233,6 @@ class JournalGrid(OwnGrid):
                 del waiting[node]
                 if reply.has_error():
                     reply = _of_no_kind(reply)
-                else:
-                    _weigh(reply, node, weights)
                 yield reply
                 del reply  # free it: the next one is read while this frame is suspended
                 if self._journal.holds(kind, node):
@@ -284,12 +273,3 @@ def _of_no_kind(reply: Message) -> Message:
         return reply
     reply.error = Error(REFUSED, reply.error.reason)
     return reply
-
-
-def _weigh(reply: Message, node: int, weights: Mapping[int, int] | None) -> None:
-    """Sets a reply's weight to the one recorded with the cohort; without one, does nothing.
-
-    The reply then keeps the weight that `SignatureChecks` has set.
-    """
-    if weights is not None and node in weights:
-        weigh(reply, weights[node])

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress, RoundCheckpointer
+from server.rounds.checkpointing.checkpointer import RoundCheckpointer
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.cohort import Cohort
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class SteeredCheckpointer:
         """Blocks while operators pause the run or take a backup; then whether rounds continue."""
         return self.checkpointer.may_continue(progress) and self.wait_if_paused(progress)
 
-    def cohort(self, kind: str, draw: Callable[[], list[int]]) -> list[int]:
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         draws = 0
 
-        def again() -> list[int]:
+        def again() -> Cohort:
             nonlocal draws
             draws += 1
             if draws > 1:  # the previous draw found too few devices

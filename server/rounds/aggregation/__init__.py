@@ -1,5 +1,6 @@
-"""Exact weighted mean of updates: the same bits in any order of arrival.
+"""Aggregates the updates of a round: their exact weighted mean, or all of them.
 
-Start with `exact_mean`, the sum; `limbs` stores it where it exceeds 64 bits. `server.rounds.fold`
-adds updates to it as they arrive.
+Start with `interface`: what an `Aggregation` is, and the three that exist. `exact_mean` is the sum
+behind two of them; `limbs` stores it where it exceeds 64 bits. Updates come from
+`server.rounds.inbound`, and `server.rounds.training` passes the result to the strategy.
 """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedcore.privacy.ledger import Ledger
+from server.records import RoundRecord, VirtualRecord
 
 Method = Literal["loop", "vectorised"]
 """Training method: clients one after the other with the devices' ClientApp, or in batches."""
@@ -39,3 +40,10 @@ class SimulationState:
     """Time on the virtual clock."""
     choice: Choice | None = None
     """How clients are trained; None until the first ones are."""
+    last: VirtualRecord | None = None
+    """The last round on the virtual clock, in this process; None without device classes or a
+    trace."""
+
+    def with_clock(self, record: RoundRecord) -> RoundRecord:
+        """Returns the last round's record with its time on the virtual clock, if it has one."""
+        return replace(record, virtual=self.last)

@@ -13,7 +13,7 @@ import pytest
 
 from fedcore.errors import INTERRUPTED, ConfigError, ResourceError
 from server.live.resume import open_run
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.state import StrategyState
 
 

@@ -20,7 +20,8 @@ from server.live.operators.client import SOCKET, ask_local, reachable
 from server.live.operators.control import Control
 from server.live.operators.protocol import Requester
 from server.operator_log import verify_audit
-from server.rounds.checkpointing import NoCheckpoints, Progress
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.state import StrategyState
 from tests.e2e.live.asking import status, wait_for
 

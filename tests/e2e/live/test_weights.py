@@ -38,8 +38,12 @@ class Noting(JournalGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Any:
         for reply in super().send_and_receive(messages, timeout=timeout):
-            weight = reply.content["metrics"]["num-examples"]  # type: ignore[index]
-            self.noted[reply.metadata.src_node_id] = weight  # type: ignore[assignment]
+            node, kind = reply.metadata.src_node_id, reply.metadata.message_type
+            if kind == "train":
+                asked = self._journal.asked(kind)
+                assert asked is not None
+                assert asked.weights is not None
+                self.noted[node] = asked.weights[node]
             yield reply
 
 
@@ -47,9 +51,7 @@ def federating(project: Any, served: Any, run: Any, journal: Journal) -> Any:
     """Rounds over the journal, in a thread; and what updates weighed."""
     roster = Roster(project.root / "server" / "roster.json", project.server().kit.authority_pem)
     members = Members(roster, served.listening.fleet)
-    checkpointer = JournalCheckpointer(
-        journal, report=lambda record: None, deadline_s=60.0, weights=members.weights
-    )
+    checkpointer = JournalCheckpointer(journal, report=lambda record: None, deadline_s=60.0)
     app = server_app(
         load_task(project.task),
         run,
@@ -58,6 +60,7 @@ def federating(project: Any, served: Any, run: Any, journal: Journal) -> Any:
         listener=Listener(lambda note: None, lambda record: None, lambda outcome: None),
         checkpointer=checkpointer,
         start=journal.start,
+        peers=served.listening.peers,
     )
     grid = Noting(served.listening.grid(), journal, admit=members.admit, quorum=1.0)
     grid.noted = {}

@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -360,7 +360,9 @@ def test_a_client_weighs_what_it_enrolled_with(project: Any, served: Any, rogue:
         def collect(messages: Any = messages, grid: Any = grid, found: Any = found) -> None:
             replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
             tally = Tally(len(messages))
-            for _, update in accepted(replies, INTAKE, tally, first=len(messages)):
+            weights = served.listening.peers.weights([one.node.node_id for one in rogues])
+            intake = replace(INTAKE, weights=weights)
+            for _, update in accepted(replies, intake, tally, first=len(messages)):
                 found.append(update.num_examples)
 
         thread = threading.Thread(target=collect)

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedcore.crypto.keys import new_key, public_bytes
+from fedcore.crypto.keys import fingerprint, new_key, public_bytes
 from fedcore.errors import DigestMismatch, SignatureInvalid, UpdateForeign, UpdateStale
 from fedcore.flower.records import read_record, record_bytes
 from fedcore.updates.messages import weights_record
 from fedcore.updates.pieces import FileArray
 from fedcore.updates.seal import (
     ENVELOPE,
+    ReplySignature,
     base_digest,
     content_digest,
     round_of,
     run_digest,
     sign_reply,
+    signature_of,
     verify_reply,
 )
 
@@ -59,16 +61,26 @@ def opened(content: RecordDict, **changed: object) -> None:
     verify_reply(content, **(expected | changed))  # type: ignore[arg-type]
 
 
-def test_a_true_one_opens_and_is_taken_out() -> None:
+def test_a_true_one_opens_and_tells_who_signed() -> None:
     content = sealed(reply())
+    content[ENVELOPE]["signer"] = bytes(32)  # type: ignore[index]
+    content[ENVELOPE]["more"] = "of the sender"  # type: ignore[index]
+    raw = content[ENVELOPE][ENVELOPE]  # type: ignore[index]
     opened(content)
-    assert set(content) == {"arrays", "metrics"}
+    assert set(content[ENVELOPE]) == {ENVELOPE, "signer", "verified-at-s"}
+    signature = signature_of(content, where="here")
+    assert signature == ReplySignature(raw, fingerprint(public_bytes(KEY)), 1e9)  # type: ignore[arg-type]
+
+
+def test_a_signature_that_was_not_verified_is_none() -> None:
+    for content in (reply(), sealed(reply())):
+        with pytest.raises(SignatureInvalid, match="round 4: node 7: it has no verified signature"):
+            signature_of(content, where="round 4: node 7")
 
 
 def test_it_opens_after_it_has_travelled() -> None:
     content = read_record(record_bytes(sealed(reply(accuracy=1 / 3, tiny=1e-300))), where="here")
     opened(content)
-    assert set(content) == {"arrays", "metrics"}
     assert content_digest(content) == content_digest(reply(accuracy=1 / 3, tiny=1e-300))
 
 

@@ -13,7 +13,7 @@ from fedcore.errors import ConfigError, DataError
 from fedcore.task.definition import Examples, Task
 from fedcore.task.model import build_model, checkpoint_bytes
 from server.api import asked
-from server.rounds.run_identity import identity_of
+from server.rounds.checkpointing.run_identity import identity_of
 
 
 def none(*_: object) -> Examples:

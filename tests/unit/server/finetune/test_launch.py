@@ -18,7 +18,7 @@ from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
 from server.cloud import CloudData, read_cloud_data
 from server.finetune.launch import Finetuned, fine_tune, passes
-from server.rounds.judging import Judge, Judgement
+from server.rounds.evaluation.judging import Judge, Judgement
 
 pytestmark = pytest.mark.slow
 

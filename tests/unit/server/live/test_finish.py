@@ -33,7 +33,7 @@ from server.records import RoundRecord
 from server.release import final_test
 from server.release.publish import history, initialise, publish
 from server.rounds.app import Outcome
-from server.rounds.judging import Judge, Judgement
+from server.rounds.evaluation.judging import Judge, Judgement
 from server.rounds.loop import Federated
 
 NOW = datetime.now(UTC)

@@ -13,7 +13,7 @@ from fedcore.errors import ConfigError, DataError
 from server.live.journal.head import HEAD, JOURNAL, RECORDS
 from server.live.resume import STEPS, RunComplete, has_journal, open_run
 from server.report.folder import JOURNAL_FOLDER
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.state import StrategyState
 from tests.unit.server.live.journal.journals import progress, record
 

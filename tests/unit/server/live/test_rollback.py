@@ -17,7 +17,7 @@ from server.live.journal.journal import create, reopen
 from server.live.rollback import RolledBack, roll_back
 from server.operator_log import AUDIT
 from server.report.folder import JOURNAL_FOLDER, held
-from server.rounds.protection import ClientPlan, Protection
+from server.rounds.client_privacy.protection import ClientPlan, Protection
 from tests.unit.server.live.journal.journals import IDENTITY, LARGE, progress, record
 
 RUN = RunConfig.model_validate({"name": "trial", "task": "task.py"})

@@ -12,7 +12,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
 from server.privacy.plan_clients import plan_clients
 from server.privacy.plan_command import plan
-from server.rounds.client_privacy import epsilon, protect
+from server.rounds.client_privacy.mechanism import epsilon, protect
 
 
 def run_of(mechanism: str = "gaussian", **client: object) -> RunConfig:

@@ -29,7 +29,7 @@ from fedcore.updates.messages import (
 )
 from fedcore.updates.pack import Vector, pack, unpack
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress, Start
+from server.rounds.checkpointing.progress import Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies.flower import make_strategy

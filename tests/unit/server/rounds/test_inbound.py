@@ -27,9 +27,11 @@ from fedcore.updates.pieces import CutFile, CutFileArray, FileArray
 from server.live.journal.journal import create, reopen
 from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.cohort import Cohort
 from server.rounds.expected import asked_to_train
-from server.rounds.fold import _touched, fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
+from tests.unit.server.live.journal.journals import signed
+from tests.unit.server.rounds.aggregating import fold, hold
 
 SIZE = 1_000_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
@@ -55,7 +57,7 @@ def asked(node: int) -> Message:
 def reply(node: int, values: Vector | None = None) -> Message:
     """A reply whose weights are in a file, as a server makes them of what was spooled."""
     update = Update(weights(node) if values is None else values, node, {"train_loss": 0.5})
-    message = Message(update_content(update), reply_to=asked(node))
+    message = signed(Message(update_content(update), reply_to=asked(node)))
     array = message.content[ARRAYS][MODEL]  # type: ignore[index]
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the array closes it
     file.write(array.data)
@@ -115,11 +117,19 @@ def test_what_is_held_for_a_strategy_is_held_once_and_no_file_with_it(traced: No
         assert array.numpy().tobytes() == weights(node).tobytes()
 
 
+def test_a_reply_weighs_what_is_recorded_whatever_it_reports() -> None:
+    intake, tally = replace(INTAKE, weights={4: 9, 5: 7}), Tally(2)
+    (_, first), (_, second) = accepted(iter([reply(5), reply(4)]), intake, tally, first=2)
+    assert (first.num_examples, second.num_examples) == (7, 9)
+    ((_, own),) = accepted(iter([reply(5)]), INTAKE, tally, first=1)
+    assert own.num_examples == 5
+
+
 def test_a_journal_keeps_an_update_that_is_in_a_file_by_pieces(
     tmp_path: Path, traced: None
 ) -> None:
     with closing(create(tmp_path, {})) as journal:
-        journal.ask("train", NODES, [1] * len(NODES))
+        journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
         message = reply(4)
         base = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
@@ -151,7 +161,9 @@ def test_what_a_client_says_of_its_failure_is_one_line_of_words() -> None:
 def test_an_update_that_is_lost_after_it_was_kept_is_this_machines_fault(tmp_path: Path) -> None:
     with closing(create(tmp_path, {})) as journal:
         checkpointer = JournalCheckpointer(
-            journal, report=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+            journal,
+            report=lambda record: None,
+            deadline_s=1.0,
         )
         tally = Tally(1)
         taken = list(
@@ -170,7 +182,9 @@ def test_updates_that_wait_in_the_journal_take_no_descriptors(tmp_path: Path) ->
 
     with closing(create(tmp_path, {})) as journal:
         checkpointer = JournalCheckpointer(
-            journal, report=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1]
+            journal,
+            report=lambda record: None,
+            deadline_s=1.0,
         )
         before, tally = descriptors(), Tally(5)
         replies = (reply(node) for node in range(4, 9))
@@ -194,7 +208,7 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
         array.dtype, array.shape, array.stype, joined, cuts
     )
     journal = create(tmp_path / "journal", {})
-    journal.ask("train", NODES, [1] * len(NODES))
+    journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
     kept = journal.accept(message)
     shutil.rmtree(spool)
     again = reopen(tmp_path / "journal")  # as another process finds it
@@ -207,24 +221,28 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
             assert array.numpy().tobytes() == weights(4).tobytes()
 
 
-def test_a_large_sum_has_its_memory_before_anything_is_added() -> None:
-    mean, order = ExactMean(5), list[str]()
-    touch = mean.touch
+def test_a_large_sum_has_its_memory_before_anything_is_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order, touch, add = list[str](), ExactMean.touch, ExactMean.add_parts
 
-    def touching() -> None:
+    def touching(mean: ExactMean) -> None:
         time.sleep(0.1)  # the first update is there sooner
-        touch()
+        touch(mean)
         order.append("touched")
 
-    mean.touch = touching  # type: ignore[method-assign]
-    given: Any = [("reply", "first"), ("reply", "second")]
-    for _, found in _touched(iter(given), mean):
-        order.append(str(found))
-    assert order == ["touched", "first", "second"]
+    def adding(mean: ExactMean, *given: Any, **more: Any) -> None:
+        add(mean, *given, **more)
+        order.append("added")
+
+    monkeypatch.setattr(ExactMean, "touch", touching)
+    monkeypatch.setattr(ExactMean, "add_parts", adding)
+    tally = Tally(2)
+    fold(accepted(iter([reply(4), reply(5)]), INTAKE, tally, first=2), LAYOUT, tally, uniform=True)
+    assert order == ["touched", "added", "added"]
 
 
 def test_memory_is_left_in_peace_once_a_round_is_over() -> None:
-    mean = ExactMean(2**20)
-    assert list(_touched(iter(()), mean)) == []
-    mean.add(np.ones(2**20, np.float32), 1)
-    assert mean.mean().tobytes() == np.ones(2**20, np.float32).tobytes()
+    mean = fold([], LAYOUT, Tally(0), uniform=True)
+    mean.add(np.ones(SIZE, np.float32), 1)
+    assert mean.mean().tobytes() == np.ones(SIZE, np.float32).tobytes()

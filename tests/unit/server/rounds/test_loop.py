@@ -10,7 +10,7 @@ from fedcore.errors import BudgetExhausted, RoundFailed
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.updates.messages import DECLINED, DECLINED_BY_OWNER, REFUSED, Update, update_content
 from fedcore.updates.pack import Vector, pack
-from server.rounds.checkpointing import Start
+from server.rounds.checkpointing.progress import Start
 from server.rounds.inbound import Tally
 from server.rounds.quorum import check_quorum
 from tests.unit.server.rounds.stories import BAD, Answer, Story, adds, mixed, scores

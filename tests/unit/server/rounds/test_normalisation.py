@@ -21,8 +21,8 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, Standardise, build_model, standardise_of
 from fedcore.updates.messages import ARRAYS, METRICS, NUM_EXAMPLES
 from server.cloud import CloudData
-from server.rounds.checkpointing import NumberedPeers
 from server.rounds.normalisation import normalise
+from server.rounds.peers import NumberedPeers
 
 CLIENTS = ["anna", "ben", "carl"]
 Handler = Callable[[Message], Message]

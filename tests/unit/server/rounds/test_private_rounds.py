@@ -22,7 +22,8 @@ from fedcore.task.model import FullModel
 from fedcore.updates.messages import REFUSED, Update, read_instruction, update_content
 from fedcore.updates.pack import Vector, unpack
 from server.records import RoundRecord
-from server.rounds.checkpointing import NoCheckpoints, Progress, Start
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
+from server.rounds.checkpointing.progress import Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies.flower import make_strategy

@@ -15,8 +15,8 @@ from fedcore.observability.events import Noted, RoundFinished
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.ledger import Ledger
 from server.records import RoundRecord, VirtualRecord
-from server.rounds.checkpointing import Progress
-from server.rounds.protection import ClientPlan, Protection, noise_of
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.client_privacy.protection import ClientPlan, Protection, noise_of
 from server.rounds.strategies.state import StrategyState
 from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
 from server.simulation.checkpointer import FAILED, FileCheckpointer

@@ -94,8 +94,15 @@ def train(run: RunConfig, task: Task = TASK) -> Told:
     notes: list[str] = []
     choices: list[tuple[Choice, int]] = []
     listener = Listener(on_note=notes.append, on_round=records.append, on_end=outcomes.append)
-    server = server_app(task, run, cloud=None, randomness=Simulated(run.seed), listener=listener)
     state = SimulationState()
+    server = server_app(
+        task,
+        run,
+        cloud=None,
+        randomness=Simulated(run.seed),
+        listener=listener,
+        annotate=state.with_clock,
+    )
     federate(
         server,
         task,

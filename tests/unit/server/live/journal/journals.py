@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedcore.updates.messages import ARRAYS, METRICS, weights_record
+from fedcore.updates.messages import ARRAYS, ENVELOPE, METRICS, weights_record
 from fedcore.updates.pack import Vector
 from server.live.journal.journal import Journal, create, reopen
 from server.records import RoundRecord
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.cohort import Cohort
 from server.rounds.strategies.state import StrategyState
 
 IDENTITY = {"run": {"name": "trial"}}
@@ -71,7 +72,15 @@ def answer(message: Message, value: float, size: int = SMALL) -> Message:
             METRICS: MetricRecord({"num-examples": 7, "train_loss": 0.1 + value}),
         }
     )
-    return Message(content, reply_to=message)
+    return signed(Message(content, reply_to=message))
+
+
+def signed(reply: Message) -> Message:
+    """A reply with what a server adds once it has verified the signature, which is none here."""
+    reply.content[ENVELOPE] = ConfigRecord(
+        {ENVELOPE: b"signed", "signer": bytes(32), "verified-at-s": 1e9}
+    )
+    return reply
 
 
 @contextmanager
@@ -87,10 +96,10 @@ def two_rounds(folder: Path, size: int = SMALL) -> None:
     with closing(create(folder, IDENTITY)) as journal:
         journal.commit(progress(0, size), None)
         for number in (1, 2):
-            journal.ask("train", [4, 5, 6], [1, 1, 1])
+            journal.ask("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
             journal.accept(answer(asked(4), 0.5, size))
             journal.commit(progress(number, size), record(number))
-        journal.ask("train", [4, 5, 6], [1, 1, 1])
+        journal.ask("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
         journal.accept(answer(asked(5), 0.25, size))
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from fedcore.errors import DiskFull
 from fedcore.updates.messages import METRICS
-from server.live.journal.entries import Entries, new_entry
-from server.live.journal.head import ASKED, JOURNAL
+from server.live.journal.head import JOURNAL
 from server.live.journal.journal import (
     ACCEPTED,
     ACCEPTING,
@@ -26,7 +25,8 @@ from server.live.journal.journal import (
     create,
     reopen,
 )
-from server.rounds.protection import ClientPlan, Protection, noise_of
+from server.rounds.client_privacy.protection import ClientPlan, Protection, noise_of
+from server.rounds.cohort import Cohort
 from server.rounds.strategies.state import StrategyState
 from tests.unit.server.live.journal.journals import (
     IDENTITY,
@@ -60,7 +60,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, size: int) -> None:
         assert start.progress.preprocess == b"state"
         assert start.records == (record(1), record(2))
         assert start.cohort == 3
-        assert journal.asked("train") == [4, 5, 6]
+        assert journal.asked("train") == Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1))
         assert journal.asked("evaluate") is None
         reply = journal.reply(asked(5))
         assert weights_of(reply) == [0.25]
@@ -138,7 +138,7 @@ def test_equal_values_share_a_file_and_old_ones_go(tmp_path: Path) -> None:
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.commit(progress(0, LARGE), None)
         for number in range(1, 6):
-            journal.ask("train", [4], [1])
+            journal.ask("train", Cohort([4], dict.fromkeys([4], 1)))
             journal.accept(answer(asked(4), number, LARGE))  # the bytes of the round's weights
             journal.commit(progress(number, LARGE), record(number))
     files = list((tmp_path / "values").iterdir())
@@ -150,22 +150,17 @@ def test_a_cohort_that_was_dropped_leaves_its_replies(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         journal.drop()
         assert journal.asked("train") is None
-        journal.ask("train", [5, 7], [1, 1])
+        journal.ask("train", Cohort([5, 7], dict.fromkeys([5, 7], 1)))
         assert weights_of(journal.reply(asked(5))) == [0.25]
 
 
-def test_what_those_asked_weigh_is_kept_and_a_journal_without_it_is_read(tmp_path: Path) -> None:
+def test_what_those_asked_weigh_is_kept(tmp_path: Path) -> None:
     with closing(create(tmp_path, IDENTITY)) as journal:
-        assert journal.weights("train") is None
-        journal.ask("train", [4, 6], [1000, 1])
+        journal.ask("train", Cohort([4, 6], {4: 1000, 6: 1}))
     with opened(tmp_path) as journal:
-        assert journal.weights("train") == {4: 1000, 6: 1}
-        assert journal.weights("evaluate") is None
-    with closing(Entries(tmp_path / JOURNAL)) as entries:  # as it was before there was the field
-        entries.write([new_entry(ASKED + "train", 1, 0, {"nodes": [4, 6]})])
-    with opened(tmp_path) as journal:
-        assert journal.asked("train") == [4, 6]
-        assert journal.weights("train") is None
+        assert journal.asked("train") == Cohort([4, 6], {4: 1000, 6: 1})
+        journal.ask("evaluate", Cohort([4]))
+        assert journal.asked("evaluate") == Cohort([4])
 
 
 def test_an_end_is_kept(tmp_path: Path) -> None:
@@ -192,7 +187,7 @@ def test_at_every_point_the_change_is_whole_or_not_there(tmp_path: Path, point: 
     assert journal is not None
 
     def go_on() -> None:
-        journal.ask("evaluate", [4], [1])
+        journal.ask("evaluate", Cohort([4], dict.fromkeys([4], 1)))
         journal.accept(answer(asked(6), 0.75))
         journal.commit(progress(3), record(3))
 
@@ -263,7 +258,7 @@ def test_a_strategys_arrays_come_back_as_they_were(tmp_path: Path, name: str) ->
     kept = StrategyState({"strategy": "AlgorithmStrategy", "holds": []}, (STATES[name],))
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.commit(progress(0, strategy=kept), None)
-        journal.ask("train", [4], [1])
+        journal.ask("train", Cohort([4], dict.fromkeys([4], 1)))
         journal.commit(progress(1, strategy=kept), record(1))
     with opened(tmp_path) as journal:
         assert journal.start is not None

@@ -22,7 +22,7 @@ from server.live.journal.journal import VALUES, Journal, create, reopen
 from server.live.operators.backup import back_up, check_place
 from server.records import RoundRecord
 from server.report.folder import JOURNAL_FOLDER
-from server.rounds.checkpointing import Progress
+from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.state import StrategyState
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)

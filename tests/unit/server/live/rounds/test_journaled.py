@@ -20,6 +20,8 @@ from fedcore.updates.messages import DECLINED, REFUSED, refused_as
 from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds import journaled as journal_keeper
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
+from server.rounds.cohort import Cohort
+from tests.unit.server.live.journal.journals import signed
 
 NODES = (4, 5, 6)
 
@@ -70,7 +72,7 @@ class Devices(OwnGrid):
                 yield Message(Error(self.failing[node], "its disk is gone"), reply_to=message)
             elif not self.gone.get(node):
                 metrics = MetricRecord({"num-examples": node})
-                yield Message(RecordDict({"metrics": metrics}), reply_to=message)
+                yield signed(Message(RecordDict({"metrics": metrics}), reply_to=message))
 
 
 class Rounds(JournalGrid):
@@ -176,14 +178,14 @@ def test_nobody_is_waited_for_past_the_deadline(
     assert 0.2 < time.monotonic() - started < 5.0
 
 
-def drawing(*draws: list[int] | None) -> Callable[[], list[int]]:
+def drawing(*draws: list[int] | None, weight: int = 1) -> Callable[[], Cohort]:
     left = list(draws)
 
-    def draw() -> list[int]:
+    def draw() -> Cohort:
         drawn = left.pop(0)
         if drawn is None:
             raise RoundFailed("too few are there")
-        return drawn
+        return Cohort(drawn, dict.fromkeys(drawn, weight))
 
     return draw
 
@@ -193,23 +195,22 @@ def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> Journa
         journal,
         report=lambda record: None,
         deadline_s=deadline_s,
-        weights=more.pop("weights", lambda nodes: [1] * len(nodes)),
         **more,
     )
 
 
 def test_a_cohort_is_drawn_once(tmp_path: Path, journal: Journal) -> None:
-    assert keeper_of(journal).cohort("train", drawing([4, 6])) == [4, 6]
+    assert keeper_of(journal).cohort("train", drawing([4, 6])).nodes == [4, 6]
     journal.close()
     again = reopen(tmp_path)
     assert again is not None
     with closing(again):
-        assert keeper_of(again).cohort("train", drawing([5, 6])) == [4, 6]
-        assert keeper_of(again).cohort("evaluate", drawing([5])) == [5]
+        assert keeper_of(again).cohort("train", drawing([5, 6])).nodes == [4, 6]
+        assert keeper_of(again).cohort("evaluate", drawing([5])).nodes == [5]
 
 
 def test_a_round_waits_for_its_devices_until_the_deadline(journal: Journal) -> None:
-    assert keeper_of(journal).cohort("train", drawing(None, None, [4])) == [4]
+    assert keeper_of(journal).cohort("train", drawing(None, None, [4])).nodes == [4]
     with pytest.raises(RoundFailed, match="too few"):
         keeper_of(journal, deadline_s=-1.0).cohort("evaluate", drawing(None, [4]))
 
@@ -219,49 +220,49 @@ def test_an_evaluation_waits_for_as_many_as_it_asks_and_then_for_one(
 ) -> None:
     keeper = keeper_of(journal, evaluated=2)
     keeper.cohort("train", drawing([4, 5, 6]))
-    assert keeper.cohort("evaluate", drawing(None, [4], [4], [4, 6])) == [4, 6]
-    journal.ask("evaluate", [], [])  # as servers did that found nobody
+    assert keeper.cohort("evaluate", drawing(None, [4], [4], [4, 6])).nodes == [4, 6]
+    journal.drop()
+    keeper.cohort("train", drawing([4, 5, 6]))
     monkeypatch.setattr(journal_keeper, "GRACE_S", 0.05)
-    assert keeper.cohort("evaluate", drawing(None, *[[5]] * 1000)) == [5]
+    assert keeper.cohort("evaluate", drawing(None, *[[5]] * 1000)).nodes == [5]
     journal.drop()
     keeper.cohort("train", drawing([4]))
-    assert keeper.cohort("evaluate", drawing([4], [4, 6])) == [4], "as many as trained are enough"
+    assert keeper.cohort("evaluate", drawing([4], [4, 6])).nodes == [4], (
+        "as many as trained are enough"
+    )
 
 
 def test_after_a_restart_an_evaluation_gives_devices_time_to_come_back(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal_keeper, "GRACE_S", 0.0)
-    journal.ask("train", [4, 6], [1, 1])
+    journal.ask("train", Cohort([4, 6], dict.fromkeys([4, 6], 1)))
     keeper = keeper_of(journal, evaluated=2, rejoin_s=30.0)
-    assert keeper.cohort("evaluate", drawing(*[[4]] * 20, [4, 6])) == [4, 6]
-
-
-def counts(replies: Iterable[Message]) -> dict[int, int]:
-    return {
-        reply.metadata.src_node_id: reply.content["metrics"]["num-examples"]  # type: ignore[index, misc]
-        for reply in replies
-    }
+    assert keeper.cohort("evaluate", drawing(*[[4]] * 20, [4, 6])).nodes == [4, 6]
 
 
 def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
     tmp_path: Path, journal: Journal
 ) -> None:
-    committed = keeper_of(journal, weights=lambda nodes: [1000] * len(nodes))
-    committed.cohort("train", drawing([*NODES]))
+    first = keeper_of(journal).cohort("train", drawing([*NODES], weight=1000))
+    assert first.weights == dict.fromkeys(NODES, 1000)
     grid = Rounds(Devices(gone={6: 10**6}), journal, admit=set, quorum=0.6)
-    assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1000, 5: 1000}
+    assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 5]
     journal.close()
     again = reopen(tmp_path)  # when a device has been enrolled that committed to nothing
     assert again is not None
     with closing(again):
-        keeper_of(again).cohort("train", drawing())
-        grid = Rounds(Devices(), again, admit=set, quorum=1.0)
-        expected = {4: 1000, 5: 1000, 6: 1000}
-        assert counts(grid.send_and_receive(messages(), timeout=5)) == expected
+        keeper = keeper_of(again)
+        assert keeper.cohort("train", drawing()) == first
         again.drop()  # the round failed, and is selected again: what was kept weighs as the rest
-        keeper_of(again).cohort("train", drawing([*NODES]))
-        assert counts(grid.send_and_receive(messages(), timeout=5)) == {4: 1, 5: 1, 6: 1}
+        second = keeper.cohort("train", drawing([*NODES]))
+        assert second.weights == dict.fromkeys(NODES, 1)
+        grid = Rounds(Devices(), again, admit=set, quorum=1.0)
+        found = {
+            reply.metadata.src_node_id: reply.content["metrics"]["num-examples"]  # type: ignore[index]
+            for reply in grid.send_and_receive(messages(), timeout=5)
+        }
+        assert found == {4: 4, 5: 5, 6: 6}, "it is kept as it was signed"
 
 
 def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
@@ -273,10 +274,12 @@ def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
 
 def test_a_draw_of_nobody_is_kept_as_a_draw(journal: Journal) -> None:
     keeper = JournalCheckpointer(
-        journal, report=lambda record: None, deadline_s=1.0, weights=lambda nodes: [1] * len(nodes)
+        journal,
+        report=lambda record: None,
+        deadline_s=1.0,
     )
-    assert keeper.cohort(MessageType.TRAIN, list) == []
-    assert keeper.cohort(MessageType.TRAIN, lambda: [4, 5]) == []
+    assert keeper.cohort("train", drawing([])).nodes == []
+    assert keeper.cohort("train", drawing([4, 5])).nodes == []
 
 
 def test_one_that_is_refused_is_not_kept_and_is_asked_again_after_a_restart(
@@ -358,11 +361,10 @@ def test_a_round_that_lacks_devices_says_so(
         journal,
         report=lambda record: None,
         deadline_s=0.5,
-        weights=lambda nodes: [1] * len(nodes),
         waits=waits.append,
     )
 
-    def draw() -> list[int]:
+    def draw() -> Cohort:
         raise RoundFailed("round 1: 1 client is there, and 3 are asked for. It was not begun.")
 
     with pytest.raises(RoundFailed):

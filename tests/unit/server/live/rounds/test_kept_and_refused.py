@@ -19,9 +19,11 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import unpack
 from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
+from server.rounds.cohort import Cohort
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies.flower import make_strategy
+from tests.unit.server.live.journal.journals import signed
 
 NODES = (10, 11, 12, 13)
 BAD = {
@@ -41,7 +43,7 @@ def honest(message: Message) -> Message:
     weights = message.content.array_records[ARRAYS][MODEL].numpy()
     node = message.metadata.dst_node_id
     update = Update(weights + np.float32(node / 100), 1, {"train_loss": 0.5})
-    return Message(update_content(update), reply_to=message)
+    return signed(Message(update_content(update), reply_to=message))
 
 
 class Site:
@@ -66,7 +68,6 @@ class Site:
             self._journal,
             report=lambda record: None,
             deadline_s=5.0,
-            weights=lambda nodes: [1] * len(nodes),
         )
 
         def handle(message: Message) -> Message:
@@ -104,12 +105,13 @@ def test_what_an_earlier_version_kept_is_checked_again(
     folder = tmp_path / "journal"
     folder.mkdir()
     with closing(create(folder, {})) as journal:
-        journal.ask("train", NODES, [1] * len(NODES))
+        journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
         for node in NODES[:3]:
             asked = Message(RecordDict(), node, MessageType.TRAIN)
             update = Update(np.full(3, node / 100, np.float32), 1, {"train_loss": 0.5})
             bad = node == 11
-            journal.accept(Message(update_content(BAD[name] if bad else update), reply_to=asked))
+            content = update_content(BAD[name] if bad else update)
+            journal.accept(signed(Message(content, reply_to=asked)))
     again = reopen(folder)
     assert again is not None
     with closing(again):

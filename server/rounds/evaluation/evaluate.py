@@ -18,11 +18,13 @@ from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights
 from fedcore.updates.pack import Layout, Vector, unpack
 from fedcore.updates.replies import Reply
 from server.records import RoundRecord
-from server.rounds.checkpointing import Peers, Progress, RoundCheckpointer
-from server.rounds.cohort import select
+from server.rounds.checkpointing.checkpointer import RoundCheckpointer
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.cohort import Cohort, select
 from server.rounds.expected import asked_to_evaluate
 from server.rounds.inbound import Intake, Tally, accepted
 from server.rounds.outliers import outlying
+from server.rounds.peers import Peers
 
 if TYPE_CHECKING:
     from server.rounds.federation import Federation
@@ -53,7 +55,7 @@ def _evaluate_on_clients(
     """Returns means over some clients' held-out data, weighted by number of examples."""
     run, number = federation.run, progress.round + 1
 
-    def draw() -> list[int]:
+    def draw() -> Cohort:
         there = list(federation.grid.get_node_ids())
         if not there:
             raise RoundFailed(
@@ -62,7 +64,8 @@ def _evaluate_on_clients(
                 "clients, and go on with the run, or run it again."
             )
         words = ("evaluation", number)
-        return select(there, min(size, len(there)), seed=run.seed, words=words)
+        nodes = select(there, min(size, len(there)), seed=run.seed, words=words)
+        return Cohort(nodes, federation.peers.weights(nodes))
 
     answers = ask_to_evaluate(
         federation.grid,
@@ -83,7 +86,7 @@ def _evaluate_on_clients(
 
 def ask_to_evaluate(
     grid: Grid,
-    nodes: Sequence[int],
+    cohort: Cohort,
     weights: Vector,
     *,
     layout: Layout,
@@ -95,7 +98,7 @@ def ask_to_evaluate(
     peers: Peers,
     on_note: Callable[[str], None],
 ) -> list[tuple[int, Reply]]:
-    """Has nodes evaluate ``weights`` on their held-out data.
+    """Has a cohort evaluate ``weights`` on its held-out data.
 
     Returns:
         Each accepted reply with its node, in order of arrival.
@@ -103,12 +106,16 @@ def ask_to_evaluate(
     Raises:
         RoundFailed: no client could be evaluated.
     """
-    config = instruction_config(layout, preprocess)
+    config, nodes = instruction_config(layout, preprocess), cohort.nodes
     config["server-round"] = number
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
     intake = Intake(
-        asked_to_evaluate(metrics), checkpointer=checkpointer, peers=peers, on_note=on_note
+        asked_to_evaluate(metrics),
+        checkpointer=checkpointer,
+        peers=peers,
+        on_note=on_note,
+        weights=cohort.weights,
     )
     tally = Tally(len(nodes))
     replies = grid.send_and_receive(messages, timeout=deadline_s)

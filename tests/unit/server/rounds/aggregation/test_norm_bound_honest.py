@@ -16,7 +16,7 @@ from torch import nn
 from fedcore.config.run import RunConfig
 from fedcore.updates.pack import Vector, pack, unpack
 from server.records import RoundRecord
-from server.rounds.norm_bound import FACTOR, norm_bound
+from server.rounds.aggregation.norm_bound import FACTOR, norm_bound
 from tests.unit.server.live.journal.journals import record
 
 ROUNDS, CLIENTS, COHORT, INPUTS, CLASSES = 40, 30, 8, 16, 4

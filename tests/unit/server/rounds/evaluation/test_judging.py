@@ -14,7 +14,7 @@ from fedcore.config.run import RunConfig
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
-from server.rounds.judging import Judgement, clients_judge, drop_of, judgement
+from server.rounds.evaluation.judging import Judgement, clients_judge, drop_of, judgement
 from server.simulation.judging import judge_in_simulation
 from tests.unit.fedcore.clients import make_task
 

@@ -8,7 +8,7 @@ import pytest
 from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
-from server.rounds.run_identity import changes, check_same, identity_of
+from server.rounds.checkpointing.run_identity import changes, check_same, identity_of
 
 
 @pytest.fixture

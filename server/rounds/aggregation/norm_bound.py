@@ -67,6 +67,10 @@ class NormBound:
         found = statistics.median_low(lengths) or least  # robust: up to half of them may be false
         return found if self._most is None else min(found, self._most)
 
+    def scale(self, length: float, limit: float | None) -> float:
+        """Returns the factor for `moved` that clips an update of this length to ``limit``."""
+        return 1.0 if limit is None or length <= limit else limit / length
+
     @property
     def _most(self) -> float | None:
         return None if self.usual is None else GROWTH * self.usual

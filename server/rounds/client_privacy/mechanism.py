@@ -27,8 +27,8 @@ from fedcore.privacy.matrix import Factor, factor_for, participations_of
 from fedcore.seeds import Randomness
 from fedcore.updates.pack import Vector
 from server.rounds.aggregation.exact_mean import STEP, ExactMean
+from server.rounds.client_privacy.protection import ClientPlan, Protection
 from server.rounds.cohort import select
-from server.rounds.protection import ClientPlan, Protection
 
 _LEAST_DELTA_SHARE = 0.1
 _FIRST_CLIP_NORM, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2  # Andrew et al. 2021, section 3

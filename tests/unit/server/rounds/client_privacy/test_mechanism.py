@@ -17,7 +17,7 @@ from fedcore.privacy.matrix import participations_of
 from fedcore.seeds import Simulated
 from fedcore.updates.pack import Vector
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.rounds.client_privacy import (
+from server.rounds.client_privacy.mechanism import (
     allows,
     charge,
     draw,
@@ -29,7 +29,13 @@ from server.rounds.client_privacy import (
     release,
     statement,
 )
-from server.rounds.protection import ClientPlan, Protection, noise_of, protection_doc, protection_of
+from server.rounds.client_privacy.protection import (
+    ClientPlan,
+    Protection,
+    noise_of,
+    protection_doc,
+    protection_of,
+)
 
 SIZE = 2000
 START = np.linspace(-1, 1, SIZE).astype(np.float32)

@@ -17,11 +17,11 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
 from server.records import RoundRecord
 from server.rounds.aggregation.exact_mean import ExactMean
+from server.rounds.aggregation.norm_bound import FACTOR, GROWTH, NormBound, is_bounded, norm_bound
 from server.rounds.expected import asked_to_train
-from server.rounds.fold import fold, hold
 from server.rounds.inbound import Intake, Tally, accepted
-from server.rounds.norm_bound import FACTOR, GROWTH, NormBound, is_bounded, norm_bound
 from tests.unit.server.live.journal.journals import record
+from tests.unit.server.rounds.aggregating import fold, hold
 
 SIZE = 100_000
 LAYOUT = Layout(("weight",), ((SIZE,),))

@@ -23,9 +23,10 @@ from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.pack import layout_of, pack
-from server.rounds.checkpointing import NoCheckpoints, NumberedPeers, Peers
-from server.rounds.cohort import select
-from server.rounds.evaluation import ask_to_evaluate
+from server.rounds.checkpointing.checkpointer import NoCheckpoints
+from server.rounds.cohort import Cohort, select
+from server.rounds.evaluation.evaluate import ask_to_evaluate
+from server.rounds.peers import NumberedPeers, Peers
 
 CONFIDENCE = 0.95
 """One-sided confidence of the bound on how much worse a model may be over all clients."""
@@ -135,7 +136,7 @@ def judging_app(
         task: Defines the primary metric.
         run: The run that produced the models; its seed draws the clients.
         models: The model before post-processing and the one after.
-        peers: Names of the clients; node ids when None.
+        peers: Names and weights of the clients; node ids when None.
         wait: Waits until the given number of nodes is connected, or gives up.
         on_note: Callback for clients that did not measure both.
         on_end: Callback with the result.
@@ -145,13 +146,13 @@ def judging_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         wait(grid, run.federation.evaluate_cohort)
-        nodes = judges(run, sorted(grid.get_node_ids()))
+        nodes, known = judges(run, sorted(grid.get_node_ids())), peers or NumberedPeers()
         found: list[dict[int, tuple[int, float]]] = []
         # A round number each: a client answers one evaluation request per round.
         for number, model in enumerate(models, run.federation.rounds + 1):
             answers = ask_to_evaluate(
                 grid,
-                nodes,
+                Cohort(nodes, known.weights(nodes)),
                 pack(model.model),
                 layout=layout_of(model.model),
                 preprocess=preprocess_bytes(model),
@@ -159,7 +160,7 @@ def judging_app(
                 metrics=task.metrics,
                 deadline_s=run.federation.deadline_s,
                 checkpointer=NoCheckpoints(),
-                peers=peers or NumberedPeers(),
+                peers=known,
                 on_note=on_note,
             )
             name = task.primary.name

@@ -1,0 +1,94 @@
+"""`RoundCheckpointer` makes rounds durable; simulation and deployment each implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from flwr.app import Message
+
+from server.records import RoundRecord
+from server.rounds.checkpointing.progress import Progress
+from server.rounds.cohort import Cohort
+
+
+class RoundCheckpointer(Protocol):
+    """Interface that makes rounds durable, so that an interrupted run can resume.
+
+    Callers never modify an object after they pass it in.
+    """
+
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Makes everything up to ``progress`` durable.
+
+        Called before the first round and after each round.
+
+        Args:
+            progress: State of the run.
+            record: Of the round that has ended; None where no round has: before the first round of
+                a process, or where spent budgets end the run.
+        """
+
+    def may_continue(self, progress: Progress) -> bool:
+        """Blocks while rounds are paused; returns False where they end at ``progress``."""
+
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+        """Returns the cohort that the round sends messages of type ``kind``.
+
+        Returns the cohort drawn before an interruption of this round, if there is one. Else calls
+        ``draw``, makes its result durable and returns it.
+        """
+
+    def begin(self, nodes: Sequence[int]) -> None:
+        """Callback before the round's nodes are asked to train."""
+
+    def accept(self, reply: Message) -> Message:
+        """Makes a checked reply durable before it has any effect.
+
+        Returns an equivalent reply, whose large arrays may be stored elsewhere, such as on disk.
+        """
+
+    def discard(self, reply: Message) -> bool:
+        """Drops a rejected reply; returns True where an earlier process had accepted it."""
+
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        """Returns advice for the user on clients that failed in the round after ``progress``.
+
+        ``reasons`` contains the failures of that round.
+        """
+
+    def fail(self, progress: Progress) -> None:
+        """Callback when the round after ``progress`` has failed, which ends the run."""
+
+
+class NoCheckpoints:
+    """Checkpointer that makes nothing durable: an interrupted run starts from the beginning."""
+
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Does nothing."""
+
+    def may_continue(self, progress: Progress) -> bool:
+        """Returns True: rounds are never paused or stopped."""
+        return True
+
+    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+        """Draws a new cohort."""
+        return draw()
+
+    def begin(self, nodes: Sequence[int]) -> None:
+        """Does nothing."""
+
+    def accept(self, reply: Message) -> Message:
+        """Returns the reply unchanged."""
+        return reply
+
+    def discard(self, reply: Message) -> bool:
+        """Returns False: no earlier process has accepted a reply."""
+        return False
+
+    def advice(self, progress: Progress, reasons: Sequence[str]) -> Sequence[str]:
+        """Returns no advice."""
+        return ()
+
+    def fail(self, progress: Progress) -> None:
+        """Does nothing."""
