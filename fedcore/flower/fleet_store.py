@@ -129,6 +129,12 @@ class FleetStore(InMemoryObjectStore):
                 return self._path(object_id).read_bytes()
             return entry.content
 
+    def small(self, object_id: str) -> bytes:
+        """Returns an object that is in memory; empty for one in a file, or that has not arrived."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            return entry.content if entry is not None and entry.is_available else b""
+
     def open(self, object_id: str) -> BinaryIO | None:
         """Opens an object that has a file of its own; None for others.
 
