@@ -30,7 +30,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
 from fedcore.flower.fleet_payload import read_message
-from fedcore.flower.fleet_store import FleetStore
+from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
 from fedcore.flower.writeback import Writeback
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
@@ -237,6 +237,12 @@ class Fleet:
             if not self._ready:
                 self._answered.wait(timeout_s)
             return self._ready.popleft() if self._ready else None
+
+    def is_small(self, message_id: str) -> bool:
+        """Returns whether the reply to a message takes little memory."""
+        with self.lock:
+            asked = self.asked.get(message_id)
+            return asked is None or asked.came_bytes <= LARGE_BYTES
 
     def take(self, message_id: str) -> Message | None:
         """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.

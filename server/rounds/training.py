@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import FedcoreError, RoundFailed
+from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
 from fedcore.updates.messages import check_weights, joined
 from fedcore.updates.pack import Layout
@@ -127,7 +128,7 @@ def _collect(
         budgets=run.private,
     )
     enough = len(nodes) if protection else federation.cohort
-    replies = federation.grid.send_and_receive(messages, timeout=deadline_s)
+    replies = reply_batches(federation.grid, messages, timeout=deadline_s)
     taken = accepted(replies, intake, tally, first=enough)
     del replies  # releases late replies once enough are accepted
     if federation.chosen.folds:

@@ -269,7 +269,7 @@ def test_a_round_goes_on_whatever_some_of_its_devices_send(
     tally, checkpointer = Tally(len(replies)), NoCheckpoints()
     intake = Intake(QUESTIONS[0], checkpointer=checkpointer, base=BASE, on_note=notes.append)
     if keeps:  # a journal takes most of the time
-        taken = list(accepted(iter(replies), intake, tally, first=len(replies)))
+        taken = list(accepted(([one] for one in replies), intake, tally, first=len(replies)))
     else:
         taken = _journaled(tmp_path_factory.mktemp("journal"), replies, intake, tally)
     bound = NormBound(BASE, None)
@@ -296,7 +296,7 @@ def _journaled(
             weights=lambda nodes: [1] * len(nodes),
         )
         intake = replace(intake, checkpointer=checkpointer)
-        taken = list(accepted(iter(replies), intake, tally, first=len(replies)))
+        taken = list(accepted([replies], intake, tally, first=len(replies)))
         accepted_nodes = {reply.metadata.src_node_id for reply, _ in taken}
         for reply in replies:
             node = reply.metadata.src_node_id

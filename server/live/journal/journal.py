@@ -187,32 +187,44 @@ class Journal:
         kinds = [kind for kind in self._kinds() if kind.startswith(ASKED)]
         self._entries.write(drop=[(kind, number, number) for kind in kinds])
 
-    def accept(self, reply: Message) -> Message:
-        """Makes a verified reply of the current round durable; it has no error. Idempotent.
+    def accept(self, *replies: Message) -> Sequence[Message]:
+        """Makes verified replies of the current round durable; none has an error. Idempotent.
 
-        Returns ``reply``, whose large arrays now refer to the journal's files: the caller may
-        delete the files in which they arrived.
+        All are written in one transaction, as each takes the disk some milliseconds.
+
+        Returns:
+            ``replies``, whose large arrays now refer to the journal's files: the caller may delete
+            the files in which they arrived.
 
         Raises:
-            DiskFull: the disk is full. The reply was not recorded.
+            DiskFull: the disk is full. No reply was recorded.
         """
+        new = [
+            (reply, entry, doc)
+            for reply in replies
+            if not self.holds(reply.metadata.message_type, reply.metadata.src_node_id)
+            for entry, doc in (self._entry(reply),)
+        ]
+        for _ in new:
+            self._reached(ACCEPTING)
+        if new:
+            self._entries.write([entry for _, entry, _ in new])
+        for reply, _, doc in new:
+            self._reached(ACCEPTED)
+            self._replies.add((reply.metadata.message_type, reply.metadata.src_node_id))
+            for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
+                record = reply.content[name]
+                if isinstance(first, str) and isinstance(record, ArrayRecord):
+                    path = self._blobs.path(first)
+                    record[key] = PathArray(dtype, tuple(shape), stype, path)
+        return replies
+
+    def _entry(self, reply: Message) -> tuple[JournalEntry, dict[str, Any]]:
+        """Returns a reply's entry and its document; large arrays are stored in files by then."""
         metadata, packed = reply.metadata, Packing(self._blobs)
-        if self.holds(metadata.message_type, metadata.src_node_id):
-            return reply
-        doc = content_doc(reply.content, packed)
-        self._reached(ACCEPTING)
-        kind = REPLY + metadata.message_type
-        self._entries.write(
-            [new_entry(kind, self.round + 1, metadata.src_node_id, doc, bytes(packed.data))]
-        )
-        self._reached(ACCEPTED)
-        self._replies.add((metadata.message_type, metadata.src_node_id))
-        for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
-            record = reply.content[name]
-            if isinstance(first, str) and isinstance(record, ArrayRecord):
-                path = self._blobs.path(first)
-                record[key] = PathArray(dtype, tuple(shape), stype, path)
-        return reply
+        doc, kind = content_doc(reply.content, packed), REPLY + metadata.message_type
+        data = bytes(packed.data)
+        return new_entry(kind, self.round + 1, metadata.src_node_id, doc, data), doc
 
     def holds(self, kind: str, node: int) -> bool:
         """Whether this process accepted or returned ``node``'s reply to ``kind`` in this round."""

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PullMessagesResponse,
@@ -20,10 +18,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
-    get_all_nested_objects,
-    get_object_tree,
     iterate_object_tree,
-    no_object_id_recompute,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +38,7 @@ from fedcore.flower.fleet_bundle import (
 )
 from fedcore.flower.identity import assume_identity
 from fedcore.rpc.bundle_pb2 import Bundle
+from tests.unit.fedcore.flower.answering import begun
 
 KEY = b"a public key"
 CALLER = Caller(node_id_of(KEY), KEY, "edge", grant=lambda calls: True)
@@ -84,17 +80,7 @@ def pulled(fleet: Fleet, caller: Caller = CALLER) -> tuple[PullMessagesResponse,
 def reply_to(
     message: Message, weights: int = 5
 ) -> tuple[PushMessagesRequest, dict[str, InflatableObject]]:
-    reply = Message(content(weights, 0.5), reply_to=message)
-    with no_object_id_recompute():
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
-    begin = PushMessagesRequest(
-        node=NODE,
-        messages_list=[message_to_proto(remove_content_from_message(reply))],
-        message_object_trees=[tree],
-        clientapp_runtime_list=[0.0],
-    )
-    return begin, objects
+    return begun(Message(content(weights, 0.5), reply_to=message), NODE)
 
 
 def push(fleet: Fleet, bundle: Bundle) -> set[str]:
