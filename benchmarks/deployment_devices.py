@@ -64,7 +64,7 @@ from fedcore.updates.messages import METRICS, NUM_EXAMPLES, TRAIN_LOSS, weights_
 from fedcore.updates.seal import run_digest, sign_reply  # noqa: E402
 
 _Answer = TypeVar("_Answer", bound=Proto)
-_START_EVERY_S = 0.01
+_START_EVERY_S, _AGAIN_S = 0.01, 0.5
 
 
 class Busy(Exception):
@@ -137,6 +137,8 @@ class Device:
     place: int
     together: asyncio.Barrier | None = None
     """Where all devices wait until each has its reply ready; then they push at once."""
+    came: bool = False
+    """Whether its stream was ever open."""
 
     @property
     def node(self) -> Node:
@@ -144,7 +146,16 @@ class Device:
         return Node(node_id=node_id_of(self.kit.public))
 
     async def run(self, told: Told) -> None:
-        """Comes, and asks for messages once its stream is open and each time that it is woken.
+        """Comes, and comes again whenever its stream or its connection ends, as the agent does."""
+        while True:
+            try:
+                await self._attend(told)
+            except (grpc.aio.AioRpcError, OSError, asyncio.IncompleteReadError):
+                self.wire.streams = None  # a server cuts who is late, on a machine with much to do
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _attend(self, told: Told) -> None:
+        """Asks for messages once its stream is open, and each time that it is woken.
 
         A round may begin between a device's activation and its stream: no call wakes it then.
         """
@@ -158,7 +169,11 @@ class Device:
         async with grpc.aio.secure_channel(target, credentials, options=options) as channel:
             stub = WakeStub(channel)  # type: ignore[no-untyped-call]
             async for call in stub.Watch(WatchRequest(instance=self.instance)):
-                told.note("there" if call.kind == Call.OPEN else "woken")
+                if call.kind != Call.OPEN:
+                    told.note("woken")
+                elif not self.came:
+                    self.came = True
+                    told.note("there")
                 while await self._answer(told):
                     told.note("answered")
 
