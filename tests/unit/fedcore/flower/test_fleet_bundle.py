@@ -18,7 +18,10 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
     iterate_object_tree,
+    no_object_id_recompute,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,3 +185,20 @@ def test_a_bundle_that_is_sent_is_one_that_is_taken(call_bytes: int, sizes: list
     assert len(packed.objects) <= MOST_BUNDLED
     assert not packed.objects or packed.ByteSize() <= ROUTES[PUSH_BUNDLE].max_bytes
     assert all(packed.objects), "an empty object would be one that has not arrived"
+
+
+def test_a_message_is_sent_as_flower_would_send_it(fleet: Fleet) -> None:
+    shared = content(5)
+    nodes = [fleet.enlist(key) for key in (b"one", b"two")]
+    messages = [Message(shared, node, MessageType.TRAIN) for node in nodes]
+    sent = fleet.send(messages)
+    assert len({*sent}) == 2
+    for message_id, message in zip(sent, messages, strict=True):
+        with no_object_id_recompute():
+            objects, tree = get_all_nested_objects(message), get_object_tree(message)
+        assert fleet.store.get_object_tree(message_id) == tree
+        assert fleet.asked[message_id].objects == objects.keys()
+        for object_id, one in objects.items():
+            assert fleet.store.get(object_id) == one.deflate()
+    fleet.forget(sent)
+    assert len(fleet.store) == 0
