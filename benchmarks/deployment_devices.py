@@ -54,7 +54,9 @@ from google.protobuf.message import Message as Proto  # noqa: E402
 from fedcore.crypto.keys import load_key  # noqa: E402
 from fedcore.crypto.kit import Kit, client_context, load_kit  # noqa: E402
 from fedcore.flower.fleet import node_id_of  # noqa: E402
+from fedcore.flower.fleet_bundle import contents_of, packed_bundle  # noqa: E402
 from fedcore.flower.identity import assume_identity  # noqa: E402
+from fedcore.rpc.bundle_pb2 import Bundle  # noqa: E402
 from fedcore.rpc.hello import WAKE_PORT, hello_of  # noqa: E402
 from fedcore.rpc.wake_pb2 import Call, WatchRequest  # noqa: E402
 from fedcore.rpc.wake_pb2_grpc import WakeStub  # noqa: E402
@@ -62,7 +64,7 @@ from fedcore.updates.messages import METRICS, NUM_EXAMPLES, TRAIN_LOSS, weights_
 from fedcore.updates.seal import run_digest, sign_reply  # noqa: E402
 
 _Answer = TypeVar("_Answer", bound=Proto)
-_START_EVERY_S = 0.01
+_START_EVERY_S, _AGAIN_S = 0.01, 0.5
 
 
 class Busy(Exception):
@@ -135,6 +137,8 @@ class Device:
     place: int
     together: asyncio.Barrier | None = None
     """Where all devices wait until each has its reply ready; then they push at once."""
+    came: bool = False
+    """Whether its stream was ever open."""
 
     @property
     def node(self) -> Node:
@@ -142,7 +146,19 @@ class Device:
         return Node(node_id=node_id_of(self.kit.public))
 
     async def run(self, told: Told) -> None:
-        """Comes, and answers each time that it is woken."""
+        """Comes, and comes again whenever its stream or its connection ends, as the agent does."""
+        while True:
+            try:
+                await self._attend(told)
+            except (grpc.aio.AioRpcError, OSError, asyncio.IncompleteReadError):
+                self.wire.streams = None  # a server cuts who is late, on a machine with much to do
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _attend(self, told: Told) -> None:
+        """Asks for messages once its stream is open, and each time that it is woken.
+
+        A round may begin between a device's activation and its stream: no call wakes it then.
+        """
         request = ActivateNodeRequest(public_key=self.kit.public, heartbeat_interval=1800)
         await self.wire.post("activate-node", request, ActivateNodeResponse)
         target = f"127.0.0.1:{self.wire.answered[WAKE_PORT]}"
@@ -153,27 +169,27 @@ class Device:
         async with grpc.aio.secure_channel(target, credentials, options=options) as channel:
             stub = WakeStub(channel)  # type: ignore[no-untyped-call]
             async for call in stub.Watch(WatchRequest(instance=self.instance)):
-                if call.kind == Call.OPEN:
+                if call.kind != Call.OPEN:
+                    told.note("woken")
+                elif not self.came:
+                    self.came = True
                     told.note("there")
-                    continue
-                told.note("woken")
                 while await self._answer(told):
                     told.note("answered")
 
     async def _answer(self, told: Told) -> bool:
-        pulled = await self.wire.post(
-            "pull-messages", PullMessagesRequest(node=self.node), PullMessagesResponse
-        )
+        request = PullMessagesRequest(node=self.node)
+        bundle = await self.wire.post("pull-bundle", request, Bundle)
+        pulled, contents = PullMessagesResponse.FromString(bundle.call), contents_of(bundle)
         if not pulled.messages_list:
             return False
+        told.note("pulled")
         bare, tree = message_from_proto(pulled.messages_list[0]), pulled.message_object_trees[0]
-        contents = {}
-        for each in iterate_object_tree(tree):
-            request = PullObjectRequest(
-                node=self.node, run_id=bare.metadata.run_id, object_id=each.object_id
-            )
-            got = await self.wire.post("pull-object", request, PullObjectResponse)
-            contents[each.object_id] = got.object_content
+        run_id = bare.metadata.run_id
+        for object_id in {each.object_id for each in iterate_object_tree(tree)} - {*contents}:
+            one = PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id)
+            got = await self.wire.post("pull-object", one, PullObjectResponse)
+            contents[object_id] = got.object_content
         content = inflate_object_from_contents(tree.object_id, contents).content
         asked = make_message(metadata=bare.metadata, content=content)
         begin, objects = _prepared(await self._reply(asked), self.node)
@@ -181,7 +197,7 @@ class Device:
         if self.together is not None:
             await self.together.wait()
         told.note("pushing")
-        await self._push(begin, objects, bare.metadata.run_id)
+        await self._push(begin, objects, run_id)
         return True
 
     async def _reply(self, asked: Message) -> Message:
@@ -211,7 +227,8 @@ class Device:
     async def _push(
         self, begin: PushMessagesRequest, objects: dict[str, bytes], run_id: int
     ) -> None:
-        begun = await self.wire.post("push-messages", begin, PushMessagesResponse)
+        bundle = packed_bundle(begin.SerializeToString(), objects.values())
+        begun = await self.wire.post("push-bundle", bundle, PushMessagesResponse)
         wanted = set(begun.objects_to_push)
         for object_id in list(objects):
             content = objects.pop(object_id)

@@ -228,7 +228,7 @@ def ours(root: Path, cohort: int, source: Path) -> Taken:
 def small(root: Path, count: int, source: Path) -> tuple[float, float]:
     """Seconds of a round of many devices with small updates, as the server tells them.
 
-    And the CPU time that the server took for it: from when the last device was there.
+    And the CPU time that the server took for it: from the first device's pull.
     """
     project = make_project(root, count)
     settings = {"rounds": 1, "cohort": count, "deadline_s": _LIMIT_S}
@@ -242,7 +242,7 @@ def small(root: Path, count: int, source: Path) -> tuple[float, float]:
         )
         begun_s = 0.0
         while not program.events("round_finished"):
-            if not begun_s and any(one["devices"] == count for one in senders.events("there")):
+            if not begun_s and senders.events("pulled"):
                 begun_s = program.family_cpu_s()
             _still_running(program, senders)
             time.sleep(0.02)

@@ -14,13 +14,15 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Error, Message, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
     no_object_id_recompute,
@@ -30,7 +32,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
 from fedcore.flower.fleet_payload import read_message
-from fedcore.flower.fleet_store import FleetStore
+from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
 from fedcore.flower.writeback import Writeback
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
@@ -69,6 +71,19 @@ class FleetState(InMemoryLinkState):
                 if message is not None and run_id in (None, message.metadata.run_id):
                     found.append(message)
         return found
+
+
+class _Content:
+    """Content of a message, and what a server needs to know of it to send it to many nodes."""
+
+    def __init__(self, content: RecordDict) -> None:
+        self.content = content  # keeps its id from being another's
+        self.objects = get_all_nested_objects(content)
+        self.tree = get_object_tree(content)
+        # Counts each value once for its chunks: equal chunks are sent once.
+        self.payload_bytes = sum(
+            len(one.data) for one in self.objects.values() if isinstance(one, Array)
+        )
 
 
 class Fleet:
@@ -178,13 +193,18 @@ class Fleet:
     def send(self, messages: Iterable[Message]) -> list[str]:
         """Puts messages into their nodes' inboxes; returns the message ids, in order."""
         sent: list[str] = []
-        # Messages of a round share their weights: hash each array once, not once per node.
+        shared: dict[int, _Content] = {}
+        # Messages of a round share their content: hash each array once, not once per node.
         with no_object_id_recompute():
             for message in messages:
                 message.metadata.ttl = _TTL_S
                 message_id = message.object_id
                 message.metadata.__dict__["_message_id"] = message_id
-                objects, tree = get_all_nested_objects(message), get_object_tree(message)
+                below = shared.get(id(message.content))
+                if below is None:
+                    below = shared[id(message.content)] = _Content(message.content)
+                objects: dict[str, InflatableObject] = {**below.objects, message_id: message}
+                tree = ObjectTree(object_id=message_id, children=[below.tree])
                 with self.lock:
                     state = self.state
                     session = state.start_session(self.run_id)
@@ -201,11 +221,7 @@ class Fleet:
                         content = objects[object_id].deflate()
                         state.store_object(self.run_id, session, object_id, content)
                     node_id = message.metadata.dst_node_id
-                    # Counts each value once for its chunks: equal chunks are sent once.
-                    payload_bytes = sum(
-                        len(one.data) for one in objects.values() if isinstance(one, Array)
-                    )
-                    asked = PendingMessage(node_id, frozenset(objects), payload_bytes)
+                    asked = PendingMessage(node_id, frozenset(objects), below.payload_bytes)
                     self.asked.add(message_id, asked)
                     state.inbox[node_id].append(message_id)
                     self._sent[node_id] += len(objects)
@@ -237,6 +253,12 @@ class Fleet:
             if not self._ready:
                 self._answered.wait(timeout_s)
             return self._ready.popleft() if self._ready else None
+
+    def is_small(self, message_id: str) -> bool:
+        """Returns whether the reply to a message takes little memory."""
+        with self.lock:
+            asked = self.asked.get(message_id)
+            return asked is None or asked.came_bytes <= LARGE_BYTES
 
     def take(self, message_id: str) -> Message | None:
         """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.

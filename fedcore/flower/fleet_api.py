@@ -8,8 +8,7 @@ identifies the caller, who receives only objects that were sent to it. `call` is
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
@@ -17,14 +16,16 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
-    ObjectTree,
     PullObjectRequest,
     PullObjectResponse,
     PushObjectRequest,
+    PushObjectResponse,
 )
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import FlowerError
@@ -34,7 +35,16 @@ from google.protobuf.message import DecodeError, Message
 
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.flower.fleet import Fleet
-from fedcore.flower.fleet_payload import MAX_OBJECTS
+from fedcore.flower.fleet_bundle import (
+    BUNDLE_BYTES,
+    PULL_BUNDLE,
+    PUSH_BUNDLE,
+    contents_of,
+    read_bundle,
+    small_objects,
+)
+from fedcore.flower.fleet_tree import objects_of
+from fedcore.rpc.bundle_pb2 import Bundle
 
 _Request = TypeVar("_Request", bound=Message)
 
@@ -42,9 +52,6 @@ CHUNK_BYTES = 6 * 2**20
 """Most bytes of a request with an object: Flower cuts arrays at 5 MiB."""
 _SMALL_BYTES = 2**16
 _TREE_BYTES = 2**19
-_MOST_DEPTH = 8  # a message, its records, their records, arrays, chunks
-_MOST_NODES = 4 * MAX_OBJECTS  # equal chunks are one object in several places
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Caller:
     node_id: int
     public_key: bytes
     name: str
+    grant: Callable[[int], bool] = lambda calls: False
+    """Takes so many calls more from the caller's rate; returns whether it had them left."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +133,25 @@ def _beat(fleet: Fleet, caller: Caller, body: Body) -> Message:
     return fleet_handlers.send_node_heartbeat(request, fleet.state)
 
 
-def _pull_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
+def _pull_messages(fleet: Fleet, caller: Caller, body: Body) -> PullMessagesResponse:
     request = _parse(PullMessagesRequest, body)
     _is_caller(request.node.node_id, caller)
     # A node pulls when it is idle, so its previous message did not reach it, or its reply did not
     # arrive.
     fleet.restart(caller.node_id)
     return fleet_handlers.pull_messages(request, fleet.state, fleet.state.object_store)
+
+
+def _pull_bundle(fleet: Fleet, caller: Caller, body: Body) -> Message:
+    answer = _pull_messages(fleet, caller, body)
+    objects: list[bytes] = []
+    for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+        found = small_objects(fleet.store, tree)
+        if caller.grant(len(found)):  # else it pulls them one by one, as its rate allows
+            objects += found
+            sent_bytes = sum(map(len, found))
+            fleet.state.store_traffic(message.metadata.run_id, bytes_sent=sent_bytes, bytes_recv=0)
+    return Bundle(call=answer.SerializeToString(), objects=objects)
 
 
 def _get_run(fleet: Fleet, caller: Caller, body: Body) -> Message:
@@ -173,31 +194,40 @@ def _varint(number: int) -> bytes:
     return bytes((*encoded, number))
 
 
-def objects_of(tree: ObjectTree) -> set[str]:
-    """Returns the ids of a reply's objects, after checking the tree.
-
-    Raises:
-        ValueError: there are too many, they nest too deep, an id is no digest, or one id occurs
-            twice with different children: a chunk's parent would be ambiguous.
-    """
-    below: dict[str, tuple[str, ...]] = {}
-    left, count = [(tree, 1)], 0
-    while left:
-        node, depth = left.pop()
-        count += 1
-        own = tuple(child.object_id for child in node.children)
-        if depth > _MOST_DEPTH or count > _MOST_NODES or len(below) > MAX_OBJECTS:
-            raise ValueError(f"it has more than {MAX_OBJECTS} objects, or they lie too deep")
-        if not _DIGEST.fullmatch(node.object_id):
-            raise ValueError("its objects go by names that are no digests")
-        if below.setdefault(node.object_id, own) != own:
-            raise ValueError("an object stands in it twice, with others below it")
-        left.extend((child, depth + 1) for child in node.children)
-    return set(below)
-
-
 def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
-    request = _parse(PushMessagesRequest, body)
+    return _begin_reply(fleet, caller, _parse(PushMessagesRequest, body), frozenset())
+
+
+def _push_bundle(fleet: Fleet, caller: Caller, body: Body) -> Message:
+    bundle = read_bundle(body if isinstance(body, bytes) else body.read())
+    request, contents = _parse(PushMessagesRequest, bundle.call), contents_of(bundle)
+    answer = _begin_reply(fleet, caller, request, contents.keys())
+    run_id, left = request.messages_list[0].metadata.run_id, list[str]()
+    for object_id in answer.objects_to_push:
+        content = contents.get(object_id)
+        if (
+            content is None
+            or not _store(
+                fleet,
+                caller,
+                PushObjectRequest(
+                    node=request.node,
+                    run_id=run_id,
+                    object_id=object_id,
+                    object_content=content,
+                    session_id=answer.session_id,
+                ),
+            ).stored
+        ):
+            left.append(object_id)
+    answer.objects_to_push[:] = left
+    return answer
+
+
+def _begin_reply(
+    fleet: Fleet, caller: Caller, request: PushMessagesRequest, brought: Set[str]
+) -> PushMessagesResponse:
+    """Registers a reply; ``brought`` are the ids of objects that come with it."""
     _is_caller(request.node.node_id, caller)
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
         raise _malformed(caller, "expected one message and one tree of objects")
@@ -210,6 +240,8 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
         objects = objects_of(tree)
     except ValueError as error:  # before Flower stores any of it
         raise _malformed(caller, str(error)) from None
+    if not brought <= objects:
+        raise _malformed(caller, "it brings objects that its tree does not name")
     with fleet.lock:
         asked = fleet.asked.get(metadata.reply_to_message_id)
         if asked is None or asked.node_id != caller.node_id:
@@ -247,6 +279,10 @@ def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(PushObjectRequest, body)
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
+    return _store(fleet, caller, request)
+
+
+def _store(fleet: Fleet, caller: Caller, request: PushObjectRequest) -> PushObjectResponse:
     with fleet.lock:
         owned = [
             pair
@@ -294,8 +330,10 @@ ROUTES: Mapping[str, Route] = {
     "/v1/fleet/activate-node": Route(_activate, _SMALL_BYTES),
     "/v1/fleet/deactivate-node": Route(_deactivate, _SMALL_BYTES),
     "/v1/fleet/get-run": Route(_get_run, _SMALL_BYTES),
+    PULL_BUNDLE: Route(_pull_bundle, _SMALL_BYTES),
     "/v1/fleet/pull-messages": Route(_pull_messages, _SMALL_BYTES),
     "/v1/fleet/pull-object": Route(_pull_object, _SMALL_BYTES),
+    PUSH_BUNDLE: Route(_push_bundle, BUNDLE_BYTES),
     "/v1/fleet/push-messages": Route(_push_messages, _TREE_BYTES),
     "/v1/fleet/push-object": Route(_push_object, CHUNK_BYTES),
     "/v1/fleet/send-node-heartbeat": Route(_beat, _SMALL_BYTES),

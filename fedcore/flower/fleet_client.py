@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 import httpx
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message import make_message, remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto
+from flwr.common.serde import message_to_proto, run_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -34,6 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from fedcore.crypto.certificates import SKEW
 from fedcore.crypto.kit import Kit, client_context, load_kit
 from fedcore.errors import CertificateRefused, FedcoreError, InvalidUpdate, TrustError
+from fedcore.flower.fleet_bundle import check_bundle, contents_of, packed_reply
 from fedcore.flower.fleet_errors import (
     Busy,
     OwnExpired,
@@ -43,8 +45,8 @@ from fedcore.flower.fleet_errors import (
     is_distrust,
     refusals,
 )
-from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, read_content
-from fedcore.rpc.hello import WAKE_PORT, again_in
+from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, announced_in, read_content
+from fedcore.rpc.hello import BUNDLES, WAKE_PORT, again_in
 from fedcore.rpc.jitter import spread_s
 
 log = logging.getLogger("fedcore.device")
@@ -61,6 +63,7 @@ _BUSY_S, _BUSY_GROWTH, _LAST_BUSY_S = 0.05, 1.1, 30.0
 that is always busy would otherwise set the rate of requests."""
 _BUSY_TOLD = 30
 """Number of busy responses after which the device logs a warning."""
+_ACTIVATE = "/flwr.proto.Fleet/ActivateNode"
 _PUSHES = 3
 """Most attempts at one reply, if the server drops its partial state."""
 _Request = TypeVar("_Request")
@@ -111,17 +114,21 @@ class FleetLink:
         self._last: httpx.Timeout | None = None
         """Timeout of the last call, once this process ends; nothing waits for retries then."""
         self._node = Node()
+        self._bundles = False
+        """Whether the server that activated this process takes and sends bundles."""
         self.wake_port = 0
         """Port of the server's wake stream; known once `activate` has returned."""
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Adds the headers to a request, and reads the wake port from the response."""
+        """Adds the headers to a request, and reads the server's offers from the response."""
         context.request.headers.update(self._headers)
         if self._last is not None:
             context.request.extensions["timeout"] = self._last.as_dict()
         elif len(self.kit.servers) > 1:
             context.request.extensions["timeout"]["connect"] = _CONNECT_S
         response = call_next(context)
+        if context.rpc_method == _ACTIVATE:
+            self._bundles = response.headers.get(BUNDLES) == "1"
         told = response.headers.get(WAKE_PORT, "")
         if told.isdecimal() and len(told) <= 5 and int(told) < 2**16:
             self.wake_port = int(told)
@@ -165,13 +172,17 @@ class FleetLink:
 
     def announced(self) -> AnnouncedMessage | None:
         """Returns the next message for this node, without its content; None if there is none."""
-        answer = self._call(FleetHttpClient.PullMessages, PullMessagesRequest(node=self._node))
-        if not answer.messages_list or not answer.message_object_trees:
-            return None
+        request, contents = PullMessagesRequest(node=self._node), dict[str, bytes]()
+        if self._bundles:
+            bundle = self._call(BoundedClient.pull_bundle, request)
+            with _readable():
+                check_bundle(bundle)
+                answer = PullMessagesResponse.FromString(bundle.call)
+            contents = contents_of(bundle)
+        else:
+            answer = self._call(FleetHttpClient.PullMessages, request)
         with _readable():
-            metadata = message_from_proto(answer.messages_list[0]).metadata
-        message = make_message(metadata=metadata, content=RecordDict())
-        return AnnouncedMessage(message, answer.message_object_trees[0])
+            return announced_in(answer, contents)
 
     def fetch(self, announced: AnnouncedMessage, *, limit_bytes: int) -> Message:
         """Fetches a message with its content.
@@ -180,16 +191,16 @@ class FleetLink:
             OwnerLimit: it takes more than ``limit_bytes``; nothing of that size was allocated.
             InvalidUpdate: it is no message of a fedcore server, or the server has deleted it.
         """
-        metadata = announced.message.metadata
-        content = read_content(
-            announced,
-            lambda object_id, most_bytes: self._pull(metadata.run_id, object_id, most_bytes),
-            limit_bytes=limit_bytes,
-        )
+        metadata, came = announced.message.metadata, announced.contents
+
+        def pull(object_id: str, most_bytes: int) -> bytes:
+            return came.get(object_id) or self._pull(metadata.run_id, object_id, most_bytes)
+
+        content = read_content(announced, pull, limit_bytes=limit_bytes)
         return make_message(metadata=metadata, content=content)
 
     def answer(self, reply: Message) -> None:
-        """Sends a reply, object by object, until the server has all of it.
+        """Sends a reply until the server has all of it: small objects at once, others one by one.
 
         Raises:
             InvalidUpdate: the server rejects the reply, for example because it is late.
@@ -203,8 +214,12 @@ class FleetLink:
             message_object_trees=[tree],
             clientapp_runtime_list=[0.0],
         )
+        small = packed_reply(begin, objects.values()) if self._bundles else None
         for left in reversed(range(_PUSHES)):
-            asked = self._call(FleetHttpClient.PushMessages, begin)
+            if small is not None and small.objects:
+                asked = self._call(BoundedClient.push_bundle, small)
+            else:
+                asked = self._call(FleetHttpClient.PushMessages, begin)
             wanted = set(asked.objects_to_push)
             try:
                 for object_id in objects:

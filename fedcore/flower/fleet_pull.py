@@ -6,21 +6,30 @@ import math
 import ssl
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import httpx
 import numpy as np
 from flwr.app import Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.serde import message_from_proto
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesResponse,
+)
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedcore.errors import FedcoreError, InvalidUpdate, OwnerLimit
+from fedcore.flower.fleet_bundle import PULL_BUNDLE, PUSH_BUNDLE
 from fedcore.flower.fleet_payload import MAX_OBJECTS, ObjectReader
 from fedcore.observability.foreign import foreign
-from fedcore.rpc.hello import WAKE_PORT
+from fedcore.rpc.bundle_pb2 import Bundle
+from fedcore.rpc.hello import BUNDLES, WAKE_PORT
 from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 
 ANSWER_BYTES = 2**20
@@ -35,7 +44,7 @@ ENDING_S = 5.0
 """Seconds that a call may continue once its process is to end."""
 _HEADERS = {
     *("connection", "content-encoding", "content-length", "retry-after", "transfer-encoding"),
-    WAKE_PORT,
+    *(BUNDLES, WAKE_PORT),
 }
 """Response headers that are kept; all others are dropped."""
 LEAST_BYTES_PER_S = 4096
@@ -50,6 +59,8 @@ class AnnouncedMessage:
     """The message without content."""
     tree: ObjectTree
     """The objects that make up its content."""
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents that came with the announcement, by the ids that this device has computed."""
 
     def check(self) -> None:
         """Checks the number of announced objects.
@@ -63,6 +74,20 @@ class AnnouncedMessage:
                     f"pull: the server's message has more than {MAX_OBJECTS} objects. It was not "
                     "read; the server is not one of fedcore, or not honest."
                 )
+
+
+def announced_in(
+    answer: PullMessagesResponse, contents: Mapping[str, bytes]
+) -> AnnouncedMessage | None:
+    """Returns the message that a server announces; None if there is none.
+
+    Malformed metadata can raise any exception of Flower's parsers.
+    """
+    if not answer.messages_list or not answer.message_object_trees:
+        return None
+    metadata = message_from_proto(answer.messages_list[0]).metadata
+    message = make_message(metadata=metadata, content=RecordDict())
+    return AnnouncedMessage(message, answer.message_object_trees[0], contents)
 
 
 class BoundedClient(FleetHttpClient):
@@ -101,6 +126,24 @@ class BoundedClient(FleetHttpClient):
         self._most = threading.local()  # one client serves several threads
         self._meter = Meter()
         metered(self._client, self._meter, keep=_HEADERS)
+
+    def pull_bundle(self, request: PullMessagesRequest) -> Bundle:
+        """Pulls the next message, together with its small objects."""
+        return self._unary_unary(
+            path=PULL_BUNDLE,
+            rpc_method="/fedcore.Fleet/PullBundle",
+            request=request,
+            response_type=Bundle,
+        )
+
+    def push_bundle(self, bundle: Bundle) -> PushMessagesResponse:
+        """Begins to push a reply, together with its small objects."""
+        return self._unary_unary(
+            path=PUSH_BUNDLE,
+            rpc_method="/fedcore.Fleet/PushBundle",
+            request=bundle,
+            response_type=PushMessagesResponse,
+        )
 
     def pull_object(self, request: PullObjectRequest, most_bytes: int) -> PullObjectResponse:
         """Fetches an object.

@@ -45,6 +45,8 @@ class FleetStore(InMemoryObjectStore):
         super().__init__()
         self.folder = folder
         self._cuts: dict[str, StoredChunk] = {}
+        self._filed = set[str]()
+        """Ids of the objects that have a file of their own."""
 
     def lay(self, object_id: str, cut: StoredChunk) -> None:
         """Registers a chunk's bytes in an array's file for the next `put` without content.
@@ -113,6 +115,7 @@ class FleetStore(InMemoryObjectStore):
         with self.lock_store:
             entry = self.store.get(object_id)
             if entry is not None and entry.content:
+                self._filed.add(object_id)
                 with disk_errors(path):
                     path.write_bytes(object_content)
                 entry.content = b""
@@ -128,6 +131,12 @@ class FleetStore(InMemoryObjectStore):
             if entry.is_available and not entry.content:
                 return self._path(object_id).read_bytes()
             return entry.content
+
+    def small(self, object_id: str) -> bytes:
+        """Returns an object that is in memory; empty for one in a file, or that has not arrived."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            return entry.content if entry is not None and entry.is_available else b""
 
     def open(self, object_id: str) -> BinaryIO | None:
         """Opens an object that has a file of its own; None for others.
@@ -163,7 +172,9 @@ class FleetStore(InMemoryObjectStore):
             super().delete(object_id)
             if object_id not in self.store:
                 self._cuts.pop(object_id, None)
-                self._path(object_id).unlink(missing_ok=True)
+                if object_id in self._filed:  # asking the system for each small one takes longer
+                    self._filed.discard(object_id)
+                    self._path(object_id).unlink(missing_ok=True)
 
     def _path(self, object_id: str) -> Path:
         return self.folder / object_id

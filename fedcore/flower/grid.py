@@ -5,12 +5,41 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 Handler = Callable[[Message], Message]
+
+
+@runtime_checkable
+class BatchingGrid(Protocol):
+    """Grid that yields replies that are ready at the same time together."""
+
+    def send_and_receive_batches(
+        self, messages: Sequence[Message], *, timeout: float | None
+    ) -> Iterator[Sequence[Message]]:
+        """Sends messages and yields their replies, in batches, as they arrive.
+
+        The caller must be done with a batch before it takes the next: then its replies are
+        accepted, and durable, or rejected.
+        """
+
+
+def reply_batches(
+    grid: Grid, messages: Sequence[Message], *, timeout: float | None
+) -> Iterator[Sequence[Message]]:
+    """Sends messages and yields batches of replies; of one reply each unless the grid batches."""
+    if isinstance(grid, BatchingGrid):
+        return grid.send_and_receive_batches(messages, timeout=timeout)
+    # Unlike a generator, this keeps no reply while the next one is computed.
+    return map(_alone, grid.send_and_receive(messages, timeout=timeout))
+
+
+def _alone(reply: Message) -> Sequence[Message]:
+    return (reply,)
 
 
 class OwnGrid(Grid):

@@ -32,6 +32,9 @@ INSTANCE = "instance"
 _AGAIN = "fedcore-again-s"
 WAKE_PORT = "fedcore-wake-port"
 """Response header for an admitted device: the port of the stream that wakes it."""
+BUNDLES = "fedcore-bundles"
+"""Response header for an admitted device: ``1`` if the server takes and sends small objects in
+bundles."""
 
 
 @dataclass(frozen=True)

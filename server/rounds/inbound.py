@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
@@ -193,15 +194,39 @@ _WHAT = {MessageType.TRAIN: "update from", MessageType.EVALUATE: "metrics from"}
 
 
 def accepted(
-    replies: Iterable[Message], intake: Intake, tally: Tally, *, first: int
+    batches: Iterable[Sequence[Message]], intake: Intake, tally: Tally, *, first: int
 ) -> Iterator[tuple[Message, Reply]]:
     """Yields replies that pass every check, each persisted first, in order of arrival.
 
-    A rejected reply is counted and reported with its client's name, and has no other effect. After
-    ``first`` accepted replies, no other is waited for. No reference to a reply is kept here.
+    The replies of a batch are persisted together. A rejected reply is counted and reported with its
+    client's name, and has no other effect. After ``first`` accepted replies, no other is waited
+    for. No reference to a reply is kept here.
     """
     taken = 0
-    for reply in replies:
+    for batch in batches:
+        ready = _checked(batch, intake, tally, most=first - taken)
+        del batch
+        taken += len(ready)
+        kept = deque(intake.checkpointer.accept([reply for reply, _ in ready]))
+        founds = deque(found for _, found in ready)
+        del ready
+        while kept:
+            yield _as_kept(kept.popleft(), founds.popleft())
+        if taken == first:
+            return
+
+
+def _checked(
+    batch: Sequence[Message], intake: Intake, tally: Tally, *, most: int
+) -> list[tuple[Message, Reply]]:
+    """Returns a batch's first ``most`` replies that pass every check, and counts those that fail.
+
+    Replies after these are ignored.
+    """
+    ready: list[tuple[Message, Reply]] = []
+    for reply in batch:
+        if len(ready) == most:
+            break
         if reply.has_error():
             code, reason = failure_of(reply)
             if code in DECLINES and not intake.budgets:
@@ -216,18 +241,17 @@ def accepted(
             tally.bytes_up += payload_bytes(reply)
         except InvalidUpdate as error:
             _refuse(reply, intake, tally, str(error))
-            del reply
             continue
-        kept = intake.checkpointer.accept(reply)
-        if found.arrays:
-            arrays = kept.content[ARRAYS]
-            found = replace(found, arrays={name: arrays[name] for name in found.arrays})  # type: ignore[misc]
-        del reply
-        yield kept, found
-        del kept, found
-        taken += 1
-        if taken == first:
-            return
+        ready.append((reply, found))
+    return ready
+
+
+def _as_kept(kept: Message, found: Reply) -> tuple[Message, Reply]:
+    """Returns a reply as it was persisted, and its checked content with the persisted arrays."""
+    if not found.arrays:
+        return kept, found
+    arrays = kept.content[ARRAYS]
+    return kept, replace(found, arrays={name: arrays[name] for name in found.arrays})  # type: ignore[misc]
 
 
 def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import FedcoreError, RoundFailed
+from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
 from fedcore.updates.messages import check_weights, joined
 from fedcore.updates.pack import Layout
@@ -139,7 +140,8 @@ def _train(this: TrainingRound) -> tuple[Aggregate, Sent]:
         budgets=run.private,
     )
     enough = len(nodes) if protection else federation.cohort
-    replies = federation.grid.send_and_receive(messages, timeout=run.federation.deadline_s)
+    deadline_s = run.federation.deadline_s
+    replies = reply_batches(federation.grid, messages, timeout=deadline_s)
     taken = accepted(replies, intake, this.tally, first=enough)
     del replies  # releases late replies once enough are accepted
     collect(taken, aggregation, this.tally, uniform=run.uniform)

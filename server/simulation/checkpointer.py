@@ -115,9 +115,9 @@ class FileCheckpointer:
             state.clock_s,
         )
 
-    def accept(self, reply: Message) -> Message:
-        """Returns the reply unchanged: a resumed round computes its replies again."""
-        return reply
+    def accept(self, replies: Sequence[Message]) -> Sequence[Message]:
+        """Returns the replies unchanged: a resumed round computes them again."""
+        return replies
 
     def discard(self, reply: Message) -> bool:
         """Returns False: no earlier process has accepted a reply."""

@@ -270,7 +270,7 @@ def test_a_round_goes_on_whatever_some_of_its_devices_send(
     tally, checkpointer = Tally(len(replies)), NoCheckpoints()
     intake = Intake(QUESTIONS[0], checkpointer=checkpointer, base=BASE, on_note=notes.append)
     if keeps:  # a journal takes most of the time
-        taken = list(accepted(iter(replies), intake, tally, first=len(replies)))
+        taken = list(accepted(([one] for one in replies), intake, tally, first=len(replies)))
     else:
         taken = _journaled(tmp_path_factory.mktemp("journal"), replies, intake, tally)
     bound = NormBound(BASE, None)
@@ -296,8 +296,8 @@ def _journaled(
             deadline_s=1.0,
         )
         intake = replace(intake, checkpointer=checkpointer)
-        arriving = (one if one.has_error() else signed(one) for one in replies)
-        taken = list(accepted(arriving, intake, tally, first=len(replies)))
+        arriving = [one if one.has_error() else signed(one) for one in replies]
+        taken = list(accepted([arriving], intake, tally, first=len(replies)))
         accepted_nodes = {reply.metadata.src_node_id for reply, _ in taken}
         for reply in replies:
             node = reply.metadata.src_node_id

@@ -196,38 +196,51 @@ class Journal:
         number = self.round + 1
         self._entries.write(drop=[(ASKED + purpose, number, number) for purpose in PURPOSES])
 
-    def accept(self, reply: Message) -> Message:
-        """Makes a verified reply of the current round durable, with its signature. Idempotent.
+    def accept(self, *replies: Message) -> Sequence[Message]:
+        """Makes verified replies of the current round durable, with their signatures. Idempotent.
 
-        The reply is stored unchanged, so that it can be checked against the signature later.
-        Returns ``reply``, whose large arrays now refer to the journal's files: the caller may
-        delete the files in which they arrived.
+        All are written in one transaction, as each takes the disk some milliseconds. A reply is
+        stored unchanged, so that it can be checked against the signature later.
+
+        Returns:
+            ``replies``, whose large arrays now refer to the journal's files: the caller may delete
+            the files in which they arrived.
 
         Raises:
-            SignatureInvalid: it has no verified signature. It was not recorded.
-            DiskFull: the disk is full. The reply was not recorded.
+            SignatureInvalid: a reply has no verified signature. No reply was recorded.
+            DiskFull: the disk is full. No reply was recorded.
+        """
+        new = [
+            (reply, entries, doc)
+            for reply in replies
+            if not self.holds(reply.metadata.message_type, reply.metadata.src_node_id)
+            for entries, doc in (self._reply_entries(reply),)
+        ]
+        for _ in new:
+            self._reached(ACCEPTING)
+        if new:
+            self._entries.write([entry for _, entries, _ in new for entry in entries])
+        for reply, _, doc in new:
+            self._reached(ACCEPTED)
+            self._replies.add((reply.metadata.message_type, reply.metadata.src_node_id))
+            for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
+                record = reply.content[name]
+                if isinstance(first, str) and isinstance(record, ArrayRecord):
+                    path = self._blobs.path(first)
+                    record[key] = PathArray(dtype, tuple(shape), stype, path)
+        return replies
+
+    def _reply_entries(self, reply: Message) -> tuple[list[JournalEntry], dict[str, Any]]:
+        """Returns the entries of a reply and of its signature, and the reply's document.
+
+        Its large arrays are stored in files by then.
         """
         purpose, node = reply.metadata.message_type, reply.metadata.src_node_id
-        if self.holds(purpose, node):
-            return reply
         number, packed = self.round + 1, Packing(self._blobs)
         signature = signature_of(reply.content, where=f"round {number}: reply from node {node}")
         doc = content_doc(reply.content, packed)
-        self._reached(ACCEPTING)
-        self._entries.write(
-            [
-                new_entry(REPLY + purpose, number, node, doc, bytes(packed.data)),
-                signature_entry(purpose, number, node, signature),
-            ]
-        )
-        self._reached(ACCEPTED)
-        self._replies.add((purpose, node))
-        for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
-            record = reply.content[name]
-            if isinstance(first, str) and isinstance(record, ArrayRecord):
-                path = self._blobs.path(first)
-                record[key] = PathArray(dtype, tuple(shape), stype, path)
-        return reply
+        kept = new_entry(REPLY + purpose, number, node, doc, bytes(packed.data))
+        return [kept, signature_entry(purpose, number, node, signature)], doc
 
     def holds(self, kind: str, node: int) -> bool:
         """Whether this process accepted or returned ``node``'s reply to ``kind`` in this round."""

@@ -30,8 +30,9 @@ from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, FileResponse, Route, call, upload_of
 from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
+from fedcore.flower.fleet_bundle import PUSH_BUNDLE, read_bundle
 from fedcore.observability.foreign import foreign
-from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
+from fedcore.rpc.hello import BUNDLES, WAKE_PORT, Hello, again_s_of, check_hello, instance_of
 from server.live.network.limits import Limits, PeerLines, Rates, Refusals, Uploads
 from server.live.network.peer import divert_of, key_of
 from server.live.network.presence import Presence
@@ -128,10 +129,12 @@ class Gate:
             if isinstance(answer, FileResponse):
                 await _send_pieces(send, answer, self.limits)
                 return None
-            wake = (
-                [(WAKE_PORT.encode(), b"%d" % self.wake_port)] if scope["path"] == ACTIVATE else []
-            )
-            await _respond(send, 200, b"application/x-protobuf", answer, wake)
+            offers = self._offers() if scope["path"] == ACTIVATE else []
+            await _respond(send, 200, b"application/x-protobuf", answer, offers)
+
+    def _offers(self) -> list[tuple[bytes, bytes]]:
+        """Returns the headers that tell an admitted device what else this server has."""
+        return [(WAKE_PORT.encode(), b"%d" % self.wake_port), (BUNDLES.encode(), b"1")]
 
     def _member(self, scope: Scope) -> Member:
         public = key_of(scope["state"])
@@ -141,6 +144,9 @@ class Gate:
         if member.role != "device" and self.operate is None:
             raise _Refusal(403, f"{member.name!r} is no device but {member.role!r}")
         return member
+
+    def _grants(self, node_id: int, calls: int) -> bool:
+        return self.rates.wait_s(node_id, calls) == 0.0
 
     def _keep_to_rate(self, node_id: int, calls: int = 1) -> None:
         wait_s = self.rates.wait_s(node_id, calls)
@@ -154,7 +160,9 @@ class Gate:
             return b""
         if route is None or scope["method"] != "POST":
             raise _Refusal(404, "no such call")
-        caller = Caller(node_id_of(member.public), member.public, member.name)
+        node_id = node_id_of(member.public)
+        grant = partial(self._grants, node_id)
+        caller = Caller(node_id, member.public, member.name, grant)
         self._keep_to_rate(caller.node_id)
         headers = {
             key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
@@ -212,14 +220,18 @@ class Gate:
         elif path == DEACTIVATE:
             self.presence.leave(caller.node_id)
             self.lines.tell(caller.name, "left")
-        elif path == PUSH:
-            await self._admit(caller, body)
+        elif path in (PUSH, PUSH_BUNDLE):
+            await self._admit(caller, path, body)
         elif path == PUSH_OBJECT:
             self.uploads.progress_of(caller.node_id)
 
-    async def _admit(self, caller: Caller, body: bytes) -> None:
+    async def _admit(self, caller: Caller, path: str, body: bytes) -> None:
         if more := len(body) // self.limits.call_bytes:
             self._keep_to_rate(caller.node_id, more)
+        if path == PUSH_BUNDLE:
+            bundle = read_bundle(body)
+            self._keep_to_rate(caller.node_id, len(bundle.objects))
+            body = bundle.call
         upload = upload_of(self.fleet, caller, body)
         if upload is None:
             return

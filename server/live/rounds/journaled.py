@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
 from fedcore.flower.fleet_grid import GRACE_S, FleetGrid
-from fedcore.flower.grid import OwnGrid
+from fedcore.flower.grid import OwnGrid, reply_batches
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
@@ -93,9 +93,9 @@ class JournalCheckpointer:
     def begin(self, nodes: Sequence[int]) -> None:
         """Does nothing: `cohort` has recorded the nodes already."""
 
-    def accept(self, reply: Message) -> Message:
-        """Writes a reply to the journal; returns it with large arrays in the journal's files."""
-        return self._journal.accept(reply)
+    def accept(self, replies: Sequence[Message]) -> Sequence[Message]:
+        """Writes replies to the journal; returns them with large arrays in the journal's files."""
+        return self._journal.accept(*replies)
 
     def discard(self, reply: Message) -> bool:
         """Drops a reply from the journal; returns whether it was recorded there."""
@@ -199,8 +199,18 @@ class JournalGrid(OwnGrid):
     ) -> Iterator[Message]:
         """Yields the replies in the journal, then the others as they arrive.
 
+        See `send_and_receive_batches`.
+        """
+        for batch in self.send_and_receive_batches(list(messages), timeout=timeout):
+            yield from batch
+
+    def send_and_receive_batches(
+        self, messages: Sequence[Message], *, timeout: float | None
+    ) -> Iterator[Sequence[Message]]:
+        """Yields the replies in the journal, then the others as they arrive, in batches.
+
         The caller must verify each reply and have the checkpointer accept or discard it before it
-        takes the next. If it discards a reply from the journal, the node is asked again.
+        takes the next batch. If it discards a reply from the journal, the node is asked again.
         ``timeout`` is in seconds. Messages of other types than train and evaluate go to the
         underlying grid, and are not recorded.
         """
@@ -209,7 +219,7 @@ class JournalGrid(OwnGrid):
         kinds = {message.metadata.message_type for message in waiting.values()}
         self._awaited = None
         if not kinds <= {*_ROUNDS}:
-            yield from self._behind.send_and_receive(waiting.values(), timeout=timeout)
+            yield from reply_batches(self._behind, [*waiting.values()], timeout=timeout)
             return
         assert len(kinds) <= 1, "a round asks all for the same"
         kind = next(iter(kinds), MessageType.TRAIN)
@@ -217,7 +227,7 @@ class JournalGrid(OwnGrid):
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
-                yield kept
+                yield [kept]
                 del kept
                 if self._journal.holds(kind, node):
                     del waiting[node]
@@ -228,17 +238,17 @@ class JournalGrid(OwnGrid):
         self._awaited = Awaited(self._journal.round + 1, kind, all_asked, waiting.keys(), end)
         while waiting:
             left_s = end - time.monotonic() if timeout is not None else None
-            for reply in self._behind.send_and_receive(list(waiting.values()), timeout=left_s):
-                node = reply.metadata.src_node_id
-                del waiting[node]
-                if reply.has_error():
-                    reply = _of_no_kind(reply)
-                yield reply
-                del reply  # free it: the next one is read while this frame is suspended
-                if self._journal.holds(kind, node):
-                    came += 1
-                else:  # it declined, failed or was rejected: it is asked again after a restart only
-                    asked -= 1
+            for batch in reply_batches(self._behind, [*waiting.values()], timeout=left_s):
+                nodes = [reply.metadata.src_node_id for reply in batch]
+                for node in nodes:
+                    del waiting[node]
+                yield [_of_no_kind(reply) if reply.has_error() else reply for reply in batch]
+                del batch  # free it: the next one is read while this frame is suspended
+                accepted = sum(self._journal.holds(kind, node) for node in nodes)
+                came += accepted
+                # The others declined, failed or were rejected: they are asked again only after a
+                # restart.
+                asked -= len(nodes) - accepted
             if not self._back(waiting, end, enough=came >= self._quorum * asked):
                 return
             for node, message in waiting.items():  # a grid sends the same message only once

@@ -46,8 +46,8 @@ class SteeredCheckpointer:
     def begin(self, nodes: Sequence[int]) -> None:
         self.checkpointer.begin(nodes)
 
-    def accept(self, reply: Message) -> Message:
-        return self.checkpointer.accept(reply)
+    def accept(self, replies: Sequence[Message]) -> Sequence[Message]:
+        return self.checkpointer.accept(replies)
 
     def discard(self, reply: Message) -> bool:
         return self.checkpointer.discard(reply)

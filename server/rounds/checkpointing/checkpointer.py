@@ -42,10 +42,10 @@ class RoundCheckpointer(Protocol):
     def begin(self, nodes: Sequence[int]) -> None:
         """Callback before the round's nodes are asked to train."""
 
-    def accept(self, reply: Message) -> Message:
-        """Makes a checked reply durable before it has any effect.
+    def accept(self, replies: Sequence[Message]) -> Sequence[Message]:
+        """Makes checked replies durable, all or none, before they have any effect.
 
-        Returns an equivalent reply, whose large arrays may be stored elsewhere, such as on disk.
+        Returns equivalent replies, whose large arrays may be stored elsewhere, such as on disk.
         """
 
     def discard(self, reply: Message) -> bool:
@@ -78,9 +78,9 @@ class NoCheckpoints:
     def begin(self, nodes: Sequence[int]) -> None:
         """Does nothing."""
 
-    def accept(self, reply: Message) -> Message:
-        """Returns the reply unchanged."""
-        return reply
+    def accept(self, replies: Sequence[Message]) -> Sequence[Message]:
+        """Returns the replies unchanged."""
+        return replies
 
     def discard(self, reply: Message) -> bool:
         """Returns False: no earlier process has accepted a reply."""

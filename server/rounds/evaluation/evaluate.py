@@ -11,6 +11,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
+from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
 from fedcore.task.metrics import LARGEST_METRIC, Metric
 from fedcore.task.model import FullModel
@@ -118,7 +119,7 @@ def ask_to_evaluate(
         weights=cohort.weights,
     )
     tally = Tally(len(nodes))
-    replies = grid.send_and_receive(messages, timeout=deadline_s)
+    replies = reply_batches(grid, messages, timeout=deadline_s)
     found = [
         (reply.metadata.src_node_id, measured)
         for reply, measured in accepted(replies, intake, tally, first=len(nodes))

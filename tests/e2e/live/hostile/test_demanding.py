@@ -18,6 +18,7 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from fedcore.errors import DeviceError
 from fedcore.flower import fleet_api
 from fedcore.flower.fleet_api import Caller, FileResponse, Route
+from fedcore.flower.fleet_bundle import PULL_BUNDLE
 from fedcore.updates.messages import REFUSED, instruction_config, weights_record
 from server.live.network import gate
 
@@ -47,6 +48,13 @@ def bomb(fleet: Any, caller: Caller, body: Any) -> Any:
     return answer
 
 
+def bare(fleet: Any, caller: Caller, body: Any) -> Any:
+    """A bundle without objects, so that each is pulled by itself."""
+    answer = fleet_api._pull_bundle(fleet, caller, body)
+    answer.ClearField("objects")
+    return answer
+
+
 def content_of(project: Any) -> Any:
     from flwr.app import RecordDict
 
@@ -70,7 +78,8 @@ def test_a_device_takes_in_no_more_than_its_model_and_its_owner_allow(
 ) -> None:
     project.task.write_text(project.task.read_text().replace("WEIGHTS = 0", "WEIGHTS = 1_500_000"))
     route = Route(answer, fleet_api.ROUTES[PULL].max_bytes)
-    monkeypatch.setattr(gate, "ROUTES", {**fleet_api.ROUTES, PULL: route})
+    apart = Route(bare, fleet_api.ROUTES[PULL_BUNDLE].max_bytes)
+    monkeypatch.setattr(gate, "ROUTES", {**fleet_api.ROUTES, PULL: route, PULL_BUNDLE: apart})
     owner = project.root / "owner.toml"
     owner.write_text(OWNER)
     with serve() as served:

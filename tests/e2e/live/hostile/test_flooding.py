@@ -28,9 +28,10 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedcore.observability.lines import OneLine
+from fedcore.rpc.bundle_pb2 import Bundle
 from fedcore.rpc.wake_pb2 import WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeStub
 from server.live.network.limits import Limits
@@ -109,8 +110,10 @@ _KINDS = {
     "activate-node": ActivateNodeRequest,
     "deactivate-node": DeactivateNodeRequest,
     "get-run": GetRunRequest,
+    "pull-bundle": PullMessagesRequest,
     "pull-messages": PullMessagesRequest,
     "pull-object": PullObjectRequest,
+    "push-bundle": PushMessagesRequest,
     "push-messages": PushMessagesRequest,
     "push-object": PushObjectRequest,
     "send-node-heartbeat": SendNodeHeartbeatRequest,
@@ -150,7 +153,7 @@ def requests(device: Any, asked: Message, rng: random.Random) -> Iterator[tuple[
                     request.node.CopyFrom(value)
                 else:
                     setattr(request, field, value)
-        if name == "push-messages":
+        if name in ("push-bundle", "push-messages"):
             for _ in range(rng.choice([0, 1, 1, 1, 2])):
                 one = request.messages_list.add()
                 one.CopyFrom(proto)
@@ -166,7 +169,15 @@ def requests(device: Any, asked: Message, rng: random.Random) -> Iterator[tuple[
                 grown.CopyFrom(tree)
                 for _ in range(rng.choice([0, 0, 1, 40])):
                     grown.children.add(object_id=rng.choice(["", "zz", "f" * 64, "\x00"]))
-        yield f"{FLEET}/{name}", near(request.SerializeToString(), rng)
+        raw = near(request.SerializeToString(), rng)
+        if name == "push-bundle":
+            whole = get_all_nested_objects(reply)
+            parts = [one.deflate() for one in whole.values() if one is not reply]  # never complete
+            parts = rng.choice([parts, [], parts[:1], [*parts, b""], [b"x"] * 65, parts * 20])
+            raw = near(
+                Bundle(call=raw, objects=[near(one, rng) for one in parts]).SerializeToString(), rng
+            )
+        yield f"{FLEET}/{name}", raw
 
 
 def test_calls_of_any_content_are_answered_and_logged_in_a_few_lines(

@@ -8,8 +8,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 
-from fedcore.flower.fleet_api import objects_of
 from fedcore.flower.fleet_payload import MAX_OBJECTS
+from fedcore.flower.fleet_tree import objects_of
 from fedcore.flower.identity import assume_identity
 
 

@@ -84,7 +84,9 @@ def test_updates_in_files_are_added_up_by_pieces(traced: None) -> None:
     tally, replies = Tally(len(NODES)), [reply(node) for node in NODES]
     base = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    mean = fold(accepted(iter(replies), INTAKE, tally, first=3), LAYOUT, tally, uniform=False)
+    mean = fold(
+        accepted(([one] for one in replies), INTAKE, tally, first=3), LAYOUT, tally, uniform=False
+    )
     assert risen_mb(base) < 8 * SIZE / MB + 3, "more than the sum and some pieces were held"
     expected = np.average([weights(node) for node in NODES], axis=0, weights=NODES)
     assert np.abs(mean.mean() - expected).max() < 1e-6
@@ -96,7 +98,7 @@ def test_an_update_in_a_file_that_is_not_finite_counts_as_failed() -> None:
     wrong = weights(5)
     wrong[-1] = np.inf
     tally = Tally(len(NODES))
-    taken = accepted(iter([reply(4), reply(5, wrong)]), INTAKE, tally, first=3)
+    taken = accepted([[reply(4), reply(5, wrong)]], INTAKE, tally, first=3)
     mean = fold(taken, LAYOUT, tally, uniform=True)
     assert (mean.count, tally.updates, tally.failed) == (1, 1, 1)
     assert np.abs(mean.mean() - weights(4)).max() < 1e-6
@@ -107,7 +109,7 @@ def test_what_is_held_for_a_strategy_is_held_once_and_no_file_with_it(traced: No
     files = [message.content[ARRAYS][MODEL].file for message in replies]  # type: ignore[index]
     tally, base = Tally(len(NODES)), tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    held = hold(accepted(iter(replies), INTAKE, tally, first=3), tally, uniform=False)
+    held = hold(accepted(([one] for one in replies), INTAKE, tally, first=3), tally, uniform=False)
     gc.collect()
     assert risen_mb(base) < (len(NODES) + 1) * 4 * SIZE / MB
     assert all(file.closed for file in files)
@@ -151,7 +153,7 @@ def test_what_a_client_says_of_its_failure_is_one_line_of_words() -> None:
     said = "bad\n2026-01-01T00:00:00Z INFO device d2: forged\x1b[31m" + "x" * 10_000
     tally = Tally(1)
     refusal = Message(Error(1100, said), reply_to=asked(4))
-    assert list(accepted(iter([refusal]), INTAKE, tally, first=1)) == []
+    assert list(accepted([[refusal]], INTAKE, tally, first=1)) == []
     (reason,) = tally.reasons
     assert reason.startswith("bad 2026-01-01T00:00:00Z INFO device d2: forged")
     assert reason.isprintable()
@@ -167,7 +169,7 @@ def test_an_update_that_is_lost_after_it_was_kept_is_this_machines_fault(tmp_pat
         )
         tally = Tally(1)
         taken = list(
-            accepted(iter([reply(4)]), replace(INTAKE, checkpointer=checkpointer), tally, first=1)
+            accepted([[reply(4)]], replace(INTAKE, checkpointer=checkpointer), tally, first=1)
         )
         for path in (tmp_path / "values").iterdir():
             path.unlink()
@@ -187,7 +189,7 @@ def test_updates_that_wait_in_the_journal_take_no_descriptors(tmp_path: Path) ->
             deadline_s=1.0,
         )
         before, tally = descriptors(), Tally(5)
-        replies = (reply(node) for node in range(4, 9))
+        replies = ([reply(node)] for node in range(4, 9))
         taken = list(accepted(replies, replace(INTAKE, checkpointer=checkpointer), tally, first=5))
         assert descriptors() == before
         mean = fold(taken, LAYOUT, tally, uniform=True)
@@ -209,7 +211,7 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
     )
     journal = create(tmp_path / "journal", {})
     journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
-    kept = journal.accept(message)
+    (kept,) = journal.accept(message)
     shutil.rmtree(spool)
     again = reopen(tmp_path / "journal")  # as another process finds it
     assert again is not None

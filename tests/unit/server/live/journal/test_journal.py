@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedcore.errors import DiskFull
 from fedcore.updates.messages import METRICS
+from server.live.journal.entries import Entries, JournalEntry
 from server.live.journal.head import JOURNAL
 from server.live.journal.journal import (
     ACCEPTED,
@@ -203,6 +206,38 @@ def test_at_every_point_the_change_is_whole_or_not_there(tmp_path: Path, point: 
         assert (journal.asked("evaluate") is not None) == evaluating
         assert (journal.reply(asked(6)) is not None) == (point in (ACCEPTED, COMMITTING))
     assert {SELECTING, *POINTS} == set(POINTS)
+
+
+def test_replies_that_come_together_are_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+    write = Entries.write
+
+    def counted(self: Entries, new: Sequence[JournalEntry] = (), **more: Any) -> None:
+        writes.append(len(new))
+        if len(new) == 2:
+            raise DiskFull("no room")
+        write(self, new, **more)
+
+    two_rounds(tmp_path)
+    points: list[str] = []
+    journal = reopen(tmp_path, reached=points.append)
+    assert journal is not None
+    monkeypatch.setattr(Entries, "write", counted)
+    with closing(journal):
+        replies = [answer(asked(node), node / 4) for node in (4, 5, 6)]
+        journal.accept(*replies)
+        journal.accept(*replies)
+        assert writes == [3], "once, and not again"
+        assert points == [ACCEPTING] * 3 + [ACCEPTED] * 3
+        with pytest.raises(DiskFull):
+            journal.accept(*(answer(asked(node), 0.5) for node in (7, 8)))
+        assert not journal.holds("train", 7)
+    with opened(tmp_path) as journal:
+        found = [journal.reply(asked(node)) for node in (4, 5, 6, 7)]
+        assert [one is not None for one in found] == [True, True, True, False]
+        assert [one.content for one in found[:3]] == [one.content for one in replies]  # type: ignore[union-attr]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def reply(node: int, weights: Vector) -> Message:
 
 def taken(replies: list[Message], tally: Tally) -> Any:
     intake = Intake(asked_to_train(run_of(), LAYOUT), base=BASE)
-    return accepted(iter(replies), intake, tally, first=len(replies))
+    return accepted([replies], intake, tally, first=len(replies))
 
 
 def mean_of(replies: list[Message], bound: NormBound | None) -> tuple[Vector, Tally]:
@@ -89,7 +89,7 @@ def test_updates_are_added_up_before_all_are_there(monkeypatch: pytest.MonkeyPat
         counts.append((self.count, len(came)))
 
     came: list[Message] = []
-    arriving = (came.append(each) or each for each in replies)
+    arriving = (came.append(each) or [each] for each in replies)
     monkeypatch.setattr(ExactMean, "add_parts", counted)
     tally = Tally(4)
     intake = Intake(asked_to_train(run_of(), LAYOUT), base=BASE)

@@ -1,0 +1,109 @@
+"""Replies that are complete at the same time come together, as far as they are small."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from fedcore.errors import DiskFull
+from fedcore.flower.fleet import Fleet
+from fedcore.flower.fleet_grid import Check, FleetGrid
+from fedcore.flower.identity import assume_identity
+from tests.unit.fedcore.flower.answering import answer_whole
+
+SMALL, LARGE = 10, 100_000
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    (tmp_path / "spool").mkdir()
+    one = Fleet(tmp_path / "spool")
+    assume_identity(one.open_run({"run": "{}"}))
+    yield one
+    one.end_run()
+
+
+class Answering:
+    """Devices that have all answered, in order, by the time that they are woken."""
+
+    def __init__(self, fleet: Fleet, weights: Sequence[int]) -> None:
+        self.fleet, self.sizes = fleet, weights
+        self.keys = [bytes([place]) * 9 for place in range(len(weights))]
+        self.messages = [
+            Message(_content(size), fleet.enlist(key), MessageType.TRAIN)
+            for key, size in zip(self.keys, weights, strict=True)
+        ]
+        self.done: list[str] = []
+        self.grid = FleetGrid(
+            fleet, self, inspector=self, consumed=self.done.append, stopping=threading.Event()
+        )
+
+    def nodes(self) -> list[int]:
+        return []
+
+    def absent_s(self, node_id: int) -> float:
+        return 60.0
+
+    def wake(self, node_ids: Iterable[int]) -> None:
+        devices = zip(self.keys, self.messages, self.sizes, strict=True)
+        for place, (key, message, size) in enumerate(devices):
+            content = _content(size, place + 0.5)  # equal chunks would be stored once
+            answer_whole(self.fleet, key, Message(content, reply_to=message))
+
+    def expect(self, messages: Sequence[Message]) -> list[Check]:
+        return [lambda reply: None for _ in messages]
+
+    def batches(self) -> Iterator[Sequence[Message]]:
+        return self.grid.send_and_receive_batches(self.messages, timeout=30)
+
+
+def _content(size: int, first: float = 0.0) -> RecordDict:
+    values = np.arange(size, dtype=np.float32) + np.float32(first)
+    arrays = ArrayRecord({"model": Array(values)})
+    return RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1})})
+
+
+def test_small_replies_come_together_and_a_large_one_ends_a_batch(fleet: Fleet) -> None:
+    devices = Answering(fleet, [SMALL, SMALL, LARGE, SMALL, LARGE, LARGE])
+    assert [len(batch) for batch in devices.batches()] == [3, 2, 1]
+    assert len(devices.done) == 6
+
+
+def test_a_batch_has_an_end(fleet: Fleet) -> None:
+    devices = Answering(fleet, [SMALL] * 70)
+    assert [len(batch) for batch in devices.batches()] == [32, 32, 6]
+
+
+def test_what_is_taken_one_by_one_is_the_same(fleet: Fleet) -> None:
+    devices = Answering(fleet, [SMALL, LARGE, SMALL])
+    replies = list(devices.grid.send_and_receive(devices.messages, timeout=30))
+    asked = [message.metadata.dst_node_id for message in devices.messages]
+    assert [reply.metadata.src_node_id for reply in replies] == asked
+
+
+def test_a_disk_that_fails_amid_a_batch_keeps_no_room(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise DiskFull("no room")
+
+    devices = Answering(fleet, [SMALL, LARGE])
+    monkeypatch.setattr(fleet.store, "scratch", full)
+    with pytest.raises(DiskFull):
+        list(devices.batches())
+    assert len(devices.done) == 2
+    assert not fleet.asked
+
+
+def test_a_caller_with_enough_leaves_the_rest(fleet: Fleet) -> None:
+    devices = Answering(fleet, [SMALL, LARGE, SMALL])
+    batches = devices.batches()
+    assert len(next(batches)) == 2
+    batches.close()  # type: ignore[attr-defined]
+    assert len(devices.done) == 3
+    assert not fleet.asked
