@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +38,8 @@ from fedcore.task.definition import load_task
 from server.live.network.limits import Limits
 from server.live.network.serve import Address, Listening, listen
 from server.live.rounds.settings import device_settings
-from tests.prefork import Prefork, Process
+from tests.e2e.live.program import RUN_VERB, Program
+from tests.prefork import Prefork
 
 TASK = '''
 import torch
@@ -293,45 +293,6 @@ def _flower_says_little() -> Iterator[None]:
     logger.setLevel(level)
 
 
-_RUN_VERB = """
-import sys
-from importlib import import_module
-from fedcore import cli
-module, name = sys.argv[1].split(":")
-command = getattr(import_module(module), name)
-entry = type("Entry", (), {"name": sys.argv[2], "load": lambda self: command})()
-cli.entry_points = lambda group: [entry]
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
-@dataclass
-class Program:
-    """A verb of the command line in a process of its own, and what it has logged."""
-
-    process: Process | subprocess.Popen[str]
-    log: Path
-
-    def wait_for(self, text: str, seconds: float = 90.0, *, times: int = 1) -> float:
-        """Waits for a line of the log; returns how long that took."""
-        started = time.monotonic()
-        while self.log.read_text().count(text) < times:
-            assert time.monotonic() - started < seconds, f"no {text!r} in:\n{self.log.read_text()}"
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.01)
-        return time.monotonic() - started
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def end(self, seconds: float = 20.0) -> int:
-        return self.process.wait(seconds)
-
-    def rss_bytes(self) -> int:
-        fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
-        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 Launch = Callable[..., Program]
 
 
@@ -347,7 +308,7 @@ def launch(project: Project, prefork: Prefork) -> Iterator[Launch]:
             words = (entry, *arguments)
             process = (
                 subprocess.Popen(
-                    [*under, sys.executable, "-c", _RUN_VERB, *words],
+                    [*under, sys.executable, "-c", RUN_VERB, *words],
                     cwd=project.root,
                     stdout=stream,
                     stderr=stream,
@@ -356,10 +317,10 @@ def launch(project: Project, prefork: Prefork) -> Iterator[Launch]:
                 )
                 if under
                 else prefork.start(
-                    words, cwd=project.root, env=env, stdout=stream, stderr=stream, code=_RUN_VERB
+                    words, cwd=project.root, env=env, stdout=stream, stderr=stream, code=RUN_VERB
                 )
             )
-        programs.append(Program(process, log))
+        programs.append(Program(process, log, words))
         return programs[-1]
 
     yield starting

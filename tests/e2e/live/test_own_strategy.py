@@ -121,7 +121,7 @@ def test_a_killed_server_goes_on_with_its_strategy_as_if_it_had_not_been(
     killed = launch_server(*OVERRIDES)
     assert killed.end(60) == -signal.SIGKILL, killed.log.read_text()
     assert killed.log.read_text().count('"round_finished"') == 2
-    again = launch(*killed.process.args[3:], "--resume")  # the same command once more
+    again = launch(*killed.words, "--resume")  # the same command once more
     assert again.end(60) == 0, again.log.read_text()
     assert "Resumed after round 2." in again.log.read_text()
 

@@ -90,10 +90,9 @@ def test_what_a_device_lacks_is_not_what_the_server_lacks(
     lacking.send(signal.SIGKILL)
     lacking.end()
     launch_device("edge-1")
-    arguments = server.process.args
-    again = launch(*arguments[arguments.index("-c") + 2 :], "--resume")
+    again = launch(*server.words, "--resume")
     assert again.end(60) == 0, "it asks who is there, and not whom the round asked that failed"
-    over = launch(*arguments[arguments.index("-c") + 2 :], "--resume")
+    over = launch(*server.words, "--resume")
     assert over.end(60) == 0, "and there is nothing left to be done"
     assert "this run is complete: its model is in global.safetensors" in over.log.read_text()
     assert (project.root / "runs" / "trial" / "global.safetensors").is_file()

@@ -121,9 +121,9 @@ def test_what_is_held_for_a_strategy_is_held_once_and_no_file_with_it(traced: No
 
 def test_a_reply_weighs_what_is_recorded_whatever_it_reports() -> None:
     intake, tally = replace(INTAKE, weights={4: 9, 5: 7}), Tally(2)
-    (_, first), (_, second) = accepted(iter([reply(5), reply(4)]), intake, tally, first=2)
+    (_, first), (_, second) = accepted([[reply(5), reply(4)]], intake, tally, first=2)
     assert (first.num_examples, second.num_examples) == (7, 9)
-    ((_, own),) = accepted(iter([reply(5)]), INTAKE, tally, first=1)
+    ((_, own),) = accepted([[reply(5)]], INTAKE, tally, first=1)
     assert own.num_examples == 5
 
 
@@ -240,7 +240,7 @@ def test_a_large_sum_has_its_memory_before_anything_is_added(
     monkeypatch.setattr(ExactMean, "touch", touching)
     monkeypatch.setattr(ExactMean, "add_parts", adding)
     tally = Tally(2)
-    fold(accepted(iter([reply(4), reply(5)]), INTAKE, tally, first=2), LAYOUT, tally, uniform=True)
+    fold(accepted([[reply(4), reply(5)]], INTAKE, tally, first=2), LAYOUT, tally, uniform=True)
     assert order == ["touched", "added", "added"]
 
 

@@ -216,7 +216,7 @@ def test_replies_that_come_together_are_written_together(
 
     def counted(self: Entries, new: Sequence[JournalEntry] = (), **more: Any) -> None:
         writes.append(len(new))
-        if len(new) == 2:
+        if len(new) == 4:
             raise DiskFull("no room")
         write(self, new, **more)
 
@@ -229,7 +229,7 @@ def test_replies_that_come_together_are_written_together(
         replies = [answer(asked(node), node / 4) for node in (4, 5, 6)]
         journal.accept(*replies)
         journal.accept(*replies)
-        assert writes == [3], "once, and not again"
+        assert writes == [6], "each with its signature, once and not again"
         assert points == [ACCEPTING] * 3 + [ACCEPTED] * 3
         with pytest.raises(DiskFull):
             journal.accept(*(answer(asked(node), 0.5) for node in (7, 8)))
