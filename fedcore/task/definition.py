@@ -196,11 +196,11 @@ def data_folder() -> Folder:
     return folder
 
 
-def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
+def read_examples(load: Callable[[], Examples], *, what: str, least: int = 1) -> Examples:
     """Calls a task's loader, and turns its failures into errors that name the data.
 
     Raises:
-            DataError: the loader failed, or returned no examples.
+            DataError: the loader failed, or returned fewer than ``least`` examples (0 or 1).
     """
     try:
         examples = load()
@@ -212,7 +212,7 @@ def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
             f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
             "it; mend the file or the task's loader."
         ) from error
-    if count == 0:
+    if count < least:
         raise DataError(
             f"{what}: it holds no examples, and at least 1 is needed. Nothing was trained on it; "
             "leave this client out, or give it data."
