@@ -57,6 +57,7 @@ class Material:
             self.example_batch,
             self.train,
             self.task.loss_of,
+            self.task.kind,
             self.run.finetune,
             fraction=compression.prune_fraction,
             epochs=compression.prune_epochs,
