@@ -1,7 +1,7 @@
 """What the loop does where the cloud does not look like the devices, and where it does.
 
 ``python -m benchmarks.shifted`` runs five small tasks over seeds, each in this process: MNIST by
-writer with a cloud of other inputs, of other label shares, of one writer, and of a hundred writers;
+writer with a cloud of other inputs, of other label shares, of one writer, and of thirty writers;
 and scikit-learn's digits. Clients hold a quarter of their data back and judge. Accuracy is that on
 clients whom nothing in the run has read, not even its final test. Beside the loop's defaults
 (``guarded``) the same rounds end by the cloud's judgement alone and without distillation
@@ -40,8 +40,8 @@ MOST_DROP = 0.01
 SETTINGS: dict[str, dict[str, Any]] = {
     "federation": {"rounds": 12, "holdout": 0.25},
     "client": {"epochs": 3, "batch_size": 10, "learning_rate": 0.05, "momentum": 0.5},
-    "finetune": {"epochs": 10, "learning_rate": 0.01},
-    "compression": {"timing_runs": 100},
+    "finetune": {"epochs": 5, "learning_rate": 0.01},
+    "compression": {"prune_epochs": 5, "timing_runs": 100},
     "simulation": {"workers": 1, "training": "vectorised"},
 }
 GUARDED, CLOUD = "guarded", "cloud"

@@ -112,8 +112,8 @@ def one_writer(rest: list[Rows], seed: int) -> Rows:
 
 
 def many_writers(rest: list[Rows], seed: int) -> Rows:
-    """A hundred writers, as different from each other as the clients are."""
-    return joined(rest[:100])
+    """Thirty writers, as different from each other as the clients are."""
+    return joined(rest[:30])
 
 
 def digits(folder: Path | None, seed: int) -> Drawn:
