@@ -1,0 +1,84 @@
+"""The benchmark of clouds that do not look like the devices: its checks, and two of its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.shifted import CLOUD, GUARDED, Ended, checks_of, main, rows_of, run_once, table
+from benchmarks.shifted_tasks import CLIENTS, WORKLOADS
+
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
+
+
+def ended(**changed: Any) -> Ended:
+    values: dict[str, Any] = {
+        "workload": "writers",
+        "variant": GUARDED,
+        "seed": 0,
+        "federated": 0.8,
+        "finetuned": 0.82,
+        "chosen": 0.81,
+        "published": 0.81,
+        "candidate": "fp32",
+        "kept": True,
+        "withheld": False,
+        "seconds": 1.0,
+    }
+    return Ended(**values | changed)
+
+
+@pytest.mark.parametrize(
+    ("published", "holds"),
+    [((0.81, 0.80), [True, True]), ((0.83, 0.789), [False, True]), ((0.795, 0.8), [True, False])],
+)
+def test_each_promise_can_break(published: tuple[float, float], holds: list[bool]) -> None:
+    runs = [ended(published=each, seed=seed) for seed, each in enumerate(published)]
+    assert [check.holds for check in checks_of(runs)] == holds
+
+
+def test_where_the_cloud_is_unlike_the_devices_no_gain_is_promised_and_no_baseline_counts() -> None:
+    runs = [ended(workload="labels", published=0.795), ended(workload="labels", variant=CLOUD)]
+    (check,) = checks_of(runs)
+    assert check.holds
+    assert checks_of(runs[1:]) == []
+    gains = [row for row in rows_of(runs) if row.metric == "gain"]
+    assert [row.median for row in gains] == pytest.approx([-0.005, 0.01])
+    shown = {"rows": [row.__dict__ for row in rows_of(runs)], "checks": [check.__dict__]}
+    assert "holds  labels: worst gain of a seed: -0.0050" in table(shown)
+
+
+def test_it_asks_for_its_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FEDCORE_DATA", raising=False)
+    assert main(["--out", str(tmp_path), "--seeds", "0"]) == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_digits_gain_from_a_cloud_like_the_clients() -> None:
+    found = run_once(BY_NAME["digits"], GUARDED, seed=0, folder=None)
+    assert found.kept
+    assert found.gain > 0
+
+
+def test_clients_and_tests_are_other_people_than_the_clouds(data_folder: Path) -> None:
+    drawn = BY_NAME["writer"].make(data_folder, 1)
+    other = BY_NAME["writer"].make(data_folder, 2)
+    assert len(drawn.task.clients(data_folder)) == CLIENTS
+    first = [each.make(data_folder, 1).task.client_data("writer-0", None) for each in WORKLOADS[:4]]
+    assert all((each[0][0] == first[0][0][0]).all() for each in first)  # the same federation
+    assert len(other.task.client_data("writer-0", None)) != len(first[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_guards_keep_what_the_cloud_alone_would_spoil(data_folder: Path) -> None:
+    guarded, cloud = (
+        run_once(BY_NAME["labels"], variant, seed=0, folder=data_folder)
+        for variant in (GUARDED, CLOUD)
+    )
+    assert guarded.federated == cloud.federated > 0.8
+    assert cloud.chosen < cloud.federated - 0.03
+    assert guarded.chosen > guarded.federated - 0.01
