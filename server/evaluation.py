@@ -30,7 +30,13 @@ _WORST = 10  # clients in the table
 
 @dataclass(frozen=True)
 class ClientScores:
-    """One client's measurements of a model."""
+    """One client's measurements of a model.
+
+    Example::
+
+        worst = fedcore.evaluate(task, "run.toml", result.federated).worst(1)[0]
+        worst.client, worst.examples, worst.metrics["accuracy"]
+    """
 
     client: str
     examples: int
@@ -40,7 +46,13 @@ class ClientScores:
 
 @dataclass(frozen=True)
 class MetricSpread:
-    """One metric over clients."""
+    """One metric over clients.
+
+    Example::
+
+        spread = fedcore.evaluate(task, "run.toml", result.federated).spread("accuracy")
+        spread.mean, spread.margin, spread.low, spread.median
+    """
 
     metric: str
     clients: int
