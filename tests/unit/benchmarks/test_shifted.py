@@ -63,13 +63,23 @@ def test_digits_gain_from_a_cloud_like_the_clients() -> None:
     assert found.gain > 0
 
 
-def test_clients_and_tests_are_other_people_than_the_clouds(data_folder: Path) -> None:
+def test_cloud_clients_test_and_unseen_are_different_people(data_folder: Path) -> None:
+    def images(examples: Any) -> set[bytes]:
+        return {each.numpy().tobytes() for each in examples.tensors[0]}
+
     drawn = BY_NAME["writer"].make(data_folder, 1)
-    other = BY_NAME["writer"].make(data_folder, 2)
-    assert len(drawn.task.clients(data_folder)) == CLIENTS
-    first = [each.make(data_folder, 1).task.client_data("writer-0", None) for each in WORKLOADS[:4]]
-    assert all((each[0][0] == first[0][0][0]).all() for each in first)  # the same federation
-    assert len(other.task.client_data("writer-0", None)) != len(first[0])  # type: ignore[arg-type]
+    task, loader = drawn.task, drawn.task.cloud_data
+    assert loader is not None
+    assert task.test_data is not None
+    names = task.clients(data_folder)
+    assert len(names) == CLIENTS
+    clients = set().union(*(images(task.client_data(name, None)) for name in names))
+    groups = [clients, *map(images, (loader(None), task.test_data(None), drawn.unseen))]
+    assert len(set().union(*groups)) == sum(map(len, groups))
+    again = BY_NAME["labels"].make(data_folder, 1).task.client_data(names[0], None)
+    assert images(again) == images(task.client_data(names[0], None))  # one federation a seed
+    other = BY_NAME["writer"].make(data_folder, 2).task.client_data(names[0], None)
+    assert not images(other) & images(again)
 
 
 @pytest.mark.slow
