@@ -133,17 +133,22 @@ def rows_of(runs: Sequence[Ended]) -> list[Row]:
 
 
 def checks_of(runs: Sequence[Ended]) -> list[Check]:
-    """What is promised: no seed loses more than a point, and where the cloud helps, runs gain."""
+    """What is promised: no seed loses a point to a cloud unlike the devices; one like them helps.
+
+    Where the cloud helps, the mean alone is promised: the digits' 400 unseen rows tell a point from
+    none in no single seed. The worst seed stands among the rows, as ``min`` of ``gain``.
+    """
     ours = [run for run in runs if run.variant == GUARDED]
     found = []
     for workload in WORKLOADS:
         gains = [run.gain for run in ours if run.workload == workload.name]
         if not gains:
             continue
-        found.append(at_least(f"{workload.name}: worst gain of a seed", [min(gains)], -MOST_DROP))
+        worst, mean = min(gains), statistics.fmean(gains)
         if workload.helps:
-            mean = statistics.fmean(gains)
             found.append(at_least(f"{workload.name}: mean gain", [mean], 0.0))
+        else:
+            found.append(at_least(f"{workload.name}: worst gain of a seed", [worst], -MOST_DROP))
     return found
 
 
