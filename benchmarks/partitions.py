@@ -39,14 +39,14 @@ def prepare(mnist: Path, name: str, out: Path) -> Path:
     """
     path = out / f"{name}.safetensors"
     if not path.exists():
-        pixels, labels = _read(mnist, "train")
+        pixels, labels = read_mnist(mnist, "train")
         rows: Rows
         if name == "writers":
             rows = list(by_column(labels[:, 2]).values())
         else:
             rows = equal_clients(_EXAMPLES[name])
         arrays = lay_out(pixels, labels[:, 0], rows)
-        tested, answers = _read(mnist, "test")
+        tested, answers = read_mnist(mnist, "test")
         arrays |= {"test_images": _normalised(tested), "test_labels": answers[:, 0].astype("i8")}
         if name == "w2":
             for key in ("images", "test_images"):
@@ -74,7 +74,7 @@ def _normalised(pixels: NDArray[np.uint8]) -> NDArray[np.generic]:
     return ((pixels.astype(np.float32) - MEAN) / DEVIATION).astype(np.float32)
 
 
-def _read(mnist: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+def read_mnist(mnist: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Pixels ``(N, 1, 28, 28)``, and QMNIST's labels: column 0 the digit, column 2 the writer."""
     files = (f"{_SPLITS[split]}-images-idx3-ubyte.gz", f"qmnist-{split}-labels-idx2-int.gz")
     images, labels = (

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
     from server.api.checking import check
+    from server.api.evaluating import evaluate
     from server.api.result import History, Result
     from server.api.simulation import simulate
     from server.api.steps import compress, finetune, publish
     from server.check import TaskCheck
     from server.compression.compress import Compressed
+    from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
 
 __version__ = "0.1.0"
@@ -43,14 +45,17 @@ _LAZY = {
     "Compressed": "server.compression.compress",
     "EdgeModel": "edge_client.model",
     "Algorithm": "fedcore.task.algorithm",
+    "ClientScores": "server.evaluation",
     "ClientSettings": "fedcore.config.client_settings",
     "ClientUpdate": "fedcore.task.algorithm",
+    "Evaluation": "server.evaluation",
     "FedcoreError": "fedcore.errors",
     "Finetuned": "server.finetune.launch",
     "History": "server.api.result",
     "MAE": "fedcore.task.metrics",
     "Manifest": "fedcore.artifacts.manifest",
     "Metric": "fedcore.task.metrics",
+    "MetricSpread": "server.evaluation",
     "PERPLEXITY": "fedcore.task.metrics",
     "RMSE": "fedcore.task.metrics",
     "Result": "server.api.result",
@@ -62,6 +67,7 @@ _LAZY = {
     "check": "server.api.checking",
     "compress": "server.api.steps",
     "dirichlet": "fedcore.task.partition",
+    "evaluate": "server.api.evaluating",
     "finetune": "server.api.steps",
     "iid": "fedcore.task.partition",
     "load_run": "fedcore.config.settings",
@@ -78,15 +84,18 @@ __all__ = [
     "PERPLEXITY",
     "RMSE",
     "Algorithm",
+    "ClientScores",
     "ClientSettings",
     "ClientUpdate",
     "Compressed",
     "EdgeModel",
+    "Evaluation",
     "FedcoreError",
     "Finetuned",
     "History",
     "Manifest",
     "Metric",
+    "MetricSpread",
     "Result",
     "Round",
     "RunConfig",
@@ -97,6 +106,7 @@ __all__ = [
     "check",
     "compress",
     "dirichlet",
+    "evaluate",
     "finetune",
     "iid",
     "load_run",

@@ -16,24 +16,40 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from fedcore.artifacts.manifest import ClientStatement, Manifest, PrivacyStatement
+from fedcore.artifacts.manifest import (
+    ClientStatement,
+    Manifest,
+    PrivacyStatement,
+    TestStatement,
+)
 from fedcore.config.run import RunConfig
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
 from fedcore.observability.words import counted, figure
-from fedcore.task.definition import Examples, Task, size_of
+from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, checkpoint_bytes
-from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.draft import draft_of
-from server.compression.runtime import answers, open_session
+from server.final_scores import answers_of_chosen, client_tests, final_scores
 from server.finetune.launch import Finetuned, fine_tune
-from server.records import ClientRecord, Finished, RunRecord, TrainingRecord, epsilon_spent
-from server.release.final_test import Scores, drop_note, reason_to_withhold, statement_of
+from server.records import (
+    ClientRecord,
+    ClientTestRecord,
+    Finished,
+    RunRecord,
+    TrainingRecord,
+    epsilon_spent,
+)
+from server.release.final_test import (
+    FinalTest,
+    Scores,
+    drop_warning,
+    no_test_note,
+    reason_to_withhold,
+    statement_of,
+)
 from server.release.publish import Origin, publish
 from server.report.folder import config_json
 from server.report.summary import MODELS
@@ -94,7 +110,7 @@ class Completed(Finished):
     """A complete run, with the models and files that later calls continue from."""
 
     federated: FullModel
-    """The model of the best round."""
+    """The model of the best round, or of the last one if no data judged them."""
     model: FullModel
     """The fine-tuned model; the federated model if there was no fine-tuning or the gate rejected
     its result."""
@@ -123,7 +139,7 @@ def after_rounds(
     run: RunConfig,
     task: Task,
     cloud: CloudData | None,
-    test: Examples,
+    test: FinalTest | None,
     trained: FederatedModel,
     folder: Path,
     story: StageLog,
@@ -134,13 +150,14 @@ def after_rounds(
 
     The final test split is read once, at the end, and takes part in no choice. If the chosen model
     is worse on it than the federated model by more than ``release.max_test_drop``, the release is
-    withheld: nothing is published, and the record states the reason.
+    withheld: nothing is published, and the record states the reason. Without a test split nothing
+    shows such a drop, which a note says.
 
     Args:
         run: The run.
         task: Its task.
         cloud: The cloud's data, if any.
-        test: The final test split.
+        test: The final test split; None if there is none within reach.
         trained: The result of federated training.
         folder: Folder for models and candidates.
         story: Receives stages and notes.
@@ -160,14 +177,9 @@ def after_rounds(
     model = tuned.model if tuned else outcome.model
     compressed = _compressed(run, task, cloud, model, trained, folder, story, steps)
 
-    with story.stage("test") as said:
-        scores = _final_scores(task, test, outcome, tuned, compressed, run.serving.threads)
-        of_models = scores[task.primary.name].items()
-        figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
-        said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")
-    tested = statement_of(task, scores, size_of(test))
-    withheld = reason_to_withhold(run, task.primary, tested)
-    for text in (drop_note(task.primary, tested), withheld):
+    tested = _tested(run, task, test, outcome, tuned, compressed, story)
+    withheld = reason_to_withhold(run, task.primary, tested.statement) if tested.statement else ""
+    for text in (tested.warning, withheld):
         if text:
             story.note(text)
 
@@ -175,7 +187,7 @@ def after_rounds(
     if run.release.repository is not None and run.release.keys is not None and not withheld:
         with story.stage("release") as said:
             manifest = steps.publish(
-                draft_of(run.model_name, task, origin, compressed, tested),
+                draft_of(run.model_name, task, origin, compressed, tested.statement),
                 repository=run.path(run.release.repository),
                 keys=run.path(run.release.keys),
                 created=datetime.now(UTC),
@@ -199,12 +211,51 @@ def after_rounds(
         chosen=compressed.chosen,
         manifest=manifest,
         withheld=withheld,
-        scores=scores,
+        scores=tested.scores,
+        tested=tested.statement,
+        test_warning=tested.warning,
+        client_tests=tested.clients,
         stages=story.seconds,
         notes=tuple(story.notes),
     )
     torch_p50_us = compressed.torch_p50_us
     return Completed(record, torch_p50_us, outcome.model, model, compressed, origin)
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """Results of the final test; all empty without one."""
+
+    scores: Scores = field(default_factory=dict)
+    statement: TestStatement | None = None
+    warning: str = ""
+    clients: tuple[ClientTestRecord, ...] = ()
+
+
+def _tested(
+    run: RunConfig,
+    task: Task,
+    test: FinalTest | None,
+    outcome: Outcome,
+    tuned: Finetuned | None,
+    compressed: Compressed,
+    story: StageLog,
+) -> _Tested:
+    if test is None:
+        story.note(no_test_note(run, task))
+        return _Tested()
+    with story.stage("test") as said:
+        models = {"federated": outcome.model}
+        if tuned:
+            models |= {"cloud_alone": tuned.cloud_alone, "finetuned": tuned.candidate}
+        released = answers_of_chosen(compressed, threads=run.serving.threads)
+        scores = final_scores(task, test.examples, models, released)
+        by_client = client_tests(task, test, outcome.model, released)
+        of_models = scores[task.primary.name].items()
+        figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
+        said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")
+    statement = statement_of(task, scores, test)
+    return _Tested(scores, statement, drop_warning(run, task.primary, statement), by_client)
 
 
 def _fine_tuned(
@@ -267,36 +318,6 @@ def gate_note(tuned: Finetuned, primary: Metric) -> str:
         f"{primary.name} on what {counted(asked.clients, 'client')} hold back {asked.before:.4g} "
         f"before, {asked.after:.4g} after (to {asked.margin:.2g}); {cloud}: {verdict}"
     )
-
-
-def _final_scores(
-    task: Task,
-    test: Examples,
-    outcome: Outcome,
-    tuned: Finetuned | None,
-    compressed: Compressed,
-    threads: int,
-) -> Scores:
-    """Computes every metric of every model on the final test split."""
-    models = {"federated": outcome.model}
-    if tuned:
-        models |= {"cloud_alone": tuned.cloud_alone, "finetuned": tuned.candidate}
-    scores: Scores = {metric.name: {} for metric in task.metrics}
-    for name, model in models.items():
-        for measured, value in evaluate(model, test, task.metrics).items():
-            scores[measured][name] = value
-    for measured, value in released_scores(task, test, compressed, threads).items():
-        scores[measured]["released"] = value
-    return scores
-
-
-def released_scores(
-    task: Task, test: Examples, compressed: Compressed, threads: int
-) -> dict[str, float]:
-    """Computes every metric of the chosen candidate's ONNX file on the final test split."""
-    session = open_session(compressed.files[compressed.chosen], threads=threads)
-    outputs, targets = answers(session, test)
-    return {each.name: each.compute(torch.from_numpy(outputs), targets) for each in task.metrics}
 
 
 def _origin(run: RunConfig, trained: FederatedModel, parent: bytes) -> Origin:

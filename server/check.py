@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -162,7 +163,7 @@ def _steps(state: _State) -> list[Step]:
         ("strategy", True, lambda: _strategy(state)),
         ("privacy", state.run.private, lambda: _privacy(state)),
         ("export", True, lambda: _export(state)),
-        ("test data", True, lambda: _other(state, "test data", task.test_data)),
+        ("test data", True, lambda: _tests(state)),
         ("cloud data", task.cloud_data is not None, lambda: _cloud(state)),
     ]
 
@@ -302,6 +303,17 @@ def _cloud(state: _State) -> str:
     if loader is None:
         return "none: fine-tuning, its gate and every candidate but fp32 are left out"
     return _other(state, "cloud data", loader)
+
+
+def _tests(state: _State) -> str:
+    task, name = state.task, cast(str, state.client)
+    found, on_client = list[str](), task.client_test
+    if task.test_data is not None:
+        found.append(_other(state, "test data", task.test_data))
+    if on_client is not None:
+        what = f"test data of client {name!r}"
+        found.append(f"{_other(state, what, partial(on_client, name))} of client {name!r}")
+    return "; ".join(found) or "none: no final test can show whether the result is worse"
 
 
 def _other(state: _State, what: str, loader: Callable[[Path | None], Examples]) -> str:

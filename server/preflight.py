@@ -16,12 +16,13 @@ from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.observability.words import counted
-from fedcore.task.definition import Examples, Folder, Task, check_inputs, data_folder, read_examples
+from fedcore.task.definition import Folder, Task, check_inputs, data_folder
 from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import choose_method
 from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, read_cloud_data
+from server.release.final_test import FinalTest, read_final_test
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
@@ -42,7 +43,8 @@ class Prepared:
     clients: Sequence[str]
     """Client names as the task provides them; a lazy sequence stays lazy."""
     cloud: CloudData | None
-    test: Examples
+    test: FinalTest | None
+    """The final test split; None if the server has none and the clients' is out of reach."""
     strategy: Own | type[Own] | None = None
     """The user's own strategy if it was made in Python; None if the run names its strategy."""
 
@@ -79,7 +81,7 @@ def prepare(
     check_rounds(run, task, folder, clients=some, strategy=strategy)
     if run.client_private:
         protect(run, clients=len(clients), cohort=cohort)
-    cloud, test = read_for_release(run, task, data)
+    cloud, test = read_for_release(run, task, data, clients)
     return Prepared(data, clients, cloud, test, strategy)
 
 
@@ -103,6 +105,7 @@ def check_rounds(
     Raises:
         FedcoreError: rounds can't start. Nothing was run or replaced.
     """
+    _refuse_patience(run, task)
     model = build_model(task, run)
     if run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), folder)
@@ -110,6 +113,22 @@ def check_rounds(
     if run.private:
         choose_method(task, model)
     check_strategy(run, model, clients=clients, strategy=strategy)
+
+
+def _refuse_patience(run: RunConfig, task: Task) -> None:
+    """Rejects ``federation.patience`` where no data judge a round.
+
+    Raises:
+        ConfigError: no client holds data back, and the task has no cloud data.
+    """
+    settings = run.federation
+    if settings.patience and not settings.evaluate_cohort and task.cloud_data is None:
+        raise ConfigError(
+            f"federation.patience = {settings.patience}: it waits for a round that is better, and "
+            f"no data judge the rounds: task {task.name!r} has no cloud_data, and "
+            "federation.evaluate_cohort is 0. Nothing was run; have clients hold data back "
+            "(federation.evaluate_cohort and federation.holdout), or leave patience out."
+        )
 
 
 def check_strategy(
@@ -136,8 +155,16 @@ def check_strategy(
     return f"{label}: {'folds updates' if chosen.folds else 'needs every update of a round'}"
 
 
-def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudData | None, Examples]:
+def read_for_release(
+    run: RunConfig, task: Task, data: Folder, clients: Sequence[str] = ()
+) -> tuple[CloudData | None, FinalTest | None]:
     """Reads the cloud's data and the final test split, which the steps after the rounds use.
+
+    Args:
+        run: The run.
+        task: Its task.
+        data: The folder that loaders receive.
+        clients: Names of the simulated clients; empty for devices, whose data are out of reach.
 
     Raises:
         ReleaseError: the result couldn't be published.
@@ -151,8 +178,7 @@ def read_for_release(run: RunConfig, task: Task, data: Folder) -> tuple[CloudDat
             now=datetime.now(UTC),
         )
     cloud = read_cloud_data(task, data, holdout=run.finetune.holdout, seed=run.seed)
-    test = read_examples(lambda: task.test_data(data), what=f"task {task.name!r}: test data")
-    check_inputs(task, test, what=f"task {task.name!r}: test data")
+    test = read_final_test(run, task, data, clients)
     if cloud is not None:
         check_inputs(task, cloud.heldout, what=f"task {task.name!r}: cloud data")
     return cloud, test

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fedcore.artifacts.manifest import ClientStatement, Manifest
+from fedcore.artifacts.manifest import ClientStatement, Manifest, TestStatement
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,18 @@ class ClientRecord:
     """Rounds in which the client took part."""
 
 
+@dataclass(frozen=True)
+class ClientTestRecord:
+    """One client's results on its own test data, in a simulation."""
+
+    client: str
+    examples: int
+    federated: float
+    """Primary metric of the federated model; NaN if it is undefined on these data."""
+    released: float
+    """Primary metric of the released file; NaN if it is undefined on these data."""
+
+
 def epsilon_spent(
     rounds: Sequence[RoundRecord],
     clients: Sequence[ClientRecord],
@@ -172,6 +184,8 @@ class RunRecord:
     """Source of the privacy noise: ``none``, ``simulated`` (from the seed) or ``system``."""
     rounds: tuple[RoundRecord, ...]
     best_round: int
+    """The round whose model was kept: the best by the primary metric, or the last one if no data
+    judged the rounds (`judged`)."""
     training: TrainingRecord | None = None
     """How clients were trained; None for a run over devices."""
     clients: tuple[ClientRecord, ...] = ()
@@ -183,6 +197,13 @@ class RunRecord:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores on the final test split: by metric, then ``federated``, ``cloud_alone``,
     ``finetuned``, ``released``."""
+    tested: TestStatement | None = None
+    """Statement on the final test, as a manifest has it; None without a test split."""
+    test_warning: str = ""
+    """Warning that the released model is worse on the final test than the federated one; empty if
+    it isn't."""
+    client_tests: tuple[ClientTestRecord, ...] = ()
+    """Results on clients' own test data; empty without them."""
     epsilon: float | None = None
     """Largest epsilon that any client may have spent on its examples (`epsilon_spent`)."""
     client_privacy: ClientStatement | None = None
@@ -190,6 +211,11 @@ class RunRecord:
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds per stage, in order."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> bool:
+        """Whether any data judged the rounds, so that one of them can be called the best."""
+        return any(self.primary in each.metrics for each in self.rounds)
 
 
 @dataclass(frozen=True)

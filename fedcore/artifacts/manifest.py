@@ -116,6 +116,11 @@ class TestStatement(_Part):
     """Metric of the federated model, before fine-tuning and compression; None if not finite."""
     released: float | None
     """Metric of the released file; None if not finite."""
+    drop: float | None = None
+    """How much worse the released file is than the federated model, negative if it is better
+    (an absolute accuracy; for an error, a fraction of it); None if one of them is not finite."""
+    clients: int | None = None
+    """Number of clients whose own test data were pooled; None if the server had test data."""
 
 
 class Manifest(_Part):

@@ -200,6 +200,10 @@ class Finetune(Section):
     """L2 penalty of the optimiser."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """The optimiser in the cloud."""
+    remember: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """The guard against forgetting: the weight that the answers of the model before fine-tuning, or
+    before pruning, have beside the labels of the cloud's data (distillation). Raise it where those
+    data do not look like the clients'; 0 learns from the labels alone."""
     holdout: Fraction = 0.3
     """The share of the cloud's data, drawn at random, for the gate and for choosing a candidate; a
     task with ``cloud_heldout`` uses that instead."""

@@ -25,6 +25,9 @@ Kind = Literal["classification", "regression", "next_token"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Folder = Path | None
 Examples = Dataset[tuple[Tensor, Tensor]]
+Part = Literal["heldout", "test", "all"]
+"""Which of a client's examples: held back from training (``federation.holdout``), the task's
+``client_test``, or all of ``client_data``."""
 
 
 def _regression_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -80,10 +83,14 @@ class Task:
     """Returns the names of all clients. Only a simulation calls it."""
     client_data: Callable[[str, Folder], Examples]
     """Returns the examples of one client."""
-    test_data: Callable[[Folder], Examples]
-    """Returns the final test split. It is read once, at the end; no decision uses it."""
     example_input: Tensor
     """One input, without the batch dimension."""
+    test_data: Callable[[Folder], Examples] | None = None
+    """Returns the final test split, if the server has one. It is read once, at the end; it decides
+    only whether the result is published."""
+    client_test: Callable[[str, Folder], Examples] | None = None
+    """Returns the test split of one client, which no training reads: the final test where the
+    server has no ``test_data``, and results by client in any case."""
     cloud_data: Callable[[Folder], Examples] | None = None
     """Returns data that the cloud may use for fine-tuning, its gate, pruning and calibration."""
     cloud_heldout: Callable[[Folder], Examples] | None = None
@@ -189,11 +196,11 @@ def data_folder() -> Folder:
     return folder
 
 
-def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
+def read_examples(load: Callable[[], Examples], *, what: str, least: int = 1) -> Examples:
     """Calls a task's loader, and turns its failures into errors that name the data.
 
     Raises:
-            DataError: the loader failed, or returned no examples.
+            DataError: the loader failed, or returned fewer than ``least`` examples (0 or 1).
     """
     try:
         examples = load()
@@ -205,7 +212,7 @@ def read_examples(load: Callable[[], Examples], *, what: str) -> Examples:
             f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
             "it; mend the file or the task's loader."
         ) from error
-    if count == 0:
+    if count < least:
         raise DataError(
             f"{what}: it holds no examples, and at least 1 is needed. Nothing was trained on it; "
             "leave this client out, or give it data."

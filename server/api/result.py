@@ -90,12 +90,12 @@ class Result:
     run: RunConfig
     """The run, with all of its settings."""
     model: FullModel
-    """The final model, preprocessing included: fine-tuned, or the best round's if there was no
+    """The final model, preprocessing included: fine-tuned, or that of ``federated`` if there was no
     fine-tuning or the gate rejected its result. On the CPU, in evaluation mode; takes raw inputs
     ``(B, ...)``."""
     federated: FullModel
-    """The model of the best round, preprocessing included, on the CPU in evaluation mode: the
-    starting point of `fedcore.finetune`."""
+    """The model of the best round, or of the last one if no data judged them, preprocessing
+    included, on the CPU in evaluation mode: the starting point of `fedcore.finetune`."""
     compressed: Compressed
     """All compression candidates and the choice among them; `fedcore.publish` signs the chosen
     one."""
@@ -115,7 +115,7 @@ class Result:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Scores on the final test split, by metric and then by model.
+        """Scores on the final test split, by metric and then by model; empty without one.
 
         Models are ``federated`` and ``released``, and with fine-tuning also ``finetuned`` and
         ``cloud_alone``.

@@ -14,10 +14,9 @@ from fedcore.errors import ConfigError, ReleaseError
 from fedcore.files import sha256_hex
 from fedcore.flower.quiet import quiet
 from fedcore.observability.events import Sink
-from fedcore.task.definition import Task, check_inputs, data_folder, read_examples, size_of
+from fedcore.task.definition import Task, check_inputs, data_folder
 from fedcore.task.model import checkpoint_bytes
-from fedcore.training.evaluate import evaluate
-from server.after_rounds import StageLog, counted_steps, gate_note, released_scores
+from server.after_rounds import StageLog, counted_steps, gate_note
 from server.api.asked import (
     AnyModel,
     AnyRun,
@@ -33,9 +32,10 @@ from server.cloud import CloudData, read_cloud_data
 from server.compression.compress import Compressed
 from server.compression.compress import compress as make_candidates
 from server.compression.draft import draft_of
+from server.final_scores import answers_of_chosen, final_scores
 from server.finetune.launch import Finetuned, fine_tune
 from server.preflight import clients_of
-from server.release.final_test import reason_to_withhold, statement_of
+from server.release.final_test import read_final_test, reason_to_withhold, statement_of
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
 from server.rounds.evaluation.judging import clients_judge
@@ -199,7 +199,8 @@ def publish(
         model: The name under which devices request the model; None for the run's name.
 
     Returns:
-        The signed manifest. Devices that request the model from now on receive this version.
+        The signed manifest. Devices that request the model from now on receive this version. If the
+        task has no test data within reach, the manifest states no test, and nothing is withheld.
 
     Raises:
         ConfigError: repository or keys are not given, or the candidates derive from another model.
@@ -216,7 +217,7 @@ def publish(
     tested = _tested(compressed, result)
     release = run.release.model_copy(update={"repository": str(place)})
     asked = run.model_copy(update={"release": release})
-    if withheld := reason_to_withhold(asked, task.primary, tested):
+    if tested and (withheld := reason_to_withhold(asked, task.primary, tested)):
         raise ReleaseError(withheld)
     return sign_and_publish(
         draft_of(name, task, result.origin, compressed, tested),
@@ -267,12 +268,11 @@ def _refuse_others(compressed: Compressed, result: Result, tuned: Finetuned | No
         )
 
 
-def _tested(compressed: Compressed, result: Result) -> TestStatement:
-    run, task = result.run, result.task
-    what = f"task {task.name!r}: test data"
-    test = read_examples(lambda: task.test_data(data_folder()), what=what)
-    check_inputs(task, test, what=what)
-    before = evaluate(result.federated, test, task.metrics)
-    after = released_scores(task, test, compressed, run.serving.threads)
-    scores = {name: {"federated": before[name], "released": after[name]} for name in after}
-    return statement_of(task, scores, size_of(test))
+def _tested(compressed: Compressed, result: Result) -> TestStatement | None:
+    run, task, data = result.run, result.task, data_folder()
+    test = read_final_test(run, task, data, clients_of(task, run, data))
+    if test is None:
+        return None
+    released = answers_of_chosen(compressed, threads=run.serving.threads)
+    scores = final_scores(task, test.examples, {"federated": result.federated}, released)
+    return statement_of(task, scores, test)

@@ -57,6 +57,7 @@ class Material:
             self.example_batch,
             self.train,
             self.task.loss_of,
+            self.task.kind,
             self.run.finetune,
             fraction=compression.prune_fraction,
             epochs=compression.prune_epochs,
@@ -106,6 +107,8 @@ class Built:
     """Whether the file may differ from its reference only by float rounding."""
     calibration: str
     """Data that quantisation and pruning used, or ``none``."""
+    retrained: bool = False
+    """Whether its weights were trained on the cloud's data."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def _pruned(material: Material) -> Built:
         reference=material.pruned,
         exact=True,
         calibration=material.saw_all,
+        retrained=True,
     )
 
 
@@ -157,6 +161,7 @@ def _pruned_int8(material: Material) -> Built:
         reference=material.pruned,
         exact=False,
         calibration=f"{material.saw_all}; {material.saw_some}",
+        retrained=True,
     )
 
 

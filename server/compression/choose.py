@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from fedcore.config.run import Compression
@@ -14,13 +14,15 @@ _ROUNDING = 1e-9
 
 
 def choose(
-    records: Sequence[CandidateRecord], limits: Compression
+    records: Sequence[CandidateRecord], limits: Compression, *, unjudged: Collection[str] = ()
 ) -> tuple[tuple[CandidateRecord, ...], str]:
     """Applies the limits and picks the candidate with the fewest bytes.
 
     Args:
         records: The measured candidates, fp32 among them; ``admitted`` and ``reason`` are ignored.
         limits: ``max_accuracy_drop``, ``max_bytes``, ``max_p50_us``.
+        unjudged: Candidates that were trained on the cloud's data where clients judge such models,
+            and that no client has judged; they are refused.
 
     Returns:
         The records in order, each with its verdict, and the name of the chosen candidate. Ties in
@@ -29,7 +31,10 @@ def choose(
     Raises:
         CompressionError: no candidate meets every limit.
     """
-    missed = {record.name: _missed(record, limits) for record in records}
+    missed = {
+        record.name: [*_missed(record, limits), *([_UNJUDGED] if record.name in unjudged else [])]
+        for record in records
+    }
     admitted = [record for record in records if not missed[record.name]]
     if not admitted:
         verdicts = "; ".join(f"{name}: {' and '.join(why)}" for name, why in missed.items())
@@ -44,6 +49,10 @@ def choose(
     return tuple(_judged(record, best, missed[record.name]) for record in records), best.name
 
 
+_UNJUDGED = (
+    "was trained on the cloud's data, which clients judge, and devices run no file before it is "
+    "signed (finetune.judge = 'cloud' lets the cloud judge)"
+)
 _LIMITS = ("max_accuracy_drop", "max_bytes", "max_p50_us")
 
 

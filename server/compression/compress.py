@@ -34,7 +34,7 @@ from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, CandidateTiming, time_candidates
 from server.records import CandidateRecord
-from server.rounds.evaluation.judging import Weigh, drop_of
+from server.rounds.evaluation.judging import Weigh, clients_judge, drop_of
 
 EXACT = 1e-3
 """Tolerance for outputs of float32 models, relative to their largest output; covers rounding in
@@ -119,7 +119,8 @@ def compress(
         reduce_range: Limit int8 weights to 7 bits; None decides by this machine's processor. Stated
             in the notes.
         on_clients: Evaluates candidates on clients; ``max_accuracy_drop`` then applies to clients
-            as well as to the cloud's data.
+            as well as to the cloud's data. None on devices, which run no file before it is signed:
+            where they judge, candidates that are retrained after pruning are then refused.
 
     Guarantee:
         Equal arguments give byte-identical files, in any process, on machines of one kind with
@@ -157,7 +158,7 @@ def compress(
         runs=run.compression.timing_runs,
     )
     measured = _records(weighed, timings, task.primary, task.kind)
-    judged, chosen = choose(measured, run.compression)
+    judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, weighed))
     of = {**{record.name: record for record in judged}, **_unbuilt(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
@@ -309,6 +310,13 @@ def _records(
         )
         for name, each in weighed.items()
     ]
+
+
+def _unjudged(run: RunConfig, weighed: Mapping[str, _Weighed]) -> set[str]:
+    """Returns the candidates that learnt from the cloud's data without the clients who judge."""
+    if not clients_judge(run):
+        return set()
+    return {name for name, each in weighed.items() if each.built.retrained and each.clients is None}
 
 
 def _clients_drop(metric: Metric, base: _Weighed, each: _Weighed) -> float | None:

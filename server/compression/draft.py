@@ -10,7 +10,7 @@ from server.release.publish import Draft, Origin
 
 
 def draft_of(
-    model: str, task: Task, origin: Origin, compressed: Compressed, tested: TestStatement
+    model: str, task: Task, origin: Origin, compressed: Compressed, tested: TestStatement | None
 ) -> Draft:
     """Assembles the content of a release for signing.
 
@@ -19,7 +19,7 @@ def draft_of(
         task: The model's task.
         origin: Provenance and privacy of the federated rounds.
         compressed: The candidates; the chosen one is released.
-        tested: The chosen candidate's result on the final test split.
+        tested: The chosen candidate's result on the final test split; None without one.
     """
     return Draft(
         model=model,

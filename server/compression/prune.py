@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch_pruning
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from fedcore.config.run import Finetune
 from fedcore.errors import CompressionError, TrainingDiverged
 from fedcore.seeds import global_streams, torch_rng
-from fedcore.task.definition import Examples, Loss
+from fedcore.task.definition import Examples, Kind, Loss
+from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import train
 from server.compression.export import quiet
 
@@ -81,6 +83,7 @@ def prune_and_recover(
     example_batch: Tensor,
     examples: Examples,
     loss: Loss,
+    kind: Kind,
     settings: Finetune,
     *,
     fraction: float,
@@ -89,12 +92,15 @@ def prune_and_recover(
 ) -> Model:
     """Prunes a model and retrains the rest on the cloud's data.
 
+    By ``settings.remember`` the rest is held to the answers of the model before pruning.
+
     Args:
         module: The full model, on the CPU. Not changed.
         example_batch: Inputs ``(2, ...)``.
         examples: The cloud's training data.
         loss: Mean loss over a batch.
-        settings: Optimiser settings and batch size.
+        kind: The task's kind.
+        settings: Optimiser settings, batch size, and ``remember``.
         fraction: Share of each hidden layer's channels to remove.
         epochs: Passes over ``examples``; 0 for no retraining.
         seed: The run's seed; determines the order of examples and dropout.
@@ -103,12 +109,16 @@ def prune_and_recover(
         CompressionError: the model can't be pruned, or retraining fails.
     """
     pruned = prune_channels(module, example_batch, fraction=fraction)
+    trained: nn.Module = pruned
+    loss_of = cast(Callable[[Any, Tensor], Tensor], loss)
+    if settings.remember:
+        trained, loss_of = beside_teacher(pruned, module, loss, kind, weight=settings.remember)
     try:
         with global_streams(seed, "prune"):
             train(
-                pruned,
+                trained,
                 examples,
-                loss,
+                loss_of,
                 settings,
                 epochs=epochs,
                 batch_size=settings.batch_size,

@@ -32,6 +32,11 @@ class Job:
         return Path(self.folder) / f"error-{rank}.json"
 
 
+def remember_by_start(run: RunConfig, starts: int) -> list[float]:
+    """Returns how much each starting point remembers; only the first one is a federated model."""
+    return [run.finetune.remember, *[0.0] * (starts - 1)]
+
+
 def trained(start: Path) -> Path:
     """Returns the file for the result of a starting point."""
     return start.with_name(start.name + ".trained")

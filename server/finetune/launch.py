@@ -31,7 +31,7 @@ from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
-from server.finetune.job import Job, trained
+from server.finetune.job import Job, remember_by_start, trained
 from server.finetune.loop import device_of, train_start, unknown_failure
 from server.finetune.worker import work
 from server.process.spawn import main_script_hidden
@@ -85,8 +85,9 @@ def fine_tune(
 ) -> Finetuned:
     """Trains the federated model on the cloud's data, and an untrained one for comparison.
 
-    The gate keeps the result only if the metric on held-out data isn't worse than before by more
-    than ``finetune.max_metric_drop``. The data is the clients' if there is a ``judge``, else the
+    The first is held to the federated model's answers by ``finetune.remember``. The gate keeps it
+    only if the metric on held-out data isn't worse than before by more than
+    ``finetune.max_metric_drop``. The data is the clients' if there is a ``judge``, else the
     cloud's; ``finetune.judge`` can require both.
 
     With one process, training runs here and restores the random streams afterwards. Several
@@ -161,9 +162,10 @@ def _train_here(
     device = device_of(0)
     try:
         with kept_streams():
-            for start, result in zip(starts, results, strict=True):
+            remembered = remember_by_start(run, len(starts))
+            for start, result, remember in zip(starts, results, remembered, strict=True):
                 load_checkpoint(start, result, where="the model to fine-tune")
-                train_start(result.to(device), task, cloud.train, run, device)
+                train_start(result.to(device), task, cloud.train, run, device, remember=remember)
                 result.to("cpu").eval()
     except FedcoreError:
         raise

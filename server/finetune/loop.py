@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
@@ -16,6 +18,7 @@ from fedcore.observability.words import counted
 from fedcore.seeds import derive
 from fedcore.task.definition import Examples, Task
 from fedcore.training.batches import gather
+from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import check_loss, make_optimizer
 
 
@@ -44,6 +47,7 @@ def train_start(
     run: RunConfig,
     device: torch.device,
     *,
+    remember: float,
     rank: int = 0,
     world: int = 1,
 ) -> None:
@@ -60,6 +64,8 @@ def train_start(
         examples: All training examples; process ``rank`` trains on its share.
         run: ``[finetune]`` and the seed are used.
         device: The device to compute on.
+        remember: Weight of the answers that the model gives before training, see
+            `fedcore.training.distillation`; 0 to train on the labels alone.
         rank: Rank of this process, from 0.
         world: Number of processes; if above 1, their process group must be initialised.
 
@@ -70,17 +76,20 @@ def train_start(
     settings = run.finetune
     end = time.monotonic() + settings.timeout_s
     torch.manual_seed(derive(run.seed, "fine-tuning", rank))  # for dropout
-    parallel = model
+    trained, loss_of = model, cast(Callable[[Any, Tensor], Tensor], task.loss_of)
+    if remember:
+        trained, loss_of = beside_teacher(model, model, task.loss_of, task.kind, weight=remember)
+    parallel = trained
     if world > 1:
         parallel = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None
+            trained, device_ids=[device.index] if device.type == "cuda" else None
         )
     optimizer = make_optimizer(model, settings)
     sampler: DistributedSampler[int] = DistributedSampler(
         examples, world, rank, seed=derive(run.seed, "fine-tuning order") % 2**31
     )
     batch = max(1, settings.batch_size // world)
-    model.train()
+    trained.train()
     for epoch in range(settings.epochs):
         sampler.set_epoch(epoch)
         total, count = torch.zeros((), device=device), 0
@@ -93,7 +102,7 @@ def train_start(
                 )
             inputs, targets = gather(examples, rows)
             optimizer.zero_grad(set_to_none=True)
-            loss = task.loss_of(parallel(inputs.to(device)), targets.to(device))
+            loss = loss_of(parallel(inputs.to(device)), targets.to(device))
             torch.autograd.backward(loss)  # DDP averages gradients over processes here
             optimizer.step()
             total += loss.detach() * len(targets)

@@ -17,7 +17,7 @@ from fedcore.files import read_bytes, write_atomic, write_json
 from fedcore.task.definition import data_folder, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, build_model, checkpoint_bytes, load_checkpoint
 from server.cloud import read_cloud_data
-from server.finetune.job import Job, trained
+from server.finetune.job import Job, remember_by_start, trained
 from server.finetune.loop import device_of, threads_of, train_start, unknown_failure
 from server.process.parent import die_with_parent
 
@@ -54,12 +54,20 @@ def _train_all(job: Job, rank: int) -> None:
         timeout=timedelta(seconds=run.finetune.timeout_s),
     )
     try:
-        for start in map(Path, job.starts):
+        remembered = remember_by_start(run, len(job.starts))
+        for start, remember in zip(map(Path, job.starts), remembered, strict=True):
             model = build_model(task, run)
             raw = read_bytes(start, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
             load_checkpoint(raw, model, where=str(start))
             train_start(
-                model.to(device), task, cloud.train, run, device, rank=dist.get_rank(), world=world
+                model.to(device),
+                task,
+                cloud.train,
+                run,
+                device,
+                remember=remember,
+                rank=dist.get_rank(),
+                world=world,
             )
             if dist.get_rank() == 0:
                 write_atomic(trained(start), checkpoint_bytes(model))

@@ -39,9 +39,10 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         write_atomic(path, checkpoint_bytes(outcome.model))
         journal.end()
         outcomes.append(outcome)
-        live.emit(
-            Noted(f"round {outcome.federated.best_round} is the best; its model is in {path}")
-        )
+        kept = outcome.federated.best_round
+        judged = any(each.metrics for each in outcome.federated.rounds)
+        why = f"round {kept} is the best" if judged else f"round {kept}, the last, was kept"
+        live.emit(Noted(f"{why}; its model is in {path}"))
 
     # After a restart, devices that were asked before need this long to reconnect.
     rejoin_s = REJOIN_S if journal.start else 0.0

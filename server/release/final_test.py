@@ -1,25 +1,122 @@
-"""Evaluation of the final test split: the manifest's statement, and whether to withhold."""
+"""The final test: its data, the manifest's statement, and whether a release is withheld."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.utils.data import TensorDataset
 
 from fedcore.artifacts.manifest import TestStatement
 from fedcore.config.run import RunConfig
+from fedcore.errors import DataError
 from fedcore.observability.words import counted
-from fedcore.task.definition import Task
+from fedcore.seeds import numpy_rng
+from fedcore.task.definition import Examples, Folder, Task, check_inputs, read_examples, size_of
 from fedcore.task.metrics import Metric
+from fedcore.training.batches import gather_all
 
 Scores = dict[str, dict[str, float]]
 """Scores by metric, then by model."""
 _ROUNDING = 1e-9  # tolerance for floating-point differences
+_MOST_CLIENTS = 1000  # whose test data are read; a task may have millions of clients
 
 
-def statement_of(task: Task, scores: Scores, examples: int) -> TestStatement:
+@dataclass(frozen=True)
+class FinalTest:
+    """The final test split: no training, choice, pruning or calibration reads it."""
+
+    examples: Examples
+    """The server's test data; without any, the clients' together."""
+    clients: Mapping[str, Examples] = field(default_factory=dict)
+    """Test data by client; empty where they are on devices, or the task has none."""
+    pooled: bool = False
+    """Whether ``examples`` are the clients' test data."""
+
+
+def read_final_test(
+    run: RunConfig, task: Task, data: Folder, clients: Sequence[str] = ()
+) -> FinalTest | None:
+    """Reads the final test split; returns None if there is none within reach.
+
+    Test data of clients are read in a simulation only, and not under privacy: exact results on
+    them, even pooled, would be published without noise. Of more than 1000 clients, some are drawn.
+
+    Args:
+        run: The run.
+        task: Its task, with ``test_data``, ``client_test``, both or neither.
+        data: The folder that loaders receive.
+        clients: Names of the simulated clients; empty for devices, whose data are out of reach.
+
+    Raises:
+        DataError: the data can't be read, or no client has any.
+        TaskError: they don't match the task's example.
+    """
+    by_client = _by_client(run, task, data, clients)
+    load = task.test_data
+    if load is not None:
+        what = f"task {task.name!r}: test data"
+        examples = read_examples(lambda: load(data), what=what)
+        check_inputs(task, examples, what=what)
+        return FinalTest(examples, by_client)
+    if not by_client:
+        return None
+    columns = zip(*(gather_all(each) for each in by_client.values()), strict=True)
+    joined: Examples = TensorDataset(*map(torch.cat, columns))  # type: ignore[assignment]
+    return FinalTest(joined, by_client, pooled=True)
+
+
+def _by_client(
+    run: RunConfig, task: Task, data: Folder, clients: Sequence[str]
+) -> dict[str, Examples]:
+    load = task.client_test
+    if load is None or not clients or run.privacy.unit != "none":
+        return {}
+    size, found = min(len(clients), _MOST_CLIENTS), dict[str, Examples]()
+    drawn = numpy_rng(run.seed, "client tests").choice(len(clients), size=size, replace=False)
+    for name in (clients[int(place)] for place in sorted(drawn)):
+        what = f"test data of client {name!r}"
+        examples = read_examples(partial(load, name, data), what=what, least=0)
+        if size_of(examples):
+            check_inputs(task, examples, what=what)
+            found[name] = examples
+    if not found:
+        raise DataError(
+            f"task {task.name!r}: client_test gives no examples for any of "
+            f"{counted(size, 'client')}. Nothing was run; give some of them test data, or leave "
+            "client_test out."
+        )
+    return found
+
+
+def no_test_note(run: RunConfig, task: Task) -> str:
+    """Returns the note for a run without a final test: why there is none, and what follows."""
+    why = f"task {task.name!r} has no test_data"
+    if task.client_test is not None:
+        why += ", and its client_test is on the devices"
+        if run.privacy.unit != "none":
+            why += f", whose exact results privacy.unit = {run.privacy.unit!r} does not let out"
+    return (
+        f"There was no final test: {why}. Whether the released model is worse than the federated "
+        "one was not tested, and release.max_test_drop withheld nothing."
+    )
+
+
+def statement_of(task: Task, scores: Scores, test: FinalTest) -> TestStatement:
     """Builds the manifest's statement on the final test; non-finite scores become None."""
     found = {name: scores[task.primary.name][name] for name in ("federated", "released")}
     finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return TestStatement(metric=task.primary.name, examples=examples, **finite)
+    drop = task.primary.worsening(found["federated"], found["released"])
+    return TestStatement(
+        metric=task.primary.name,
+        examples=size_of(test.examples),
+        drop=drop if math.isfinite(drop) else None,
+        clients=len(test.clients) if test.pooled else None,
+        **finite,
+    )
 
 
 def _drop(primary: Metric, tested: TestStatement) -> float:
@@ -31,22 +128,32 @@ def _drop(primary: Metric, tested: TestStatement) -> float:
     return primary.worsening(tested.federated, tested.released)
 
 
-def drop_note(primary: Metric, tested: TestStatement) -> str:
-    """Describes how much worse the released model is than the federated one; empty if it isn't."""
-    if _drop(primary, tested) <= 0:
+def _allowed(run: RunConfig, tested: TestStatement) -> float:
+    """Returns the largest drop with which a model is published; one example worse always is."""
+    return max(run.release.max_test_drop, 1 / tested.examples) + _ROUNDING
+
+
+def drop_warning(run: RunConfig, primary: Metric, tested: TestStatement) -> str:
+    """Warns that the model to release is worse than the federated one; empty if it isn't."""
+    drop = _drop(primary, tested)
+    if drop <= _ROUNDING:
         return ""
+    consequence = (
+        "more than release.max_test_drop allows, so it is not published"
+        if drop > _allowed(run, tested)
+        else "which release.max_test_drop allows"
+    )
     return (
-        f"On the final test split the released model is worse than that of the rounds: "
+        "WARNING: On the final test split the released model is worse than that of the rounds: "
         f"{primary.name} {_figure(tested.federated)} before, {_figure(tested.released)} after, "
-        f"over {counted(tested.examples, 'example')}."
+        f"over {counted(tested.examples, 'example')}: {drop:.3g} worse, {consequence}."
     )
 
 
 def reason_to_withhold(run: RunConfig, primary: Metric, tested: TestStatement) -> str:
     """Returns the reason to withhold a release; empty if none applies or no repository is named."""
-    limit = max(run.release.max_test_drop, 1 / tested.examples) + _ROUNDING
     drop = _drop(primary, tested)
-    if run.release.repository is None or drop <= limit:
+    if run.release.repository is None or drop <= _allowed(run, tested):
         return ""
     return (
         f"release: on the final test split {primary.name} is {_figure(tested.federated)} with the "

@@ -68,6 +68,7 @@ def _results(record: RunRecord) -> Markup:
             tag("div", sections.scores_table(record)),
             class_="plots",
         ),
+        sections.client_tests_table(record) if record.client_tests else Markup(),
     )
 
 

@@ -18,18 +18,22 @@ from server.report.markup import Markup, details, digest, join, table, tag
 from server.report.privacy import privacy_card
 from server.report.summary import MODELS
 
+LAST_KEPT = "last round kept, nothing judged them"
+"""Said in place of the best round where no data judged the rounds."""
 _MICRO = "\N{MICRO SIGN}s"
 
 
 def header(record: RunRecord) -> Markup:
-    """Renders the run's name, task and hardware, and the reason if the release was withheld."""
+    """Renders the run's name, task and hardware, and what a reader must not miss.
+
+    That is the reason if the release was withheld, else a drop that the final test showed.
+    """
+    alert = f"Nothing was published. {record.withheld}" if record.withheld else record.test_warning
     return tag(
         "header",
         tag("h1", f"Run {record.name}"),
         tag("p", f"Task {record.task}, {record.kind}, trained on {record.device}.", class_="sub"),
-        tag("p", f"Nothing was published. {record.withheld}", class_="alert")
-        if record.withheld
-        else Markup(),
+        tag("p", alert, class_="alert") if alert else Markup(),
     )
 
 
@@ -97,7 +101,8 @@ def _rounds_card(record: RunRecord) -> tuple[str, str, str] | None:
         return None
     planned = record.rounds[-1].rounds
     value = str(len(record.rounds)) + (f" of {planned}" if planned != len(record.rounds) else "")
-    return "Rounds", value, f"round {record.best_round} was the best"
+    kept = f"round {record.best_round} was the best" if record.judged else LAST_KEPT
+    return "Rounds", value, kept
 
 
 def _virtual_card(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -145,6 +150,9 @@ def scores_table(record: RunRecord) -> Markup:
     return table(["model", *record.scores], rows, highlighted=MODELS["released"])
 
 
+_UNJUDGED = "No data judged the rounds, so the model of the last one was kept"
+
+
 def judged(record: RunRecord) -> str:
     """Describes the data on which the metric by round was measured."""
     places = {
@@ -152,12 +160,27 @@ def judged(record: RunRecord) -> str:
         "clients": "on data that clients held back",
     }
     place = places.get(record.rounds[-1].judged_on)
-    metric = f"The {record.primary} of the global model {place}" if place else "No metric"
+    metric = f"The {record.primary} of the global model {place}" if place else _UNJUDGED
     if any(each.client_epsilon is not None for each in record.rounds):
         return f"{metric}, by round, and the client-level epsilon of all models so far."
     if any(each.epsilon_max is not None for each in record.rounds):
         return f"{metric}, and the most epsilon that any client has spent up to each round."
-    return f"{metric}, by round."
+    return f"{metric}, by round." if place else f"{metric}."
+
+
+def client_tests_table(record: RunRecord) -> Markup:
+    """Renders a collapsed table of clients' results on their own test data, the worst first."""
+    sign = 1.0 if record.higher_is_better else -1.0
+    ordered = sorted(record.client_tests, key=lambda each: (sign * each.released, each.client))
+    rows = [
+        [each.client, str(each.examples), figure(each.federated), figure(each.released)]
+        for each in ordered
+    ]
+    headings = ["client", "examples", *(f"{record.primary}, {name}" for name in _TESTED)]
+    return details(f"Every client's test data ({len(rows)})", table(headings, rows))
+
+
+_TESTED = ("federated", "released")
 
 
 def rounds_table(record: RunRecord) -> Markup:
@@ -185,7 +208,8 @@ def rounds_table(record: RunRecord) -> Markup:
     ]
     headings = ["round", *metrics, "loss", "epsilon", *(["client epsilon"] if of_clients else ())]
     headings += ["updates", "declined", "failed", "up", "down", "time", *on_devices]
-    drawn = table(headings, rows, highlighted=str(record.best_round))
+    best = str(record.best_round) if record.judged else None
+    drawn = table(headings, rows, highlighted=best)
     return details(f"Every round ({len(rows)})", drawn)
 
 

@@ -61,6 +61,8 @@ def summary(
             "digest": manifest.onnx.sha256 if manifest else None,
             "withheld": record.withheld or None,
         },
+        "test": _test(record),
+        "best_round": record.best_round if record.judged else None,
         "seconds": {**record.stages, "total": seconds},
         "training": asdict(record.training) if record.training else None,
         "virtual": virtual_total(record),
@@ -74,6 +76,17 @@ def summary(
     return {name: _finite(value) for name, value in {**scores, **fixed}.items()}
 
 
+def _test(record: RunRecord) -> dict[str, Any] | None:
+    """Returns the final test's statement, warning and results by client; None without a test."""
+    if record.tested is None:
+        return None
+    return {
+        **record.tested.model_dump(mode="json"),
+        "warning": record.test_warning or None,
+        "by_client": [asdict(each) for each in record.client_tests],
+    }
+
+
 def virtual_total(record: RunRecord) -> dict[str, float] | None:
     """Sums the rounds' figures on the virtual clock; None without a virtual clock."""
     rounds = [asdict(each.virtual) for each in record.rounds if each.virtual]
@@ -83,4 +96,6 @@ def virtual_total(record: RunRecord) -> dict[str, float] | None:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from fedcore.config.owner import OwnerPolicy, tighten
+from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
-from fedcore.errors import DataError
-from fedcore.seeds import Simulated
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
-from fedcore.training.client import Client, local_data
-from server.compression.runtime import answers, open_session
+from server.evaluation import ClientScores
 from server.rounds.evaluation.judging import Judge, Judgement, Weigh, judges, judging_app
+from server.simulation.evaluating import Unmeasured, answers_of, measure_clients
 from server.simulation.federate import federate
 from server.simulation.virtual.state import SimulationState
 
@@ -62,23 +57,20 @@ def measure_onnx_in_simulation(
     It runs the file as devices do. A client that fails is noted once, and left out.
     """
     names = [clients[place] for place in judges(run, range(len(clients)))]
-    client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
-    told = set[str]()
+    told, primary = set[str](), task.primary.name
 
     def weigh(onnx: bytes) -> Mapping[str, tuple[int, float]]:
-        session, found = open_session(onnx, threads=run.serving.threads), {}
-        for name in names:
-            try:
-                outputs, targets = answers(session, local_data(client, name)[1])
-                value = task.primary.compute(torch.from_numpy(outputs), targets)
-                if not math.isfinite(value):
-                    raise DataError(f"its {task.primary.name} is {value}")
-            except (Exception, SystemExit) as error:  # the task's code may raise anything
-                if name not in told:
-                    on_note(f"client {name!r} weighs no candidate: {type(error).__name__}: {error}")
-                told.add(name)
+        answer, found = answers_of(onnx, threads=run.serving.threads), {}
+        for each in measure_clients(run, task, owner, names, answer, "heldout"):
+            if isinstance(each, ClientScores) and primary in each.metrics:
+                found[each.client] = (each.examples, each.metrics[primary])
                 continue
-            found[name] = (len(targets), value)
+            if each.client not in told:
+                why = f"its {primary} is not finite"
+                if isinstance(each, Unmeasured):
+                    why = each.reason
+                on_note(f"client {each.client!r} weighs no candidate: {why}")
+            told.add(each.client)
         return found
 
     return weigh

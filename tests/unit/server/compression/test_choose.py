@@ -145,3 +145,12 @@ def test_what_clients_lose_counts_beside_what_the_cloud_does(drop: float) -> Non
     assert "on what clients hold back" in judged[1].reason
     assert choose([fp32, replace(small, clients_drop=0.01)], Compression())[1] == "pruned"
     assert choose([fp32, small], Compression())[1] == "pruned"
+
+
+def test_what_learnt_from_the_cloud_and_no_client_judged_is_refused() -> None:
+    found = [record(), record("pruned", size=10), record("int8_static", size=20)]
+    judged, chosen = choose(found, Compression(), unjudged={"pruned"})
+    assert chosen == "int8_static"
+    assert "devices run no file before it is signed" in judged[1].reason
+    assert not judged[1].admitted
+    assert choose(found, Compression())[1] == "pruned"

@@ -18,7 +18,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from fedcore import Task
 from fedcore.artifacts.golden import golden_bytes, parse_golden
-from fedcore.config.run import CANDIDATES, RunConfig
+from fedcore.config.run import CANDIDATES, FederationConfig, Finetune, RunConfig
 from fedcore.errors import CompressionError, ParityError
 from fedcore.files import sha256_hex
 from fedcore.task.definition import Kind, size_of
@@ -357,3 +357,20 @@ def test_a_metric_that_is_no_number_says_so(
         match=r"candidate fp32: its accuracy on the cloud's held-out data is nan.*Nothing",
     ):
         compress(quick_run(), task, digits_model, digits_cloud, progress=quiet)
+
+
+def test_where_devices_judge_no_retrained_candidate_goes_unjudged(
+    digits: Task, digits_model: FullModel, digits_cloud: CloudData, quick_run: QuickRun
+) -> None:
+    quick = quick_run(candidates=("fp32", "pruned"))
+    held = FederationConfig(evaluate_cohort=2, holdout=0.2)
+
+    def reason(**finetune: str) -> str:
+        run = quick.model_copy(
+            update={"federation": held, "finetune": Finetune.model_validate(finetune)}
+        )
+        found = compress(run, digits, digits_model, digits_cloud, progress=quiet)
+        return {each.name: each.reason for each in found.records}["pruned"]
+
+    assert "which clients judge" in reason()
+    assert "which clients judge" not in reason(judge="cloud")

@@ -10,6 +10,7 @@ from fedcore.config.run import Finetune
 from fedcore.errors import CompressionError
 from fedcore.task.metrics import ACCURACY
 from fedcore.task.model import FullModel
+from fedcore.training.batches import gather_all
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.compression.prune import prune_and_recover, prune_channels
@@ -138,6 +139,7 @@ def test_training_recovers_what_pruning_lost(
             torch.zeros(2, 64),
             digits_cloud.train,
             digits.loss_of,
+            digits.kind,
             Finetune(),
             fraction=0.9,
             epochs=epochs,
@@ -154,6 +156,30 @@ def test_training_recovers_what_pruning_lost(
     assert any(not torch.equal(other[name], t) for name, t in trained.state_dict().items())
 
 
+def test_a_pruned_model_remembers_what_the_cloud_does_not_show(
+    digits: Task, digits_model: FullModel, digits_cloud: CloudData
+) -> None:
+    """The cloud has the digits 0 to 4 alone; what is lost of the others is lost to clients."""
+    inputs, targets = gather_all(digits_cloud.train)
+    few = TensorDataset(inputs[targets < 5], targets[targets < 5])
+
+    def accuracy(remember: float) -> float:
+        pruned = prune_and_recover(
+            digits_model,
+            torch.zeros(2, 64),
+            few,
+            digits.loss_of,
+            digits.kind,
+            Finetune(remember=remember),
+            fraction=0.5,
+            epochs=10,
+            seed=0,
+        )
+        return evaluate(pruned, digits_cloud.heldout, [ACCURACY])["accuracy"]
+
+    assert accuracy(0.7) > accuracy(0.0) + 0.1
+
+
 def test_dropout_draws_from_the_seed_and_leaves_the_global_stream_alone() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
     examples = TensorDataset(torch.randn(20, 4), torch.randint(0, 3, (20,)))
@@ -164,6 +190,7 @@ def test_dropout_draws_from_the_seed_and_leaves_the_global_stream_alone() -> Non
             torch.zeros(2, 4),
             examples,
             nn.functional.cross_entropy,
+            "classification",
             Finetune(),
             fraction=0.5,
             epochs=2,
@@ -187,6 +214,7 @@ def test_training_that_diverges_is_a_reason_not_a_crash(
             torch.zeros(2, 64),
             digits_cloud.train,
             digits.loss_of,
+            digits.kind,
             Finetune(learning_rate=1e6),
             fraction=0.5,
             epochs=5,

@@ -4,7 +4,8 @@ import json
 import math
 from dataclasses import replace
 
-from server.records import RunRecord, TrainingRecord, VirtualRecord
+from fedcore.artifacts.manifest import TestStatement
+from server.records import ClientTestRecord, RunRecord, TrainingRecord, VirtualRecord
 from server.report.summary import summary
 
 
@@ -24,6 +25,8 @@ def test_a_whole_run(record: RunRecord) -> None:
         "model": {"fp32_bytes": 218_000, "released_bytes": 64_000},
         "latency": {"torch_p50_us": 70.0, "fp32_p50_us": 11.0, "released_p50_us": 9.0},
         "release": {"version": 3, "digest": "ab" * 32, "withheld": None},
+        "test": None,
+        "best_round": 3,
         "seconds": {"rounds": 1.5, "compression": 2.5, "total": 5.0},
         "training": None,
         "virtual": None,
@@ -52,6 +55,8 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
         "model": {"fp32_bytes": None, "released_bytes": None},
         "latency": {"torch_p50_us": None, "fp32_p50_us": None, "released_p50_us": None},
         "release": {"version": None, "digest": None, "withheld": None},
+        "test": None,
+        "best_round": None,
         "seconds": {"total": 1.0},
         "training": None,
         "virtual": None,
@@ -117,3 +122,23 @@ def test_what_is_not_finite_is_null(record: RunRecord) -> None:
     json.dumps(made, allow_nan=False)
     assert made["accuracy"]["federated"] is None
     assert made["accuracy"]["released"] is None
+
+
+def test_the_final_test_is_told_with_its_warning_and_each_client(record: RunRecord) -> None:
+    tested = TestStatement(
+        metric="accuracy", examples=8, federated=0.9, released=0.8, drop=0.1, clients=2
+    )
+    of_clients = (ClientTestRecord("anna", 5, 1.0, 0.8), ClientTestRecord("ben", 3, 0.7, math.nan))
+    made = summary(
+        replace(record, tested=tested, test_warning="worse", client_tests=of_clients),
+        target_delta=None,
+        torch_p50_us=None,
+        seconds=1.0,
+    )
+    assert made["test"]["drop"] == 0.1
+    assert made["test"]["clients"] == 2
+    assert made["test"]["warning"] == "worse"
+    assert made["test"]["by_client"] == [
+        {"client": "anna", "examples": 5, "federated": 1.0, "released": 0.8},
+        {"client": "ben", "examples": 3, "federated": 0.7, "released": None},
+    ]

@@ -1,0 +1,249 @@
+"""The result of evaluating one model where the data are: `Evaluation`, its spread and its tables.
+
+In: one `ClientScores` per client. Out: means with intervals, the spread over clients, the clients
+with the worst results, as text or JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from fedcore.observability.words import counted, figure
+from fedcore.task.definition import Part
+from fedcore.task.metrics import Metric
+
+PARTS: Mapping[Part, str] = {
+    "heldout": "examples that clients hold back from training",
+    "test": "clients' own test data",
+    "all": "all data of the clients, also what they may have trained on",
+}
+CONFIDENCE = 0.95
+"""Two-sided confidence of the interval around a mean over clients."""
+_WORST = 10  # clients in the table
+
+
+@dataclass(frozen=True)
+class ClientScores:
+    """One client's measurements of a model.
+
+    Example::
+
+        worst = fedcore.evaluate(task, "run.toml", result.federated).worst(1)[0]
+        worst.client, worst.examples, worst.metrics["accuracy"]
+    """
+
+    client: str
+    examples: int
+    metrics: Mapping[str, float]
+    """Finite values by metric; a metric that is undefined on this client's data is left out."""
+
+
+@dataclass(frozen=True)
+class MetricSpread:
+    """One metric over clients.
+
+    Example::
+
+        spread = fedcore.evaluate(task, "run.toml", result.federated).spread("accuracy")
+        spread.mean, spread.margin, spread.low, spread.median
+    """
+
+    metric: str
+    clients: int
+    """Number of clients with a value."""
+    examples: int
+    """Number of their examples in total."""
+    undefined: int
+    """Number of clients on whose data the metric is undefined; they count for nothing here."""
+    mean: float
+    """Mean of the clients' values, weighted by number of examples."""
+    margin: float | None
+    """Half-width of the interval around ``mean`` at `CONFIDENCE`; None for a single client."""
+    mean_of_clients: float
+    """Unweighted mean of the clients' values."""
+    deviation: float | None
+    """Standard deviation over clients; None for a single client."""
+    low: float
+    tenth: float
+    median: float
+    high: float
+    """Smallest value, 10 % quantile, median and largest value over clients."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model, evaluated on the data of each client.
+
+    Example::
+
+        found = fedcore.evaluate(task, "run.toml", "runs/churn/global.safetensors")
+        found.spread("accuracy").mean, found.worst(3)
+        print(found)
+    """
+
+    model: str
+    """What was evaluated: a file, or the kind of object."""
+    sha256: str
+    """Digest of the checkpoint or ONNX file."""
+    part: Part
+    """Which of the clients' examples were used."""
+    metrics: tuple[Metric, ...]
+    """The task's metrics; the first is the primary one."""
+    clients: tuple[ClientScores, ...]
+    """In order of their names."""
+    failed: Mapping[str, str]
+    """Reason by client, for clients that could not evaluate the model."""
+    known: int
+    """Number of clients that the task has; more than were asked if some were drawn."""
+
+    @property
+    def primary(self) -> Metric:
+        """The metric by which clients are ranked."""
+        return self.metrics[0]
+
+    def spread(self, metric: str) -> MetricSpread | None:
+        """Returns a metric's distribution over clients; None if no client has a value."""
+        measured = [
+            (each.examples, each.metrics[metric]) for each in self.clients if metric in each.metrics
+        ]
+        undefined = len(self.clients) - len(measured)
+        return spread_of(metric, measured, undefined=undefined) if measured else None
+
+    def worst(self, count: int = _WORST) -> tuple[ClientScores, ...]:
+        """Returns the clients with the worst primary metric, the worst first."""
+        primary = self.primary
+        sign = 1.0 if primary.higher_is_better else -1.0
+        having = [each for each in self.clients if primary.name in each.metrics]
+        having.sort(key=lambda each: (sign * each.metrics[primary.name], each.client))
+        return tuple(having[:count])
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns every figure as nested objects for JSON; what is not known is null."""
+        return {
+            "model": self.model,
+            "sha256": self.sha256,
+            "data": self.part,
+            "primary": self.primary.name,
+            "clients_known": self.known,
+            "clients_asked": len(self.clients) + len(self.failed),
+            "clients": len(self.clients),
+            "examples": sum(each.examples for each in self.clients),
+            "metrics": {
+                metric.name: found.__dict__.copy() if (found := self.spread(metric.name)) else None
+                for metric in self.metrics
+            },
+            "worst": [each.client for each in self.worst()],
+            "by_client": [
+                {"client": each.client, "examples": each.examples, "metrics": dict(each.metrics)}
+                for each in self.clients
+            ],
+            "failed": dict(self.failed),
+        }
+
+    def __str__(self) -> str:
+        """Returns the evaluation as text: what was measured, each metric, the worst clients."""
+        asked = len(self.clients) + len(self.failed)
+        examples = sum(each.examples for each in self.clients)
+        whom = f"{len(self.clients)} of {counted(asked, 'client')}"
+        drawn = f", drawn from {self.known}" if asked < self.known else ""
+        lines = [
+            f"model   {self.model} (sha256 {self.sha256[:12]})",
+            f"data    {counted(examples, 'example')} of {whom}{drawn}: {PARTS[self.part]}",
+            "",
+            *_aligned([_HEADINGS, *map(self._row, self.metrics)]),
+        ]
+        worst, name = self.worst(), self.primary.name
+        if worst:
+            rows = [[each.client, str(each.examples), figure(each.metrics[name])] for each in worst]
+            shown = "every client" if len(worst) == len(self.clients) else f"{len(worst)} worst"
+            lines += ["", f"{shown}, the worst first"]
+            lines += _aligned([["client", "examples", name], *rows])
+        undefined = [each for each in map(self._undefined, self.metrics) if each]
+        if undefined or self.failed:
+            lines.append("")
+        lines += undefined
+        if self.failed:
+            client, reason = next(iter(self.failed.items()))
+            lines.append(
+                f"{counted(len(self.failed), 'client')} could not evaluate it. First: {client!r}: "
+                f"{reason}"
+            )
+        return "\n".join(lines)
+
+    def _row(self, metric: Metric) -> list[str]:
+        found = self.spread(metric.name)
+        if found is None:
+            return [metric.name, *[figure(None)] * (len(_HEADINGS) - 2), "0"]
+        interval = figure(None)
+        if found.margin is not None:
+            low = max(found.mean - found.margin, metric.low)
+            high = min(found.mean + found.margin, metric.high)
+            interval = f"{figure(low)} to {figure(high)}"
+        values = (found.deviation, found.low, found.tenth, found.median, found.high)
+        return [metric.name, figure(found.mean), interval, *map(figure, values), str(found.clients)]
+
+    def _undefined(self, metric: Metric) -> str:
+        count = sum(metric.name not in each.metrics for each in self.clients)
+        if not count:
+            return ""
+        return (
+            f"{metric.name} is undefined on the data of {counted(count, 'client')}, which "
+            f"{'counts' if count == 1 else 'count'} for the other metrics alone."
+        )
+
+
+_HEADINGS = ["metric", "mean", "95 % interval", "sd", "lowest", "10 %", "median", "highest", "of"]
+
+
+def spread_of(
+    metric: str, measured: Sequence[tuple[int, float]], *, undefined: int = 0
+) -> MetricSpread:
+    """Computes the distribution of a metric over clients.
+
+    Args:
+        metric: Name of the metric.
+        measured: Number of examples and value, one pair per client; not empty.
+        undefined: Number of clients on whose data the metric is undefined.
+    """
+    count, total = len(measured), sum(examples for examples, _ in measured)
+    # Exact sums: the result must not depend on the order of the clients.
+    mean = math.fsum(examples * value for examples, value in measured) / total
+    values = np.array(sorted(value for _, value in measured))
+    margin = None
+    if count > 1:
+        squares = math.fsum((examples * (value - mean)) ** 2 for examples, value in measured)
+        error = math.sqrt(squares * count / (count - 1)) / total
+        margin = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    low, tenth, median, high = (float(np.quantile(values, q)) for q in (0.0, 0.1, 0.5, 1.0))
+    return MetricSpread(
+        metric=metric,
+        clients=count,
+        examples=total,
+        undefined=undefined,
+        mean=mean,
+        margin=margin,
+        mean_of_clients=math.fsum(values) / count,
+        deviation=float(np.std(values, ddof=1)) if count > 1 else None,
+        low=low,
+        tenth=tenth,
+        median=median,
+        high=high,
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a table's rows as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
