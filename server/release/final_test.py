@@ -6,6 +6,7 @@ import math
 
 from fedcore.artifacts.manifest import TestStatement
 from fedcore.config.run import RunConfig
+from fedcore.finite import finite_or_none
 from fedcore.observability.words import counted
 from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
@@ -18,8 +19,7 @@ _ROUNDING = 1e-9  # tolerance for floating-point differences
 def statement_of(task: Task, scores: Scores, examples: int) -> TestStatement:
     """Builds the manifest's statement on the final test; non-finite scores become None."""
     found = {name: scores[task.primary.name][name] for name in ("federated", "released")}
-    finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return TestStatement(metric=task.primary.name, examples=examples, **finite)
+    return TestStatement(metric=task.primary.name, examples=examples, **finite_or_none(found))
 
 
 def _drop(primary: Metric, tested: TestStatement) -> float:
