@@ -1,4 +1,4 @@
-"""What fedcore relies on in Flower, private and public, held to the one version it is built for.
+"""What fedcore relies on in Flower, private and public, held to the versions it is built for.
 
 A failure here says what moved in Flower and which file of fedcore stands on it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
-import re
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -36,7 +35,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
+from packaging.requirements import Requirement
 
+from fedcore import doctor
 from fedcore.flower.grid import CohortGrid, InProcessGrid
 from fedcore.flower.identity import SERVER_NODE_ID, assume_identity
 from fedcore.updates.messages import (
@@ -59,6 +60,8 @@ PRIVATE = {
     "flwr.supercore.task_identity.TaskIdentity",
 }
 """Every private name that fedcore imports; each has a test below."""
+RUN_AGAINST = ("1.41", "1.42")
+"""The versions of Flower that all of ``tests/contract`` was run against."""
 GIVEN = {
     *("fraction_train", "fraction_evaluate"),
     *("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"),
@@ -81,15 +84,25 @@ def parameters(callable_: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(callable_).parameters)
 
 
-def test_the_version_is_the_one_that_is_pinned() -> None:
+def test_the_versions_are_those_that_this_file_was_run_against() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = " ".join(" ".join(extra) for extra in project["optional-dependencies"].values())
-    pinned = re.findall(r"\bflwr(?:\[\w+\])?==([\d.]+)", extras)
-    assert pinned, "pyproject.toml must pin flwr exactly: fedcore/flower imports private modules"
-    assert set(pinned) == {flwr.__version__}, (
-        f"flwr {flwr.__version__} is installed and pyproject.toml pins {pinned}: run this file "
-        "against the new version, mend fedcore/flower, then move the pin"
-    )
+    asked = [
+        Requirement(line)
+        for extra in project["optional-dependencies"].values()
+        for line in extra
+        if line.startswith("flwr")
+    ]
+    assert len(asked) == 2
+    for one in asked:
+        assert {bound.operator for bound in one.specifier} == {">=", "<"}, (
+            "pyproject.toml must bound flwr on both sides: fedcore/flower imports private modules"
+        )
+        minors = [f"1.{minor}" for minor in range(100) if f"1.{minor}.0" in one.specifier]
+        assert tuple(minors) == RUN_AGAINST == doctor.FLOWER, (
+            "run tests/contract against each version of the range, mend fedcore/flower, then move "
+            "the range, RUN_AGAINST, and the doctor's"
+        )
+    assert flwr.__version__.rpartition(".")[0] in RUN_AGAINST
 
 
 # --- private modules: fedcore/flower ---------------------------------------------------------
