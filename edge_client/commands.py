@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.delivery import store as installed
-from edge_client.delivery.roots import MAX_ROOT_BYTES
-from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed
-from edge_client.delivery.update import update
 from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.bench import bench
 from edge_client.inference.confined import (
@@ -25,11 +22,11 @@ from edge_client.inference.confined import (
     predict,
 )
 from edge_client.inference.inputs import parse_inputs, read_text
+from edge_client.model import update_model
 from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group
 from fedcore.config.run import Serving
 from fedcore.errors import DeviceError, DigestMismatch
-from fedcore.files import read_bytes
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted
 
@@ -139,12 +136,11 @@ def _update_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _update(options: argparse.Namespace) -> int:
-    root = options.root and read_bytes(options.root, max_bytes=MAX_ROOT_BYTES, what="a root")
-    done = update(
-        folder_source(options.repository),
-        store=options.store,
-        model=options.model,
-        root=root,
+    done = update_model(
+        options.store,
+        options.model,
+        repository=options.repository,
+        root=options.root,
         threads=options.threads,
         limits=_limits(options),
     )

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import signal
 import socket
-import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,14 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
-from packaging.requirements import Requirement
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import server
 from server.live.network.peer import PeerProtocol
 from server.live.network.uvicorn_parts import HttpConnection, HttpServer
-
-ROOT = Path(__file__).parents[2]
 
 App = Callable[[Any, Any, Any], Any]
 SLOW_S = 10.0
@@ -233,14 +229,3 @@ def test_one_file_names_what_is_private() -> None:
         if any(name in path.read_text() for name in private) and "uvicorn" in path.read_text()
     }
     assert found == {"uvicorn_parts.py"}
-
-
-def test_the_version_has_a_bound_on_both_sides() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (asked,) = [
-        Requirement(line)
-        for line in project["optional-dependencies"]["server"]
-        if line.startswith("uvicorn")
-    ]
-    assert {one.operator for one in asked.specifier} == {">=", "<"}
-    assert asked.specifier.contains(uvicorn.__version__)
