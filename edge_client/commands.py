@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from edge_client.inference.confined import (
 from edge_client.inference.inputs import parse_inputs, read_text
 from edge_client.model import update_model
 from fedcore.artifacts.golden import parse_golden
-from fedcore.cli import Command, group
+from fedcore.cli import Command, group, json_option, show
 from fedcore.config.run import Serving
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.observability.foreign import say
@@ -41,7 +40,7 @@ def _store(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="this device's folder, as --store /var/lib/fedcore",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +164,7 @@ def _update(options: argparse.Namespace) -> int:
         "clock": done.clock,
         "damage": done.damage,
     }
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _infer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +199,7 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 def _status(options: argparse.Namespace) -> int:
     rows = [_row(options.store, model) for model in installed.models(options.store)]
     text = "\n".join(map(_line, rows)) or f"{options.store}: no model is installed"
-    _print(options, text, rows)
+    show(options, text, rows)
     return 0 if all(row["version"] for row in rows) else DigestMismatch.exit_code
 
 
@@ -263,7 +262,7 @@ def _bench(options: argparse.Namespace) -> int:
         "p50_us": figures.p50_us,
         "p99_us": figures.p99_us,
     }
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _serving(store: Path, model: str) -> Installed:
@@ -276,11 +275,6 @@ def _serving(store: Path, model: str) -> Installed:
             to=sys.stderr,
         )
     return version
-
-
-def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    say(json.dumps(value, indent=2) if options.json else text)
-    return 0
 
 
 device = group(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedcore import __version__
-from fedcore.cli import Command
+from fedcore.cli import Command, json_option
 from fedcore.errors import ConfigError, FedcoreError, ResourceError
 from fedcore.observability.foreign import say
 
@@ -184,7 +184,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs"),
         help="where a server's results go (default: runs)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
-from fedcore.cli import Command, group
-from fedcore.observability.foreign import say
+from fedcore.cli import Command, group, json_option, show
 from server.api.releases import (
     ROLE_GROUPS,
     create_repository,
@@ -36,7 +33,7 @@ def _places(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the keys, as --keys keys; never within the repository",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +90,7 @@ def _init(options: argparse.Namespace) -> int:
         "keys": str(options.keys),
         "root": str(made.root),
     }
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,13 +113,13 @@ def _rollback(options: argparse.Namespace) -> int:
         f"{manifest.model}: version {manifest.version} holds the bytes of version {options.to}, "
         f"sha256 {manifest.onnx.sha256}"
     )
-    return _print(options, text, manifest.model_dump(mode="json"))
+    return show(options, text, manifest.model_dump(mode="json"))
 
 
 def _list(options: argparse.Namespace) -> int:
     manifests = list_releases(options.repository, options.keys)
     text = "\n".join(map(_line, manifests)) or "nothing is published yet"
-    return _print(options, text, [manifest.model_dump(mode="json") for manifest in manifests])
+    return show(options, text, [manifest.model_dump(mode="json") for manifest in manifests])
 
 
 def _line(manifest: Manifest) -> str:
@@ -146,7 +143,7 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
 def _refresh(options: argparse.Namespace) -> int:
     expiry = refresh_repository(options.repository, options.keys, offline=options.offline)
     text = "\n".join(f"{role:<9} expires {when:%Y-%m-%d}" for role, when in expiry.items())
-    return _print(
+    return show(
         options, text, {role: f"{when:%Y-%m-%dT%H:%M:%SZ}" for role, when in expiry.items()}
     )
 
@@ -203,12 +200,7 @@ def _rotate(options: argparse.Namespace) -> int:
         "removed": [str(path) for path in done.removed],
         "epochs": dict(done.epochs),
     }
-    return _print(options, "\n".join(lines), value)
-
-
-def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    say(json.dumps(value, indent=2) if options.json else text)
-    return 0
+    return show(options, "\n".join(lines), value)
 
 
 release = group(
