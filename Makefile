@@ -3,10 +3,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-device campaign bench lint docs coverage constraints clean
+.PHONY: help setup demo test test-gpu test-device test-flower campaign bench lint docs coverage constraints clean
 
 BIN := .venv/bin
 DEVICE_BIN := .venv-device/bin
+FLOWER_BIN := .venv-flower/bin
 WORKERS ?= 2
 DEVICE_LIMIT_MB := 250
 NAME ?= simulation
@@ -14,7 +15,7 @@ SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
 
 # One thread a process: models this small gain nothing from more, and pools of threads that wait for
 # each other lose a lot where the cores are shared, by test workers or by another program.
-demo test test-gpu test-device campaign coverage: export OMP_NUM_THREADS := 1
+demo test test-gpu test-device test-flower campaign coverage: export OMP_NUM_THREADS := 1
 
 # The first interpreter that runs and is new enough; a shim that fails when called is passed over.
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3; do \
@@ -60,6 +61,17 @@ test-device: setup .venv-device/.installed  ## the base package alone: its size,
 	rm -rf build
 	@touch $@
 
+test-flower: .venv-flower/.installed  ## the contract tests with the latest Flower of the range
+	$(FLOWER_BIN)/pytest -n $(WORKERS) tests/contract $(ARGS)
+
+# certifi and uv: each version of Flower asks for its own range of them.
+.venv-flower/.installed: pyproject.toml constraints.txt
+	@$(FIND_PYTHON); [ -x $(FLOWER_BIN)/python ] || $$python -m venv .venv-flower
+	grep -vE '^(flwr|certifi|uv)==' constraints.txt > .venv-flower/constraints.txt
+	$(FLOWER_BIN)/pip install --quiet --disable-pip-version-check --upgrade \
+		-c .venv-flower/constraints.txt -e ".[sim,dev]"
+	@touch $@
+
 campaign: setup  ## kill, stop, cut off, tear, fill and forge; results go to runs/campaign
 	$(BIN)/python -m tests.campaign.run $(ARGS)
 
@@ -102,6 +114,6 @@ constraints:  ## resolve again and write constraints.txt and constraints-device.
 	rm -rf .venv-resolve build
 
 clean:  ## remove environments and caches; runs/ stays, for it holds keys
-	rm -rf .venv .venv-device .venv-bench .venv-resolve build dist htmlcov *.egg-info
+	rm -rf .venv .venv-device .venv-flower .venv-bench .venv-resolve build dist htmlcov *.egg-info
 	rm -rf .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

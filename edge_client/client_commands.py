@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from edge_client.agent.commands import start
 from edge_client.enrol import enrol, install
-from fedcore.cli import Command, group
+from fedcore.cli import Command, group, json_option, show
 from fedcore.crypto.certificates import certificate_sha256
-from fedcore.observability.foreign import say
 
 
 def _kit(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +20,7 @@ def _kit(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where this machine keeps its key and kit, as --kit /var/lib/fedcore/kit",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _enrol_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +36,7 @@ def _enrol(options: argparse.Namespace) -> int:
         f"SHA-256: {done.fingerprint} (of the key)"
     )
     value = {"request": str(done.request), "fingerprint": done.fingerprint}
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +69,7 @@ def _install(options: argparse.Namespace) -> int:
         "not_after": f"{subject.not_after:%Y-%m-%dT%H:%M:%SZ}",
         "authority_sha256": sha256,
     }
-    return _print(options, text, value)
-
-
-def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    say(json.dumps(value, indent=2) if options.json else text)
-    return 0
+    return show(options, text, value)
 
 
 client = group(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from edge_client.delivery import store as installed
-from edge_client.delivery.roots import MAX_ROOT_BYTES
-from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed
-from edge_client.delivery.update import update
 from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.bench import bench
 from edge_client.inference.confined import (
@@ -25,11 +21,11 @@ from edge_client.inference.confined import (
     predict,
 )
 from edge_client.inference.inputs import parse_inputs, read_text
+from edge_client.model import update_model
 from fedcore.artifacts.golden import parse_golden
-from fedcore.cli import Command, group
+from fedcore.cli import Command, group, json_option, show
 from fedcore.config.run import Serving
 from fedcore.errors import DeviceError, DigestMismatch
-from fedcore.files import read_bytes
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted
 
@@ -44,7 +40,7 @@ def _store(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="this device's folder, as --store /var/lib/fedcore",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -139,12 +135,11 @@ def _update_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _update(options: argparse.Namespace) -> int:
-    root = options.root and read_bytes(options.root, max_bytes=MAX_ROOT_BYTES, what="a root")
-    done = update(
-        folder_source(options.repository),
-        store=options.store,
-        model=options.model,
-        root=root,
+    done = update_model(
+        options.store,
+        options.model,
+        repository=options.repository,
+        root=options.root,
         threads=options.threads,
         limits=_limits(options),
     )
@@ -169,7 +164,7 @@ def _update(options: argparse.Namespace) -> int:
         "clock": done.clock,
         "damage": done.damage,
     }
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _infer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +199,7 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 def _status(options: argparse.Namespace) -> int:
     rows = [_row(options.store, model) for model in installed.models(options.store)]
     text = "\n".join(map(_line, rows)) or f"{options.store}: no model is installed"
-    _print(options, text, rows)
+    show(options, text, rows)
     return 0 if all(row["version"] for row in rows) else DigestMismatch.exit_code
 
 
@@ -267,7 +262,7 @@ def _bench(options: argparse.Namespace) -> int:
         "p50_us": figures.p50_us,
         "p99_us": figures.p99_us,
     }
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _serving(store: Path, model: str) -> Installed:
@@ -280,11 +275,6 @@ def _serving(store: Path, model: str) -> Installed:
             to=sys.stderr,
         )
     return version
-
-
-def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    say(json.dumps(value, indent=2) if options.json else text)
-    return 0
 
 
 device = group(

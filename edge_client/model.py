@@ -1,4 +1,4 @@
-"""Python interface to a device's installed models. Imports neither torch nor Flower."""
+"""Python interface to a device's models: update and open. Imports neither torch nor Flower."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from edge_client.delivery.roots import MAX_ROOT_BYTES
+from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed, serving
+from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import labels
 from edge_client.inference.confined import ModelLimits, predict
 from edge_client.inference.inputs import as_batch
@@ -19,6 +22,7 @@ from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.config.run import Serving
 from fedcore.errors import DataError, DeviceError
+from fedcore.files import read_bytes
 
 Inputs = AnyArray | Sequence[Any]
 """One input or a batch of them: an array, or nested lists of numbers."""
@@ -148,7 +152,7 @@ def open_model(
         outputs = model.predict(x)  # one input or a batch, as an array or nested lists
 
     Args:
-        store: The store that ``fedcore device update`` installs to.
+        store: The store that `fedcore.update_model` installs to.
         name: The model's name.
         threads: Threads of one inference.
         limits: Time and memory that one call may use; when None, 120 seconds, and memory by the
@@ -164,3 +168,62 @@ def open_model(
         DigestMismatch: the active version is damaged, and no intact previous version exists.
     """
     return EdgeModel(serving(Path(store), name), threads, limits or ModelLimits())
+
+
+def update_model(
+    store: str | PathLike[str],
+    name: str,
+    *,
+    repository: str | PathLike[str],
+    root: str | PathLike[str] | None = None,
+    threads: int = Serving().threads,
+    limits: ModelLimits | None = None,
+) -> UpdateResult:
+    """Installs the current release of a model: fetched, verified, self-tested and activated.
+
+    Needs only the base package: imports neither torch nor Flower.
+
+    Guarantee:
+        If any step fails, the version that served before continues to serve.
+
+    Example::
+
+        done = fedcore.update_model(
+            "device-store", "digits", repository="releases", root="keys/root.json"
+        )
+        done.version, done.changed
+        model = fedcore.open_model("device-store", "digits")
+
+    Args:
+        store: The folder of the device's installed models; created if missing.
+        name: The model's name.
+        repository: The folder of the signed repository.
+        root: The ``root.json`` to trust, received over a trusted channel. The first update needs
+            it, and pins it in the store.
+        threads: Threads of one inference in the self-test.
+        limits: Time and memory for the self-test; when None, 120 seconds, and memory by the size of
+            the model.
+
+    Returns:
+        The version that is active now, whether it changed, and what is wrong with the device's
+        clock or the version before.
+
+    Raises:
+        ConfigError: the name is not valid, or no root is trusted yet.
+        TrustError: a signature, digest or version is not acceptable.
+        DataError: the repository, the root or the store is incomplete or damaged.
+        SelfTestFailed: the model answers differently here, cannot run, or exceeds its limits.
+        DeviceError: another update of this store is running.
+        ResourceError: the store cannot be written, or (`DiskFull`) has no room.
+    """
+    trusted = None
+    if root is not None:
+        trusted = read_bytes(Path(root), max_bytes=MAX_ROOT_BYTES, what="a root")
+    return update(
+        folder_source(Path(repository)),
+        store=Path(store),
+        model=name,
+        root=trusted,
+        threads=threads,
+        limits=limits,
+    )

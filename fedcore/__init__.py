@@ -18,7 +18,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
-    from edge_client.model import EdgeModel, open_model
+    from edge_client.delivery.update import UpdateResult
+    from edge_client.model import EdgeModel, open_model, update_model
     from fedcore.artifacts.manifest import Manifest
     from fedcore.config.client_settings import ClientSettings
     from fedcore.config.run import RunConfig
@@ -28,8 +29,18 @@ if TYPE_CHECKING:
     from fedcore.task.definition import Task, load_task
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
+    from fedcore.task.templates import NewTask, new_task
     from server.api.checking import check
     from server.api.evaluating import evaluate
+    from server.api.releases import (
+        NewRepository,
+        create_repository,
+        list_releases,
+        refresh_repository,
+        roll_back,
+        rotate_keys,
+    )
+    from server.api.replaying import replay
     from server.api.result import History, Result
     from server.api.simulation import simulate
     from server.api.steps import compress, finetune, publish
@@ -37,18 +48,20 @@ if TYPE_CHECKING:
     from server.compression.compress import Compressed
     from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
+    from server.release.registry.rotation import Rotation
+    from server.simulation.replay import Replayed
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
-    "Compressed": "server.compression.compress",
-    "EdgeModel": "edge_client.model",
     "Algorithm": "fedcore.task.algorithm",
     "ClientScores": "server.evaluation",
     "ClientSettings": "fedcore.config.client_settings",
     "ClientUpdate": "fedcore.task.algorithm",
     "Evaluation": "server.evaluation",
+    "Compressed": "server.compression.compress",
+    "EdgeModel": "edge_client.model",
     "FedcoreError": "fedcore.errors",
     "Finetuned": "server.finetune.launch",
     "History": "server.api.result",
@@ -56,26 +69,39 @@ _LAZY = {
     "Manifest": "fedcore.artifacts.manifest",
     "Metric": "fedcore.task.metrics",
     "MetricSpread": "server.evaluation",
+    "NewRepository": "server.api.releases",
+    "NewTask": "fedcore.task.templates",
     "PERPLEXITY": "fedcore.task.metrics",
     "RMSE": "fedcore.task.metrics",
+    "Replayed": "server.simulation.replay",
     "Result": "server.api.result",
+    "Rotation": "server.release.registry.rotation",
     "Round": "fedcore.task.algorithm",
     "RunConfig": "fedcore.config.run",
     "Task": "fedcore.task.definition",
     "TaskCheck": "server.check",
+    "UpdateResult": "edge_client.delivery.update",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",
     "compress": "server.api.steps",
+    "create_repository": "server.api.releases",
     "dirichlet": "fedcore.task.partition",
     "evaluate": "server.api.evaluating",
     "finetune": "server.api.steps",
     "iid": "fedcore.task.partition",
+    "list_releases": "server.api.releases",
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
+    "new_task": "fedcore.task.templates",
     "open_model": "edge_client.model",
     "publish": "server.api.steps",
+    "refresh_repository": "server.api.releases",
+    "replay": "server.api.replaying",
+    "roll_back": "server.api.releases",
+    "rotate_keys": "server.api.releases",
     "shards": "fedcore.task.partition",
     "simulate": "server.api.simulation",
+    "update_model": "edge_client.model",
 }
 
 __all__ = [
@@ -96,25 +122,38 @@ __all__ = [
     "Manifest",
     "Metric",
     "MetricSpread",
+    "NewRepository",
+    "NewTask",
+    "Replayed",
     "Result",
+    "Rotation",
     "Round",
     "RunConfig",
     "Task",
     "TaskCheck",
+    "UpdateResult",
     "__version__",
     "by_column",
     "check",
     "compress",
+    "create_repository",
     "dirichlet",
     "evaluate",
     "finetune",
     "iid",
+    "list_releases",
     "load_run",
     "load_task",
+    "new_task",
     "open_model",
     "publish",
+    "refresh_repository",
+    "replay",
+    "roll_back",
+    "rotate_keys",
     "shards",
     "simulate",
+    "update_model",
 ]
 
 

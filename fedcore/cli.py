@@ -11,12 +11,14 @@ import sys
 _STOPPED = "Interrupted: stopped where it was; nothing half-written was left."
 try:
     import argparse
+    import json
     import signal
     import threading
     from collections.abc import Callable, Sequence
     from dataclasses import dataclass
     from importlib.metadata import entry_points
     from pathlib import Path
+    from typing import Any
 
     from fedcore import __version__
     from fedcore.errors import INTERRUPTED, ConfigError, FedcoreError, InsufficientMemory
@@ -31,6 +33,7 @@ _EXTRA_OF = {
     "flwr": "server",
     "onnx": "server",
     "onnxscript": "server",
+    "jinja2": "server",
     "matplotlib": "server",
     "rich": "server",
     "tensorboard": "server",
@@ -69,6 +72,17 @@ def group(verbs: dict[str, Command], help: str) -> Command:
             _add(below, name, command)
 
     return Command(help, arguments, lambda options: int(options.run_subverb(options)))
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--json``, which `show` obeys."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+
+
+def show(options: argparse.Namespace, text: str, value: Any) -> int:
+    """Prints the text, or with ``--json`` the value; returns the exit code 0."""
+    say(json.dumps(value, indent=2) if options.json else text)
+    return 0
 
 
 def _add(

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Literal
 
 from fedcore import __version__
-from fedcore.cli import Command
+from fedcore.cli import Command, json_option
 from fedcore.errors import ConfigError, FedcoreError, ResourceError
 from fedcore.observability.foreign import say
 
 _SOON = timedelta(days=14)
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 2 << 30, 200 << 20
-_NEEDED = {"flwr": "1.41.0"}
-"""Exact versions: fedcore uses private parts of these packages."""
+FLOWER = ("1.41", "1.42")
+"""Versions of Flower that fedcore is tested with: it uses private parts of them."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,13 @@ def guarded(check: str, work: Callable[[], Finding], *, remedy: str) -> Finding:
 
 
 def versions() -> Finding:
-    """Checks the versions of Python, fedcore and the packages that need an exact version."""
+    """Checks the versions of Python, fedcore, and Flower, of which private parts are used."""
     found = {name: _version(name) for name in ("flwr", "torch", "grpcio", "onnxruntime")}
     told = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items())
     told = f"fedcore {__version__}, Python {platform.python_version()}, {told}"
-    wrong = [name for name, needed in _NEEDED.items() if found[name] not in (needed, None)]
-    if sys.version_info < (3, 11) or wrong:
-        pins = " ".join(f"{name}=={_NEEDED[name]}" for name in wrong) or "Python 3.11"
-        return Finding("versions", "fail", told, f"install {pins}")
+    flower = found["flwr"]
+    if flower is not None and flower.rpartition(".")[0] not in FLOWER:
+        return Finding("versions", "fail", told, f"`pip install 'flwr=={FLOWER[-1]}.*'`")
     if found["flwr"] is None or found["torch"] is None:
         remedy = "`pip install 'fedcore[train]'` for a device that trains, `[server]` for a server"
         return Finding("versions", "warn", f"{told}: this machine can infer only", remedy)
@@ -186,7 +184,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs"),
         help="where a server's results go (default: runs)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _doctor(options: argparse.Namespace) -> int:

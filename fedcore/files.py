@@ -303,15 +303,8 @@ def lock_file(path: Path, otherwise: FedcoreError | None = None) -> Iterator[Non
             otherwise="Nothing was done; remove it, it holds nothing, and run again.",
             mode=0o644,
         )
-    try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
-        except BlockingIOError:
-            assert otherwise is not None
-            raise otherwise from None
+    with _locked(held, otherwise):
         yield
-    finally:
-        os.close(held)
 
 
 @contextmanager
@@ -324,11 +317,19 @@ def lock_folder(folder: Path, otherwise: FedcoreError) -> Iterator[None]:
     """
     with disk_errors(folder):
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with _locked(held, otherwise):
+        yield
+
+
+@contextmanager
+def _locked(descriptor: int, otherwise: FedcoreError | None) -> Iterator[None]:
+    """Locks an open file and closes it at the end; waits for the lock if ``otherwise`` is None."""
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
         except BlockingIOError:
+            assert otherwise is not None
             raise otherwise from None
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)

@@ -20,7 +20,13 @@ from fedcore.files import disk_errors, remove, sha256_hex
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Result of an update."""
+    """Result of an update.
+
+    Example::
+
+        done = fedcore.update_model("device-store", "digits", repository="releases")
+        done.version, done.changed
+    """
 
     model: str
     version: int

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcore.cli import Command
+from fedcore.cli import Command, json_option
 from fedcore.config.owner import OPEN_POLICY, load_owner
 from fedcore.config.run import Privacy
 from fedcore.crypto.keys import load_key
@@ -43,7 +43,7 @@ def _where(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the folder of the device's kit, whose mark and count are compared, as --kit kit",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _counting(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from edge_client.ledger.view import LedgerFiles, View
 from fedcore.config.run import Fraction, Section
 from fedcore.crypto.keys import MAX_KEY_BYTES, fingerprint, parse_public, public_bytes
 from fedcore.errors import CertificateRefused, PrivacyError, SignatureInvalid
+from fedcore.finite import all_finite
 from fedcore.privacy.accounting import Accountant, epsilon_of
 
 MAX_EXPORT_BYTES = 128 << 20
@@ -97,7 +98,7 @@ def export_bytes(
         PrivacyError: an epsilon is infinite.
     """
     whole = view.totals[0]
-    if not all(map(math.isfinite, (whole.epsilon, *(run.epsilon for run in view.runs)))):
+    if not all_finite((whole.epsilon, *(run.epsilon for run in view.runs))):
         raise PrivacyError(
             f"{found.folder}: the charges come to an infinite epsilon, which no training of this "
             "project does: a file of the ledger was changed. Nothing was exported; put the latest "

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from fedcore.config.run import Privacy
 from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
 from fedcore.errors import DataError, FedcoreError, PrivacyError
+from fedcore.finite import finite_or_none
 from fedcore.privacy.accounting import Accountant, epsilon_of
 from fedcore.privacy.ledger import RemainingRounds, room_for
 
@@ -130,28 +130,24 @@ class View:
                 {
                     "name": run.name,
                     "target_delta": run.target_delta,
-                    "epsilon": _number(run.epsilon),
+                    "epsilon": finite_or_none(run.epsilon),
                     "rounds_left": run.room.rounds if run.room else None,
                     "rounds_left_exact": run.room.exact if run.room else None,
                     "charges": [
-                        line.spent.model_dump() | {"epsilon": _number(line.epsilon)}
+                        line.spent.model_dump() | {"epsilon": finite_or_none(line.epsilon)}
                         for line in run.lines
                     ],
                 }
                 for run in self.runs
             ],
             "totals": [
-                asdict(total) | {"epsilon": _number(total.epsilon), "left": total.left}
+                asdict(total) | {"epsilon": finite_or_none(total.epsilon), "left": total.left}
                 for total in self.totals
             ],
             "damaged": bool(self.problems),
             "problems": list(self.problems),
             "notes": list(self.notes),
         }
-
-
-def _number(epsilon: float) -> float | None:
-    return epsilon if math.isfinite(epsilon) else None
 
 
 def read_ledger_files(folder: Path, kit: Path | None, environ: Mapping[str, str]) -> LedgerFiles:

@@ -1,1 +1,1 @@
-"""All use of Flower's private modules; a contract test pins these to Flower 1.41."""
+"""All use of Flower's private modules; contract tests hold for Flower 1.41 and 1.42."""

@@ -66,21 +66,12 @@ class OwnGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
-class InProcessGrid(OwnGrid):
-    """Runs every node in this process, one after the other, as its reply is consumed.
+class LazyGrid(OwnGrid):
+    """Base class of grids that compute replies only as they are consumed."""
 
-    Replies are computed lazily, so a server that folds them has one in memory at a time.
-    """
-
-    def __init__(self, run_id: int, node_ids: Sequence[int], handle: Handler) -> None:
+    def __init__(self, run_id: int) -> None:
         super().__init__(run_id)
-        self._node_ids = tuple(node_ids)
-        self._handle = handle
         self._waiting: dict[str, Message] = {}
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Returns all nodes."""
-        return self._node_ids
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Stores messages until their replies are pulled; computes nothing yet."""
@@ -93,6 +84,39 @@ class InProcessGrid(OwnGrid):
         known = [one for one in message_ids if one in self._waiting]
         return list(self.send_and_receive([self._waiting.pop(one) for one in known]))
 
+
+class ForwardingGrid(OwnGrid):
+    """Base class of grids in front of another grid, in the same run."""
+
+    def __init__(self, behind: Grid) -> None:
+        super().__init__(behind.run.run_id)
+        self._run = behind.run
+        self._behind = behind
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pushes messages through the inner grid."""
+        return self._behind.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pulls replies through the inner grid."""
+        return self._behind.pull_messages(message_ids)
+
+
+class InProcessGrid(LazyGrid):
+    """Runs every node in this process, one after the other, as its reply is consumed.
+
+    Replies are computed lazily, so a server that folds them has one in memory at a time.
+    """
+
+    def __init__(self, run_id: int, node_ids: Sequence[int], handle: Handler) -> None:
+        super().__init__(run_id)
+        self._node_ids = tuple(node_ids)
+        self._handle = handle
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Returns all nodes."""
+        return self._node_ids
+
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
@@ -104,7 +128,7 @@ class InProcessGrid(OwnGrid):
             yield self._handle(message)
 
 
-class CohortGrid(OwnGrid):
+class CohortGrid(ForwardingGrid):
     """Presents only the nodes of one round to a strategy, and sends through another grid.
 
     Flower's strategies draw nodes from an unseeded global generator, and wait forever if there
@@ -112,21 +136,12 @@ class CohortGrid(OwnGrid):
     """
 
     def __init__(self, behind: Grid, cohort: Sequence[int]) -> None:
-        self._run = behind.run
-        self._behind = behind
+        super().__init__(behind)
         self._cohort = tuple(cohort)
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns the nodes of the round."""
         return self._cohort
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pushes messages through the inner grid."""
-        return self._behind.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pulls replies through the inner grid."""
-        return self._behind.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

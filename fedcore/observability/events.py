@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedcore.finite import finite_or_none
 from fedcore.observability.foreign import MOST_LINE_BYTES
 
 Value = float | int | str | None | dict[str, float]
@@ -135,7 +136,7 @@ def json_line(event: Event) -> str:
     '{"event": "stage_started", "stage": "export", "steps": 3}'
     """
     fields = event.values if isinstance(event, RoundFinished) else asdict(event)
-    whole = {"event": _NAMES[type(event)], **_finite(fields)}
+    whole = {"event": _NAMES[type(event)], **finite_or_none(fields)}
     line = json.dumps(whole, allow_nan=False)
     while len(line) > MOST_LINE_BYTES and _shorten(whole):
         line = json.dumps(whole, allow_nan=False)
@@ -162,12 +163,3 @@ def _shorten(fields: dict[str, Any]) -> bool:
 
 
 _SHORT_TEXT, _CUT = 100, "... (cut)"
-
-
-def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _finite(value)
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {name: cleaned(value) for name, value in fields.items()}

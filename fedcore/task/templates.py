@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from importlib.resources import files
+from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from fedcore.cli import Command
 from fedcore.errors import ConfigError, FedcoreError
@@ -17,20 +19,49 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # valid values of `name` in a r
 _PLACEHOLDER = "NAME"
 
 
-def write_scaffold(folder: Path, *, kind: str) -> tuple[Path, Path]:
+class NewTask(NamedTuple):
+    """The files that `fedcore.new_task` wrote.
+
+    Example::
+
+        task, run = fedcore.new_task("churn")
+        result = fedcore.simulate(task, run)
+    """
+
+    task: Path
+    """The file that defines the task: what is learned, from which data."""
+    run: Path
+    """The run's file: how it is learned."""
+
+
+def new_task(folder: str | PathLike[str], *, kind: str = KINDS[0]) -> NewTask:
     """Writes a task file and a run's file that work immediately, on data generated from a seed.
 
+    Example::
+
+        task, run = fedcore.new_task("churn", kind="regression")
+        assert fedcore.check(task, run).ok
+        result = fedcore.simulate(task, run)
+
     Args:
-            folder: Created if missing; its last part names the run and the task.
-        kind: One of `KINDS`.
+        folder: Created if missing; its last part names the run and the task.
+        kind: ``"classification"``, ``"regression"`` or ``"next_token"``.
 
     Returns:
         The paths of ``task.py`` and ``run.toml``.
 
     Raises:
-            ConfigError: the name cannot name a run, or one of the files exists already.
-            DiskFull: the disk has no room; neither file is left.
+        ConfigError: there is no such kind, the name cannot name a run, or one of the files exists
+            already.
+        DiskFull: the disk has no room; neither file is left.
+        ResourceError: this user may not write there.
     """
+    if kind not in KINDS:
+        raise ConfigError(
+            f"kind {kind!r}: expected one of {', '.join(KINDS)}. Nothing was written; choose the "
+            "one that is nearest, and change its loss and metrics in the task."
+        )
+    folder = Path(folder)
     name = folder.name
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -57,7 +88,7 @@ def write_scaffold(folder: Path, *, kind: str) -> tuple[Path, Path]:
         for path in paths:
             path.unlink(missing_ok=True)
         raise
-    return paths
+    return NewTask(*paths)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +107,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    task, run = write_scaffold(options.name, kind=options.kind)
+    task, run = new_task(options.name, kind=options.kind)
     if not options.name.resolve().is_relative_to(Path.cwd()):
         say(f"note: {options.name.resolve()} is outside of the folder that this runs in")
     say(f"wrote {task}: what is learned; it says what to replace")

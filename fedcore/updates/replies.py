@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate, ResourceError
+from fedcore.finite import all_finite, largest_magnitude
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import (
     ARRAYS,
@@ -373,7 +374,7 @@ def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | Non
     squared = _Squared()
     with np.errstate(over="ignore", invalid="ignore"):  # non-finite values raise below
         for part in _parts(array):
-            peaks.append(max(float(part.max()), -float(part.min())))  # NaN if one value is NaN
+            peaks.append(largest_magnitude(part))
             if base is None:
                 continue
             for first in range(0, len(part), _CHUNK):
@@ -381,7 +382,7 @@ def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | Non
                 sums.append(squared.distance(piece, base[place : place + len(piece)]))
                 place += len(piece)
     # In float64 no sum of squares of finite float32 values overflows.
-    if not all(map(math.isfinite, peaks)):
+    if not all_finite(peaks):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. {_NOT_USED}; a lower "
             "client.learning_rate usually mends this."

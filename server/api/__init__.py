@@ -5,6 +5,6 @@ In: a `Task` or its file, and a run or its file. Out: frozen result objects; eve
 `fedcore` re-exports these names, and the command line calls the same functions.
 
 Start with `simulation`. `steps` contains fine-tuning, compression and release as separate calls,
-`checking` the quick check of a task, and `asked` the parsing of the task, run and settings
-arguments.
+`checking` the quick check of a task, `replaying` one client of a round trained again, `releases`
+the upkeep of a repository, and `asked` the parsing of the task, run and settings arguments.
 """

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fedcore.cli import Command, group
+from fedcore.cli import Command, group, json_option
 from fedcore.config.run import RunConfig
 from fedcore.config.settings import load_run
 from fedcore.crypto.roster import check_server_folder
@@ -186,7 +186,7 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs"),
         help="folder that results are below (default: runs)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _rollback(options: argparse.Namespace) -> int:

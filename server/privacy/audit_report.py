@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from fedcore import __version__
 from fedcore.files import write_atomic
 from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 from server.privacy.audit import Audited
 from server.privacy.inversion import Picture
-from server.report.markup import Markup, join, plot, table, tag
+from server.report.pages import render
+from server.report.parts import DrawnPlot, Table, drawn
 from server.report.svg import INK, draw
 
 _ROW_IN = 1.6  # height of a row of pictures
@@ -130,56 +128,40 @@ def write_report(folder: Path, audited: Sequence[Audited], pictures: Sequence[Pi
 
 def report_html(audited: Sequence[Audited], pictures: Sequence[Picture]) -> str:
     """Returns the findings as one HTML page, in the style of a run's report."""
-    folder = files("server.report")
-    page = Template((folder / "report.html").read_text("utf-8"))
-    return page.substitute(
-        title=join(["Privacy audit - fedcore"]),
-        style=(folder / "report.css").read_text("utf-8"),
-        body=join(
-            (
-                tag("header", tag("h1", "Privacy audit"), tag("p", _PROVES, class_="sub")),
-                *(_section(one) for one in audited),
-                _inversion(pictures),
-                tag("footer", f"Written by fedcore {__version__}."),
-            )
-        ),
+    return render(
+        "audit.html",
+        title="Privacy audit",
+        proves=_PROVES,
+        statements=[_section(one) for one in audited],
+        inversion=_inversion(pictures),
     )
 
 
-def _section(one: Audited) -> Markup:
+def _section(one: Audited) -> dict[str, Any]:
     said = (
         f"{_mechanism(one)}. Stated: epsilon {epsilon_text(one.stated)} at delta "
         f"{one.statement.target_delta:g}. Audited: at least {epsilon_floor_text(one.epsilon)}, at "
         f"a confidence of {one.confidence:.1%} over all seeds and both bounds together."
     )
-    return tag(
-        "section",
-        tag("h2", one.statement.name),
-        tag("p", said),
-        tag("p", _verdict(one), **({"class_": "warning"} if one.refuted else {})),
-        table(("seed", "repeated releases", "one run", "noise seen"), _cells(one)),
-    )
+    return {
+        "name": one.statement.name,
+        "said": said,
+        "verdict": _verdict(one),
+        "refuted": one.refuted,
+        "bounds": Table(("seed", "repeated releases", "one run", "noise seen"), _cells(one)),
+    }
 
 
-def _inversion(pictures: Sequence[Picture]) -> Markup:
+def _inversion(pictures: Sequence[Picture]) -> DrawnPlot | None:
     if not pictures:
-        return Markup()
-    drawn = draw(
+        return None
+    svg = draw(
         "inversion",
         "digits, and what an attacker made of updates without and with privacy",
         _painter(pictures),
         _ROW_IN * len(pictures),
     )
-    return tag(
-        "section",
-        tag("h2", "Gradient inversion"),
-        tag(
-            "p",
-            "One client's update from one picture, inverted by a server that chose the start "
-            "weights and knows the label.",
-        ),
-        tag("div", plot(drawn, "PSNR against the original. " + _CAPTION), class_="plots"),
-    )
+    return drawn(svg, "PSNR against the original. " + _CAPTION)
 
 
 _CAPTION = "A blind guess, the mean of all other digits, needs no update at all."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedcore.cli import Command, group
+from fedcore.cli import Command, group, show
 from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.issue import SERVER_VALIDITY
 from fedcore.errors import ConfigError
@@ -13,7 +13,7 @@ from fedcore.observability.words import counted
 from server.provision.backup import backup, restore
 from server.provision.issue import initialise, provision_server, sign_roster
 from server.provision.member_commands import MEMBER_VERBS
-from server.provision.options import acting, days, moment, sealing, show, show_server, signing
+from server.provision.options import acting, days, moment, sealing, show_server, signing
 
 DEFAULT_PORT = 9092
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedcore.cli import Command
+from fedcore.cli import Command, show
 from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, MemberRole, certificate_sha256
 from fedcore.crypto.issue import MEMBER_VALIDITY, SERVER_VALIDITY, make_request
 from fedcore.crypto.keys import fingerprint, new_key, save_key
@@ -28,7 +28,6 @@ from server.provision.options import (
     moment,
     out,
     place,
-    show,
     show_server,
     signing,
     validity,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 import socket
 from datetime import UTC, datetime, timedelta
@@ -13,10 +12,10 @@ from typing import Any
 
 from cryptography.x509 import load_pem_x509_certificate
 
+from fedcore.cli import json_option, show
 from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.kit import KitFile
 from fedcore.errors import ConfigError
-from fedcore.observability.foreign import say
 from server.provision import passphrase
 from server.provision.folder import check_place, key_is_sealed
 from server.provision.issue import Act
@@ -34,7 +33,7 @@ def place(parser: argparse.ArgumentParser) -> None:
         help="folder of the project's authority, as --authority /srv/authority (default: "
         "%(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def signing(parser: argparse.ArgumentParser) -> None:
@@ -114,12 +113,6 @@ def free(path: Path) -> Path:
         )
     check_place(path)
     return path
-
-
-def show(options: argparse.Namespace, text: str, value: Any) -> int:
-    """Prints the text, or with ``--json`` the value; returns the exit code."""
-    say(json.dumps(value, indent=2) if options.json else text)
-    return 0
 
 
 def _user() -> str:

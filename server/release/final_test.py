@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedcore.artifacts.manifest import TestStatement
 from fedcore.config.run import RunConfig
 from fedcore.errors import DataError
+from fedcore.finite import finite_or_none
 from fedcore.observability.words import counted
 from fedcore.seeds import numpy_rng
 from fedcore.task.definition import Examples, Folder, Task, check_inputs, read_examples, size_of
@@ -108,14 +109,12 @@ def no_test_note(run: RunConfig, task: Task) -> str:
 def statement_of(task: Task, scores: Scores, test: FinalTest) -> TestStatement:
     """Builds the manifest's statement on the final test; non-finite scores become None."""
     found = {name: scores[task.primary.name][name] for name in ("federated", "released")}
-    finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
     drop = task.primary.worsening(found["federated"], found["released"])
     return TestStatement(
         metric=task.primary.name,
         examples=size_of(test.examples),
-        drop=drop if math.isfinite(drop) else None,
         clients=len(test.clients) if test.pooled else None,
-        **finite,
+        **finite_or_none({**found, "drop": drop}),
     )
 
 

@@ -1,4 +1,4 @@
-"""The text and table sections of a report."""
+"""The figures, sentences and tables of a report, as data for its template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedcore.observability.words import (
     seconds_text,
 )
 from server.records import CandidateRecord, RunRecord, VirtualRecord
-from server.report.markup import Markup, details, digest, join, table, tag
+from server.report.parts import Bar, Card, Cell, Digest, LineageStep, Table
 from server.report.privacy import privacy_card
 from server.report.summary import MODELS
 
@@ -23,22 +23,8 @@ LAST_KEPT = "last round kept, nothing judged them"
 _MICRO = "\N{MICRO SIGN}s"
 
 
-def header(record: RunRecord) -> Markup:
-    """Renders the run's name, task and hardware, and what a reader must not miss.
-
-    That is the reason if the release was withheld, else a drop that the final test showed.
-    """
-    alert = f"Nothing was published. {record.withheld}" if record.withheld else record.test_warning
-    return tag(
-        "header",
-        tag("h1", f"Run {record.name}"),
-        tag("p", f"Task {record.task}, {record.kind}, trained on {record.device}.", class_="sub"),
-        tag("p", alert, class_="alert") if alert else Markup(),
-    )
-
-
-def headline(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
-    """Renders the headline figures as cards."""
+def headline(record: RunRecord, summary: Mapping[str, Any]) -> list[Card]:
+    """Returns the headline figures."""
     cards = (
         _score_card(record),
         privacy_card(record, summary),
@@ -46,45 +32,36 @@ def headline(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
         _latency_card(summary["latency"]),
         _rounds_card(record),
         _virtual_card(summary),
-        (
+        Card(
             "Traffic",
             bytes_text(summary["bytes"]["up"] + summary["bytes"]["down"]),
             f"{bytes_text(summary['bytes']['up'])} up, {bytes_text(summary['bytes']['down'])} down",
         ),
-        ("Time", seconds_text(summary["seconds"]["total"]), "the whole run"),
+        Card("Time", seconds_text(summary["seconds"]["total"]), "the whole run"),
     )
-    return tag("dl", *(_card(*card) for card in cards if card), class_="cards")
+    return [card for card in cards if card]
 
 
-def _card(label: str, value: str, detail: str) -> Markup:
-    return tag(
-        "div",
-        tag("dt", label),
-        tag("dd", value, class_="value"),
-        tag("dd", detail, class_="detail"),
-        class_="card",
-    )
-
-
-def _score_card(record: RunRecord) -> tuple[str, str, str] | None:
+def _score_card(record: RunRecord) -> Card | None:
     scores = record.scores.get(record.primary, {})
     reached = [model for model in MODELS if model in scores]
     if not reached:
         return None
     last = reached[-1]
     others = ", ".join(f"{MODELS[m]} {figure(scores[m])}" for m in reached[:-1])
-    return f"{record.primary}, {MODELS[last]} model", figure(scores[last]), others or "final test"
+    label = f"{record.primary}, {MODELS[last]} model"
+    return Card(label, figure(scores[last]), others or "final test")
 
 
-def _size_card(model: Mapping[str, Any]) -> tuple[str, str, str] | None:
+def _size_card(model: Mapping[str, Any]) -> Card | None:
     released, fp32 = model["released_bytes"], model["fp32_bytes"]
     if not released:
         return None
     detail = f"fp32 has {bytes_text(fp32)}, {fp32 / released:.2g} times as much" if fp32 else ""
-    return "Size", bytes_text(released), detail
+    return Card("Size", bytes_text(released), detail)
 
 
-def _latency_card(latency: Mapping[str, Any]) -> tuple[str, str, str] | None:
+def _latency_card(latency: Mapping[str, Any]) -> Card | None:
     released = latency["released_p50_us"]
     if not released:
         return None
@@ -93,68 +70,67 @@ def _latency_card(latency: Mapping[str, Any]) -> tuple[str, str, str] | None:
         for name, key in (("torch", "torch_p50_us"), ("fp32", "fp32_p50_us"))
         if latency[key]
     )
-    return "Inference, p50", f"{figure(released, 3)} {_MICRO}", others
+    return Card("Inference, p50", f"{figure(released, 3)} {_MICRO}", others)
 
 
-def _rounds_card(record: RunRecord) -> tuple[str, str, str] | None:
+def _rounds_card(record: RunRecord) -> Card | None:
     if not record.rounds:
         return None
     planned = record.rounds[-1].rounds
     value = str(len(record.rounds)) + (f" of {planned}" if planned != len(record.rounds) else "")
     kept = f"round {record.best_round} was the best" if record.judged else LAST_KEPT
-    return "Rounds", value, kept
+    return Card("Rounds", value, kept)
 
 
-def _virtual_card(summary: Mapping[str, Any]) -> tuple[str, str, str] | None:
+def _virtual_card(summary: Mapping[str, Any]) -> Card | None:
     virtual = summary["virtual"]
     if virtual is None:
         return None
-    return "Rounds on devices", seconds_text(virtual["simulated_s"]), "on the virtual clock"
+    return Card("Rounds on devices", seconds_text(virtual["simulated_s"]), "on the virtual clock")
 
 
-def training(record: RunRecord) -> Markup:
-    """Renders how virtual clients were trained, and the timing of their devices."""
-    used, parts = record.training, []
+def training(record: RunRecord) -> list[str]:
+    """Describes how virtual clients were trained, and the timing of their devices."""
+    used, paragraphs = record.training, []
     if used is not None:
-        ways = {"loop": "one after the other", "vectorised": "side by side"}
+        ways = {"loop": "one at a time", "vectorised": "in vectorised batches"}
         by = f" by {counted(used.workers, 'worker')}" if used.workers else ""
-        parts.append(tag("p", f"Clients were trained {ways[used.method]}{by}: {used.reason}."))
+        paragraphs.append(f"Clients were trained {ways[used.method]}{by}: {used.reason}.")
     virtual = [each.virtual for each in record.rounds if each.virtual]
     if virtual:
         total_s = sum(each.simulated_s for each in virtual)
         lost = [
-            f"{sum(each.unavailable for each in virtual)} could not be reached",
-            f"{sum(each.dropped for each in virtual)} vanished during a round",
+            f"{sum(each.unavailable for each in virtual)} were unreachable",
+            f"{sum(each.dropped for each in virtual)} dropped out during a round",
             f"{sum(each.stragglers for each in virtual)} were late",
         ]
         wasted = bytes_text(sum(each.bytes_wasted for each in virtual))
         moved = bytes_text(sum(each.bytes_up + each.bytes_down for each in virtual))
-        parts.append(
-            tag(
-                "p",
-                f"On their devices the rounds would have taken {seconds_text(total_s)}. Of the "
-                f"clients that were asked, {', '.join(lost[:2])} and {lost[2]}; {wasted} of the "
-                f"{moved} that crossed the network were for nothing.",
-            )
+        paragraphs.append(
+            f"On their devices the rounds would have taken {seconds_text(total_s)}. Of the "
+            f"clients that were asked, {', '.join(lost[:2])} and {lost[2]}; {wasted} of the "
+            f"{moved} transferred were wasted."
         )
-    return join(parts)
+    return paragraphs
 
 
-def scores_table(record: RunRecord) -> Markup:
-    """Renders each metric of each model on the final test split."""
+def scores_table(record: RunRecord) -> Table:
+    """Returns each metric of each model on the final test split."""
     models = [m for m in MODELS if any(m in scores for scores in record.scores.values())]
     rows = [
         [MODELS[model], *(figure(scores.get(model)) for scores in record.scores.values())]
         for model in models
     ]
-    return table(["model", *record.scores], rows, highlighted=MODELS["released"])
+    return Table(["model", *record.scores], rows, highlighted=MODELS["released"])
 
 
 _UNJUDGED = "No data judged the rounds, so the model of the last one was kept"
 
 
 def judged(record: RunRecord) -> str:
-    """Describes the data on which the metric by round was measured."""
+    """Describes the data on which the metric by round was measured; empty without rounds."""
+    if not record.rounds:
+        return ""
     places = {
         "cloud": "on cloud data that no round trained on",
         "clients": "on data that clients held back",
@@ -168,23 +144,22 @@ def judged(record: RunRecord) -> str:
     return f"{metric}, by round." if place else f"{metric}."
 
 
-def client_tests_table(record: RunRecord) -> Markup:
-    """Renders a collapsed table of clients' results on their own test data, the worst first."""
+def client_tests_table(record: RunRecord) -> Table | None:
+    """Returns clients' results on their own test data, the worst first; None without any."""
+    if not record.client_tests:
+        return None
     sign = 1.0 if record.higher_is_better else -1.0
     ordered = sorted(record.client_tests, key=lambda each: (sign * each.released, each.client))
     rows = [
         [each.client, str(each.examples), figure(each.federated), figure(each.released)]
         for each in ordered
     ]
-    headings = ["client", "examples", *(f"{record.primary}, {name}" for name in _TESTED)]
-    return details(f"Every client's test data ({len(rows)})", table(headings, rows))
+    tested = (f"{record.primary}, {name}" for name in ("federated", "released"))
+    return Table(["client", "examples", *tested], rows)
 
 
-_TESTED = ("federated", "released")
-
-
-def rounds_table(record: RunRecord) -> Markup:
-    """Renders a collapsed table of all rounds."""
+def rounds_table(record: RunRecord) -> Table:
+    """Returns the table of all rounds."""
     metrics = list(dict.fromkeys(name for each in record.rounds for name in each.metrics))
     devices = ["on devices", "away", "dropped", "late", "wasted"]
     on_devices = devices if any(each.virtual for each in record.rounds) else []
@@ -208,9 +183,7 @@ def rounds_table(record: RunRecord) -> Markup:
     ]
     headings = ["round", *metrics, "loss", "epsilon", *(["client epsilon"] if of_clients else ())]
     headings += ["updates", "declined", "failed", "up", "down", "time", *on_devices]
-    best = str(record.best_round) if record.judged else None
-    drawn = table(headings, rows, highlighted=best)
-    return details(f"Every round ({len(rows)})", drawn)
+    return Table(headings, rows, highlighted=str(record.best_round) if record.judged else None)
 
 
 def _virtual_cells(virtual: VirtualRecord | None) -> tuple[str, ...]:
@@ -225,8 +198,8 @@ def _virtual_cells(virtual: VirtualRecord | None) -> tuple[str, ...]:
     )
 
 
-def candidates_table(record: RunRecord) -> Markup:
-    """Renders a table of all candidates with their verdicts."""
+def candidates_table(record: RunRecord) -> Table:
+    """Returns the table of all candidates with their verdicts."""
     weighed = any(each.clients_drop is not None for each in record.candidates)
     headings = [
         "candidate",
@@ -238,7 +211,7 @@ def candidates_table(record: RunRecord) -> Markup:
         "largest error",
         "bytes",
     ]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             each.name,
             each.reason or ("admitted" if each.admitted else "refused"),
@@ -250,11 +223,11 @@ def candidates_table(record: RunRecord) -> Markup:
             bytes_text(each.bytes),
             figure(each.p50_us, 3),
             f"{figure(each.p50_min_us, 3)} to {figure(each.p50_max_us, 3)}",
-            digest(each.sha256),
+            Digest(each.sha256),
         ]
         for each in record.candidates
     ]
-    return table(
+    return Table(
         [*headings, f"p50, {_MICRO}", "of blocks", "digest"],
         rows,
         prose="verdict",
@@ -266,8 +239,8 @@ def _drop_on_clients(candidate: CandidateRecord) -> str:
     return "" if candidate.clients_drop is None else figure(candidate.clients_drop)
 
 
-def clients_table(record: RunRecord) -> Markup:
-    """Renders a collapsed table of all clients."""
+def clients_table(record: RunRecord) -> Table:
+    """Returns the table of all clients."""
     headings = ["client", "examples", record.primary, "epsilon", "rounds"]
     rows = [
         [
@@ -279,96 +252,83 @@ def clients_table(record: RunRecord) -> Markup:
         ]
         for each in record.clients
     ]
-    return details(f"Every client ({len(rows)})", table(headings, rows))
+    return Table(headings, rows)
 
 
-def lineage(record: RunRecord) -> Markup:
-    """Renders the provenance of the released model as a chain, each link with its digest."""
+def lineage(record: RunRecord) -> list[LineageStep]:
+    """Returns the provenance of the released model as a chain, each link with its digest."""
     manifest = record.manifest
     steps = [_data_step(record), _rounds_step(record)]
     if manifest is None:
-        steps += [_step("Not released", "nothing was signed", absent=True)]
-        return tag("section", tag("h2", "Lineage"), tag("ol", *steps, class_="chain"))
+        return [*steps, LineageStep("Not released", ("nothing was signed",), absent=True)]
     origin = manifest.lineage
-    steps += [
-        _step("Fine-tuned", "on the cloud's data")
+    return [
+        *steps,
+        LineageStep("Fine-tuned", ("on the cloud's data",))
         if origin.finetuned
-        else _step("Not fine-tuned", "the federated model went on as it was", absent=True),
-        _step(
+        else LineageStep("Not fine-tuned", ("the federated model went on as it was",), absent=True),
+        LineageStep(
             f"Candidate {origin.candidate}",
-            bytes_text(manifest.onnx.length),
-            f"calibration: {origin.calibration}",
+            (bytes_text(manifest.onnx.length), f"calibration: {origin.calibration}"),
         ),
-        _step(
+        LineageStep(
             f"Release v{manifest.version}",
-            manifest.model,
-            digest(manifest.onnx.sha256),
-            manifest.created,
-            *([f"the bytes of v{origin.rollback_of} again"] if origin.rollback_of else []),
+            (
+                manifest.model,
+                Digest(manifest.onnx.sha256),
+                manifest.created,
+                *([f"the bytes of v{origin.rollback_of} again"] if origin.rollback_of else []),
+            ),
         ),
     ]
-    rows = [
+
+
+def manifest_table(record: RunRecord) -> Table | None:
+    """Returns the manifest's entries; None if nothing was released."""
+    manifest = record.manifest
+    if manifest is None:
+        return None
+    origin = manifest.lineage
+    rows: list[list[Cell]] = [
         ["run", origin.run],
         ["seed", str(origin.seed)],
-        ["configuration", digest(origin.config_sha256)],
-        ["global model", digest(origin.parent_sha256)],
-        ["golden outputs", digest(manifest.golden.sha256)],
+        ["configuration", Digest(origin.config_sha256)],
+        ["global model", Digest(origin.parent_sha256)],
+        ["golden outputs", Digest(manifest.golden.sha256)],
         ["input", f"{manifest.input_dtype} {list(manifest.input_shape)}"],
         ["largest error against its source", figure(manifest.parity.max_abs_error, 2)],
         ["agreement with fp32", figure(manifest.parity.agreement)],
     ]
-    return tag(
-        "section",
-        tag("h2", "Lineage"),
-        tag("ol", *steps, class_="chain"),
-        details("What the manifest says", table(["entry", "value"], rows, prose="value")),
-    )
+    return Table(["entry", "value"], rows, prose="value")
 
 
-def _step(title: str, *lines: str, absent: bool = False) -> Markup:
-    spans = (tag("span", line) for line in lines)
-    return tag("li", tag("strong", title), *spans, class_="step absent" if absent else "step")
-
-
-def _data_step(record: RunRecord) -> Markup:
+def _data_step(record: RunRecord) -> LineageStep:
     if not record.clients:
-        return _step("Device data", "stays on the devices")
+        return LineageStep("Device data", ("stays on the devices",))
     examples = sum(client.examples for client in record.clients)
     count = f"{counted(examples, 'example')} of {counted(len(record.clients), 'client')}"
-    return _step("Device data", count, "stays on the devices")
+    return LineageStep("Device data", (count, "stays on the devices"))
 
 
-def _rounds_step(record: RunRecord) -> Markup:
+def _rounds_step(record: RunRecord) -> LineageStep:
     if not record.rounds:
-        return _step("No rounds", "no device trained", absent=True)
-    lines: list[str] = [counted(len(record.rounds), "round")]
+        return LineageStep("No rounds", ("no device trained",), absent=True)
+    lines: list[Cell] = [counted(len(record.rounds), "round")]
     if record.manifest:
-        lines.append(digest(record.manifest.lineage.parent_sha256))
-    return _step(f"Global model of round {record.best_round}", *lines)
+        lines.append(Digest(record.manifest.lineage.parent_sha256))
+    return LineageStep(f"Global model of round {record.best_round}", tuple(lines))
 
 
-def stages(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
-    """Renders the duration of each stage."""
-    if not record.stages:
-        return Markup()
-    total = summary["seconds"]["total"]
-    longest = max(record.stages.values())
-    rows = [
+def stages(record: RunRecord, summary: Mapping[str, Any]) -> Table:
+    """Returns the duration of each stage."""
+    longest = max(record.stages.values(), default=0)
+    rows: list[list[Cell]] = [
         [stage, seconds_text(seconds), _share(seconds, longest)]
         for stage, seconds in record.stages.items()
     ]
-    drawn = table(["stage", "time", ""], [*rows, ["whole run", seconds_text(total), ""]])
-    return tag("section", tag("h2", "Time"), drawn)
+    whole = ["whole run", seconds_text(summary["seconds"]["total"]), ""]
+    return Table(["stage", "time", ""], [*rows, whole])
 
 
-def _share(seconds: float, longest: float) -> Markup:
-    width = 12 * seconds / longest if longest > 0 else 0
-    return tag("span", class_="share", style=f"width:{width:.2f}rem")
-
-
-def notes(record: RunRecord) -> Markup:
-    """Renders the run's notes."""
-    if not record.notes:
-        return Markup()
-    listed = join(tag("li", note) for note in record.notes)
-    return tag("section", tag("h2", "Notes"), tag("ul", listed))
+def _share(seconds: float, longest: float) -> Bar:
+    return Bar(12 * seconds / longest if longest > 0 else 0)

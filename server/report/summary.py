@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
+from fedcore.finite import finite_or_none
 from server.records import RunRecord
 
 MODELS = {
@@ -73,7 +73,7 @@ def summary(
         }
         for metric in {record.primary: None, **record.scores}
     }
-    return {name: _finite(value) for name, value in {**scores, **fixed}.items()}
+    return {name: finite_or_none(value) for name, value in {**scores, **fixed}.items()}
 
 
 def _test(record: RunRecord) -> dict[str, Any] | None:
@@ -91,11 +91,3 @@ def virtual_total(record: RunRecord) -> dict[str, float] | None:
     """Sums the rounds' figures on the virtual clock; None without a virtual clock."""
     rounds = [asdict(each.virtual) for each in record.rounds if each.virtual]
     return {name: sum(each[name] for each in rounds) for name in rounds[0]} if rounds else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

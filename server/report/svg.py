@@ -6,15 +6,15 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from html import escape
 from io import StringIO
 from typing import Any
 
 import matplotlib
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from fedcore.observability.foreign import foreign
-from server.report.markup import MOST_TEXT
+from server.report.pages import MOST_TEXT
 
 # Okabe and Ito's palette for colour-blind readers, on white.
 BLUE, GREEN, PURPLE, ORANGE = "#0072b2", "#009e73", "#aa4499", "#d55e00"

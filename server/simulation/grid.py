@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
-from fedcore.flower.grid import OwnGrid
+from fedcore.flower.grid import LazyGrid
 from fedcore.training.client import skipped_text
 from fedcore.updates.messages import CONFIG
 from server.rounds.aggregation.exact_mean import ExactMean
@@ -24,7 +23,7 @@ from server.simulation.workers.scheduler import WorkerScheduler
 log = logging.getLogger("fedcore.server")
 
 
-class SimulatedGrid(OwnGrid):
+class SimulatedGrid(LazyGrid):
     """Grid with one virtual node per client; nodes are in the order of ``clients``."""
 
     def __init__(
@@ -48,7 +47,6 @@ class SimulatedGrid(OwnGrid):
         self._first = first
         self._clients = clients
         self._scheduler = scheduler
-        self._waiting: dict[str, Message] = {}
         self._told: set[str] = set()
         self._state = state
 
@@ -72,17 +70,6 @@ class SimulatedGrid(OwnGrid):
         return Folded(
             StreamedMean(total), taken, [one.error for one in answers if one.error is not None]
         )
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Stores messages until their replies are pulled; nothing is computed before."""
-        pushed = {uuid.uuid4().hex: message for message in messages}
-        self._waiting |= pushed
-        return list(pushed)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies to pushed messages, each reply once."""
-        known = [one for one in message_ids if one in self._waiting]
-        return list(self.send_and_receive([self._waiting.pop(one) for one in known]))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -1,16 +1,13 @@
-"""Replay of one client in one round, trained by itself with full error output."""
+"""Replay of one client in one round, trained by itself, with its error as an object."""
 
 from __future__ import annotations
 
 import difflib
-import json as json_format
-import sys
 import time
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
@@ -18,10 +15,9 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from fedcore.client_app import error_of, train_client
 from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
-from fedcore.errors import ConfigError, DataError, FedcoreError, TaskError
+from fedcore.errors import ConfigError, DataError
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
-from fedcore.observability.foreign import say
 from fedcore.observability.words import bytes_text, counted, figure, seconds_text
 from fedcore.privacy.ledger import Ledger, write_ledger
 from fedcore.seeds import Simulated
@@ -61,6 +57,58 @@ class ReplayTarget:
     """All nodes of the round."""
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """The result of training one client of one round again.
+
+    Example::
+
+        found = fedcore.replay("task.py", "run.toml", round=3, client="anna", runs="runs")
+        if found.error is not None:
+            raise found.error  # with its traceback, into the task's code
+    """
+
+    round: int
+    client: str
+    error: BaseException | None = None
+    """The client's error, with its traceback; None if it trained."""
+    reason: str = ""
+    """The error in words, as the round reported it; empty if it trained."""
+    num_examples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The client's own metrics, such as its training loss."""
+    payload_bytes: int = 0
+    """Size of the client's update."""
+    seconds: float = 0.0
+    """Time that training took."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the client trained without an error."""
+        return self.error is None
+
+    @property
+    def line(self) -> str:
+        """The result in one sentence."""
+        if not self.ok:
+            return f"round {self.round}: {self.reason}"
+        measured = "".join(f", {name} {figure(value)}" for name, value in self.metrics.items())
+        return (
+            f"round {self.round}: client {self.client!r} trained on "
+            f"{counted(self.num_examples, 'example')} in {seconds_text(self.seconds)}{measured}; "
+            f"its update has {bytes_text(self.payload_bytes)}"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what training came to, for JSON."""
+        return {
+            "num_examples": self.num_examples,
+            "metrics": self.metrics,
+            "payload_bytes": self.payload_bytes,
+            "seconds": self.seconds,
+        }
+
+
 def replay(
     text: str,
     run: RunConfig,
@@ -68,10 +116,9 @@ def replay(
     owner: OwnerPolicy,
     prepared: Prepared,
     runs: Path,
-    out: TextIO,
     *,
-    json: bool,
-) -> int:
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Replayed:
     """Trains the client that ``text`` names, as in the original round.
 
     The round's weights come from the nearest earlier checkpoint, and from simulating the rounds
@@ -84,38 +131,37 @@ def replay(
         owner: Policy that virtual clients comply with.
         prepared: Clients, data and strategy of the run.
         runs: Parent folder of all runs' folders.
-        out: Stream for the result.
-        json: Whether to write the result as one JSON object.
+        on_note: Callback with notes on what is done and why.
 
     Returns:
-        The exit code: 0, or that of the client's error, whose traceback is printed.
+        What the client's training came to, or its error.
 
     Raises:
         ConfigError: the round or client does not exist, or the checkpoint is of another run.
         FedcoreError: an earlier round fails.
     """
     wanted = _wanted(text, run, prepared.clients)
-    nearest = _nearest(runs / run.name, wanted.round, identity_of(run, owner))
+    nearest = _nearest(runs / run.name, wanted.round, identity_of(run, owner), on_note)
     state = nearest.state if nearest else SimulationState()
-    progress = _progress_before(wanted, run, task, owner, prepared, nearest, state)
-    return _train_alone(wanted, run, task, owner, prepared, progress, state, out, json=json)
+    progress = _progress_before(wanted, run, task, owner, prepared, nearest, state, on_note)
+    return _train_alone(wanted, run, task, owner, prepared, progress, state)
 
 
 def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> ReplayTarget:
     number, separator, client = text.partition(":")
     if not separator or not (number.isascii() and number.isdigit()):
         raise ConfigError(
-            f"--replay {text}: expected ROUND:CLIENT, for example --replay 3:anna. Nothing was run."
+            f"replay {text}: expected ROUND:CLIENT, for example --replay 3:anna. Nothing was run."
         )
     planned = run.federation.rounds
     if not 1 <= int(number) <= planned:
         has = f"rounds 1 to {planned}" if planned else "no rounds"
-        raise ConfigError(f"--replay {text}: this run has {has}. Nothing was run.")
+        raise ConfigError(f"replay {text}: this run has {has}. Nothing was run.")
     if client not in clients:
         near = difflib.get_close_matches(client, clients, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"--replay {text}: the task has no client {client!r}.{hint} Nothing was run."
+            f"replay {text}: the task has no client {client!r}.{hint} Nothing was run."
         )
     nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients))
     size = run.federation.cohort or len(clients)
@@ -125,13 +171,15 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> ReplayTarget:
     if node not in cohort:
         asked = ", ".join(clients[one - FIRST_NODE_ID] for one in cohort[:5])
         raise ConfigError(
-            f"--replay {text}: client {client!r} was not asked in round {number}. Nothing was run; "
+            f"replay {text}: client {client!r} was not asked in round {number}. Nothing was run; "
             f"the {counted(size, 'client')} that were: {asked}{', ...' if size > 5 else ''}."
         )
     return ReplayTarget(int(number), client, node, cohort)
 
 
-def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoint | None:
+def _nearest(
+    folder: Path, number: int, identity: dict[str, object], on_note: Callable[[str], None]
+) -> Checkpoint | None:
     """Returns the latest checkpoint from before a round; None where there is none."""
     best: Checkpoint | None = None
     for path in [folder / CHECKPOINT, *folder.glob(f"{FAILED}/round-*.safetensors")]:
@@ -145,7 +193,7 @@ def _nearest(folder: Path, number: int, identity: dict[str, object]) -> Checkpoi
         ):
             best = found
     if best is not None and changes(best.identity, identity):
-        say("The task file is not the one that the run was begun with.", to=sys.stderr)
+        on_note("The task file is not the one that the run was begun with.")
     return best
 
 
@@ -170,12 +218,13 @@ def _progress_before(
     prepared: Prepared,
     nearest: Checkpoint | None,
     state: SimulationState,
+    on_note: Callable[[str], None],
 ) -> Progress:
     """Returns the progress before the round to replay; updates ``state`` to match."""
     if nearest is not None and nearest.progress.round == wanted.round - 1:
         return nearest.progress
     begun = nearest.progress.round if nearest else 0
-    say(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.", to=sys.stderr)
+    on_note(f"Simulating rounds {begun + 1} to {wanted.round - 1} again.")
     checkpointer = _Until(wanted.round)
     run_simulated_rounds(
         run,
@@ -191,7 +240,7 @@ def _progress_before(
     assert checkpointer.progress is not None  # `may_continue` was called at least once
     if checkpointer.progress.round < wanted.round - 1:
         raise ConfigError(
-            f"--replay {wanted.round}:{wanted.client}: the run ended after round "
+            f"replay {wanted.round}:{wanted.client}: the run ended after round "
             f"{checkpointer.progress.round}. Nothing was replayed; name an earlier round."
         )
     return checkpointer.progress
@@ -205,10 +254,7 @@ def _train_alone(
     prepared: Prepared,
     progress: Progress,
     state: SimulationState,
-    out: TextIO,
-    *,
-    json: bool,
-) -> int:
+) -> Replayed:
     assume_identity(RUN_ID)
     client = Client(task, tighten(run, owner), owner, Simulated(run.seed))
     message = _instruction(wanted, run, task, prepared, progress)
@@ -221,34 +267,17 @@ def _train_alone(
             reply = handle(message, context)
         asked = asked_to_train(client.run, client.resident.layout)
         update = read_reply(reply, asked, where=f"update from client {wanted.client!r}")
-    except (Exception, SystemExit) as error:  # any error: the user wants its traceback
-        traceback.print_exception(error, file=sys.stderr)
+    except (Exception, SystemExit) as error:  # any error: it is what the user asks for
         _, reason = error_of(wanted.client, error, hide=False)
-        found = {"ok": False, "error": reason}
-        said = f"round {wanted.round}: {reason}"
-        code = error.exit_code if isinstance(error, FedcoreError) else TaskError.exit_code
-    else:
-        seconds, size = time.perf_counter() - started, payload_bytes(reply)
-        figures = {name: float(value) for name, value in update.metrics.items()}
-        found = {
-            "ok": True,
-            "num_examples": update.num_examples,
-            "metrics": figures,
-            "payload_bytes": size,
-            "seconds": seconds,
-        }
-        measured = "".join(f", {name} {figure(value)}" for name, value in figures.items())
-        said = (
-            f"round {wanted.round}: client {wanted.client!r} trained on "
-            f"{counted(update.num_examples, 'example')} in {seconds_text(seconds)}{measured}; its "
-            f"update has {bytes_text(size)}"
-        )
-        code = 0
-    if json:
-        event = {"event": "replayed", "round": wanted.round, "client": wanted.client, **found}
-        said = json_format.dumps(event)
-    say(said, to=out, flush=True)
-    return code
+        return Replayed(wanted.round, wanted.client, error, reason)
+    return Replayed(
+        wanted.round,
+        wanted.client,
+        num_examples=update.num_examples,
+        metrics={name: float(value) for name, value in update.metrics.items()},
+        payload_bytes=payload_bytes(reply),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _handler(client: Client, name: str, mods: Sequence[Mod]) -> ClientAppCallable:
@@ -274,7 +303,7 @@ def _instruction(
     layout = layout_of(model.model)
     if layout.size != len(progress.weights):
         raise DataError(
-            f"--replay {wanted.round}:{wanted.client}: the task's model has "
+            f"replay {wanted.round}:{wanted.client}: the task's model has "
             f"{counted(layout.size, 'weight')}, and that of the run {len(progress.weights)}. "
             "Nothing was replayed; set back the model."
         )

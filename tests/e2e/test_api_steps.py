@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,9 @@ import pytest
 import torch
 
 import fedcore
-from edge_client.delivery.source import folder_source
-from edge_client.delivery.update import update
 from fedcore.errors import ConfigError, ReleaseError, ResourceError
 from fedcore.observability.events import StageFinished
 from fedcore.task.model import checkpoint_bytes
-from server.release.publish import initialise
 from tests.e2e.test_api import task_of
 
 TASK = task_of(cloud=True)
@@ -40,7 +36,7 @@ def result() -> fedcore.Result:
 def places(tmp_path: Path) -> dict[str, Path]:
     """An empty signed repository, and its keys."""
     found = {"repository": tmp_path / "releases", "keys": tmp_path / "keys"}
-    initialise(**found, now=datetime.now(UTC))
+    fedcore.create_repository(**found)
     return found
 
 
@@ -81,9 +77,9 @@ def test_steps_one_by_one_do_what_one_call_does(
     untuned = fedcore.publish(rounds.compressed, rounds, **places)
     assert (untuned.version, untuned.lineage.finetuned) == (3, False)
 
-    root = (places["keys"] / "root.json").read_bytes()
-    source, store = folder_source(places["repository"]), tmp_path / "device"
-    update(source, store=store, model="corners", root=root, threads=1)
+    root, store = places["keys"] / "root.json", tmp_path / "device"
+    done = fedcore.update_model(store, "corners", repository=places["repository"], root=root)
+    assert (done.version, done.changed) == (3, True)
     model = fedcore.open_model(store, "corners")
     inputs = torch.randn(5, 6)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.task.templates import write_scaffold
+from fedcore.task.templates import new_task
 
 Done = subprocess.CompletedProcess[str]
 Fedcore = Callable[..., Done]
@@ -24,7 +24,7 @@ LONGEST = 1000  # characters of a paragraph: one that lists every strategy is th
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A task and a run that work, in a folder of their own."""
-    write_scaffold(tmp_path / "work", kind="classification")
+    new_task(tmp_path / "work", kind="classification")
     return tmp_path / "work"
 
 
@@ -291,7 +291,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_of_a_file(
 def released(fedcore: Fedcore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published model, and a root that another repository is signed by."""
     folder = tmp_path_factory.mktemp("released") / "work"
-    write_scaffold(folder, kind="classification")
+    new_task(folder, kind="classification")
     for name in ("", "other-"):
         places = ["--keys", f"{name}keys", "--repository", f"{name}releases", "--model", "work"]
         assert fedcore("release", "init", *places, cwd=folder).returncode == 0

@@ -24,7 +24,8 @@ for language, text in json.loads(sys.stdin.read()):
     else:
         exec(compile(text, "python.md", "exec"), globals())
 assert compressed.chosen in compressed.files and best in found
-assert manifest.model == "corners" and model.version == 1
+assert manifest.model == "corners" and (back.version, back.lineage.rollback_of) == (3, 1)
+assert model.version == done.version == 3 and rotated.roles and again.ok
 assert model.predict(torch.zeros(6)).shape == (3,)
 """
 
@@ -53,6 +54,8 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
 
 def test_the_page_names_every_call() -> None:
     text = PAGE.read_text()
-    calls = ("check", "simulate", "finetune", "compress", "publish", "open_model")
+    calls = ("check", "simulate", "finetune", "compress", "publish", "open_model", "replay")
+    calls += ("new_task", "create_repository", "list_releases", "roll_back", "refresh_repository")
+    calls += ("rotate_keys", "update_model")
     assert all(f"fedcore.{name}(" in text for name in calls)
     assert set(calls) <= set(fedcore.__all__)

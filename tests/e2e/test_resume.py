@@ -315,14 +315,14 @@ def test_a_client_that_fails_is_replayed_with_its_traceback(shell: Shell) -> Non
     assert 'raise OSError("its disk is gone")' in err
     assert "DataError" in out
     code, out, err = shell.run(*again, "--json", runs="replayed")
-    assert (code, err) == (0, "")
+    assert all(line.startswith("note: ") for line in err.splitlines())  # of a wait, if it is slow
     found = json.loads(out)
-    assert found["ok"]
+    assert (code, found["ok"]) == (0, True)
     assert (found["round"], found["client"]) == (int(number), client)
     assert found["metrics"]["epsilon"] > 0
     code, out, err = shell.run(*small, "--replay", "2:client-4", "--json", runs="replayed")
     assert code == 0, err
-    assert err.splitlines() == ["Simulating rounds 1 to 1 again."]
+    assert err.splitlines()[-1] == "Simulating rounds 1 to 1 again."
     assert json.loads(out)["round"] == 2
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
 

@@ -169,7 +169,7 @@ def swallows(handler: ast.ExceptHandler) -> bool:
 PRINTING = {"fedcore/observability/foreign.py", "fedcore/observability/console.py"}
 """Where text goes to a terminal; everything else goes through these, which escape it."""
 TRACEBACKS = {
-    "server/simulation/replay.py": "a traceback is what its user asks for",
+    "server/commands/simulate_command.py": "a traceback is what its user asks for",
     "server/simulation/workers/process_pool.py": "a worker's failure, told by its parent process",
 }
 _WRITES = {

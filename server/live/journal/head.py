@@ -3,6 +3,10 @@
 The journal keeps only the last commits, so their copy (``head.json``) is rewritten with each. It
 keeps the record of every round and the signatures of its replies, so that copy (``records.jsonl``)
 is appended to: the cost of a round does not grow with the number of rounds.
+
+SQLite's own backup would not do here. It copies all pages, those of old records and of dropped
+replies too, so each commit would cost more than the last; and it replaces sound records of the
+copy by damaged pages of the journal, without checking them. `backup` uses it, once per request.
 """
 
 from __future__ import annotations

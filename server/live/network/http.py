@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio.sslproto import SSLProtocol
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -18,6 +16,7 @@ from server.live.network.body import Buffers
 from server.live.network.connections import Connections
 from server.live.network.gate import Gate
 from server.live.network.peer import PeerProtocol
+from server.live.network.uvicorn_parts import HttpServer
 
 _BACKLOG = 1024
 _IDLE_S = 90
@@ -29,7 +28,7 @@ _TLS_BYTES = 2**16
 """Bytes that a connection reads at a time: four TLS records."""
 
 
-def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) -> uvicorn.Server:
+def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) -> HttpServer:
     """Creates the HTTP server, without starting it.
 
     Args:
@@ -40,7 +39,7 @@ def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) 
     # asyncio's default of 256 KiB is allocated up to three times per connection, until it closes.
     SSLProtocol.max_size = _TLS_BYTES
     protocol = partial(PeerProtocol, connections=connections, buffers=Buffers())
-    return _Http(
+    return HttpServer(
         uvicorn.Config(
             gate,
             http=cast("type[asyncio.Protocol]", protocol),
@@ -57,31 +56,6 @@ def http_server(gate: Gate, identity: ServerIdentity, connections: Connections) 
             timeout_graceful_shutdown=5,
         )
     )
-
-
-class _Http(uvicorn.Server):
-    """uvicorn's server without its signal handlers; its caller handles signals."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Captures no signals."""
-        yield
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Closes all connections, including those whose handshake completes meanwhile."""
-        closing = asyncio.create_task(self._close_late())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            closing.cancel()
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
-
-    async def _close_late(self) -> None:
-        while True:
-            await asyncio.sleep(0.1)
-            for connection in list(self.server_state.connections):
-                connection.shutdown()
 
 
 def bind(host: str, port: int, *, option: str = "--listen") -> socket.socket:

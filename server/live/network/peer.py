@@ -8,14 +8,11 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from fedcore.crypto.certificates import peer_public
 from fedcore.errors import TrustError
-from server.live.network.answer import CoalescingTransport
 from server.live.network.body import Buffers, read_body
 from server.live.network.connections import Connections
+from server.live.network.uvicorn_parts import HttpConnection
 
 PUBLIC_KEY = "fedcore.public_key"
 """Key of a scope's state for the public key in the peer's certificate."""
@@ -39,7 +36,7 @@ class _Diverted:
     ended: asyncio.Future[None]
 
 
-class PeerProtocol(HttpToolsProtocol):
+class PeerProtocol(HttpConnection):
     """HTTP/1.1 protocol of one connection, with the peer's key and a limit on headers.
 
     uvicorn does not pass the peer's certificate to the application, and its parser accepts headers
@@ -85,7 +82,7 @@ class PeerProtocol(HttpToolsProtocol):
             public: bytes | None = peer_public(certificate) if certificate is not None else None
         except TrustError:
             public = None
-        self.app_state = {**self.app_state, PUBLIC_KEY: public, DIVERT: self.divert}
+        self.share({PUBLIC_KEY: public, DIVERT: self.divert})
         self.public = public or b""
         self._descriptor = transport.get_extra_info("socket").fileno()
         self._known.proved(self._descriptor, self)
@@ -105,7 +102,7 @@ class PeerProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES:
             self._refuse(f"headers of more than {_MAX_HEADER_BYTES} bytes")
-        elif len(self.pipeline) > _MOST_AHEAD:  # uvicorn resumes reading after each answer
+        elif self.requests_ahead() > _MOST_AHEAD:  # uvicorn resumes reading after each answer
             self._refuse(f"more than {_MOST_AHEAD} calls before the first was answered")
 
     def _refuse(self, text: str) -> None:
@@ -141,15 +138,13 @@ class PeerProtocol(HttpToolsProtocol):
             raised, or with ConnectionResetError if the peer disconnects. None if no more of the
             body will arrive.
         """
-        cycle = self.cycle
-        if cycle is None or cycle.scope is not scope or not cycle.more_body or cycle.disconnected:
+        waiting = self.take_body(scope)
+        if waiting is None:
             return None
-        self._diverted = _Diverted(sink, self.loop.create_future())
-        ended, waiting = self._diverted.ended, bytes(cycle.body)
-        cycle.body = bytearray()
+        self._diverted = _Diverted(sink, asyncio.get_running_loop().create_future())
+        ended = self._diverted.ended
         if waiting:
             self._feed(self._diverted, waiting)
-        self.flow.resume_reading()
         if left_bytes is not None and left_bytes > len(waiting):
             self._unparsed = left_bytes - len(waiting)
             read_body(self.transport, self._buffers, self._take_body)
@@ -167,8 +162,7 @@ class PeerProtocol(HttpToolsProtocol):
         if self._diverted is not None and not self._diverted.ended.done():
             self._feed(self._diverted, body)
         if not self._unparsed:
-            self.on_message_complete()
-            self.parser = httptools.HttpRequestParser(self)  # the old one still expects the body
+            self.end_body()
         return len(body)
 
     def on_body(self, body: bytes) -> None:
@@ -201,12 +195,8 @@ class PeerProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Fails a body that is still arriving, and releases the connection."""
         self._end_diverted(ConnectionResetError("the peer went away while it sent"))
-        self.app_state = {}  # breaks the reference cycle through `divert`
+        self.share_nothing()  # breaks the reference cycle through `divert`
         super().connection_lost(exc)
-
-    def busy(self) -> bool:
-        """Returns whether a request is being answered."""
-        return self.cycle is not None and not self.cycle.response_complete
 
     def drop(self) -> None:
         """Closes the connection at once, even during a request."""
@@ -230,10 +220,7 @@ class PeerProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Resets the limits on headers, and starts the request."""
         self._in_headers, self._header_bytes, self.due = False, 0, None
-        before = self.cycle
         super().on_headers_complete()
-        if self.cycle is not before:
-            CoalescingTransport(self.cycle)
 
     def on_message_complete(self) -> None:
         """Completes a streamed body; the next data are headers."""

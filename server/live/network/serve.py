@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from flwr.serverapp import Grid
-from uvicorn import Server
 
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.files import disk_errors
@@ -37,6 +36,7 @@ from server.live.network.limits import Limits, Rates, Refusals, Uploads
 from server.live.network.presence import Presence
 from server.live.network.signatures import DevicePeers, SignatureChecks
 from server.live.network.steady_clock import SteadyClock
+from server.live.network.uvicorn_parts import HttpServer
 from server.live.network.wake import Wakeups, disconnect_revoked, serve_wakeups
 from server.process.memory import return_freed_blocks
 from server.process.signals import exit_immediately
@@ -188,7 +188,7 @@ async def listen(
         log.info("stopped")
 
 
-async def _started(http: Server, listener: socket.socket) -> asyncio.Task[None]:
+async def _started(http: HttpServer, listener: socket.socket) -> asyncio.Task[None]:
     """Starts ``http`` on a socket; returns its task once it is up or has failed."""
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not http.started and not serving.done():

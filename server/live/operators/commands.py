@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcore.cli import Command
+from fedcore.cli import Command, json_option
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted
 
@@ -31,7 +31,7 @@ def _where(parser: argparse.ArgumentParser) -> None:
         help="ask over the network, with the operator's or viewer's kit in this folder, as "
         "--kit anna",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _drain_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
 from fedcore.flower.fleet_grid import GRACE_S, FleetGrid
-from fedcore.flower.grid import OwnGrid, reply_batches
+from fedcore.flower.grid import ForwardingGrid, reply_batches
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
@@ -133,7 +133,7 @@ class JournalCheckpointer:
                 time.sleep(_LOOK_S)
 
 
-class JournalGrid(OwnGrid):
+class JournalGrid(ForwardingGrid):
     """A Flower `Grid` that answers from the journal, and sends only messages without a reply there.
 
     A device that disconnects is asked again when it reconnects, for as long as the round waits for
@@ -166,8 +166,7 @@ class JournalGrid(OwnGrid):
             waits: Called from time to time with a line on the devices that a round waits for.
             name: Returns a node's name for that line.
         """
-        super().__init__(behind.run.run_id)
-        self._behind = behind
+        super().__init__(behind)
         self._journal = journal
         self._admit = admit
         self._quorum = quorum
@@ -185,14 +184,6 @@ class JournalGrid(OwnGrid):
         there = set(self._behind.get_node_ids())
         self._seen |= there
         return sorted(there)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Sends messages through the underlying grid, without recording replies."""
-        return self._behind.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns replies from the underlying grid, without recording them."""
-        return self._behind.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -40,7 +40,13 @@ from server.release.registry.keys import (
 
 @dataclass(frozen=True)
 class Rotation:
-    """The result of a rotation."""
+    """The result of a rotation.
+
+    Example::
+
+        done = fedcore.rotate_keys("releases", "keys", roles=["online"])
+        done.removed  # files of retired keys: destroy every copy of them
+    """
 
     root_version: int
     """Version of the root now in force."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate
+from fedcore.finite import all_finite, largest_magnitude
 from fedcore.updates.pack import Vector
 from server.rounds.aggregation.limbs import MOST, UNIT, add_whole, carry, to_floats, whole_parts
 
@@ -92,8 +92,8 @@ class ExactMean:
             InvalidUpdate: a value is not finite; the sum is unchanged.
         """
         if peaks is None:
-            peaks = [max(float(part.max()), -float(part.min())) for part in parts()]
-        if not all(map(math.isfinite, peaks)):
+            peaks = [largest_magnitude(part) for part in parts()]
+        if not all_finite(peaks):
             raise InvalidUpdate(
                 "aggregation: an update holds values that are not finite. This client was not "
                 "aggregated; lower client.learning_rate."
@@ -257,7 +257,7 @@ class ExactMean:
         found = np.empty(len(self._limbs[0]))
         for part in self._chunks():
             own = base[part]
-            peak = max(float(own.max()), -float(own.min())) * _SCALE + 1
+            peak = largest_magnitude(own) * _SCALE + 1
             scaled = np.rint(np.multiply(own, _SCALE, dtype=np.float64))
             if len(self._limbs) == 1 and self._bounds[0] + peak * self.count < MOST:
                 whole = self._limbs[0][part] - self.count * scaled.astype(np.int64)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import fedcore
-from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed, Record
-from edge_client.delivery.update import update
+from edge_client.delivery.update import UpdateResult
 from edge_client.inference.confined import ModelLimits
 from edge_client.model import EdgeModel, open_model
 from fedcore.errors import ConfigError, DataError, DeviceError, DigestMismatch, LimitExceeded
@@ -21,9 +20,11 @@ X = [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]
 WEIGHT = np.arange(1, 7).reshape(3, 2).astype(np.float32)
 
 
-def install(publisher: Any, store: Path) -> None:
-    source = folder_source(publisher.repository)
-    update(source, store=store, model="digits", root=publisher.root, threads=1)
+def install(publisher: Any, store: Path) -> UpdateResult:
+    root = publisher.keys / "root.json"
+    return fedcore.update_model(
+        store, "digits", repository=str(publisher.repository), root=root, threads=1
+    )
 
 
 @pytest.fixture
@@ -32,6 +33,37 @@ def store(publisher: Any, tmp_path: Path) -> Path:
     publisher.publish()
     install(publisher, tmp_path / "store")
     return tmp_path / "store"
+
+
+def test_an_update_says_what_it_did_and_prints_nothing(
+    publisher: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    publisher.publish()
+    store, places = tmp_path / "new", {"repository": publisher.repository}
+    with pytest.raises(ConfigError, match="root"):  # the first one needs it
+        fedcore.update_model(store, "digits", **places)
+    done = install(publisher, store)
+    assert (done.version, done.previous, done.changed) == (1, None, True)
+    assert not fedcore.update_model(store, "digits", **places).changed  # the root is pinned
+    publisher.publish(2.0)
+    done = fedcore.update_model(str(store), "digits", **places)
+    assert (done.version, done.previous, done.golden_error) == (2, 1, 0.0)
+    assert fedcore.open_model(store, "digits").version == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_update_that_cannot_be_is_a_typed_error(
+    publisher: Any, store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="expected a release repository"):
+        fedcore.update_model(store, "digits", repository=tmp_path / "none")
+    with pytest.raises(DataError, match="a root"):
+        fedcore.update_model(
+            store, "digits", repository=publisher.repository, root=tmp_path / "none.json"
+        )
+    with pytest.raises(ConfigError):
+        fedcore.update_model(store, "No good", repository=publisher.repository)
+    assert fedcore.open_model(store, "digits").version == 1
 
 
 def test_an_installed_model_answers_one_input_or_a_batch(store: Path) -> None:

@@ -73,8 +73,16 @@ def test_a_disk_that_fills_up(
 
 def test_another_version_of_flower_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions().verdict == "ok"
-    monkeypatch.setattr(doctor, "_version", lambda name: "1.40.0" if name == "flwr" else "1")
-    assert (versions().verdict, versions().remedy) == ("fail", "install flwr==1.41.0")
+    for version, verdict in (
+        ("1.40.0", "fail"),
+        ("1.41.3", "ok"),
+        ("1.42.0", "ok"),
+        ("1.4", "fail"),
+    ):
+        told = {"flwr": version}
+        monkeypatch.setattr(doctor, "_version", lambda name, told=told: told.get(name, "1"))
+        assert versions().verdict == verdict
+    assert versions().remedy == "`pip install 'flwr==1.42.*'`"
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert versions().verdict == "warn"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import ConfigError, TaskError
-from fedcore.task.templates import KINDS, write_scaffold
+from fedcore.task.templates import KINDS, new_task
 from server.api.checking import check as check_call
 from server.check import CheckFinding, TaskCheck
 from server.commands import check as command
@@ -50,7 +50,7 @@ def check(folder: Path, changes: str = "", *, client: str | None = None) -> dict
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_task_passes_every_step(tmp_path: Path, kind: str) -> None:
-    task, run = write_scaffold(tmp_path / "x", kind=kind)
+    task, run = new_task(tmp_path / "x", kind=kind)
     checked = check_call(None, run) if kind == "regression" else check_call(task)
     findings = checked.findings
     assert checked.ok

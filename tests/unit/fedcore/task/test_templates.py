@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset
 
+import fedcore
 from fedcore import cli
 from fedcore.config.run import CANDIDATES, RunConfig, Section
 from fedcore.config.settings import load_run
@@ -18,7 +19,7 @@ from fedcore.errors import ConfigError, DiskFull
 from fedcore.files import write_atomic
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Kind, Task, load_task, size_of
-from fedcore.task.templates import KINDS, write_scaffold
+from fedcore.task.templates import KINDS, new_task
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
 
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def made(folder: Path, kind: str) -> tuple[Task, RunConfig]:
-    task, run = write_scaffold(folder / "my-work", kind=kind)
+    task, run = new_task(folder / "my-work", kind=kind)
     return load_task(task), load_run(run)
 
 
@@ -98,7 +99,7 @@ def test_the_run_shows_every_section() -> None:
 
 
 def test_the_commented_keys_of_the_run_are_right_too(tmp_path: Path) -> None:
-    _, path = write_scaffold(tmp_path / "x", kind="classification")
+    _, path = new_task(tmp_path / "x", kind="classification")
     lines = path.read_text().splitlines()
     opened = [line[2:] if line.startswith("# ") and " = " in line else line for line in lines]
     path.write_text("\n".join(opened))
@@ -111,7 +112,7 @@ def test_the_commented_keys_of_the_run_are_right_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_tidy(tmp_path: Path, kind: str) -> None:
-    task, _ = write_scaffold(tmp_path / "x", kind=kind)
+    task, _ = new_task(tmp_path / "x", kind=kind)
     assert len(task.read_text().splitlines()) <= 65
     for action in (["check", "--ignore", "D"], ["format", "--check"]):
         done = subprocess.run(
@@ -130,7 +131,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, present
     folder.mkdir()
     (folder / present).write_text("mine")
     with pytest.raises(ConfigError, match=f"{present}: this file exists already and is never"):
-        write_scaffold(folder, kind="classification")
+        new_task(folder, kind="classification")
     assert (folder / present).read_text() == "mine"
     assert [path.name for path in folder.iterdir()] == [present]
 
@@ -138,21 +139,33 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, present
 def test_a_folder_with_other_files_is_written_into(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "data.csv").write_text("1,2")
-    write_scaffold(tmp_path / "x", kind="regression")
+    new_task(tmp_path / "x", kind="regression")
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["data.csv", "run.toml", "task.py"]
 
 
 @pytest.mark.parametrize("name", ["My work", "-x", "x" * 65, "Größe", "a.b", ".."])
 def test_a_name_that_no_run_may_have_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a run; expected 1 to 64 of a-z"):
-        write_scaffold(tmp_path / name, kind="classification")
+        new_task(tmp_path / name, kind="classification")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kind 'vision': expected one of classification"):
+        new_task(tmp_path / "x", kind="vision")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_call_gives_what_the_next_calls_take(tmp_path: Path) -> None:
+    made = fedcore.new_task(str(tmp_path / "x"))
+    assert made == (made.task, made.run) == (tmp_path / "x/task.py", tmp_path / "x/run.toml")
+    assert fedcore.load_run(made.run).name == fedcore.load_task(made.task).name == "x"
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(ConfigError, match="a file of that name is in the way"):
-        write_scaffold(tmp_path / "x", kind="classification")
+        new_task(tmp_path / "x", kind="classification")
 
 
 def test_a_full_disk_leaves_neither_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +176,7 @@ def test_a_full_disk_leaves_neither_file(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("fedcore.task.templates.write_atomic", fails)
     with pytest.raises(DiskFull):
-        write_scaffold(tmp_path / "x", kind="classification")
+        new_task(tmp_path / "x", kind="classification")
     assert list((tmp_path / "x").iterdir()) == []
 
 
@@ -185,8 +198,8 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from fedcore.task.templates import write_scaffold\n"
-        "write_scaffold(Path(sys.argv[1]), kind='next_token')\n"
+        "from fedcore.task.templates import new_task\n"
+        "new_task(Path(sys.argv[1]), kind='next_token')\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\n"
     )
     done = subprocess.run(

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from server.records import RunRecord, TrainingRecord, VirtualRecord
-from server.report import sections
 from server.report.html import report_html
-from server.report.privacy import privacy
 from server.report.summary import summary
 
 
@@ -105,7 +103,7 @@ def test_names_and_notes_are_text_and_nothing_else(record: RunRecord) -> None:
 
 
 def test_lineage_leads_from_the_data_to_the_release(record: RunRecord) -> None:
-    page = sections.lineage(record)
+    page = page_of(record)
     links = re.findall(r"<li class=\"step[^\"]*\"><strong>(.*?)</strong>", page)
     assert links == [
         "Device data",
@@ -123,13 +121,13 @@ def test_a_rollback_and_a_model_that_was_not_fine_tuned_are_said(record: RunReco
     assert record.manifest is not None
     origin = record.manifest.lineage.model_copy(update={"finetuned": False, "rollback_of": 1})
     manifest = record.manifest.model_copy(update={"lineage": origin})
-    text = read(sections.lineage(replace(record, manifest=manifest))).text
+    text = read(page_of(replace(record, manifest=manifest))).text
     assert "Not fine-tuned" in text
     assert "the bytes of v1 again" in text
 
 
 def test_privacy_is_stated_with_unit_epsilon_delta_and_rounds(record: RunRecord) -> None:
-    text = read(privacy(record, figures_of(record))).text
+    text = read(page_of(record)).text
     assert "one example of one client" in text
     assert "Epsilon is at most 4.50 at delta 0.001 for every client" in text
     assert "accumulated over 3 rounds" in text
@@ -147,7 +145,7 @@ def test_what_the_noise_is_worth_is_said(
     record: RunRecord, noise: str, said: str, unsaid: str
 ) -> None:
     changed = replace(record, noise=noise)
-    text = read(privacy(changed, figures_of(changed))).text
+    text = read(page_of(changed)).text
     assert said in text
     assert unsaid not in text
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
@@ -54,19 +53,21 @@ def replayed(text: str, folder: Path, **federation: object) -> str:
             "simulation": {"training": "loop", "workers": 1},
         }
     )
-    out = io.StringIO()
     prepared = Prepared(None, NAMES, None, data("test"))
-    assert replay(text, run, TASK, OPEN_POLICY, prepared, folder / "runs", out, json=False) == 0
-    return out.getvalue()
+    notes: list[str] = []
+    found = replay(text, run, TASK, OPEN_POLICY, prepared, folder / "runs", on_note=notes.append)
+    assert found.ok
+    return "\n".join((*notes, found.line))
 
 
 def test_without_a_run_it_is_simulated_from_the_beginning(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = replayed("3:a:b", folder)
+    noted, said = replayed("3:a:b", folder).splitlines()
+    assert noted == "Simulating rounds 1 to 2 again."
     assert said.startswith("round 3: client 'a:b' trained on 8 examples in ")
     assert "train_loss" in said
-    assert capsys.readouterr().err == "Simulating rounds 1 to 2 again.\n"
+    assert capsys.readouterr() == ("", "")
     assert [path.name for path in folder.iterdir()] == ["task.py"]
 
 

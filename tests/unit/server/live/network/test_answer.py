@@ -10,7 +10,7 @@ import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from server.live.network.answer import CoalescingTransport
+from server.live.network.uvicorn_parts import coalesce_head
 
 LENGTH = (b"content-length", b"4")
 
@@ -57,7 +57,7 @@ def answered(
             keep_alive=True,
             on_response=lambda: transport.write(b"complete"),
         )
-        CoalescingTransport(cycle)
+        coalesce_head(cycle)
         await cycle.run_asgi(app)
 
     asyncio.run(main())

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
-from fedcore.cli import Command, group
-from fedcore.observability.foreign import say
-from server.release.publish import history, initialise, refresh, rollback
-from server.release.registry.keys import OFFLINE, ONLINE, ROLES, Quorum
-from server.release.registry.rotation import rotate
-
-_GROUPS = {"online": ONLINE, "offline": OFFLINE}
+from fedcore.cli import Command, group, json_option, show
+from server.api.releases import (
+    ROLE_GROUPS,
+    create_repository,
+    list_releases,
+    refresh_repository,
+    roll_back,
+    rotate_keys,
+)
+from server.release.registry.keys import ROLES
 
 
 def _places(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def _places(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the keys, as --keys keys; never within the repository",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    json_option(parser)
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def _threshold(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--threshold",
         action="append",
-        type=_role_quorum,
+        type=_role_threshold,
         default=[],
         metavar="ROLE=K/N",
         help=f"{what}, as --threshold root=2/3 for three keys of which two must sign; roles: "
@@ -61,14 +61,14 @@ def _threshold(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def _role_quorum(text: str) -> tuple[str, Quorum]:
+def _role_threshold(text: str) -> tuple[str, tuple[int, int]]:
     role, _, numbers = text.partition("=")
     threshold, _, keys = numbers.partition("/")
     if role not in ROLES or not _is_number(threshold) or not _is_number(keys):
         raise argparse.ArgumentTypeError(
             f"expected ROLE=K/N with a role of {', '.join(ROLES)}, as root=2/3, got {text!r}"
         )
-    return role, Quorum(int(threshold), int(keys))
+    return role, (int(threshold), int(keys))
 
 
 def _is_number(text: str) -> bool:
@@ -76,25 +76,21 @@ def _is_number(text: str) -> bool:
 
 
 def _init(options: argparse.Namespace) -> int:
-    root = initialise(
-        options.repository,
-        options.keys,
-        models=options.model,
-        quorums=dict(options.threshold),
-        now=_now(),
+    made = create_repository(
+        options.repository, options.keys, models=options.model, thresholds=dict(options.threshold)
     )
     text = (
         f"Repository: {options.repository}\n"
         f"Keys:       {options.keys}/online publish; move {options.keys}/offline to storage that "
         "is not connected\n"
-        f"Devices:    give each {root} over a channel that its owner trusts"
+        f"Devices:    give each {made.root} over a channel that its owner trusts"
     )
     value = {
         "repository": str(options.repository),
         "keys": str(options.keys),
-        "root": str(root),
+        "root": str(made.root),
     }
-    return _print(options, text, value)
+    return show(options, text, value)
 
 
 def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,24 +106,20 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> int:
-    manifest = rollback(
-        options.model,
-        options.to,
-        repository=options.repository,
-        keys=options.keys,
-        created=_now(),
+    manifest = roll_back(
+        options.model, options.to, repository=options.repository, keys=options.keys
     )
     text = (
         f"{manifest.model}: version {manifest.version} holds the bytes of version {options.to}, "
         f"sha256 {manifest.onnx.sha256}"
     )
-    return _print(options, text, manifest.model_dump(mode="json"))
+    return show(options, text, manifest.model_dump(mode="json"))
 
 
 def _list(options: argparse.Namespace) -> int:
-    manifests = history(options.repository, options.keys)
+    manifests = list_releases(options.repository, options.keys)
     text = "\n".join(map(_line, manifests)) or "nothing is published yet"
-    return _print(options, text, [manifest.model_dump(mode="json") for manifest in manifests])
+    return show(options, text, [manifest.model_dump(mode="json") for manifest in manifests])
 
 
 def _line(manifest: Manifest) -> str:
@@ -149,13 +141,9 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refresh(options: argparse.Namespace) -> int:
-    state = refresh(options.repository, options.keys, now=_now(), offline=options.offline)
-    expiry = {
-        payload.type if payload is not state.releases else "releases": payload.expires
-        for payload in (state.root, state.targets, state.releases, state.snapshot, state.timestamp)
-    }
+    expiry = refresh_repository(options.repository, options.keys, offline=options.offline)
     text = "\n".join(f"{role:<9} expires {when:%Y-%m-%d}" for role, when in expiry.items())
-    return _print(
+    return show(
         options, text, {role: f"{when:%Y-%m-%dT%H:%M:%SZ}" for role, when in expiry.items()}
     )
 
@@ -165,7 +153,7 @@ def _rotate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--role",
         action="append",
-        choices=[*ROLES, *_GROUPS],
+        choices=[*ROLES, *ROLE_GROUPS],
         default=[],
         help="whose keys are replaced, as --role online (default: online); repeat it for more",
     )
@@ -189,15 +177,12 @@ def _model_version(text: str) -> tuple[str, int]:
 
 
 def _rotate(options: argparse.Namespace) -> int:
-    named = options.role or ["online"]
-    roles = [role for name in named for role in _GROUPS.get(name, (name,))]
-    done = rotate(
+    done = rotate_keys(
         options.repository,
         options.keys,
-        roles=roles,
-        quorums=dict(options.threshold),
+        roles=options.role or ("online",),
+        thresholds=dict(options.threshold),
         last_good=dict(options.last_good),
-        now=_now().replace(microsecond=0),
     )
     offline = sorted({str(path) for path in done.written if path.parent.name == "offline"})
     lines = [
@@ -215,16 +200,7 @@ def _rotate(options: argparse.Namespace) -> int:
         "removed": [str(path) for path in done.removed],
         "epochs": dict(done.epochs),
     }
-    return _print(options, "\n".join(lines), value)
-
-
-def _print(options: argparse.Namespace, text: str, value: Any) -> int:
-    say(json.dumps(value, indent=2) if options.json else text)
-    return 0
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
+    return show(options, "\n".join(lines), value)
 
 
 release = group(

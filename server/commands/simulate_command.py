@@ -1,4 +1,4 @@
-"""Subcommands ``simulate``, ``check`` and ``release``; torch is imported only when one runs."""
+"""Subcommand ``fedcore simulate``; torch is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import json
 import os
 import shlex
 import sys
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from fedcore.cli import Command
 from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, load_owner
 from fedcore.config.run import RunConfig
 from fedcore.config.settings import load_run
-from fedcore.errors import INTERRUPTED, ReleaseError, TaskError
+from fedcore.errors import INTERRUPTED, FedcoreError, ReleaseError, TaskError
 from fedcore.observability.foreign import say
-from fedcore.observability.patience import FIRST_STEP, LOADING, note_if_slow, report_loading
+from fedcore.observability.patience import report_loading
 from server.options import run_options
-from server.release.commands import release
 
-__all__ = ["check", "release", "simulate"]
 _RUNS = Path("runs")
 
 
@@ -102,19 +100,30 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace, run: RunConfig, owner: OwnerPolicy) -> int:
     """Trains one client of one round again to reproduce a failure; writes nothing."""
-    from fedcore.flower.quiet import quiet
-    from fedcore.task.definition import load_task
-    from server.preflight import prepare
-    from server.simulation.replay import replay
+    from server.api.replaying import replayed
 
-    quiet()
-    out = sys.stdout
-    with redirect_stdout(sys.stderr):
-        task = load_task(run.path(run.task))
-        with note_if_slow(FIRST_STEP) if run.private else nullcontext():
-            prepared = prepare(run, task, owner, options.runs / run.name)
-        asked = (options.replay, run, task, owner, prepared, options.runs, out)
-        return replay(*asked, json=options.json)
+    with redirect_stdout(sys.stderr):  # keeps output of the task out of machine-readable output
+        found = replayed(
+            None,
+            run,
+            options.replay,
+            owner=owner,
+            runs=options.runs,
+            on_note=lambda note: say(note, to=sys.stderr),
+            say_slow=True,
+        )
+    if found.error is not None:
+        traceback.print_exception(found.error, file=sys.stderr)
+    if options.json:
+        event = {"event": "replayed", "round": found.round, "client": found.client}
+        said = {"ok": True, **found.figures()} if found.ok else {"ok": False, "error": found.reason}
+        say(json.dumps({**event, **said}))
+    else:
+        say(found.line)
+    if found.error is None:
+        return 0
+    error = found.error
+    return error.exit_code if isinstance(error, FedcoreError) else TaskError.exit_code
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -134,37 +143,4 @@ simulate = Command(
     arguments=_simulate_arguments,
     run=_simulate,
     example="fedcore simulate run.toml --set federation.rounds=5",
-)
-
-
-def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", type=Path, help="a task file, or the run's TOML file")
-    parser.add_argument("--client", help="the client to check with; the first one when unset")
-    parser.add_argument("--json", action="store_true", help="print findings as one JSON object")
-
-
-def _check(options: argparse.Namespace) -> int:
-    with note_if_slow(LOADING):
-        from server.api.checking import check as checked
-        from server.check import CheckFinding
-
-    def tell(finding: CheckFinding) -> None:
-        if not options.json:
-            say(finding.line, flush=True)
-
-    asked = (None, options.task) if options.task.suffix == ".toml" else (options.task,)
-    found = checked(*asked, client=options.client, on_finding=tell)
-    if options.json:
-        findings = [asdict(finding) for finding in found.findings]
-        say(json.dumps({"ok": found.ok, "findings": findings}))
-    else:
-        say(found.verdict)
-    return 0 if found.ok else TaskError.exit_code
-
-
-check = Command(
-    help="run one step of everything on one client's data and say what would fail later",
-    arguments=_check_arguments,
-    run=_check,
-    example="fedcore check task.py",
 )

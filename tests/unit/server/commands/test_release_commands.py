@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedcore.errors import ConfigError, ReleaseError
-from server.release.commands import release
+from server.commands import release
 
 
 def run(*arguments: str) -> int:
