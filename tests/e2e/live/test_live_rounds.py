@@ -17,7 +17,10 @@ from edge_client.agent import loop, wake
 from edge_client.ledger.ledger import LEDGER, MARK
 from fedcore.config.run import Privacy
 from fedcore.errors import DeviceError, FedcoreError, TrustError
+from fedcore.flower.fleet_pull import BoundedClient
+from fedcore.rpc.hello import WAKE_PORT
 from fedcore.updates.messages import STATISTICS
+from server.live.network.gate import Gate
 from tests.e2e.live.federation import federate
 
 NAMES = ("edge-0", "edge-1")
@@ -70,6 +73,32 @@ def test_weights_of_many_pieces_arrive_as_they_were_sent(
     assert records[0].bytes_up > 2 * 12_000_000
 
 
+def one_by_one(gate: Gate) -> list[tuple[bytes, bytes]]:
+    """Offers no bundles, so that a reply can be cut off between two of its objects."""
+    return [(WAKE_PORT.encode(), b"%d" % gate.wake_port)]
+
+
+def test_an_update_whose_bundle_came_but_not_the_answer_is_sent_once(
+    project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, cut = BoundedClient.push_bundle, [0]
+
+    def cutting(self: Any, *arguments: Any) -> Any:
+        cut[0] += 1
+        answer = push(self, *arguments)
+        if cut[0] == 1:
+            raise loop.Unreachable("the line was cut")
+        return answer
+
+    monkeypatch.setattr(BoundedClient, "push_bundle", cutting)
+    run = project.run(rounds=2, cohort=1)
+    with serve(run) as served:
+        start("edge-0")
+        records = federate(project, served, run)
+    assert [record.updates for record in records] == [1, 1]
+    assert cut[0] == 2
+
+
 def test_an_update_that_was_cut_off_is_sent_again(
     project: Any, serve: Any, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +111,7 @@ def test_an_update_that_was_cut_off_is_sent_again(
         push(self, *arguments)
 
     monkeypatch.setattr(loop.FleetLink, "_push", cutting)
+    monkeypatch.setattr(Gate, "_offers", one_by_one)
     run = project.run(rounds=1, cohort=1)
     with serve(run) as served:
         start("edge-0")
@@ -142,6 +172,7 @@ def test_an_update_that_is_damaged_before_it_left_is_trained_again_and_charged_t
         push(self, *arguments)
 
     monkeypatch.setattr(loop.FleetLink, "_push", damaging)
+    monkeypatch.setattr(Gate, "_offers", one_by_one)
     run = private(project)
     with serve(run) as served:
         device = start("edge-0")

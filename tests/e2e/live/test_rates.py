@@ -30,9 +30,9 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen["calls"] += 1
         return await answer(self, scope, *rest)
 
-    def keeping(self: Gate, node_id: int) -> None:
+    def keeping(self: Gate, node_id: int, calls: int = 1) -> None:
         try:
-            keep(self, node_id)
+            keep(self, node_id, calls)
         except Exception:
             seen["refused"] += 1
             raise
@@ -55,7 +55,7 @@ def test_rounds_without_a_pause_are_held_up_by_no_rate(
     assert [record.updates for record in records] == [2] * rounds
     assert answered["refused"] == 0
     calls = answered["calls"] / (rounds * len(NAMES))
-    assert 25 < calls < 48, "a round of training and evaluation is granted 4 x 12 calls"
+    assert 4 <= calls < 12, "small objects travel together, in training and in evaluation"
 
 
 def test_a_device_that_calls_without_being_asked_is_held_to_the_rate(

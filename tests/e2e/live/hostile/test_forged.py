@@ -190,7 +190,7 @@ class Round:
         grid = self.served.listening.grid()
 
         def collect() -> None:
-            replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
+            replies = grid.send_and_receive_batches(messages, timeout=PATIENCE_S)
             for reply, found in accepted(replies, INTAKE, tally, first=len(rogues)):
                 assert np.isfinite(found.update().weights).all()
                 taken.append(reply.metadata.src_node_id)
@@ -358,7 +358,7 @@ def test_a_client_weighs_what_it_enrolled_with(project: Any, served: Any, rogue:
         messages = [Message(content, one.node.node_id, MessageType.TRAIN) for one in rogues]
 
         def collect(messages: Any = messages, grid: Any = grid, found: Any = found) -> None:
-            replies = grid.send_and_receive(messages, timeout=PATIENCE_S)
+            replies = grid.send_and_receive_batches(messages, timeout=PATIENCE_S)
             tally = Tally(len(messages))
             weights = served.listening.peers.weights([one.node.node_id for one in rogues])
             intake = replace(INTAKE, weights=weights)
