@@ -97,15 +97,15 @@ class DeviceFolder:
         found = _holder(path)
         if found in (None, own_sha256):
             return found is not None
-        whose = "an identity that cannot be read"
+        whose = "an unreadable identity"
         if found != _UNREADABLE:
-            whose = f"the identity whose key has the SHA-256 {found[:16]}"
+            whose = f"the identity with the key of SHA-256 {found[:16]}"
         raise DeviceError(
-            f"{path}: this folder keeps the replies and the ledger of {whose}, and this device's "
-            f"has {own_sha256[:16]}. {so}; name this device's own folder with --state, or the kit "
-            f"that this one belongs to with --kit. Only if this device has enrolled again with a "
-            f"new key, remove {IDENTITY}, and no other file: the replies are dropped then, and "
-            "what was spent stays in the ledger and counts."
+            f"{path}: this folder holds the replies and the ledger of {whose}, but this device's "
+            f"key has {own_sha256[:16]}. {so}; pass this device's own folder with --state, or "
+            "the kit to which this folder belongs with --kit. Only if this device has enrolled "
+            f"again with a new key, remove {IDENTITY} and no other file: the replies are then "
+            "dropped, and the privacy spent stays in the ledger and counts."
         )
 
     def note_let_in(self, public: bytes) -> None:
@@ -143,9 +143,10 @@ class DeviceFolder:
             return read_record(raw, where=str(path))
         except DataError:
             raise DataError(
-                f"{path}: this file holds no record of a run, so what it charged is not known. "
-                "Nothing was trained; put it back from a backup, or, where there is none, remove "
-                "it: its charges are mended from ledger.json, and what it answered is done again."
+                f"{path}: this file does not contain the record of a run, so its charges are "
+                "unknown. Nothing was trained; restore it from a backup, or, if there is none, "
+                "remove it: its charges are then restored from ledger.json, and its replies are "
+                "computed again."
             ) from None
 
     def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
@@ -211,21 +212,21 @@ class DeviceFolder:
             return None
         if not is_there(path):
             log.warning(
-                "%s: this finished reply is gone; what it answered is done again, and charged "
-                "again where there is a budget.",
+                "%s: this finished reply is gone; it is computed again, and charged again if "
+                "there is a privacy budget.",
                 path,
             )
             return None
         try:
             raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
             if sha256_hex(raw) != digest:
-                raise DataError(f"{path}: a finished reply is damaged: its SHA-256 is another.")
+                raise DataError(f"{path}: a finished reply is damaged: its SHA-256 does not match.")
             return read_record(raw, where=str(path))
         except DataError as error:
             aside = self._put_aside(path)
             log.warning(
-                "%s It was put aside as %s and is not sent; what it answered is done again, and "
-                "charged again where there is a budget.",
+                "%s It was moved aside to %s and is not sent; it is computed again, and charged "
+                "again if there is a privacy budget.",
                 error,
                 aside.name,
             )
@@ -262,7 +263,7 @@ class DeviceFolder:
 
 def _holder(path: Path) -> str | None:
     """Returns the key's SHA-256 in an ``identity.json``; None if no such file exists."""
-    raw = read_if_exists(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
+    raw = read_if_exists(path, max_bytes=_MAX_IDENTITY_BYTES, what="the owner of this folder")
     if raw is None:
         return None
     try:
@@ -296,8 +297,8 @@ def own(path: Path) -> Iterator[DeviceFolder]:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     refused = DeviceError(
-        f"{path}: another process of this device is at work in this folder. Nothing was started; "
-        "stop that one, or give this one a folder and an identity of its own."
+        f"{path}: another process of this device is using this folder. Nothing was started; stop "
+        "that process, or give this one its own folder and identity."
     )
     with lock_folder(path, refused):
         with disk_errors(path):

@@ -101,9 +101,10 @@ def client_app(
     if durable is None and client.run.private and randomness.origin == "system":
         raise PrivacyError(
             f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "
-            "and Flower keeps a node's state in memory: after a restart the whole budget would "
-            "be there again. Nothing was trained; `fedcore client start` keeps one on disk, and a "
-            "simulation takes `fedcore.seeds.Simulated`, which protects nobody."
+            "but Flower keeps a node's state in memory only, so a restart would reset the "
+            "privacy budget. Nothing was trained; run `fedcore client start`, which keeps the "
+            "ledger on disk, or, in a simulation, pass `fedcore.seeds.Simulated`, which protects "
+            "nobody."
         )
     app = ClientApp()
 
@@ -140,9 +141,9 @@ def client_name(context: Context, task: Task) -> str:
     place = context.node_config.get("partition-id")
     if place is None or not 0 <= int(place) < len(clients):
         raise ConfigError(
-            f"node {context.node_id}: partition-id = {place!r}, and the task has "
-            f"{counted(len(clients), 'client')}. It has nothing to train on; run as many nodes as "
-            "clients, or set `client` in the node's configuration."
+            f"node {context.node_id}: partition-id = {place!r}, but the task has only "
+            f"{counted(len(clients), 'client')}. This node has no data to train on; run as many "
+            "nodes as clients, or set `client` in the node's configuration."
         )
     return clients[int(place)]
 
@@ -177,7 +178,7 @@ def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[i
     if hide:
         level = logging.WARNING if code in DECLINES else logging.ERROR
         log.log(level, "%s: %s", type(error).__name__, error)
-        return code, f"client {name!r}: {kind.__name__}; its log says more"
+        return code, f"client {name!r}: {kind.__name__}; the client's log has the details"
     if code in DECLINES:
         return code, str(error)
     if isinstance(error, FedcoreError):
@@ -220,7 +221,7 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
         )
     _, held_out = local_data(client, name)
     if not size_of(held_out):
-        raise InvalidUpdate("evaluation: this client holds no data back; set federation.holdout.")
+        raise InvalidUpdate("evaluation: this client has no held-out data; set federation.holdout.")
     model = model_of(client, instruction).to(available(client.run.client.device))
     values = evaluate(model, held_out, client.task.metrics, between=bounds.check)
     return RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: size_of(held_out), **values})})

@@ -35,9 +35,9 @@ from server.preflight import check_strategy
 _MOST_EXAMPLES = 64
 _FIRST_STEPS = ("training", "privacy")
 _WAYS = {
-    "chain": "the quickest way, a chain of dense layers and convolutions",
+    "chain": "fastest method, for a chain of dense layers and convolutions",
     "vmap": "all examples of a batch at once",
-    "alone": "one example after the other, which is slow",
+    "alone": "one example at a time, which is slow",
 }
 
 
@@ -170,7 +170,7 @@ def _steps(state: _State) -> list[Step]:
 def _clients(state: _State) -> str:
     names = list(state.task.clients(data_folder()))
     if not names:
-        raise TaskError("clients() names none; at least one is needed.")
+        raise TaskError("clients() returned none, expected at least one.")
     if state.client is not None and state.client not in names:
         raise TaskError(f"client {state.client!r}: not among the {counted(len(names), 'client')}.")
     state.client, state.names = state.client or names[0], names
@@ -204,7 +204,7 @@ def _schema(state: _State) -> str:
             f"{inputs.dtype} {tuple(inputs.shape[1:])}: the exported model would refuse them."
         )
     if not torch.isfinite(inputs.float()).all():
-        raise TaskError("the client's inputs hold values that are not finite.")
+        raise TaskError("the client's inputs contain values that are not finite.")
     outputs = _outputs(state, inputs)
     if state.task.kind == "regression":
         if outputs[0].numel() != targets[0].numel():
@@ -234,7 +234,7 @@ def _loss(state: _State) -> str:
     inputs, targets = state.some()
     value = state.task.loss_of(_outputs(state, inputs), targets)
     if value.ndim or not torch.isfinite(value):
-        raise TaskError(f"the loss is {value.tolist()}; it must be one finite number, the mean.")
+        raise TaskError(f"the loss is {value.tolist()}, expected one finite number, the mean.")
     return f"{value.item():.4g} before training"
 
 
@@ -300,7 +300,7 @@ def _export(state: _State) -> str:
 def _cloud(state: _State) -> str:
     loader = state.task.cloud_data
     if loader is None:
-        return "none: fine-tuning, its gate and every candidate but fp32 are left out"
+        return "none: fine-tuning, its gate and every candidate except fp32 are skipped"
     return _other(state, "cloud data", loader)
 
 

@@ -30,34 +30,34 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--owner",
         type=Path,
-        help="an owner.toml that every virtual client keeps to, e.g. --owner owner.toml",
+        help="an owner.toml that applies to every virtual client, e.g. --owner owner.toml",
     )
     parser.add_argument(
         "--runs",
         type=Path,
         default=_RUNS,
-        help="folder that results go below (default: runs)",
+        help="parent folder of the results (default: runs)",
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a run that was interrupted, from its last checkpoint; the result is the "
-        "same, bit for bit",
+        help="continue an interrupted run from its last checkpoint; the result is the same, bit "
+        "for bit",
     )
     again.add_argument(
-        "--fresh", action="store_true", help="begin again, and drop a run that was interrupted"
+        "--fresh", action="store_true", help="start over, and discard an interrupted run"
     )
     again.add_argument(
         "--replay",
         metavar="ROUND:CLIENT",
-        help="train one client of one round again, alone, and show in full how it fails, e.g. "
+        help="repeat the training of one client in one round and show its error in full, e.g. "
         "--replay 3:anna; nothing is written",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print events, and at the end the summary, as JSON lines",
+        help="print events and the final summary as JSON lines",
     )
 
 
@@ -89,7 +89,7 @@ def _simulate(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if not (options.runs / run.name / CHECKPOINT).is_file():
                 raise
-            say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
+            say(f"Interrupted: `{command} --resume` continues it.", to=sys.stderr)
             return INTERRUPTED
     if options.json:
         say(json.dumps({"event": "summary", **result.summary}))
@@ -139,8 +139,8 @@ simulate = Command(
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", type=Path, help="a task file, or the run's TOML file")
-    parser.add_argument("--client", help="the client to check with; the first one when unset")
-    parser.add_argument("--json", action="store_true", help="print findings as one JSON object")
+    parser.add_argument("--client", help="client to check with (default: the first)")
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -163,7 +163,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 check = Command(
-    help="run one step of everything on one client's data and say what would fail later",
+    help="run one step of each stage on one client's data and report what would fail later",
     arguments=_check_arguments,
     run=_check,
     example="fedcore check task.py",

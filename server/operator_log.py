@@ -152,8 +152,8 @@ def verify_audit(path: Path, *, begun_loose: bool = False) -> int:
                 elif before != last:
                     raise DataError(
                         f"{path}: line {number} does not follow the line before it: one of them "
-                        "was changed, taken out or put in. What stands before it is sound; look "
-                        "who may write to this file."
+                        "was changed, removed or inserted. The lines before it are intact; check "
+                        "who has write access to this file."
                     )
                 else:
                     torn, begun_loose = False, False
@@ -165,7 +165,7 @@ def verify_audit(path: Path, *, begun_loose: bool = False) -> int:
     except FileNotFoundError:
         raise _gone(path) from None
     except OSError as error:
-        raise DataError(f"{path}: the audit log cannot be read ({error.strerror}).") from None
+        raise DataError(f"{path}: cannot read the audit log ({error.strerror}).") from None
     if mark is not None and not reached:
         raise _cut(path, mark)
     return number
@@ -179,9 +179,9 @@ def check_regular(path: Path) -> None:
     """
     if is_there(path) and not path.is_file():
         raise DataError(
-            f"{path}: expected the audit log, found a folder, a pipe or something else of that "
-            "name. Nothing was done, since nothing could be recorded; remove it, put the log back "
-            "where there was one, and see who may write to this folder."
+            f"{path}: expected the audit log, found a folder, a pipe or another kind of file. "
+            "Nothing was done, because it could not be recorded; remove it, restore the log if "
+            "there was one, and check who has write access to this folder."
         )
 
 
@@ -199,36 +199,38 @@ def _read_mark(path: Path) -> _Mark | None:
         return _Mark.model_validate_json(raw)
     except (DataError, ValidationError):
         raise DataError(
-            f"{mark}: this does not tell how far {path.name} went. No server starts with it, since "
-            f"a log that was cut would not show; look who may write here. {_KEEP}"
+            f"{mark}: this file does not state the length of {path.name}. A server refuses to "
+            "start with it, because a truncated log would go unnoticed; check who has write "
+            f"access here. {_KEEP}"
         ) from None
 
 
 _KEEP = (
-    f"Then put {AUDIT} and {MARK} away together, and keep them: the next server begins a new log."
+    f"Then move {AUDIT} and {MARK} away together, and keep them: the next server starts a new log."
 )
 
 
 def _gone(path: Path) -> DataError:
     return DataError(
-        f"{path}: the audit log is gone; {MARK} beside it says that there was one. No server "
-        f"starts without it; put it back, or look who may write here. {_KEEP}"
+        f"{path}: the audit log is missing; {MARK} beside it shows that there was one. A server "
+        f"refuses to start without it; restore it, or check who has write access here. {_KEEP}"
     )
 
 
 def _cut(path: Path, mark: _Mark) -> DataError:
     return DataError(
-        f"{path}: the audit log was cut or changed: expected a line that ends at byte "
-        f"{mark.end_bytes}, as {MARK} beside it says, and there is none, or another. No server "
-        f"starts with it; put the whole log back, or look who may write here. {_KEEP}"
+        f"{path}: the audit log was truncated or changed: expected a line that ends at byte "
+        f"{mark.end_bytes}, as recorded in {MARK} beside it, found none, or another line. A "
+        "server refuses to start with it; restore the complete log, or check who has write "
+        f"access here. {_KEEP}"
     )
 
 
 def _meanwhile(path: Path) -> DataError:
     return DataError(
-        f"{path}: the audit log was removed, replaced or cut while the server runs. Nothing is "
-        "done unrecorded; put it back as it was, or look who may write here, and stop the server "
-        f"with SIGTERM. {_KEEP}"
+        f"{path}: the audit log was removed, replaced or truncated while the server runs. "
+        "Requests are refused while they cannot be recorded; restore the log, or check who has "
+        f"write access here, and stop the server with SIGTERM. {_KEEP}"
     )
 
 
@@ -253,8 +255,8 @@ def _furthest(mark: _Mark) -> int:
 
 def _endless(path: Path, number: int) -> DataError:
     return DataError(
-        f"{path}: line {number} has no end within {_MOST_LINE_BYTES} bytes, and no line of a log "
-        "is as long. What stands before it is sound; look who may write to this file."
+        f"{path}: line {number} has no end within {_MOST_LINE_BYTES} bytes, longer than any line "
+        "of a log. The lines before it are intact; check who has write access to this file."
     )
 
 
@@ -271,7 +273,8 @@ def _digest_before(file: int, end: int) -> tuple[str, bool]:
         found = os.pread(file, step, start) + found
         if len(found) > _MOST_LINE_BYTES:
             raise DataError(
-                f"the audit log has no line that ends within {_MOST_LINE_BYTES} bytes before byte "
-                f"{end}: it was changed. No server starts with it; look who may write to it."
+                f"the audit log has no line that ends within {_MOST_LINE_BYTES} bytes before "
+                f"byte {end}: it was changed. A server refuses to start with it; check who has "
+                "write access to it."
             )
     return hashlib.sha256(found.rpartition(b"\n")[2]).hexdigest(), whole

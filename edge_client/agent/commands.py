@@ -36,29 +36,31 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the folder that `fedcore client install` put the kit into, as --kit kit",
+        help="folder into which `fedcore client install` put the kit, e.g. --kit kit",
     )
     parser.add_argument(
         "--task",
         type=Path,
         required=True,
-        help="the task installed here, the same file as the server's, as --task task.py",
+        help="the task installed here, the same file as the server's, e.g. --task task.py",
     )
     parser.add_argument(
-        "--owner", type=Path, help="what the owner of this device allows, as --owner owner.toml"
+        "--owner",
+        type=Path,
+        help="file with the limits set by the owner of this device, e.g. --owner owner.toml",
     )
     parser.add_argument(
         "--state",
         type=Path,
         metavar="DIR",
-        help="where this device keeps its ledger and finished updates, as --state "
+        help="folder for this device's ledger and finished updates, e.g. --state "
         "/var/lib/fedcore/device (default: `device` in the folder of the kit)",
     )
     parser.add_argument(
         "--log",
         type=Path,
         metavar="FILE",
-        help="write the log here, in files of 10 MiB of which six are kept, as --log device.log "
+        help="file for the log, rotated at 10 MiB, the last six kept, e.g. --log device.log "
         "(default: standard error)",
     )
 
@@ -72,7 +74,7 @@ def _start(options: argparse.Namespace) -> int:
             if not told():
                 raise
             if not isinstance(error, KeyboardInterrupt):  # an import may turn it into another error
-                log.info("stopped, and met: %s: %s", type(error).__name__, error)
+                log.info("stopped; error while stopping: %s: %s", type(error).__name__, error)
     return 0
 
 
@@ -107,7 +109,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
         if reason_to_pause(owner) is None:
             # Before torch is imported, which takes seconds: a running round soon gives up waiting.
             announce(kit, options.task, folder, instance, passed)
-        log.info("loading torch, and its compiler with it: some seconds, more the first time")
+        log.info("loading torch and its compiler: a few seconds, longer the first time")
         loading.set()
         with report_loading(log.info):
             import edge_client.agent.loop
@@ -146,7 +148,7 @@ def _sessions(
 
 
 start = Command(
-    help="take part in training with the task installed here, until stopped",
+    help="take part in training with the installed task, until stopped",
     arguments=_start_arguments,
     run=_start,
     example="fedcore client start --kit kit --task task.py",

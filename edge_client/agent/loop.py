@@ -101,7 +101,7 @@ def _retry(work: Callable[[], None], signals: Signals) -> None:
         except (Unreachable, InvalidUpdate) as error:
             refused = isinstance(error, Refused | InvalidUpdate)
             if type(error) not in told:
-                what = "this device keeps trying" if refused else "the server cannot be reached"
+                what = "retrying" if refused else "the server cannot be reached"
                 log.warning("%s: %s", what, error)
             told.add(type(error))
             if refused:
@@ -169,7 +169,7 @@ def _answer_or_reject(
     try:
         return _answer(device, link, signals, runs, found)
     except InvalidUpdate as error:
-        reason = f"client {device.kit.name!r}: its reply was rejected by the server: {error}"
+        reason = f"client {device.kit.name!r}: the server rejected its reply: {error}"
         link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=found.message))
         log.warning("update rejected by server: %s", error)
         return False
@@ -200,7 +200,7 @@ def _answer(
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise
-        log.warning("run %d: takes no part: %s", run_id, error)
+        log.warning("run %d: does not take part: %s", run_id, error)
         # Only errors about the server's own settings go to it in full. Others may quote file names
         # (which may name people), the privacy spent or the owner's policy.
         hide = not isinstance(error, ConfigError)
@@ -247,13 +247,13 @@ def _by_app(device: DeviceSetup, run: OpenRun, message: Message) -> Message:
         reply = run.app(message, run.context)
         if isinstance(reply, Message):
             return reply
-        raise TypeError(f"it answered with a {type(reply).__name__}")
+        raise TypeError(f"its reply was a {type(reply).__name__}")
     except (Exception, SystemExit) as error:
         kind = message.metadata.message_type
         refused = InvalidUpdate(
-            f"{kind}: what runs around training for this strategy failed on the server's message: "
-            f"{type(error).__name__}: {error}. Nothing was sent, and what was charged stays "
-            "charged; see the options of federation.strategy on the server."
+            f"{kind}: this strategy's client mods failed on the server's message: "
+            f"{type(error).__name__}: {error}. Nothing was sent, and the privacy spent stays "
+            "charged; check the options of federation.strategy on the server."
         )
         hide = run.ledger is not None
         return Message(Error(*error_of(device.kit.name, refused, hide=hide)), reply_to=message)
@@ -266,10 +266,10 @@ def _tell_room(run: OpenRun, kind: str) -> None:
     try:
         room = run.ledger.room(run.context.state, run.durable.others)
     except (FedcoreError, ArithmeticError, ValueError) as error:  # informative only
-        log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
+        log.warning("%s: cannot compute how many more rounds fit the budget: %s", run.name, error)
         return
     if room is not None:
-        log.info("%s: the budget has room for %s like the latest", run.name, room)
+        log.info("%s: the budget allows %s like the latest", run.name, room)
 
 
 def _keep(device: DeviceSetup, run: OpenRun, key: str, reply: Message) -> None:

@@ -87,7 +87,7 @@ def _insist(heard: socket.socket, loading: threading.Event) -> None:
         if _next(heard):
             os._exit(INTERRUPTED)
         return
-    text = f"stopped: what it was at did not end within {_STOP_S:.0f} s"
+    text = f"stopped: the work in progress did not end within {_STOP_S:.0f} s"
     # In another thread: the main thread may be blocked writing to a log that nobody reads.
     telling = threading.Thread(target=log.warning, args=[text], daemon=True)
     telling.start()

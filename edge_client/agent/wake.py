@@ -301,7 +301,7 @@ def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
         signals.lost = None
         signals.activate.set()
     except (FedcoreError, Unreachable) as error:  # the main thread gets it too, and handles it
-        log.debug("asking: %s", error)
+        log.debug("polling instead: %s", error)
         if signals.lost is None:
             signals.lost = time.monotonic()
     signals.work.set()

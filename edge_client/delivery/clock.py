@@ -93,15 +93,16 @@ class ClockReading:
         """Returns what is wrong with the clock, for the owner; None if no fault is known."""
         if self.behind and self.floor.signed is not None:
             return (
-                f"this device's clock says {shown(self.now)}, which is behind: it is "
-                f"{shown(self.floor.signed)} at least, as what was signed since shows. Expiry was "
-                "judged by that. Set the clock; NTP keeps it right (timedatectl set-ntp true)"
+                f"this device's clock says {shown(self.now)}, which is slow: the time is "
+                f"{shown(self.floor.signed)} or later, as newer signatures show. Expiry was "
+                "checked against that time. Set the clock; NTP keeps it correct (timedatectl "
+                "set-ntp true)"
             )
         if (later := self.said_later()) is not None:
             return (
-                f"this device's clock says {shown(self.now)}, and has said {shown(later)} before: "
-                "it was ahead, or is behind now. See that it is right; NTP keeps it so "
-                "(timedatectl set-ntp true)"
+                f"this device's clock says {shown(self.now)}, but it showed {shown(later)} "
+                "before: it was fast then, or is slow now. Check that it is right; NTP keeps it "
+                "correct (timedatectl set-ntp true)"
             )
         return None
 
@@ -113,16 +114,16 @@ def read_floor(trust: Path) -> TimeFloor:
         DataError: the file is damaged.
     """
     path = _path(trust)
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the floor of time")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the earliest possible time")
     if raw is None:
         return TimeFloor()
     try:
         return TimeFloor.model_validate_json(raw)
     except ValidationError:
         raise DataError(
-            f"{path}: it does not hold the times that were written; the disk may be failing. "
-            "Nothing was installed; the version before keeps serving. See that this device's clock "
-            "is right, then remove the file and run again."
+            f"{path}: its contents are not the times that were written; the disk may be failing. "
+            "Nothing was installed; the previous version keeps serving. Check that this device's "
+            "clock is right, then remove the file and run again."
         ) from None
 
 

@@ -68,15 +68,16 @@ def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> N
             raise
     if length < entry.length:  # kept: a later fetch resumes here
         raise DigestMismatch(
-            f"{entry.path}: expected {entry.length} bytes, the repository has the first {length}. "
-            "The version before keeps serving; run the update again when the repository is whole."
+            f"{entry.path}: expected {entry.length} bytes, got only the first {length}. The "
+            "previous version keeps serving; run the update again when the repository is "
+            "complete."
         )
     if length > entry.length or digest.hexdigest() != entry.sha256:
         partial.unlink()
         got = f"sha256 {digest.hexdigest()}" if length == entry.length else "more bytes"
         raise DigestMismatch(
             f"{entry.path}: expected {entry.length} bytes, sha256 {entry.sha256}, got {got}. It "
-            "was discarded; the version before keeps serving. The repository is damaged or was "
+            "was discarded; the previous version keeps serving. The repository is damaged or was "
             "tampered with; restore it, then run again."
         )
 
@@ -106,6 +107,7 @@ def _rest(source: Source, location: str, offset: int, length: int) -> Iterator[b
         yield from source(location, offset)
     except FileNotFoundError:
         raise DataError(
-            f"{location}: the repository lacks this file, which its signed metadata names. The "
-            "version before keeps serving; run the update again when the repository is whole."
+            f"{location}: the repository lacks this file, which its signed metadata lists. The "
+            "previous version keeps serving; run the update again when the repository is "
+            "complete."
         ) from None

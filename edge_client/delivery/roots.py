@@ -26,7 +26,7 @@ from fedcore.observability.foreign import foreign
 MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
 _MAX_KNOWN = 4096
 _MAX_KNOWN_BYTES = 1 << 20
-_AFTER = "Nothing was installed; the version before keeps serving."
+_AFTER = "Nothing was installed; the previous version keeps serving."
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
     if not is_there(_pin(trust)):
         if given is None:
             raise ConfigError(
-                f"{trust}: this device trusts no root yet. Nothing was fetched; give it once with "
-                "--root, the root.json that `fedcore release init` made."
+                f"{trust}: this device trusts no root yet. Nothing was fetched; pass the "
+                "root.json created by `fedcore release init` with --root once."
             )
         return Anchor(given, parse_root(given), pinned=False)
     raw = read_bytes(_pin(trust), max_bytes=MAX_ROOT_BYTES, what="the pinned root")
@@ -65,8 +65,8 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
         root = parse_root(raw)
     except TrustError as error:
         raise DataError(
-            f"{_pin(trust)}: it is not the root that was pinned; the disk may be failing. {_AFTER} "
-            "Restore it from a copy, or begin another store with --root."
+            f"{_pin(trust)}: it differs from the root that was pinned; the disk may be failing. "
+            f"{_AFTER} Restore it from a copy, or start another store with --root."
         ) from error
     if given is None or given == raw or sha256_hex(given) in _known(trust):
         return Anchor(raw, root, pinned=True)
@@ -114,12 +114,12 @@ def parse_root(raw: bytes) -> Root:
     try:
         metadata: Metadata[Root] = Metadata.from_bytes(raw)
         if not isinstance(metadata.signed, Root):
-            raise tuf.RepositoryError(f"it is metadata of type {metadata.signed.type!r}")
+            raise tuf.RepositoryError(f"metadata of type {metadata.signed.type!r}")
         metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
     except (tuf.RepositoryError, ValueError) as error:
         raise TrustError(
-            f"--root: expected the root.json that `fedcore release init` made, got something else "
-            f"({foreign(error, 300)}). {_AFTER}"
+            "--root: expected the root.json created by `fedcore release init`, got something "
+            f"else ({foreign(error, 300)}). {_AFTER}"
         ) from error
     return metadata.signed
 
@@ -131,9 +131,9 @@ def rotated(before: Root, after: Root, roles: Iterable[str]) -> bool:
 
 def _foreign(trust: Path) -> TrustError:
     return TrustError(
-        f"{_pin(trust)}: the root given is not the one that this device has trusted since its "
-        f"first update, nor one that its signers put in its place. {_AFTER} Leave --root out to go "
-        "on trusting that one; to trust another, choose another store."
+        f"{_pin(trust)}: the given root is neither the one that this device has trusted since "
+        f"its first update, nor a successor signed by it. {_AFTER} Leave --root out to keep "
+        "trusting that root; to trust another, choose another store."
     )
 
 
@@ -146,11 +146,11 @@ def _known(trust: Path) -> list[str]:
     try:
         known = json.loads(raw)["sha256"]
         if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):
-            raise TypeError("no list of digests")
+            raise TypeError("expected a list of digests")
     except (ValueError, TypeError, LookupError, RecursionError):
         raise DataError(
-            f"{path}: it does not hold the digests that were written; the disk may be failing. "
-            f"{_AFTER} Remove it, leave --root out, and run again."
+            f"{path}: its contents are not the digests that were written; the disk may be "
+            f"failing. {_AFTER} Remove it, leave --root out, and run again."
         ) from None
     return known
 

@@ -103,13 +103,18 @@ class DeviceLedger:
         named = self.owner.data_set(self.data)
         name = named.name if named else ""
         if named is not None and not note_contents(self.folder.path, name, named.folder):
-            log.warning("%s holds no files: data set %r counts against all", named.path, name)
+            log.warning(
+                "%s contains no files: data set %r counts against the budgets of all data sets",
+                named.path,
+                name,
+            )
         with self._alone():
             book = self._mend(state)
         if self.run.name not in book and len(book) >= MAX_RUNS:
             raise LedgerFull(
-                f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, and this device's "
-                f"ledger holds {counted(len(book), 'run')}, where {MAX_RUNS} may be. {FULL}"
+                f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, but this device's "
+                f"ledger already contains {counted(len(book), 'run')}, the limit is {MAX_RUNS}. "
+                f"{FULL}"
             )
         contents = read_contents(self.folder.path)
         labels = {one.data for spent in book.values() for one in spent}
@@ -192,8 +197,8 @@ class DeviceLedger:
         own = book.get(name, ())
         if missing := len(own) - len(ledger_in(state).charges):
             log.warning(
-                "%s: the state of run %r lacks %s that %s has: it was removed, or put back as it "
-                "was before. They count; what it had answered is done again, and charged again.",
+                "%s: the state of run %r lacks %s that %s has: it was removed, or replaced by an "
+                "earlier copy. The charges count; lost replies are computed and charged again.",
                 self.folder.path,
                 name,
                 counted(missing, "charge"),
@@ -219,9 +224,9 @@ class DeviceLedger:
             if path != self.counted or not new:
                 raise
             log.warning(
-                "%s cannot be written (%s): should this device's kit and its folder be put back "
-                "as they were before, both at once, nobody will notice. XDG_STATE_HOME names "
-                "another place for it.",
+                "%s cannot be written (%s): if this device's kit and its folder are both "
+                "replaced by earlier copies at once, that will go undetected. Set XDG_STATE_HOME "
+                "to another place for it.",
                 path,
                 error,
             )
@@ -255,7 +260,7 @@ class DeviceLedger:
             yield
             return
         busy = PrivacyError(
-            f"{self.counted.parent}: another process with this device's key is at its ledger. "
+            f"{self.counted.parent}: another process with this device's key is using its ledger. "
             "Nothing was sent; stop one of the two."
         )
         with lock_folder(self.counted.parent, busy):

@@ -31,7 +31,7 @@ def check_plot(path: Path) -> None:
     except ModuleNotFoundError:
         raise ResourceError(
             f"{path}: a plot needs matplotlib, which is not installed here. Nothing was drawn; "
-            "`pip install matplotlib`, or draw it elsewhere from `fedcore privacy show --json`."
+            "`pip install matplotlib`, or plot it elsewhere from `fedcore privacy show --json`."
         ) from None
 
 
@@ -84,7 +84,7 @@ def plot_ledger(view: View, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     title = f"Privacy spent, by {view.accountant.upper()} accounting"
     if view.problems:
-        title += "; the ledger is damaged: at least so much"
+        title += "; the ledger is damaged: lower bounds"
     axes.set_title(title, loc="left")
     if len(view.runs) <= _MOST_NAMED:
         axes.legend(frameon=False, fontsize="small")

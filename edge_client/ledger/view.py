@@ -170,7 +170,7 @@ def read_ledger_files(folder: Path, kit: Path | None, environ: Mapping[str, str]
     problems, notes, behind = list[str](), list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[StoredCharge, ...]]()
     if kit is not None:
-        device.belongs_to(public_of(kit), so="Nothing was looked at")
+        device.belongs_to(public_of(kit), so="Nothing was read")
     try:
         copied = read_book(folder)
         runs = dict(copied.runs) if copied else {}
@@ -187,7 +187,7 @@ def read_ledger_files(folder: Path, kit: Path | None, environ: Mapping[str, str]
         runs = whole
     marks = dict[Path, LedgerMark | None]()
     if kit is None:
-        notes.append(f"{MARK} and {COUNT} were not compared: --kit names the device's kit.")
+        notes.append(f"{MARK} and {COUNT} were not compared: pass the device's kit with --kit.")
     for path in mark_paths(kit, environ, notes) if kit else ():
         try:
             marks[path] = read_mark(path)
@@ -213,8 +213,8 @@ def public_of(kit: Path) -> bytes:
     """
     if not (kit / KEY).is_file():
         raise DataError(
-            f"{kit / KEY}: there is no such file, so {kit} is no folder of a device's kit. Nothing "
-            "was looked at; name with --kit the folder that `fedcore client enrol` made."
+            f"{kit / KEY}: there is no such file, so {kit} is not the folder of a device's kit. "
+            "Nothing was read; pass the folder created by `fedcore client enrol` with --kit."
         )
     return public_bytes(load_key(kit / KEY))
 
@@ -231,8 +231,8 @@ def mark_paths(kit: Path, environ: Mapping[str, str], notes: list[str]) -> list[
     counted = count_path(public_of(kit), environ)
     if counted is None:
         notes.append(
-            f"This machine has no place for {COUNT}: neither XDG_STATE_HOME nor HOME names one. "
-            "Should kit and state be put back together, nobody will notice."
+            f"This machine has no place for {COUNT}: neither XDG_STATE_HOME nor HOME is set. If "
+            "kit and state are replaced by earlier copies together, that will go undetected."
         )
     return [kit / MARK, *([counted] if counted else [])]
 

@@ -112,8 +112,8 @@ def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) ->
         if name in changes and changes[name] != getattr(run, name):
             raise ValueError(
                 f"{name} = {_shown(changes[name])}, expected client.{name} = "
-                f"{getattr(run, name)!r}: under example-level privacy the noise and the charge of "
-                "every round follow from it, and were planned for the run's own"
+                f"{getattr(run, name)!r}: under example-level privacy the noise and the privacy "
+                "spent in every round depend on it and were planned for the run's own value"
             )
     try:
         return ClientConfig.model_validate({**run.model_dump(), **changes})
@@ -129,4 +129,4 @@ def _shown(value: object) -> str:
     try:
         return foreign(repr(value), 60)
     except ValueError:  # Python refuses to print an integer of too many digits
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"

@@ -93,7 +93,8 @@ class OwnerPolicy(Section):
     def _names_a_folder(cls, data: str | None) -> str | None:
         if data is not None and (not data or "\0" in data):
             raise ValueError(
-                f"data = {data!r} names no folder. Leave it out for the task's own place."
+                f"data = {data!r} is not a folder name. Leave it out to use the task's own "
+                "data folder."
             )
         return data
 
@@ -102,8 +103,8 @@ class OwnerPolicy(Section):
     def _names_hours(cls, hours: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if hours == ():
             raise ValueError(
-                "hours = [] names none, so this device would never take part. Leave it out to take "
-                'part always, or name some, as ["22:00-06:00"].'
+                "hours = [] is empty, so this device would never take part. Leave it out to take "
+                'part at any time, or list some hours, e.g. ["22:00-06:00"].'
             )
         return hours
 
@@ -149,9 +150,9 @@ def load_owner(path: Path) -> OwnerPolicy:
     folder = owner.data_folder
     if folder is not None and not _is_folder(folder):
         raise ConfigError(
-            f"{path}: data = {owner.data!r}: there is no folder {folder.absolute()}, or this user "
-            "may not look for it. Nothing was run; make it, mount it, or name the one that holds "
-            "the data."
+            f"{path}: data = {owner.data!r}: there is no accessible folder {folder.absolute()}. "
+            "Nothing was run; create it, mount it, give this user access to it, or set `data` to "
+            "the folder that holds the data."
         )
     return owner
 
@@ -161,13 +162,13 @@ def _check_apart(path: Path, datasets: Sequence[DataSet]) -> None:
     for one, other in combinations(datasets, 2):
         if one.name == other.name:
             raise ConfigError(
-                f"{path}: datasets names {one.name!r} twice. Nothing was run; give each data set a "
-                "name of its own."
+                f"{path}: datasets lists {one.name!r} twice. Nothing was run; give each data set "
+                "its own name."
             )
         if one.folder.is_relative_to(other.folder) or other.folder.is_relative_to(one.folder):
             raise ConfigError(
                 f"{path}: datasets: {one.name!r} and {other.name!r} overlap ({one.path!r} and "
-                f"{other.path!r}). Nothing was run; name the data in one place alone."
+                f"{other.path!r}). Nothing was run; list each folder under one data set only."
             )
 
 
@@ -190,9 +191,9 @@ def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
     if owner.max_epsilon is not None and not run.private:
         raise PrivacyError(
             f"{owner.file}: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
-            f"{run.privacy.unit!r}: what this device sends the server would have no bound. It "
-            "takes no part and nothing was trained; the server must set privacy.unit to 'example' "
-            "or 'both', or the owner drop the budget."
+            f"{run.privacy.unit!r}, which puts no bound on what this device reveals to the "
+            "server. The device does not take part and nothing was trained; the server must set "
+            "privacy.unit to 'example' or 'both', or the owner must remove the budget."
         )
     privacy = run.privacy.model_copy(
         update={

@@ -75,9 +75,10 @@ def check_signed(
     """
     if signature is None:
         raise SignatureInvalid(
-            f"{where}: this roster is not signed, so who was revoked and what updates weigh may be "
-            "anybody's word. It was not used; `fedcore provision sign` signs one of a project that "
-            "was begun before rosters were signed, once you have seen that nobody changed it."
+            f"{where}: this roster is not signed, so its revocations and update weights cannot "
+            "be trusted. It was not used; if the project was created before rosters were signed, "
+            "check that nobody has changed the roster, then sign it with `fedcore provision "
+            "sign`."
         )
     public = authority.public_key()
     assert isinstance(public, EllipticCurvePublicKey)  # parsing rejects other certificates
@@ -89,9 +90,10 @@ def check_signed(
         public.verify(bytes.fromhex(signature), _ROSTER + content, ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise SignatureInvalid(
-            f"{where}: the roster's signature does not hold: it was changed by hand, or signed by "
-            "a key that the authority does not vouch for. It was not used; copy it again from the "
-            "authority's folder, or bring that back by `fedcore provision restore`."
+            f"{where}: the roster's signature is invalid: the roster was changed by hand, or "
+            "signed by a key that the authority has not certified. It was not used; copy it "
+            "again from the authority's folder, or restore that folder with `fedcore provision "
+            "restore`."
         ) from None
 
 

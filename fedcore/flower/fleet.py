@@ -103,8 +103,8 @@ class Fleet:
         """
         if self.run_id:
             raise TrainingError(
-                "start: a run is going on here. Nothing was begun; wait for its end, or start a "
-                "second server in a folder of its own."
+                "start: a run is already in progress. Nothing was started; wait until it ends, "
+                "or start a second server in its own folder."
             )
         state = self.state
         self.run_id = state.create_run(
@@ -193,8 +193,8 @@ class Fleet:
                     )
                     if not stored:
                         raise TrainingError(
-                            f"send: Flower refused a message to node "
-                            f"{message.metadata.dst_node_id}. The round was not begun; restart "
+                            "send: Flower refused a message to node "
+                            f"{message.metadata.dst_node_id}. The round was not started; restart "
                             "the server."
                         )
                     for object_id in missing:
@@ -261,7 +261,7 @@ class Fleet:
         except Exception as failure:  # malicious bytes fail in many ways
             said = foreign(failure, _SHOWN)
             reason = (
-                f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
+                f"update from node {asked.node_id}: cannot read it ({type(failure).__name__}: "
                 f"{said}). It was not used."
             )
             content, error = None, Error(REFUSED, reason)

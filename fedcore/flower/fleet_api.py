@@ -86,8 +86,8 @@ def _parse(kind: type[_Request], body: Body) -> _Request:
         request: _Request = kind.FromString(raw)
     except DecodeError:
         raise DataError(
-            f"{kind.__name__}: the request's {len(raw)} bytes are no such message. It was "
-            "refused; client and server must run the same version."
+            f"{kind.__name__}: the request's {len(raw)} bytes are not a valid message of this "
+            "type. It was refused; client and server must run the same version."
         ) from None
     return request
 
@@ -95,8 +95,8 @@ def _parse(kind: type[_Request], body: Body) -> _Request:
 def _is_caller(node_id: int, caller: Caller) -> None:
     if node_id != caller.node_id:
         raise TrustError(
-            f"client {caller.name!r}: it is node {caller.node_id} and spoke for node {node_id}. "
-            "The call was refused."
+            f"client {caller.name!r}: it is node {caller.node_id} but sent a request as node "
+            f"{node_id}. The request was refused."
         )
 
 
@@ -104,7 +104,7 @@ def _activate(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(ActivateNodeRequest, body)
     if request.public_key != caller.public_key:
         raise TrustError(
-            f"client {caller.name!r}: it spoke for another key than its certificate's. The call "
+            f"client {caller.name!r}: it sent a key other than its certificate's. The request "
             "was refused."
         )
     fleet.enlist(caller.public_key)
@@ -148,8 +148,8 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | FileResp
         its = any(request.object_id in asked.objects for _, asked in fleet.asked.of(caller.node_id))
     if not its:
         raise InvalidUpdate(
-            f"client {caller.name!r}: asked for an object that was not sent to it, or no longer "
-            "is. Nothing was sent; it may pull its messages again."
+            f"client {caller.name!r}: it requested an object that is not, or no longer, "
+            "addressed to it. Nothing was sent; it may pull its messages again."
         )
     file = fleet.store.open(request.object_id)
     if file is None:
@@ -187,11 +187,13 @@ def objects_of(tree: ObjectTree) -> set[str]:
         count += 1
         own = tuple(child.object_id for child in node.children)
         if depth > _MOST_DEPTH or count > _MOST_NODES or len(below) > MAX_OBJECTS:
-            raise ValueError(f"it has more than {MAX_OBJECTS} objects, or they lie too deep")
+            raise ValueError(
+                f"it has more than {MAX_OBJECTS} objects, or they are nested too deeply"
+            )
         if not _DIGEST.fullmatch(node.object_id):
-            raise ValueError("its objects go by names that are no digests")
+            raise ValueError("the identifiers of its objects are not digests")
         if below.setdefault(node.object_id, own) != own:
-            raise ValueError("an object stands in it twice, with others below it")
+            raise ValueError("it contains an object twice with different children")
         left.extend((child, depth + 1) for child in node.children)
     return set(below)
 
@@ -214,18 +216,18 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
         asked = fleet.asked.get(metadata.reply_to_message_id)
         if asked is None or asked.node_id != caller.node_id:
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it answers nothing that this client was "
-                "asked for and has not answered: it is late, or a duplicate. It was not used."
+                f"update from client {caller.name!r}: no open request matches it: it is late, or "
+                "a duplicate. It was not used."
             )
         if asked.reply is not None and asked.reply.object_id != tree.object_id:
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it has begun to send another reply to the "
-                "same message. The second one was not used."
+                f"update from client {caller.name!r}: another reply to the same message is "
+                "already being received. This one was not used."
             )
         if asked.reply is None and tree.object_id in fleet.state.message_res_store:
-            raise _malformed(caller, "it goes by the name of another reply")
+            raise _malformed(caller, "its identifier is that of another reply")
         if fleet.asked.sends(tree.object_id):
-            raise _malformed(caller, "it goes by the name of what the server sent")
+            raise _malformed(caller, "its identifier is that of the server's message")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
         except ValueError as error:  # invalid digests
@@ -255,16 +257,16 @@ def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
         ]
         if not owned or request.object_id not in owned[0][1].missing:
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: an object that no reply of it lacks. It was "
-                "not used."
+                f"update from client {caller.name!r}: it pushed an object that no reply of its "
+                "own is missing. It was not used."
             )
         message_id, asked = owned[0]
         came_bytes = asked.came_bytes + len(request.object_content)
         if came_bytes > asked.reply_limit_bytes:
             fleet.abandon(message_id)
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it holds more than {came_bytes} bytes, and "
-                f"at most {asked.reply_limit_bytes} are expected. It was not used."
+                f"update from client {caller.name!r}: it has more than {came_bytes} bytes, "
+                f"expected at most {asked.reply_limit_bytes}. It was not used."
             )
         asked.came_bytes = came_bytes
     answer = fleet_handlers.push_object(request, fleet.state)
@@ -281,8 +283,8 @@ def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
 def _is_current(fleet: Fleet, run_id: int, caller: Caller) -> None:
     if not run_id or run_id != fleet.run_id:
         raise InvalidUpdate(
-            f"client {caller.name!r}: spoke of a run that is not going on here. The call was "
-            "refused; it may pull its messages again."
+            f"client {caller.name!r}: it referred to a run that is not in progress. The request "
+            "was refused; it may pull its messages again."
         )
 
 

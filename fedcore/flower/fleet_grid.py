@@ -184,7 +184,7 @@ class FleetGrid(OwnGrid):
         except Exception as error:  # malicious content may fail in ways that no check foresees
             code = REFUSED + InvalidUpdate.exit_code
             said = (
-                f"update from node {reply.metadata.src_node_id}: it cannot be checked "
+                f"update from node {reply.metadata.src_node_id}: verification failed "
                 f"({type(error).__name__}). It was not used."
             )
         else:
@@ -193,4 +193,4 @@ class FleetGrid(OwnGrid):
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
-            raise ServerStopped("the server stops")
+            raise ServerStopped("the server is stopping")

@@ -65,7 +65,7 @@ class OneLine(logging.Formatter):
             message = record.getMessage()
         except Exception as error:  # arguments that do not match, or cannot be converted
             message = (
-                f"{record.msg!s:.200} (its arguments cannot be written: {type(error).__name__})"
+                f"{record.msg!s:.200} (its arguments cannot be formatted: {type(error).__name__})"
             )
         if record.exc_info and record.exc_info[1] is not None:
             message = f"{foreign(message, _MESSAGE)} [{_named(record.exc_info[1])}]"

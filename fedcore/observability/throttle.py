@@ -64,4 +64,4 @@ class Throttle(Generic[_Key]):
 
 def left_out(count: int) -> str:
     """Returns the end of a line that stands for omitted ones; empty if there are none."""
-    return f" ({count} more since the last such line)" if count else ""
+    return f" ({count} more of these since the last one was logged)" if count else ""

@@ -133,7 +133,7 @@ class SystemDraws:
                 grid.
         """
         if not _LEAST_DEVIATION <= deviation <= 1 / _LEAST_DEVIATION:
-            raise ValueError(f"a deviation of {deviation:g}: float64 has no room for its grid")
+            raise ValueError(f"a deviation of {deviation:g}: too large for a float64 grid")
         step = grid_step(deviation, bound)
         shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64's spacing is one step
         exact = [one if _is_plain(one) else one.to("cpu", torch.float64) for one in sums]

@@ -59,10 +59,10 @@ class OtherRuns:
 
 NO_OTHER_RUNS = OtherRuns()
 FULL = (
-    "A ledger forgets nothing, so nothing was charged or trained; a server that asked for so much "
-    "may be hostile. Should this device go on, lower each max_epsilon in the owner's file by what "
-    "`fedcore privacy show` says was spent, keep the folder, name an empty one with --state, and "
-    "remove ledger.mark and ledger.count."
+    "A ledger never drops charges, so nothing was charged or trained; a server that caused so "
+    "many may be hostile. To let this device continue, lower each max_epsilon in the owner's "
+    "file by what `fedcore privacy show` reports as spent, keep this folder, pass an empty one "
+    "with --state, and remove ledger.mark and ledger.count."
 )
 """An owner's options when a ledger is full, for error messages."""
 
@@ -112,9 +112,9 @@ def charge(
     """
     if others.most_charges is not None and len(ledger.charges) >= others.most_charges:
         raise LedgerFull(
-            f"round {new.round}: client {client!r} has {counted(len(ledger.charges), 'charge')} of "
-            f"this run in its ledger, where {others.most_charges} may be beside those of all other "
-            f"runs. {FULL}"
+            f"round {new.round}: client {client!r} has {counted(len(ledger.charges), 'charge')} "
+            f"of this run in its ledger, the limit is {others.most_charges} beside those of all "
+            f"other runs. {FULL}"
         )
     after = Ledger((*ledger.charges, new))
     whole = owners_budget(privacy, owner, others)
@@ -123,7 +123,7 @@ def charge(
             Ledger((*others.charges, *ledger.charges)),
             Ledger((*others.charges, *after.charges)),
             whole,
-            f"round {new.round}: over all runs client {client!r} has spent",
+            f"round {new.round}: over all runs, client {client!r} has spent",
             kind=OwnersBudgetExhausted,
         )
     # The run's budget comes second: if both are exceeded, raising it would not help.
@@ -213,8 +213,9 @@ def _check(
         whose = " that its owner allows" if kind is OwnersBudgetExhausted else ""
         raise kind(
             f"{who} epsilon {epsilon_text(spent)} of {privacy.max_epsilon:g}{whose} at delta "
-            f"{privacy.target_delta:g}, and this round would take it to {epsilon_text(needed)}. It "
-            "declined, and takes no further part unless its budget is raised."
+            f"{privacy.target_delta:g}, and this round would raise that to "
+            f"{epsilon_text(needed)}. It declined, and will not take part again unless its "
+            "budget is raised."
         )
 
 
@@ -241,8 +242,8 @@ def ledger_in(state: RecordDict) -> Ledger:
         return Ledger(tuple(Charge(**entry) for entry in json.loads(str(record[_KEY]))))
     except (KeyError, TypeError, ValueError) as error:
         raise PrivacyError(
-            f"ledger: the recorded charges cannot be read ({error}). What was spent is unknown, so "
-            "nothing was trained; restore the ledger from a backup."
+            f"ledger: the recorded charges cannot be read ({error}). The epsilon spent is "
+            "unknown, so nothing was trained; restore the ledger from a backup."
         ) from None
 
 

@@ -52,8 +52,8 @@ def log_skipped(name: str, count: int) -> None:
 def skipped_text(name: str, count: int) -> str:
     """Returns the log message for examples in a client's batches that counted as zero."""
     return (
-        f"client {name!r}: {counted(count, 'example')} of its batches had no finite "
-        "gradient at the server's weights or could not be read, and counted as zero"
+        f"client {name!r}: {counted(count, 'example')} in its batches had no finite gradient at "
+        "the server's weights or could not be read, and counted as zero"
     )
 
 
@@ -132,7 +132,7 @@ def learn(
             raise
         # Which clients reply, and whether a round reaches its quorum, must not depend on the data.
         log.error(
-            "client %r answers that nothing changed, as client-level privacy asks: %s: %s",
+            "client %r replies with an unchanged model, as client-level privacy requires: %s: %s",
             name,
             type(error).__name__,
             error,
@@ -303,8 +303,8 @@ def settings_of(client: Client, instruction: Instruction) -> Settings:
         return settings_with(client.run.client, asked, private=client.run.private)
     except ValueError as error:
         raise InvalidUpdate(
-            f"round {instruction.round}: the server asks for {error}. Nothing was trained or "
-            "charged; mend what federation.strategy on the server sends to clients."
+            f"round {instruction.round}: invalid settings from the server: {error}. Nothing was "
+            "trained or charged; correct what federation.strategy on the server sends to clients."
         ) from None
 
 

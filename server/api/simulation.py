@@ -137,8 +137,8 @@ def simulated(
     started = time.monotonic()
     if resume and (fresh or runs is None):
         raise ConfigError(
-            f"resume=True{' with fresh=True' if fresh else ''}: it goes on with what a run left in "
-            "a folder. Nothing was run; name that folder by runs=..., and leave fresh out."
+            f"resume=True{' with fresh=True' if fresh else ''}: resuming needs the folder of the "
+            "interrupted run. Nothing was run; pass that folder as runs=..., and leave fresh out."
         )
     kept = tempfile.TemporaryDirectory(prefix="fedcore-run-") if runs is None else None
     try:

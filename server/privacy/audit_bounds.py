@@ -41,7 +41,7 @@ def one_run_p_value(
     if not (0 <= right <= guesses <= canaries and epsilon >= 0 and 0 <= delta <= 1):
         raise ValueError(
             f"{right} right of {guesses} guesses about {canaries} canaries, at epsilon {epsilon} "
-            f"and delta {delta}: these are no counts of an audit"
+            f"and delta {delta}: these are not valid counts of an audit"
         )
     mass = _binomial(guesses, 1 / (1 + math.exp(-epsilon)))
     at_least = float(mass[right:].sum())

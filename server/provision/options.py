@@ -31,10 +31,10 @@ def place(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("authority"),
         metavar="DIR",
-        help="folder of the project's authority, as --authority /srv/authority (default: "
+        help="folder of the project's authority, e.g. --authority /srv/authority (default: "
         "%(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def signing(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,9 @@ def signing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passphrase-file",
         metavar="FILE",
-        help="a file whose first line is the passphrase, or - to be asked for it (default: the "
-        f"environment variable {passphrase.VARIABLE}; then the terminal, when one is needed)",
+        help="a file whose first line is the passphrase, or - to be prompted for it (default: "
+        f"the environment variable {passphrase.VARIABLE}; then the terminal, when one is "
+        "needed)",
     )
 
 
@@ -54,7 +55,7 @@ def days(default: timedelta) -> dict[str, Any]:
         "type": validity,
         "default": default,
         "metavar": "DAYS",
-        "help": f"how long the certificate is valid, as --days 30 (default: {default.days})",
+        "help": f"validity of the certificate in days, e.g. --days 30 (default: {default.days})",
     }
 
 
@@ -82,7 +83,7 @@ def sealing(options: argparse.Namespace, *, twice: bool) -> Act:
 def out(parser: argparse.ArgumentParser) -> None:
     """Adds the ``--out`` option, the path of the new kit."""
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where the kit goes (default: NAME.kit)"
+        "--out", type=Path, metavar="FILE", help="file for the kit (default: NAME.kit)"
     )
 
 
@@ -109,8 +110,8 @@ def free(path: Path) -> Path:
     """
     if path.exists():
         raise ConfigError(
-            f"{path}: this file exists. No certificate was issued; remove it, or name another with "
-            "--out."
+            f"{path}: this file exists. No certificate was issued; remove it, or choose another "
+            "with --out."
         )
     check_place(path)
     return path

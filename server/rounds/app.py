@@ -166,21 +166,20 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
             told = True
             listener.on_note(
                 f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
-                "project, and "
-                f"for no longer than federation.deadline_s = {deadline_s:g}."
+                f"project, for at most federation.deadline_s = {deadline_s:g}."
             )
         _tell_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
     if not found:
         raise RoundFailed(
             f"start: no client connected within federation.deadline_s = {deadline_s:g}. Nothing "
-            "was trained; start the clients, and then the run again."
+            "was trained; start the clients, then start the run again."
         )
     if found < needed:
         listener.on_note(
-            f"{found} of {counted(needed, 'device')} came within federation.deadline_s = "
-            f"{deadline_s:g}: each "
-            f"round asks {found}. To ask more, begin again and set federation.cohort."
+            f"{found} of {counted(needed, 'device')} connected within federation.deadline_s = "
+            f"{deadline_s:g}: each round selects {found}. To select more, start over and set "
+            "federation.cohort."
         )
     return found
 

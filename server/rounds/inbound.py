@@ -226,7 +226,9 @@ def accepted(
 
 def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
     if intake.checkpointer.discard(reply):
-        intake.on_note(f"Dropped from the journal, which an earlier process had kept: {reason}")
+        intake.on_note(
+            f"Dropped from the journal, where an earlier process had stored it: {reason}"
+        )
     intake.peers.refused(reply.metadata.src_node_id, reason)
     tally.refuse(reason)
 

@@ -138,7 +138,7 @@ class SimulatedGrid(OwnGrid):
         if not answer.skipped or name in self._told:
             return
         self._told.add(name)
-        log.warning("%s; this is said once a client", skipped_text(name, answer.skipped))
+        log.warning("%s; logged once per client", skipped_text(name, answer.skipped))
 
     def _asked(self, node: int) -> ClientRef:
         name = self._clients[node - FIRST_NODE_ID]

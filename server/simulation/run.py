@@ -38,7 +38,7 @@ from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import Choice, SimulationState
 
-_WAYS = {"loop": "one after the other", "vectorised": "side by side"}
+_WAYS = {"loop": "one at a time", "vectorised": "in vectorised batches"}
 
 
 def run_pipeline(
@@ -223,8 +223,8 @@ def choice_text(choice: Choice, workers: int) -> str:
 def _say_stopping() -> None:
     with suppress(RuntimeError):  # the signal interrupted another write
         say(
-            "Interrupted: the round is finished first, and a checkpoint written. Again to stop at "
-            "once.",
+            "Interrupted: finishing the round and writing a checkpoint first. Press Ctrl-C again "
+            "to stop at once.",
             to=sys.stderr,
             flush=True,
         )

@@ -393,4 +393,4 @@ def test_a_data_set_that_is_too_large_to_look_at_is_refused(
     named(lab, "2026")
     monkeypatch.setattr("edge_client.ledger.contents.MAX_BYTES", 3)
     assert on(lab, "2026") == 0
-    assert "too many to tell whether they are another's" in lab.refusals[0]
+    assert "too many to compare with other data sets" in lab.refusals[0]

@@ -223,7 +223,7 @@ def test_the_run_goes_on_without_heartbeats(fleet: Fleet, monkeypatch: pytest.Mo
 
 
 def test_one_run_at_a_time(fleet: Fleet) -> None:
-    with pytest.raises(TrainingError, match="a run is going on"):
+    with pytest.raises(TrainingError, match="a run is already in progress"):
         fleet.open_run({})
     fleet.end_run()
     assert fleet.open_run({}) != 0
@@ -334,7 +334,7 @@ def test_objects_that_a_node_was_sent_are_counted(fleet: Fleet) -> None:
 
 def test_garbage_is_an_error_of_data(fleet: Fleet) -> None:
     for path, route in ROUTES.items():
-        with pytest.raises(DataError, match="no such message"):
+        with pytest.raises(DataError, match="not a valid message"):
             call(fleet, CALLER, route, b"\xff\xff\xff")
         assert route.max_bytes <= CHUNK_BYTES, path
 
@@ -350,7 +350,7 @@ def test_a_refusal_of_flowers_is_an_error_of_ours(fleet: Fleet) -> None:
 def test_records_come_back_as_they_were() -> None:
     record = ask().content
     assert read_record(record_bytes(record), where="here") == record
-    with pytest.raises(DataError, match="here: this file holds no record"):
+    with pytest.raises(DataError, match="here: this file does not contain a record"):
         read_record(b"\xff\xff", where="here")
 
 

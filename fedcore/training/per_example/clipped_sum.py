@@ -245,7 +245,7 @@ def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
 def _plain(part: object) -> Tensor:
     """Returns the example in a batch of one as a dense tensor that can be stacked with others."""
     if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_quantized:
-        raise TypeError("no plain tensor")
+        raise TypeError("not a plain tensor")
     if part.is_nested or part.is_meta:
         raise TypeError("a tensor without numbers")
     return part[0].detach().as_subclass(Tensor)

@@ -70,7 +70,7 @@ def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
         layer.window.check(*x.shape[2:4])
         if x.shape[4] != layer.channels:  # before a loop reads or writes out of bounds
             raise ValueError(
-                f"images of {x.shape[4]} channels, and the layer takes {layer.channels}"
+                f"images of {x.shape[4]} channels, but the layer takes {layer.channels}"
             )
         if loops is not None:
             return _directly(loops, layer.window, weight, bias, x, relu=relu, apart=apart)

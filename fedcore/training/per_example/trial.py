@@ -111,14 +111,14 @@ def _quickest(
     parameters = trained(model.model)
     alone = one_by_one(loss, why="")
     if tried.targets is None:
-        return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
+        return one_by_one(loss, why="the loss accepts none of the targets that were tried")
     if not mapped:
         return one_by_one(loss, why="torch cannot map the preprocessing over examples")
     drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
     if drawn:  # the count may depend on one example and shift the next one's numbers, and draws
         # outside torch are shared by all examples of a vectorised pass
-        return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
-    why = "the model is no chain of dense layers and convolutions"
+        return one_by_one(loss, why=f"it draws random numbers with {', '.join(drawn)}")
+    why = "the model is not a chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
     elif not _has_hooks(model.model):
@@ -179,10 +179,10 @@ def _agree(
             right.add(share, sums[1])
     except Exception as error:  # the task's code, run in an unusual way
         said = str(error).partition("\n")[0][:120]
-        return f"torch cannot take all gradients at once ({type(error).__name__}: {said})"
+        return f"torch cannot compute all gradients at once ({type(error).__name__}: {said})"
     if all(_close(one, other) for one, other in zip(*sums, strict=True)):
         return ""
-    return "gradients taken at once differ from those of batches of one"
+    return "gradients computed at once differ from those of batches of one"
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -255,10 +255,10 @@ def _copied(model: FullModel, loss: Loss) -> FullModel:
         copied, _ = copy.deepcopy((model, loss))
     except Exception as error:  # the task's objects may raise anything
         raise UnsupportedLayer(
-            "model: example-level privacy takes each example with a copy of preprocessing, model "
-            f"and loss, and copying fails: {type(error).__name__}: {str(error)[:200]}. Nothing was "
-            "trained or charged; keep out of them what copy.deepcopy refuses (open files, locks, "
-            "tensors that are part of a graph), or set privacy.unit to 'none'."
+            "model: example-level privacy runs each example on a copy of preprocessing, model "
+            f"and loss, and copying fails: {type(error).__name__}: {str(error)[:200]}. Nothing "
+            "was trained or charged; remove from them what copy.deepcopy refuses (open files, "
+            "locks, tensors that are part of a graph), or set privacy.unit to 'none'."
         ) from None
     return copied
 
@@ -271,7 +271,7 @@ def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
     if together.shape != alone.shape or not _close(together.float(), alone.float()):
         raise UnsupportedLayer(
             f"{what}: its output for an example depends on the other examples of the batch, so a "
-            "model that is trained on each example alone would not be the one that is served. "
+            "model trained on each example alone would differ from the one that is served. "
             "Nothing was trained or charged; use layers that treat each example alone (GroupNorm "
             "or LayerNorm in place of statistics over the batch, batch_first=True for attention "
             "and recurrent layers), or set privacy.unit to 'none'."
@@ -319,21 +319,21 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: SyntheticExamples)
                     gradient = own_gradient(before, network, judge, one, target)
             except Exception as error:
                 raise UnsupportedLayer(
-                    "model: example-level privacy takes the gradient of each example alone, and "
-                    f"that fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained "
-                    "or charged; make model and loss take batches of one in training, or set "
-                    "privacy.unit to 'none'."
+                    "model: example-level privacy computes the gradient of each example alone, "
+                    f"and that fails: {type(error).__name__}: {str(error)[:200]}. Nothing was "
+                    "trained or charged; make model and loss take batches of one in training, or "
+                    "set privacy.unit to 'none'."
                 ) from None
         found.append(gradient)
     scale = max((float(one.abs().max()) for one in found[0] if one.numel()), default=0.0)
     for first, again in zip(*found, strict=True):
         if not torch.allclose(first, again, rtol=0, atol=1e-6 * scale, equal_nan=True):
             raise UnsupportedLayer(
-                "model: its gradient for an example changes with the examples that were taken "
-                "before: model, preprocessing or loss keep something of them, or draw from a "
-                "random generator of their own. Nothing was trained or charged; keep no counters, "
-                "running means or lists from one example to the next, and draw from torch's "
-                "default generator, or set privacy.unit to 'none'."
+                "model: its gradient for an example depends on the examples processed before: "
+                "model, preprocessing or loss keep state from them, or draw from their own "
+                "random generator. Nothing was trained or charged; keep no counters, running "
+                "means or lists from one example to the next, and draw from torch's default "
+                "generator, or set privacy.unit to 'none'."
             )
 
 
@@ -346,9 +346,10 @@ def _check_moves_nothing(given: FullModel, copied: FullModel, tried: SyntheticEx
     moved = [name.partition(".")[2] for name, one in _state(given) if not _same(one, now[name])]
     if moved:
         raise UnsupportedLayer(
-            f"model: running it changes {', '.join(moved)}, with no training step. It may hold "
-            "statistics of the data, and would leave the device without noise. Nothing was trained "
-            "or charged; use layers that keep none, or set privacy.unit to 'none'."
+            f"model: running it changes {', '.join(moved)}, without a training step. These may "
+            "be statistics of the data, and they would leave the device without noise. Nothing "
+            "was trained or charged; use layers without such state, or set privacy.unit to "
+            "'none'."
         )
 
 
@@ -374,13 +375,13 @@ def _check_mean(loss: Loss, model: FullModel, tried: SyntheticExamples) -> None:
         mean = False
     if mean is False:
         raise PrivacyError(
-            "loss: over a batch it is not the mean of the losses of batches of one, and under "
-            "example-level privacy each example is taken alone: the model would be trained for "
-            "something else. Nothing was trained or charged; divide by the number of examples: in "
-            "place of CrossEntropyLoss(weight=w) use (w[target] * cross_entropy(output, target, "
-            "reduction='none')).mean(); for masked targets divide by a fixed length, or by each "
-            "example's own; in place of a root of the mean use the mean itself, and no terms "
-            "between examples; or set privacy.unit to 'none'."
+            "loss: over a batch it is not the mean of the losses of batches of one. "
+            "Example-level privacy computes each example alone, so the model would be trained "
+            "for another objective. Nothing was trained or charged; divide by the number of "
+            "examples: instead of CrossEntropyLoss(weight=w) use (w[target] * "
+            "cross_entropy(output, target, reduction='none')).mean(); for masked targets divide "
+            "by a fixed length, or by each example's own; instead of a root of the mean use the "
+            "mean itself; use no terms between examples; or set privacy.unit to 'none'."
         )
 
 

@@ -262,8 +262,9 @@ class Journal:
             return Start(progress, whole, cohort=self._cohort(entry.round, whole))
         if commits:
             raise DataError(
-                f"{self.mended} No round's weights are whole. Nothing was run; restore the folder "
-                "from a backup and go on with --resume, or begin the run again with --fresh."
+                f"{self.mended} No round's weights are intact. Nothing was run; restore the "
+                "folder from a backup and continue with --resume, or start the run over with "
+                "--fresh."
             )
         return None
 
@@ -293,7 +294,7 @@ class Journal:
     def _go_back(self, number: int) -> None:
         """Drops everything after a round. Devices send again the updates that they still have."""
         self._drop_after(number)
-        self.mended += f" The run goes on after round {number}, whose weights are whole."
+        self.mended += f" The run continues after round {number}, whose weights are intact."
 
     def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)
@@ -322,11 +323,12 @@ def _read_run(entries: Entries) -> dict[str, Any]:
         found = values["format"]
         if found != _FORMAT:
             raise DataError(
-                f"{entries.path}: format {foreign(found, 40)}, expected {_FORMAT}: another version "
-                "of fedcore wrote this journal. Nothing was run; go on with that version."
+                f"{entries.path}: format {foreign(found, 40)}, expected {_FORMAT}: another "
+                "version of fedcore wrote this journal. Nothing was run; continue with that "
+                "version."
             )
         if not isinstance(values["identity"], dict) or not isinstance(values["instance"], str):
-            raise TypeError("it does not tell which run it is of")
+            raise TypeError("it does not state to which run it belongs")
     return values
 
 
@@ -334,7 +336,7 @@ def _record_of(entry: JournalEntry) -> RoundRecord:
     with as_written(entry):
         record = RoundRecord(**entry.values)
         if type(record.round) is not int or record.round != entry.round:
-            raise ValueError(f"it is of round {record.round!r}")
+            raise ValueError(f"it belongs to round {record.round!r}")
         return record
 
 

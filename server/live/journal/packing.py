@@ -133,10 +133,10 @@ def _progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
     protection = values.get("protection")  # absent in journals of older versions
     noise = protection["noise"] if protection else 0
     if not all(_is_vector(one) for one in (weights, best)) or weights.shape != best.shape:
-        raise ValueError("its weights are no float32 vectors of one length")
+        raise ValueError("its weights are not float32 vectors of one length")
     numbers = (values["round"], values["best_round"], values["most_failed"])
     if {*map(type, numbers)} != {int} or values["round"] != entry.round:
-        raise ValueError("its numbers of rounds are none")
+        raise ValueError("its round numbers are invalid")
     return Progress(
         round=values["round"],
         over=bool(values["over"]),

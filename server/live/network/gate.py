@@ -120,7 +120,7 @@ class Gate:
         except Exception as error:  # an unforeseen input must not break the connection
             self.refusals.note(peer, 500, f"{scope['path']}: {_place(error)}")
             if not begun:
-                text = f"the call could not be answered ({type(error).__name__})"
+                text = f"the request failed ({type(error).__name__})"
                 await _respond(
                     send, 500, b"application/json", json.dumps({"detail": text}).encode()
                 )
@@ -137,15 +137,15 @@ class Gate:
         public = key_of(scope["state"])
         member = self.roster.member(public) if public is not None else None
         if member is None:
-            raise _Refusal(403, "this certificate is not, or no longer, a member's")
+            raise _Refusal(403, "this certificate does not, or no longer, belong to a member")
         if member.role != "device" and self.operate is None:
-            raise _Refusal(403, f"{member.name!r} is no device but {member.role!r}")
+            raise _Refusal(403, f"{member.name!r} is not a device but {member.role!r}")
         return member
 
     def _keep_to_rate(self, node_id: int, calls: int = 1) -> None:
         wait_s = self.rates.wait_s(node_id, calls)
         if wait_s > 0:
-            raise _Refusal(429, "too many calls", retry_after_s=wait_s)
+            raise _Refusal(429, "too many requests", retry_after_s=wait_s)
 
     async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | FileResponse:
         path, route = scope["path"], ROUTES.get(scope["path"])
@@ -153,7 +153,7 @@ class Gate:
             self._keep_to_rate(node_id_of(member.public))
             return b""
         if route is None or scope["method"] != "POST":
-            raise _Refusal(404, "no such call")
+            raise _Refusal(404, "no such endpoint")
         caller = Caller(node_id_of(member.public), member.public, member.name)
         self._keep_to_rate(caller.node_id)
         headers = {
@@ -162,7 +162,7 @@ class Gate:
         instance = instance_of(headers)
         if path == ACTIVATE:
             if not instance:
-                raise _Refusal(400, "it names no process of a device")
+                raise _Refusal(400, "it does not identify a device process")
             check_hello(headers, self.hello)
         elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
             raise _Refusal(401, "this process was not activated")
@@ -224,7 +224,7 @@ class Gate:
         if upload is None:
             return
         if not await self.uploads.enter(caller.node_id, upload):
-            raise _Refusal(503, "the server is taking in other updates", retry_after_s=1.0)
+            raise _Refusal(503, "the server is busy receiving other updates", retry_after_s=1.0)
         if upload.message_id not in self.fleet.asked:  # its round ended while it waited
             self.uploads.leave(upload.message_id)
 
@@ -247,7 +247,7 @@ class Gate:
         """
         announced = _length(headers)
         if announced is not None and announced > route.max_bytes:
-            raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
+            raise _Refusal(413, f"{announced} bytes, expected at most {route.max_bytes}")
         try:
             async with asyncio.timeout(self.limits.body_s):
                 read = await _read(receive, route.max_bytes, self.spool, begin)
@@ -271,7 +271,7 @@ class Gate:
             while True:
                 event = await receive()
                 if event["type"] == "http.disconnect":
-                    raise ConnectionResetError("the peer went away while it sent")
+                    raise ConnectionResetError("the peer disconnected while sending")
                 arrival.write(event.get("body", b""))
                 if not event.get("more_body"):
                     return
@@ -314,11 +314,11 @@ async def _read(
         while True:
             event = await receive()
             if event["type"] == "http.disconnect":
-                raise _Refusal(400, "the peer went away while it sent")
+                raise _Refusal(400, "the peer disconnected while sending")
             pieces.append(event.get("body", b""))
             size += len(pieces[-1])
             if size > max_bytes:
-                raise _Refusal(413, f"more than the {max_bytes} bytes that are taken")
+                raise _Refusal(413, f"more than the {max_bytes} bytes allowed")
             if begin is not None and size >= BEGINNING_BYTES:
                 arrival, begin = begin(b"".join(pieces)), None
                 if arrival is not None:

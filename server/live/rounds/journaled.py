@@ -217,7 +217,7 @@ class JournalGrid(OwnGrid):
         if not kinds <= {*_ROUNDS}:
             yield from self._behind.send_and_receive(waiting.values(), timeout=timeout)
             return
-        assert len(kinds) <= 1, "a round asks all for the same"
+        assert len(kinds) <= 1, "a round sends the same request to all"
         kind = next(iter(kinds), MessageType.TRAIN)
         weights = self._journal.weights(kind)
         asked, came = len(waiting), 0

@@ -185,7 +185,7 @@ def read_trusted_root(folder: Path) -> bytes:
         )
     except DataError as error:
         raise ReleaseError(
-            f"{error} Nothing was published; name the folder that `fedcore release init` made."
+            f"{error} Nothing was published; pass the folder created by `fedcore release init`."
         ) from None
 
 
@@ -199,9 +199,9 @@ def read_key(path: Path, role: str) -> CryptoSigner:
         raw = read_bytes(path, max_bytes=_MAX_KEY_BYTES, what=f"the private key of role {role!r}")
     except DataError as error:
         hint = (
-            "Bring the offline folder back for this step"
+            "Restore the offline folder for this step"
             if role in OFFLINE
-            else "Name the folder that `fedcore release init` made"
+            else "Pass the folder created by `fedcore release init`"
         )
         raise ReleaseError(f"{error} Nothing was published. {hint}.") from None
     try:

@@ -43,18 +43,18 @@ def finish(repository: Path) -> None:
     """
     metadata = repository / "metadata"
     path = metadata / _NAME
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="metadata that comes into force")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="pending metadata")
     if raw is None:
         return
     try:
         files = {str(name): str(text).encode() for name, text in json.loads(raw).items()}
         if not all(name == "timestamp.json" or name.endswith(".root.json") for name in files):
-            raise ValueError("it names other files")
+            raise ValueError("it lists other files")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ReleaseError(
-            f"{path}: it does not hold the root and timestamp that a rotation wrote ({error}); the "
-            "disk may be failing. Nothing was published; restore the repository from a copy, and "
-            "rotate again."
+            f"{path}: its contents are not the root and timestamp that a rotation wrote "
+            f"({error}); the disk may be failing. Nothing was published; restore the repository "
+            "from a copy, and rotate again."
         ) from error
     for name, content in files.items():
         write_atomic(metadata / Path(name).name, content)

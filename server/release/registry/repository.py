@@ -82,8 +82,8 @@ def locked(repository: Path) -> Iterator[None]:
     """
     if not (repository / "metadata").is_dir():
         raise ReleaseError(
-            f"{repository}: there is no release repository here. Nothing was published; "
-            "`fedcore release init` makes one."
+            f"{repository}: there is no release repository here. Nothing was published; create "
+            "one with `fedcore release init`."
         )
     with lock_file(repository / ".lock"):
         pending.finish(repository)
@@ -113,8 +113,8 @@ def read_state(repository: Path, trusted_root: bytes) -> RepositoryState:
     except (RepositoryError, DataError, KeyError, ValueError) as error:
         raise ReleaseError(
             f"{repository}: this repository does not verify with the root in the folder of keys: "
-            f"{type(error).__name__}: {error}. Nothing was published; name the folder of keys that "
-            "belongs to it, or restore it from a copy."
+            f"{type(error).__name__}: {error}. Nothing was published; pass the folder of keys "
+            "that belongs to it, or restore it from a copy."
         ) from error
     return RepositoryState(root, targets, releases, snapshot, timestamp)
 
@@ -135,14 +135,14 @@ def trusted_keys(state: RepositoryState, keys: Keys, repository: Path) -> Keys:
         if not trusted[role]:
             raise ReleaseError(
                 f"{repository}: its role {role!r} is signed by another key than the one given "
-                f"({keys.ids(role)[0][:12]}). Nothing was published; name the folder of keys "
-                "that `fedcore release init` made for this repository."
+                f"({keys.ids(role)[0][:12]}). Nothing was published; pass the folder of keys "
+                "that `fedcore release init` created for this repository."
             )
         if len(trusted[role]) < required.threshold:
             raise ReleaseError(
                 f"{repository}: its role {role!r} needs {required.threshold} of its "
                 f"{counted(len(required.keyids), 'key')}, and {len(trusted[role])} is given. "
-                "Nothing was published; bring the files of more of them into the folder of keys."
+                "Nothing was published; add more of their files to the folder of keys."
             )
     return Keys(trusted)
 
@@ -196,8 +196,8 @@ def read_info(repository: Path, info: TargetFile) -> bytes:
         info.verify_length_and_hashes(raw)
     except (DataError, RepositoryError) as error:
         raise ReleaseError(
-            f"{repository}: {info.path} is not what was published: {error} Nothing was changed; "
-            "restore the file from a copy of the repository."
+            f"{repository}: {info.path} differs from what was published: {error} Nothing was "
+            "changed; restore the file from a copy of the repository."
         ) from error
     return raw
 
@@ -270,9 +270,10 @@ def _replace_online(
     for role, payload in (("root", state.root), ("targets", state.targets)):
         if payload.is_expired(now):
             raise ReleaseError(
-                f"{repository}: the metadata of role {role!r} expired on {payload.expires:%Y-%m-%d}"
-                ", so devices would refuse whatever is published. Nothing was; `fedcore release "
-                "refresh --offline` renews it with the offline keys."
+                f"{repository}: the metadata of role {role!r} expired on "
+                f"{payload.expires:%Y-%m-%d}, so devices would refuse any release. Nothing was "
+                "published; renew it with `fedcore release refresh --offline`, which needs the "
+                "offline keys."
             )
     infos = {path: TargetFile.from_data(path, data, ["sha256"]) for path, data in files.items()}
     releases = Targets(

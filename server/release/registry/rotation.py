@@ -95,8 +95,8 @@ def rotate(
         )
     if idle := sorted(set(quorums) - set(roles)):
         raise ReleaseError(
-            f"role {idle[0]!r}: a threshold is given, but its keys are not to be replaced. Nothing "
-            "was changed; name the role, too."
+            f"role {idle[0]!r}: a threshold is given, but its keys are not to be replaced. "
+            "Nothing was changed; pass the role with --role, too."
         )
     with registry.locked(repository):
         state = registry.read_state(repository, read_trusted_root(keys))
@@ -211,8 +211,8 @@ def _gone_back(
         manifest = f"models/{model}/{version}/manifest.json"
         if manifest not in published:
             raise ReleaseError(
-                f"{model}: there is no version {version} to go back to. Nothing was changed; "
-                "`fedcore release list` names those that were published."
+                f"{model}: there is no version {version} to return to. Nothing was changed; list "
+                "the published versions with `fedcore release list`."
             )
         # Everything later is withdrawn; what remains must be complete.
         for name in registry.RELEASE_FILES:

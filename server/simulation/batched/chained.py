@@ -181,7 +181,9 @@ def _walk_private(
         for layer, one in zip(layers, back(slopes), strict=True):
             each.append(example_gradients(per_example_part(one), bias=layer.bias is not None))
         if not all(bool(one.usable.all()) for one in each):
-            raise DataError("data: some example's gradient is not finite. It is taken alone.")
+            raise DataError(
+                "data: the gradient of some example is not finite. It is computed alone."
+            )
         squares = torch.stack([one.squares for one in each]).sum(dim=0)
         scale = clip_factors(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
         descend(clients, [one.weighted(scale, slice(None)) for one in each], draw(clients))

@@ -89,8 +89,8 @@ def train_linear(
         )  # fmt: skip
         if wrong >= 0:
             raise DataError(
-                f"data: example {int(wrong)} has the target {int(targets[int(wrong)])}, the model "
-                f"has {shape[0]} outputs. Its client was not trained."
+                f"data: example {int(wrong)} has the target {int(targets[int(wrong)])}, but the "
+                f"model has {shape[0]} outputs. Its client was not trained."
             )
         losses.append(loss)
     return TrainedClients(torch.from_numpy(rows), losses)
@@ -103,13 +103,13 @@ def _examples(model: FullModel, one: LocalWork, width: int) -> tuple[Tensor, Ten
     if inputs.dtype != torch.float32 or inputs.shape[1] != width:
         kind = f"inputs of {inputs.shape[1]} numbers each, {inputs.dtype}"
         raise DataError(
-            f"data: {kind}; the model takes {width}, torch.float32. Nobody was trained."
+            f"data: {kind}; the model expects {width}, torch.float32. No client was trained."
         )
     if targets.dtype != torch.int64 or targets.shape != inputs.shape[:1]:
         kind = f"targets of shape {tuple(targets.shape)} and dtype {targets.dtype}"
-        raise DataError(f"data: {kind}, not one class an example. Nobody was trained.")
+        raise DataError(f"data: {kind}, expected one class per example. No client was trained.")
     if len(inputs) != one.size:
-        raise DataError(f"data: {one.size} examples are {len(inputs)} once preprocessed.")
+        raise DataError(f"data: {one.size} examples became {len(inputs)} after preprocessing.")
     return inputs.contiguous(), targets.contiguous()
 
 

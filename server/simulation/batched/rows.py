@@ -127,8 +127,8 @@ def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Non
     (x, y), (inputs, targets) = one, other
     if _kind(x) != _kind(inputs) or _kind(y) != _kind(targets):
         raise DataError(
-            f"data: examples are {_kind(x)} with targets {_kind(y)}, those of another client "
-            f"{_kind(inputs)} with {_kind(targets)}. They were not trained together."
+            f"data: examples are {_kind(x)} with targets {_kind(y)}, but those of another client "
+            f"are {_kind(inputs)} with {_kind(targets)}. They were not trained together."
         )
 
 

@@ -127,13 +127,13 @@ def find_trainer(
     assert client.task.loss is not None  # set by `Task`
     loss: Loss = client.task.loss
     if client_mods(run.federation.strategy):
-        return f"clients of {run.federation.strategy} run a mod around their training, each its own"
+        return f"clients of {run.federation.strategy} each run their own mod around training"
     forbidden = what_forbids(model)
     if forbidden:
         return (
-            f"the model holds {forbidden}: with buffers, frozen or tied weights, random layers or "
-            "layers that mix examples it cannot be trained side by side with the result that a "
-            "device would get"
+            f"the model contains {forbidden}: with buffers, frozen or tied weights, random "
+            "layers or layers that mix examples vectorised training would not give the result of "
+            "a device"
         )
     # A single example is doubled: for a batch of one, a sum equals a mean.
     rows = range(min(_LOOKED_AT, sample.size)) if sample.size > 1 else (0, 0)
@@ -147,14 +147,14 @@ def find_trainer(
     if mean is None:
         raise DataError("data: the loss of these examples is not finite. Others were tried.")
     if not mean:
-        return "the task's loss is no mean over the examples of a batch"
+        return "the task's loss is not a mean over the examples of a batch"
     chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
     if chain is not None:
         return _of_chain(chain, model, loss, settings, private=run.private)
     if run.private:
         return (
-            "per-example gradients of more than dense layers and convolutions are taken one client "
-            "at a time"
+            "per-example gradients of layers other than dense layers and convolutions are "
+            "computed one client at a time"
         )
     mixed = _what_mixes(model.model, behind, targets, loss)
     if mixed:
@@ -238,7 +238,10 @@ def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -
             try:
                 alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
             except Exception as error:  # the task's code may not support such a batch
-                return f"the model takes no batch of one example ({type(error).__name__}: {error})"
+                return (
+                    f"the model does not accept a batch of one example ({type(error).__name__}: "
+                    f"{error})"
+                )
         with torch.enable_grad():
             value = loss(model(inputs), targets)
             parameters = dict(model.named_parameters())
@@ -249,7 +252,7 @@ def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale):
         return "the model mixes the examples of a batch, or draws random numbers"
     unused = [name for name, one in zip(parameters, slopes, strict=True) if one is None]
-    return f"nothing depends on {', '.join(unused)}" if unused else ""
+    return f"the output does not depend on {', '.join(unused)}" if unused else ""
 
 
 def train_in_groups(

@@ -100,7 +100,7 @@ def read_fleet(run: RunConfig, clients: Iterable[str]) -> VirtualFleet | None:
     missing = next((client for client in clients if client not in trace.numbers), None)
     if missing is not None:
         raise DataError(
-            f"{path}: client {missing!r} has no row in this trace, which names "
+            f"{path}: client {missing!r} has no row in this trace, which lists "
             f"{counted(len(trace.numbers), 'client')}. Nothing was simulated; give every client "
             "at least one row."
         )

@@ -86,7 +86,7 @@ class RayExecutor:
             if isinstance(error.cause, FedcoreError):
                 raise error.cause from None
             raise RoundFailed(
-                f"simulation: a Ray actor failed. The round was dropped. It said: {error}"
+                f"simulation: a Ray actor failed. The round was dropped. Its error: {error}"
             ) from None
         except ray.exceptions.RayError as error:
             raise RoundFailed(

@@ -250,7 +250,7 @@ class Worker:
         trainer = self._trainers.find(load, work_of, settings, chosen=order.chosen)
         try:
             if trainer is None:
-                raise DataError("data: none of these clients can be trained side by side")
+                raise DataError("data: none of these clients can be trained in a vectorised batch")
             with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
                 model = self._model(instruction)
                 groups = train_in_groups(trainer, model, work_of, client, settings, mu)

@@ -65,7 +65,7 @@ def test_a_file_that_is_no_record_is_said_so(tmp_path: Path) -> None:
     with own(tmp_path) as folder:
         folder.keep("run", content(), "key", content())
         (tmp_path / "state" / "run.state").write_bytes(b"\xff\xff garbage")
-        with pytest.raises(DataError, match="holds no record"):
+        with pytest.raises(DataError, match="does not contain the record"):
             folder.state("run")
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_reply_is_put_aside_and_made_again(
                 assert folder.reply("key", state) is None
             (record,) = caplog.records
             assert "key.reply: " in record.getMessage()
-            assert "put aside as key.damaged" in record.getMessage()
+            assert "moved aside to key.damaged" in record.getMessage()
             assert {path.name for path in (tmp_path / "spool").iterdir()} == {"key.damaged"}
             folder.keep("run", state, "key", content(again))
             assert folder.reply("key", folder.state("run")) == content(again)
@@ -174,9 +174,9 @@ def test_a_folder_knows_whose_it_is(tmp_path: Path) -> None:
         folder.keep("run", RecordDict(), "key", content())
         folder.note_let_in(b"anna")
         assert folder.let_in_before(b"anna")
-        with pytest.raises(DeviceError, match="keeps the replies and the ledger of the identity"):
+        with pytest.raises(DeviceError, match="holds the replies and the ledger of the identity"):
             folder.let_in_before(b"ben")
-        with pytest.raises(DeviceError, match="Nothing was read; name this device's own folder"):
+        with pytest.raises(DeviceError, match="Nothing was read; pass this device's own folder"):
             folder.belongs_to(b"ben", so="Nothing was read")
         assert folder.reply("key", folder.state("run")) is not None
 
@@ -184,7 +184,7 @@ def test_a_folder_knows_whose_it_is(tmp_path: Path) -> None:
 def test_what_whose_folder_it_is_cannot_be_read_is_not_guessed(tmp_path: Path) -> None:
     with own(tmp_path / "device") as folder:
         (folder.path / "identity.json").write_text("{}")
-        with pytest.raises(DeviceError, match="an identity that cannot be read"):
+        with pytest.raises(DeviceError, match="an unreadable identity"):
             folder.let_in_before(b"anna")
 
 

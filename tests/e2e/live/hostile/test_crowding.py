@@ -205,7 +205,7 @@ def test_whoever_says_nothing_or_little_is_hung_up_on(
             assert hung_up(one, 4 - (time.monotonic() - began) + 1), one
     told = "\n".join(record.getMessage() for record in caplog.records)
     assert "refused 127.0.0.1: 408: connection: no handshake within 1 s" in told
-    assert "refused edge-1: 408: connection: no whole request within 1 s" in told
+    assert "refused edge-1: 408: connection: no complete request within 1 s" in told
 
 
 def test_calls_are_not_piled_up(serve: Any, dial: Dial, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,7 +219,9 @@ def test_calls_are_not_piled_up(serve: Any, dial: Dial, caplog: pytest.LogCaptur
         assert hung_up(hasty, 5)
         assert time.monotonic() - began < 5
         assert answered(other) == b"401"
-    assert "edge-0: 400: connection: more than 8 calls before the first was answered" in caplog.text
+    assert (
+        "edge-0: 400: connection: more than 8 requests before the first was answered" in caplog.text
+    )
 
 
 def test_one_identity_has_so_many_connections_and_no_more(

@@ -50,9 +50,11 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
     refused, done = link.answers
     assert refused.error.code == REFUSED + InvalidUpdate.exit_code
     if privacy:
-        assert refused.error.reason == "client 'anna': InvalidUpdate; its log says more"
+        assert (
+            refused.error.reason == "client 'anna': InvalidUpdate; the client's log has the details"
+        )
     else:
-        assert "what runs around training" in (refused.error.reason or "")
+        assert "client mods failed" in (refused.error.reason or "")
     assert not done.has_error()
 
 

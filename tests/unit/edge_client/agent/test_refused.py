@@ -230,7 +230,7 @@ def test_what_a_device_declines_does_not_come_as_fast_as_two_can_talk(
         time.sleep(2.0)
         assert device.thread.is_alive(), device.raised
         assert 5 < answers.asked.count("pull-messages") < 12
-    assert "takes no part" in caplog.text
+    assert "does not take part" in caplog.text
 
 
 def test_a_server_that_is_busy_on_and_on_is_asked_less_and_less(

@@ -48,7 +48,7 @@ def test_what_was_signed_is_past() -> None:
     judged = ClockReading(T0 - 20_000 * DAY, floor)
     assert judged.at == T0
     assert judged.behind
-    assert "is behind: it is 2026-05-01 00:00 UTC at least" in (judged.complaint() or "")
+    assert "is slow: the time is 2026-05-01 00:00 UTC or later" in (judged.complaint() or "")
 
 
 def test_a_clock_set_back_is_judged_by_what_it_has_said() -> None:

@@ -98,10 +98,10 @@ def test_what_is_too_large_is_refused_by_its_name(
     for name in "abc":
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(contents, limit, most)
-    with pytest.raises(PrivacyError, match=r"the data set 'ward' has more than .* take it out of"):
+    with pytest.raises(PrivacyError, match=r"the data set 'ward' has more than .* remove it from"):
         list(digests_of("ward", tmp_path))
 
 
 def test_a_folder_that_is_gone_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="this folder of a data set cannot be read"):
+    with pytest.raises(DataError, match="cannot read this folder of a data set"):
         list(digests_of("ward", tmp_path / "nosuch"))

@@ -172,9 +172,11 @@ def test_a_ledger_that_was_removed_or_put_back_stops_training(machine: Machine) 
         lambda: shutil.copytree(backup, machine.folder.path, dirs_exist_ok=True),
     ):
         restore()
-        with pytest.raises(PrivacyError, match="says that 2 were made: it was removed, put"):
+        with pytest.raises(
+            PrivacyError, match="says that 2 were made: the ledger was removed, replaced"
+        ):
             machine.open("one")
-        with pytest.raises(PrivacyError, match="nothing was trained; put the latest"):
+        with pytest.raises(PrivacyError, match="nothing was trained; restore the latest"):
             machine.open("another")
     (machine.kit / MARK).unlink()
     with pytest.raises(PrivacyError, match=r"ledger\.count says that 2 were made"):
@@ -199,7 +201,7 @@ def test_a_torn_ledger_stops_training_until_it_is_removed(machine: Machine, raw:
     machine.train("one")
     whole = machine.open("two")[1]
     (machine.folder.path / LEDGER).write_bytes(raw)
-    with pytest.raises(PrivacyError, match=r"ledger\.json: .* nothing was trained; put it back"):
+    with pytest.raises(PrivacyError, match=r"ledger\.json: .* nothing was trained; restore it"):
         machine.open("two")
     (machine.folder.path / LEDGER).unlink()
     assert machine.open("two")[1] == whole
@@ -212,7 +214,7 @@ def test_a_torn_mark_and_a_torn_state_stop_training(machine: Machine) -> None:
         machine.open("two")
     (machine.kit / MARK).unlink()
     (machine.states / "one.state").write_bytes(b"\xff\xff garbage")
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="does not contain the record"):
         machine.open("two")
 
 
@@ -228,7 +230,7 @@ def test_something_else_in_a_ledgers_place_stops_training(
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}.get(
         what, lambda: path.symlink_to(path.name)
     )()
-    why = "Too many levels of symbolic links" if what == "loop" else "something else has its name"
+    why = "Too many levels of symbolic links" if what == "loop" else "another kind of file"
     with pytest.raises(PrivacyError, match=f"{why}.* or remove it"):
         machine.open("two")
     path.rmdir() if what == "folder" else path.unlink()
@@ -294,7 +296,7 @@ def test_dying_before_the_copy_costs_nothing_and_hides_nothing(machine: Machine)
     assert machine.open("one")[0] == 2
 
 
-@pytest.mark.parametrize("what", ["removed", "put back"])
+@pytest.mark.parametrize("what", ["removed", "earlier copy"])
 def test_a_ledger_that_is_touched_after_it_was_read_is_mended_before_a_round_begins(
     machine: Machine, what: str
 ) -> None:

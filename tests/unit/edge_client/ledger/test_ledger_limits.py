@@ -48,7 +48,7 @@ from fedcore.updates.messages import (
 from tests.unit.edge_client.agent.asked import PRIVATE, RUN_ID, Link, instruction, kit_in, run_of
 from tests.unit.fedcore.clients import make_task
 
-HIDDEN = "client 'anna': LedgerFull; its log says more"
+HIDDEN = "client 'anna': LedgerFull; the client's log has the details"
 
 
 @dataclass
@@ -97,8 +97,11 @@ def test_ever_new_runs_are_refused_before_anything_is_charged_or_written(
         assert reply.error.code == REFUSED + PrivacyError.exit_code
         assert reply.error.reason == HIDDEN
     assert site.files() == before
-    assert "run 'run-5' is new, and this device's ledger holds 3 runs, where 3" in caplog.text
-    assert "name an empty one with --state" in caplog.text
+    assert (
+        "run 'run-5' is new, but this device's ledger already contains 3 runs, the limit is 3"
+        in caplog.text
+    )
+    assert "pass an empty one with --state" in caplog.text
     assert not site.ask("run-1", private=True, number=2).has_error(), "a known run goes on"
     assert site.charges() == {"run-0": 1, "run-1": 2, "run-2": 1}
 
@@ -114,7 +117,7 @@ def test_a_server_cannot_fill_a_ledger_with_runs_as_fast_as_it_can_ask(
     reply = site.ask("three", private=True)
     assert reply.error.code == REFUSED + PrivacyError.exit_code
     assert site.files() == before
-    assert "run 'three' is new, and its server has had this device open 64" in caplog.text
+    assert "run 'three' is new, but this server has already started 64" in caplog.text
     assert not site.ask("one", private=True, number=2).has_error(), "a known run goes on"
     assert not site.ask("plain", private=False).has_error(), "nothing is charged in it"
     now[0] += 901.0
@@ -135,8 +138,8 @@ def test_a_run_without_an_end_is_refused_before_anything_is_charged_or_written(
         assert site.ask(run, private=True, number=3).error.reason == HIDDEN
         assert site.files() == before
         assert site.charges() == {"one": 2, "two": 1}
-    assert "has 2 charges of this run in its ledger, where 2 may be" in caplog.text
-    assert "has 0 charges of this run in its ledger, where 0 may be" in caplog.text
+    assert "has 2 charges of this run in its ledger, the limit is 2" in caplog.text
+    assert "has 0 charges of this run in its ledger, the limit is 0" in caplog.text
     assert "new" not in site.folder.runs()
 
 

@@ -36,8 +36,8 @@ def test_a_looser_owner_does_not_loosen_what_the_server_asked() -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('data = ""', "data = '' names no folder"),
-        ('data = "a\\u0000b"', "names no folder"),
+        ('data = ""', "data = '' is not a folder name"),
+        ('data = "a\\u0000b"', "is not a folder name"),
         ("hours = []", "this device would never take part"),
         ("max_threads = 99999999999999999999999999", "less than or equal to 65536"),
         ("max_memory_bytes = 99999999999999999999999999", "less than or equal to 1000000000000000"),
@@ -60,7 +60,9 @@ def test_a_folder_of_data_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for missing in (data, tmp_path / "file", tmp_path / ("x" * 300)):
         path.write_text(f'data = "{missing}"\n')
-        with pytest.raises(ConfigError, match=r"there is no folder .* Nothing was run; make it"):
+        with pytest.raises(
+            ConfigError, match=r"there is no accessible folder .* Nothing was run; create it"
+        ):
             load_owner(path)
     data.mkdir()
     path.write_text(f'data = "{data}"\n')

@@ -28,9 +28,9 @@ def test_each_is_put_in_words_whose_example_it_takes(name: str) -> None:
     [
         (
             'hours = ["22-6"]',
-            'it should be hours of a day from and to, each of four digits, as "22',
+            'it should be a range of hours of the day, each HH:MM, e.g. "22',
         ),
-        ('tasks = ["abc"]', "it should be a SHA-256, which is 64 of 0-9 and a-f"),
+        ('tasks = ["abc"]', "it should be a SHA-256 digest: 64 characters of 0-9 and a-f"),
         ('[[datasets]]\nname = "a b"\npath = "x"', "1 to 64 of letters, digits, '.', '-' and '_'"),
     ],
 )

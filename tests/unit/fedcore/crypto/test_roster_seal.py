@@ -66,7 +66,7 @@ def test_a_roster_that_was_edited_is_refused_and_the_one_before_stays(
     roster = open_roster(path, project)
     changed(path, **update)
     assert roster.member(public_bytes(keys[0])) is None
-    assert "signature does not hold" in str(roster.damage)
+    assert "signature is invalid" in str(roster.damage)
     with pytest.raises(SignatureInvalid, match="changed by hand"):
         open_roster(path, project)
 

@@ -152,5 +152,5 @@ def test_the_budget_of_the_data_and_the_devices_both_hold() -> None:
 def test_a_ledger_that_cannot_be_read_stops_training(record: dict[str, str]) -> None:
     node = context()
     node.state["fedcore.ledger"] = ConfigRecord(dict(record))
-    with pytest.raises(PrivacyError, match="What was spent is unknown, so nothing was trained"):
+    with pytest.raises(PrivacyError, match="The epsilon spent is unknown, so nothing was trained"):
         read_ledger(node)

@@ -36,8 +36,8 @@ def test_a_later_patch_is_let_in() -> None:
     [
         (Hello("digits", "a" * 64, protocol=PROTOCOL + 1, app="1.4.2"), "install fedcore==1.4.2"),
         (Hello("digits", "a" * 64, app="1.5.0"), "install fedcore==1.4.2"),
-        (Hello("digits", "b" * 64, app="1.4.2"), "put the server's task file"),
-        (Hello("letters", "a" * 64, app="1.4.2"), "put the server's task file"),
+        (Hello("digits", "b" * 64, app="1.4.2"), "copy the server's task file"),
+        (Hello("letters", "a" * 64, app="1.4.2"), "copy the server's task file"),
     ],
 )
 def test_what_does_not_fit_is_told_what_to_install(theirs: Hello, told: str) -> None:

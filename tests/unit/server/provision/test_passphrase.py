@@ -65,7 +65,7 @@ def test_the_terminal_asks_once_or_twice(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_without_a_terminal_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
-    with pytest.raises(ConfigError, match=r"there is no terminal to ask on.*--passphrase-file"):
+    with pytest.raises(ConfigError, match=r"there is no terminal to ask for it.*--passphrase-file"):
         passphrase.given("-")
 
 

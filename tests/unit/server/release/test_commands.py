@@ -37,7 +37,7 @@ def test_list_rollback_and_refresh(
 ) -> None:
     places = ["--repository", str(publisher.repository), "--keys", str(publisher.keys)]
     run("list", *places)
-    assert capsys.readouterr().out == "nothing is published yet\n"
+    assert capsys.readouterr().out == "nothing has been published yet\n"
     publisher.publish(b"one")
     publisher.publish(b"two")
     assert run("rollback", *places, "--model", "digits", "--to", "1", "--json") == 0

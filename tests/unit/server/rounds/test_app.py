@@ -56,7 +56,7 @@ def test_who_is_no_member_any_more_is_not_waited_for() -> None:
 def test_at_the_deadline_those_who_are_there_go_on() -> None:
     notes: list[str] = []
     assert _gather(Coming(2), lambda: 3, 0.2, told_to(notes.append)) == 2
-    assert notes[-1].startswith("2 of 3 devices came within federation.deadline_s = 0.2")
+    assert notes[-1].startswith("2 of 3 devices connected within federation.deadline_s = 0.2")
 
 
 def test_without_anybody_nothing_begins() -> None:

@@ -274,7 +274,7 @@ def test_what_vmap_cannot_take_is_taken_one_by_one_and_says_why() -> None:
 
     way = way_of(dense(Applies(looks)), CROSS_ENTROPY, torch.zeros(6))
     assert way.name == "alone"
-    assert "torch cannot take all gradients at once" in way.why
+    assert "torch cannot compute all gradients at once" in way.why
 
 
 def test_a_loss_for_targets_of_its_own_is_taken_one_by_one() -> None:
@@ -283,7 +283,7 @@ def test_a_loss_for_targets_of_its_own_is_taken_one_by_one() -> None:
 
     way = way_of(dense(), odd, torch.zeros(6))
     assert way.name == "alone"
-    assert "takes none of the targets" in way.why
+    assert "accepts none of the targets" in way.why
 
 
 def test_hooks_keep_a_model_from_being_read_as_a_chain() -> None:

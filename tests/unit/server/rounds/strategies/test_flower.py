@@ -53,7 +53,7 @@ def test_a_wrapper_wraps_the_strategy_that_it_is_given() -> None:
 
 def test_a_wrapper_says_that_its_noise_is_not_counted() -> None:
     notes = make(FIXED, **CLIPPING).notes
-    assert any("not counted in the epsilon that fedcore reports" in note for note in notes)
+    assert any("the epsilon reported by fedcore does not include" in note for note in notes)
 
 
 def test_buffering_says_what_memory_it_takes() -> None:
@@ -70,7 +70,7 @@ def test_buffering_says_what_memory_it_takes() -> None:
     [
         ("FedAvgg", {}, r"Flower has no such strategy\. Did you mean 'FedAvg'\? It has: Bulyan, "),
         ("Strategy", {}, "Flower has no such strategy"),
-        ("FedXgbBagging", {}, "it aggregates XGBoost trees, and a task's model is a torch module"),
+        ("FedXgbBagging", {}, "it aggregates XGBoost trees, but a task's model is a torch module"),
         ("FedXgbCyclic", {}, "it aggregates XGBoost trees"),
         (
             "FedAdam",

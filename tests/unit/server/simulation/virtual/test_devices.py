@@ -293,7 +293,7 @@ def test_a_class_needs_a_speed() -> None:
 
 
 def test_classes_share_no_name() -> None:
-    with pytest.raises(ValidationError, match="names one class twice"):
+    with pytest.raises(ValidationError, match="contains two classes of the same name"):
         run_with(Simulation(devices=(PHONE, PHONE)))
 
 
@@ -306,7 +306,7 @@ def test_devices_that_would_miss_the_quorum_in_most_rounds_are_refused() -> None
     poor = PHONE.model_copy(update={"name": "poor", "availability": 0.5, "dropout": 0.2})
     devices = Simulation(devices=(PHONE, poor))  # (1 + 0.4) / 2 answer
     assert run_with(devices, quorum=0.7).simulation is devices
-    with pytest.raises(ValidationError, match=r"0\.71 contradicts .* 0\.7 of a cohort answers"):
+    with pytest.raises(ValidationError, match=r"0\.71 contradicts .* 0\.7 of a cohort responds"):
         run_with(devices, quorum=0.71)
 
 
