@@ -131,7 +131,7 @@ def _wake_up(kit: Kit, host: str, port: int, proxy: str | None) -> Finding:
 
 def _clock(theirs: datetime) -> Finding:
     off_s = (datetime.now(UTC) - theirs).total_seconds()
-    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's"
+    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'is_slow'} the server's"
     remedy = "set the clock; NTP keeps it correct (timedatectl set-ntp true)"
     if abs(off_s) > _SKEW_S:
         return Finding("clock", "fail", f"{told}, more than the {_SKEW_S:.0f} s allowed", remedy)
@@ -145,8 +145,8 @@ def _releases_clock(store: Path, now: datetime | None = None) -> Finding:
     if floor.at is None:
         remedy = "fetch the first release with `fedcore device update --root`"
         return Finding("store", "warn", f"{store}: no release has been verified here yet", remedy)
-    if (complaint := judged.complaint()) is not None:
-        return Finding("store", "fail" if judged.behind else "warn", complaint, remedy)
+    if (clock_warning := judged.clock_warning()) is not None:
+        return Finding("store", "fail" if judged.is_slow else "warn", clock_warning, remedy)
     if floor.until is not None and floor.until <= judged.at:
         return Finding(
             "store",

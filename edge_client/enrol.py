@@ -24,7 +24,7 @@ from fedcore.crypto.kit import (
     write_kit,
 )
 from fedcore.errors import CertificateRefused, ConfigError, DataError
-from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, read_bytes, write_atomic
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ def enrol(folder: Path, name: str) -> Enrolled:
         CertificateRefused: other users can read the existing key, or the file is not a key.
         DiskFull: there was no room.
     """
-    if is_there(folder / KIT):
+    if name_exists(folder / KIT):
         raise ConfigError(
             f"{folder}: an identity is installed in this folder already. Nothing was written; "
             "choose another folder, or have its certificate renewed by the operator."
         )
-    key = load_key(folder / KEY) if is_there(folder / KEY) else new_key()
+    key = load_key(folder / KEY) if name_exists(folder / KEY) else new_key()
     request = make_request(key, name)
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not is_there(folder / KEY):
+    if not name_exists(folder / KEY):
         save_key(folder / KEY, key)
     write_atomic(folder / REQUEST, request)
     return Enrolled(folder / REQUEST, fingerprint(public_bytes(key)))
@@ -86,7 +86,7 @@ def install(
     """
     raw = read_bytes(file, max_bytes=MAX_KIT_BYTES, what="a kit")
     kit = parse_kit(raw, now=now, where=str(file))
-    if not is_there(folder / KEY):
+    if not name_exists(folder / KEY):
         raise DataError(
             f"{folder}: there is no key in this folder. Nothing was installed; use the folder "
             "that `fedcore client enrol` created for this request."
@@ -108,7 +108,7 @@ def install(
             "Nothing was installed, because the kit does not come from the authority that you "
             "expect; ask the operator for it again."
         )
-    if is_there(folder / KIT):
+    if name_exists(folder / KIT):
         _check_successor(kit, folder, where=str(file))
     write_kit(folder, kit.file)
     with disk_errors(folder):

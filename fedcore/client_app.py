@@ -56,7 +56,7 @@ class DurableLedger:
 
     others: OtherRuns
     """What other runs have spent on the same data."""
-    keep: Callable[[], None]
+    commit: Callable[[], None]
     """Makes the node's state durable on disk before it returns. Called once a round is charged and
     before training starts, so that the charge survives however training ends."""
 
@@ -111,7 +111,7 @@ def client_app(
     @app.train(mods=list(mods))
     def on_train(message: Message, context: Context) -> Message:
         def work(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-            return train_client(client, name, message, context, durable.keep if durable else None)
+            return train_client(client, name, message, context, durable.commit if durable else None)
 
         return _answer(work, client, message, context)
 
@@ -191,7 +191,7 @@ def train_client(
     name: str,
     message: Message,
     context: Context,
-    keep: Callable[[], None] | None = None,
+    commit: Callable[[], None] | None = None,
 ) -> RecordDict:
     """Trains one client as a message requests, and lets every exception pass.
 
@@ -200,15 +200,15 @@ def train_client(
         name: The client whose data is trained on.
         message: The server's instruction.
         context: The node's context, whose state contains the ledger.
-        keep: Called once the state contains the charge, before training starts.
+        commit: Called once the state contains the charge, before training starts.
     """
     instruction = read_instruction(message.content)
     ledger = read_ledger(context) if client.run.private else Ledger()
 
     def on_spend(spent: Ledger) -> None:
         write_ledger(context, spent)
-        if keep is not None:
-            keep()
+        if commit is not None:
+            commit()
 
     return update_content(learn(client, name, instruction, ledger, on_spend=on_spend))
 

@@ -210,12 +210,12 @@ def read_if_exists(path: Path, *, max_bytes: int, what: str, otherwise: str = ""
         DataError: the file cannot be read, see `read_bytes`. A broken or circular link counts as
             present.
     """
-    if not is_there(path):
+    if not name_exists(path):
         return None
     return read_bytes(path, max_bytes=max_bytes, what=what, otherwise=otherwise)
 
 
-def is_there(path: Path) -> bool:
+def name_exists(path: Path) -> bool:
     """Returns whether anything has that name, even a broken or circular link.
 
     Use it where a missing file means "nothing happened yet": `Path.exists` also returns False for

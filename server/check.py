@@ -32,7 +32,7 @@ from server.compression.export import export_onnx
 from server.compression.runtime import answer, open_session
 from server.preflight import check_strategy
 
-_MOST_EXAMPLES = 64
+_MAX_EXAMPLES = 64
 _FIRST_STEPS = ("training", "privacy")
 _WAYS = {
     "chain": "fastest method, for a chain of dense layers and convolutions",
@@ -136,14 +136,14 @@ class _State:
         self.examples: Examples | None = None
         self.model: FullModel | None = None
 
-    def some(self) -> tuple[Tensor, Tensor]:
+    def sample_batch(self) -> tuple[Tensor, Tensor]:
         """Returns a batch of the client's examples, at most 64."""
         examples = cast(Examples, self.examples)
-        return gather(examples, list(range(min(size_of(examples), _MOST_EXAMPLES))))
+        return gather(examples, list(range(min(size_of(examples), _MAX_EXAMPLES))))
 
     def few(self) -> Examples:
-        """Returns the batch of `some` as a dataset, so that large clients take no longer."""
-        return torch.utils.data.TensorDataset(*self.some())  # type: ignore[return-value]
+        """Returns `sample_batch` as a dataset, so that large clients take no longer."""
+        return torch.utils.data.TensorDataset(*self.sample_batch())  # type: ignore[return-value]
 
 
 Step = tuple[str, bool, Callable[[], str]]
@@ -182,7 +182,7 @@ def _client_data(state: _State) -> str:
     state.examples = read_examples(
         lambda: state.task.client_data(name, data_folder()), what=f"data of client {name!r}"
     )
-    inputs, targets = state.some()
+    inputs, targets = state.sample_batch()
     return (
         f"{counted(size_of(state.examples), 'example')}: inputs {inputs.dtype} "
         f"{tuple(inputs.shape[1:])}, targets {targets.dtype} {tuple(targets.shape[1:])}"
@@ -196,7 +196,7 @@ def _model(state: _State) -> str:
 
 
 def _schema(state: _State) -> str:
-    inputs, targets = state.some()
+    inputs, targets = state.sample_batch()
     example = state.task.example_input
     if inputs.shape[1:] != example.shape or inputs.dtype != example.dtype:
         raise TaskError(
@@ -231,7 +231,7 @@ def _outputs(state: _State, inputs: Tensor) -> Tensor:
 
 
 def _loss(state: _State) -> str:
-    inputs, targets = state.some()
+    inputs, targets = state.sample_batch()
     value = state.task.loss_of(_outputs(state, inputs), targets)
     if value.ndim or not torch.isfinite(value):
         raise TaskError(f"the loss is {value.tolist()}, expected one finite number, the mean.")
@@ -249,7 +249,7 @@ def _training(state: _State) -> str:
         batch_size=run.client.batch_size,
         rng=torch.Generator().manual_seed(run.seed),
     )
-    return f"one epoch on at most {_MOST_EXAMPLES} examples, mean loss {value:.4g}"
+    return f"one epoch on at most {_MAX_EXAMPLES} examples, mean loss {value:.4g}"
 
 
 def _metrics(state: _State) -> str:
@@ -265,7 +265,7 @@ def _strategy(state: _State) -> str:
 def _privacy(state: _State) -> str:
     """Runs one private step, even if privacy is off, so that enabling it later can't surprise."""
     model, run = build_model(state.task, state.run), state.run
-    way = choose_method(state.task, model)
+    method = choose_method(state.task, model)
     if run.private:  # rejects a delta that protects nobody on a client of this size
         count = size_of(cast(Examples, state.examples))
         plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
@@ -278,17 +278,19 @@ def _privacy(state: _State) -> str:
         state.task.loss_of,
         state.run.client,
         PrivatePlan(charge, clip_norm=state.run.privacy.clip_norm),
-        way=way,
+        method=method,
         draws=SystemDraws(),
     )
-    said = f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
+    said = f"example-level privacy: {_WAYS[method.name]}" + (
+        f" ({method.why})" if method.why else ""
+    )
     if skipped:
         said += f"; {counted(skipped, 'example')} without a finite gradient counted as zero"
     return said
 
 
 def _export(state: _State) -> str:
-    inputs, _ = state.some()
+    inputs, _ = state.sample_batch()
     model = cast(FullModel, state.model).eval()
     example = torch.stack([state.task.example_input] * 2)
     onnx = export_onnx(model, example, labels=state.task.labels, kind=state.task.kind)

@@ -21,7 +21,7 @@ from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
 from fedcore.observability.patience import report_loading
 from fedcore.rpc.proxy import check_proxies
-from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
+from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 
 if TYPE_CHECKING:
     from edge_client.agent.wake import Signals
@@ -88,14 +88,14 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
         )
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     check_proxies(os.environ)
-    only_tls_1_3()  # before Flower, which imports grpc
+    require_tls_1_3()  # before Flower, which imports grpc
     silence_grpc_core()
     from fedcore.observability.lines import log_lines
 
     with report_loading():  # on standard error: Flower would replace a logger set up before it
         from edge_client.agent.announce import announce
         from edge_client.agent.policy import RateLimit, check_task, reason_to_pause, run_sessions
-        from edge_client.device_folder import own
+        from edge_client.device_folder import lock_device_folder
         from fedcore.flower.quiet import quiet
 
     quiet()
@@ -103,7 +103,7 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     check_task(owner, options.task)
     rate = owner.max_bandwidth_bytes_per_s
     passed = RateLimit(rate).passed if rate else None
-    with own(options.state or options.kit / "device") as folder:
+    with lock_device_folder(options.state or options.kit / "device") as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # even if the policy pauses it now
         instance = secrets.token_hex(16)
         if reason_to_pause(owner) is None:

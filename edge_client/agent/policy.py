@@ -37,7 +37,7 @@ class PolicyInputs:
     clock: Callable[[], datetime] = datetime.now
     """Returns local time: owners state hours in it."""
     power: Path = POWER
-    look_s: float = _LOOK_S
+    check_interval_s: float = _LOOK_S
 
 
 HERE = PolicyInputs()
@@ -165,21 +165,23 @@ def run_sessions(
     while not stop.is_set():
         reason = reason_to_pause(owner, around)
         if reason is None:
-            with _watched(owner, stop, around) as signals:
+            with _monitored(owner, stop, around) as signals:
                 session(signals)
             continue
         log.info("paused by owner policy: %s", reason)
-        while not stop.wait(around.look_s) and reason_to_pause(owner, around) is not None:
+        while not stop.wait(around.check_interval_s) and reason_to_pause(owner, around) is not None:
             continue
 
 
 @contextmanager
-def _watched(owner: OwnerPolicy, stop: threading.Event, around: PolicyInputs) -> Iterator[Signals]:
+def _monitored(
+    owner: OwnerPolicy, stop: threading.Event, around: PolicyInputs
+) -> Iterator[Signals]:
     """Yields a session's signals; sets their ``stop`` when the policy or ``stop`` demands it."""
     signals = Signals()
 
     def look() -> None:
-        while not signals.stop.wait(around.look_s):
+        while not signals.stop.wait(around.check_interval_s):
             if stop.is_set() or reason_to_pause(owner, around) is not None:
                 signals.stop.set()
                 signals.work.set()

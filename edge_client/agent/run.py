@@ -71,7 +71,7 @@ class OpenRun:
     """None in a run without differential privacy."""
     durable: DurableLedger | None
     """None in a run without differential privacy."""
-    most_bytes: int
+    max_bytes: int
     """Upper bound on the size of one message."""
 
 
@@ -84,7 +84,7 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
     data = device.owner.data_folder or data_folder()
     if config.private:
         ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
-        if not (ledger_in(state).charges or device.new_runs.take()):
+        if not (ledger_in(state).charges or device.new_runs.try_acquire()):
             raise TooManyRuns(
                 f"run {config.name!r} is new, but this server has already started "
                 f"{NEW_RUN_BURST} new private runs on this device, and one more every "
@@ -92,7 +92,7 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
                 "device's ledger. Nothing was charged; the device will take part in this run if "
                 "it is asked later."
             )
-        durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
+        durable = DurableLedger(ledger.open(state), partial(ledger.commit, state))
     else:
         drop_idle(device.folder, before=config.name)
     context = Context(
@@ -116,8 +116,8 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
             stopped=lambda: reason_to_stop(signals),
         ),
     )
-    most_bytes = message_limit_bytes(device.task, config, device.owner)
-    return OpenRun(config.name, run_digest(told), app, context, ledger, durable, most_bytes)
+    max_bytes = message_limit_bytes(device.task, config, device.owner)
+    return OpenRun(config.name, run_digest(told), app, context, ledger, durable, max_bytes)
 
 
 def read_settings(told: str) -> RunConfig:

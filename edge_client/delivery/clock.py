@@ -69,7 +69,7 @@ class ClockReading:
         return max(self.now, self.floor.at or self.now)
 
     @property
-    def behind(self) -> bool:
+    def is_slow(self) -> bool:
         """Whether the clock is behind a signing time by more than 10 minutes."""
         signed = self.floor.signed
         return signed is not None and signed - self.now > _SLACK
@@ -79,7 +79,7 @@ class ClockReading:
         """Whether the floor is ahead of the clock by more than 10 minutes."""
         return self.at - self.now > _SLACK
 
-    def said_later(self) -> datetime | None:
+    def latest_earlier_reading(self) -> datetime | None:
         """Returns the latest earlier reading if it is 10 minutes ahead of the clock, or None."""
         latest = self.floor.latest
         return latest if latest and latest - self.now > _SLACK else None
@@ -89,16 +89,16 @@ class ClockReading:
         latest = self.floor.latest
         return latest is not None and self.now - latest > _LONG
 
-    def complaint(self) -> str | None:
+    def clock_warning(self) -> str | None:
         """Returns what is wrong with the clock, for the owner; None if no fault is known."""
-        if self.behind and self.floor.signed is not None:
+        if self.is_slow and self.floor.signed is not None:
             return (
                 f"this device's clock says {shown(self.now)}, which is slow: the time is "
                 f"{shown(self.floor.signed)} or later, as newer signatures show. Expiry was "
                 "checked against that time. Set the clock; NTP keeps it correct (timedatectl "
                 "set-ntp true)"
             )
-        if (later := self.said_later()) is not None:
+        if (later := self.latest_earlier_reading()) is not None:
             return (
                 f"this device's clock says {shown(self.now)}, but it showed {shown(later)} "
                 "before: it was fast then, or is slow now. Check that it is right; NTP keeps it "
@@ -136,7 +136,7 @@ def write_floor(trust: Path, floor: TimeFloor) -> None:
     write_atomic(_path(trust), floor.model_dump_json().encode() + b"\n")
 
 
-def looked(floor: TimeFloor, now: datetime) -> TimeFloor:
+def floor_after(floor: TimeFloor, now: datetime) -> TimeFloor:
     """Returns the floor after a reading ``now`` of the clock."""
     latest = max(now, floor.latest or now)
     if floor.until is None:
@@ -169,9 +169,9 @@ def learned(
             "until": timestamp.expires,
         }
     )
-    after = looked(known, now)
+    after = floor_after(known, now)
     # Report once that the clock was ahead: unless it is behind, its reading now counts as right.
-    return after if ClockReading(now, known).behind else after.model_copy(update={"latest": now})
+    return after if ClockReading(now, known).is_slow else after.model_copy(update={"latest": now})
 
 
 def forgotten(root: Root) -> TimeFloor:

@@ -20,7 +20,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-expo
 )
 
 from fedcore.errors import ConfigError, DataError, TrustError
-from fedcore.files import is_there, read_bytes, read_if_exists, sha256_hex, write_atomic
+from fedcore.files import name_exists, read_bytes, read_if_exists, sha256_hex, write_atomic
 from fedcore.observability.foreign import foreign
 
 MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
@@ -37,7 +37,7 @@ class Anchor:
     root: Root = field(repr=False)
     pinned: bool
     """Whether an earlier update pinned it."""
-    awaited: str | None = None
+    expected_sha256: str | None = None
     """SHA-256 of a newer root that the owner gives: the chain must lead to it."""
 
 
@@ -53,7 +53,7 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
         TrustError: the given root is not valid, or neither in the chain nor newer than the pin.
         DataError: the pinned root is damaged.
     """
-    if not is_there(_pin(trust)):
+    if not name_exists(_pin(trust)):
         if given is None:
             raise ConfigError(
                 f"{trust}: this device trusts no root yet. Nothing was fetched; pass the "
@@ -73,12 +73,12 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
     newer = parse_root(given)
     if newer.version <= root.version:
         raise _foreign(trust)
-    return Anchor(raw, root, pinned=True, awaited=sha256_hex(given))
+    return Anchor(raw, root, pinned=True, expected_sha256=sha256_hex(given))
 
 
 def check_awaited(start: Anchor, trust: Path) -> None:
     """Raises `TrustError` if the chain of rotations does not contain the root the owner gave."""
-    if start.awaited is not None and start.awaited not in _known(trust):
+    if start.expected_sha256 is not None and start.expected_sha256 not in _known(trust):
         raise _foreign(trust)
 
 

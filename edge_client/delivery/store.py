@@ -34,8 +34,8 @@ from fedcore.artifacts.manifest import (
 from fedcore.config.run import Name
 from fedcore.errors import ConfigError, DataError, DeviceError, DigestMismatch, TrustError
 from fedcore.files import (
-    is_there,
     lock_file,
+    name_exists,
     read_bytes,
     remove,
     sha256_hex,
@@ -223,7 +223,7 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
     """
     place = _folder(store, model)
     final = place / record.folder
-    if is_there(final):  # damaged, or left by an interrupted activation
+    if name_exists(final):  # damaged, or left by an interrupted activation
         final.rename(place / f".replaced-{folder.name}")
     folder.rename(final)
     sync_folder(place)
@@ -236,8 +236,8 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
             remove(path)
 
 
-def _read_file(path: Path, entry: FileEntry, most_bytes: int) -> bytes:
-    raw = read_bytes(path, max_bytes=most_bytes, what="an installed file")
+def _read_file(path: Path, entry: FileEntry, max_bytes: int) -> bytes:
+    raw = read_bytes(path, max_bytes=max_bytes, what="an installed file")
     _check_digest(path, raw, entry.sha256)
     return raw
 

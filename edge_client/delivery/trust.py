@@ -28,9 +28,9 @@ from tuf.ngclient import (  # type: ignore[attr-defined]  # implicit re-export
 
 from edge_client.delivery.clock import (
     ClockReading,
+    floor_after,
     forgotten,
     learned,
-    looked,
     read_floor,
     shown,
     write_floor,
@@ -130,7 +130,7 @@ def current_offer(
     if not start.pinned:  # pinned only now: it has led to a valid release
         pin(trust, start, updater.root.version, metadata / "root_history")
     said = ClockReading(now, known.model_copy(update={"latest": judged.floor.latest}))
-    return Offer(manifest, raw, locations, epoch, said.complaint())
+    return Offer(manifest, raw, locations, epoch, said.clock_warning())
 
 
 class _Updater(Updater):
@@ -180,7 +180,7 @@ def _refreshed(
     for forgetting in (True, False):
         floor, failure = view.judged.floor, None
         if floor.until is not None:  # kept even if this update fails
-            write_floor(trust, looked(floor, view.judged.now))
+            write_floor(trust, floor_after(floor, view.judged.now))
         updater = view.updater = _Updater(
             str(view.metadata),
             "metadata",
@@ -270,7 +270,7 @@ def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
     told = f"{whose} signatures have expired ({_said(error)})"
     clock = f"this device's clock says {shown(judged.now)}"
     if judged.held:
-        how = "" if judged.behind else ", or was fast then"
+        how = "" if judged.is_slow else ", or was fast then"
         return (
             f"{told}, checked against {shown(judged.at)}, a time that this device has seen "
             f"before; {clock}, so it is slow, or was set back{how}. {_AFTER} {_SET_CLOCK} "
@@ -328,10 +328,10 @@ def _cached_timestamp(metadata: Path) -> Timestamp | None:
     return cached.signed if isinstance(cached.signed, Timestamp) else None
 
 
-def _read_target(source: Source, info: TargetFile, most_bytes: int, what: str) -> bytes:
-    if info.length > most_bytes:
+def _read_target(source: Source, info: TargetFile, max_bytes: int, what: str) -> bytes:
+    if info.length > max_bytes:
         raise TrustError(
-            f"{info.path}: {what} has {info.length} bytes, more than the {most_bytes} allowed. "
+            f"{info.path}: {what} has {info.length} bytes, more than the {max_bytes} allowed. "
             f"{_AFTER}"
         )
     raw = _Fetcher(source).download_bytes(_location(info), info.length)

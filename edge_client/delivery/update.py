@@ -83,7 +83,7 @@ def update(
             manifest_sha256=sha256_hex(offer.manifest_raw),
             epoch=offer.epoch,
         )
-        before, damage = _before(store, model)
+        before, damage = _serving_version(store, model)
         if before == record and before == _active(store, model):
             return UpdateResult(
                 model,
@@ -123,7 +123,7 @@ def update(
         )
 
 
-def _before(store: Path, model: str) -> tuple[Record | None, str | None]:
+def _serving_version(store: Path, model: str) -> tuple[Record | None, str | None]:
     """Returns the version that serves now, or None, and any damage to the active version."""
     try:
         found = installed.serving(store, model)

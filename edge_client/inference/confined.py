@@ -109,7 +109,7 @@ def predict(
         ResourceError: no process could be started.
     """
     how = {"one_at_a_time": one_at_a_time}
-    return _asked(manifest, onnx, inputs, None, threads=threads, limits=limits, how=how)
+    return _run_child(manifest, onnx, inputs, None, threads=threads, limits=limits, how=how)
 
 
 def time_runs(
@@ -139,7 +139,7 @@ def time_runs(
     """
     if not 1 <= runs <= MAX_RUNS:
         raise ValueError(f"runs: expected 1 to {MAX_RUNS}, got {runs}")
-    found = _asked(manifest, onnx, inputs, 2, threads=1, limits=limits, how={"runs": runs})
+    found = _run_child(manifest, onnx, inputs, 2, threads=1, limits=limits, how={"runs": runs})
     if found.shape != (2,) or not np.isfinite(found).all():
         raise DeviceError(
             f"{_named(manifest)}: the timing failed: it returned times of shape {found.shape}."
@@ -147,7 +147,7 @@ def time_runs(
     return found
 
 
-def _asked(
+def _run_child(
     manifest: Manifest,
     onnx: Path,
     inputs: AnyArray,

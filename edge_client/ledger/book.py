@@ -243,7 +243,7 @@ def against_marks(
     for path, mark in marks.items():
         if mark is not None and found < mark.charges:
             more[path] = mark.charges
-        elif mark is not None and (run := _strange(runs, mark)):
+        elif mark is not None and (run := _missing_charge(runs, mark)):
             strange.setdefault(run, []).append(path)
     if more:
         said = " and ".join(f"{path} says that {made} were made" for path, made in more.items())
@@ -271,7 +271,7 @@ def _names(paths: Iterable[Path]) -> str:
     return " and ".join(path.name for path in paths)
 
 
-def _strange(runs: Runs, mark: LedgerMark) -> str:
+def _missing_charge(runs: Runs, mark: LedgerMark) -> str:
     """Returns a run whose latest charge in ``mark`` is not in ``runs``; empty if there is none."""
     for run, latest in mark.latest.items():
         if latest not in {one.id for one in runs.get(run, ())}:

@@ -24,7 +24,7 @@ from fedcore.observability.words import counted, epsilon_floor_text, epsilon_tex
 if TYPE_CHECKING:
     from edge_client.ledger.view import LedgerFiles, RunView, Total, View
 
-_MOST_SAID = 2000  # characters of one problem with a ledger
+_MAX_TEXT = 2000  # characters of one problem with a ledger
 _SHOWN_ROUNDS = 12
 """Charges per run in a table, the first and last ones: composing each takes time."""
 
@@ -98,11 +98,11 @@ def _find(options: argparse.Namespace) -> LedgerFiles:
     return read_ledger_files(folder, options.kit, os.environ)
 
 
-def _view(options: argparse.Namespace, found: LedgerFiles, most_lines: int | None = None) -> View:
+def _view(options: argparse.Namespace, found: LedgerFiles, max_lines: int | None = None) -> View:
     from edge_client.ledger.view import view_of
 
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    return view_of(found, owner, options.accountant, most_lines=most_lines)
+    return view_of(found, owner, options.accountant, max_lines=max_lines)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -138,7 +138,7 @@ def _ended(found: LedgerFiles) -> int:
 
 
 def _table(view: View, *, owned: bool) -> Iterator[str]:
-    yield from (f"damaged: {foreign(problem, _MOST_SAID)}" for problem in view.problems)
+    yield from (f"damaged: {foreign(problem, _MAX_TEXT)}" for problem in view.problems)
     if view.problems and view.runs:
         yield "Charges may be missing: the following figures are lower bounds."
     elif view.problems:
@@ -207,12 +207,12 @@ def _verify(options: argparse.Namespace) -> int:
         say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            say(f"note: {foreign(note, _MOST_SAID)}")
+            say(f"note: {foreign(note, _MAX_TEXT)}")
         for problem in found.problems:
-            say(f"damaged: {foreign(problem, _MOST_SAID)}")
+            say(f"damaged: {foreign(problem, _MAX_TEXT)}")
         held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
         for lacks in found.behind:
-            say(f"behind: {foreign(lacks, _MOST_SAID)}")
+            say(f"behind: {foreign(lacks, _MAX_TEXT)}")
         say(f"{found.folder}: {held}, {_agreed(found)}")
     return _ended(found)
 
@@ -263,7 +263,7 @@ def _verify_export(options: argparse.Namespace) -> int:
             "it says."
         )
         for problem in ledger.problems:
-            say(f"damaged when it was exported: {foreign(problem, _MOST_SAID)}")
+            say(f"damaged when it was exported: {foreign(problem, _MAX_TEXT)}")
     if not ledger.problems:
         return 0
     say(
@@ -297,7 +297,7 @@ def _export(options: argparse.Namespace) -> int:
     else:
         write_atomic(options.out, raw)
         for problem in found.problems:
-            say(f"damaged: {foreign(problem, _MOST_SAID)}")
+            say(f"damaged: {foreign(problem, _MAX_TEXT)}")
         say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
     return _ended(found)
 

@@ -51,7 +51,7 @@ def read_contents(folder: Path) -> Contents:
         return Contents()  # safe: every name then counts against all data
 
 
-def note_contents(folder: Path, name: str, data: Path) -> str:
+def record_contents(folder: Path, name: str, data: Path) -> str:
     """Adds new files of a data set to ``contents.json``, and returns the data set's label.
 
     Args:

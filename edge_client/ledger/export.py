@@ -150,7 +150,7 @@ def verify_export(raw: bytes, *, where: str, expected: bytes | None = None) -> V
     signer = _signer(file, values, where)
     if expected is not None and signer != fingerprint(expected):
         raise SignatureInvalid(
-            f"{where}: it is signed by {f'the key {signer[:16]}' if signer else 'nobody'}, but "
+            f"{where}: it is {f'signed by the key {signer[:16]}' if signer else 'not signed'}, but "
             f"this kit's key is {fingerprint(expected)[:16]}. It is not this device's ledger; "
             "have the device export it with --kit."
         )

@@ -46,8 +46,8 @@ from edge_client.ledger.contents import (
     counted_with,
     label_of,
     name_in,
-    note_contents,
     read_contents,
+    record_contents,
 )
 from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import Privacy, RunConfig
@@ -62,7 +62,7 @@ from fedcore.privacy.ledger import (
     RemainingRounds,
     ledger_in,
     put_ledger,
-    room,
+    remaining_rounds,
 )
 
 log = logging.getLogger("fedcore.device")
@@ -102,14 +102,14 @@ class DeviceLedger:
         """
         named = self.owner.data_set(self.data)
         name = named.name if named else ""
-        if named is not None and not note_contents(self.folder.path, name, named.folder):
+        if named is not None and not record_contents(self.folder.path, name, named.folder):
             log.warning(
                 "%s contains no files: data set %r counts against the budgets of all data sets",
                 named.path,
                 name,
             )
-        with self._alone():
-            book = self._mend(state)
+        with self._exclusive_lock():
+            book = self._repair(state)
         if self.run.name not in book and len(book) >= MAX_RUNS:
             raise LedgerFull(
                 f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, but this device's "
@@ -133,7 +133,7 @@ class DeviceLedger:
             max(0, MAX_CHARGES - count(book) + len(book.get(self.run.name, ()))),
         )
 
-    def look(self) -> bool:
+    def scan_data(self) -> bool:
         """Records the files of the owner's named data set; returns whether any is new.
 
         Returns:
@@ -148,9 +148,9 @@ class DeviceLedger:
         if named is None:
             return False
         before = label_of(named.name, read_contents(self.folder.path).names.get(named.name, ()))
-        return note_contents(self.folder.path, named.name, named.folder) != before
+        return record_contents(self.folder.path, named.name, named.folder) != before
 
-    def keep(self, state: RecordDict) -> None:
+    def commit(self, state: RecordDict) -> None:
         """Writes the charges in ``state`` durably to the state's file and the copies.
 
         Call it before training. Does nothing for a run without charges.
@@ -168,14 +168,14 @@ class DeviceLedger:
             more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
             put_terms(state, [*noted, *more])
         self.folder.keep_state(self.run.name, state)
-        with self._alone():
-            self._mend(state, only_own=True)
+        with self._exclusive_lock():
+            self._repair(state, only_own=True)
 
-    def room(self, state: RecordDict, others: OtherRuns) -> RemainingRounds | None:
+    def remaining_rounds(self, state: RecordDict, others: OtherRuns) -> RemainingRounds | None:
         """Returns how many more rounds like the latest fit in the privacy budget, if limited."""
-        return room(ledger_in(state), self._privacy, owner=self._here, others=others)
+        return remaining_rounds(ledger_in(state), self._privacy, owner=self._here, others=others)
 
-    def _mend(self, state: RecordDict, *, only_own: bool = False) -> Runs:
+    def _repair(self, state: RecordDict, *, only_own: bool = False) -> Runs:
         """Returns all charges of all runs, and writes them wherever on disk one is missing.
 
         Args:
@@ -254,7 +254,7 @@ class DeviceLedger:
         return ChargeTerms(self._privacy.target_delta, label)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive_lock(self) -> Iterator[None]:
         """Locks the ledger against a second copy of this device on this machine."""
         if self.counted is None or not _made(self.counted.parent):
             yield

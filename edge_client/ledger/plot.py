@@ -13,7 +13,7 @@ from fedcore.observability.words import epsilon_text
 if TYPE_CHECKING:
     from edge_client.ledger.view import View
 
-_MOST_NAMED = 8
+_MAX_RUNS = 8
 """Most runs in a plot with a legend."""
 
 
@@ -86,7 +86,7 @@ def plot_ledger(view: View, path: Path) -> None:
     if view.problems:
         title += "; the ledger is damaged: lower bounds"
     axes.set_title(title, loc="left")
-    if len(view.runs) <= _MOST_NAMED:
+    if len(view.runs) <= _MAX_RUNS:
         axes.legend(frameon=False, fontsize="small")
     drawn = BytesIO()
     figure.savefig(drawn, format=path.suffix[1:].lower())

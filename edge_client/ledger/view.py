@@ -37,7 +37,7 @@ from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
 from fedcore.errors import DataError, FedcoreError, PrivacyError
 from fedcore.privacy.accounting import Accountant, epsilon_of
-from fedcore.privacy.ledger import RemainingRounds, room_for
+from fedcore.privacy.ledger import RemainingRounds, remaining_charges
 
 _OLD = ChargeTerms(Privacy().target_delta, "")
 """Terms of charges by versions of fedcore that stored none."""
@@ -249,7 +249,7 @@ def _behind(name: str, copied: LedgerFile | None, spent: Sequence[StoredCharge])
 
 
 def view_of(
-    found: LedgerFiles, owner: OwnerPolicy, accountant: Accountant, *, most_lines: int | None = None
+    found: LedgerFiles, owner: OwnerPolicy, accountant: Accountant, *, max_lines: int | None = None
 ) -> View:
     """Composes the charges of a ledger to epsilons, by run, by data set and for the device.
 
@@ -261,14 +261,14 @@ def view_of(
         found: The ledger.
         owner: Policy with the budgets.
         accountant: Method of composition.
-        most_lines: Most charges to list per run; all of them when None.
+        max_lines: Most charges to list per run; all of them when None.
     """
     totals = tuple(
         _total(found, owner, name, accountant)
         for name in ("", *(one.name for one in owner.datasets))
     )
     runs = tuple(
-        _run(name, spent, found, owner, accountant, most_lines or len(spent))
+        _run(name, spent, found, owner, accountant, max_lines or len(spent))
         for name, spent in sorted(found.runs.items())
         if spent
     )
@@ -281,20 +281,20 @@ def _run(
     found: LedgerFiles,
     owner: OwnerPolicy,
     accountant: Accountant,
-    most_lines: int,
+    max_lines: int,
 ) -> RunView:
     delta = min(one.target_delta for one in spent)
     lines = tuple(
         ChargeView(place, one, _epsilon(spent[:place], delta, accountant))
         for place, one in enumerate(spent, 1)
-        if place <= most_lines // 2 or place > len(spent) - -(-most_lines // 2)
+        if place <= max_lines // 2 or place > len(spent) - -(-max_lines // 2)
     )
     data = name_in(spent[-1].data)
     limit, there = _limit(found, owner, data), _counted(found, data)
     left = None
     if limit is not None and not found.problems:
         budget = _privacy(accountant, _delta(there, owner), limit)
-        left = room_for([one.charge for one in there], spent[-1].charge, budget)
+        left = remaining_charges([one.charge for one in there], spent[-1].charge, budget)
     return RunView(name, delta, lines, left)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from fedcore.config.patterns import DATA_NAME, HOURS, PATH, SHA256
-from fedcore.config.run import MOST_SECONDS, DeviceChoice, RunConfig, Section
+from fedcore.config.run import MAX_SECONDS, DeviceChoice, RunConfig, Section
 from fedcore.config.settings import load
 from fedcore.errors import ConfigError, PrivacyError
 
@@ -53,7 +53,7 @@ class OwnerPolicy(Section):
     max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """A larger message, or training that would need more, is declined before it starts. Training
     without privacy that turns out to need more ends between two steps."""
-    max_round_s: Annotated[float, Field(ge=1, le=MOST_SECONDS)] | None = None
+    max_round_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] | None = None
     """Most seconds of work for one message. Private training that would take longer, judged by a
     step timed on made-up examples, is declined before it starts. Work that takes longer ends
     between two steps, and no update is sent."""
@@ -74,9 +74,9 @@ class OwnerPolicy(Section):
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
     """Most bytes a second to and from the server in total, averaged over a whole transfer."""
     min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
-    """On battery, this device takes no part below this charge."""
+    """On battery, this device does not take part below this charge."""
     on_mains_only: bool = False
-    """This device takes no part while it runs on its battery."""
+    """This device does not take part while it runs on battery."""
     max_gpu_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """The share of a GPU's memory that training may use. More is an out-of-memory error."""
     free_gpu_between_rounds: bool = False

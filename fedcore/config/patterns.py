@@ -19,6 +19,6 @@ _WORDS = {
 }
 
 
-def in_words(pattern: str) -> str:
+def describe_pattern(pattern: str) -> str:
     """Describes the text that matches ``pattern``; quotes an unknown pattern itself."""
     return _WORDS.get(pattern, f"text that matches {pattern}")

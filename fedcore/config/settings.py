@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedcore.config.patterns import in_words
+from fedcore.config.patterns import describe_pattern
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
@@ -193,7 +193,7 @@ def _allowed(problem: ErrorDetails) -> str:
     if kind == "tuple_type":
         return "an array"
     if kind == "string_pattern_mismatch":
-        return in_words(problem["ctx"]["pattern"])
+        return describe_pattern(problem["ctx"]["pattern"])
     return problem["msg"].partition(" should be ")[2] or problem["msg"]
 
 

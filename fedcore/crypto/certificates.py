@@ -104,7 +104,7 @@ def check_authority(certificate: x509.Certificate, *, now: datetime, where: str)
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
         usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
         certificate.verify_directly_issued_by(certificate)
-        project = one_of(certificate.subject, NameOID.ORGANIZATION_NAME)
+        project = single_attribute(certificate.subject, NameOID.ORGANIZATION_NAME)
         sound = (
             constraints.critical
             and constraints.value == x509.BasicConstraints(ca=True, path_length=0)
@@ -150,7 +150,7 @@ def subject_of(
         ) from None
     try:
         subject = _subject(certificate)
-        sound = _is_p384(certificate) and subject.project == one_of(
+        sound = _is_p384(certificate) and subject.project == single_attribute(
             authority.subject, NameOID.ORGANIZATION_NAME
         )
     except UNREADABLE:
@@ -229,8 +229,8 @@ def _subject(certificate: x509.Certificate) -> Subject:
     constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
     usage = extensions.get_extension_for_class(x509.KeyUsage).value
     extended = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    name = one_of(certificate.subject, NameOID.COMMON_NAME)
-    said = one_of(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
+    name = single_attribute(certificate.subject, NameOID.COMMON_NAME)
+    said = single_attribute(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
     role = next((role for role in _ROLES if role == said), None)
     if role is None or constraints.ca or usage != key_usage(signs_certificates=False):
         raise ValueError("role, constraints or key usage")
@@ -240,7 +240,7 @@ def _subject(certificate: x509.Certificate) -> Subject:
     if not isinstance(public, EllipticCurvePublicKey):
         raise TypeError("key")
     return Subject(
-        project=one_of(certificate.subject, NameOID.ORGANIZATION_NAME),
+        project=single_attribute(certificate.subject, NameOID.ORGANIZATION_NAME),
         name=name,
         role=role,
         public=public_bytes(public),
@@ -258,7 +258,7 @@ def _is_p384(certificate: x509.Certificate) -> bool:
     )
 
 
-def one_of(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
+def single_attribute(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
     """Returns the only attribute of its kind; with two, readers could disagree on the holder."""
     (attribute,) = name.get_attributes_for_oid(kind)
     if not isinstance(attribute.value, str):

@@ -27,7 +27,7 @@ from fedcore.crypto.certificates import (
     check_name,
     extended_key_usage,
     key_usage,
-    one_of,
+    single_attribute,
 )
 from fedcore.errors import CertificateRefused, ConfigError
 
@@ -163,7 +163,9 @@ def read_request(raw: bytes, *, where: str) -> CertificateRequest:
         if request is not None and request.is_signature_valid:
             public = request.public_key()
             if isinstance(public, EllipticCurvePublicKey) and isinstance(public.curve, SECP384R1):
-                return CertificateRequest(one_of(request.subject, NameOID.COMMON_NAME), public)
+                return CertificateRequest(
+                    single_attribute(request.subject, NameOID.COMMON_NAME), public
+                )
     except UNREADABLE:
         pass
     raise CertificateRefused(
@@ -204,7 +206,7 @@ def _end_entity(
     now: datetime,
     validity: timedelta,
 ) -> x509.CertificateBuilder:
-    project = one_of(authority.subject, NameOID.ORGANIZATION_NAME)
+    project = single_attribute(authority.subject, NameOID.ORGANIZATION_NAME)
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, project),

@@ -35,7 +35,7 @@ from fedcore.crypto.certificates import (
 )
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
-from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, open_regular, read_bytes, write_atomic
 from fedcore.observability.faults import first_fault
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
@@ -158,7 +158,7 @@ def load_identity(folder: Path, *, now: datetime | None = None) -> Kit:
             `parse_kit` rejects the kit.
     """
     key_path, kit_path = folder / KEY, folder / KIT
-    if not is_there(kit_path):
+    if not name_exists(kit_path):
         raise DataError(
             f"{folder}: no kit is installed in this folder. Nothing was started; create a "
             "request for the operator with `fedcore client enrol`, and install the kit that "

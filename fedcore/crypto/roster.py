@@ -25,7 +25,7 @@ from fedcore.crypto.kit import KIT, Kit, Pem, load_identity, restrict
 from fedcore.crypto.roster_seal import Signature, Signer, check_signed, sign_content
 from fedcore.crypto.roster_seen import NOTHING_SEEN, SEEN, Seen, read_seen, write_seen
 from fedcore.errors import CertificateRefused, DataError, FedcoreError, RollbackRefused, TrustError
-from fedcore.files import is_there, read_bytes
+from fedcore.files import name_exists, read_bytes
 from fedcore.observability.faults import first_fault
 
 ROSTER = "roster.json"
@@ -150,7 +150,7 @@ def check_server_folder(folder: Path) -> None:
     Raises:
         DataError: the folder or the identity is missing.
     """
-    if not is_there(folder / KIT):
+    if not name_exists(folder / KIT):
         what = f"this folder contains no {KIT}" if folder.is_dir() else "there is no such folder"
         raise DataError(
             f"{folder}: {what}, expected a server's identity. No server was started or "

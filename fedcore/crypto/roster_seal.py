@@ -44,7 +44,7 @@ def delegate(
 ) -> Signer:
     """Returns a signer: the authority signs its number and public key."""
     public = public_bytes(key).decode()
-    signature = authority_key.sign(_delegated(number, public), ECDSA(SHA384())).hex()
+    signature = authority_key.sign(_delegated_to(number, public), ECDSA(SHA384())).hex()
     return Signer(number=number, public=public, delegation=signature)
 
 
@@ -84,7 +84,7 @@ def check_signed(
     assert isinstance(public, EllipticCurvePublicKey)  # parsing rejects other certificates
     try:
         if signer is not None:
-            delegated = _delegated(signer.number, signer.public)
+            delegated = _delegated_to(signer.number, signer.public)
             public.verify(bytes.fromhex(signer.delegation), delegated, ECDSA(SHA384()))
             public = parse_public(signer.public.encode(), where=where)
         public.verify(bytes.fromhex(signature), _ROSTER + content, ECDSA(SHA384()))
@@ -97,5 +97,5 @@ def check_signed(
         ) from None
 
 
-def _delegated(number: int, public: str) -> bytes:
+def _delegated_to(number: int, public: str) -> bytes:
     return _SIGNER + f"{number}\x00{public}".encode()

@@ -36,7 +36,7 @@ def read_seen(path: Path) -> Seen:
     """Reads ``roster.seen``; returns `NOTHING_SEEN` if it does not exist.
 
     Raises:
-        RollbackRefused: the list that was in force is lost, see `note_lost`.
+        RollbackRefused: the list that was in force is lost, see `record_lost_version`.
         TrustError: the file is malformed.
     """
     raw = read_if_exists(
@@ -78,7 +78,7 @@ def write_seen(path: Path, seen: Seen) -> None:
     write_atomic(path, seen.model_dump_json().encode() + b"\n", mode=0o600)
 
 
-def note_lost(path: Path, version: int) -> None:
+def record_lost_version(path: Path, version: int) -> None:
     """Makes a server reject every roster if it has seen a newer one than ``version``.
 
     This lasts until an operator removes the file. Otherwise changes to the restored, older list

@@ -133,7 +133,7 @@ class Fleet:
             self.run_id = 0
         self.writeback.close()
 
-    def enlist(self, public_key: bytes) -> int:
+    def register_node(self, public_key: bytes) -> int:
         """Registers a public key's owner as a node, unless it is one, and returns the node id."""
         state, node_id = self.state, node_id_of(public_key)
         with self.lock:
@@ -216,13 +216,13 @@ class Fleet:
         """Returns how many objects a node was ever sent; shared objects count for each node."""
         return self._sent.get(node_id, 0)
 
-    def settle(self, message_id: str) -> None:
+    def finish_reply(self, message_id: str) -> None:
         """Queues the complete reply to a message for `next_answered`."""
         with self._answered:
             self._ready.append(message_id)
             self._answered.notify_all()
 
-    def lack(self, error: ResourceError | None) -> None:
+    def report_storage_error(self, error: ResourceError | None) -> None:
         """Records that this machine failed to store a reply, or, with None, that it works again."""
         self.lacks = error
 
@@ -238,7 +238,7 @@ class Fleet:
                 self._answered.wait(timeout_s)
             return self._ready.popleft() if self._ready else None
 
-    def take(self, message_id: str) -> Message | None:
+    def pop_reply(self, message_id: str) -> Message | None:
         """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.
 
         The metadata are those checked against the sender on arrival, not those in the payload. An

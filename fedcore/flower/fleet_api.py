@@ -107,7 +107,7 @@ def _activate(fleet: Fleet, caller: Caller, body: Body) -> Message:
             f"client {caller.name!r}: it sent a key other than its certificate's. The request "
             "was refused."
         )
-    fleet.enlist(caller.public_key)
+    fleet.register_node(caller.public_key)
     fleet.state.deactivate_node(caller.node_id)  # Flower rejects a node that it considers online
     return fleet_handlers.activate_node(request, fleet.state)
 
@@ -241,7 +241,7 @@ def _push_messages(fleet: Fleet, caller: Caller, body: Body) -> Message:
         asked.announce(tree, answer.session_id, missing)
         complete = not missing
     if complete:
-        fleet.settle(metadata.reply_to_message_id)
+        fleet.finish_reply(metadata.reply_to_message_id)
     return answer
 
 
@@ -276,7 +276,7 @@ def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:
         if answer.stored:
             asked.missing.discard(request.object_id)
     if last:
-        fleet.settle(message_id)
+        fleet.finish_reply(message_id)
     return answer
 
 

@@ -25,7 +25,7 @@ from fedcore.updates.pieces import CutFile
 BEGINNING_BYTES = 1024
 """Bytes of a request's beginning that suffice to recognise a large chunk: the fields before the
 chunk are shorter."""
-_MOST_AFTER_BYTES = 1024  # the fields after a chunk: the session
+_MAX_TRAILER_BYTES = 1024  # the fields after a chunk: the session
 _BLOCK_BYTES = 2**14
 """Writes end at a multiple of this, except the last; a shorter rest waits in memory."""
 _CONTENT = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number
@@ -197,7 +197,7 @@ class ChunkUpload:
             self._write_whole(body)
         if rest:
             self._after += rest
-            if len(self._after) > _MOST_AFTER_BYTES:
+            if len(self._after) > _MAX_TRAILER_BYTES:
                 raise _unreadable(self._begun.body_at + self._begun.body_bytes)
 
     def _write_whole(self, body: memoryview) -> None:
@@ -255,7 +255,7 @@ class ChunkUpload:
             asked.missing.discard(self.object_id)
             asked.arriving.pop(self.object_id, None)
         if last:
-            fleet.settle(self._message_id)
+            fleet.finish_reply(self._message_id)
         # A round waits until its updates are durable: start writing to disk now.
         descriptor, self._descriptor = self._descriptor, -1
         fleet.writeback.begin(descriptor, self._at - self._begun.body_bytes, self._begun.body_bytes)

@@ -44,7 +44,7 @@ from fedcore.flower.fleet_errors import (
     refusals,
 )
 from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, read_content
-from fedcore.rpc.hello import WAKE_PORT, again_in
+from fedcore.rpc.hello import WAKE_PORT, next_request_header
 from fedcore.rpc.jitter import spread_s
 
 log = logging.getLogger("fedcore.device")
@@ -81,7 +81,7 @@ class FleetLink:
         *,
         headers: Mapping[str, str],
         stop: threading.Event,
-        let_in_before: bool = False,
+        was_admitted: bool = False,
         passed: Callable[[int], None] | None = None,
     ) -> None:
         """Creates a link; opens no connection yet.
@@ -90,13 +90,13 @@ class FleetLink:
             kit: The device's identity and the server's addresses.
             headers: Headers of every request.
             stop: When set, ends a wait for a busy server.
-            let_in_before: Whether the server has ever admitted this device: the kit is right then,
+            was_admitted: Whether the server has ever admitted this device: the kit is right then,
                 so a peer that cannot prove to be the server is a temporary failure.
             passed: Callback after each request with the bytes transferred; may block.
         """
         self.kit = kit
         """The identity in use."""
-        self._let_in = let_in_before
+        self._let_in = was_admitted
         self._headers = dict(headers)
         self._stop = stop
         self._passed = passed
@@ -152,7 +152,7 @@ class FleetLink:
 
         Later requests repeat the promise, until the next beat.
         """
-        self._headers |= again_in(again_s)
+        self._headers |= next_request_header(again_s)
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
         self._call(FleetHttpClient.SendNodeHeartbeat, request)
 

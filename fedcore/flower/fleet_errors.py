@@ -22,9 +22,9 @@ _REFUSED: dict[int, type[FedcoreError]] = {
     412: DeviceError,
     413: InvalidUpdate,
 }
-_MOST_DETAIL = 600
+_MAX_DETAIL = 600
 """Most characters of a server's error text that are shown."""
-_MOST_REFUSAL_BYTES = 1 << 14
+_MAX_REFUSAL_BYTES = 1 << 14
 _CERTIFICATE_ALERT = re.compile("ALERT_(UNKNOWN_CA|.*CERTIFICATE|ACCESS_DENIED)")
 
 
@@ -117,9 +117,9 @@ def _detail(response: httpx.Response) -> str:
     """
     raw = response.content
     try:
-        if len(raw) > _MOST_REFUSAL_BYTES:
+        if len(raw) > _MAX_REFUSAL_BYTES:
             raise ValueError("the body of the refusal is too long")
-        return foreign(json.loads(raw.decode())["detail"], _MOST_DETAIL)
+        return foreign(json.loads(raw.decode())["detail"], _MAX_DETAIL)
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"the server answered HTTP {response.status_code}"
 

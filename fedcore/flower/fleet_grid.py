@@ -100,7 +100,7 @@ class FleetGrid(OwnGrid):
         """Returns the complete replies to these messages, each once."""
         replies = []
         for message_id in message_ids:
-            reply = self._take(message_id)
+            reply = self._checked_reply(message_id)
             if reply is not None:
                 self._consumed(message_id)
                 replies.append(reply)
@@ -126,7 +126,7 @@ class FleetGrid(OwnGrid):
                 self._go_on()
                 now = time.monotonic()
                 answered = self._fleet.next_answered(min(_LOOK_S, max(end - now, 0.0)))
-                reply = self._take(answered) if answered in waiting else None
+                reply = self._checked_reply(answered) if answered in waiting else None
                 if answered is not None and reply is not None:
                     del waiting[answered]
                     try:
@@ -159,7 +159,9 @@ class FleetGrid(OwnGrid):
 
     def _send(self, messages: list[Message]) -> dict[str, int]:
         """Sends messages and wakes their nodes; returns the nodes by message id."""
-        self._fleet.lack(None)  # forget earlier failures: they do not concern these replies
+        self._fleet.report_storage_error(
+            None
+        )  # forget earlier failures: they do not concern these replies
         checks = self._inspector.expect(messages)
         nodes = [message.metadata.dst_node_id for message in messages]
         sent = self._fleet.send(messages)
@@ -167,9 +169,9 @@ class FleetGrid(OwnGrid):
         self._presence.wake(nodes)
         return dict(zip(sent, nodes, strict=True))
 
-    def _take(self, message_id: str) -> Message | None:
+    def _checked_reply(self, message_id: str) -> Message | None:
         """Returns a checked reply, or one with an error in its place; None if incomplete."""
-        reply = self._fleet.take(message_id)
+        reply = self._fleet.pop_reply(message_id)
         if reply is None:
             return None
         check = self._checks.pop(message_id)

@@ -28,7 +28,7 @@ from fedcore.updates.pieces import CutFile, CutFileArray, FileArray
 MAX_PLAIN_BYTES = 16 << 20
 """Most bytes of an object without array data: parsed, it takes up to 65 times as much memory. The
 largest such object contains a mean and a deviation for each number of an input."""
-_MOST_DIMENSIONS = 64
+_MAX_DIMENSIONS = 64
 MAX_OBJECTS = 4096
 """Most objects of a reply; enough for 20 GiB of arrays."""
 _CHUNK = "ArrayChunk"
@@ -111,7 +111,7 @@ class ObjectReader:
         described = json.loads(bytes(_body(content)))
         shape = described["shape"]
         # Before any multiplication: numbers of thousands of digits take minutes.
-        if len(shape) > _MOST_DIMENSIONS or not all(_is_length(one) for one in shape):
+        if len(shape) > _MAX_DIMENSIONS or not all(_is_length(one) for one in shape):
             raise ValueError(f"an array of {len(shape)} dimensions, or of an impossible size")
         # The constructor rejects an invalid description.
         form = Array(described["dtype"], tuple(described["shape"]), described["stype"], b"")

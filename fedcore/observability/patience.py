@@ -92,7 +92,7 @@ def report_loading(
     def watch() -> None:
         while not over.wait(_LOOK_S):
             if reminder.due() is not None:
-                tell(_how_far(time.monotonic() - began_s, before, len(sys.modules), modules))
+                tell(_progress_text(time.monotonic() - began_s, before, len(sys.modules), modules))
 
     watching = threading.Thread(target=watch, name="loading", daemon=True)
     watching.start()
@@ -103,7 +103,7 @@ def report_loading(
         watching.join()
 
 
-def _how_far(lasted_s: float, before: int, now: int, expected: int) -> str:
+def _progress_text(lasted_s: float, before: int, now: int, expected: int) -> str:
     text = (
         f"loading torch and other libraries: {now} of about {max(expected, now)} modules in "
         f"{seconds_text(lasted_s)}"

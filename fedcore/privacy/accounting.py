@@ -59,7 +59,7 @@ FILTER_ORDERS = (2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
 """Renyi orders of the filter; fixed, because choosing an order by released outputs voids it."""
 FILTER_SHARE = 0.1
 """Share of delta reserved for ledgers whose settings change."""
-MOST_KEPT = 1 << 15
+MAX_KEPT = 1 << 15
 """Cache size: mechanisms whose cost at the filter's orders is cached, at half a kilobyte each. A
 longer ledger is still counted, but slowly."""
 MIN_NOISE, MAX_NOISE = 0.1, 1e6
@@ -222,7 +222,7 @@ def _renyi_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
     return renyi_divergences(noise_multiplier, sample_rate, ORDERS)
 
 
-@lru_cache(maxsize=MOST_KEPT)
+@lru_cache(maxsize=MAX_KEPT)
 def _filter_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
     return renyi_divergences(noise_multiplier, sample_rate, FILTER_ORDERS)
 

@@ -22,9 +22,9 @@ from fedcore.observability.words import counted, epsilon_text
 from fedcore.privacy.accounting import Charge, epsilon_of
 
 _RECORD, _KEY = "fedcore.ledger", "charges"
-_MOST_ROUNDS = 1 << 16
+_MAX_ROUNDS = 1 << 16
 """Upper limit of the search for rounds that fit."""
-_NEAR_ROUNDS, _MOST_STEPS = 16, 3000
+_NEAR_ROUNDS, _MAX_STEPS = 16, 3000
 """Within this many rounds of a spent budget, and up to this many steps, PRV accounting also counts
 what fits; it takes half a second for so many steps, and memory for more. Earlier, Renyi accounting,
 which is instant, gives an estimate, mostly some percent below the PRV count."""
@@ -52,7 +52,7 @@ class OtherRuns:
     """Smallest delta at which any run on these data was counted."""
     max_epsilon: float | None = None
     """The owner's budget for these data, where it differs from the device's."""
-    most_charges: int | None = None
+    max_charges: int | None = None
     """Maximum number of this run's charges, given those of all other runs on any data; None for no
     limit."""
 
@@ -110,10 +110,10 @@ def charge(
         OwnersBudgetExhausted: The charge would exceed the owner's budget over all runs; the client
             must not train.
     """
-    if others.most_charges is not None and len(ledger.charges) >= others.most_charges:
+    if others.max_charges is not None and len(ledger.charges) >= others.max_charges:
         raise LedgerFull(
             f"round {new.round}: client {client!r} has {counted(len(ledger.charges), 'charge')} "
-            f"of this run in its ledger, the limit is {others.most_charges} beside those of all "
+            f"of this run in its ledger, the limit is {others.max_charges} beside those of all "
             f"other runs. {FULL}"
         )
     after = Ledger((*ledger.charges, new))
@@ -140,7 +140,7 @@ def owners_budget(privacy: Privacy, owner: OwnerPolicy, others: OtherRuns) -> Pr
     return privacy.model_copy(update={"max_epsilon": min(limits), "target_delta": delta})
 
 
-def room(
+def remaining_rounds(
     ledger: Ledger,
     privacy: Privacy,
     *,
@@ -150,18 +150,18 @@ def room(
     """Returns how many more rounds like the latest fit into all budgets; None before the first."""
     if not ledger.charges:
         return None
-    new, found = ledger.charges[-1], room_for(ledger.charges, ledger.charges[-1], privacy)
+    new, found = ledger.charges[-1], remaining_charges(ledger.charges, ledger.charges[-1], privacy)
     whole = owners_budget(privacy, owner, others)
     if whole is not None:
-        over_all = room_for((*others.charges, *ledger.charges), new, whole)
+        over_all = remaining_charges((*others.charges, *ledger.charges), new, whole)
         found = min(found, over_all, key=lambda one: one.rounds)
     return found
 
 
-def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> RemainingRounds:
+def remaining_charges(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> RemainingRounds:
     """Returns how many more charges like ``new`` fit into ``privacy.max_epsilon``."""
     if not new.steps:
-        return RemainingRounds(_MOST_ROUNDS, exact=False)
+        return RemainingRounds(_MAX_ROUNDS, exact=False)
     made_by: dict[tuple[float, float], int] = {}  # merged by mechanism: few, however many charges
     for one in charges:
         mechanism = (one.noise_multiplier, one.sample_rate)
@@ -169,8 +169,8 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Remain
     made = -(-made_by.pop((new.noise_multiplier, new.sample_rate), 0) // new.steps)
     other = tuple(Charge(0, *mechanism, steps) for mechanism, steps in made_by.items())
     most = _most(other, replace(new, round=0), privacy.model_copy(update={"accountant": "rdp"}))
-    exact = privacy.accountant == "rdp" and most < _MOST_ROUNDS
-    if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MOST_STEPS:
+    exact = privacy.accountant == "rdp" and most < _MAX_ROUNDS
+    if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MAX_STEPS:
         most, exact = _most(other, replace(new, round=0), privacy, near=most), True
     return RemainingRounds(max(0, most - made), exact)
 
@@ -183,7 +183,7 @@ def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | 
         return Ledger((*other, alike)).epsilon(privacy) <= privacy.max_epsilon
 
     if near is None:
-        return _last(fits, 0, _MOST_ROUNDS + 1)
+        return _last(fits, 0, _MAX_ROUNDS + 1)
     if not fits(near):
         return _last(fits, 0, near)
     low, high = near, near + 2

@@ -110,12 +110,12 @@ def instance_of(headers: Mapping[str, str]) -> str:
     return named if _PROCESS_NAME.fullmatch(named) else ""
 
 
-def again_in(seconds: float) -> dict[str, str]:
+def next_request_header(seconds: float) -> dict[str, str]:
     """Returns the header by which a device promises its next request within so many seconds."""
     return {_AGAIN: f"{seconds:.2f}"}
 
 
-def again_s_of(headers: Mapping[str, str]) -> float | None:
+def next_request_s(headers: Mapping[str, str]) -> float | None:
     """Returns the seconds in which a device promises its next request; None if absent."""
     try:
         seconds = float(headers.get(_AGAIN, ""))

@@ -26,7 +26,7 @@ from fedcore.rpc.dial import dial
 _LOOK_S = 0.5
 """Seconds between checks whether a waiting request must stop."""
 _PIECE = 1 << 16
-LEAST_PIECE_BYTES = 256
+MIN_PIECE_BYTES = 256
 """Least bytes that a piece counts in the limit on pieces. Each passes several parsers: a response
 byte by byte costs a hundred times the work of the same response at once."""
 _Found = TypeVar("_Found")
@@ -81,7 +81,7 @@ class Traffic:
             TooLarge: there are more pieces than a response has that is not split on purpose.
         """
         self.pieces += 1
-        if self.pieces * LEAST_PIECE_BYTES > self.most_bytes:
+        if self.pieces * MIN_PIECE_BYTES > self.most_bytes:
             raise TooLarge(f"the response arrived in {self.pieces} pieces, more than allowed")
 
 

@@ -18,7 +18,7 @@ def silence_grpc_core() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def only_tls_1_3() -> None:
+def require_tls_1_3() -> None:
     """Disables TLS below 1.3 for gRPC in this process; call it before grpc is imported.
 
     gRPC has no setting for the minimum version, only a list of TLS 1.2 ciphers that it reads on

@@ -59,7 +59,7 @@ def code_of(kind: type[FedcoreError]) -> int:
     return DECLINED if issubclass(kind, BudgetExhausted) else REFUSED + kind.exit_code
 
 
-def refused_as(code: int) -> type[FedcoreError]:
+def error_kind(code: int) -> type[FedcoreError]:
     """Returns the kind of error for a reply's error code."""
     return _KINDS.get(code - REFUSED, RoundFailed)
 

@@ -146,7 +146,7 @@ def compress(
     golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
-    weighed, refused = _weigh_all(wanted, material, golden, cloud, on_clients, progress)
+    weighed, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
     files = {name: each.built.onnx for name, each in weighed.items()}
     progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
@@ -158,7 +158,7 @@ def compress(
     )
     measured = _records(weighed, timings, task.primary, task.kind)
     judged, chosen = choose(measured, run.compression)
-    of = {**{record.name: record for record in judged}, **_unbuilt(refused)}
+    of = {**{record.name: record for record in judged}, **_unbuilt_records(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
         progress(f"{record.name}: {record.reason}")
@@ -181,7 +181,7 @@ def compress(
     )
 
 
-def _weigh_all(
+def _evaluate_candidates(
     wanted: Sequence[Candidate],
     material: Material,
     golden: NDArray[Any],
@@ -195,7 +195,9 @@ def _weigh_all(
     for candidate in wanted:
         progress(f"building and evaluating {candidate.name}")
         try:
-            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
+            weighed[candidate.name] = _evaluate_candidate(
+                candidate, material, golden, cloud, on_clients
+            )
         except ParityError:
             raise  # the export is wrong, so all its figures are meaningless
         except (CompressionError, TaskError) as error:
@@ -206,7 +208,7 @@ def _weigh_all(
     return weighed, refused
 
 
-def _weigh(
+def _evaluate_candidate(
     candidate: Candidate,
     material: Material,
     golden: NDArray[Any],
@@ -318,7 +320,7 @@ def _clients_drop(metric: Metric, base: _Weighed, each: _Weighed) -> float | Non
     return 0.0 if each is base else drop_of(metric, base.clients, each.clients)
 
 
-def _unbuilt(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
+def _unbuilt_records(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
     """Returns records of candidates that weren't built; NaN, as 0 would look like a measurement."""
     return {
         name: CandidateRecord(

@@ -17,7 +17,7 @@ from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import report_loading
-from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
+from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 from server.live.operators.commands import OPERATOR_VERBS
 from server.options import run_options, set_option
 from server.process.memory import loading
@@ -79,7 +79,7 @@ def _start(options: argparse.Namespace) -> int:
             "system choose. Nothing was started."
         )
     check_server_folder(options.identity)
-    only_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
+    require_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
     silence_grpc_core()
     with report_loading(), loading():
         from fedcore.flower.quiet import quiet

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _CONFIDENCE = 0.95
 _PICTURES = 3
 _SHOW_EVERY_S = 2.0
-_MOST_SEEDS = 10_000
-_MOST_EXAMPLES = 10**9
+_MAX_SEEDS = 10_000
+_MAX_EXAMPLES = 10**9
 _SHOWN = 40  # characters shown of an invalid value
 
 
@@ -60,7 +60,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         type=_seeds,
         default=5,
-        help=f"independent audits, at most {_MOST_SEEDS:,}, each with canaries from its own "
+        help=f"independent audits, at most {_MAX_SEEDS:,}, each with canaries from its own "
         "seed; the noise comes from the operating system, as on devices (default: 5)",
     )
     parser.add_argument(
@@ -76,11 +76,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _seeds(text: str) -> int:
-    return _number(text, _MOST_SEEDS)
+    return _number(text, _MAX_SEEDS)
 
 
 def _examples(text: str) -> int:
-    return _number(text, _MOST_EXAMPLES)
+    return _number(text, _MAX_EXAMPLES)
 
 
 def _number(text: str, most: int) -> int:

@@ -22,7 +22,7 @@ from server.report.svg import INK, draw
 _ROW_IN = 1.6  # height of a row of pictures
 _PROVES = (
     "A lower bound above the stated epsilon refutes the statement. One below it proves nothing: "
-    "the audit attacks from outside, so a fault that its canaries do not trigger stays hidden."
+    "the audit attacks from outside, and a fault that its canaries do not meet stays hidden."
 )
 
 
@@ -109,7 +109,7 @@ def _mechanism(one: Audited) -> str:
 
 def _verdict(one: Audited) -> str:
     if one.refuted:
-        return "REFUTED: the releases reveal more than the statement allows"
+        return "REFUTED: more can be told from the releases than the statement allows"
     return "not refuted"
 
 
@@ -166,7 +166,7 @@ def _inversion(pictures: Sequence[Picture]) -> Markup:
         return Markup()
     drawn = draw(
         "inversion",
-        "digits, and an attacker's reconstructions from updates without and with privacy",
+        "digits, and what an attacker made of updates without and with privacy",
         _painter(pictures),
         _ROW_IN * len(pictures),
     )
@@ -175,7 +175,7 @@ def _inversion(pictures: Sequence[Picture]) -> Markup:
         tag("h2", "Gradient inversion"),
         tag(
             "p",
-            "One client's update from one picture, inverted by a server that chose the initial "
+            "One client's update from one picture, inverted by a server that chose the start "
             "weights and knows the label.",
         ),
         tag("div", plot(drawn, "PSNR against the original. " + _CAPTION), class_="plots"),

@@ -65,7 +65,7 @@ def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
             task.loss_of,
             settings,
             plan,
-            way=ways[task.name],
+            method=ways[task.name],
             draws=randomness.draws(device, "audit", next(calls)),
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config.run import MOST_CLIENTS, ClientConfig, Privacy, RunConfig, Section
+from fedcore.config.run import MAX_CLIENTS, ClientConfig, Privacy, RunConfig, Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
@@ -119,9 +119,9 @@ def _of_clients(options: argparse.Namespace) -> int:
             f"{options.config}: privacy.unit = {run.privacy.unit!r} protects no clients. Nothing "
             "was planned; plan privacy of examples with --examples, or set the unit to 'client'."
         )
-    if not 1 <= options.clients <= MOST_CLIENTS:
+    if not 1 <= options.clients <= MAX_CLIENTS:
         raise ConfigError(
-            f"--clients = {options.clients}: expected 1 to {MOST_CLIENTS}. Nothing was planned; "
+            f"--clients = {options.clients}: expected 1 to {MAX_CLIENTS}. Nothing was planned; "
             "give the number of clients that rounds draw from."
         )
     with note_if_slow(LOADING):

@@ -27,10 +27,17 @@ from fedcore.crypto.certificates import (
 from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key, public_bytes
 from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, parse_kit_file
 from fedcore.crypto.roster import ROSTER, RosterFile, parse_roster
-from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_seen
+from fedcore.crypto.roster_seen import SEEN, Seen, read_seen, record_lost_version, write_seen
 from fedcore.crypto.sealing import decrypt, encrypt, is_encrypted
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
-from fedcore.files import disk_errors, is_there, lock_folder, read_bytes, sync_folder, write_atomic
+from fedcore.files import (
+    disk_errors,
+    lock_folder,
+    name_exists,
+    read_bytes,
+    sync_folder,
+    write_atomic,
+)
 from server.live.operators.drained import DRAINED
 from server.operator_log import AUDIT, MARK
 from server.provision.folder import (
@@ -108,7 +115,7 @@ def backup(act: Act, file: Path) -> None:
         files = {
             name: read_bytes(act.folder / name, max_bytes=MAX_AUDIT_BYTES, what="a file to back up")
             for name in get_args(FileName)
-            if name in _REQUIRED or is_there(act.folder / name)
+            if name in _REQUIRED or name_exists(act.folder / name)
         }
     _verify(files, act, where=str(act.folder))
     content = Backup(
@@ -149,7 +156,7 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
     files, created = _decode(decrypt(sealed, _passphrase(act), where=where), where)
     authority = _verify(files, act, where=where)
     with ExitStack() as held:
-        if occupied and is_there(folder / CERTIFICATE):
+        if occupied and name_exists(folder / CERTIFICATE):
             held.enter_context(locked(folder))
         if (folder / SERVER).is_dir():
             held.enter_context(lock_folder(folder / SERVER, _running(folder)))
@@ -164,13 +171,13 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
             files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
             for name in (MARK, ROSTER_KEY):  # these belong to the roster and the log
                 files.pop(name, None)
-                if is_there(folder / name):
+                if name_exists(folder / name):
                     files[name] = read_bytes(
                         folder / name,
                         max_bytes=MAX_KEY_BYTES,
                         what="a file that belongs to the roster",
                     )
-        stays = _stays(folder, authority) if occupied else []
+        stays = _files_to_keep(folder, authority) if occupied else []
         kept = there if there is not None and newer else authority
         blind = created if there is None and kept.members else None
         before = _place(act, files, stays, kept.roster, occupied=occupied, blind=blind)
@@ -256,7 +263,7 @@ def _running(folder: Path) -> ResourceError:
     )
 
 
-def _stays(folder: Path, authority: Authority) -> list[Path]:
+def _files_to_keep(folder: Path, authority: Authority) -> list[Path]:
     """Lists the server's files to keep from the folder, unless it is another authority's.
 
     The authority's certificate, or else the server's kit, identifies the owner. A folder too
@@ -336,9 +343,9 @@ def _place(
             write_atomic(new / name, raw, mode=0o644 if name in _PUBLIC else 0o600)
         for path in stays:
             _copy(path, new / SERVER / path.name)
-        note_lost(new / SERVER / SEEN, roster.version)
+        record_lost_version(new / SERVER / SEEN, roster.version)
         if (new / SERVER).exists():
-            if blind is not None and not is_there(new / SERVER / SEEN):
+            if blind is not None and not name_exists(new / SERVER / SEEN):
                 signer = roster.signer.number if roster.signer is not None else 0
                 seen = Seen(version=roster.version, signer=signer, restored=blind)
                 write_seen(new / SERVER / SEEN, seen)

@@ -45,7 +45,7 @@ def _init(options: argparse.Namespace) -> int:
         "project": options.project,
         "authority_sha256": certificate_sha256(certificate),
         "not_after": moment(certificate.not_valid_after_utc),
-        "encrypted": sealed,
+        "sealed": sealed,
     }
     return show(options, text, value)
 

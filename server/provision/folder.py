@@ -36,7 +36,7 @@ from fedcore.crypto.roster import (
 from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import decrypt, is_encrypted
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
-from fedcore.files import disk_errors, is_there, lock_file, read_bytes, write_atomic
+from fedcore.files import disk_errors, lock_file, name_exists, read_bytes, write_atomic
 from server.operator_log import AUDIT, Audit
 
 CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
@@ -178,7 +178,7 @@ def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Sign
         CertificateRefused: others may read the file, or it is another key.
     """
     path, signer = authority.folder / ROSTER_KEY, authority.roster.signer
-    if not is_there(path) or signer is None:
+    if not name_exists(path) or signer is None:
         raise DataError(
             f"{path}: the key that signs the roster is missing. Nothing was changed; create "
             "another with `fedcore provision sign`, which the authority's own key certifies."
@@ -235,7 +235,7 @@ def link_roster(server: Path) -> None:
 
 
 def _check_there(folder: Path) -> None:
-    if not is_there(folder / CERTIFICATE):
+    if not name_exists(folder / CERTIFICATE):
         raise DataError(
             f"{folder}: there is no authority in this folder. Nothing was changed; create one "
             "with `fedcore provision init`, or pass its folder with --authority."

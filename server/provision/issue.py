@@ -34,7 +34,7 @@ from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Member, RosterEntry,
 from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import encrypt
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, read_bytes, write_atomic
 from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
@@ -127,7 +127,7 @@ def provision_server(
     addresses = tuple(_address(host, port) for host in hosts)
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
-        if is_there(authority.server / KIT) and not again:
+        if name_exists(authority.server / KIT) and not again:
             raise ConfigError(
                 f"{authority.server}: the server already has an identity. Nothing was written; "
                 "`fedcore provision renew server` extends it under the same names, --replace "
@@ -274,7 +274,7 @@ def listing(act: Act) -> Listing:
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
         server = None
-        if is_there(authority.server / KIT):
+        if name_exists(authority.server / KIT):
             where = str(authority.server / KIT)
             certificate = parse_certificate(
                 _server_kit(authority).certificate.encode(), where=where
@@ -343,7 +343,7 @@ def _record(act: Act, action: str, certificate: x509.Certificate, authority: Aut
 
 def _server_kit(authority: Authority) -> KitFile:
     path = authority.server / KIT
-    if not is_there(path):
+    if not name_exists(path):
         raise ConfigError(
             f"{authority.folder}: there is no server yet, but a kit contains its address. No "
             "certificate was issued; run `fedcore provision server HOST` first."

@@ -15,7 +15,7 @@ from fedcore.crypto.keys import fingerprint, new_key, save_key
 from fedcore.crypto.kit import KEY, KIT, KitFile, write_kit
 from fedcore.crypto.roster import Member
 from fedcore.errors import ConfigError
-from fedcore.files import is_there, read_bytes, write_atomic
+from fedcore.files import name_exists, read_bytes, write_atomic
 from fedcore.observability.foreign import say
 from server.provision.folder import check_place
 from server.provision.issue import SERVER_NAME, listing, provision_member, renew, revoke
@@ -210,7 +210,7 @@ def _list(options: argparse.Namespace) -> int:
         "members": rows,
     }
     lines = [f"project {value['project']}, authority valid until {value['not_after']}"]
-    if server is None and is_there(found.authority.server / KEY):
+    if server is None and name_exists(found.authority.server / KEY):
         say(
             f"warning: {found.authority.server}: the server's {KEY} is here, but its {KIT} is "
             "missing: restore it from a backup, or create both again with `fedcore provision "

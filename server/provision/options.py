@@ -70,13 +70,13 @@ def acting(options: argparse.Namespace, *, signs: bool = False) -> Act:
     """Returns the context of an operation, with the passphrase if it must decrypt the key."""
     secret = None
     if signs and key_is_sealed(options.authority):
-        secret = passphrase.given(options.passphrase_file) or passphrase.ask(twice=False)
+        secret = passphrase.configured(options.passphrase_file) or passphrase.ask(twice=False)
     return Act(options.authority, _user(), clock(), secret)
 
 
 def sealing(options: argparse.Namespace, *, twice: bool) -> Act:
     """Returns the context of an operation that encrypts or decrypts a file with a passphrase."""
-    secret = passphrase.given(options.passphrase_file, twice=twice)
+    secret = passphrase.configured(options.passphrase_file, twice=twice)
     return Act(options.authority, _user(), clock(), secret)
 
 

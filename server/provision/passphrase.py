@@ -16,7 +16,7 @@ _MAX_BYTES = 4096  # size limit of a passphrase file
 _PROMPT = "-"
 
 
-def given(file: str | None, *, twice: bool = False) -> str | None:
+def configured(file: str | None, *, twice: bool = False) -> str | None:
     """Returns the passphrase from its configured source, or None.
 
     Args:

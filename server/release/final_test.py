@@ -36,7 +36,7 @@ def drop_note(primary: Metric, tested: TestStatement) -> str:
     if _drop(primary, tested) <= 0:
         return ""
     return (
-        "On the final test split the released model is worse than the federated one: "
+        f"On the final test split the released model is worse than that of the rounds: "
         f"{primary.name} {_figure(tested.federated)} before, {_figure(tested.released)} after, "
         f"over {counted(tested.examples, 'example')}."
     )
@@ -49,13 +49,13 @@ def reason_to_withhold(run: RunConfig, primary: Metric, tested: TestStatement) -
     if run.release.repository is None or drop <= limit:
         return ""
     return (
-        f"release: on the final test split {primary.name} is {_figure(tested.federated)} with "
-        f"the federated model and {_figure(tested.released)} with the one to release: {drop:.3g} "
-        f"worse, but release.max_test_drop = {run.release.max_test_drop:g} is allowed. Nothing "
-        "was published, and earlier releases stay in force; the cloud's data, on which the gate "
-        "and the choice of a candidate rely, may differ from the devices' data. Skip fine-tuning "
-        "(finetune.epochs = 0) or pruned candidates, hold out cloud data that resemble the "
-        "devices' data, or allow a larger drop."
+        f"release: on the final test split {primary.name} is {_figure(tested.federated)} with the "
+        f"model of the rounds and {_figure(tested.released)} with the one to release: {drop:.3g} "
+        f"worse, and release.max_test_drop = {run.release.max_test_drop:g} is allowed. Nothing was "
+        "published, and what was published before stands; the cloud's data, which the gate and "
+        "the choice of a candidate ask, may not look like the devices'. Leave out fine-tuning "
+        "(finetune.epochs = 0) or pruned candidates, hold out data in the cloud that look like the "
+        "devices', or allow more."
     )
 
 

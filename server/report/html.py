@@ -61,7 +61,7 @@ def _results(record: RunRecord) -> Markup:
     return tag(
         "section",
         tag("h2", "Final test"),
-        tag("p", "On a split that was not used for training, selection, pruning or calibration."),
+        tag("p", "On a split that no training, choice, pruning or calibration has read."),
         tag(
             "div",
             plot(drawn, f"The {record.primary} of each model on the final test split."),
@@ -88,7 +88,7 @@ def _rounds(record: RunRecord) -> Markup:
             plot(first, sections.judged(record)),
             plot(
                 plots.bytes_plot(record.rounds),
-                "Payload between the server and all clients, cumulative over the rounds.",
+                "Payload between the server and all clients, added up over the rounds.",
             ),
             class_="plots",
         ),
@@ -125,8 +125,8 @@ def _clients(record: RunRecord) -> Markup:
         record.clients, primary=record.primary, higher_is_better=record.higher_is_better
     )
     caption = (
-        f"The {record.primary} of the federated model on each client's own data. A simulation "
-        "can evaluate every client; real devices do not release these figures."
+        f"The {record.primary} of the federated model on each client's own data. A simulation can "
+        "look at every client; from real devices these figures do not leave."
     )
     return tag(
         "section",

@@ -64,11 +64,11 @@ def _of_examples(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
     epsilon = summary["epsilon"]["max"]
     return tag(
         "p",
-        "The unit that is protected is one example of one client: replacing it with a record "
-        "that counts as zero changes the probability of any updates that the client sends by at "
+        "The unit that is protected is one example of one client: putting a record that counts as "
+        "zero in its place changes the probability of any updates that the client sends by at "
         "most a factor of e to the power of epsilon, except with probability delta. How many "
         "examples a client has is public. ",
-        "No epsilon was recorded, so no guarantee is given."
+        "No epsilon was recorded, so nothing is promised."
         if epsilon is None
         else f"Epsilon is at most {epsilon_text(epsilon)} at delta {_delta(summary)} for "
         f"every client, accumulated over {counted(len(record.rounds), 'round')}.",
@@ -78,21 +78,21 @@ def _of_examples(record: RunRecord, summary: Mapping[str, Any]) -> Markup:
 def _of_clients(client: ClientStatement) -> Markup:
     if client.separation is None:
         drawn = (
-            f"The server drew each of {counted(client.clients, 'client')} for a round "
-            f"independently, with probability {client.sample_rate:.3g}, and epsilon relies on "
-            "this selection staying secret. "
+            f"The server drew each of {counted(client.clients, 'client')} for a round on its own, "
+            f"with probability {client.sample_rate:.3g}, and epsilon counts on nobody learning "
+            "whom it drew. "
         )
     else:
         drawn = (
-            "Epsilon does not rely on keeping secret who took part; no client took part twice in "
+            "Nothing counts on who took part being secret; no client took part twice in "
             f"{counted(client.separation, 'round')} in a row. "
         )
     return tag(
         "p",
         "The unit that is protected is one client with all of its data: leaving its updates out "
-        "changes the probability of the models of all rounds together by at most a factor of e "
-        "to the power of epsilon, except with probability delta. This holds against everyone who "
-        "gets the models; the server itself saw each update. ",
+        "changes the probability of the models of all rounds together by at most a factor of e to "
+        "the power of epsilon, except with probability delta. This holds towards whoever gets the "
+        "models; the server itself saw each update. ",
         drawn,
         f"Epsilon is {epsilon_text(client.epsilon)} at delta {client.target_delta:g}, accumulated "
         f"over {counted(client.rounds, 'round')} by {client.accountant.upper()}.",
@@ -105,13 +105,13 @@ def _noise(record: RunRecord) -> Markup:
             "p",
             tag("strong", "Simulated noise."),
             " The noise of this run was drawn from its seed, so that the run can be repeated bit "
-            "for bit. Anyone who knows the seed can subtract it: this run protects nobody. The "
-            "figures are those of the same run on devices, which draw noise from their operating "
-            "system.",
+            "for bit. Whoever knows the seed can take it away again: this run protects nobody. "
+            "The figures are those that the same run would have on devices, which draw noise "
+            "from their operating system.",
             class_="warning",
         )
     if record.client_privacy is not None:
-        return tag("p", "Noise was drawn from the operating system of the machine that added it.")
+        return tag("p", "Whoever added noise drew it from its own operating system.")
     return tag("p", "Each device drew its noise from its own operating system.")
 
 

@@ -111,15 +111,15 @@ def training(record: RunRecord) -> Markup:
     """Renders how virtual clients were trained, and the timing of their devices."""
     used, parts = record.training, []
     if used is not None:
-        ways = {"loop": "one at a time", "vectorised": "in vectorised batches"}
+        ways = {"loop": "one after the other", "vectorised": "side by side"}
         by = f" by {counted(used.workers, 'worker')}" if used.workers else ""
         parts.append(tag("p", f"Clients were trained {ways[used.method]}{by}: {used.reason}."))
     virtual = [each.virtual for each in record.rounds if each.virtual]
     if virtual:
         total_s = sum(each.simulated_s for each in virtual)
         lost = [
-            f"{sum(each.unavailable for each in virtual)} were unreachable",
-            f"{sum(each.dropped for each in virtual)} dropped out during a round",
+            f"{sum(each.unavailable for each in virtual)} could not be reached",
+            f"{sum(each.dropped for each in virtual)} vanished during a round",
             f"{sum(each.stragglers for each in virtual)} were late",
         ]
         wasted = bytes_text(sum(each.bytes_wasted for each in virtual))
@@ -128,8 +128,8 @@ def training(record: RunRecord) -> Markup:
             tag(
                 "p",
                 f"On their devices the rounds would have taken {seconds_text(total_s)}. Of the "
-                f"clients selected, {', '.join(lost[:2])} and {lost[2]}; {wasted} of the {moved} "
-                "transferred were wasted.",
+                f"clients that were asked, {', '.join(lost[:2])} and {lost[2]}; {wasted} of the "
+                f"{moved} that crossed the network were for nothing.",
             )
         )
     return join(parts)
@@ -148,15 +148,15 @@ def scores_table(record: RunRecord) -> Markup:
 def judged(record: RunRecord) -> str:
     """Describes the data on which the metric by round was measured."""
     places = {
-        "cloud": "on held-out cloud data",
-        "clients": "on the clients' held-out data",
+        "cloud": "on cloud data that no round trained on",
+        "clients": "on data that clients held back",
     }
     place = places.get(record.rounds[-1].judged_on)
     metric = f"The {record.primary} of the global model {place}" if place else "No metric"
     if any(each.client_epsilon is not None for each in record.rounds):
         return f"{metric}, by round, and the client-level epsilon of all models so far."
     if any(each.epsilon_max is not None for each in record.rounds):
-        return f"{metric}, and the largest epsilon spent by any client up to each round."
+        return f"{metric}, and the most epsilon that any client has spent up to each round."
     return f"{metric}, by round."
 
 
@@ -269,7 +269,7 @@ def lineage(record: RunRecord) -> Markup:
     steps += [
         _step("Fine-tuned", "on the cloud's data")
         if origin.finetuned
-        else _step("Not fine-tuned", "the federated model was used unchanged", absent=True),
+        else _step("Not fine-tuned", "the federated model went on as it was", absent=True),
         _step(
             f"Candidate {origin.candidate}",
             bytes_text(manifest.onnx.length),
@@ -280,7 +280,7 @@ def lineage(record: RunRecord) -> Markup:
             manifest.model,
             digest(manifest.onnx.sha256),
             manifest.created,
-            *([f"rollback to the bytes of v{origin.rollback_of}"] if origin.rollback_of else []),
+            *([f"the bytes of v{origin.rollback_of} again"] if origin.rollback_of else []),
         ),
     ]
     rows = [
@@ -297,7 +297,7 @@ def lineage(record: RunRecord) -> Markup:
         "section",
         tag("h2", "Lineage"),
         tag("ol", *steps, class_="chain"),
-        details("Manifest", table(["entry", "value"], rows, prose="value")),
+        details("What the manifest says", table(["entry", "value"], rows, prose="value")),
     )
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed
 from fedcore.observability.patience import Reminder
-from fedcore.observability.words import counted, is_or_are, seconds_text
+from fedcore.observability.words import counted, seconds_text
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
@@ -190,9 +190,8 @@ def _tell_waiting(
     lasted_s = reminder.due()
     if lasted_s is not None:
         listener.on_wait(
-            f"waiting for devices, of which {found} of {needed} {is_or_are(found)} there: "
-            f"{seconds_text(lasted_s)} so far, {seconds_text(max(end - time.monotonic(), 0.0))} "
-            "left (federation.deadline_s)"
+            f"waiting for devices, {found} of {needed} connected: {seconds_text(lasted_s)} so "
+            f"far, {seconds_text(max(end - time.monotonic(), 0.0))} left (federation.deadline_s)"
         )
 
 

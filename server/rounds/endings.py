@@ -90,7 +90,7 @@ def end_early(federation: Federation, number: int, tally: Tally) -> None:
     whose = f"{tally.declined} of {counted(tally.asked, 'client')} asked"
     if tally.all_declined:
         whose = f"all {tally.asked} clients asked" if tally.asked > 1 else "the client asked"
-    owners = f", for {tally.owners} of them that set by the owner" if tally.owners else ""
+    owners = f" ({tally.owners} of them: the owner's budget)" if tally.owners else ""
     federation.on_note(
         f"Ended before round {number}: the privacy budget of {whose} is spent{owners}."
     )

@@ -28,7 +28,7 @@ from fedcore.updates.messages import (
     UNCLIPPED,
     Update,
     check_weights,
-    refused_as,
+    error_kind,
     update_content,
 )
 from fedcore.updates.pack import Layout, Vector
@@ -147,7 +147,7 @@ class Tally:
             self.spent = reason
             self.owners += code == DECLINED_BY_OWNER
         else:
-            self.refuse(reason, kind=refused_as(code))
+            self.refuse(reason, kind=error_kind(code))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fedcore.updates.messages import CONFIG
 from server.records import VirtualRecord
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.inbound import Folded
-from server.simulation.virtual.devices import Fate, first_of, settle
+from server.simulation.virtual.devices import Fate, first_of, resolve_round
 from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID
 from server.simulation.virtual.state import SimulationState
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
@@ -155,7 +155,7 @@ class SimulatedGrid(OwnGrid):
             enough = first_of(updates, self._first, deadline_s=deadline_s)
             if len(enough) < self._first:
                 enough = []  # too few in time: the round waits for all
-        self.virtual = settle(fates, deadline_s=deadline_s, enough=enough).record
+        self.virtual = resolve_round(fates, deadline_s=deadline_s, enough=enough).record
         self._state.clock_s += self.virtual.simulated_s
         if not enough:
             return list(answers)

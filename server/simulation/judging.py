@@ -75,10 +75,7 @@ def measure_onnx_in_simulation(
                     raise DataError(f"its {task.primary.name} is {value}")
             except (Exception, SystemExit) as error:  # the task's code may raise anything
                 if name not in told:
-                    on_note(
-                        f"client {name!r} did not evaluate the candidates: "
-                        f"{type(error).__name__}: {error}"
-                    )
+                    on_note(f"client {name!r} weighs no candidate: {type(error).__name__}: {error}")
                 told.add(name)
                 continue
             found[name] = (len(targets), value)

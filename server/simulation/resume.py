@@ -13,7 +13,7 @@ from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
 
 
-def pick_up(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
+def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
     """Returns the run's checkpoint, and clears ``folder`` of files that will be written again.
 
     Args:

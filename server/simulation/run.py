@@ -137,7 +137,7 @@ def run_federated_part(
     if resumed and resumed.progress.over:
         outcome = outcome_of(run, task, resumed.start)
     else:
-        with stop_requested(_say_stopping) as stopping:
+        with stop_requested(_announce_stop) as stopping:
             checkpointer = FileCheckpointer(
                 folder,
                 identity_of(run, owner),
@@ -220,7 +220,7 @@ def choice_text(choice: Choice, workers: int) -> str:
     )
 
 
-def _say_stopping() -> None:
+def _announce_stop() -> None:
     with suppress(RuntimeError):  # the signal interrupted another write
         say(
             "Interrupted: finishing the round and writing a checkpoint first. Press Ctrl-C again "

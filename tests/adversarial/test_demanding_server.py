@@ -70,7 +70,7 @@ def test_training_ends_when_its_time_is_over(caplog: pytest.LogCaptureFixture) -
     began = time.monotonic()
     reply = ask(make_task(), make_run(**HARD), OwnerPolicy(max_round_s=1.0))
     assert refused(reply) == HIDDEN
-    assert "the owner's max_round_s (1 s) is over" in caplog.text
+    assert "the owner's max_round_s (1 s) has passed" in caplog.text
     assert time.monotonic() - began < 5
 
 

@@ -52,7 +52,7 @@ def test_a_version_that_changed_after_it_was_published(world: Any) -> None:
 def test_the_manifest_of_another_model(world: Any) -> None:
     other = world.publish(5.0, model="letters")
     world.sign({"models/digits/release.json": manifest_bytes(other)})
-    world.check_refused(TrustError, "of model 'letters'")
+    world.check_refused(TrustError, "to model 'letters'")
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_pipe_in_place_of_the_lock_is_not_waited_for(world: Any) -> None:
     lock = world.repository / ".lock"
     lock.unlink(missing_ok=True)
     os.mkfifo(lock)
-    with pytest.raises(DataError, match=r"lock cannot be read: .*remove it"):
+    with pytest.raises(DataError, match=r"cannot read the lock: .*remove it"):
         world.publish(2.0)
     lock.unlink()
     world.publish(2.0)

@@ -113,7 +113,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def join(fleet: Fleet, key: bytes) -> int:
-    node_id = fleet.enlist(key)
+    node_id = fleet.register_node(key)
     assert fleet.state.activate_node(node_id, 60)
     return node_id
 
@@ -201,7 +201,7 @@ def test_a_chunk_of_an_array_fits_into_a_request() -> None:
 
 
 def test_a_node_is_its_key_on_every_server(fleet: Fleet) -> None:
-    assert fleet.state.get_node_id_by_public_key(KEY) == node_id_of(KEY) == fleet.enlist(KEY)
+    assert fleet.state.get_node_id_by_public_key(KEY) == node_id_of(KEY) == fleet.register_node(KEY)
     assert 2 <= node_id_of(KEY) < 2**63
     assert node_id_of(KEY) not in (0, SERVER_NODE_ID)
 
@@ -258,7 +258,7 @@ def test_what_was_forgotten_leaves_nothing_behind(fleet: Fleet) -> None:
     assert len(state.object_store) == 0
     assert state.num_message_ins() == 0
     assert state.get_message_ins(CALLER.node_id, None) == []
-    assert fleet.take(sent[0]) is None
+    assert fleet.pop_reply(sent[0]) is None
 
 
 def push(fleet: Fleet, asked: Message, weights: int) -> bytes:
@@ -298,13 +298,13 @@ def test_a_reply_is_taken_once_and_what_is_large_of_it_stays_in_a_file(
     (message_id,) = fleet.send([asked])
     raw = push(fleet, asked, weights)
     assert fleet.next_answered(0.0) == message_id
-    taken = fleet.take(message_id)
+    taken = fleet.pop_reply(message_id)
     assert taken is not None
     assert list((tmp_path / "spool").iterdir()) == []
     array = taken.content["arrays"]["model"]  # type: ignore[index]
     assert isinstance(array, FileArray) == (weights > 10)
     assert (array.shape, array.data) == ((weights,), raw)
-    assert fleet.take(message_id) is None
+    assert fleet.pop_reply(message_id) is None
 
 
 def test_a_disk_without_room_is_no_fault_of_a_node(
@@ -319,8 +319,8 @@ def test_a_disk_without_room_is_no_fault_of_a_node(
     with monkeypatch.context() as patched:
         patched.setattr(fleet.store, "scratch", full)
         with pytest.raises(DiskFull):
-            fleet.take(message_id)
-    assert fleet.take(message_id) is not None, "it is still there once there is room"
+            fleet.pop_reply(message_id)
+    assert fleet.pop_reply(message_id) is not None, "it is still there once there is room"
 
 
 def test_objects_that_a_node_was_sent_are_counted(fleet: Fleet) -> None:

@@ -176,7 +176,7 @@ def test_options_are_the_arguments_of_the_class(tmp_path: Path) -> None:
         "    def __init__(self, share=0.5):\n        if share > 1: raise ValueError('too much')\n"
     )
     said = refusal(tmp_path, body, strategy_options={"shares": 1.0})
-    assert "unexpected keyword argument 'shares'. Mine takes: share. Nothing" in said
+    assert "unexpected keyword argument 'shares'. Mine accepts: share. Nothing" in said
     said = refusal(tmp_path, body, strategy_options={"share": 2.0})
     assert "Mine refused federation.strategy_options = {'share': 2.0}: ValueError: too much" in said
 

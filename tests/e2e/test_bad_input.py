@@ -106,7 +106,7 @@ def test_a_configuration_that_is_wrong_stops_before_anything_runs(
             ["simulate", "gone.toml"],
             "gone.toml: this file does not exist. Nothing was run. `fedcor",
         ),
-        (["simulate", "."], "a folder or another kind of file has its name"),
+        (["simulate", "."], "it is a folder or another kind of file"),
         (["device"], "the following arguments are required: VERB"),
         (["new", "Not A Name"], "is not a valid run name"),
     ],
@@ -157,7 +157,7 @@ TASKS = {
         "task = dataclasses.replace(task, model=network)",
         5,
         "UnsupportedLayer",
-        "cannot take 0 (BatchNorm1d)",
+        "does not support 0 (BatchNorm1d)",
     ),
     "a missing file": (
         "import dataclasses\n"

@@ -31,7 +31,7 @@ from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, FileResponse, Route, call, upload_of
 from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
 from fedcore.observability.foreign import foreign
-from fedcore.rpc.hello import WAKE_PORT, Hello, again_s_of, check_hello, instance_of
+from fedcore.rpc.hello import WAKE_PORT, Hello, check_hello, instance_of, next_request_s
 from server.live.network.limits import Limits, PeerLines, Rates, Refusals, Uploads
 from server.live.network.peer import divert_of, key_of
 from server.live.network.presence import Presence
@@ -114,7 +114,7 @@ class Gate:
             await self._refuse(send, peer, scope["path"], refusal)
         except FedcoreError as error:
             if isinstance(error, ResourceError):  # the device will retry, so the round waits
-                self.fleet.lack(error)
+                self.fleet.report_storage_error(error)
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
         except Exception as error:  # an unforeseen input must not break the connection
@@ -164,7 +164,7 @@ class Gate:
             if not instance:
                 raise _Refusal(400, "it does not identify a device process")
             check_hello(headers, self.hello)
-        elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
+        elif not self.presence.call(caller.node_id, instance, next_request_s(headers)):
             raise _Refusal(401, "this process was not activated")
         begin = None
         if path == PUSH_OBJECT:
@@ -173,7 +173,7 @@ class Gate:
         body = await self._body(headers, scope, receive, route, begin)
         if isinstance(body, ChunkUpload):
             self.uploads.progress_of(caller.node_id)
-            self.fleet.lack(None)
+            self.fleet.report_storage_error(None)
             with closing(body):
                 return bytes(body.finish().SerializeToString())
         if isinstance(body, bytes):
@@ -184,7 +184,7 @@ class Gate:
                 self.uploads.progress_of(caller.node_id)
                 async with self.bodies:  # parsing takes several times the object's size in memory
                     answer = await asyncio.to_thread(call, self.fleet, caller, route, body)
-                self.fleet.lack(None)
+                self.fleet.report_storage_error(None)
                 return answer
             raw = body.read()
             await self._before(path, caller, instance, raw)

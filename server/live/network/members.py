@@ -48,7 +48,7 @@ class Members:
     def admit(self, nodes: Collection[int]) -> Collection[int]:
         """Registers the members among ``nodes`` with the fleet, and returns them."""
         devices = devices_of(self.roster)
-        return {self.fleet.enlist(devices[node].public) for node in nodes if node in devices}
+        return {self.fleet.register_node(devices[node].public) for node in nodes if node in devices}
 
     def weights(self, nodes: Sequence[int]) -> list[int]:
         """Returns the weight of each node, in examples, see `weights_of`."""

@@ -106,7 +106,7 @@ class PeerProtocol(HttpToolsProtocol):
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES:
             self._refuse(f"headers of more than {_MAX_HEADER_BYTES} bytes")
         elif len(self.pipeline) > _MOST_AHEAD:  # uvicorn resumes reading after each answer
-            self._refuse(f"more than {_MOST_AHEAD} requests before the first was answered")
+            self._refuse(f"more than {_MOST_AHEAD} calls before the first was answered")
 
     def _refuse(self, text: str) -> None:
         if not self.transport.is_closing():
@@ -200,7 +200,7 @@ class PeerProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fails a body that is still arriving, and releases the connection."""
-        self._end_diverted(ConnectionResetError("the peer disconnected while sending"))
+        self._end_diverted(ConnectionResetError("the peer went away while it sent"))
         self.app_state = {}  # breaks the reference cycle through `divert`
         super().connection_lost(exc)
 

@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 
 from fedcore.errors import ReleaseError
-from fedcore.files import is_there, read_if_exists, sync_folder, write_atomic, write_json
+from fedcore.files import name_exists, read_if_exists, sync_folder, write_atomic, write_json
 
 _NAME = ".pending.json"
 _MAX_BYTES = 4_000_000  # bytes: a root and a timestamp
 
 
-def begin(repository: Path, files: dict[str, bytes]) -> None:
+def commit(repository: Path, files: dict[str, bytes]) -> None:
     """Commits metadata files, which then come into force in order, even after a crash.
 
     Args:
@@ -29,13 +29,13 @@ def begin(repository: Path, files: dict[str, bytes]) -> None:
     finish(repository)
 
 
-def is_begun(repository: Path) -> bool:
+def is_pending(repository: Path) -> bool:
     """Returns whether committed files are still to be put into force."""
-    return is_there(repository / "metadata" / _NAME)
+    return name_exists(repository / "metadata" / _NAME)
 
 
 def finish(repository: Path) -> None:
-    """Completes an interrupted `begin`; does nothing if there is none.
+    """Completes an interrupted `commit`; does nothing if there is none.
 
     Raises:
         ReleaseError: the journal file is damaged.

@@ -37,7 +37,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import is_there, lock_file, read_bytes, write_atomic
+from fedcore.files import lock_file, name_exists, read_bytes, write_atomic
 from fedcore.observability.words import counted
 from server.release.registry import pending
 from server.release.registry.keys import MAX_METADATA_BYTES, Keys
@@ -101,15 +101,21 @@ def read_state(repository: Path, trusted_root: bytes) -> RepositoryState:
     folder = repository / "metadata"
     try:
         root = _verified(Root, trusted_root, "root", None)
-        while is_there(path := folder / f"{root.version + 1}.root.json"):
+        while name_exists(path := folder / f"{root.version + 1}.root.json"):
             newer = _verified(Root, _read(path), "root", root)
             if newer.version != root.version + 1:
                 raise RepositoryError(f"{path.name} says that it is version {newer.version}")
             root = newer
         timestamp = _verified(Timestamp, _read(folder / "timestamp.json"), "timestamp", root)
-        snapshot = _vouched(Snapshot, folder, "snapshot", timestamp.snapshot_meta, root)
-        targets = _vouched(Targets, folder, "targets", snapshot.meta["targets.json"], root)
-        releases = _vouched(Targets, folder, "releases", snapshot.meta["releases.json"], targets)
+        snapshot = _verified_by_delegator(
+            Snapshot, folder, "snapshot", timestamp.snapshot_meta, root
+        )
+        targets = _verified_by_delegator(
+            Targets, folder, "targets", snapshot.meta["targets.json"], root
+        )
+        releases = _verified_by_delegator(
+            Targets, folder, "releases", snapshot.meta["releases.json"], targets
+        )
     except (RepositoryError, DataError, KeyError, ValueError) as error:
         raise ReleaseError(
             f"{repository}: this repository does not verify with the root in the folder of keys: "
@@ -342,15 +348,15 @@ def replace(
     written: list[Path] = []
     try:
         for name, data in new.items():
-            if not is_there(path := repository / name):
+            if not name_exists(path := repository / name):
                 written.append(path)
             write_atomic(path, data)
         if root is None:
             write_atomic(switch, raw)
         else:
-            pending.begin(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
+            pending.commit(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
     except BaseException:
-        begun = pending.is_begun(repository)
+        begun = pending.is_pending(repository)
         if not begun and not _holds(switch, raw):  # not in force: nothing refers to them
             for path in written:
                 path.unlink(missing_ok=True)
@@ -382,7 +388,7 @@ def _verified(
     return signed
 
 
-def _vouched(
+def _verified_by_delegator(
     kind: type[Payload], folder: Path, role: str, meta: MetaFile, delegator: Root | Targets
 ) -> Payload:
     """Returns the payload of a metadata file, also verified by version and digest in ``meta``."""

@@ -177,11 +177,13 @@ def rehearse(
         for number in range(1, min(rounds, _REHEARSED) + 1):
             if known:
                 checked.configure(number, clients, state)
-            made_up = [_made_up(checked, weights, number, place) for place in range(_MADE_UP)]
+            synthetic_examples = [
+                _made_up(checked, weights, number, place) for place in range(_MADE_UP)
+            ]
             if checked.algorithm.folds:
-                _, state = checked.step(number, weights, made_up[0].weights, state)
+                _, state = checked.step(number, weights, synthetic_examples[0].weights, state)
             else:
-                _, state = checked.aggregate(number, weights, made_up, state)
+                _, state = checked.aggregate(number, weights, synthetic_examples, state)
         if known:
             _check_last(checked, rounds, clients, state)
     except AlgorithmRefused as error:

@@ -47,7 +47,7 @@ def attempts(
         asked: Clients of that round whose updates arrive in time.
         clock: Returns seconds.
     """
-    worker.begin(replace(order, method="loop", fold=False))
+    worker.start_task(replace(order, method="loop", fold=False))
     found: list[ClientOutcome] = []
     trained = 0
     for one in asked:
@@ -73,7 +73,7 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
     """
 
     def seconds(method: Method, clients: Sequence[ClientRef]) -> float:
-        worker.begin(replace(order, method=method))
+        worker.start_task(replace(order, method=method))
         started = clock()
         worker.work(clients)
         return (clock() - started) / len(clients)
@@ -108,7 +108,7 @@ def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome])
         order: Task of the first round.
         alone: Outcomes of the same clients, trained one after the other, from `attempts`.
     """
-    worker.begin(replace(order, method="vectorised", fold=False))
+    worker.start_task(replace(order, method="vectorised", fold=False))
     together = worker.work([one.asked for one in alone])
     start = _weights(order.content)
     found = ""

@@ -179,8 +179,8 @@ def _serve(
             if worker is None:
                 worker = make()
             if order is not None:
-                worker.begin(order)
-            answer: object = worker.work(piece) if piece else worker.take_sum()
+                worker.start_task(order)
+            answer: object = worker.work(piece) if piece else worker.partial_sum()
         except FedcoreError as error:
             answer = error
         except Exception:  # the parent raises it

@@ -49,7 +49,7 @@ def test_another_name_and_a_copy_of_the_data_go_on_with_the_same_budget(
     device = launch_device("edge-0", "--owner", str(owner))
     assert launch_server(*PRIVATE, name="renamed").end(90) == 0
     assert len(rounds(project, "renamed")) == 1, "the budget allows three rounds, not four"
-    device.wait_for("over all runs client 'edge-0' has spent epsilon", 5)
+    device.wait_for("over all runs, client 'edge-0' has spent epsilon", 5)
 
     # A server that asks at a larger delta, and a device whose ledger was wiped, gain nothing.
     more = launch_server(*PRIVATE, "privacy.target_delta=0.004", name="lax")
@@ -111,8 +111,8 @@ def test_a_quorum_that_is_gone_with_the_budgets_ends_a_run_with_what_it_has_lear
     assert server.end(280) == 0, server.log.read_text()
     assert [one["updates"] for one in rounds(project, "spent")] == [3, 3]
     said = (
-        "Ended before round 3: the privacy budget of 2 of 3 clients asked is spent, for 2 of them "
-        "the one that the owner allows."
+        "Ended before round 3: the privacy budget of 2 of 3 clients asked is spent (2 of them: "
+        "the owner's budget)."
     )
     assert said in server.log.read_text()
     assert (project.root / "runs" / "spent" / "global.safetensors").is_file()

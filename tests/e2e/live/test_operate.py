@@ -93,7 +93,7 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     assert ask_local(folder, {"verb": "stop"})["state"] == "stopping"
     assert server.end() == 130
     told = server.log.read_text()
-    assert re.search(r"Stopped after round \d+ of \d+\. Kept in .*--resume` goes", told)
+    assert re.search(r"Stopped after round \d+ of \d+\. Kept in .*--resume` continues", told)
     assert not (folder / SOCKET).exists()
     with pytest.raises(ResourceError, match="no server with this identity responds"):
         status(project)

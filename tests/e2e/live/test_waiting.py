@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_written_is_answered_and_noted(
         ("b\0.tar", ConfigError),
         ("b" * 300, FedcoreError),
     ):
-        with pytest.raises(kind, match=r"backup|no folder|whole path"):
+        with pytest.raises(kind, match=r"backup|no folder|absolute path"):
             ask_local(folder, {"verb": "backup", "file": str(project.root / name)})
         assert audit(project)[-1] == ("backup", "refused")
     assert "Traceback" not in server.log.read_text()

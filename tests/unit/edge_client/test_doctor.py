@@ -20,7 +20,7 @@ DAY = timedelta(days=1)
     ("floor", "verdict", "told"),
     [
         (TimeFloor(), "warn", "no release has been verified here yet"),
-        (TimeFloor(signed=NOW - DAY, until=NOW + DAY), "ok", "not before 2026-04-30 00:00 UTC"),
+        (TimeFloor(signed=NOW - DAY, until=NOW + DAY), "ok", "later than 2026-04-30 00:00 UTC"),
         (
             TimeFloor(signed=NOW + DAY, until=NOW + 8 * DAY),
             "fail",

@@ -84,7 +84,7 @@ def test_a_node_that_is_no_client_is_refused(config: dict[str, Any]) -> None:
     node = Context(1, 7, config, RecordDict(), {})
     said = refused(ask(make_task(), make_run(), node=node))
     assert "node 7: partition-id = " in said
-    assert "the task has 2 clients" in said
+    assert "the task has only 2 clients" in said
 
 
 def test_the_proximal_term_keeps_the_update_near() -> None:

@@ -15,8 +15,8 @@ from fedcore.files import (
     check_folder,
     check_picture,
     disk_errors,
-    is_there,
     lock_file,
+    name_exists,
     open_regular,
     read_bytes,
     read_if_exists,
@@ -155,7 +155,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a test does not exist"):
         read_bytes(tmp_path / "file" / "below", max_bytes=5, what="a test")
     with pytest.raises(
-        DataError, match="cannot read a test: it is a folder or something else has its name"
+        DataError, match="cannot read a test: it is a folder or another kind of file"
     ):
         read_bytes(tmp_path, max_bytes=5, what="a test")
     os.mkfifo(tmp_path / "pipe")
@@ -212,17 +212,15 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, what: st
     path = tmp_path / "file"
     _in_place(path, what)
     for read in (read_bytes, read_if_exists):
-        with pytest.raises(
-            DataError, match=r"^/.*/file: it (cannot be read|leads nowhere).* So\.$"
-        ):
+        with pytest.raises(DataError, match=r"^/.*/file: (cannot read it|it is a broken).* So\.$"):
             read(path, max_bytes=10, what="it", otherwise="So.")
     if what in ("folder", "pipe"):
         for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND):
             with pytest.raises(DataError, match="another kind of file"):
                 open_regular(path, flags, what="it")
-    assert is_there(path)
+    assert name_exists(path)
     remove(path)
-    assert not is_there(path)
+    assert not name_exists(path)
     assert read_if_exists(path, max_bytes=10, what="it") is None
 
 
@@ -243,5 +241,5 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, what: str) -> None:
 def test_an_absence_is_told_from_what_cannot_be_looked_at(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    assert not is_there(tmp_path / "file" / "inside")
-    assert is_there(tmp_path / "loop" / "inside")
+    assert not name_exists(tmp_path / "file" / "inside")
+    assert name_exists(tmp_path / "loop" / "inside")

@@ -114,7 +114,7 @@ def test_a_log_that_was_cut_shows_and_is_not_gone_on_with(tmp_path: Path, kept: 
     with pytest.raises(DataError, match="was truncated or changed"):
         log(path)
     path.unlink()
-    with pytest.raises(DataError, match=r"is gone; audit\.mark beside it"):
+    with pytest.raises(DataError, match=r"is missing; audit\.mark beside it"):
         verify_audit(path)
     with pytest.raises(DataError, match="is missing"):
         log(path)

@@ -219,9 +219,7 @@ def test_calls_are_not_piled_up(serve: Any, dial: Dial, caplog: pytest.LogCaptur
         assert hung_up(hasty, 5)
         assert time.monotonic() - began < 5
         assert answered(other) == b"401"
-    assert (
-        "edge-0: 400: connection: more than 8 requests before the first was answered" in caplog.text
-    )
+    assert "edge-0: 400: connection: more than 8 calls before the first was answered" in caplog.text
 
 
 def test_one_identity_has_so_many_connections_and_no_more(

@@ -96,7 +96,7 @@ def test_a_gpu_that_is_not_there_is_said_so_at_the_start(caplog: pytest.LogCaptu
         limit_gpu(owner)
     assert not caplog.records
     limit_gpu(OwnerPolicy(max_gpu_fraction=0.5))
-    assert "max_gpu_fraction = 0.5 bounds nothing" in caplog.text
+    assert "max_gpu_fraction = 0.5 has no effect" in caplog.text
 
 
 def test_power_is_read_as_linux_tells_it(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_only_tasks_that_the_owner_allows_are_run(tmp_path: Path) -> None:
 
 def test_a_device_leaves_when_its_hours_end_and_comes_back_when_they_begin() -> None:
     hour = [12]
-    around = PolicyInputs(clock=lambda: datetime(2026, 5, 1, hour[0]), look_s=0.01)
+    around = PolicyInputs(clock=lambda: datetime(2026, 5, 1, hour[0]), check_interval_s=0.01)
     owner, stop = OwnerPolicy(hours=("12:00-13:00",)), threading.Event()
     events: list[str] = []
 

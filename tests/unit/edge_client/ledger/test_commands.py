@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from edge_client.ledger import commands as ledger_commands
 from edge_client.ledger.book import COUNT, LEDGER, MARK
 from fedcore.errors import ConfigError, DataError, DeviceError, PrivacyError, ResourceError
@@ -213,7 +213,7 @@ def test_verify_says_each_thing_once(site: Site, capsys: pytest.CaptureFixture[s
     assert site.run(ledger_commands.verify, "--kit", site.kit) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[:-1]] == ["behind"] * 4
-    assert sum(line.count("mends") for line in lines) == 1
+    assert sum(line.count("next start corrects") for line in lines) == 1
     site.charge("digits", 0)
     shutil.rmtree(site.state)
     site.state.mkdir()
@@ -286,8 +286,8 @@ def site_free_show(state: Path) -> int:
 def test_the_folder_of_another_kit_is_not_looked_at_as_this_ones(
     site: Site, tmp_path_factory: pytest.TempPathFactory, verb: str
 ) -> None:
-    with own(site.state) as folder:
-        folder.note_let_in(site.public)
+    with lock_device_folder(site.state) as folder:
+        folder.record_admission(site.public)
     other = Site(tmp_path_factory.mktemp("other"))
     other.charge("digits", 30)
     before = site.files() | other.files()

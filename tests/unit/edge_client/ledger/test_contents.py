@@ -14,8 +14,8 @@ from edge_client.ledger.contents import (
     digests_of,
     label_of,
     name_in,
-    note_contents,
     read_contents,
+    record_contents,
 )
 from fedcore.errors import DataError, PrivacyError
 
@@ -36,12 +36,12 @@ def test_files_are_told_by_content_and_not_by_name_or_place(tmp_path: Path) -> N
 def test_a_label_names_what_was_there_when_it_was_written(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    assert note_contents(tmp_path, "ward", data) == ""
+    assert record_contents(tmp_path, "ward", data) == ""
     assert not (tmp_path / CONTENTS).exists()
     (data / "a").write_text("1")
-    first = note_contents(tmp_path, "ward", data)
+    first = record_contents(tmp_path, "ward", data)
     (data / "a").write_text("22")
-    second = note_contents(tmp_path, "ward", data)
+    second = record_contents(tmp_path, "ward", data)
     assert name_in(first) == name_in(second) == "ward"
     assert (first.split(":")[1], second.split(":")[1]) == ("1", "2")
     assert (tmp_path / CONTENTS).stat().st_mode & 0o777 == 0o600

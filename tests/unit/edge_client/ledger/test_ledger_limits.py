@@ -16,7 +16,7 @@ from edge_client import device_folder as state_module
 from edge_client.agent import loop
 from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals, TokenBucket
-from edge_client.device_folder import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, lock_device_folder
 from edge_client.ledger import book as ledger_book
 from edge_client.ledger.book import (
     MAX_CHARGES,
@@ -38,7 +38,7 @@ from fedcore.errors import PrivacyError
 from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.records import record_bytes
-from fedcore.privacy.accounting import MOST_KEPT, Charge
+from fedcore.privacy.accounting import MAX_KEPT, Charge
 from fedcore.privacy.ledger import Ledger, put_ledger
 from fedcore.task.definition import Task
 from fedcore.updates.messages import (
@@ -79,7 +79,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     assume_identity(RUN_ID)
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         task = make_task()
         device = DeviceSetup(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
         yield Site(folder, device, task)
@@ -167,7 +167,7 @@ def test_no_state_with_a_charge_is_dropped_though_the_ledger_does_not_tell_of_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger: str
 ) -> None:
     monkeypatch.setattr(ledger_module, "IDLE_RUNS", 2)
-    with own(tmp_path) as folder:
+    with lock_device_folder(tmp_path) as folder:
         if ledger == "torn":
             (folder.path / "ledger.json").write_text("{")
         charged, odd = RecordDict(), folder.path / "state" / "odd.state"
@@ -239,4 +239,4 @@ def test_the_longest_ledger_that_may_be_can_be_read(tmp_path: Path) -> None:
 
 def test_what_each_charge_costs_is_kept_for_as_many_as_there_may_be() -> None:
     """Or a server that changes its settings each round would have all of it counted anew."""
-    assert MOST_KEPT >= MAX_CHARGES
+    assert MAX_KEPT >= MAX_CHARGES

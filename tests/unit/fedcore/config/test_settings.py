@@ -300,7 +300,7 @@ def test_what_is_no_toml_is_refused_with_the_place(tmp_path: Path, raw: bytes, s
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: this file does not exist.*`fedcore new"):
         load_run(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="a folder or another kind of file has its name"):
+    with pytest.raises(ConfigError, match="it is a folder or another kind of file"):
         load_run(tmp_path)
     with pytest.raises(ConfigError, match="File name too long"):
         load_run(tmp_path / ("x" * 300))

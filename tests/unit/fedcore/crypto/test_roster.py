@@ -136,7 +136,7 @@ def test_an_older_list_lets_nobody_back_in(
     roster = open_roster(write(tmp_path, project, 2, revoked(entries[0], now)), project)
     write(tmp_path, project, 1, entries[0])
     assert roster.member(public_bytes(keys[0])) is None
-    assert "version 1, and version 2 was in force" in str(roster.damage)
+    assert "version 1, but version 2 was in force" in str(roster.damage)
 
 
 def test_a_list_that_is_damaged_from_the_start_starts_nothing(
@@ -297,8 +297,8 @@ def test_a_list_that_was_rolled_back_is_refused_after_a_restart_too(
     write(tmp_path, project, 4, *entries)  # while it runs, and after it was started again
     assert roster.member(public) is None
     assert roster.damage is not None
-    assert "version 4, and version 5 was in force" in roster.damage
-    with pytest.raises(RollbackRefused, match="version 4, and version 5 was in force"):
+    assert "version 4, but version 5 was in force" in roster.damage
+    with pytest.raises(RollbackRefused, match="version 4, but version 5 was in force"):
         start()
     assert seen_version(seen) == 5
 

@@ -59,5 +59,5 @@ def test_what_is_not_sealed_is_not_tried(sealed: bytes) -> None:
 
 def test_a_short_passphrase_is_refused() -> None:
     assert MIN_PASSPHRASE == 12
-    with pytest.raises(ConfigError, match="it has 11 characters, expected 12 or more"):
+    with pytest.raises(ConfigError, match="got 11 characters, expected 12 or more"):
         encrypt(b"", "12345678901")

@@ -88,7 +88,7 @@ def test_what_comes_around_a_body_counts_against_the_owners_limit(tmp_path: Path
     assert moved[0] < 400_000
 
 
-MOST_PIECES = 2 * ANSWER_BYTES // metered_module.LEAST_PIECE_BYTES
+MOST_PIECES = 2 * ANSWER_BYTES // metered_module.MIN_PIECE_BYTES
 
 
 def by_records(connection: Any, request: bytes) -> None:

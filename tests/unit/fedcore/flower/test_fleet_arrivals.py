@@ -54,7 +54,7 @@ class Sender:
 
     def __init__(self, fleet: Fleet, key: bytes, values: NDArray[np.float32] | None = None) -> None:
         self.fleet, self.caller = fleet, Caller(node_id_of(key), key, "edge")
-        fleet.enlist(key)
+        fleet.register_node(key)
         fleet.state.activate_node(self.caller.node_id, 60)
         content = RecordDict(
             {
@@ -123,7 +123,7 @@ class Sender:
             assert self.push(self.request(object_id))
 
     def taken(self) -> FileArray:
-        reply = self.fleet.take(self.message_id)
+        reply = self.fleet.pop_reply(self.message_id)
         assert reply is not None
         assert not reply.has_error(), reply.error
         array = reply.content["arrays"]["model"]  # type: ignore[index]

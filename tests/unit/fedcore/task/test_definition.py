@@ -120,7 +120,7 @@ def test_a_task_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"none\.py: this task file does not exist"):
         load_task(tmp_path / "none.py")
     (tmp_path / "folder.py").mkdir()
-    with pytest.raises(TaskError, match=r"is not a regular file\. Nothing was run; name"):
+    with pytest.raises(TaskError, match=r"is not a regular file\. Nothing was run; give"):
         load_task(tmp_path / "folder.py")
     (tmp_path / "task.txt").write_text(MINIMAL)
     with pytest.raises(TaskError, match=r"a task file ends in \.py"):

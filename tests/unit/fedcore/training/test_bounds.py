@@ -30,7 +30,7 @@ def test_work_ends_once_its_time_is_over_by_the_limit_that_comes_first() -> None
     clock.now = 9.9
     bounds.check()
     clock.now = 10.0
-    with pytest.raises(OwnerLimit, match=r"the owner's max_round_s \(10 s\) is over.*no update"):
+    with pytest.raises(OwnerLimit, match=r"the owner's max_round_s \(10 s\) has passed.*no update"):
         bounds.check()
 
 

@@ -333,7 +333,7 @@ class Overflows(nn.Module):
     ("layer", "reason"),
     [
         (OtherwiseWhenExported(), r"by up to .*, but at most .* is allowed"),
-        (Overflows(), "torch answers"),
+        (Overflows(), "torch returns"),
     ],
 )
 def test_an_export_that_answers_otherwise_is_a_parity_error(

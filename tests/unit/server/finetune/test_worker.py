@@ -130,7 +130,7 @@ def test_an_error_of_the_tasks_code_is_told_with_the_way_out(tmp_path: Path) -> 
     assert told(job) == {
         "type": "TrainingError",
         "message": "fine-tuning: process 0 failed: OSError: no such disk. The federated model "
-        "stands; mend the task, or set finetune.epochs to 0.",
+        "is kept; correct the task, or set finetune.epochs to 0.",
     }
 
 

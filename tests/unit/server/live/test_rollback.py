@@ -66,7 +66,7 @@ def test_a_run_goes_on_after_the_round_before(tmp_path: Path) -> None:
 
 def test_an_earlier_round_is_not_kept_and_what_would_be_needed_is_said(tmp_path: Path) -> None:
     begun(tmp_path)
-    with pytest.raises(ConfigError, match=r"of rounds 4 and 5 it is.*restore .* from a backup"):
+    with pytest.raises(ConfigError, match=r"of rounds 4 and 5 are.*restore .* from a backup"):
         back(tmp_path, 2)
 
 

@@ -178,7 +178,7 @@ def test_where_the_report_goes_is_looked_at_before_any_work(
         (tmp_path / "file", "is a file, expected a folder"),
         (tmp_path / "file" / "below", "is a file, expected a folder"),
         (tmp_path / "audit", "expected a file to write"),
-        (Path("/proc/audit"), "nothing cannot write into /proc"),
+        (Path("/proc/audit"), "cannot write into /proc"),
     ):
         with pytest.raises(ResourceError, match=said):
             run("--report", str(folder))

@@ -267,7 +267,7 @@ def test_a_run_file_gives_what_the_options_leave_open(
         ([*ASKED, "--examples", "-5"], ConfigError, "--examples = -5: expected at least 1"),
         ([*ASKED, "--plot", "plan.nosuch"], ConfigError, r"plan\.nosuch.*\.png"),
         ([*ASKED, "--plot", "/dev/null/plan.png"], ResourceError, "/dev/null is a file"),
-        ([*ASKED, "--plot", "/proc/plan.png"], ResourceError, "nothing cannot write into /proc"),
+        ([*ASKED, "--plot", "/proc/plan.png"], ResourceError, "cannot write into /proc"),
         ([*ASKED, "--examples", "1" + "0" * 400], PrivacyError, "more than 1e.15 examples"),
         (["/no/such/run.toml", "--examples", "5"], ConfigError, "/no/such/run.toml"),
     ],

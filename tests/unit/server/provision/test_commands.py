@@ -71,7 +71,7 @@ def test_init_seals_when_there_is_a_passphrase(
     monkeypatch.setenv("FEDCORE_PASSPHRASE", "five random words are good")
     assert run("server", "localhost") == 0
     monkeypatch.setenv("FEDCORE_PASSPHRASE", "short")
-    with pytest.raises(ConfigError, match="it has 5 characters, expected 12"):
+    with pytest.raises(ConfigError, match="got 5 characters, expected 12"):
         run("init", "--project", "orchard", "--authority", "other")
     assert not (here / "other").exists()
 

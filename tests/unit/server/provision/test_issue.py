@@ -161,7 +161,7 @@ def test_revocation_reaches_a_running_server(desk: Any, tmp_path: Path) -> None:
 
 def test_the_server_is_not_revoked_but_replaced(desk: Any) -> None:
     before = (desk.folder / "roster.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"no member.*provision server HOST --replace"):
+    with pytest.raises(ConfigError, match=r"not a member.*provision server HOST --replace"):
         revoke(desk.act, "server")
     assert (desk.folder / "roster.json").read_bytes() == before
 

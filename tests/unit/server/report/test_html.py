@@ -125,7 +125,7 @@ def test_a_rollback_and_a_model_that_was_not_fine_tuned_are_said(record: RunReco
     manifest = record.manifest.model_copy(update={"lineage": origin})
     text = read(sections.lineage(replace(record, manifest=manifest))).text
     assert "Not fine-tuned" in text
-    assert "rollback to the bytes of v1" in text
+    assert "the bytes of v1 again" in text
 
 
 def test_privacy_is_stated_with_unit_epsilon_delta_and_rounds(record: RunRecord) -> None:
@@ -138,8 +138,8 @@ def test_privacy_is_stated_with_unit_epsilon_delta_and_rounds(record: RunRecord)
 @pytest.mark.parametrize(
     ("noise", "said", "unsaid"),
     [
-        ("simulated", "this run protects nobody", "operating system"),
-        ("system", "operating system", "this run protects nobody"),
+        ("simulated", "this run protects nobody", "its own operating system"),
+        ("system", "its own operating system", "this run protects nobody"),
         ("none", "without differential privacy", "Epsilon is at most"),
     ],
 )
@@ -213,12 +213,9 @@ def test_how_clients_were_trained_and_what_their_devices_did_is_said(record: Run
     rounds = (record.rounds[0], *(replace(each, virtual=virtual) for each in record.rounds[1:]))
     training = TrainingRecord("vectorised", "it is <b>quicker</b>", 0.002, 0.0005, workers=2)
     words = read(page_of(replace(record, rounds=rounds, training=training)))
-    assert (
-        "Clients were trained in vectorised batches by 2 workers: it is <b>quicker</b>."
-        in words.text
-    )
+    assert "Clients were trained side by side by 2 workers: it is <b>quicker</b>." in words.text
     assert "b" not in words.tags
     assert "the rounds would have taken 2 min 0 s" in words.text
-    assert "2 were unreachable, 4 dropped out during a round and 6 were late" in words.text
+    assert "2 could not be reached, 4 vanished during a round and 6 were late" in words.text
     assert "6 kB of the 18 kB" in words.text
     assert "Rounds on devices" in words.text

@@ -47,7 +47,7 @@ def test_clients_alone_are_named_as_what_is_protected(record: RunRecord) -> None
     text = page(of_clients(record), None)
     assert "The unit that is protected is one client with all of its data" in text
     assert "one example of one client" not in text
-    assert "512 clients for a round independently, with probability 0.25" in text
+    assert "512 clients for a round on its own, with probability 0.25" in text
     assert "Epsilon is 2.25 at delta 0.0001, accumulated over 3 rounds by PRV." in text
     assert "delta 0.0001, of each client" in text
     assert "Simulated noise." in text
@@ -65,7 +65,7 @@ def test_both_units_have_a_statement_each(record: RunRecord) -> None:
     assert "one example of one client" in text
     assert "one client with all of its data" in text
     assert "of each client as a whole 2.25 at delta 0.0001" in text
-    assert "Noise was drawn from the operating system of the machine that added it." in text
+    assert "Whoever added noise drew it from its own operating system." in text
 
 
 @pytest.mark.parametrize("protected", [True, False])

@@ -72,7 +72,7 @@ def test_whoever_waits_for_devices_hears_how_many_there_are(
     with pytest.raises(RoundFailed, match="1 client connected"):
         _wait_for_nodes(Coming(1), 3, 0.5, told_to(print, on_wait=waits.append))
     assert re.fullmatch(
-        r"waiting for devices, of which 1 of 3 is there: 0\.\d+ s so far, 0\.\d+ s left "
+        r"waiting for devices, 1 of 3 connected: 0\.\d+ s so far, 0\.\d+ s left "
         r"\(federation\.deadline_s\)",
         waits[0],
     )

@@ -283,8 +283,8 @@ def test_an_owners_budget_is_not_answered_with_advice_on_the_runs() -> None:
     story = Story(done, quorum=1.0, unit="example")
     story.run()
     assert story.notes == [
-        "Ended before round 2: the privacy budget of 1 of 5 clients asked is spent, for 1 of them "
-        "the one that the owner allows."
+        "Ended before round 2: the privacy budget of 1 of 5 clients asked is spent (1 of them: "
+        "the owner's budget)."
     ]
 
 

@@ -165,10 +165,10 @@ def test_an_update_over_the_bound_is_refused_and_named() -> None:
     assert story.records[0].failed == 1
     assert story.records[0].updates == 19
     assert story.notes == [
-        "round 1: 1 of 20 clients failed. First: update from node 17: it is 5.19615 away from the "
-        "weights that were sent, expected at most privacy.client.clip_norm = 0.5. It was not used: "
-        "noise only hides updates within that bound; Install the server's version of "
-        "fedcore on this client."
+        "round 1: 1 of 20 clients failed. First: update from node 17: its distance is 5.19615 from "
+        "the weights that were sent, expected at most privacy.client.clip_norm = 0.5. It was not "
+        "used, because the noise only hides updates within that bound; install the server's "
+        "version of fedcore on this client."
     ]
 
 

@@ -87,7 +87,7 @@ def a_loop(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("become", "what"),
-    [(a_folder, "found a folder"), (a_pipe, "this is a pipe"), (a_loop, "a broken link")],
+    [(a_folder, "found a folder"), (a_pipe, "found a pipe"), (a_loop, "a broken link")],
 )
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 def test_what_is_no_file_is_named_and_put_aside(

@@ -68,7 +68,11 @@ def test_buffering_says_what_memory_it_takes() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("FedAvgg", {}, r"Flower has no such strategy\. Did you mean 'FedAvg'\? It has: Bulyan, "),
+        (
+            "FedAvgg",
+            {},
+            r"Flower has no such strategy\. Did you mean 'FedAvg'\? Available: Bulyan, ",
+        ),
         ("Strategy", {}, "Flower has no such strategy"),
         ("FedXgbBagging", {}, "it aggregates XGBoost trees, but a task's model is a torch module"),
         ("FedXgbCyclic", {}, "it aggregates XGBoost trees"),
@@ -78,7 +82,7 @@ def test_buffering_says_what_memory_it_takes() -> None:
             r"options\.etta: FedAdam has no such option\. Did you mean 'eta",
         ),
         ("FedAvg", {"fraction_train": 0.5}, "fraction_train: FedAvg has no such option"),
-        ("FedAvg", {"eta": 0.5}, "It takes: none"),
+        ("FedAvg", {"eta": 0.5}, "It accepts: none"),
         ("QFedAvg", {}, "QFedAvg refused .*client_learning_rate"),
         (FIXED, {}, f"{FIXED} refused .*noise_multiplier"),
         (FIXED, CLIPPING | {"clipping_norm": -1.0}, "clipping norm should be a positive value"),

@@ -49,8 +49,8 @@ def test_what_a_spreadsheet_saves_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("a,1,1,1,0", "5 values, and 6 expected"),
-        ("a,1,1,1,0,5,9", "7 values, and 6 expected"),
+        ("a,1,1,1,0", "5 values, expected 6"),
+        ("a,1,1,1,0,5,9", "7 values, expected 6"),
         (",1,1,1,0,5", "the client has no name"),
         ("a,fast,1,1,0,5", "examples_per_s = 'fast', expected a number"),
         ("a,,1,1,0,5", "examples_per_s = '', expected a number"),
@@ -76,7 +76,7 @@ def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, row: str, problem: s
 
 @pytest.mark.parametrize("header", ["", "client,speed", ",".join(reversed(COLUMNS)), "x" * 9999])
 def test_another_header_is_refused_with_the_right_one(tmp_path: Path, header: str) -> None:
-    with pytest.raises(DataError, match=f"line 1: the header is .*should be '{HEADER}'") as caught:
+    with pytest.raises(DataError, match=f"line 1: the header is .*expected '{HEADER}'") as caught:
         read_trace(write(tmp_path, "a,1,1,1,0,5", header=header))
     assert len(str(caught.value)) < 600
 
